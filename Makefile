@@ -1,0 +1,31 @@
+# FedMeDUET. `make demo` and `make test` need python3 (3.11 to 3.13), venv and make; they set up .venv themselves.
+PYTHON ?= python3
+PIP_FLAGS ?=
+BIN := .venv/bin
+RUN := OMP_NUM_THREADS=2 $(BIN)
+
+.PHONY: help demo test check slow clean
+help:            ## what can be made
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else f"Expected Python 3.11 to 3.13, got {v[0]}.{v[1]}; set PYTHON=python3.12, say.")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[test]'
+	touch $@
+
+demo: .venv/.installed   ## three simulated hospitals pretrain together; ends with the page's address
+	$(BIN)/meduet-simulate
+
+test: .venv/.installed   ## the tests (minutes on 2 cores)
+	$(BIN)/python -m pytest -q
+
+check: .venv/.installed  ## ruff, mypy, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:           ## remove environment and runs
+	rm -rf .venv runs

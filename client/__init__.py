@@ -1,0 +1,1 @@
+"""One hospital: reads its own scans, trains, and releases sums through one gate."""

@@ -1,0 +1,240 @@
+"""The plan: everything a site is told before it says yes.
+
+The same at every site, frozen, hashed. It says *what* is run, never *which class*: no name in it is imported.
+Paths, devices, ceilings and credentials are the site's own (`client/site.py`) and never appear here.
+"""
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from meduet_models.meduet import NetworkConfig
+from meduet_models.objective import ObjectiveConfig
+
+WIRE_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class VolumePlan:
+    """How a scan becomes a volume, the same at every site."""
+
+    modality: str
+    """Shared modality name; sites map their local names to it."""
+    window: Literal["mr_percentiles", "ct_hu"] = "mr_percentiles"
+    """How intensities become [0, 1]."""
+    mr_percentiles: tuple[float, float] = (0.5, 99.5)
+    """Robust range of an MR scan, in percent of its voxels."""
+    ct_window_hu: tuple[float, float] = (-175.0, 250.0)
+    """Range of a CT scan, in Hounsfield units."""
+    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Voxel spacing after resampling, RAS axes."""
+    shape: tuple[int, int, int] = (32, 48, 32)
+    """Voxels after centre crop or pad; multiples of the tokenizer's stride."""
+    registered: bool = True
+    """Whether crops show the same body part at the same place: allows coarse mean maps."""
+    four_d: Literal["first", "mean", "refuse"] = "first"
+    """What a 4-D scan becomes: its first volume, its mean over time, or an exclusion."""
+    views: int = 1
+    """Encodings cached per scan: the scan itself and `views - 1` augmentations made before encoding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """What a site does within a round."""
+
+    rounds: int
+    """Rounds of the run."""
+    steps_per_round: int
+    """Optimiser steps of each site in a round."""
+    batch_size: int = 8
+    """Scans per step; even, at least 4."""
+    learning_rate: float = 2e-3
+    """Peak learning rate."""
+    final_learning_rate: float = 4e-4
+    """Learning rate at the last step (cosine)."""
+    warmup: float = 0.05
+    """Share of all steps over which the learning rate rises."""
+    weight_decay: float = 1e-2
+    """AdamW weight decay."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW betas."""
+    gradient_clip_norm: float = 1.0
+    """L2 norm to which the batch gradient is clipped (no privacy meaning)."""
+    teacher_momentum: tuple[float, float] = (0.99, 0.9997)
+    """Moving-average momentum of the teacher at the first and last step (cosine)."""
+    proximal: float = 0.0
+    """FedProx: weight of the squared distance to the round's shared weights."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """Autocast of the network; bf16 needs CUDA or a CPU that has it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StylePlan:
+    """What sites tell each other about appearance."""
+
+    exchange: Literal["bank", "amplitude", "none"] = "bank"
+    """`bank`: latent statistics; `amplitude`: low-frequency amplitude spectra (a baseline, known to be
+    worse); `none`: nothing."""
+    map_grid: tuple[int, int, int] = (2, 3, 2)
+    """Coarse mean map, registered crops only."""
+    minimum_cohort: int = 10
+    """Fewest patients whose statistics may leave a site together; a site may ask for more."""
+    head: Literal["local", "shared"] = "local"
+    """Whether the style branch stays at the site (same broadcast start, anchored) or is averaged."""
+    anchor: float = 0.1
+    """Weight of the distance of a local style branch to its broadcast start."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AggregationPlan:
+    """How replies become the next shared weights."""
+
+    method: Literal["content_share", "fedavg", "fedprox", "alone"] = "content_share"
+    """`content_share`: content branch only. `fedavg`, `fedprox`: everything. `alone`: nothing."""
+    rule: Literal["mean", "trimmed_mean", "median", "krum"] = "mean"
+    """Weighted mean, or a robust rule (unweighted)."""
+    trim: float = 0.2
+    """Share trimmed from each end by `trimmed_mean`; share of sites assumed bad by `krum`."""
+    optimiser: Literal["average", "momentum", "adam", "yogi"] = "average"
+    """What the server does with the aggregate."""
+    learning_rate: float = 1.0
+    """Server learning rate."""
+    momentum: float = 0.9
+    """Server momentum (`momentum`), first moment (`adam`, `yogi`)."""
+    quorum: float = 1.0
+    """Share of sites whose valid reply a round needs."""
+    deadline_s: float = 3600.0
+    """Seconds a round waits for replies."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleasePlan:
+    """The promise: bound and noise of everything that leaves a site."""
+
+    update_clip_norm: float = 100.0
+    """L2 norm to which a site's weighted mean update is clipped at the gate."""
+    style_clip: float = 50.0
+    """L2 norm to which one patient's latent statistics are clipped before they are summed."""
+    wire_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the values that travel."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """Everything about a run that both sides must agree on."""
+
+    name: str
+    """Name of the run."""
+    seed: int
+    """Seed of every draw that is not a secret."""
+    sites: tuple[str, ...]
+    """The consortium, in the order of the site labels."""
+    tokenizer_sha256: str
+    """Hash of the frozen tokenizer; a site with another refuses."""
+    volumes: VolumePlan
+    """Scan to volume."""
+    network: NetworkConfig
+    """The network."""
+    objective: ObjectiveConfig
+    """The loss."""
+    training: TrainingPlan
+    """Local training."""
+    style: StylePlan
+    """Style exchange."""
+    aggregation: AggregationPlan
+    """Aggregation."""
+    release: ReleasePlan
+    """The gate."""
+    wire_version: int = WIRE_VERSION
+    """Version of the messages."""
+
+    def to_json(self) -> str:
+        """Canonical JSON: sorted keys, no spaces; what is hashed."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the canonical JSON, 64 hex digits."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @property
+    def total_steps(self) -> int:
+        """Local optimiser steps of one site over the whole run; schedules run over these."""
+        return self.training.rounds * self.training.steps_per_round
+
+    @staticmethod
+    def from_json(text: str) -> "RunPlan":
+        """Rebuild a plan; unknown, missing or ill-typed fields raise `ValueError`."""
+        return build(RunPlan, json.loads(text))
+
+
+T = TypeVar("T")
+
+
+def build(kind: type[T], values: Any, where: str = "plan") -> T:
+    """Build dataclass `kind` from plain `values` (dicts, lists, scalars), strictly.
+
+    Raises `ValueError` naming the field when a key is unknown or missing, or a value has another type.
+    """
+    result: T = _value(kind, values, where)
+    return result
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _dataclass(kind, value, where)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(
+                f"Expected {where} to be one of {', '.join(map(str, arguments))}; got {value!r}."
+            )
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        (inner,) = [a for a in arguments if a is not type(None)]
+        return _value(inner, value, where)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"Expected {where} to be a list; got {value!r}.")
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        if len(kinds) != len(value):
+            raise ValueError(f"Expected {where} to have {len(kinds)} values; got {len(value)}.")
+        return tuple(
+            _value(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True))
+        )
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"Expected {where} to be a mapping; got {value!r}.")
+        return {
+            _value(arguments[0], k, where): _value(arguments[1], v, f"{where}.{k}")
+            for k, v in value.items()
+        }
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"Expected {where} to be {kind.__name__}; got {value!r}.")
+    return value
+
+
+def _dataclass(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"Expected {where} to be a mapping; got {value!r}.")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    if unknown := sorted(set(value) - set(fields)):
+        raise ValueError(f"{where} has no setting {unknown[0]!r}; it has {', '.join(fields)}.")
+    hints = typing.get_type_hints(kind)
+    built = {name: _value(hints[name], v, f"{where}.{name}") for name, v in value.items()}
+    required = {
+        n
+        for n, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    if missing := sorted(required - set(built)):
+        raise ValueError(f"{where} lacks {', '.join(missing)}.")
+    return kind(**built)

@@ -1,0 +1,1 @@
+"""Several hospitals on one machine: the only place where both sides meet."""

@@ -1,0 +1,1 @@
+"""How many sites become one model (server side only)."""
