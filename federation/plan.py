@@ -205,15 +205,12 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
         if len(kinds) != len(value):
             raise ValueError(f"Expected {where} to have {len(kinds)} values; got {len(value)}.")
-        return tuple(
-            _value(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True))
-        )
+        return tuple(_value(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
     if origin is dict:
         if not isinstance(value, dict):
             raise ValueError(f"Expected {where} to be a mapping; got {value!r}.")
         return {
-            _value(arguments[0], k, where): _value(arguments[1], v, f"{where}.{k}")
-            for k, v in value.items()
+            _value(arguments[0], k, where): _value(arguments[1], v, f"{where}.{k}") for k, v in value.items()
         }
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

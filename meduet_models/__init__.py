@@ -1,1 +1,1 @@
-"""MeDUET as tensors in, tensors out: tokenizer, network, objective, style. Knows neither Flower, Hydra nor files of patients."""
+"""MeDUET as tensors in, tensors out. Knows neither Flower, Hydra nor files of patients."""
