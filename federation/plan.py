@@ -93,8 +93,9 @@ class StylePlan:
 class AggregationPlan:
     """How replies become the next shared weights."""
 
-    method: Literal["content_share", "fedavg", "fedprox", "alone"] = "content_share"
-    """`content_share`: content branch only. `fedavg`, `fedprox`: everything. `alone`: nothing."""
+    method: Literal["content_share", "fedavg", "fedprox", "alone", "pooled"] = "content_share"
+    """`content_share`: content branch only. `fedavg`, `fedprox`: everything. `alone`: nothing. `pooled`: one
+    participant holds every site's scans, each scan labelled with its site (an upper bound, not a federation)."""
     rule: Literal["mean", "trimmed_mean", "median", "krum"] = "mean"
     """Weighted mean, or a robust rule (unweighted)."""
     trim: float = 0.2
@@ -160,6 +161,11 @@ class RunPlan:
     def sha256(self) -> str:
         """Hash of the canonical JSON, 64 hex digits."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @property
+    def participants(self) -> tuple[str, ...]:
+        """Who answers messages: the sites, or the one that holds all scans in the pooled baseline."""
+        return ("pooled",) if self.aggregation.method == "pooled" else self.sites
 
     @property
     def total_steps(self) -> int:
