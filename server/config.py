@@ -1,0 +1,59 @@
+"""From YAML to a plan: the one place where Hydra's configuration becomes a `RunPlan`.
+
+YAML says what, never which class: nothing in it is imported or instantiated. Two numbers are not asked for
+because they follow: the latent channels from the tokenizer, the latent grid from the volume's shape.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from federation.plan import RunPlan, build
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+_FROM_CONFIG = ("name", "seed", "volumes", "objective", "training", "style", "aggregation", "release")
+
+
+def compose_config(overrides: Sequence[str] = (), name: str = "config") -> DictConfig:
+    """Compose `conf/<name>.yaml` with Hydra `overrides` (``["training.rounds=3"]``) outside of a Hydra app."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return compose(config_name=name, overrides=list(overrides))
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """`config` as nested dicts with every reference resolved."""
+    container = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def plan_from(
+    settings: Mapping[str, Any],
+    *,
+    sites: Sequence[str],
+    tokenizer_sha256: str,
+    latent_channels: int,
+    stride: int,
+) -> RunPlan:
+    """Build the plan that `settings` (see `plain`) describe.
+
+    Raises `ValueError` naming the setting that is unknown, missing, ill-typed, or contradicts another.
+    """
+    shape = settings["volumes"]["shape"]
+    if any(size % stride for size in shape):
+        raise ValueError(
+            f"Expected volumes.shape to be multiples of the tokenizer's stride {stride}; got {list(shape)}."
+        )
+    network = {
+        **settings["network"],
+        "latent_channels": latent_channels,
+        "latent_grid": [size // stride for size in shape],
+        "style_map_grid": settings["style"]["map_grid"],
+    }
+    values = {key: settings[key] for key in _FROM_CONFIG}
+    return build(
+        RunPlan, {**values, "network": network, "sites": list(sites), "tokenizer_sha256": tokenizer_sha256}
+    )

@@ -1,0 +1,197 @@
+"""The pictures of a run: curves over rounds, and anatomy in every hospital's style.
+
+Reads numbers and volumes, writes PNG files; knows nothing of models or messages.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+Volume = NDArray[np.float32]
+
+INK, MUTED, GRID = "#1b2733", "#6b7a89", "#e3e8ee"
+GOOD, BAD = "#0b7a75", "#d1495b"
+KIND_COLOURS = {"original": "#ffffff", "reconstruction": "#9fb3c8", "swap": "#ffb86b", "truth": "#7bdcb5"}
+SITE_COLOURS = ("#0b7a75", "#d1495b", "#3d5a98", "#e09f3e", "#6a4c93", "#4f772d", "#9c6644", "#2b2d42")
+PLANES = ("sagittal", "coronal", "axial")
+_LABELS = {
+    "reconstruction": "reconstruction",
+    "site_adversary": "site read from content (adversary)",
+    "site_from_style": "site read from style",
+    "mftd": "MFTD",
+    "siqc": "SiQC",
+    "invariance": "invariance",
+    "total": "total",
+}
+
+
+@dataclass(frozen=True)
+class SwapRow:
+    """One scan beside what the model makes of it; every volume is [x, y, z] in [0, 1]."""
+
+    site: str
+    """Hospital of the scan."""
+    original: Volume
+    """The prepared scan."""
+    reconstruction: Volume
+    """Its own content in its own style."""
+    swaps: Mapping[str, Volume]
+    """Its content in the style of each other hospital."""
+    truths: Mapping[str, Volume]
+    """The same patient really rendered by the other hospitals' scanners, where that is known."""
+
+
+def _style(axes: Axes, title: str, ylabel: str = "") -> None:
+    axes.set_title(title, loc="left", fontsize=9.5, color=INK)
+    axes.set_ylabel(ylabel, fontsize=8, color=MUTED)
+    axes.tick_params(labelsize=8, colors=MUTED, length=0)
+    axes.grid(True, axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=170, facecolor="white")
+    return path
+
+
+def draw_losses(rounds: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Draw every loss term over rounds, a line per hospital."""
+    sites = sorted({name for entry in rounds for name in entry["sites"]})
+    first = next(iter(rounds[-1]["sites"].values()))["loss"]
+    terms = [t for t in _LABELS if t in first]
+    columns = min(4, len(terms))
+    rows = -(-len(terms) // columns)
+    figure = Figure(figsize=(10.5, 2.35 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for axes, term in zip(panels.flat, terms, strict=False):
+        for colour, site in zip(SITE_COLOURS, sites, strict=False):
+            points = [
+                (entry["round"], entry["sites"][site]["loss"][term])
+                for entry in rounds
+                if term in entry["sites"].get(site, {}).get("loss", {})
+            ]
+            if points:
+                x, y = zip(*points, strict=True)
+                axes.plot(x, y, color=colour, linewidth=1.6, label=site)
+        _style(axes, _LABELS[term])
+    for axes in panels.flat[len(terms) :]:
+        axes.set_visible(False)
+    for axes in panels[-1]:
+        axes.set_xlabel("round", fontsize=8, color=MUTED)
+    handles, labels = panels.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=8, frameon=False, fontsize=8)
+    return _save(figure, path)
+
+
+def draw_probes(rounds: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Draw the fresh probes over rounds, with their chance levels."""
+    measured = [entry for entry in rounds if entry.get("probes")]
+    x = [entry["round"] for entry in measured]
+
+    def series(name: str) -> list[float]:
+        return [entry["probes"].get(name, float("nan")) for entry in measured]
+
+    panels: list[tuple[str, list[tuple[str, str, str]], float]] = [
+        (
+            "Which hospital? (balanced accuracy, fresh probe)",
+            [("site_from_content", "from content", BAD), ("site_from_style", "from style", GOOD)],
+            measured[-1]["probes"]["chance_site"],
+        ),
+        (
+            "Which patient, across scanners? (top-1)",
+            [("patient_from_content", "from content", GOOD), ("patient_from_style", "from style", BAD)],
+            measured[-1]["probes"]["chance_patient"],
+        ),
+        ("Swaps: share of the style gap closed", [("style_gap_closed", "swap", "#3d5a98")], 0.0),
+    ]
+    figure = Figure(figsize=(10.5, 2.9), layout="constrained")
+    for axes, (title, curves, chance) in zip(figure.subplots(1, 3), panels, strict=True):
+        for name, label, colour in curves:
+            axes.plot(x, series(name), color=colour, marker="o", markersize=4, label=label)
+        axes.axhline(chance, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        lowest = min((v for name, _, _ in curves for v in series(name) if v == v), default=0.0)
+        axes.set_ylim(min(0.0, lowest - 0.05), 1.05)
+        axes.set_xlabel("round", fontsize=8, color=MUTED)
+        axes.legend(frameon=False, fontsize=8, loc="best")
+        _style(axes, title)
+    return _save(figure, path)
+
+
+def _middle(volume: Volume, plane: int) -> Volume:
+    """The middle slice of plane 0 (sagittal), 1 (coronal), 2 (axial), head up."""
+    cut = np.take(volume, volume.shape[plane] // 2, axis=plane)
+    return np.flipud(cut.T)
+
+
+def draw_swaps(row: SwapRow, path: Path, zoom: int = 3) -> Path:
+    """Draw one scan in three planes: original, reconstruction, and its swaps (with truth below, if known)."""
+    columns: list[tuple[str, str, Volume]] = [
+        ("original", row.site, row.original),
+        ("reconstruction", f"{row.site} style", row.reconstruction),
+    ]
+    columns += [("swap", f"{site} style", volume) for site, volume in row.swaps.items()]
+    columns += [("truth", f"scanned at {site}", volume) for site, volume in row.truths.items()]
+    heights = [_middle(row.original, plane).shape[0] for plane in range(3)]
+    widest = max(_middle(row.original, plane).shape[1] for plane in range(3))
+    inch = zoom / 66
+    figure = Figure(
+        figsize=(len(columns) * widest * inch * 1.04, sum(heights) * inch * 1.04 + 0.55), facecolor="#10161d"
+    )
+    panels = figure.subplots(
+        3, len(columns), squeeze=False, gridspec_kw={"height_ratios": heights, "wspace": 0.03, "hspace": 0.03}
+    )
+    top = 1 - 0.5 / figure.get_figheight()
+    figure.subplots_adjust(left=0.005, right=0.995, bottom=0.005, top=top)
+    for column, (kind, caption, volume) in enumerate(columns):
+        for plane in range(3):
+            axes = panels[plane, column]
+            axes.imshow(_middle(volume, plane), cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
+            axes.set_facecolor("#10161d")
+            axes.set_xticks([])
+            axes.set_yticks([])
+            for spine in axes.spines.values():
+                spine.set_visible(False)
+        panels[0, column].set_title(
+            f"{kind}\n{caption}", fontsize=8, color=KIND_COLOURS[kind], linespacing=1.25
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, facecolor=figure.get_facecolor())
+    return path
+
+
+def draw_traffic(sizes: Mapping[str, int], path: Path) -> Path:
+    """Draw bytes per hospital and round by what they are, on a logarithmic axis."""
+    figure = Figure(figsize=(10.5, 0.42 * len(sizes) + 0.6), layout="constrained")
+    axes = figure.subplots()
+    names, values = list(sizes), [max(1, v) for v in sizes.values()]
+    axes.barh(names, values, color="#3d5a98", height=0.55)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.grid(False)
+    for name, value in zip(names, values, strict=True):
+        text = human_bytes(value)
+        axes.annotate(text, (value, name), (5, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.tick_params(labelsize=8.5, colors=INK, length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.set_xlim(right=max(values) * 6)
+    return _save(figure, path)
+
+
+def human_bytes(count: float) -> str:
+    """`count` bytes as a person reads it (1 kB = 1000 bytes)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
