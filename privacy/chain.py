@@ -1,0 +1,182 @@
+"""An append-only file in which every line vouches for the one before: the ledger and the journal.
+
+One JSON object per line: index, UTC time, hash of the line before, the record, and the hash of all of that.
+Editing, removing or reordering a line breaks the chain at that line. A crash while writing leaves a torn last
+line, which was never an entry: opening the file drops it and adds a line that says so.
+
+Does not do: secrecy (records are plain text), or proof against whoever can rewrite the whole file or cut
+whole lines off its end; for the latter, compare `head` with a copy kept elsewhere (the journal holds the
+ledger's).
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+
+class BrokenChain(ValueError):
+    """A line was edited, removed, moved or cut; the message names the file and the line."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a chain."""
+
+    index: int
+    """Position in the file, from 0."""
+    utc: str
+    """When it was written, ISO 8601."""
+    previous: str
+    """Hash of the line before; of the chain's purpose for the first line."""
+    record: dict[str, Any]
+    """What was recorded."""
+    sha256: str
+    """Hash of everything above."""
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no spaces; NaN and infinity raise `ValueError` (write them as words)."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+
+
+class Chain:
+    """A hash-chained JSONL file, opened for appending; the folder is created if need be.
+
+    Opening verifies the whole file. `purpose` enters the first hash: a journal cannot pass for a ledger.
+    """
+
+    def __init__(self, path: Path, purpose: str) -> None:
+        self.path = path
+        self._genesis = hashlib.sha256(f"fedmeduet {purpose}".encode()).hexdigest()
+        self._head = self._genesis
+        self._count = 0
+        self._size = -1  # bytes read so far; -1: not read yet
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._locked() as descriptor:
+            self._catch_up(descriptor)
+
+    @property
+    def head(self) -> str:
+        """Hash of the last line known to this object."""
+        return self._head
+
+    def append(self, record: Mapping[str, Any]) -> str:
+        """Write one record and return the hash of its line. On the disk when this returns (fsync).
+
+        Raises `BrokenChain` if the file was tampered with since it was last read: a broken chain is not
+        extended.
+        """
+        with self._locked() as descriptor:
+            self._catch_up(descriptor)
+            return self._write(descriptor, dict(record))
+
+    def entries(self) -> list[Entry]:
+        """All lines, in order, verified; raises `BrokenChain` naming the line."""
+        with self._locked() as descriptor:
+            content = _read(descriptor)
+        return self._parse(content)
+
+    def verify(self, head: str | None = None) -> int:
+        """Check every line and return their number; with `head`, also that the chain still holds that line.
+
+        Raises `BrokenChain` naming the first bad line.
+        """
+        entries = self.entries()
+        if head is not None and head not in {entry.sha256 for entry in entries}:
+            raise BrokenChain(
+                f"{self.path}: expected a line with hash {head[:12]}…, found none in {len(entries)} lines; "
+                "lines were cut off the end or the file was rewritten."
+            )
+        return len(entries)
+
+    @contextmanager
+    def _locked(self) -> Iterator[int]:
+        # One writer at a time, across processes: a half-written line must never look torn to a neighbour.
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _catch_up(self, descriptor: int) -> None:
+        if os.fstat(descriptor).st_size == self._size:
+            return
+        content = _read(descriptor)
+        whole = content[: content.rfind(b"\n") + 1]
+        entries = self._parse(whole)
+        self._count = len(entries)
+        self._head = entries[-1].sha256 if entries else self._genesis
+        self._size = len(whole)
+        if dropped := len(content) - len(whole):
+            os.ftruncate(descriptor, len(whole))
+            self._write(descriptor, {"kind": "repair", "note": "torn last line dropped", "bytes": dropped})
+
+    def _write(self, descriptor: int, record: dict[str, Any]) -> str:
+        body = {
+            "index": self._count,
+            "utc": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "previous": self._head,
+            "record": record,
+        }
+        sha256 = hashlib.sha256(canonical(body).encode()).hexdigest()
+        line = (canonical({**body, "sha256": sha256}) + "\n").encode()
+        written = os.write(descriptor, line)
+        if written != len(line):  # a full disk: leave a torn line, which the next opening repairs
+            raise OSError(
+                f"{self.path}: expected to write {len(line)} bytes, wrote {written}; is the disk full?"
+            )
+        os.fsync(descriptor)
+        self._head, self._count, self._size = sha256, self._count + 1, self._size + len(line)
+        return sha256
+
+    def _parse(self, content: bytes) -> list[Entry]:
+        entries: list[Entry] = []
+        previous = self._genesis
+        lines = content.split(b"\n")
+        if lines.pop():
+            raise self._broken(len(lines), "is cut off")
+        for index, line in enumerate(lines):
+            entry = _entry(line)
+            if entry is None:
+                raise self._broken(index, "is not an entry or was edited")
+            if entry.previous != previous or entry.index != index:
+                raise self._broken(index, f"does not follow line {index}; lines were removed or moved")
+            entries.append(entry)
+            previous = entry.sha256
+        return entries
+
+    def _broken(self, index: int, what: str) -> BrokenChain:
+        return BrokenChain(
+            f"{self.path}: line {index + 1} {what}. Keep the file for inspection and restore it from a backup."
+        )
+
+
+def _read(descriptor: int) -> bytes:
+    return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+
+
+def _entry(line: bytes) -> Entry | None:
+    """The entry on a line; None when it is not JSON, has other fields, or its hash is not its own."""
+    try:
+        fields = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(fields, dict) or set(fields) != {"index", "utc", "previous", "record", "sha256"}:
+        return None
+    body = {name: fields[name] for name in ("index", "utc", "previous", "record")}
+    try:
+        expected = (canonical({**body, "sha256": fields["sha256"]})).encode()
+    except ValueError:
+        return None
+    # The bytes themselves must be canonical: the same JSON with other spaces is an edit, too.
+    if line != expected or hashlib.sha256(canonical(body).encode()).hexdigest() != fields["sha256"]:
+        return None
+    return Entry(**fields)

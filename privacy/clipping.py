@@ -1,0 +1,60 @@
+"""Clipping: the one place where the length of what leaves a site is cut.
+
+Works on a dict of tensors as on one long vector. Does not do: noise, or per-patient clipping inside a loss
+that mixes patients (that would bound nobody; see docs/privacy).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_ROUNDING = 2.0**-20
+"""Head-room for rounding of scaled float32 values: eight times half a unit in the last place."""
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """Tensors together with the bound that they obey."""
+
+    value: dict[str, Tensor]
+    """The tensors; joint L2 norm at most `bound`."""
+    bound: float
+    """L2 norm."""
+    norm_before: float
+    """L2 norm before clipping."""
+
+
+def joint_norm(tensors: Mapping[str, Tensor]) -> float:
+    """L2 norm of all tensors as one vector, in float64 without overflow; NaN if any value is NaN."""
+    peaks = [float(t.detach().abs().max()) for t in tensors.values() if t.numel()]
+    if any(math.isnan(peak) for peak in peaks):
+        return math.nan
+    peak = max(peaks, default=0.0)
+    if peak == 0.0 or math.isinf(peak):
+        return peak
+    total = sum(float((t.detach().to(torch.float64) / peak).square().sum()) for t in tensors.values())
+    return peak * math.sqrt(total)
+
+
+def clip(tensors: Mapping[str, Tensor], norm: float) -> Bounded:
+    """Scale all tensors by one factor so that their joint L2 norm is at most `norm`; leave shorter ones.
+
+    Guarantee: adding or removing one contributor (a site, at the gate) changes a sum of such values by at
+    most `norm` in L2; replacing one, by at most `2 * norm`. Counts and metrics that travel beside the values
+    are not covered. Raises `ValueError` for a bound that is not finite and positive, and for values that are
+    not finite: there is no direction to keep.
+    """
+    if not (math.isfinite(norm) and norm > 0):
+        raise ValueError(f"Expected a finite clipping norm > 0; got {norm}.")
+    before = joint_norm(tensors)
+    if not math.isfinite(before):
+        raise ValueError("Expected finite values to clip; got NaN or infinity. Nothing is released.")
+    if before <= norm:
+        value = {name: t.detach().clone() for name, t in tensors.items()}
+    else:
+        factor = norm * (1 - _ROUNDING) / before
+        value = {name: (t.detach().to(torch.float64) * factor).to(t.dtype) for name, t in tensors.items()}
+    return Bounded(value=value, bound=norm, norm_before=before)

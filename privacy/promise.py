@@ -1,0 +1,52 @@
+"""What is promised about a release: whose contribution is bounded, by how much, and where noise enters.
+
+A release is a sum over contributors. The promise bounds the L2 norm of one contributor's share. Noise enters
+nowhere in this version: the promise is a bound, not differential privacy, and it says so in words and as an
+epsilon of infinity. What travels beside the sum (counts, losses, seconds) is not covered by the bound.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["survey", "round", "erasure"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Promise:
+    """The guarantee under which one kind of release leaves a site.
+
+    Guarantee: adding or removing one `unit` changes the released sum by at most `bound` in L2 norm (times the
+    unit's weight, for a weighted sum). Not covered: counts and metrics that travel beside it.
+    """
+
+    kind: Kind
+    """What is released."""
+    bound: float
+    """L2 norm of one contributor's share."""
+    unit: Literal["site update", "patient statistics"]
+    """Whose share is bounded."""
+    enforcement: Literal["clip", "check"]
+    """`clip`: the gate scales a mean that is too long. `check`: shares were bounded where they were summed;
+    the gate refuses a sum that is longer than its number of shares allows."""
+    relation: Literal["add or remove one"] = "add or remove one"
+    """Which two cohorts count as neighbours."""
+    noise_in: Literal["nowhere"] = "nowhere"
+    """Where noise enters."""
+
+    def __post_init__(self) -> None:
+        """Refuse a bound that bounds nothing."""
+        if not (math.isfinite(self.bound) and self.bound > 0):
+            raise ValueError(f"Expected a promise with a finite bound > 0; got {self.bound}.")
+
+    @property
+    def epsilon(self) -> float:
+        """What the release costs: infinity, as no noise is added."""
+        return math.inf
+
+    def sentence(self) -> str:
+        """The promise in one plain sentence, for the journal and for people."""
+        return (
+            f"One {self.unit} moves this release by at most {self.bound:g} (L2, {self.relation}); "
+            "no noise is added, so epsilon is infinite: bounded, not differentially private."
+        )
