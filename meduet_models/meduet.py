@@ -1,7 +1,36 @@
-"""The MeDUET network: latents -> (content, style) tokens -> latents."""
+"""The MeDUET network: latents -> (content, style) tokens -> latents.
 
+`FactorNetwork` is what student and teacher have in common; `MeDUET` adds the two site classifiers. The network is never
+told which site a scan comes from. What is trained on it is `objective.py`; which of its parts travel is declared here
+and spelled out in `sharing.py`.
+
+Axes: b = volumes, c = latent channels, d h w = latent voxels, n = tokens, p = values in a token, k = content channels,
+s = style channels.
+Source: MeDUET (arXiv:2602.17901), sizes of MeDUET_vit_base; split paths, latent scale and erasure are ours.
+"""
+
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from meduet_models.adversary import SiteClassifier
+from meduet_models.factors import (
+    ContentHead,
+    Factors,
+    Fuse,
+    StatisticsStyleHead,
+    StyleMeter,
+    StyleStatistics,
+    TokenStyleHead,
+    normalise,
+)
+from meduet_models.tokens import patchify, unpatchify
+from meduet_models.vit import NORM_EPS, Decoder, Encoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,3 +62,230 @@ class NetworkConfig:
     style from the statistics that the normalisation removed."""
     style_map_grid: tuple[int, int, int] = (2, 3, 2)
     """Coarse mean map that the split style path reads (and that sites exchange)."""
+
+    def __post_init__(self) -> None:
+        """Refuse a network that cannot be built."""
+        if any(size % self.patch_size or size < self.patch_size for size in self.latent_grid):
+            raise ValueError(
+                f"Expected latent_grid {self.latent_grid} to be multiples of patch_size {self.patch_size}; "
+                "change the volume shape or the patch."
+            )
+        for name, width, heads in (
+            ("width", self.width, self.heads),
+            ("decoder_width", self.decoder_width, self.decoder_heads),
+        ):
+            if width % heads or width < 6:
+                raise ValueError(
+                    f"Expected {name} to be a multiple of its {heads} heads, 6 or more; got {width}."
+                )
+        if self.style_width < 1:
+            raise ValueError(
+                f"Expected style_ratio to leave at least one style channel; got {self.style_ratio}."
+            )
+        if any(
+            not 1 <= cells <= size for cells, size in zip(self.style_map_grid, self.token_grid, strict=True)
+        ):
+            raise ValueError(
+                f"Expected style_map_grid between 1 and the {self.token_grid} tokens per axis; "
+                f"got {self.style_map_grid}."
+            )
+
+    @property
+    def token_grid(self) -> tuple[int, int, int]:
+        """Tokens per axis."""
+        d, h, w = (size // self.patch_size for size in self.latent_grid)
+        return d, h, w
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens per volume."""
+        return math.prod(self.token_grid)
+
+    @property
+    def style_width(self) -> int:
+        """Style channels per token."""
+        return round(self.width * self.style_ratio)
+
+
+class FactorNetwork(nn.Module):
+    """Encoder, heads, fusing and decoder."""
+
+    CONTENT_PARTS: ClassVar[tuple[str, ...]] = ("embed", "encoder", "content_head", "fuse", "decoder")
+    """Submodules of the content branch: the federation's."""
+    STYLE_PARTS: ClassVar[tuple[str, ...]] = ("style_head",)
+    """Submodules of the style branch: at home, unless the plan shares them."""
+    SITE_PARTS: ClassVar[tuple[str, ...]] = ()
+    """Submodules fed by one pooled vector per scan: always at home."""
+    CONSTANTS: ClassVar[tuple[str, ...]] = (
+        "latent_mean",
+        "latent_deviation",
+        "erasure_mean",
+        "erasure_matrix",
+    )
+    """Buffers: agreed on once, never trained."""
+
+    latent_mean: Tensor
+    latent_deviation: Tensor
+    erasure_mean: Tensor
+    erasure_matrix: Tensor
+
+    def __init__(self, config: NetworkConfig, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        patch_values = config.latent_channels * config.patch_size**3
+        grid, width, style_width = config.token_grid, config.width, config.style_width
+        self.embed = nn.Linear(patch_values, width)
+        self.encoder = Encoder(width, config.depth, config.heads, grid)
+        self.content_head = ContentHead(width)
+        self.style_meter = StyleMeter(config.latent_grid, config.style_map_grid)
+        self.style_head: nn.Module
+        match config.factor_paths:
+            case "split":
+                self.style_head = StatisticsStyleHead(
+                    config.latent_channels, style_width, grid, config.style_map_grid
+                )
+            case "joint":
+                self.style_head = TokenStyleHead(width, style_width)
+        self.fuse = Fuse(width, style_width)
+        self.decoder = Decoder(
+            width, config.decoder_width, config.decoder_depth, config.decoder_heads, grid, patch_values
+        )
+        self.register_buffer("latent_mean", torch.zeros(config.latent_channels, *config.latent_grid))
+        self.register_buffer("latent_deviation", torch.ones(config.latent_channels))
+        self.register_buffer("erasure_mean", torch.zeros(width))
+        self.register_buffer("erasure_matrix", torch.eye(width))
+        self._initialise(seed)
+
+    def _initialise(self, seed: int) -> None:
+        """MAE's start: Xavier weights, no biases, a small mask token. From its own seed: no global draw matters."""
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and not module.weight.is_meta:
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if not self.decoder.mask_token.is_meta:
+            nn.init.normal_(self.decoder.mask_token, std=0.02, generator=generator)
+
+    # Constants that the federation agrees on
+
+    @torch.no_grad()
+    def set_latent_scale(self, mean_map: Float[Tensor, "c d h w"], deviation: Float[Tensor, " c"]) -> None:
+        """Set the federated centre (mean latent per position) and scale (deviation per channel).
+
+        The decoder predicts latents minus the centre, over the scale. Scans that are not registered to each other give
+        a `mean_map` that is constant per channel. Raises `ValueError` unless every deviation is positive.
+        """
+        if not bool((deviation > 0).all()):
+            raise ValueError(f"Expected positive latent deviations; got {deviation.tolist()}.")
+        self.latent_mean.copy_(mean_map)
+        self.latent_deviation.copy_(deviation)
+
+    @torch.no_grad()
+    def set_erasure(self, mean: Float[Tensor, " k"], matrix: Float[Tensor, "k k"]) -> None:
+        """Set the last, linear layer of the content head: x -> mean + matrix (x - mean) (LEACE, arXiv:2306.03819)."""
+        self.erasure_mean.copy_(mean)
+        self.erasure_matrix.copy_(matrix)
+
+    # Latents and tokens
+
+    def standardise(self, latents: Float[Tensor, "b c d h w"]) -> Float[Tensor, "b c d h w"]:
+        """Latents minus the federated centre, over the federated scale: what the decoder predicts."""
+        return (latents - self.latent_mean) / self.latent_deviation.reshape(-1, 1, 1, 1)
+
+    def target_tokens(self, latents: Float[Tensor, "b c d h w"]) -> Float[Tensor, "b n p"]:
+        """Tokens of the standardised latents."""
+        return patchify(self.standardise(latents), self.config.patch_size)
+
+    def tokens_to_latents(self, predicted: Float[Tensor, "b n p"]) -> Float[Tensor, "b c d h w"]:
+        """The decoder's tokens as raw latents, float32."""
+        volume = unpatchify(predicted.float(), self.config.token_grid, self.config.patch_size)
+        return volume * self.latent_deviation.reshape(-1, 1, 1, 1) + self.latent_mean
+
+    def embed_latents(self, latents: Float[Tensor, "b c d h w"]) -> Float[Tensor, "b n k"]:
+        """Token embeddings of what the encoder may see.
+
+        `split`: each scan normalised per channel, minus the centre normalised in the same way; so content does not
+        change when a channel of the scan is scaled or shifted. `joint`: standardised latents.
+        """
+        if self.config.factor_paths == "split":
+            seen = normalise(latents) - normalise(self.latent_mean.unsqueeze(0))
+        else:
+            seen = self.standardise(latents)
+        tokens: Tensor = self.embed(patchify(seen, self.config.patch_size))
+        return tokens
+
+    # Factors
+
+    def style_of_statistics(self, statistics: StyleStatistics) -> Float[Tensor, "b n s"]:
+        """Style tokens of a scan's, or a bank entry's, statistics (split paths)."""
+        centre = self.style_meter(self.latent_mean.unsqueeze(0))
+        scale = self.latent_deviation
+        style: Tensor = self.style_head(
+            StyleStatistics(
+                (statistics.mean - centre.mean) / scale,
+                statistics.deviation / scale,
+                (statistics.coarse_map - centre.coarse_map) / scale.reshape(-1, 1, 1, 1),
+            )
+        )
+        return style
+
+    def factors(self, latents: Float[Tensor, "b c d h w"], features: Float[Tensor, "b n k"]) -> Factors:
+        """Part encoder features into factors; `split` reads style from the latents instead."""
+        content: Tensor = self.content_head(features)
+        style: Tensor
+        if self.config.factor_paths == "split":
+            style = self.style_of_statistics(self.style_meter(latents))
+        else:
+            style = self.style_head(features)
+        return Factors(content, style)
+
+    def encode(self, latents: Float[Tensor, "b c d h w"]) -> Factors:
+        """Factors of whole scans, every token visible."""
+        return self.factors(latents, self.encoder(self.embed_latents(latents)))
+
+    def predict_tokens(
+        self, factors: Factors, visible: Bool[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b n p"]:
+        """Decode standardised latent tokens from the factors of the `visible` positions (all when None)."""
+        predicted: Tensor = self.decoder(self.fuse(factors), visible)
+        return predicted
+
+    def decode(self, factors: Factors) -> Float[Tensor, "b c d h w"]:
+        """Latents of whole grids of factors."""
+        return self.tokens_to_latents(self.predict_tokens(factors))
+
+    # What analysis reads
+
+    def content_tokens(self, latents: Float[Tensor, "b c d h w"]) -> Float[Tensor, "b n k"]:
+        """Content for use outside training: layer-normed per token, then the erasure (identity until fitted)."""
+        content = layer_normed(self.encode(latents).content)
+        return self.erasure_mean + (content - self.erasure_mean) @ self.erasure_matrix.T
+
+    def pooled_content(self, latents: Float[Tensor, "b c d h w"]) -> Float[Tensor, "b k"]:
+        """One content vector per scan: the mean of `content_tokens`, so the erasure acts on it as it was fitted."""
+        return self.content_tokens(latents).mean(dim=1)
+
+    def pooled_style(self, latents: Float[Tensor, "b c d h w"]) -> Float[Tensor, "b s"]:
+        """One style vector per scan: the mean of its layer-normed style tokens."""
+        return layer_normed(self.encode(latents).style).mean(dim=1)
+
+
+class MeDUET(FactorNetwork):
+    """The student: the factor network and the two classifiers that ask which site a scan is from."""
+
+    SITE_PARTS: ClassVar[tuple[str, ...]] = ("site_from_content", "site_from_style")
+
+    def __init__(self, config: NetworkConfig, num_sites: int, *, seed: int = 0) -> None:
+        super().__init__(config, seed=seed)
+        if num_sites < 1:
+            raise ValueError(f"Expected at least one site; got {num_sites}.")
+        self.num_sites = num_sites
+        self.site_from_content = SiteClassifier(config.width, num_sites)
+        self.site_from_style = SiteClassifier(config.style_width, num_sites)
+        self._initialise(seed)
+
+
+def layer_normed(tokens: Float[Tensor, "b n k"]) -> Float[Tensor, "b n k"]:
+    """Mean 0 and deviation 1 per token, float32, nothing learned."""
+    return F.layer_norm(tokens.float(), tokens.shape[-1:], eps=NORM_EPS)

@@ -1,7 +1,33 @@
-"""The whole MeDUET loss on one page: named terms, named weights."""
+"""The whole MeDUET loss on one page: named terms, named weights.
 
-from dataclasses import dataclass
+One step pairs the scans, exchanges tokens within each pair, and asks for everything back: both volumes
+(reconstruction), their sites (adversary, site from style), their factors (MFTD), and factors that survive a swap of
+styles (SiQC) and a restyling (invariance). Passes are shared wherever the result is the same: one encode of the
+mixtures, one decode of plain and swapped streams, one re-encode of both; the teacher likewise. Random choices come in
+`StepDraws`; the loss is a deterministic function of its arguments. It updates nothing.
+
+Every stream is ordered by owner: row i of a stream belongs to volume i, whichever grid its tokens were encoded in.
+Stream `kept` shows the tokens that i kept in its own grid, stream `lent` those that it lent to its partner's.
+
+Axes: b = volumes, n = tokens, p = values in a token.
+Source: MeDUET (arXiv:2602.17901); departures are listed in docs/architecture.md.
+"""
+
+from dataclasses import dataclass, fields
 from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from meduet_models.adversary import reverse_gradient
+from meduet_models.contrast import pool_tokens, restyling_invariance, supervised_contrast
+from meduet_models.demixing import draw_exchanged, draw_partners, hidden_mean, mix_tokens, unmix_tokens
+from meduet_models.distillation import distil_factors, squared_distance
+from meduet_models.factors import Factors
+from meduet_models.meduet import FactorNetwork, MeDUET
+from meduet_models.teacher import Teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -10,6 +36,9 @@ class LossWeights:
 
     reconstruction: float = 1.0
     """Dual reconstruction of both volumes of a mixture (masked positions)."""
+    visible_reconstruction: float = 0.1
+    """The same at visible positions, without which nothing teaches the decoder to write them; 0 in the published
+    method."""
     site_adversary: float = 0.2
     """Cross-entropy of the site read from content, through gradient reversal."""
     site_from_style: float = 0.2
@@ -20,6 +49,12 @@ class LossWeights:
     """Swap-invariance quadruplet contrast."""
     invariance: float = 1.0
     """Content of a scan against content of its restyling; 0 in the published method."""
+
+    def __post_init__(self) -> None:
+        """Refuse negative weights."""
+        for field in fields(self):
+            if (value := getattr(self, field.name)) < 0:
+                raise ValueError(f"Expected weights.{field.name} to be 0 or more; got {value}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +75,328 @@ class ObjectiveConfig:
     """Share of all steps before MFTD starts (published: the first 20% are off)."""
     reversal_warmup: float = 0.0
     """Share of all steps over which gradient reversal ramps to 1 (published: none)."""
+    siqc_keys: Literal["restyled", "decoded"] = "restyled"
+    """What SiQC's queries must find. `restyled`: the teacher's view of each scan and of its restyling, the known
+    answer of the swap. `decoded`: the teacher's own halves and swaps, as published."""
     estimator: Literal["full", "one_stream", "alternate"] = "full"
-    """`full`: both re-encoded streams each step. `one_stream`: one of them, drawn at random (unbiased for
-    MFTD). `alternate`: MFTD and SiQC in turn."""
+    """`full`: both re-encoded streams each step. `one_stream`: one of them per scan, drawn at random (unbiased for
+    MFTD). `alternate`: after MFTD's warm-up, either MFTD or SiQC at twice its weight, drawn at random."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot act."""
+        for name in ("temperature_content", "temperature_style", "temperature_invariance"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"Expected {name} > 0; got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What a step sees of a site."""
+
+    latents: Float[Tensor, "b c d h w"]
+    site: Int[Tensor, " b"]
+    """Whose style each scan wears (0 ... number of sites - 1)."""
+    restyled: Float[Tensor, "b c d h w"] | None = None
+    """Scan i in the style of its partner's site: the known answer of the swap."""
+    restyled_site: Int[Tensor, " b"] | None = None
+    """Whose style that is; the partner's site when None."""
+    subject: Int[Tensor, " b"] | None = None
+    """Equal for scans of one patient, so that they are never contrasted; every scan its own when None."""
+
+
+@dataclass(frozen=True)
+class StepDraws:
+    """Every random choice of a step."""
+
+    partner: Int[Tensor, " b"]
+    """Pairs: partner[partner[i]] == i != partner[i]."""
+    exchanged: Bool[Tensor, "b n"]
+    """Where partners exchange tokens; the same for both."""
+    show_lent: Bool[Tensor, " b"]
+    """`one_stream`: which stream of each scan is re-encoded (set: lent; clear: kept)."""
+    turn: Literal["mftd", "siqc"]
+    """`alternate`: which of the two is computed."""
+    target_site: Int[Tensor, " b"] | None = None
+    """Whose style each scan should wear in this step; the two of a pair differ when there is a choice."""
+
+    def to(self, device: torch.device | str) -> "StepDraws":
+        """The same choices on another device."""
+        target = None if self.target_site is None else self.target_site.to(device)
+        return StepDraws(
+            self.partner.to(device), self.exchanged.to(device), self.show_lent.to(device), self.turn, target
+        )
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The loss to descend, and its terms before weighting (only those that were computed), with their graph."""
+
+    total: Float[Tensor, ""]
+    terms: dict[str, Tensor]
+
+
+def draw_step(
+    generator: torch.Generator,
+    batch_size: int,
+    num_tokens: int,
+    config: ObjectiveConfig,
+    site_choices: tuple[int, ...] = (),
+) -> StepDraws:
+    """Draw a step on the CPU. `site_choices`: the sites whose styles this client can dress its scans in, itself included.
+
+    Raises `ValueError` when the batch is odd or the mask ratio exchanges nothing.
+    """
+    partner = draw_partners(generator, batch_size)
+    exchanged = draw_exchanged(generator, partner, num_tokens, config.mask_ratio)
+    show_lent = torch.rand(batch_size, generator=generator) < 0.5
+    turn: Literal["mftd", "siqc"] = "mftd" if torch.rand((), generator=generator) < 0.5 else "siqc"
+    target = None
+    if site_choices:
+        lower = torch.minimum(torch.arange(batch_size), partner)
+        first = torch.randint(len(site_choices), (batch_size,), generator=generator)[lower]
+        step = torch.randint(1, max(2, len(site_choices)), (batch_size,), generator=generator)[lower]
+        is_upper = torch.arange(batch_size) != lower
+        target = torch.tensor(site_choices)[(first + step * is_upper) % len(site_choices)]
+    return StepDraws(partner, exchanged, show_lent, turn, target)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which quantities this step needs, and with what weight."""
+
+    mftd: float
+    siqc: float
+    invariance: float
+    reversal: float
+
+    @staticmethod
+    def of(config: ObjectiveConfig, draws: StepDraws, progress: float) -> "_Plan":
+        weights = config.weights
+        mftd = weights.mftd if progress >= config.mftd_warmup else 0.0
+        siqc = weights.siqc
+        if config.estimator == "alternate" and mftd and siqc:
+            mftd, siqc = (2 * mftd, 0.0) if draws.turn == "mftd" else (0.0, 2 * siqc)
+        reversal = 1.0 if config.reversal_warmup == 0 else min(1.0, progress / config.reversal_warmup)
+        return _Plan(mftd, siqc, weights.invariance, reversal)
+
+
+class MeduetObjective:
+    """The loss of one step."""
+
+    def __init__(self, config: ObjectiveConfig) -> None:
+        self.config = config
+
+    def __call__(
+        self, student: MeDUET, teacher: Teacher, batch: StepBatch, draws: StepDraws, progress: float
+    ) -> Losses:
+        """Compute the loss at a share `progress` in [0, 1] of all steps.
+
+        Raises `ValueError` when a term needs `batch.restyled` and there is none.
+        """
+        config, weights = self.config, self.config.weights
+        plan = _Plan.of(config, draws, progress)
+        self._check(batch, plan)
+        subject = torch.arange(len(batch.site), device=batch.site.device)
+        subject = subject if batch.subject is None else batch.subject
+        kept, lent = ~draws.exchanged, draws.exchanged  # b n, what each stream shows of volume i
+
+        own, restyled = self._encode_mixed(student, batch, draws, bool(plan.invariance))
+        swapped = Factors(own.content, own.style[draws.partner])
+
+        # Student: one decode, one re-encode.
+        chosen = torch.where(draws.show_lent.unsqueeze(1), lent, kept)
+        swap_visible = [chosen] if config.estimator == "one_stream" else [kept, lent]
+        streams = [(own, kept), (own, lent)]
+        streams += [(swapped, visible) for visible in swap_visible] if plan.siqc else []
+        decoded = self._decode(student, streams)
+        plain, swaps = decoded[:2], decoded[2:]
+        again_visible: list[Tensor] = []
+        if plan.mftd and config.estimator == "one_stream":
+            again_visible = [chosen]
+            plain = [torch.where(draws.show_lent.reshape(-1, 1, 1), decoded[1], decoded[0])]
+        elif plan.mftd:
+            again_visible = [kept, lent]
+        again = self._reencode(student, plain[: len(again_visible)] + swaps)
+        again_plain, again_swaps = again[: len(again_visible)], again[len(again_visible) :]
+
+        terms = self._reconstruction(student, batch, decoded[:2], [kept, lent])
+        terms |= self._sites(student, batch, own, [kept, lent], plan.reversal)
+        clean, keys = self._teach(teacher, batch, draws, plan, swap_visible)
+        if plan.mftd and clean is not None:
+            share = 2 / len(again_visible)
+            terms["mftd"] = share * sum_of(
+                [distil_factors(f, clean, ~v) for f, v in zip(again_plain, again_visible, strict=True)]
+            )
+        if plan.siqc:
+            queries = [(own, kept), (own, lent), *((f, None) for f in again_swaps)]
+            terms["siqc"] = self._siqc(queries, keys, batch, draws, subject)
+        if plan.invariance and clean is not None and restyled is not None:
+            terms["invariance"] = restyling_invariance(
+                restyled.content, clean.content, subject, config.temperature_invariance
+            )
+
+        factor = {name: getattr(weights, name) for name in terms} | {"mftd": plan.mftd, "siqc": plan.siqc}
+        return Losses(sum_of([factor[name] * term for name, term in terms.items()]), terms)
+
+    def _check(self, batch: StepBatch, plan: _Plan) -> None:
+        known_answer = plan.siqc and self.config.siqc_keys == "restyled"
+        if (plan.invariance or known_answer) and batch.restyled is None:
+            raise ValueError(
+                "Expected batch.restyled, which weights.invariance > 0 and siqc_keys=restyled need; got None. "
+                "Exchange styles, or set weights.invariance: 0 and siqc_keys: decoded."
+            )
+
+    # Student
+
+    def _encode_mixed(
+        self, student: MeDUET, batch: StepBatch, draws: StepDraws, with_restyled: bool
+    ) -> tuple[Factors, Factors | None]:
+        """Encode the mixtures, and the restyled scans in the same call; factors by owner."""
+        b = len(batch.latents)
+        latents = batch.latents
+        if with_restyled and batch.restyled is not None:
+            latents = torch.cat([latents, batch.restyled])
+        tokens = student.embed_latents(latents)
+        mixed = mix_tokens(tokens[:b], draws.partner, draws.exchanged)
+        features: Tensor = student.encoder(torch.cat([mixed, tokens[b:]]))
+        features = torch.cat([unmix_tokens(features[:b], draws.partner, draws.exchanged), features[b:]])
+        factors = student.factors(latents, features)
+        return factors[:b], factors[b:] if with_restyled else None
+
+    def _decode(self, network: FactorNetwork, streams: list[tuple[Factors, Tensor]]) -> list[Tensor]:
+        """Standardised tokens of each stream (factors, visible), in one call."""
+        factors = _stack([f for f, _ in streams])
+        visible = torch.cat([v for _, v in streams])
+        return list(network.predict_tokens(factors, visible).chunk(len(streams)))
+
+    def _reencode(self, network: FactorNetwork, decoded: list[Tensor]) -> list[Factors]:
+        """Factors of each decoded volume, in one call."""
+        if not decoded:
+            return []
+        factors = network.encode(network.tokens_to_latents(torch.cat(decoded)))
+        return _split(factors, len(decoded))
+
+    def _reconstruction(
+        self, student: MeDUET, batch: StepBatch, decoded: list[Tensor], visible: list[Tensor]
+    ) -> dict[str, Tensor]:
+        """Squared error of both streams, hidden and visible positions apart, in units of the latent scale."""
+        target = student.target_tokens(batch.latents)
+        error = torch.cat([squared_distance(tokens, target) for tokens in decoded])
+        shown, weights = torch.cat(visible), self.config.weights
+        terms = {}
+        if weights.reconstruction:
+            terms["reconstruction"] = hidden_mean(error, ~shown)
+        if weights.visible_reconstruction:
+            terms["visible_reconstruction"] = hidden_mean(error, shown)
+        return terms
+
+    def _sites(
+        self, student: MeDUET, batch: StepBatch, own: Factors, visible: list[Tensor], reversal: float
+    ) -> dict[str, Tensor]:
+        """Cross-entropy of the site, read from the pooled factors of each half."""
+        terms, labels = {}, batch.site.repeat(2)
+        if self.config.weights.site_adversary:
+            content = torch.cat([_mean_visible(own.content, v) for v in visible])
+            logits = student.site_from_content(reverse_gradient(content, reversal))
+            terms["site_adversary"] = F.cross_entropy(logits.float(), labels)
+        if self.config.weights.site_from_style:
+            logits = student.site_from_style(torch.cat([_mean_visible(own.style, v) for v in visible]))
+            terms["site_from_style"] = F.cross_entropy(logits.float(), labels)
+        return terms
+
+    # Teacher
+
+    @torch.no_grad()
+    def _teach(
+        self, teacher: Teacher, batch: StepBatch, draws: StepDraws, plan: _Plan, swap_visible: list[Tensor]
+    ) -> tuple[Factors | None, list[tuple[Factors, Tensor | None]]]:
+        """The teacher's factors of the clean scans, and SiQC's keys; every pass at most once."""
+        network, b = teacher.network, len(batch.latents)
+        decodes = bool(plan.siqc) and self.config.siqc_keys == "decoded"
+        answers = bool(plan.siqc) and not decodes
+        needs_clean = bool(plan.mftd or plan.invariance or answers)
+        whole = [batch.latents] if needs_clean else []
+        whole += [batch.restyled] if answers and batch.restyled is not None else []
+        mixed = [batch.latents] if decodes else []
+        if not whole + mixed:
+            return None, []
+        latents = torch.cat(whole + mixed)
+        tokens = network.embed_latents(latents)
+        if decodes:  # its mixtures complement the student's
+            tokens = torch.cat([tokens[:-b], mix_tokens(tokens[-b:], draws.partner, ~draws.exchanged)])
+        features: Tensor = network.encoder(tokens)
+        if decodes:
+            features = torch.cat(
+                [features[:-b], unmix_tokens(features[-b:], draws.partner, ~draws.exchanged)]
+            )
+        views = _split(network.factors(latents, features), len(whole + mixed))
+        clean = views[0] if needs_clean else None
+        if not decodes:
+            return clean, [(view, None) for view in views] if answers else []
+        own = views[-1]
+        swapped = Factors(own.content, own.style[draws.partner])
+        decoded = self._decode(network, [(swapped, ~visible) for visible in swap_visible])
+        keys: list[tuple[Factors, Tensor | None]] = [(own, draws.exchanged), (own, ~draws.exchanged)]
+        return clean, [*keys, *((f, None) for f in self._reencode(network, decoded))]
+
+    def _siqc(
+        self,
+        queries: list[tuple[Factors, Tensor | None]],
+        keys: list[tuple[Factors, Tensor | None]],
+        batch: StepBatch,
+        draws: StepDraws,
+        subject: Tensor,
+    ) -> Tensor:
+        """Content must find its subject, style its site. The first two queries are halves, the others swaps.
+
+        Published keys answer query by query, and a query's own answer is excluded. Restyled keys are the scans and
+        their restylings; there the answer is known, and nothing is excluded.
+        """
+        partner_site = batch.site[draws.partner]
+        swaps = len(queries) - 2
+        query_site = torch.cat([batch.site, batch.site, *[partner_site] * swaps])
+        if self.config.siqc_keys == "decoded":
+            key_site = query_site
+            excluded = torch.eye(len(query_site), dtype=torch.bool, device=query_site.device)
+        else:
+            restyled_site = partner_site if batch.restyled_site is None else batch.restyled_site
+            key_site, excluded = torch.cat([batch.site, restyled_site]), None
+        query_subject, key_subject = subject.repeat(len(queries)), subject.repeat(len(keys))
+        content = supervised_contrast(
+            torch.cat([pool_tokens(f.content, v) for f, v in queries]),
+            torch.cat([pool_tokens(f.content, v) for f, v in keys]),
+            query_subject,
+            key_subject,
+            self.config.temperature_content,
+            excluded,
+        )
+        style = supervised_contrast(
+            torch.cat([pool_tokens(f.style, v) for f, v in queries]),
+            torch.cat([pool_tokens(f.style, v) for f, v in keys]),
+            query_site,
+            key_site,
+            self.config.temperature_style,
+            excluded,
+        )
+        return content + style
+
+
+def sum_of(terms: list[Tensor]) -> Float[Tensor, ""]:
+    """Sum of scalars; raises `ValueError` when every weight is zero, as there is nothing to train."""
+    if not terms:
+        raise ValueError("Expected at least one positive weight in objective.weights; all are 0.")
+    return torch.stack(terms).sum()
+
+
+def _mean_visible(tokens: Tensor, visible: Tensor) -> Tensor:
+    weight = visible.unsqueeze(-1).to(tokens.dtype)
+    return (tokens * weight).sum(dim=1) / weight.sum(dim=1)
+
+
+def _stack(parts: list[Factors]) -> Factors:
+    return Factors(torch.cat([f.content for f in parts]), torch.cat([f.style for f in parts]))
+
+
+def _split(factors: Factors, parts: int) -> list[Factors]:
+    content, style = factors.content.chunk(parts), factors.style.chunk(parts)
+    return [Factors(c, s) for c, s in zip(content, style, strict=True)]

@@ -1,0 +1,79 @@
+"""Which parts of the model are the federation's (content) and which stay home (style).
+
+The model declares its parts (`CONTENT_PARTS`, `STYLE_PARTS`, `SITE_PARTS`, `CONSTANTS`); here they become names of
+tensors. Nothing is decided by what a name looks like. A tensor that no part declares is an error, not a guess.
+
+Source: FedBN (arXiv:2102.07623) and PaDPaF for keeping style at home; docs/privacy.md for the site classifiers, whose
+gradient gives away the one pooled vector per scan that they see.
+"""
+
+from typing import Literal
+
+from meduet_models.meduet import FactorNetwork
+
+Method = Literal["content_share", "fedavg", "fedprox", "alone"]
+StyleScope = Literal["local", "shared"]
+
+
+def content_keys(model: FactorNetwork) -> tuple[str, ...]:
+    """Tensors of the content branch."""
+    return _of_parts(model, model.CONTENT_PARTS)
+
+
+def style_keys(model: FactorNetwork) -> tuple[str, ...]:
+    """Tensors of the style branch."""
+    return _of_parts(model, model.STYLE_PARTS)
+
+
+def site_keys(model: FactorNetwork) -> tuple[str, ...]:
+    """Tensors of the site classifiers."""
+    return _of_parts(model, model.SITE_PARTS)
+
+
+def constant_keys(model: FactorNetwork) -> tuple[str, ...]:
+    """Tensors that are agreed on once and never trained: latent scale and erasure. Their update is exactly zero."""
+    return _of_parts(model, model.CONSTANTS)
+
+
+def shared_keys(model: FactorNetwork, style_head: StyleScope, method: Method) -> tuple[str, ...]:
+    """Tensors that travel, in the model's order; `constant_keys` are among them, as every site needs them.
+
+    `content_share`: content branch and constants, and the style branch when `style_head` is `shared`; the site
+    classifiers never. `fedavg`, `fedprox`: everything, as the baselines are defined. `alone`: nothing.
+    Raises `ValueError` on any other word, and when the model has a tensor that no part declares.
+    """
+    if style_head not in ("local", "shared"):
+        raise ValueError(f"Expected style_head to be local or shared; got {style_head!r}.")
+    declared = _all_keys(model)
+    match method:
+        case "content_share":
+            chosen = {*content_keys(model), *constant_keys(model)}
+            if style_head == "shared":
+                chosen |= {*style_keys(model)}
+        case "fedavg" | "fedprox":
+            chosen = set(declared)
+        case "alone":
+            chosen = set()
+        case _:
+            raise ValueError(f"Expected method content_share, fedavg, fedprox or alone; got {method!r}.")
+    return tuple(name for name in declared if name in chosen)
+
+
+def home_keys(model: FactorNetwork, style_head: StyleScope, method: Method) -> tuple[str, ...]:
+    """Tensors that stay at the site: all that `shared_keys` does not name."""
+    travelling = set(shared_keys(model, style_head, method))
+    return tuple(name for name in _all_keys(model) if name not in travelling)
+
+
+def _of_parts(model: FactorNetwork, parts: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in model.state_dict() if name.split(".", 1)[0] in parts)
+
+
+def _all_keys(model: FactorNetwork) -> tuple[str, ...]:
+    parts = (*model.CONTENT_PARTS, *model.STYLE_PARTS, *model.SITE_PARTS, *model.CONSTANTS)
+    names = tuple(model.state_dict())
+    if stray := [name for name in names if name.split(".", 1)[0] not in parts]:
+        raise ValueError(
+            f"Expected every tensor to belong to a declared part; {stray[0]!r} does not. Declare it on the model."
+        )
+    return names
