@@ -57,7 +57,7 @@ class Chain:
         self._genesis = hashlib.sha256(f"fedmeduet {purpose}".encode()).hexdigest()
         self._head = self._genesis
         self._count = 0
-        self._size = -1  # bytes read so far; -1: not read yet
+        self._stamp = (-1, -1)  # size and time of the file when last read; -1: not read yet
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._locked() as descriptor:
             self._catch_up(descriptor)
@@ -107,14 +107,14 @@ class Chain:
             os.close(descriptor)
 
     def _catch_up(self, descriptor: int) -> None:
-        if os.fstat(descriptor).st_size == self._size:
+        if _stamp(descriptor) == self._stamp:
             return
         content = _read(descriptor)
         whole = content[: content.rfind(b"\n") + 1]
         entries = self._parse(whole)
         self._count = len(entries)
         self._head = entries[-1].sha256 if entries else self._genesis
-        self._size = len(whole)
+        self._stamp = _stamp(descriptor)
         if dropped := len(content) - len(whole):
             os.ftruncate(descriptor, len(whole))
             self._write(descriptor, {"kind": "repair", "note": "torn last line dropped", "bytes": dropped})
@@ -134,7 +134,7 @@ class Chain:
                 f"{self.path}: expected to write {len(line)} bytes, wrote {written}; is the disk full?"
             )
         os.fsync(descriptor)
-        self._head, self._count, self._size = sha256, self._count + 1, self._size + len(line)
+        self._head, self._count, self._stamp = sha256, self._count + 1, _stamp(descriptor)
         return sha256
 
     def _parse(self, content: bytes) -> list[Entry]:
@@ -154,13 +154,16 @@ class Chain:
         return entries
 
     def _broken(self, index: int, what: str) -> BrokenChain:
-        return BrokenChain(
-            f"{self.path}: line {index + 1} {what}. Keep the file for inspection and restore it from a backup."
-        )
+        return BrokenChain(f"{self.path}: line {index + 1} {what}. Keep it as evidence and restore a backup.")
 
 
 def _read(descriptor: int) -> bytes:
     return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+
+
+def _stamp(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_size, status.st_mtime_ns
 
 
 def _entry(line: bytes) -> Entry | None:

@@ -1,0 +1,229 @@
+"""The gate: the only way out of a site.
+
+Every tensor and every number that leaves passes `Gate.release`, in this order: a place in the ledger, exactly
+the declared tensors, finite, bounded, noise as promised, wire dtype, charge in the ledger, line in the
+journal. Whatever fails, nothing is returned. Replies are built from `Released` values alone, and only the
+gate makes one.
+
+Does not do: decide what is shared (`meduet_models/sharing.py`) or bound one patient's share of a sum: that
+happens where the sum is made; the gate checks that the sum is no longer than that allows. Noise enters
+nowhere in this version; the step exists as the identity and says so in the journal.
+"""
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Final, NoReturn, final
+
+import torch
+from torch import Tensor
+
+from federation.journal import Journal
+from federation.messages import METRIC_NAMES
+from federation.wire import RefusalKind, WireDtype
+from meduet_models.weights import sha256_of_tensors
+from privacy.clipping import clip, joint_norm
+from privacy.ledger import Ledger, Reservation
+from privacy.promise import Promise
+
+COUNT_NAMES: Final = frozenset({"examples", "num_patients", "num_scans"})
+"""Every whole number that may leave a site."""
+
+_HEAD_ROOM: Final[dict[WireDtype, float]] = {"float32": 2.0**-20, "bfloat16": 2.0**-8}
+"""Rounding to the wire's dtype lengthens a vector by less than this share; it is taken off the bound."""
+
+_ROUNDING_OF_SUMS: Final = 2.0**-20
+"""By what share the float32 copy of a float64 sum may pass its bound."""
+
+_MAKERS_MARK: Final = object()
+
+
+class GateRefusal(ValueError):
+    """The gate stays shut; `kind` is what the centre is told."""
+
+    def __init__(self, text: str, kind: RefusalKind = RefusalKind.INTERNAL) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+@final
+class Released:
+    """What passed the gate. Only the gate makes one."""
+
+    __slots__ = ("counts", "metrics", "promise", "record", "tensors", "wire_dtype")
+
+    def __init__(
+        self,
+        mark: object,
+        *,
+        promise: Promise,
+        tensors: Mapping[str, Tensor],
+        counts: Mapping[str, int],
+        metrics: Mapping[str, float],
+        wire_dtype: WireDtype,
+        record: Mapping[str, Any],
+    ) -> None:
+        if mark is not _MAKERS_MARK:
+            raise TypeError("Expected the gate to make a Released; pass tensors through Gate.release.")
+        self.promise = promise
+        self.tensors = MappingProxyType(dict(tensors))
+        self.counts = MappingProxyType(dict(counts))
+        self.metrics = MappingProxyType(dict(metrics))
+        self.wire_dtype: WireDtype = wire_dtype
+        self.record = MappingProxyType(dict(record))
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be copied or pickled past the gate."""
+        raise TypeError("A Released is neither copied nor pickled.")
+
+
+class Gate:
+    """The gate of one site, with the ledger it charges and the journal it writes."""
+
+    def __init__(self, ledger: Ledger, journal: Journal) -> None:
+        self._ledger = ledger
+        self._journal = journal
+
+    def release(
+        self,
+        reservation: Reservation | None,
+        tensors: Mapping[str, Tensor],
+        declared: Mapping[str, tuple[int, ...]],
+        *,
+        weight: float = 1.0,
+        counts: Mapping[str, object] | None = None,
+        metrics: Mapping[str, object] | None = None,
+        not_covered: frozenset[str] = frozenset(),
+        wire_dtype: WireDtype = "float32",
+    ) -> Released:
+        """Let `tensors`, `counts` and `metrics` out under the reservation's promise, or raise.
+
+        `declared` maps each tensor that must be there to its shape; nothing else may be. With a promise that
+        clips, `tensors` are a mean and `weight` is what it is multiplied by afterwards; with one that checks,
+        they are sums over `weight` contributors. `not_covered` names tensors that the bound leaves out (how
+        many contributors there were).
+
+        Guarantee: the released vector's L2 norm is at most `weight * promise.bound`, rounding to the wire's
+        dtype included; a sum that was bounded where it was made may pass that by one part in a million, its
+        own rounding. Not covered: `not_covered`, counts and metrics; the journal lists them.
+        Raises `GateRefusal` (kind `non_finite` for NaN and infinity), `BrokenChain` or `OSError`.
+        """
+        if reservation is None:
+            raise GateRefusal("Expected a reservation of the ledger, made before reading; got none.")
+        if not (math.isfinite(weight) and weight > 0):
+            raise GateRefusal(f"Expected a weight > 0; got {weight}.")
+        promise = reservation.promise
+        _check_declared(tensors, declared)
+        whole, real = _counts(counts or {}), _metrics(metrics or {})
+        _finite_norm(tensors)
+        covered = {name: tensor for name, tensor in tensors.items() if name not in not_covered}
+        before = _finite_norm(covered)
+        bounded = _bound(covered, promise, weight, wire_dtype)
+        noised, noise = _noise(bounded, promise)
+        leaving = {name: _cast(noised.get(name, tensor), wire_dtype) for name, tensor in tensors.items()}
+        after = _finite_norm({name: leaving[name] for name in covered})
+        limit = weight * promise.bound * (1 if promise.enforcement == "clip" else 1 + _ROUNDING_OF_SUMS)
+        if after > limit:
+            raise GateRefusal(
+                f"Expected '{promise.kind}' over {weight:g} contributors to be at most {limit:g} long; got "
+                f"{after:g}. Contributors were not bounded where the sum was made."
+            )
+        _finite_norm(leaving)
+        sha256 = sha256_of_tensors(leaving)
+        size = {"float32": 4, "bfloat16": 2}[wire_dtype]
+        record: dict[str, Any] = {
+            "kind": promise.kind,
+            "plan": reservation.plan_sha256,
+            "round": reservation.round,
+            "tensors": len(leaving),
+            "bytes": sum(t.numel() * (size if t.dtype == torch.float32 else 8) for t in leaving.values()),
+            "sha256": sha256,
+            "dtype": wire_dtype,
+            "weight": weight,
+            "not_covered": sorted(not_covered),
+            "norm_before": before,
+            "norm_after": after,
+            "clipped": promise.enforcement == "clip" and after < before * weight * (1 - 2.0**-7),
+            "bound": weight * promise.bound,
+            "promise": promise.sentence(),
+            "noise": noise,
+            "counts": whole,
+            "metrics": real,
+        }
+        record["ledger"] = self._ledger.settle(reservation, weight, sha256)
+        self._journal.append(record)
+        return Released(
+            _MAKERS_MARK,
+            promise=promise,
+            tensors=leaving,
+            counts=whole,
+            metrics=real,
+            wire_dtype=wire_dtype,
+            record=record,
+        )
+
+
+def _check_declared(tensors: Mapping[str, Tensor], declared: Mapping[str, tuple[int, ...]]) -> None:
+    if undeclared := sorted(set(tensors) - set(declared)):
+        raise GateRefusal(f"Expected declared tensors only; got {undeclared[0]!r}. Nothing is released.")
+    if missing := sorted(set(declared) - set(tensors)):
+        raise GateRefusal(f"Expected tensor {missing[0]!r}, which is declared; it is missing.")
+    for name, shape in declared.items():
+        if tuple(tensors[name].shape) != tuple(shape):
+            raise GateRefusal(f"Expected {name!r} of shape {shape}; got {tuple(tensors[name].shape)}.")
+        if tensors[name].dtype not in (torch.float32, torch.float64):
+            raise GateRefusal(f"Expected {name!r} to be float32 or float64; got {tensors[name].dtype}.")
+
+
+def _counts(counts: Mapping[str, object]) -> dict[str, int]:
+    checked: dict[str, int] = {}
+    for name, count in counts.items():
+        if name not in COUNT_NAMES:
+            raise GateRefusal(f"Expected counts of the agreed names; got {name!r}.")
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            raise GateRefusal(f"Expected count {name!r} to be a whole number >= 0; got {count!r}.")
+        checked[name] = count
+    return checked
+
+
+def _metrics(metrics: Mapping[str, object]) -> dict[str, float]:
+    checked: dict[str, float] = {}
+    for name, value in metrics.items():
+        if name not in METRIC_NAMES:
+            raise GateRefusal(f"Expected metrics of the agreed names; got {name!r}.")
+        if not isinstance(value, float):
+            raise GateRefusal(f"Expected metric {name!r} to be a float; got {type(value).__name__}.")
+        if not math.isfinite(value):
+            raise GateRefusal(f"Expected metric {name!r} to be finite; got {value}.", RefusalKind.NON_FINITE)
+        checked[name] = float(value)  # np.float64 is a float, but Flower refuses it
+    return checked
+
+
+def _finite_norm(tensors: Mapping[str, Tensor]) -> float:
+    norm = joint_norm(tensors)
+    if not math.isfinite(norm):
+        raise GateRefusal("Expected finite values to release; got NaN or infinity.", RefusalKind.NON_FINITE)
+    return norm
+
+
+def _bound(
+    tensors: Mapping[str, Tensor], promise: Promise, weight: float, wire_dtype: WireDtype
+) -> dict[str, Tensor]:
+    """The weighted sum: of a clipped mean, with head-room for rounding, or as it was summed."""
+    if promise.enforcement == "check":
+        return dict(tensors)
+    mean = clip(tensors, promise.bound * (1 - _HEAD_ROOM[wire_dtype])).value
+    return {name: tensor * weight for name, tensor in mean.items()}
+
+
+def _noise(tensors: dict[str, Tensor], promise: Promise) -> tuple[dict[str, Tensor], str]:
+    """The identity, and the sentence that says so."""
+    return tensors, f"noise enters {promise.noise_in}: the values leave as they were bounded"
+
+
+def _cast(tensor: Tensor, wire_dtype: WireDtype) -> Tensor:
+    """CPU values that the wire carries exactly: float32, or float32 with bfloat16's eight bits."""
+    tensor = tensor.detach().to("cpu", copy=True)
+    if wire_dtype == "bfloat16" and tensor.dtype == torch.float32:
+        return tensor.to(torch.bfloat16).to(torch.float32)
+    return tensor

@@ -1,0 +1,138 @@
+"""What a site keeps between rounds on its own disk: home weights, teacher, optimiser's moments.
+
+One file per round, `state/<plan>/round-0003.safetensors`, written whole or not at all; round 0 is the common
+start that came with the first round and stays for good: the style branch is anchored to it. Round r starts
+from the state after round r - 1 and never changes it, so a round delivered twice, or after the centre went
+back to its last checkpoint, gives the same answer. Kept are the last round and the one it began from: the
+centre may go back by one.
+
+A site that sat out a round goes on from the last state it has. Does not do: leave the site, ever. AdamW's
+moments of the shared weights stay here too; resetting them each round was measured to be worse (docs/log).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
+
+_PARTS = ("home", "teacher", "optimiser")
+
+
+class StateMissing(ValueError):
+    """This site has no state from which the round could start; the centre must offer an earlier round."""
+
+
+class StateDamaged(ValueError):
+    """A state file is not what was written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteState:
+    """A site after a round. Tensors on the CPU, by name."""
+
+    round: int
+    """After which round; 0 is the common start."""
+    began_from: int = 0
+    """From the state after which round it began: the one before, unless the site sat out rounds."""
+    home: dict[str, Tensor]
+    """Weights that stay at the site."""
+    teacher: dict[str, Tensor] = field(default_factory=dict)
+    """The moving-average teacher; empty at the start, where it equals the student."""
+    optimiser: dict[str, Tensor] = field(default_factory=dict)
+    """AdamW's moments and step counts, `<moment>/<parameter>`; empty at the start."""
+
+
+class StateFolder:
+    """The states of one site in one run, `folder/<first 12 digits of the plan's hash>/`."""
+
+    def __init__(self, folder: Path, plan_sha256: str) -> None:
+        self._folder = folder / plan_sha256[:12]
+        self._plan_sha256 = plan_sha256
+
+    def begin(self, home: Mapping[str, Tensor]) -> None:
+        """Keep the common start; states of an earlier attempt at the same plan go."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._write(SiteState(round=0, home=dict(home)), shared_sha256="")
+        for round in self.rounds():
+            if round > 0:
+                self._path(round).unlink()
+
+    def start(self) -> SiteState:
+        """The common start; raises `StateMissing` if it never came."""
+        if not self._path(0).is_file():
+            raise StateMissing("Expected the common start of round 1; this site never received it.")
+        return self._read(0)
+
+    def before(self, round: int) -> SiteState:
+        """The state from which `round` starts: after `round - 1`, or after the last round taken part in.
+
+        Raises `StateMissing` when the centre goes back further than this site keeps, and `StateDamaged`.
+        """
+        kept = self.rounds()
+        earlier, later = [r for r in kept if r < round], [r for r in kept if r >= round]
+        if not earlier:
+            raise StateMissing("Expected the common start of round 1; this site never received it.")
+        # A later state knows from which one it began; if that is another, the one asked for was dropped.
+        if later and self._read(later[0]).began_from != earlier[-1]:
+            raise StateMissing(
+                f"Expected a state after round {round - 1}; this site keeps {', '.join(map(str, kept))}. "
+                "Restart the run from round 1."
+            )
+        return self._read(earlier[-1])
+
+    def save(self, state: SiteState, shared_sha256: str) -> None:
+        """Keep the state after a round; later rounds (of a run that went back) and old ones go.
+
+        `shared_sha256`: hash of the shared weights with which the round began.
+        """
+        self._write(state, shared_sha256)
+        for round in self.rounds():
+            if round not in (0, state.began_from, state.round):
+                self._path(round).unlink()
+
+    def rounds(self) -> list[int]:
+        """Rounds whose state is on disk, ascending."""
+        return sorted(
+            int(path.stem.removeprefix("round-")) for path in self._folder.glob("round-*.safetensors")
+        )
+
+    def _path(self, round: int) -> Path:
+        return self._folder / f"round-{round:04d}.safetensors"
+
+    def _write(self, state: SiteState, shared_sha256: str) -> None:
+        parts = {"home": state.home, "teacher": state.teacher, "optimiser": state.optimiser}
+        tensors = {
+            f"{part}:{name}": tensor for part, named in parts.items() for name, tensor in named.items()
+        }
+        provenance = {
+            "plan_sha256": self._plan_sha256,
+            "round": str(state.round),
+            "began_from": str(state.began_from),
+            "shared_sha256": shared_sha256,
+            "tensors_sha256": sha256_of_tensors(tensors),
+        }
+        save_weights(self._path(state.round), tensors, provenance)
+
+    def _read(self, round: int) -> SiteState:
+        path = self._path(round)
+        try:
+            tensors, provenance = load_weights(path)
+        except ValueError as error:
+            raise StateDamaged(str(error)) from error
+        expected = {
+            "plan_sha256": self._plan_sha256,
+            "round": str(round),
+            "tensors_sha256": sha256_of_tensors(tensors),
+        }
+        if wrong := [name for name, value in expected.items() if provenance.get(name) != value]:
+            raise StateDamaged(
+                f"Expected {path} to be as it was written; its {wrong[0]} is another. Restart the run."
+            )
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
+        for name, tensor in tensors.items():
+            part, _, key = name.partition(":")
+            parts[part][key] = tensor
+        return SiteState(round=round, began_from=int(provenance["began_from"]), **parts)

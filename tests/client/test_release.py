@@ -1,0 +1,231 @@
+import copy
+import math
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from client.release import Gate, GateRefusal, Released
+from federation.journal import Journal
+from federation.wire import RefusalKind
+from meduet_models.weights import sha256_of_tensors
+from privacy.clipping import joint_norm
+from privacy.ledger import Ledger, Reservation
+from privacy.promise import Promise
+
+PLAN = "9f3c" * 16
+SHAPES = {"encoder.weight": (3, 4), "encoder.bias": (3,)}
+
+
+class Door:
+    def __init__(self, folder: Path) -> None:
+        self.ledger = Ledger(folder / "ledger.jsonl")
+        self.journal = Journal(folder / "journal.jsonl")
+        self.gate = Gate(self.ledger, self.journal)
+
+    def reserve(self, bound: float = 1.0, enforcement: str = "clip", round: int = 1) -> Reservation:
+        kind, unit = ("round", "site update") if enforcement == "clip" else ("survey", "patient statistics")
+        promise = Promise(kind=kind, bound=bound, unit=unit, enforcement=enforcement)  # type: ignore[arg-type]
+        return self.ledger.reserve(PLAN, round, promise)
+
+    def lines(self) -> int:
+        return self.journal.verify()
+
+
+@pytest.fixture
+def door(tmp_path: Path) -> Door:
+    return Door(tmp_path)
+
+
+def update(seed: int = 0, scale: float = 1.0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: scale * torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 2**31),
+    scale=st.floats(1e-4, 1e6),
+    bound=st.floats(1e-3, 1e3),
+    weight=st.integers(1, 5000),
+    wire_dtype=st.sampled_from(["float32", "bfloat16"]),
+)
+def test_nothing_longer_than_examples_times_the_bound_leaves(
+    tmp_path: Path, seed: int, scale: float, bound: float, weight: int, wire_dtype: str
+) -> None:
+    for name in ("ledger.jsonl", "journal.jsonl"):
+        (tmp_path / name).unlink(missing_ok=True)
+    door = Door(tmp_path)
+    released = door.gate.release(
+        door.reserve(bound),
+        update(seed, scale),
+        SHAPES,
+        weight=float(weight),
+        wire_dtype=wire_dtype,  # type: ignore[arg-type]
+    )
+    assert joint_norm(released.tensors) <= weight * bound
+    assert released.record["norm_after"] == joint_norm(released.tensors)
+
+
+def test_a_short_update_leaves_as_examples_times_itself(door: Door) -> None:
+    released = door.gate.release(
+        door.reserve(bound=1e3), update(), SHAPES, weight=20.0, counts={"examples": 20}
+    )
+    for name, tensor in update().items():
+        assert torch.equal(released.tensors[name], tensor * 20)
+    assert released.record["clipped"] is False
+    assert released.counts == {"examples": 20}
+
+
+def test_what_leaves_in_bfloat16_is_what_the_wire_can_carry(door: Door) -> None:
+    released = door.gate.release(door.reserve(), update(), SHAPES, weight=7.0, wire_dtype="bfloat16")
+    for tensor in released.tensors.values():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, tensor.bfloat16().float())
+    assert released.record["bytes"] == 15 * 2
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_stays_inside(door: Door, bad: float) -> None:
+    tensors = update()
+    tensors["encoder.bias"][1] = bad
+    with pytest.raises(GateRefusal) as refusal:
+        door.gate.release(door.reserve(), tensors, SHAPES)
+    assert refusal.value.kind is RefusalKind.NON_FINITE
+    assert door.lines() == 0
+
+
+def test_a_weight_that_overflows_the_sum_stays_inside(door: Door) -> None:
+    tensors = {name: torch.full(shape, 1e38) for name, shape in SHAPES.items()}
+    with pytest.raises(GateRefusal) as refusal:
+        door.gate.release(door.reserve(bound=1e39), tensors, SHAPES, weight=1000.0)
+    assert refusal.value.kind is RefusalKind.NON_FINITE
+    assert door.lines() == 0
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(extra=st.text(min_size=1).filter(lambda name: name not in SHAPES))
+def test_a_tensor_that_was_not_declared_stays_inside(tmp_path: Path, extra: str) -> None:
+    door = Door(tmp_path)
+    with pytest.raises(GateRefusal, match="declared tensors only"):
+        door.gate.release(door.reserve(), {**update(), extra: torch.zeros(1)}, SHAPES)
+    assert door.lines() == 0
+
+
+def test_a_declared_tensor_that_is_missing_or_misshapen_or_whole_numbers_keeps_the_gate_shut(
+    door: Door,
+) -> None:
+    for tensors, text in [
+        ({"encoder.weight": update()["encoder.weight"]}, "is missing"),
+        (update() | {"encoder.bias": torch.zeros(4)}, r"of shape \(3,\)"),
+        (update() | {"encoder.bias": torch.zeros(3, dtype=torch.int64)}, "float32 or float64"),
+    ]:
+        with pytest.raises(GateRefusal, match=text):
+            door.gate.release(door.reserve(), tensors, SHAPES)
+    assert door.lines() == 0
+
+
+@pytest.mark.parametrize(
+    ("counts", "metrics", "text"),
+    [
+        ({"patients_named_smith": 3}, {}, "counts of the agreed names"),
+        ({"examples": 3.5}, {}, "whole number"),
+        ({"examples": True}, {}, "whole number"),
+        ({"examples": -1}, {}, "whole number"),
+        ({}, {"smallest_lesion_ml": 0.3}, "metrics of the agreed names"),
+        ({}, {"loss.total": "low"}, "to be a float"),
+        ({}, {"loss.total": math.nan}, "to be finite"),
+    ],
+)
+def test_numbers_of_other_names_or_kinds_keep_the_gate_shut(
+    door: Door, counts: dict[str, int], metrics: dict[str, float], text: str
+) -> None:
+    with pytest.raises(GateRefusal, match=text):
+        door.gate.release(door.reserve(), update(), SHAPES, counts=counts, metrics=metrics)
+    assert door.lines() == 0
+
+
+def test_sums_that_are_longer_than_their_contributors_allow_stay_inside(door: Door) -> None:
+    shapes = {"count": (1,), "mean": (4,)}
+    sums = {"count": torch.tensor([3.0]), "mean": torch.full((4,), 3.0)}  # three contributors of norm 2
+    covered = frozenset({"count"})
+    fine = door.gate.release(door.reserve(2.0, "check"), sums, shapes, weight=3.0, not_covered=covered)
+    assert torch.equal(fine.tensors["mean"], sums["mean"])
+    assert fine.record["not_covered"] == ["count"]
+    with pytest.raises(GateRefusal, match="not bounded where the sum was made"):
+        door.gate.release(door.reserve(1.99, "check"), sums, shapes, weight=3.0, not_covered=covered)
+    assert door.lines() == 1
+
+
+def test_a_tensor_outside_the_bound_must_be_finite_all_the_same(door: Door) -> None:
+    sums = {"count": torch.tensor([math.nan]), "mean": torch.zeros(4)}
+    with pytest.raises(GateRefusal, match="finite"):
+        door.gate.release(
+            door.reserve(2.0, "check"),
+            sums,
+            {"count": (1,), "mean": (4,)},
+            weight=3.0,
+            not_covered=frozenset({"count"}),
+        )
+
+
+def test_without_a_place_in_this_ledger_nothing_leaves(door: Door, tmp_path: Path) -> None:
+    with pytest.raises(GateRefusal, match="reservation"):
+        door.gate.release(None, update(), SHAPES)
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(ValueError, match="reserve before reading"):
+        door.gate.release(Door(tmp_path / "elsewhere").reserve(), update(), SHAPES)
+    assert door.lines() == 0
+
+
+def test_the_journal_says_what_left_and_points_into_the_ledger(door: Door) -> None:
+    released = door.gate.release(
+        door.reserve(bound=0.5), update(scale=10.0), SHAPES, weight=20.0, metrics={"loss.total": 1.5}
+    )
+    (line,) = door.journal.entries()
+    assert line.record == dict(released.record)
+    assert line.record["sha256"] == sha256_of_tensors(released.tensors)
+    assert (line.record["round"], line.record["plan"]) == (1, PLAN)
+    assert line.record["bytes"] == 15 * 4
+    assert line.record["clipped"] is True
+    assert line.record["norm_before"] == pytest.approx(joint_norm(update(scale=10.0)))
+    assert line.record["norm_after"] == pytest.approx(0.5 * 20, rel=1e-5)
+    assert line.record["metrics"] == {"loss.total": 1.5}
+    assert "noise enters nowhere" in line.record["noise"]
+    assert "epsilon is infinite" in line.record["promise"]
+    assert door.ledger.verify(head=line.record["ledger"]) == 2
+    assert door.ledger.open_reservations() == []
+
+
+def test_when_the_journal_cannot_be_written_nothing_is_returned_though_it_was_charged(
+    door: Door, tmp_path: Path
+) -> None:
+    door.gate.release(door.reserve(), update(), SHAPES)
+    path = tmp_path / "journal.jsonl"
+    path.write_text(path.read_text().replace('"round":1', '"round":2'))
+    with pytest.raises(ValueError, match="line 1"):
+        door.gate.release(door.reserve(round=2), update(), SHAPES)
+    assert door.ledger.open_reservations() == []
+
+
+def test_only_the_gate_makes_a_released(door: Door) -> None:
+    released = door.gate.release(door.reserve(), update(), SHAPES)
+    fields = {name: getattr(released, name) for name in Released.__slots__}
+    with pytest.raises(TypeError, match=r"Gate\.release"):
+        Released(object(), **fields)
+    for smuggle in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="neither copied nor pickled"):
+            smuggle(released)
+    with pytest.raises(TypeError):
+        released.tensors["more"] = torch.zeros(1)  # type: ignore[index]
+
+
+def test_changing_the_weights_after_the_release_does_not_change_what_left(door: Door) -> None:
+    tensors = {name: value for name, value in update().items()}
+    released = door.gate.release(door.reserve(bound=1e6), tensors, SHAPES)
+    for tensor in tensors.values():
+        tensor.zero_()
+    assert sha256_of_tensors(released.tensors) == released.record["sha256"]
