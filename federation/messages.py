@@ -190,10 +190,10 @@ class TrainReply:
         )
 
     @staticmethod
-    def from_record(record: RecordDict, consume: bool = False) -> "TrainReply":
+    def from_record(record: RecordDict, copy: bool = True) -> "TrainReply":
         """Back from Flower records; raises `MessageError`.
 
-        With `consume`, each array leaves `record` as it is read: the reply is in memory once, not twice.
+        Without `copy`, a float32 update is a view of the received bytes, which nothing may write.
         """
         head = _Head(record, "train_reply", ("head", "update", "metrics"))
         wire_dtype: WireDtype
@@ -213,7 +213,7 @@ class TrainReply:
                 site=head.take("site", str),
                 round=head.take("round", int),
                 examples=head.take("examples", int),
-                update=head.tensors("update", wire_dtype, consume=consume),
+                update=head.tensors("update", wire_dtype, copy=copy),
                 metrics=_checked_metrics(metrics),
                 wire_dtype=wire_dtype,
             )
@@ -351,11 +351,11 @@ class _Head:
             raise MessageError(f"Expected a plan of hash {said[:12]}; it hashes to {plan_hash(text)[:12]}.")
         return text
 
-    def tensors(self, name: str, wire_dtype: WireDtype = "float32", consume: bool = False) -> Tensors:
+    def tensors(self, name: str, wire_dtype: WireDtype = "float32", copy: bool = True) -> Tensors:
         record = self._record[name]
         if not isinstance(record, ArrayRecord):
             raise MessageError(f"Expected record {name!r} to hold arrays; got another kind of record.")
-        return tensors_of(record, wire_dtype, consume)
+        return tensors_of(record, wire_dtype, copy)
 
     def close(self, message: Message) -> Message:
         if self._values:

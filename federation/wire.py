@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 Tensors = dict[str, Tensor]
 WireDtype = Literal["float32", "bfloat16"]
@@ -60,19 +61,15 @@ def array_record(tensors: Mapping[str, Tensor], wire_dtype: WireDtype = "float32
     return ArrayRecord(arrays)
 
 
-def tensors_of(record: ArrayRecord, wire_dtype: WireDtype = "float32", consume: bool = False) -> Tensors:
-    """Flower arrays as named tensors of their own memory; the inverse of `array_record`.
+def tensors_of(record: ArrayRecord, wire_dtype: WireDtype = "float32", copy: bool = True) -> Tensors:
+    """Flower arrays as named tensors; the inverse of `array_record`. Raises `MessageError`.
 
-    With `consume`, arrays leave `record` one by one, so that at most one is in memory twice.
+    Without `copy`, float32 tensors are views of the received bytes: nothing is allocated, nothing may write.
     """
-    tensors: Tensors = {}
-    for name in list(record):
-        array = record.pop(name) if consume else record[name]
-        tensors[name] = _tensor(name, array, wire_dtype)
-    return tensors
+    return {name: _tensor(name, array, wire_dtype, copy) for name, array in record.items()}
 
 
-def _tensor(name: str, array: Array, wire_dtype: WireDtype) -> Tensor:
+def _tensor(name: str, array: Array, wire_dtype: WireDtype, copy: bool) -> Tensor:
     if array.stype != "numpy.ndarray":
         raise MessageError(f"Expected array {name!r} in numpy's format; got {array.stype!r}.")
     allowed = {"float32": ("<f4", "<f8"), "bfloat16": ("<u2", "<f8")}[wire_dtype]
@@ -87,6 +84,7 @@ def _tensor(name: str, array: Array, wire_dtype: WireDtype) -> Tensor:
         raise MessageError(f"Expected array {name!r} to be {' or '.join(allowed)}; got {dtype.str}.")
     if tuple(array.shape) != shape or len(array.data) - stream.tell() != math.prod(shape) * dtype.itemsize:
         raise MessageError(f"Expected array {name!r} of shape {tuple(array.shape)}; its bytes are another.")
-    values = np.frombuffer(array.data, dtype=dtype, offset=stream.tell()).reshape(shape).copy()
-    tensor = torch.from_numpy(values)
-    return tensor.view(torch.bfloat16).float() if dtype.str == "<u2" else tensor
+    values = np.frombuffer(array.data, dtype=dtype, offset=stream.tell()).reshape(shape)
+    if dtype.str == "<u2":
+        return from_dlpack(values).view(torch.bfloat16).float()
+    return torch.from_numpy(values.copy()) if copy else from_dlpack(values)
