@@ -1,0 +1,222 @@
+"""The page of a run: one self-contained HTML file, made from what the run left in its folder.
+
+Reads plan.json, metrics.json, versions.json, figures/*.png and each hospital's tables and journal; can be
+made again at any time. It trains nothing and measures nothing.
+"""
+
+import base64
+import csv
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from federation.plan import RunPlan
+from simulations.figures import draw_losses, draw_probes, draw_traffic, human_bytes
+
+_TEMPLATE = Path(__file__).with_name("page.html")
+_PROBES = (
+    ("site_from_content", "hospital from content"),
+    ("site_from_content_mlp", "… by an MLP"),
+    ("site_from_style", "hospital from style"),
+    ("patient_from_content", "patient from content"),
+    ("patient_from_style", "patient from style"),
+    ("style_gap_closed", "style gap closed"),
+    ("counterfactual_ratio", "error against truth"),
+    ("reconstruction_error", "reconstruction error"),
+)
+_PROMISE = (
+    "Releases of this run are bounded, not differentially private: each is clipped to its bound and entered in "
+    "the hospital's ledger with epsilon = infinity. Who sees the updates may learn about the patients behind "
+    "them."
+)
+
+
+def write_page(folder: Path, hospitals_text: str) -> Path:
+    """Write `report.html` into `folder`; `hospitals_text` says in one sentence where the scans come from."""
+    plan = RunPlan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    versions = json.loads((folder / "versions.json").read_text(encoding="utf-8"))
+    rounds: list[dict[str, Any]] = metrics["rounds"]
+    figures = folder / "figures"
+    hospitals = [_hospital(folder, site) for site in plan.participants]
+    probed = [entry for entry in rounds if entry.get("probes")]
+    last = probed[-1]["probes"] if probed else {}
+    names = [(key, label) for key, label in _PROBES if key in last]
+    swaps = sorted(figures.glob("swap-*.png"))
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATE.parent), autoescape=True, undefined=StrictUndefined
+    )
+    page = environment.get_template(_TEMPLATE.name).render(
+        plan=plan,
+        summary=_summary(plan, hospitals, hospitals_text),
+        tiles=_tiles(plan, rounds, hospitals, last),
+        swaps=[{"data": _embed(path), "caption": _caption(path)} for path in swaps],
+        swap_text=_swap_text(last),
+        probes=_embed(draw_probes(rounds, figures / "probes.png")) if "chance_site" in last else None,
+        probe_names=["round", *(label for _, label in names)],
+        probe_rows=[
+            [entry["round"], *(f"{entry['probes'][key]:.2f}" for key, _ in names)] for entry in probed
+        ],
+        erasure_text=_erasure_text(metrics),
+        losses=_embed(draw_losses(rounds, figures / "losses.png")),
+        traffic=_embed(draw_traffic(_traffic(folder, rounds, hospitals), figures / "traffic.png")),
+        crossed=[row for hospital in hospitals for row in _crossed(folder, hospital["site"])],
+        promise_text=_PROMISE,
+        hospitals=hospitals,
+        facts=_facts(plan, versions),
+        plan_text=json.dumps(json.loads(plan.to_json()), indent=2),
+        versions_text=json.dumps(versions, indent=2),
+    )
+    target = folder / "report.html"
+    target.write_text(page, encoding="utf-8")
+    return target
+
+
+def _embed(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def _caption(path: Path) -> str:
+    return f"A patient of {path.stem.removeprefix('swap-')}: sagittal, coronal and axial middle slices."
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def _hospital(folder: Path, site: str) -> dict[str, Any]:
+    scans = _rows(folder / "sites" / site / "cohort.csv")
+    excluded = Counter(row["reason"] for row in _rows(folder / "sites" / site / "exclusions.csv"))
+    splits = {split: {r["patient"] for r in scans if r["split"] == split} for split in _SPLITS}
+    return {
+        "site": site,
+        "patients": len({row["patient"] for row in scans}),
+        "scans": len(scans),
+        "splits": " / ".join(str(len(splits[split])) for split in _SPLITS),
+        "excluded": sum(excluded.values()),
+        "reasons": ", ".join(f"{reason.replace('_', ' ')} ({n})" for reason, n in excluded.most_common())
+        or "none",
+    }
+
+
+_SPLITS = ("train", "validation", "test")
+
+
+def _journal(folder: Path, site: str) -> list[dict[str, Any]]:
+    lines = (folder / "sites" / site / "journal.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for line in lines if "sha256" in (record := json.loads(line)["record"])]
+
+
+def _crossed(folder: Path, site: str) -> list[dict[str, str]]:
+    by_kind: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for record in _journal(folder, site):
+        by_kind[record["kind"]].append(record)
+    words = {
+        "survey": "style statistics (sums over patients)",
+        "round": "content branch update (weighted sum)",
+        "erasure": "sums of pooled content",
+    }
+    return [
+        {
+            "site": site,
+            "what": words.get(kind, kind),
+            "times": str(len(records)),
+            "bytes": human_bytes(sum(r["bytes"] for r in records)),
+            "norm": f"{max(r['norm_after'] for r in records):.3g}",
+            "bound": f"{records[0]['bound']:.3g}"
+            + (" (clipped)" if any(r["clipped"] for r in records) else ""),
+            "noise": "none",
+        }
+        for kind, records in by_kind.items()
+    ]
+
+
+def _traffic(
+    folder: Path, rounds: list[dict[str, Any]], hospitals: list[dict[str, Any]]
+) -> Mapping[str, int]:
+    site = hospitals[0]["site"]
+    told = {record["kind"]: record["bytes"] for record in _journal(folder, site)}
+    entry = rounds[-1]["sites"][site]
+    kept = sum(p.stat().st_size for p in (folder / "sites" / site / "cache").rglob("*") if p.is_file())
+    sizes = {
+        "style statistics, once": told.get("survey", 0),
+        "content sums, once": told.get("erasure", 0),
+        "to the hospital, each round": entry["bytes_down"],
+        "from the hospital, each round": entry["bytes_up"],
+        "its latents: never leave": kept,
+    }
+    return {name: size for name, size in sizes.items() if size}
+
+
+def _summary(plan: RunPlan, hospitals: list[dict[str, Any]], hospitals_text: str) -> str:
+    patients = sum(h["patients"] for h in hospitals)
+    method = {
+        "content_share": "share the content branch and tell each other their style",
+        "fedavg": "average every weight (FedAvg)",
+        "fedprox": "average every weight (FedProx)",
+        "alone": "train alone",
+        "pooled": "are pooled in one place, an upper bound that no consortium may run, and",
+    }[plan.aggregation.method]
+    steps = f"{plan.training.rounds} rounds of {plan.training.steps_per_round} steps"
+    return f"{hospitals_text} {len(plan.sites)} hospitals with {patients} patients {method}: {steps}."
+
+
+def _tiles(
+    plan: RunPlan, rounds: list[dict[str, Any]], hospitals: list[dict[str, Any]], last: Mapping[str, float]
+) -> list[dict[str, str]]:
+    tiles = [
+        (str(len(plan.sites)), "hospitals"),
+        (str(sum(h["scans"] for h in hospitals)), "scans, none of which moved"),
+        (str(len(rounds)), "rounds"),
+    ]
+    if "site_from_content" in last:
+        tiles.append(
+            (
+                f"{last['site_from_content']:.0%}",
+                f"hospital read from content (chance {last['chance_site']:.0%})",
+            )
+        )
+        tiles.append((f"{last['site_from_style']:.0%}", "hospital read from style"))
+    if "patient_from_content" in last:
+        chance = f"{last['chance_patient']:.0%}"
+        tiles.append(
+            (f"{last['patient_from_content']:.0%}", f"patients recognised by content (chance {chance})")
+        )
+    if "style_gap_closed" in last:
+        tiles.append((f"{last['style_gap_closed']:.0%}", "of the style gap closed by a swap"))
+    return [{"value": value, "label": label} for value, label in tiles]
+
+
+def _swap_text(last: Mapping[str, float]) -> str:
+    text = (
+        "The model takes the content of a scan and the style of another hospital, and the frozen VAE draws the "
+        "result. None of these patients was trained on."
+    )
+    if "counterfactual_ratio" in last:
+        text += (
+            " Truth: the same simulated patient rendered by the other hospital's scanner. Squared error of a"
+            f" swap against it, relative to doing nothing: {last['counterfactual_ratio']:.2f}."
+        )
+    return text
+
+
+def _erasure_text(metrics: Mapping[str, Any]) -> str:
+    if not metrics.get("erasure"):
+        return ""
+    return "The last row is after the linear erasure that was fitted from the hospitals' sums."
+
+
+def _facts(plan: RunPlan, versions: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("command", versions["command"]),
+        ("plan", plan.sha256),
+        ("seed", str(plan.seed)),
+        ("tokenizer", plan.tokenizer_sha256),
+        ("final weights", versions.get("model_sha256", "")),
+        ("code", versions["fedmeduet"]),
+    ]
