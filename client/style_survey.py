@@ -7,7 +7,7 @@ and only if enough patients stand behind them. What this file does not do: it se
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +20,7 @@ from meduet_models.style import CohortTooSmall, StyleMoments
 _log = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class SurveyedScans(Protocol):
     """What a survey needs of a site's latents (`client/latent_cache.py`)."""
 

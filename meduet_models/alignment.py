@@ -16,7 +16,7 @@ heads (docs/log.md); gap closed as in `probes.py`.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -31,6 +31,7 @@ THRESHOLD = 0.5
 """What both measures must reach: most of the gap closed, most of the spread between styles seen alike."""
 
 
+@runtime_checkable
 class FactorModel(Protocol):
     """What the test needs of a network (`meduet.FactorNetwork`)."""
 
@@ -81,7 +82,8 @@ def check_alignment(
     there = [t for t in range(len(bank.sites)) if bank.sites[t] in bank.present]
     if len(there) < 2 or site not in there:
         raise ValueError(
-            f"Expected this site and at least one other in the bank to test alignment; got {len(there)} sites."
+            "Expected this site and at least one other in the bank to test alignment; "
+            f"the bank holds {len(there)}."
         )
     here = torch.full((len(latents),), site)
     dressed = {t: bank.restyle(latents, here, torch.full_like(here, t), part) for t in there}

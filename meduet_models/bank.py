@@ -1,12 +1,12 @@
-"""The style bank: every site's style, as it goes out with a round, and the draw of whose style a scan takes
-on.
+"""The style bank: every site's style, as it goes out with a round, and restyling scans to its
+entries.
 
 The bank holds one `StyleEntry` per site (and body part) in the order of the plan's sites, and the pooled
 centre and scale of the latents. A client restyles its own latents to other sites' entries and labels them
 with that site: this is what shows it appearances that it has never scanned, on its own anatomy.
 
-What this file does not do: it makes no entry of a single scan and checks no reply
-(`strategies/style_bank.py`), and measures nothing (`style.py`).
+What this file does not do: it draws nobody (`objective.draw_step`), makes no entry of a single scan, checks
+no reply (`strategies/style_bank.py`), and measures nothing (`style.py`).
 
 Axes: b = scans, s = sites, p = body parts, c = channels, d h w = latent voxels.
 """
@@ -25,7 +25,7 @@ _ENTRY = ("mean", "deviation", "map", "amplitude")
 
 @dataclass(frozen=True)
 class StyleBank:
-    """The styles of a consortium. Sites that have told nothing have a count of 0 and are never drawn."""
+    """The styles of a consortium. Sites that have told nothing have a count of 0 and cannot be worn."""
 
     sites: tuple[str, ...]
     """The plan's sites, in its order: the order of the site labels."""
@@ -177,27 +177,6 @@ class StyleBank:
             rows = away.to(latents.device)
             restyled[rows] = restyle(latents[rows], *entries)
         return restyled
-
-    def draw_targets(
-        self,
-        generator: torch.Generator,
-        own: Int[Tensor, " b"],
-        part: Int[Tensor, " b"] | None = None,
-        include_own: bool = True,
-    ) -> Int[Tensor, " b"]:
-        """Draw whose style each scan takes on: uniform over the sites of the bank, with or without its own.
-
-        A scan whose site has no entry, or for which no other site has one, stays home.
-        """
-        own = own.cpu()
-        part = self._parts(own, part)
-        rows = torch.arange(len(own))
-        allowed = (self.count.cpu() > 0)[:, part].T.float()  # b s
-        allowed[allowed[rows, own] == 0] = 0.0
-        if not include_own:
-            allowed[rows, own] = 0.0
-        allowed[rows, own] += (allowed.sum(1) == 0).float()
-        return torch.multinomial(allowed, 1, generator=generator)[:, 0]
 
     def _parts(self, site: Tensor, part: Tensor | None) -> Tensor:
         if part is None and self.count.shape[1] > 1:

@@ -5,7 +5,7 @@
 sites are the sums of their union, so bounding, masking and journaling need to know nothing about style.
 
 What this file does not do: it keeps no scan's statistics (a patient's are scaled to the bound and added at
-once), draws nothing (`bank.py`), sends nothing (`client/style_survey.py`, `strategies/style_bank.py`).
+once), keeps no bank (`bank.py`), sends nothing (`client/style_survey.py`, `strategies/style_bank.py`).
 
 Where it comes from: AdaIN at the level of a site (CCST, WACV 2023: channel mean and deviation of a frozen
 network), and, for registered crops, a coarse mean map: it follows shading that a channel mean cannot see.

@@ -1,0 +1,84 @@
+import pytest
+import torch
+from torch import Tensor
+
+from meduet_models.alignment import check_alignment
+from meduet_models.bank import StyleBank
+from meduet_models.factors import Factors
+from meduet_models.style import StyleLayout, StyleMoments
+
+GRID = (4, 6, 4)
+LAYOUT = StyleLayout(channels=2, latent_grid=GRID, map_grid=None, bound=1e6)
+SITES = ("oslo", "lyon", "turin", "ghent")
+
+
+def scans(site: int) -> Tensor:
+    generator = torch.Generator().manual_seed(site)
+    mean = torch.randn(1, 2, 1, 1, 1, generator=generator) * 2
+    return torch.randn(12, 2, *GRID, generator=generator) * (0.5 + 0.6 * site) + mean
+
+
+BANK = StyleBank.of(
+    SITES, {s: StyleMoments.of(scans(i), list(map(str, range(12))), LAYOUT) for i, s in enumerate(SITES)}
+)
+
+
+class Normaliser:
+    """A perfect factor model: content is the normalised scan, style its statistics in its own language."""
+
+    def __init__(self, seed: int, drift: float = 0.0) -> None:
+        language = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(seed)))[0]
+        wander = torch.randn(4, 4, generator=torch.Generator().manual_seed(seed + 1))
+        self.language = language + drift * wander
+
+    def encode(self, latents: Tensor) -> Factors:
+        deviation, mean = torch.std_mean(latents, (2, 3, 4), correction=0)
+        content = (latents - mean[..., None, None, None]) / deviation[..., None, None, None]
+        style = torch.cat([mean, deviation.log()], 1) @ self.language
+        return Factors(content.flatten(2).transpose(1, 2), style[:, None].expand(-1, 96, -1))
+
+    def decode(self, factors: Factors) -> Tensor:
+        said = factors.style.mean(1) @ self.language.inverse()
+        mean, deviation = said[:, :2], said[:, 2:].clamp(-5, 5).exp()
+        content = factors.content.transpose(1, 2).unflatten(2, GRID)
+        return content * deviation[..., None, None, None] + mean[..., None, None, None]
+
+
+def test_heads_with_the_same_start_pass_with_some_drift() -> None:
+    for drift in (0.0, 0.05):
+        outcome = check_alignment(Normaliser(0, drift), Normaliser(0), scans(0), BANK, 0)
+        assert outcome.passed, outcome.reason
+        assert outcome.value >= outcome.threshold == 0.5
+
+
+@pytest.mark.parametrize("start", range(1, 6))
+def test_heads_started_apart_fail(start: int) -> None:
+    outcome = check_alignment(Normaliser(10 * start), Normaliser(0), scans(0), BANK, 0)
+    assert not outcome.passed
+    assert outcome.agreement < 0.5 and "Use no style token" in outcome.reason
+
+
+def test_a_decoder_that_ignores_style_fails_even_with_the_very_same_head() -> None:
+    class Deaf(Normaliser):
+        def decode(self, factors: Factors) -> Tensor:
+            return super().decode(Factors(factors.content, torch.zeros_like(factors.style)))
+
+    outcome = check_alignment(Deaf(0), Normaliser(0), scans(0), BANK, 0)
+    assert outcome.agreement == 1.0 and outcome.gap_closed < 0.5
+    assert not outcome.passed and "style gap closed" in outcome.reason
+
+
+def test_a_head_that_says_the_same_of_every_style_fails() -> None:
+    class Mute(Normaliser):
+        def encode(self, latents: Tensor) -> Factors:
+            factors = super().encode(latents)
+            return Factors(factors.content, torch.ones_like(factors.style))
+
+    assert not check_alignment(Mute(0), Normaliser(0), scans(0), BANK, 0).passed
+    assert not check_alignment(Mute(0), Mute(0), scans(0), BANK, 0).passed
+
+
+def test_with_nobody_else_in_the_bank_there_is_nothing_to_test() -> None:
+    alone = StyleBank.of(SITES, {"oslo": StyleMoments.of(scans(0), list(map(str, range(12))), LAYOUT)})
+    with pytest.raises(ValueError, match="at least one other"):
+        check_alignment(Normaliser(0), Normaliser(0), scans(0), alone, 0)
