@@ -1,9 +1,10 @@
-"""Which site is this from? A classifier on pooled factors, and the gradient reversal that makes content forget it.
+"""Which site is this from? A classifier on pooled factors, and the gradient reversal that makes content
+forget it.
 
-The classifier on style learns the site; the one on content learns it too, while the network below receives its
-gradient with the sign turned. An adversary at chance is not invariance (a fresh linear probe read the site at 95% from
-such content): `probes.py` measures, this only trains. Both classifiers see one pooled vector per scan, which their
-gradient gives away exactly, so they never leave the site (`sharing.py`).
+The classifier on style learns the site; the one on content learns it too, while the network below receives
+its gradient with the sign turned. An adversary at chance is not invariance (a fresh linear probe read the
+site at 95% from such content): `probes.py` measures, this only trains. Both classifiers see one pooled vector
+per scan, which their gradient gives away exactly, so they never leave the site (`sharing.py`).
 
 Axes: b = volumes, k = channels of the pooled factor.
 Source: DANN (arXiv:1505.07818); MeDUET (arXiv:2602.17901), domain classification.
@@ -35,7 +36,7 @@ class _Reversal(torch.autograd.Function):
 
 def reverse_gradient(x: Float[Tensor, "*any"], strength: float) -> Float[Tensor, "*any"]:
     """Return `x`; send its gradient back times -`strength`."""
-    out: Tensor = _Reversal.apply(x, strength)
+    out: Tensor = _Reversal.apply(x, strength)  # type: ignore[no-untyped-call]
     return out
 
 

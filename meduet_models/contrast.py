@@ -1,13 +1,14 @@
-"""SiQC, the swap-invariance quadruplet contrast, and the invariance of content between a scan and its restyling.
+"""SiQC, the swap-invariance quadruplet contrast, and the invariance of content between a scan and its
+restyling.
 
-A quadruplet is a pair of volumes and the two decoded with their styles swapped. Its content must follow the volume that
-gave the content, its style the site that gave the style. Both are supervised contrasts: a query from the student must
-find the keys with its label among those of the teacher.
+A quadruplet is a pair of volumes and the two decoded with their styles swapped. Its content must follow the
+volume that gave the content, its style the site that gave the style. Both are supervised contrasts: a query
+from the student must find the keys with its label among those of the teacher.
 
 Axes: b = volumes, n = tokens, k = channels, q = queries, m = keys.
-Source: MeDUET (arXiv:2602.17901), SiQC; supervised contrast (arXiv:2004.11362); InfoNCE (arXiv:1807.03748). Differs from the
-authors' code: a style's label is its site, where theirs is the volume, so that two volumes of one site repel each
-other; temperatures act.
+Source: MeDUET (arXiv:2602.17901), SiQC; supervised contrast (arXiv:2004.11362); InfoNCE (arXiv:1807.03748).
+Differs from the authors' code: a style's label is its site, where theirs is the volume, so that two volumes
+of one site repel each other; temperatures act.
 """
 
 from jaxtyping import Bool, Float, Int
@@ -39,8 +40,8 @@ def supervised_contrast(
 ) -> Float[Tensor, ""]:
     """Mean over queries of the mean negative log-probability of their positives among the keys.
 
-    Similarity is the cosine over `temperature`; `excluded` pairs are neither positive nor negative; a query without a
-    positive counts as zero.
+    Similarity is the cosine over `temperature`; `excluded` pairs are neither positive nor negative; a query
+    without a positive counts as zero.
     """
     logits = F.normalize(queries.float(), dim=1) @ F.normalize(keys.float(), dim=1).T / temperature
     positive = query_labels.unsqueeze(1) == key_labels.unsqueeze(0)
@@ -57,7 +58,8 @@ def restyling_invariance(
     subject: Int[Tensor, " b"],
     temperature: float,
 ) -> Float[Tensor, ""]:
-    """Content of a restyled scan (student) against that of the scan (teacher): pooled InfoNCE plus token distance.
+    """Content of a restyled scan (student) against that of the scan (teacher): pooled InfoNCE plus token
+    distance.
 
     Source: ours, measured in docs/architecture.md; without it pooled content forgets the patient while every
     published term falls.

@@ -1,13 +1,13 @@
 """Token demixing: two volumes share one token grid, and the model must say whose token is whose.
 
-Volumes are paired. The two of a pair share one mask: where it is set, they exchange tokens. So the grids of a pair
-hold every token of both exactly once, mixing twice is not mixing at all, and a token is sent back to its owner, or
-paired with its partner's style, at the position where it belongs.
+Volumes are paired. The two of a pair share one mask: where it is set, they exchange tokens. So the grids of a
+pair hold every token of both exactly once, mixing twice is not mixing at all, and a token is sent back to its
+owner, or paired with its partner's style, at the position where it belongs.
 
 Axes: b = volumes in the batch, n = tokens per volume, c = channels of a token.
-Source: MeDUET (arXiv:2602.17901), token demixing; MixMAE (arXiv:2205.13137). Differs from the authors' code in two ways:
-partners are drawn, not the batch reversed; the two of a pair share a mask, where theirs are independent while their
-loss assumes that they are not.
+Source: MeDUET (arXiv:2602.17901), token demixing; MixMAE (arXiv:2205.13137). Differs from the authors' code
+in two ways: partners are drawn, not the batch reversed; the two of a pair share a mask, where theirs are
+independent while their loss assumes that they are not.
 """
 
 import torch

@@ -1,13 +1,15 @@
 """Content and style: the heads that part them, the statistics that style is read from, and fusing them again.
 
-`joint` paths (as published): both heads read the same encoder features, token by token. `split` paths (ours): content
-comes from latents normalised per scan and channel, style from exactly the statistics that this normalisation removed,
-which are also what sites exchange; so a bank entry becomes style tokens by the same head as a scan.
+`joint` paths (as published): both heads read the same encoder features, token by token. `split` paths (ours):
+content comes from latents normalised per scan and channel, style from exactly the statistics that this
+normalisation removed, which are also what sites exchange; so a bank entry becomes style tokens by the same
+head as a scan.
 
-Axes: b = volumes, c = latent channels, d h w = latent voxels, gx gy gz = coarse map, n = tokens, k = content channels,
-s = style channels.
-Source: MeDUET (arXiv:2602.17901), content and style heads and their entangling. Differs from the authors' code: the style
-head does not convolve along token order, whose neighbours differ between a mixed and a whole grid.
+Axes: b = volumes, c = latent channels, d h w = latent voxels, gx gy gz = coarse map, n = tokens, k = content
+channels, s = style channels.
+Source: MeDUET (arXiv:2602.17901), content and style heads and their entangling. Differs from the authors'
+code: the style head does not convolve along token order, whose neighbours differ between a mixed and a whole
+grid.
 """
 
 from dataclasses import dataclass
@@ -105,7 +107,8 @@ class TokenStyleHead(nn.Module):
 
 
 class StatisticsStyleHead(nn.Module):
-    """`split` paths: a small MLP of means, log deviations and the nearest cell of the coarse map. No attention."""
+    """`split` paths: a small MLP of means, log deviations and the nearest cell of the coarse map. No
+    attention."""
 
     cell: Tensor
 

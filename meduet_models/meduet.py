@@ -1,11 +1,11 @@
 """The MeDUET network: latents -> (content, style) tokens -> latents.
 
-`FactorNetwork` is what student and teacher have in common; `MeDUET` adds the two site classifiers. The network is never
-told which site a scan comes from. What is trained on it is `objective.py`; which of its parts travel is declared here
-and spelled out in `sharing.py`.
+`FactorNetwork` is what student and teacher have in common; `MeDUET` adds the two site classifiers. The
+network is never told which site a scan comes from. What is trained on it is `objective.py`; which of its
+parts travel is declared here and spelled out in `sharing.py`.
 
-Axes: b = volumes, c = latent channels, d h w = latent voxels, n = tokens, p = values in a token, k = content channels,
-s = style channels.
+Axes: b = volumes, c = latent channels, d h w = latent voxels, n = tokens, p = values in a token, k = content
+channels, s = style channels.
 Source: MeDUET (arXiv:2602.17901), sizes of MeDUET_vit_base; split paths, latent scale and erasure are ours.
 """
 
@@ -157,7 +157,8 @@ class FactorNetwork(nn.Module):
         self._initialise(seed)
 
     def _initialise(self, seed: int) -> None:
-        """MAE's start: Xavier weights, no biases, a small mask token. From its own seed: no global draw matters."""
+        """MAE's start: Xavier weights, no biases, a small mask token. From its own seed: no global draw
+        matters."""
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if isinstance(module, nn.Linear) and not module.weight.is_meta:
@@ -173,8 +174,9 @@ class FactorNetwork(nn.Module):
     def set_latent_scale(self, mean_map: Float[Tensor, "c d h w"], deviation: Float[Tensor, " c"]) -> None:
         """Set the federated centre (mean latent per position) and scale (deviation per channel).
 
-        The decoder predicts latents minus the centre, over the scale. Scans that are not registered to each other give
-        a `mean_map` that is constant per channel. Raises `ValueError` unless every deviation is positive.
+        The decoder predicts latents minus the centre, over the scale. Scans that are not registered to each
+        other give a `mean_map` that is constant per channel. Raises `ValueError` unless every deviation is
+        positive.
         """
         if not bool((deviation > 0).all()):
             raise ValueError(f"Expected positive latent deviations; got {deviation.tolist()}.")
@@ -183,7 +185,8 @@ class FactorNetwork(nn.Module):
 
     @torch.no_grad()
     def set_erasure(self, mean: Float[Tensor, " k"], matrix: Float[Tensor, "k k"]) -> None:
-        """Set the last, linear layer of the content head: x -> mean + matrix (x - mean) (LEACE, arXiv:2306.03819)."""
+        """Set the last, linear layer of the content head: x -> mean + matrix (x - mean) (LEACE,
+        arXiv:2306.03819)."""
         self.erasure_mean.copy_(mean)
         self.erasure_matrix.copy_(matrix)
 
@@ -205,8 +208,8 @@ class FactorNetwork(nn.Module):
     def embed_latents(self, latents: Float[Tensor, "b c d h w"]) -> Float[Tensor, "b n k"]:
         """Token embeddings of what the encoder may see.
 
-        `split`: each scan normalised per channel, minus the centre normalised in the same way; so content does not
-        change when a channel of the scan is scaled or shifted. `joint`: standardised latents.
+        `split`: each scan normalised per channel, minus the centre normalised in the same way; so content
+        does not change when a channel of the scan is scaled or shifted. `joint`: standardised latents.
         """
         if self.config.factor_paths == "split":
             seen = normalise(latents) - normalise(self.latent_mean.unsqueeze(0))
@@ -258,12 +261,14 @@ class FactorNetwork(nn.Module):
     # What analysis reads
 
     def content_tokens(self, latents: Float[Tensor, "b c d h w"]) -> Float[Tensor, "b n k"]:
-        """Content for use outside training: layer-normed per token, then the erasure (identity until fitted)."""
+        """Content for use outside training: layer-normed per token, then the erasure (identity until
+        fitted)."""
         content = layer_normed(self.encode(latents).content)
         return self.erasure_mean + (content - self.erasure_mean) @ self.erasure_matrix.T
 
     def pooled_content(self, latents: Float[Tensor, "b c d h w"]) -> Float[Tensor, "b k"]:
-        """One content vector per scan: the mean of `content_tokens`, so the erasure acts on it as it was fitted."""
+        """One content vector per scan: the mean of `content_tokens`, so the erasure acts on it as it was
+        fitted."""
         return self.content_tokens(latents).mean(dim=1)
 
     def pooled_style(self, latents: Float[Tensor, "b c d h w"]) -> Float[Tensor, "b s"]:

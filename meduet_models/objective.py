@@ -1,13 +1,14 @@
 """The whole MeDUET loss on one page: named terms, named weights.
 
 One step pairs the scans, exchanges tokens within each pair, and asks for everything back: both volumes
-(reconstruction), their sites (adversary, site from style), their factors (MFTD), and factors that survive a swap of
-styles (SiQC) and a restyling (invariance). Passes are shared wherever the result is the same: one encode of the
-mixtures, one decode of plain and swapped streams, one re-encode of both; the teacher likewise. Random choices come in
-`StepDraws`; the loss is a deterministic function of its arguments. It updates nothing.
+(reconstruction), their sites (adversary, site from style), their factors (MFTD), and factors that survive a
+swap of styles (SiQC) and a restyling (invariance). Passes are shared wherever the result is the same: one
+encode of the mixtures, one decode of plain and swapped streams, one re-encode of both; the teacher likewise.
+Random choices come in `StepDraws`; the loss is a deterministic function of its arguments. It updates nothing.
 
-Every stream is ordered by owner: row i of a stream belongs to volume i, whichever grid its tokens were encoded in.
-Stream `kept` shows the tokens that i kept in its own grid, stream `lent` those that it lent to its partner's.
+Every stream is ordered by owner: row i of a stream belongs to volume i, whichever grid its tokens were
+encoded in. Stream `kept` shows the tokens that i kept in its own grid, stream `lent` those that it lent to
+its partner's.
 
 Axes: b = volumes, n = tokens, p = values in a token.
 Source: MeDUET (arXiv:2602.17901); departures are listed in docs/architecture.md.
@@ -37,8 +38,8 @@ class LossWeights:
     reconstruction: float = 1.0
     """Dual reconstruction of both volumes of a mixture (masked positions)."""
     visible_reconstruction: float = 0.1
-    """The same at visible positions, without which nothing teaches the decoder to write them; 0 in the published
-    method."""
+    """The same at visible positions, without which nothing teaches the decoder to write them; 0 in the
+    published method."""
     site_adversary: float = 0.2
     """Cross-entropy of the site read from content, through gradient reversal."""
     site_from_style: float = 0.2
@@ -75,12 +76,10 @@ class ObjectiveConfig:
     """Share of all steps before MFTD starts (published: the first 20% are off)."""
     reversal_warmup: float = 0.0
     """Share of all steps over which gradient reversal ramps to 1 (published: none)."""
-    siqc_keys: Literal["restyled", "decoded"] = "restyled"
-    """What SiQC's queries must find. `restyled`: the teacher's view of each scan and of its restyling, the known
-    answer of the swap. `decoded`: the teacher's own halves and swaps, as published."""
     estimator: Literal["full", "one_stream", "alternate"] = "full"
-    """`full`: both re-encoded streams each step. `one_stream`: one of them per scan, drawn at random (unbiased for
-    MFTD). `alternate`: after MFTD's warm-up, either MFTD or SiQC at twice its weight, drawn at random."""
+    """`full`: both re-encoded streams each step. `one_stream`: one of them per scan, drawn at random
+    (unbiased for MFTD). `alternate`: after MFTD's warm-up, either MFTD or SiQC at twice its weight, drawn at
+    random."""
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot act."""
@@ -129,7 +128,8 @@ class StepDraws:
 
 @dataclass(frozen=True)
 class Losses:
-    """The loss to descend, and its terms before weighting (only those that were computed), with their graph."""
+    """The loss to descend, and its terms before weighting (only those that were computed), with their
+    graph."""
 
     total: Float[Tensor, ""]
     terms: dict[str, Tensor]
@@ -142,7 +142,8 @@ def draw_step(
     config: ObjectiveConfig,
     site_choices: tuple[int, ...] = (),
 ) -> StepDraws:
-    """Draw a step on the CPU. `site_choices`: the sites whose styles this client can dress its scans in, itself included.
+    """Draw a step on the CPU. `site_choices`: the sites whose styles this client can dress its scans in,
+    itself included.
 
     Raises `ValueError` when the batch is odd or the mask ratio exchanges nothing.
     """
@@ -191,11 +192,15 @@ class MeduetObjective:
     ) -> Losses:
         """Compute the loss at a share `progress` in [0, 1] of all steps.
 
-        Raises `ValueError` when a term needs `batch.restyled` and there is none.
+        Raises `ValueError` when the invariance term is on and there is no `batch.restyled`.
         """
         config, weights = self.config, self.config.weights
         plan = _Plan.of(config, draws, progress)
-        self._check(batch, plan)
+        if plan.invariance and batch.restyled is None:
+            raise ValueError(
+                "Expected batch.restyled, which the invariance term compares with; got None. "
+                "Exchange styles, or set weights.invariance to 0."
+            )
         subject = torch.arange(len(batch.site), device=batch.site.device)
         subject = subject if batch.subject is None else batch.subject
         kept, lent = ~draws.exchanged, draws.exchanged  # b n, what each stream shows of volume i
@@ -237,14 +242,6 @@ class MeduetObjective:
 
         factor = {name: getattr(weights, name) for name in terms} | {"mftd": plan.mftd, "siqc": plan.siqc}
         return Losses(sum_of([factor[name] * term for name, term in terms.items()]), terms)
-
-    def _check(self, batch: StepBatch, plan: _Plan) -> None:
-        known_answer = plan.siqc and self.config.siqc_keys == "restyled"
-        if (plan.invariance or known_answer) and batch.restyled is None:
-            raise ValueError(
-                "Expected batch.restyled, which weights.invariance > 0 and siqc_keys=restyled need; got None. "
-                "Exchange styles, or set weights.invariance: 0 and siqc_keys: decoded."
-            )
 
     # Student
 
@@ -312,11 +309,10 @@ class MeduetObjective:
     ) -> tuple[Factors | None, list[tuple[Factors, Tensor | None]]]:
         """The teacher's factors of the clean scans, and SiQC's keys; every pass at most once."""
         network, b = teacher.network, len(batch.latents)
-        decodes = bool(plan.siqc) and self.config.siqc_keys == "decoded"
-        answers = bool(plan.siqc) and not decodes
+        answers = [batch.restyled] if plan.siqc and batch.restyled is not None else []
+        decodes = bool(plan.siqc) and not answers
         needs_clean = bool(plan.mftd or plan.invariance or answers)
-        whole = [batch.latents] if needs_clean else []
-        whole += [batch.restyled] if answers and batch.restyled is not None else []
+        whole = [batch.latents, *answers] if needs_clean else []
         mixed = [batch.latents] if decodes else []
         if not whole + mixed:
             return None, []
@@ -349,15 +345,18 @@ class MeduetObjective:
     ) -> Tensor:
         """Content must find its subject, style its site. The first two queries are halves, the others swaps.
 
-        Published keys answer query by query, and a query's own answer is excluded. Restyled keys are the scans and
-        their restylings; there the answer is known, and nothing is excluded.
+        Without restyled scans, keys are the teacher's own halves and swaps, as published, and the key made as
+        the query was is excluded. With them, keys are the scans and their restylings: the answer of the swap
+        is known, the teacher decodes nothing, and nothing is excluded.
         """
         partner_site = batch.site[draws.partner]
         swaps = len(queries) - 2
         query_site = torch.cat([batch.site, batch.site, *[partner_site] * swaps])
-        if self.config.siqc_keys == "decoded":
-            key_site = query_site
-            excluded = torch.eye(len(query_site), dtype=torch.bool, device=query_site.device)
+        if batch.restyled is None:
+            key_site, excluded = (
+                query_site,
+                torch.eye(len(query_site), dtype=torch.bool, device=query_site.device),
+            )
         else:
             restyled_site = partner_site if batch.restyled_site is None else batch.restyled_site
             key_site, excluded = torch.cat([batch.site, restyled_site]), None

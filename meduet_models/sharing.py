@@ -1,17 +1,18 @@
 """Which parts of the model are the federation's (content) and which stay home (style).
 
-The model declares its parts (`CONTENT_PARTS`, `STYLE_PARTS`, `SITE_PARTS`, `CONSTANTS`); here they become names of
-tensors. Nothing is decided by what a name looks like. A tensor that no part declares is an error, not a guess.
+The model declares its parts (`CONTENT_PARTS`, `STYLE_PARTS`, `SITE_PARTS`, `CONSTANTS`); here they become
+names of tensors. Nothing is decided by what a name looks like. A tensor that no part declares is an error,
+not a guess.
 
-Source: FedBN (arXiv:2102.07623) and PaDPaF for keeping style at home; docs/privacy.md for the site classifiers, whose
-gradient gives away the one pooled vector per scan that they see.
+Source: FedBN (arXiv:2102.07623) and PaDPaF for keeping style at home; docs/privacy.md for the site
+classifiers, whose gradient gives away the one pooled vector per scan that they see.
 """
 
 from typing import Literal
 
 from meduet_models.meduet import FactorNetwork
 
-Method = Literal["content_share", "fedavg", "fedprox", "alone"]
+Method = Literal["content_share", "fedavg", "fedprox", "alone", "pooled"]
 StyleScope = Literal["local", "shared"]
 
 
@@ -31,15 +32,17 @@ def site_keys(model: FactorNetwork) -> tuple[str, ...]:
 
 
 def constant_keys(model: FactorNetwork) -> tuple[str, ...]:
-    """Tensors that are agreed on once and never trained: latent scale and erasure. Their update is exactly zero."""
+    """Tensors that are agreed on once and never trained: latent scale and erasure. Their update is exactly
+    zero."""
     return _of_parts(model, model.CONSTANTS)
 
 
 def shared_keys(model: FactorNetwork, style_head: StyleScope, method: Method) -> tuple[str, ...]:
     """Tensors that travel, in the model's order; `constant_keys` are among them, as every site needs them.
 
-    `content_share`: content branch and constants, and the style branch when `style_head` is `shared`; the site
-    classifiers never. `fedavg`, `fedprox`: everything, as the baselines are defined. `alone`: nothing.
+    `content_share`: content branch and constants, and the style branch when `style_head` is `shared`; the
+    site classifiers never. `fedavg`, `fedprox`, `pooled`: everything, as the baselines are defined. `alone`:
+    nothing.
     Raises `ValueError` on any other word, and when the model has a tensor that no part declares.
     """
     if style_head not in ("local", "shared"):
@@ -50,12 +53,14 @@ def shared_keys(model: FactorNetwork, style_head: StyleScope, method: Method) ->
             chosen = {*content_keys(model), *constant_keys(model)}
             if style_head == "shared":
                 chosen |= {*style_keys(model)}
-        case "fedavg" | "fedprox":
+        case "fedavg" | "fedprox" | "pooled":
             chosen = set(declared)
         case "alone":
             chosen = set()
         case _:
-            raise ValueError(f"Expected method content_share, fedavg, fedprox or alone; got {method!r}.")
+            raise ValueError(
+                f"Expected method content_share, fedavg, fedprox, pooled or alone; got {method!r}."
+            )
     return tuple(name for name in declared if name in chosen)
 
 
@@ -74,6 +79,6 @@ def _all_keys(model: FactorNetwork) -> tuple[str, ...]:
     names = tuple(model.state_dict())
     if stray := [name for name in names if name.split(".", 1)[0] not in parts]:
         raise ValueError(
-            f"Expected every tensor to belong to a declared part; {stray[0]!r} does not. Declare it on the model."
+            f"Expected every tensor to belong to a declared part; {stray[0]!r} does not: declare its part."
         )
     return names

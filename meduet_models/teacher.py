@@ -1,9 +1,10 @@
 """The moving-average teacher: the student's weights, averaged over its steps; it has no gradient of its own.
 
-It carries the factor network alone: site classifiers and fixed tables are not averaged. Its weights are in `state_dict`,
-so they belong in a checkpoint; its momentum is a function of progress and needs none.
+It carries the factor network alone: site classifiers and fixed tables are not averaged. Its weights are in
+`state_dict`, so they belong in a checkpoint; its momentum is a function of progress and needs none.
 
-Source: mean teachers (arXiv:1703.01780); cosine momentum of BYOL (arXiv:2006.07733), as MeDUET (arXiv:2602.17901) uses it.
+Source: mean teachers (arXiv:1703.01780); cosine momentum of BYOL (arXiv:2006.07733), as MeDUET
+(arXiv:2602.17901) uses it.
 """
 
 import math

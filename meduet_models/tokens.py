@@ -1,10 +1,11 @@
 """A latent volume as a grid of tokens and back, and where each token sits.
 
-A token is a cube of `patch` latent voxels per edge with all its channels. Positions are fixed three-dimensional sines
-and cosines, never learned: a learnable position table gives a patient's tokens away in its gradient (APRIL).
-Nothing here has weights.
+A token is a cube of `patch` latent voxels per edge with all its channels. Positions are fixed
+three-dimensional sines and cosines, never learned: a learnable position table gives a patient's tokens away
+in its gradient (APRIL). Nothing here has weights.
 
-Axes: b = volumes, c = latent channels, d h w = latent voxels, n = tokens (raster order), p = values in a token.
+Axes: b = volumes, c = latent channels, d h w = latent voxels, n = tokens (raster order), p = values in a
+token.
 Source: MAE and ViT; MeDUET (arXiv:2602.17901) embeds by a strided convolution, which is the same linear map.
 """
 

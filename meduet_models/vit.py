@@ -1,7 +1,7 @@
 """Encoder and decoder: two plain vision transformers, readable in one sitting.
 
-Pre-norm blocks, no class token (it would see both contents and both styles of a mixture and carry them around the
-factors), no dropout. Attention is PyTorch's fused one. Heads, fusing and losses are elsewhere.
+Pre-norm blocks, no class token (it would see both contents and both styles of a mixture and carry them around
+the factors), no dropout. Attention is PyTorch's fused one. Heads, fusing and losses are elsewhere.
 
 Axes: b = volumes, n = tokens, k = encoder width, m = decoder width, p = values in a token.
 Source: ViT and MAE; sizes of MeDUET (arXiv:2602.17901).
