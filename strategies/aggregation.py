@@ -1,20 +1,20 @@
 """Adding up what sites send: each reply is validated alone, folded into one sum and dropped.
 
-The sum is exact. Values become integers on a grid fine enough for float32 (2^-q, q from the declared bounds, so
-that no overflow is possible) and are added in int64; integers add in any order, in any grouping and on any
-number of threads to the same bits. Memory: one int64 per value of the model, however many sites reply.
-Robust rules, which need all replies at once, are in `strategies/robust.py`.
-What this file does not do: it knows no message, no round and no Flower.
+The sum is exact. Values become integers on a grid fine enough for float32 (2^-q, q from the declared bounds,
+so that no overflow is possible) and are added in int64; integers add in any order, in any grouping and on any
+number of threads to the same bits. Memory: one int64 per value of the model, however many sites reply. Robust
+rules, which need all replies at once, are in `strategies/robust.py`. What this file does not do: it knows no
+message, no round and no Flower.
 
 Source: reproducible summation by fixed-point accumulation, as in the long accumulators of Kulisch (1981).
 Flower 1.41 for comparison: bench/aggregation.py.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
+Result = TypeVar("Result")
 
 _BLOCK = 1 << 16  # values per pass: the block and its scratch stay in a core's cache
 _SMALLEST_GRID_BITS = 20
@@ -51,7 +52,7 @@ class Bounds:
         bits = math.floor(62 - math.log2(largest))
         if bits < _SMALLEST_GRID_BITS:
             raise ValueError(
-                f"Expected bounds with room for {_SMALLEST_GRID_BITS} bits after the point; {self} leaves {bits}."
+                f"Expected bounds that leave {_SMALLEST_GRID_BITS} bits after the point; {self} leave {bits}."
                 " Lower release.update_clip_norm."
             )
         return min(bits, 100)
@@ -125,21 +126,19 @@ class StreamingSum:
         self.num_replies = 0
         self._threads = threads
         self._scale = np.float32(2.0**bounds.grid_bits)
-        self._sum = np.zeros(self.validation.num_values, dtype=np.int64)
+        sizes = [math.prod(shape) for shape in self.validation.shapes.values()]
+        self._sums: list[Integers] = [
+            np.empty(size, dtype=np.int64) for size in sizes
+        ]  # the first reply fills
 
     def fold(self, site: str, update: Mapping[str, Tensor], examples: int) -> None:
         """Validate one reply and add it; on `ReplyRefused` the sum is as before. `site` has no influence."""
         assert self.num_replies < self.validation.bounds.num_replies, "more replies than were declared"
         values = self.validation.flat(update, examples)
-        shares = _shares(values, self._threads)
-        if self._threads == 1:
-            self.validation.check_norm(values, _squares(shares[0]), examples)
-            _add(shares[0], self._sum, self._scale)
-        else:
-            with ThreadPoolExecutor(self._threads) as pool:
-                squares = math.fsum(pool.map(_squares, shares))
-                self.validation.check_norm(values, squares, examples)
-                list(pool.map(lambda share: _add(share, self._sum, self._scale), shares))
+        squares = math.fsum(self._each(_squares, values))
+        self.validation.check_norm(values, squares, examples)
+        work = self._set if self.num_replies == 0 else self._add
+        self._each(work, values)
         self.examples += examples
         self.num_replies += 1
 
@@ -147,57 +146,65 @@ class StreamingSum:
         """Sum over examples; raises `ReplyRefused` when nothing was folded."""
         if not self.examples:
             raise ReplyRefused("Expected at least one valid reply; got none.")
-        mean = np.empty(len(self._sum), dtype=np.float32)
+        means = {name: torch.empty(shape) for name, shape in self.validation.shapes.items()}
+        self._each(self._divide, [_flat(tensor) for tensor in means.values()])
+        return means
+
+    def reset(self) -> None:
+        """Begin a new sum in the memory of the old one."""
+        self.examples = self.num_replies = 0
+
+    def _each(self, work: Callable[[list["_Block"]], Result], tensors: list[Floats]) -> list[Result]:
+        """Do `work` on all blocks of `tensors`, divided among the threads."""
+        blocks = [
+            _Block(tensor, index, slice(start, start + _BLOCK))
+            for index, tensor in enumerate(tensors)
+            for start in range(0, len(tensor), _BLOCK)
+        ]
+        if self._threads == 1:
+            return [work(blocks)]
+        with ThreadPoolExecutor(self._threads) as pool:
+            return list(pool.map(work, (blocks[i :: self._threads] for i in range(self._threads))))
+
+    def _set(self, blocks: list["_Block"]) -> None:
+        scratch = np.empty(_BLOCK, dtype=np.float32)
+        for block in blocks:
+            np.copyto(self._sums[block.tensor][block.place], self._round(block, scratch), casting="unsafe")
+
+    def _add(self, blocks: list["_Block"]) -> None:
+        scratch, whole = np.empty(_BLOCK, dtype=np.float32), np.empty(_BLOCK, dtype=np.int64)
+        for block in blocks:
+            rounded = self._round(block, scratch)
+            integers = whole[: len(rounded)]
+            np.copyto(integers, rounded, casting="unsafe")
+            self._sums[block.tensor][block.place] += integers
+
+    def _round(self, block: "_Block", scratch: Floats) -> Floats:
+        rounded = scratch[: len(block.values)]
+        np.multiply(block.values, self._scale, out=rounded)  # exact: a power of two
+        np.rint(rounded, out=rounded)
+        return rounded
+
+    def _divide(self, blocks: list["_Block"]) -> None:
         unit = 1.0 / (float(self._scale) * self.examples)
-        for start in range(0, len(mean), _BLOCK):
-            block = slice(start, start + _BLOCK)
-            np.multiply(self._sum[block], unit, out=mean[block], casting="same_kind")
-        return self.validation.unflat(mean)
+        scratch = np.empty(_BLOCK)
+        for block in blocks:
+            scaled = scratch[: len(block.values)]
+            np.multiply(self._sums[block.tensor][block.place], unit, out=scaled)
+            block.values[:] = scaled
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Part of a reply's tensor and where it lies in the sum."""
+class _Block:
+    """A piece of a tensor that fits in a core's cache, and its place in that tensor."""
 
-    values: Floats
-    start: int
+    __slots__ = ("place", "tensor", "values")
 
-
-def _shares(values: list[Floats], threads: int) -> list[list[_Piece]]:
-    """Divide a reply into one equal share per thread."""
-    total = sum(map(len, values))
-    size = max(1, -(-total // threads))
-    shares: list[list[_Piece]] = [[] for _ in range(threads)]
-    start = 0
-    for tensor in values:
-        position = 0
-        while position < len(tensor):
-            share = (start + position) // size
-            stop = min(len(tensor), (share + 1) * size - start)
-            shares[share].append(_Piece(tensor[position:stop], start + position))
-            position = stop
-        start += len(tensor)
-    return shares
+    def __init__(self, values: Floats, tensor: int, place: slice) -> None:
+        self.values, self.tensor, self.place = values[place], tensor, place
 
 
-def _blocks(share: list[_Piece]) -> Iterator[tuple[Floats, int]]:
-    for piece in share:
-        for begin in range(0, len(piece.values), _BLOCK):
-            yield piece.values[begin : begin + _BLOCK], piece.start + begin
-
-
-def _squares(share: list[_Piece]) -> float:
-    return math.fsum(float(np.dot(block, block)) for block, _ in _blocks(share))
-
-
-def _add(share: list[_Piece], total: Integers, scale: Any) -> None:
-    scratch, whole = np.empty(_BLOCK, dtype=np.float32), np.empty(_BLOCK, dtype=np.int64)
-    for block, start in _blocks(share):
-        scaled, rounded = scratch[: len(block)], whole[: len(block)]
-        np.multiply(block, scale, out=scaled)  # exact: a power of two
-        np.rint(scaled, out=scaled)
-        np.copyto(rounded, scaled, casting="unsafe")
-        total[start : start + len(block)] += rounded
+def _squares(blocks: list[_Block]) -> float:
+    return math.fsum(float(np.dot(block.values, block.values)) for block in blocks)
 
 
 def _flat(tensor: Tensor) -> Floats:

@@ -1,10 +1,10 @@
 """Robust rules: trimmed mean, median and Krum, for when a site may be wrong or hostile.
 
-They need all replies at once, so each validated reply is spilled to a file in the run's folder and read back by
-coordinate, in pieces: memory stays that of one piece, whatever the number of sites. Weights are ignored: a site
-that lies about its update can lie about its examples. Replies are taken in the order of the sites' names, so the
-order of arrival has no influence.
-What this file does not do: it protects nobody's privacy, and no rule survives a majority of bad sites.
+They need all replies at once, so each validated reply is spilled to a file in the run's folder and read back
+by coordinate, in pieces: memory stays that of one piece, whatever the number of sites. Weights are ignored: a
+site that lies about its update can lie about its examples. Replies are taken in the order of the sites'
+names, so the order of arrival has no influence. What this file does not do: it protects nobody's privacy, and
+no rule survives a majority of bad sites.
 
 Axes: m = replies, v = values of one piece.
 Sources: trimmed mean and median, Yin et al. 2018 (arXiv:1803.01498); Krum, Blanchard et al. 2017
@@ -43,7 +43,7 @@ class SpilledReplies:
         folder.mkdir(parents=True)
 
     def fold(self, site: str, update: Mapping[str, Tensor], examples: int) -> None:
-        """Validate one reply and write its mean update (`update` / examples) to a file; raises `ReplyRefused`."""
+        """Validate one reply and write `update` / examples to a file; raises `ReplyRefused`."""
         if site in self._files:
             raise ReplyRefused(f"Expected one reply of {site!r}; got a second.")
         values = self.validation.flat(update, examples)
@@ -57,7 +57,7 @@ class SpilledReplies:
         self._files[site] = path
 
     def mean(self) -> dict[str, Tensor]:
-        """The rule's aggregate; the files are removed. Raises `ReplyRefused` when too few replies are there."""
+        """The rule's aggregate; the files are removed. Raises `ReplyRefused` with too few replies."""
         check_rule(self._rule, self._trim, len(self._files))
         num_values = self.validation.num_values
         replies = [self._read(self._files[site]) for site in sorted(self._files)]
