@@ -1,0 +1,41 @@
+"""`meduet-server`: what the coordinating centre types. One line of help per command, one line per error.
+
+What it does not do: decide anything. Each command reads its arguments and calls the module that does the
+work.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from server import tokenizer_commands
+
+NOT_POSSIBLE = 2  # exit status when the arguments or a file are not what was expected
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status (0: done, 2: refused with a line that says why)."""
+    parser = argparse.ArgumentParser(
+        prog="meduet-server", description="The coordinating centre of a FedMeDUET federation."
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    tokenizer_commands.add_to(commands)
+    chosen = parser.parse_args(arguments)
+    try:
+        chosen.run(chosen, Console())
+    except ValueError as error:
+        Console(stderr=True, soft_wrap=True).print(str(error), markup=False, highlight=False)
+        return NOT_POSSIBLE
+    except KeyboardInterrupt:
+        Console(stderr=True).print(
+            "Interrupted. The same command goes on from the last checkpoint, if it made one."
+        )
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
