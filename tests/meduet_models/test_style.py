@@ -1,4 +1,4 @@
-"""Laws of style sums, and what exchanging them is worth on real scans (science: counterfactual error ratio)."""
+"""Laws of style sums, and what exchanging them is worth on real scans (counterfactual error ratio)."""
 
 import dataclasses
 import itertools
@@ -174,7 +174,7 @@ def test_sums_of_nobody_have_no_style_and_latents_that_are_not_numbers_no_sums()
         StyleMoments.of_patient(torch.zeros(1, 3, *GRID), LAYOUT)
 
 
-# What an exchange is worth, on hippocampus crops and four simulated scanners (all one hospital's: a simulation).
+# What an exchange is worth: hippocampus crops, four simulated scanners (one hospital: a simulation).
 
 
 def _crop(volume: np.ndarray, shape: tuple[int, int, int] = (32, 48, 32)) -> np.ndarray:
@@ -225,9 +225,7 @@ def rendered_latents(data_root: Path) -> Tensor:
 
 
 def _error_ratio(latents: Tensor, layout: StyleLayout) -> float:
-    """Mean over ordered pairs of scanners; styles come from the first half of the patients, errors from the
-    rest.
-    """
+    """Mean over ordered pairs of scanners; styles of the first half of the patients, errors of the rest."""
     half = latents.shape[1] // 2
     entries = [StyleMoments.of(s[:half], [str(i) for i in range(half)], layout).entry() for s in latents]
     ratios = [
