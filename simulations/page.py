@@ -29,9 +29,9 @@ _PROBES = (
     ("reconstruction_error", "reconstruction error"),
 )
 _PROMISE = (
-    "Releases of this run are bounded, not differentially private: each is clipped to its bound and entered in "
-    "the hospital's ledger with epsilon = infinity. Who sees the updates may learn about the patients behind "
-    "them."
+    "Releases of this run are bounded, not differentially private: each is clipped to its bound and entered "
+    "in the hospital's ledger with epsilon = infinity. Who sees the updates may learn about the patients "
+    "behind them."
 )
 
 
@@ -194,8 +194,8 @@ def _tiles(
 
 def _swap_text(last: Mapping[str, float]) -> str:
     text = (
-        "The model takes the content of a scan and the style of another hospital, and the frozen VAE draws the "
-        "result. None of these patients was trained on."
+        "The model takes the content of a scan and the style of another hospital, and the frozen VAE draws "
+        "the result. None of these patients was trained on."
     )
     if "counterfactual_ratio" in last:
         text += (

@@ -1,4 +1,4 @@
-"""The import names are ours alone, resolve to this checkout, and the Flower bundle holds exactly our modules."""
+"""The import names are ours alone and resolve to this checkout; the Flower bundle holds our modules."""
 
 import importlib
 import importlib.metadata

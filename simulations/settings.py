@@ -1,0 +1,64 @@
+"""What `meduet-simulate` is told besides the plan: engine, device, where the run goes."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from federation.plan import build
+from meduet_models.tokenizer import TokenizerSpec
+from simulations.hospital_plans import HospitalsPlan, hospitals_plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """How the sites' work is run."""
+
+    kind: Literal["process", "ray"]
+    """`process`: in this process, one site after another. `ray`: Flower's simulation."""
+    address: str | None = None
+    """host:port of a Ray cluster that runs already; none starts one on this machine."""
+    cpus_per_site: int = 1
+    """Cores that a site's work takes; both engines train with as many threads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """What the observer measures."""
+
+    every_rounds: int = 2
+    """Rounds between probes; the last round is always probed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulationSettings:
+    """A run of several hospitals on one machine."""
+
+    engine: EngineSettings
+    """How the sites' work is run."""
+    evaluation: EvaluationSettings
+    """What the observer measures."""
+    tokenizer: TokenizerSpec
+    """The frozen VAE of all sites."""
+    folder: str
+    """Where the run goes."""
+    fresh: bool
+    """Whether a run that is already there is removed first."""
+    device: Literal["auto", "cpu", "cuda"]
+    """Device of every site."""
+    compile: bool
+    """Whether sites compile the network."""
+    tensorboard: bool
+    """Whether TensorBoard events are written."""
+
+
+def settings_from(config: Mapping[str, Any]) -> tuple[SimulationSettings, HospitalsPlan]:
+    """The settings, and where the scans come from; raises `ValueError` naming what is wrong."""
+    hospitals = config["hospitals"]
+    if config["root"] is not None and hospitals["kind"] == "phantoms":
+        raise ValueError(
+            "root has no effect with hospitals=phantoms: use hospitals=folders or hospitals=split."
+        )
+    names = [field.name for field in dataclasses.fields(SimulationSettings)]
+    settings = build(SimulationSettings, {name: config[name] for name in names}, "settings")
+    return settings, hospitals_plan(hospitals)

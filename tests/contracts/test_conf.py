@@ -1,0 +1,140 @@
+"""Every configuration composes into a plan, names no class, and has no setting that nobody reads."""
+
+import ast
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hydra.errors import ConfigCompositionException
+
+from federation.plan import (
+    AggregationPlan,
+    ReleasePlan,
+    RunPlan,
+    StylePlan,
+    TrainingPlan,
+    VolumePlan,
+)
+from meduet_models.meduet import NetworkConfig
+from meduet_models.objective import LossWeights, ObjectiveConfig
+from server.config import CONF, compose_config, plain, plan_from
+from simulations.settings import SimulationSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("meduet_models", "privacy", "federation", "strategies", "client", "server", "simulations")
+PLANS = (
+    RunPlan,
+    VolumePlan,
+    TrainingPlan,
+    StylePlan,
+    AggregationPlan,
+    ReleasePlan,
+    NetworkConfig,
+    ObjectiveConfig,
+    LossWeights,
+)
+OPTIONS = [
+    f"{folder.name}={choice.stem}"
+    for folder in sorted(CONF.iterdir())
+    if folder.is_dir() and folder.name != "__pycache__"
+    for choice in sorted(folder.glob("*.yaml"))
+]
+
+
+def plan_of(*overrides: str) -> RunPlan:
+    return plan_from(
+        plain(compose_config(overrides)),
+        sites=("a", "b", "c"),
+        tokenizer_sha256="0" * 64,
+        latent_channels=4,
+        stride=4,
+    )
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_configuration_makes_a_plan(option: str) -> None:
+    volumes = ["volumes.shape=[96,96,96]"] if option == "network=paper" else []
+    plan = plan_of(option, "root=/somewhere", *volumes)
+    assert RunPlan.from_json(plan.to_json()) == plan
+
+
+def test_the_paper_preset_has_the_published_values() -> None:
+    plan = plan_of("experiment=paper", "root=/somewhere")
+    assert (plan.network.width, plan.network.depth, plan.network.heads) == (768, 12, 12)
+    assert plan.network.latent_grid == (24, 24, 24)
+    assert plan.volumes.shape == (96, 96, 96)
+    weights = plan.objective.weights
+    assert (weights.site_adversary, weights.mftd, weights.siqc) == (0.2, 0.5, 0.3)
+    assert plan.training.learning_rate == 1e-4
+    assert plan.training.teacher_momentum == (0.997, 0.9997)
+
+
+def test_an_unknown_setting_is_an_error() -> None:
+    with pytest.raises(ConfigCompositionException, match="rouns"):
+        compose_config(["training.rouns=3"])
+    with pytest.raises(ValueError, match=r"plan\.training has no setting 'rouns'"):
+        plan_of("+training.rouns=3")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "what"),
+    [
+        (["style.head=shared"], "style.anchor"),
+        (["aggregation.trim=0.3"], "aggregation.trim"),
+        (["aggregation.momentum=0.5"], "aggregation.momentum"),
+        (["style.exchange=none", "objective.weights.invariance=1"], "objective.weights.invariance"),
+        (["aggregation.method=fedprox", "style.head=shared", "style.anchor=0"], "training.proximal"),
+        (["training.batch_size=5"], "training.batch_size"),
+        (["volumes.shape=[41,48,40]"], "volumes.shape"),
+    ],
+)
+def test_a_setting_without_effect_or_that_contradicts_is_refused(overrides: list[str], what: str) -> None:
+    with pytest.raises(ValueError, match=what.replace(".", r"\.")):
+        plan_of(*overrides)
+
+
+def test_the_hash_of_a_plan_changes_with_any_setting() -> None:
+    assert plan_of().sha256 == plan_of().sha256
+    assert plan_of("training.learning_rate=1e-3").sha256 != plan_of().sha256
+
+
+def test_yaml_never_names_python() -> None:
+    for path in CONF.rglob("*.yaml"):
+        assert "_target_" not in path.read_text(encoding="utf-8"), path
+
+
+@pytest.mark.parametrize("kind", [*PLANS, SimulationSettings], ids=lambda kind: kind.__name__)
+def test_every_setting_has_a_sentence_and_a_reader(kind: type) -> None:
+    read = _attributes_read()
+    sentences = _sentences(kind)
+    for field in dataclasses.fields(kind):
+        assert sentences.get(field.name), f"{kind.__name__}.{field.name} has no sentence"
+        assert field.name in read, f"nobody reads {kind.__name__}.{field.name}"
+
+
+def _attributes_read() -> set[str]:
+    """Names read as attributes anywhere in the packages; `dataclasses.asdict` readers do not count."""
+    names: set[str] = set()
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            names |= {
+                node.attr
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+            }
+    return names
+
+
+def _sentences(kind: type) -> dict[str, str]:
+    module = ROOT / Path(*kind.__module__.split(".")).with_suffix(".py")
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef) and node.name == kind.__name__:
+            found: dict[str, str] = {}
+            for item, after in zip(node.body, node.body[1:], strict=False):
+                if isinstance(item, ast.AnnAssign) and isinstance(after, ast.Expr):
+                    assert isinstance(item.target, ast.Name)
+                    if isinstance(after.value, ast.Constant):
+                        found[item.target.id] = str(after.value.value)
+            return found
+    raise AssertionError(f"{kind} not found")
