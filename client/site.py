@@ -1,0 +1,245 @@
+"""A site: one hospital's own settings, and everything it owns, opened only when it is needed.
+
+`SiteConfig` is the hospital's half of a run (`site.yaml`): its folders, device, smallest cohort and consent.
+It never leaves. The other half, `federation/plan.py`, is the same everywhere; the stricter of the two wins.
+Opening a site opens its books (ledger, journal), not its scans: those are read by `Site.scans`, after the
+ledger has reserved. Does not do: answer messages (`client/answers.py`), or let anything out
+(`client/release.py`).
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+
+from client.answers import AskRefused
+from client.cohort import Cohort, open_cohort
+from client.cohort_memo import remembered
+from client.latent_cache import LatentCache
+from client.latent_set import LatentSet
+from client.layouts import LayoutRules
+from federation.journal import Journal
+from federation.plan import RunPlan, VolumePlan, build
+from federation.wire import RefusalKind
+from meduet_models.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
+from privacy.ledger import Ledger
+
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+SiteProgress = Callable[[str, int, int], None]
+"""Called with what is being done ("reading", "encoding"), scans done, scans in all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteConfig:
+    """What is in `site.yaml`. Relative paths there start at the file's own folder."""
+
+    name: str
+    """Name of the site, as the plan lists it."""
+    data_root: Path
+    """Folder of scans, or a manifest. Only ever read."""
+    state_dir: Path
+    """Folder for everything this site writes: cache, ledger, journal, tables, log. Not inside `data_root`."""
+    layout: Literal["auto", "bids", "plain", "manifest", "dicom"] = "auto"
+    """How the data folder is laid out; `auto` tells from what is there."""
+    modality_names: dict[str, str] = field(default_factory=dict)
+    """This site's name of a modality to the plan's; `*` for scans whose modality nothing says."""
+    patient_pattern: str = ""
+    """Regular expression searched in a scan's path; group 1 is the patient. Empty: told from the layout."""
+    label_pattern: str = LayoutRules.label_pattern
+    """Regular expression for what a label's name adds to its image's."""
+    split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    """Share of the patients for training, validation and test."""
+    split_salt: str = "1"
+    """Any text; another text draws another split. Changed within a run, it trains on held-out patients."""
+    minimum_cohort: int = 10
+    """Fewest patients whose statistics may leave together; the plan may ask for more, never for fewer."""
+    allow_non_private: bool = False
+    """This site agrees that bounded sums without differential privacy leave it. Without this consent it takes
+    part in no plan of this version, which adds no noise."""
+    tokenizer: TokenizerSpec = field(default_factory=TokenizerSpec)
+    """Which tokenizer; its hash must be the plan's."""
+    device: DeviceChoice = "auto"
+    """Where scans are encoded and the network is trained; `auto` takes a GPU if there is one."""
+    threads: int = 0
+    """CPU threads for tensor arithmetic; 0 leaves PyTorch's choice."""
+    compile: bool = False
+    """Whether the network is compiled before training."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be meant."""
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):
+            raise ValueError(
+                f"Expected name to be letters, digits, dots, hyphens and underscores; got {self.name!r}."
+            )
+        folder = self.data_root if self.data_root.is_dir() else self.data_root.parent
+        if self.state_dir.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"Expected state_dir outside the data folder {folder}; got {self.state_dir}. What the site "
+                "writes must not be taken for scans."
+            )
+        if min(self.split_fractions) < 0 or abs(sum(self.split_fractions) - 1.0) > 1e-9:
+            raise ValueError(
+                f"Expected split_fractions of at least 0 that sum to 1; got {list(self.split_fractions)}."
+            )
+        if self.minimum_cohort < 1:
+            raise ValueError(f"Expected minimum_cohort to be at least 1; got {self.minimum_cohort}.")
+        if self.threads < 0:
+            raise ValueError(f"Expected threads to be at least 0; got {self.threads}.")
+
+
+def load_site_config(path: Path) -> SiteConfig:
+    """Read `site.yaml`, strictly.
+
+    Raises `ValueError` naming the file, and the setting that is unknown, missing or ill-typed.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"Expected the site's settings at {path}; nothing is there.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"Expected {path} to be a readable YAML file; {reason}.") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"Expected {path} to hold settings (name: value); got {values!r}.")
+    folder = path.resolve().parent
+    for name in ("data_root", "state_dir"):
+        if isinstance(values.get(name), str):
+            values[name] = folder / Path(values[name]).expanduser()
+    spec = values.get("tokenizer")
+    if isinstance(spec, dict) and isinstance(spec.get("path"), str):
+        spec["path"] = str(folder / Path(spec["path"]).expanduser())
+    try:
+        return build(SiteConfig, values, "site")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def resolve_device(choice: DeviceChoice) -> torch.device:
+    """The device that a setting means on this machine.
+
+    Raises `ValueError` when cuda is asked for and absent.
+    """
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "Expected a CUDA device (site.yaml: device: cuda); PyTorch finds none. Check the driver with "
+            "nvidia-smi, or set device: auto."
+        )
+    return torch.device("cuda" if choice != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+class Site:
+    """One hospital. Its books are open; its scans are read when `scans` is called, and not before."""
+
+    def __init__(self, config: SiteConfig, tokenizer: Tokenizer | None = None) -> None:
+        """Open the books in `config.state_dir`, creating it for its owner only.
+
+        `tokenizer`: None loads the one that `config.tokenizer` names, when it is first needed. Raises
+        `BrokenChain` when a book was tampered with, and `ValueError` when the device is not there.
+        """
+        self.config = config
+        self.name = config.name
+        self.state_dir = config.state_dir
+        self.compile = config.compile
+        self.minimum_cohort = config.minimum_cohort
+        self.device = resolve_device(config.device)
+        """Where scans are encoded and the network is trained."""
+        config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        # Consent or a ceiling of 0: the ledger compares it with the epsilon of each promise.
+        ceiling = None if config.allow_non_private else 0.0
+        self.ledger = Ledger(self.state_dir / "ledger.jsonl", epsilon_ceiling=ceiling)
+        """What this site's patients have been charged; reserves before anything is read."""
+        self.journal = Journal(self.state_dir / "journal.jsonl")
+        """What left this site."""
+        self._given = tokenizer
+        self._opened: dict[tuple[VolumePlan, int], LatentSet] = {}
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The site's frozen tokenizer. Raises `ValueError` when its file is absent or damaged."""
+        return self._given if self._given is not None else load_tokenizer(self.config.tokenizer)
+
+    def accept(self, plan: RunPlan) -> None:
+        """Raise `AskRefused` unless the plan lists this site and was made for its tokenizer.
+
+        Reads no scan.
+        """
+        listed = [name for name in plan.participants if name in plan.sites]  # a pooled run lists no hospital
+        if self.name not in listed:
+            raise AskRefused(
+                f"Expected the plan to list {self.name!r}; it lists {', '.join(listed) or 'no hospital'}. Set "
+                "name in site.yaml to the agreed one. Nothing was read.",
+                RefusalKind.PLAN_NOT_ACCEPTED,
+            )
+        if plan.tokenizer_sha256 != self.tokenizer.sha256:
+            raise AskRefused(
+                f"Plan asks for tokenizer {plan.tokenizer_sha256[:8]}…; this site has "
+                f"{self.tokenizer.sha256[:8]}… (site.yaml: tokenizer). Nothing was read.",
+                RefusalKind.WRONG_TOKENIZER,
+            )
+
+    def cohort(self, volumes: VolumePlan, progress: SiteProgress | None = None) -> Cohort:
+        """Which scans take part under `volumes`, and why others do not.
+
+        Reads every scan the first time, and again when any file changed. Raises `ValueError` when the
+        settings make no sense of the data folder, or no scan is usable.
+        """
+        config = self.config
+        rules: dict[str, Any] = {
+            "layout": config.layout,
+            "modality_names": config.modality_names,
+            "patient_pattern": config.patient_pattern,
+            "label_pattern": config.label_pattern,
+            "split_fractions": config.split_fractions,
+            "split_salt": config.split_salt,
+        }
+        if not config.data_root.exists():
+            raise ValueError(
+                f"Expected scans at {config.data_root} (site.yaml: data_root); nothing is there. "
+                "Is it mounted?"
+            )
+        return remembered(
+            self.state_dir / "cohort.json",
+            config.data_root,
+            {**rules, "volumes": dataclasses.asdict(volumes)},
+            lambda: open_cohort(
+                config.data_root, plan=volumes, progress=_phase(progress, "reading"), **rules
+            ),
+        )
+
+    def cache(self, volumes: VolumePlan) -> LatentCache:
+        """The cache of this site's encodings under `volumes`."""
+        return LatentCache(self.state_dir / "cache", self.tokenizer, volumes)
+
+    def scans(self, plan: RunPlan, progress: SiteProgress | None = None) -> LatentSet:
+        """This site's encoded scans under `plan`: opened once, encoding what is not cached.
+
+        Writes cohort.csv and exclusions.csv for the site's own eyes. Raises `AskRefused`, before any scan is
+        read, and what `cohort` and `LatentCache.encode` raise.
+        """
+        self.accept(plan)
+        label = plan.sites.index(self.name)
+        key = (plan.volumes, label)
+        if key not in self._opened:
+            cohort = self.cohort(plan.volumes, progress)
+            cache = self.cache(plan.volumes)
+            opened = cache.encode(cohort, self.device, _phase(progress, "encoding"), label)
+            opened.cohort.write_csv(self.state_dir)
+            self._opened[key] = opened
+        return self._opened[key]
+
+
+def open_site(config_path: Path) -> Site:
+    """The site that a `site.yaml` describes. Raises as `load_site_config` and `Site` do."""
+    return Site(load_site_config(config_path))
+
+
+def _phase(progress: SiteProgress | None, name: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, total: progress(name, done, total)
