@@ -1,0 +1,257 @@
+"""The centre: survey, rounds, erasure; a run that can be stopped anywhere and goes on to the same weights.
+
+Phases: (0) every site tells the sums that describe its scans' appearance, from which come the latent scale
+and the style bank; (1 to R) rounds of `strategies/content_share.py`; (R + 1) every site tells the sums of its
+pooled content, from which comes the erasure of the site. After each phase and round everything is on disk
+before anything else is asked. A run that is started again goes on after its last checkpoint; sites answer a
+round that is asked twice in the same way, so on one kind of machine the final weights are the same bits.
+What this file does not do: it trains nothing, sees no scan, and averages nothing itself.
+
+`run` takes any Flower grid; `app` is the ServerApp of a deployment.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from federation.journal import Journal
+from federation.messages import ERASURE, SURVEY, ErasureAsk, ErasureReply, SurveyAsk, SurveyReply, Tensors
+from federation.plan import RunPlan
+from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
+from server.checkpoints import Checkpoint, Checkpoints
+from server.model import MeduetModel, SharedModel
+from server.queries import ask_sites
+from server.run_folder import claim, write_metrics
+from strategies.content_share import ContentShare
+from strategies.quorum import Roster
+
+MODEL = "model.safetensors"
+
+_log = logging.getLogger(__name__)
+
+
+class RunObserver:
+    """Told what happens; this one does nothing. What it is given is the run's own: read, do not write."""
+
+    def on_survey(self, summary: Mapping[str, Any], bank: Mapping[str, Any]) -> None:
+        """The survey is done: who told what, and the style bank's tensors."""
+
+    def on_round_start(self, round: int, num_rounds: int) -> None:
+        """A round begins."""
+
+    def on_site_reply(self, round: int, site: str, report: Mapping[str, Any]) -> None:
+        """A site's valid reply is in: examples, seconds, bytes, losses."""
+
+    def on_round_end(
+        self, round: int, shared: Mapping[str, Any], metrics: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """A round is aggregated, not yet on disk. What is returned becomes the round's "probes"."""
+        return {}
+
+    def on_end(self, result: "RunResult") -> None:
+        """The run is complete, now or already before."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A complete run."""
+
+    shared: Tensors
+    """Final shared weights; empty when each site is alone."""
+    bank: Tensors
+    metrics: dict[str, Any]
+    """What `metrics.json` holds."""
+    model: Path | None
+    """The file of the final weights; None when nothing is shared."""
+
+
+def run(
+    grid: Grid,
+    plan: RunPlan,
+    folder: Path,
+    *,
+    model: SharedModel | None = None,
+    observer: RunObserver | None = None,
+    resume: bool = True,
+) -> RunResult:
+    """Run `plan` in `folder`, or go on with what is there.
+
+    Raises `RoundFailed` below the quorum (the last checkpoint stays), `OtherPlan` when the folder is another
+    plan's, and `ValueError` when it holds a run and `resume` is false.
+    """
+    return _Run(grid, plan, folder, model or MeduetModel(plan), observer or RunObserver()).complete(resume)
+
+
+class _Run:
+    """One run from wherever it is to its end."""
+
+    def __init__(
+        self, grid: Grid, plan: RunPlan, folder: Path, model: SharedModel, observer: RunObserver
+    ) -> None:
+        self.grid, self.plan, self.folder, self.model, self.observer = grid, plan, folder, model, observer
+        self.roster = Roster(plan.participants)
+        self.checkpoints = Checkpoints(folder / "checkpoints", plan.sha256)
+
+    def complete(self, resume: bool) -> RunResult:
+        claim(self.folder, self.plan)
+        self.journal = Journal(self.folder / "journal.jsonl")
+        last = self.checkpoints.latest()
+        if last is not None and not resume:
+            raise ValueError(
+                f"Expected no checkpoints in {self.folder}; it holds a run up to round {last.round}. "
+                "Resume it, or remove the folder."
+            )
+        self._note("start" if last is None else "resume", round=0 if last is None else last.round)
+        if last is None:
+            last = self._survey()
+        last = self._rounds(last)
+        result = self._final(last)
+        write_metrics(self.folder, result.metrics)
+        self.observer.on_end(result)
+        return result
+
+    def _survey(self) -> Checkpoint:
+        shared, _ = self.model.start()
+        metrics: dict[str, Any] = {"rounds": [], "survey": {}, "erasure": {}}
+        bank: Tensors = {}
+        if self.model.surveyed:
+            ask = SurveyAsk(plan_json=self.plan.to_json()).to_record()
+            replies, refused = ask_sites(
+                self.grid,
+                self.roster,
+                self.plan,
+                SURVEY,
+                ask,
+                SurveyReply.from_record,
+                self.model.check_survey,
+            )
+            surveyed = self.model.after_survey(shared, replies)
+            shared, bank = surveyed.shared, surveyed.bank
+            metrics["survey"] = {**surveyed.summary, "refused": refused}
+            self._note("survey", sites=list(replies), refused=refused)
+        checkpoint = self._save(0, shared, {}, bank, metrics)
+        self.observer.on_survey(metrics["survey"], bank)
+        return checkpoint
+
+    def _rounds(self, last: Checkpoint) -> Checkpoint:
+        num_rounds = self.plan.training.rounds
+        if last.round >= num_rounds:
+            return last
+        strategy = ContentShare(
+            self.plan,
+            last.shared,
+            bank=last.bank,
+            home=self.model.start()[1],
+            roster=self.roster,
+            folder=self.folder,
+            on_reply=self.observer.on_site_reply,
+        )
+        strategy.optimiser.load(last.optimiser)
+        strategy.summary()
+        rounds = strategy.rounds(self.grid, done=last.round)
+        for round in range(last.round + 1, num_rounds + 1):
+            self.observer.on_round_start(round, num_rounds)
+            report = dataclasses.asdict(next(rounds))
+            probes = self.observer.on_round_end(round, strategy.shared, report)
+            report |= {"probes": dict(probes)} if probes else {}
+            metrics = last.metrics | {"rounds": [*last.metrics["rounds"], report]}
+            last = self._save(round, strategy.shared, strategy.optimiser.state(), last.bank, metrics)
+            self._note(
+                "round",
+                round=round,
+                sites=list(report["sites"]),
+                refused=report["refused"],
+                loss=report["loss"],
+            )
+        return last
+
+    def _final(self, last: Checkpoint) -> RunResult:
+        path = self.folder / MODEL
+        if not last.shared:
+            return RunResult({}, last.bank, last.metrics, None)
+        if (done := self._finished(path)) is not None:
+            shared, erasure = done
+            return RunResult(shared, last.bank, last.metrics | {"erasure": erasure}, path)
+        shared, erasure = last.shared, {}
+        if self.model.erased:
+            ask = ErasureAsk(plan_json=self.plan.to_json(), shared=shared, bank=last.bank).to_record()
+            replies, refused = ask_sites(
+                self.grid,
+                self.roster,
+                self.plan,
+                ERASURE,
+                ask,
+                ErasureReply.from_record,
+                self.model.check_erasure,
+            )
+            shared, summary = self.model.after_erasure(shared, replies)
+            erasure = {**summary, "refused": refused}
+        sha256 = sha256_of_tensors(shared)
+        provenance = {
+            **self.model.provenance(),
+            "plan_sha256": self.plan.sha256,
+            "plan": self.plan.to_json(),
+            "rounds": str(last.round),
+            "erasure": json.dumps(erasure, sort_keys=True),
+            "tensors_sha256": sha256,
+        }
+        save_weights(path, shared, provenance)
+        self._note("end", tensors_sha256=sha256)
+        return RunResult(shared, last.bank, last.metrics | {"erasure": erasure}, path)
+
+    def _finished(self, path: Path) -> tuple[Tensors, dict[str, Any]] | None:
+        """The final weights, if this run has written them whole."""
+        if not path.is_file():
+            return None
+        try:
+            tensors, provenance = load_weights(path)
+        except ValueError as error:
+            _log.warning("The final weights are damaged and are made again. %s", error)
+            return None
+        if provenance.get("plan_sha256") != self.plan.sha256:
+            return None
+        if provenance.get("tensors_sha256") != sha256_of_tensors(tensors):
+            _log.warning("The final weights are not as they were written and are made again.")
+            return None
+        erasure: dict[str, Any] = json.loads(provenance["erasure"])
+        return tensors, erasure
+
+    def _save(
+        self, round: int, shared: Tensors, optimiser: Tensors, bank: Tensors, metrics: dict[str, Any]
+    ) -> Checkpoint:
+        checkpoint = Checkpoint(
+            plan_sha256=self.plan.sha256,
+            round=round,
+            shared=shared,
+            optimiser=optimiser,
+            bank=bank,
+            metrics=metrics,
+        )
+        self.checkpoints.save(checkpoint)
+        write_metrics(self.folder, metrics)
+        return checkpoint
+
+    def _note(self, kind: str, **what: Any) -> None:
+        self.journal.append({"kind": kind, "plan": self.plan.sha256, **what})
+
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """A deployment: run configuration `plan` is the path of a plan's JSON, `folder` where the run goes."""
+    plan, folder = (str(context.run_config.get(key, "")) for key in ("plan", "folder"))
+    if not plan or not folder:
+        raise ValueError(
+            "Expected the run configuration to name plan=<path of plan.json> and folder=<folder of the run>, "
+            "both on the centre's machine."
+        )
+    run(grid, RunPlan.from_json(Path(plan).read_text(encoding="utf-8")), Path(folder))

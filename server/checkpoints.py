@@ -1,0 +1,124 @@
+"""Checkpoints: everything the centre needs to go on, in one file per round, written whole or not at all.
+
+`checkpoints/round-0003.safetensors` holds the shared weights after round 3, the server optimiser's moments
+and the style bank; its header holds the round, the hash of the plan, the run's metrics so far, and a hash
+of the tensors. Round 0 is the state after the survey. The last three are kept. A damaged file is said aloud
+and the one before it is taken: sites keep enough of the past to repeat a round. What this file does not do:
+it keeps nothing of a site's.
+"""
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
+
+KEPT = 3
+_GROUPS = ("shared", "optimiser", "bank")
+
+_log = logging.getLogger(__name__)
+
+
+class OtherPlan(ValueError):
+    """The folder holds a run of another plan."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The centre after a round."""
+
+    plan_sha256: str
+    round: int
+    """Rounds done; 0 after the survey."""
+    shared: dict[str, Tensor]
+    optimiser: dict[str, Tensor]
+    bank: dict[str, Tensor]
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """What `metrics.json` holds so far; JSON values."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `folder`."""
+
+    def __init__(self, folder: Path, plan_sha256: str) -> None:
+        self._folder, self._plan_sha256 = folder, plan_sha256
+
+    def save(self, checkpoint: Checkpoint) -> Path:
+        """Write a checkpoint (temporary file, fsync, rename, fsync of the folder) and drop old ones."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            f"{group}:{name}": tensor
+            for group in _GROUPS
+            for name, tensor in getattr(checkpoint, group).items()
+        }
+        path = self._path(checkpoint.round)
+        save_weights(
+            path,
+            tensors,
+            {
+                "plan_sha256": checkpoint.plan_sha256,
+                "round": str(checkpoint.round),
+                "metrics": json.dumps(checkpoint.metrics, allow_nan=False),
+                "tensors_sha256": sha256_of_tensors(tensors),
+            },
+        )
+        for later in (round for round in self.rounds() if round > checkpoint.round):
+            self._path(later).unlink()  # of a run that went back
+        for old in self.rounds()[:-KEPT]:
+            self._path(old).unlink()
+        return path
+
+    def latest(self) -> Checkpoint | None:
+        """The last whole checkpoint, or None when there is none.
+
+        Raises `OtherPlan` for a checkpoint of another plan, and `ValueError` when there are checkpoints and
+        none of them is whole.
+        """
+        rounds = self.rounds()
+        for round in reversed(rounds):
+            try:
+                return self._load(round)
+            except OtherPlan:
+                raise
+            except ValueError as error:
+                _log.warning(
+                    "Checkpoint of round %d is damaged; the one before it is taken. %s", round, error
+                )
+        if rounds:
+            raise ValueError(
+                f"Expected a whole checkpoint in {self._folder}; all {len(rounds)} are damaged. "
+                "Start the run in a new folder."
+            )
+        return None
+
+    def rounds(self) -> list[int]:
+        """Rounds with a file, ascending."""
+        return sorted(
+            int(path.stem.removeprefix("round-")) for path in self._folder.glob("round-*.safetensors")
+        )
+
+    def _path(self, round: int) -> Path:
+        return self._folder / f"round-{round:04d}.safetensors"
+
+    def _load(self, round: int) -> Checkpoint:
+        path = self._path(round)
+        tensors, provenance = load_weights(path)
+        if missing := {"plan_sha256", "round", "metrics", "tensors_sha256"} - set(provenance):
+            raise ValueError(f"Expected a checkpoint in {path}; its header lacks {min(missing)!r}.")
+        if provenance["tensors_sha256"] != sha256_of_tensors(tensors) or provenance["round"] != str(round):
+            raise ValueError(f"Expected {path} to be as it was written; its hash is another.")
+        if provenance["plan_sha256"] != self._plan_sha256:
+            raise OtherPlan(
+                f"Expected checkpoints of plan {self._plan_sha256[:12]} in {self._folder}; they are of plan "
+                f"{provenance['plan_sha256'][:12]}. Give the run another name, or remove its folder."
+            )
+        groups: dict[str, dict[str, Tensor]] = {group: {} for group in _GROUPS}
+        for key, tensor in tensors.items():
+            group, _, name = key.partition(":")
+            groups[group][name] = tensor
+        metrics: dict[str, Any] = json.loads(provenance["metrics"])
+        return Checkpoint(plan_sha256=self._plan_sha256, round=round, metrics=metrics, **groups)

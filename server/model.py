@@ -1,0 +1,152 @@
+"""The model as the centre sees it: tensors that travel, tensors that stay, and two things to learn from sums.
+
+`SharedModel` is all that the run needs of a model; `MeduetModel` is the one we pretrain. The centre never
+trains and never sees a scan: it makes the common start, sets the latent scale from the pooled survey, and
+fits the erasure of the site from the sums of pooled content.
+What this file does not do: it sends and stores nothing (`server/app.py`).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from federation.erasure import erasure_moments, share_bound
+from federation.messages import ErasureReply, SurveyReply, Tensors
+from federation.plan import RunPlan
+from federation.survey import smallest_cohort
+from meduet_models.erasure import ErasureMoments, fit_erasure
+from meduet_models.meduet import MeDUET
+from meduet_models.sharing import home_keys, shared_keys
+from strategies.aggregation import ReplyRefused
+from strategies.style_bank import StyleSurvey
+
+_ROUNDING = 1 + 1e-6
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """What a survey changes."""
+
+    shared: Tensors
+    bank: Tensors
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+class SharedModel(Protocol):
+    """What the run needs of a model."""
+
+    @property
+    def surveyed(self) -> bool:
+        """Whether there is anything to ask before the first round."""
+
+    @property
+    def erased(self) -> bool:
+        """Whether the site is erased after the last round."""
+
+    def start(self) -> tuple[Tensors, Tensors]:
+        """The common start, the same whenever it is asked for: (shared, home)."""
+
+    def check_survey(self, reply: SurveyReply) -> None:
+        """Raise `ValueError` when a site's sums cannot be used."""
+
+    def after_survey(self, shared: Tensors, replies: Mapping[str, SurveyReply]) -> Surveyed:
+        """Shared weights and style bank for the rounds."""
+
+    def check_erasure(self, reply: ErasureReply) -> None:
+        """Raise `ValueError` when a site's sums cannot be used."""
+
+    def after_erasure(
+        self, shared: Tensors, replies: Mapping[str, ErasureReply]
+    ) -> tuple[Tensors, dict[str, Any]]:
+        """Final shared weights, and a summary."""
+
+    def provenance(self) -> dict[str, str]:
+        """What goes into the header of the final weights."""
+
+
+class MeduetModel:
+    """MeDUET under a plan."""
+
+    def __init__(self, plan: RunPlan) -> None:
+        self.plan = plan
+        self._survey = StyleSurvey(plan)
+        network = self._network()
+        method = plan.aggregation.method
+        self._shared = shared_keys(network, plan.style.head, method)
+        self._home = home_keys(network, plan.style.head, method)
+
+    @property
+    def surveyed(self) -> bool:
+        """Everywhere but where each site is alone."""
+        return bool(self._shared)
+
+    @property
+    def erased(self) -> bool:
+        """Where there is a shared model and more than one site to tell apart."""
+        return bool(self._shared) and len(self.plan.participants) > 1
+
+    def start(self) -> tuple[Tensors, Tensors]:
+        """The network's start from the plan's seed, divided into what travels and what stays."""
+        weights = self._network().state_dict()
+        return {n: weights[n] for n in self._shared}, {n: weights[n] for n in self._home}
+
+    def check_survey(self, reply: SurveyReply) -> None:
+        """Judged alone by `StyleSurvey`; raises `ReplyRefused` with its reason."""
+        if not self._survey.add(self._surveyed_as(reply.site), reply.moments):
+            raise ReplyRefused(self._survey.refused[self._surveyed_as(reply.site)])
+
+    def after_survey(self, shared: Tensors, replies: Mapping[str, SurveyReply]) -> Surveyed:
+        """Pooled centre and deviation of the latents into the network's constants; entries into the bank."""
+        bank = self._survey.bank()
+        network = self._network()
+        network.set_latent_scale(bank.centre, bank.scale)
+        constants = {name: network.state_dict()[name] for name in ("latent_mean", "latent_deviation")}
+        sites = {s: {"patients": r.num_patients, "scans": r.num_scans} for s, r in replies.items()}
+        summary = {"sites": sites, "latent_deviation": bank.scale.tolist()}
+        tensors = bank.to_tensors() if self.plan.style.exchange != "none" else {}
+        return Surveyed(shared | constants, tensors, summary)
+
+    def check_erasure(self, reply: ErasureReply) -> None:
+        """Finite sums of a whole cohort, within what was agreed per patient; raises `ReplyRefused`."""
+        moments = self._moments(reply)
+        count, least = float(moments.count), smallest_cohort(self.plan)
+        if not bool(torch.isfinite(moments.to_vector()).all()):
+            raise ReplyRefused("Expected finite content sums; got NaN or infinity.")
+        if count < least or count != round(count):
+            raise ReplyRefused(f"Expected content sums of at least {least} patients; got {count:g}.")
+        if float(moments.to_vector().norm()) > count * share_bound(self.plan) * _ROUNDING:
+            raise ReplyRefused("Expected content sums within the bound per patient; they are longer.")
+
+    def after_erasure(
+        self, shared: Tensors, replies: Mapping[str, ErasureReply]
+    ) -> tuple[Tensors, dict[str, Any]]:
+        """The erasure as the last linear layer of the content head."""
+        moments = {site: self._moments(reply) for site, reply in replies.items()}
+        network = self._network()
+        mean, matrix = fit_erasure(moments)
+        network.set_erasure(mean, matrix)
+        constants = {name: network.state_dict()[name] for name in ("erasure_mean", "erasure_matrix")}
+        rank = round(float(len(mean) - matrix.trace()))  # the erased directions: a projection's trace
+        sites = {site: {"patients": int(own.count)} for site, own in moments.items()}
+        return shared | constants, {"rank": rank, "sites": sites}
+
+    def provenance(self) -> dict[str, str]:
+        """Enough to build the network again and to say what it was trained on."""
+        return {
+            "model": "MeDUET",
+            "network": json.dumps(asdict(self.plan.network), sort_keys=True),
+            "tokenizer_sha256": self.plan.tokenizer_sha256,
+        }
+
+    def _network(self) -> MeDUET:
+        return MeDUET(self.plan.network, len(self.plan.sites), seed=self.plan.seed)
+
+    def _moments(self, reply: ErasureReply) -> ErasureMoments:
+        return erasure_moments(reply.moments, self.plan)
+
+    def _surveyed_as(self, site: str) -> str:
+        """The pooled participant is no site of the plan; only its pooled centre and scale are used."""
+        return self.plan.sites[0] if self.plan.aggregation.method == "pooled" else site

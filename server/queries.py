@@ -1,0 +1,91 @@
+"""Queries: one question to every site outside of the rounds (survey, erasure), and its valid replies.
+
+Bounded and strict like a round: nodes and replies are awaited until the deadline, each reply is read and
+checked alone, a bad one is put aside with its reason, and below the quorum the run stops.
+What this file does not do: it knows nothing of what is asked.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from federation.messages import MessageError, Refusal, kind_of
+from federation.plan import RunPlan
+from strategies.aggregation import ReplyRefused
+from strategies.quorum import Roster, check_quorum, needed, wait_for_nodes
+from strategies.streaming_grid import StreamingGrid
+
+_log = logging.getLogger(__name__)
+
+
+class SiteReply(Protocol):
+    """What every reply says of itself."""
+
+    @property
+    def site(self) -> str:
+        """Who replies."""
+
+    @property
+    def plan_sha256(self) -> str:
+        """Under which plan."""
+
+
+Reply = TypeVar("Reply", bound=SiteReply)
+
+
+def ask_sites(
+    grid: Grid,
+    roster: Roster,
+    plan: RunPlan,
+    message_type: str,
+    question: RecordDict,
+    read: Callable[[RecordDict], Reply],
+    check: Callable[[Reply], None],
+) -> tuple[dict[str, Reply], dict[str, str]]:
+    """Valid replies by site, in the plan's order, and who was put aside why.
+
+    `read` and `check` raise `ValueError` on a reply that is not to be used. Raises `RoundFailed` below the
+    quorum.
+    """
+    settings = plan.aggregation
+    least = needed(settings.quorum, len(roster.sites))
+    nodes = wait_for_nodes(grid, roster, least, settings.deadline_s)
+    stream = StreamingGrid(grid)
+    messages = [Message(question, node, message_type, ttl=settings.deadline_s) for node in nodes]
+    replies: dict[str, Reply] = {}
+    refused: dict[str, str] = {}
+    for message in stream.send_and_receive(messages, timeout=settings.deadline_s):
+        node = stream.node_of(message)
+        try:
+            reply = _read(message, node, roster, plan, read)
+            if reply.site in replies:
+                raise ReplyRefused(f"Expected one reply of {reply.site!r}; got a second.")
+            check(reply)
+            replies[reply.site] = reply
+        except ValueError as error:
+            refused[roster.name(node)] = str(error)
+    refused |= {roster.name(n): f"no reply within {settings.deadline_s:g} s" for n in stream.unanswered}
+    for who, why in refused.items():
+        _log.warning("%s goes on without %s: %s", message_type, who, why)
+    check_quorum(f"{message_type!r}", len(replies), settings.quorum, len(roster.sites), refused)
+    return {site: replies[site] for site in roster.sites if site in replies}, refused
+
+
+def _read(
+    message: Message, node: int, roster: Roster, plan: RunPlan, read: Callable[[RecordDict], Reply]
+) -> Reply:
+    if message.has_error():
+        raise ReplyRefused(f"Flower error {message.error.code}")  # its words may be the site's: not kept
+    if kind_of(message.content) == "refusal":
+        refusal = Refusal.from_record(message.content)
+        roster.bind(node, refusal.site)
+        raise ReplyRefused(f"refused: {refusal.kind.value}")
+    reply = read(message.content)
+    if problem := roster.bind(node, reply.site):
+        raise ReplyRefused(problem)
+    if reply.plan_sha256 != plan.sha256:
+        raise MessageError(f"Expected a reply under plan {plan.sha256[:12]}; it names another.")
+    return reply

@@ -1,0 +1,128 @@
+"""The process engine: all sites in this process, one after another, in the order of their number.
+
+A Flower `Grid` without SuperLink or Ray: questions are kept until their reply is asked for, and only then the
+client app is called, so one site works at a time and one reply is in memory. Deterministic. With
+`through_wire`, every message goes to bytes and back (protobuf), as between machines.
+What this file does not do: it catches nothing. What gets past a site's wall, or an interrupt, stops the run
+as it would stop the process.
+
+Uses one private class of Flower's (`TaskIdentity`), from which messages read their sender; pinned with
+Flower.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import NoReturn
+
+import torch
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.message_pb2 import Message as WireMessage
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+_SUPERLINK = 1
+_FIRST_NODE = 1000
+_RUN = 1
+
+
+class FixedThreads(ClientApp):
+    """`inner` with a fixed number of torch threads, on which sums of floats depend: both engines must agree."""
+
+    def __init__(self, inner: ClientApp, threads: int) -> None:
+        super().__init__()
+        self._inner, self._threads = inner, threads
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Answer, then give the threads back."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
+            return self._inner(message, context)
+        finally:
+            torch.set_num_threads(before)
+
+
+class InProcessGrid(Grid):
+    """`num_sites` sites that run `client_app` here; site i has "partition-id" i in its node configuration.
+
+    A site's `Context` lives as long as this grid, as a SuperNode's does.
+    """
+
+    def __init__(self, client_app: ClientApp, num_sites: int, *, through_wire: bool = False) -> None:
+        self._client_app, self._through_wire = client_app, through_wire
+        self._contexts: Mapping[int, Context] = {
+            _FIRST_NODE + site: Context(
+                run_id=_RUN,
+                node_id=_FIRST_NODE + site,
+                node_config={"partition-id": site, "num-partitions": num_sites},
+                state=RecordDict(),
+                run_config={},
+            )
+            for site in range(num_sites)
+        }
+        self._waiting: dict[str, Message] = {}
+        self._sent = 0
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = _RUN, _SUPERLINK, _RUN
+
+    def get_node_ids(self) -> Iterable[int]:
+        """All sites, ascending."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Keep the questions; their ids."""
+        identities = []
+        for message in messages:
+            self._sent += 1
+            identity = str(self._sent)
+            message.metadata.__dict__["_message_id"] = identity  # as Flower's own grids do
+            self._waiting[identity] = message
+            identities.append(identity)
+        return identities
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Let the asked sites answer, one after another."""
+        return [self._answer(self._waiting.pop(i)) for i in message_ids if i in self._waiting]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """All replies; a site that runs here cannot be late."""
+        return self.pull_messages(list(self.push_messages(messages)))
+
+    def _answer(self, message: Message) -> Message:
+        context = self._contexts[message.metadata.dst_node_id]
+        reply = self._client_app(self._carried(message), context)
+        reply = self._carried(reply)
+        self._sent += 1
+        reply.metadata.__dict__["_message_id"] = str(self._sent)
+        return reply
+
+    def _carried(self, message: Message) -> Message:
+        if not self._through_wire:
+            return message
+        received: Message = message_from_proto(
+            WireMessage.FromString(message_to_proto(message).SerializeToString())
+        )
+        return received
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """A message; Flower's own is deprecated in favour of the constructor, which is used here."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def set_run(self, run: Run) -> NoReturn:
+        """There is no SuperLink, so no run of its."""
+        raise NotImplementedError("Expected no SuperLink behind the process engine.")
+
+    @property
+    def run(self) -> Run:
+        """There is no SuperLink, so no run of its."""
+        raise NotImplementedError("Expected no SuperLink behind the process engine.")

@@ -1,0 +1,227 @@
+"""Content sharing: the content branch is averaged, the style branch stays home.
+
+A Flower `Strategy` with its own resumable loop of rounds. What is averaged is what it was given: the shared
+tensors that the model declares (`meduet_models/sharing.py`); it looks at no name. With the same messages and
+more, or no, shared tensors it is FedAvg, FedProx (whose other half is at the sites), all data pooled, or each
+site alone. Each reply is validated alone, folded and dropped; a bad one is put aside with its reason, and the
+round goes on as long as the quorum holds.
+What this file does not do: it makes no checkpoint and no survey (`server/app.py`).
+
+Source: Flower's Strategy interface; partial sharing as in FedBN (arXiv:2102.07623).
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from federation.messages import TRAIN, MessageError, Refusal, TrainAsk, TrainReply, kind_of
+from federation.plan import RunPlan
+from federation.wire import array_record
+from strategies.aggregation import Bounds, Fold, ReplyRefused, StreamingSum
+from strategies.quorum import Roster, RoundFailed, check_quorum, needed, wait_for_nodes
+from strategies.robust import SpilledReplies
+from strategies.server_optimisers import ServerOptimiser
+from strategies.streaming_grid import StreamingGrid
+
+_log = logging.getLogger(__name__)
+
+SiteReport = dict[str, Any]
+OnReply = Callable[[int, str, SiteReport], None]
+
+
+@dataclass
+class RoundReport:
+    """A round in numbers: who answered with what, who was put aside and why."""
+
+    round: int
+    seconds: float = 0.0
+    sites: dict[str, SiteReport] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    loss: dict[str, float] = field(default_factory=dict)
+
+
+class ContentShare(Strategy):
+    """The strategy of one run. `shared` names and shapes what is averaged, by its tensors."""
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        shared: Mapping[str, Tensor],
+        *,
+        bank: Mapping[str, Tensor],
+        home: Mapping[str, Tensor],
+        roster: Roster,
+        folder: Path,
+        on_reply: OnReply = lambda round, site, report: None,
+    ) -> None:
+        self.plan, self.bank, self.home, self.roster = plan, dict(bank), dict(home), roster
+        self.shared = {name: tensor.detach().clone() for name, tensor in shared.items()}
+        settings = plan.aggregation
+        self.optimiser = ServerOptimiser(settings.optimiser, settings.learning_rate, settings.momentum)
+        self.report = RoundReport(0)
+        self._plan_json, self._plan_sha256 = plan.to_json(), plan.sha256
+        self._folder, self._on_reply = folder, on_reply
+        self._bytes_down = 0
+        self._stream: StreamingGrid | None = None
+        self._bounds = Bounds(num_replies=len(roster.sites), max_norm=plan.release.update_clip_norm)
+        self._sum: StreamingSum | None = None
+        if settings.rule == "mean":
+            self._sum = StreamingSum(self.shared, self._bounds, threads=torch.get_num_threads())
+
+    def rounds(self, grid: Grid, done: int = 0) -> Iterator[RoundReport]:
+        """Run the rounds after `done`; after each, `shared` and `optimiser` are those of the next round.
+
+        The caller may stop between two rounds and go on later from the same shared weights and optimiser
+        state: the rest is the same to the last bit. Raises `RoundFailed` below the quorum; then nothing has
+        changed since the last round.
+        """
+        stream = StreamingGrid(grid)
+        for round in range(done + 1, self.plan.training.rounds + 1):
+            messages = self.configure_train(round, array_record(self.shared), ConfigRecord(), stream)
+            replies = stream.send_and_receive(messages, timeout=self.plan.aggregation.deadline_s)
+            del messages  # the grid holds what it still has to send
+            self._stream = stream
+            self._aggregate(round, replies)
+            yield self.report
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The round's question to every site that can be asked; waits for them until the deadline."""
+        settings = self.plan.aggregation
+        self.report = RoundReport(server_round, seconds=-time.monotonic())
+        ask = TrainAsk(
+            plan_json=self._plan_json,
+            round=server_round,
+            shared={},
+            bank=self.bank,
+            home=self.home if server_round == 1 else None,
+        )
+        record = ask.to_record()
+        record["shared"] = arrays
+        self._bytes_down = sum(part.count_bytes() for part in record.array_records.values())
+        least = needed(settings.quorum, len(self.roster.sites))
+        nodes = wait_for_nodes(grid, self.roster, least, settings.deadline_s)
+        return [
+            Message(record, node, TRAIN, ttl=settings.deadline_s, group_id=str(server_round))
+            for node in nodes
+        ]
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord, MetricRecord]:
+        """Fold the valid replies, take the server's step, and return the next shared arrays and mean losses.
+
+        Raises `RoundFailed` when fewer than the quorum are valid.
+        """
+        self._aggregate(server_round, replies)
+        return array_record(self.shared), MetricRecord(dict(self.report.loss))
+
+    def _aggregate(self, server_round: int, replies: Iterable[Message]) -> None:
+        fold = self._fold(server_round)
+        for reply in replies:
+            node = self._stream.node_of(reply) if self._stream else reply.metadata.src_node_id
+            try:
+                self._take(server_round, node, reply, fold)
+            except (MessageError, ReplyRefused) as error:
+                self._put_aside(node, str(error))
+            del reply
+        for node in self._stream.unanswered if self._stream else ():
+            self._put_aside(node, f"no reply within {self.plan.aggregation.deadline_s:g} s")
+        sites = self.roster.sites
+        quorum = self.plan.aggregation.quorum
+        self.report.sites = {s: self.report.sites[s] for s in sites if s in self.report.sites}
+        check_quorum(f"round {server_round}", len(self.report.sites), quorum, len(sites), self.report.refused)
+        try:
+            mean = fold.mean()
+        except ReplyRefused as error:  # a robust rule needs more than the quorum
+            raise RoundFailed(str(error), self.report.refused) from error
+        self.shared = self.optimiser.step(self.shared, mean)
+        self.report.seconds += time.monotonic()
+        self.report.loss = mean_losses(self.report.sites)
+
+    def _fold(self, round: int) -> Fold:
+        settings = self.plan.aggregation
+        match settings.rule:
+            case "mean":
+                assert self._sum is not None
+                self._sum.reset()
+                return self._sum
+            case "trimmed_mean" | "median" | "krum":
+                folder = self._folder / f"replies-{round:04d}"
+                return SpilledReplies(self.shared, self._bounds, folder, settings.rule, settings.trim)
+
+    def _take(self, round: int, node: int, message: Message, fold: Fold) -> None:
+        if message.has_error():
+            raise ReplyRefused(f"Flower error {message.error.code}")  # its words may be the site's: not kept
+        if kind_of(message.content) == "refusal":
+            refusal = Refusal.from_record(message.content)
+            self.roster.bind(node, refusal.site)
+            raise ReplyRefused(f"refused: {refusal.kind.value}")
+        size = sum(part.count_bytes() for part in message.content.array_records.values())
+        reply = TrainReply.from_record(message.content, copy=False)
+        if problem := self.roster.bind(node, reply.site):
+            raise ReplyRefused(problem)
+        if reply.plan_sha256 != self._plan_sha256:
+            raise ReplyRefused(f"Expected a reply under plan {self._plan_sha256[:12]}; it names another.")
+        if reply.round != round:
+            raise ReplyRefused(f"Expected a reply to round {round}; got one to round {reply.round}.")
+        if reply.site in self.report.sites:
+            raise ReplyRefused(f"Expected one reply of {reply.site!r}; got a second.")
+        fold.fold(reply.site, reply.update, reply.examples)
+        report = site_report(reply, bytes_down=self._bytes_down, bytes_up=size)
+        self.report.sites[reply.site] = report
+        self._on_reply(round, reply.site, report)
+
+    def _put_aside(self, node: int, why: str) -> None:
+        self.report.refused[self.roster.name(node)] = why
+        _log.warning("Round %d goes on without %s: %s", self.report.round, self.roster.name(node), why)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Nobody: sites measure while they train, and the model is not sent twice."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Nothing, as nobody was asked."""
+        return None
+
+    def summary(self) -> None:
+        """Say in the log what is averaged."""
+        values = sum(tensor.numel() for tensor in self.shared.values())
+        _log.info(
+            "%s of %d sites: %d tensors, %d values shared; %s.",
+            self.plan.aggregation.method,
+            len(self.roster.sites),
+            len(self.shared),
+            values,
+            self.plan.aggregation.rule,
+        )
+
+
+def site_report(reply: TrainReply, *, bytes_down: int, bytes_up: int) -> SiteReport:
+    """What is kept of a reply: its numbers, losses apart."""
+    losses = {n.removeprefix("loss."): v for n, v in reply.metrics.items() if n.startswith("loss.")}
+    others = {name: value for name, value in reply.metrics.items() if not name.startswith("loss.")}
+    sizes = {"examples": reply.examples, "bytes_down": bytes_down, "bytes_up": bytes_up}
+    return {**sizes, **others, "loss": losses}
+
+
+def mean_losses(sites: Mapping[str, SiteReport]) -> dict[str, float]:
+    """Mean of each loss term over the sites that told it, weighted by examples."""
+    terms = sorted({term for report in sites.values() for term in report["loss"]})
+    means = {}
+    for term in terms:
+        told = [(r["examples"], r["loss"][term]) for r in sites.values() if term in r["loss"]]
+        means[term] = sum(n * value for n, value in told) / sum(n for n, _ in told)
+    return means

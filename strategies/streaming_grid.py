@@ -1,0 +1,96 @@
+"""A grid that hands over replies one at a time: one reply in memory, however many sites.
+
+Flower's grids return all replies of a round in a list. This one wraps a grid, asks for one message id at a
+time, and remembers which node each question went to: an error reply made by Flower itself carries the
+SuperLink's node id, so replies are told apart by the question they answer.
+What this file does not do: it judges no reply. `unanswered` says who was silent at the deadline.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+
+from flwr.app import Message, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.5
+
+
+class StreamingGrid(Grid):
+    """`inner`, with replies streamed."""
+
+    def __init__(self, inner: Grid) -> None:
+        self._inner = inner
+        self._node_of: dict[str, int] = {}
+        self.unanswered: dict[int, str] = {}
+        """Nodes of the last question that have not answered, with the id of their question."""
+
+    def node_of(self, reply: Message) -> int:
+        """The node whose question this reply answers."""
+        return self._node_of.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Send now; replies come from the iterator, as they arrive, until all are in or `timeout`."""
+        self._node_of, self.unanswered = {}, {}
+        for message in messages:
+            # one by one: a list that comes back shorter would not say whose message was not taken
+            taken = list(self._inner.push_messages([message]))
+            if taken and taken[0]:
+                self._node_of[taken[0]] = message.metadata.dst_node_id
+                self.unanswered[message.metadata.dst_node_id] = taken[0]
+        return self._replies(None if timeout is None else time.monotonic() + timeout)
+
+    def _replies(self, end: float | None) -> Iterator[Message]:
+        pause_s = _SHORTEST_PAUSE_S
+        while self.unanswered:
+            answered = False
+            for node, identity in list(self.unanswered.items()):
+                for reply in self._inner.pull_messages([identity]):
+                    self.unanswered.pop(node, None)
+                    answered = True
+                    yield reply
+                    del reply
+            if end is not None and time.monotonic() >= end:
+                return
+            if self.unanswered and not answered:
+                time.sleep(pause_s if end is None else min(pause_s, max(0.0, end - time.monotonic())))
+            pause_s = _SHORTEST_PAUSE_S if answered else min(1.5 * pause_s, _LONGEST_PAUSE_S)
+
+    def set_run(self, run: Run) -> None:
+        """As `inner`."""
+        self._inner.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """As `inner`."""
+        return self._inner.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """A message; Flower's own is deprecated in favour of the constructor, which is used here."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """As `inner`."""
+        return self._inner.get_node_ids()
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """As `inner`."""
+        return self._inner.get_nodes()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """As `inner`."""
+        return self._inner.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """As `inner`."""
+        return self._inner.pull_messages(message_ids)
