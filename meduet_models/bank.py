@@ -90,7 +90,9 @@ class StyleBank:
 
     @staticmethod
     def from_tensors(tensors: Mapping[str, Tensor], sites: tuple[str, ...]) -> "StyleBank":
-        """Back from `to_tensors`; raises `ValueError` when a tensor is missing, unknown or of other axes."""
+        """Back from `to_tensors`; raises `ValueError` when a tensor is missing, unknown, of other axes or not
+        finite.
+        """
         needed = {"mean", "deviation", "count", "centre", "scale"}
         if missing := sorted(needed - set(tensors)):
             raise ValueError(f"Expected a style bank with {missing[0]!r}; it is missing.")
@@ -110,6 +112,10 @@ class StyleBank:
             raise ValueError(
                 f"Expected a centre of {channels[0]} channels; got {tuple(tensors['centre'].shape)}."
             )
+        if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
+            raise ValueError("Expected a style bank of finite numbers; got NaN or infinity.")
+        if not bool((tensors["deviation"] > 0).all()) or not bool((tensors["scale"] > 0).all()):
+            raise ValueError("Expected positive deviations in the style bank; got some of 0 or less.")
         entries = StyleEntry(*(tensors.get(name) for name in _ENTRY))  # type: ignore[arg-type]
         return StyleBank(sites, tensors["count"], entries, tensors["centre"], tensors["scale"])
 

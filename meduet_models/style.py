@@ -253,7 +253,8 @@ class StyleMoments:
         """Centre and deviation that standardise latents, over all patients and body parts in the sums.
 
         The centre is the full-resolution mean map of registered crops, else the channel mean everywhere. Use
-        it on pooled sums only: on one site's it would show that site's mean anatomy.
+        it on pooled sums only: on one site's it would show that site's mean anatomy (and with two sites, each
+        can subtract its own).
         """
         count = float(self.sums["count"].sum())
         if count < 1:

@@ -34,7 +34,8 @@ class StyleSurvey:
         """Take a site's sums; False, with the reason in `refused`, when they cannot be taken.
 
         A site that answers twice counts once: the same sums again change nothing, others are refused and the
-        first stay. A site that was refused may answer again.
+        first stay: two sums that differ by one patient would show that patient. A site that was refused may
+        answer again.
         """
         try:
             moments = StyleMoments.from_tensors(tensors, self.layout)

@@ -106,6 +106,10 @@ def test_a_bank_of_other_axes_or_sites_is_refused() -> None:
         StyleBank.from_tensors(tensors | {"volume": torch.zeros(1)}, SITES)
     with pytest.raises(ValueError, match="'mean'"):
         StyleBank.from_tensors(tensors | {"mean": torch.zeros(4, 1, 3)}, SITES)
+    with pytest.raises(ValueError, match="finite"):
+        StyleBank.from_tensors(tensors | {"mean": tensors["mean"] * torch.nan}, SITES)
+    with pytest.raises(ValueError, match="positive"):
+        StyleBank.from_tensors(tensors | {"deviation": 0 * tensors["deviation"]}, SITES)
     with pytest.raises(ValueError, match="paris"):
         StyleBank.of(SITES, {"paris": moments(0)})
     with pytest.raises(CohortTooSmall):
