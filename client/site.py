@@ -174,8 +174,8 @@ class Site:
         listed = [name for name in plan.participants if name in plan.sites]  # a pooled run lists no hospital
         if self.name not in listed:
             raise AskRefused(
-                f"Expected the plan to list {self.name!r}; it lists {', '.join(listed) or 'no hospital'}. Set "
-                "name in site.yaml to the agreed one. Nothing was read.",
+                f"Expected the plan to list {self.name!r}; it lists {', '.join(listed) or 'no hospital'}. "
+                "Set name in site.yaml to the agreed one. Nothing was read.",
                 RefusalKind.PLAN_NOT_ACCEPTED,
             )
         if plan.tokenizer_sha256 != self.tokenizer.sha256:

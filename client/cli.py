@@ -1,0 +1,222 @@
+"""`meduet-site`: what a hospital types. Prepare the scans, check the site; one line per error.
+
+What it does not do: decide anything (`client/site.py`, `client/site_checks.py` do), or send anything: joining
+a federation is Flower's `flower-supernode`. Heavy modules are imported inside the commands: --help is
+immediate.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from client.latent_set import LatentSet
+    from federation.plan import RunPlan
+
+DONE, FAILED, NOT_POSSIBLE, INTERRUPTED = 0, 1, 2, 130
+
+_ABOUT = """\
+One hospital's side of FedMeDUET. Nothing here sends anything: scans are read where they lie, and everything
+written goes to the site's own folder (state_dir).
+
+A site is described in site.yaml:
+
+  name: north                     # as the plan lists this site
+  data_root: /data/hippocampus    # scans: NIfTI or DICOM; only ever read
+  state_dir: /var/lib/meduet      # cache, tables, ledger, journal; not inside data_root
+  device: auto                    # auto | cpu | cuda
+  allow_non_private: true         # consent: bounded sums without differential privacy may leave
+
+plan.json comes from the coordinating centre and is the same at every site.
+"""
+_EXAMPLES = """\
+examples:
+  meduet-site check   --config site.yaml                    is everything in its place?
+  meduet-site check   --config site.yaml --plan plan.json   ... and are the scans fit for this plan?
+  meduet-site prepare --config site.yaml --plan plan.json   encode the scans; Ctrl-C and again goes on
+
+exit status: 0 done, all checks passed; 1 a check failed, or scans could not be encoded;
+             2 wrong usage, settings or plan; 130 interrupted
+"""
+
+
+def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
+    """Run one command; returns the exit status (see `meduet-site --help`)."""
+    chosen = _parser().parse_args(arguments)
+    console = console or Console(soft_wrap=True)
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
+    )
+    run: Callable[[argparse.Namespace, Console], int] = chosen.run
+    try:
+        return run(chosen, console)
+    except KeyboardInterrupt:
+        _say(console, "Interrupted. What was encoded is kept; the same command goes on from there.")
+        return INTERRUPTED
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        _say(console, f"{error.strerror or error}{where}. What was encoded is kept.")
+        _say(console, "Put this right and run the same command again.")
+        return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="meduet-site",
+        description=_ABOUT,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    prepare = commands.add_parser(
+        "prepare",
+        help="encode the site's scans once, before the first round",
+        description="Find the scans, say which take part and why others do not, and encode what is not "
+        "encoded yet. Writes cohort.csv, exclusions.csv and the cache to state_dir. May be interrupted: the "
+        "same command goes on.",
+    )
+    prepare.add_argument(
+        "--prune", action="store_true",
+        help="then remove every encoding that this plan does not use: of patients who withdrew, of scans "
+        "that changed, and of other plans (these are encoded again when needed)",
+    )  # fmt: skip
+    prepare.set_defaults(run=_prepare)
+    check = commands.add_parser(
+        "check",
+        help="look at settings, data, cohort, disk, device, tokenizer and cache; say what to do",
+        description="Look at everything a run needs and encode nothing. With --plan, every scan is read.",
+    )
+    check.set_defaults(run=_check)
+    for command, needed in ((prepare, True), (check, False)):
+        command.add_argument(
+            "--config", type=Path, required=True, metavar="FILE", help="the site's site.yaml"
+        )
+        command.add_argument(
+            "--plan", type=Path, required=needed, metavar="FILE", help="plan.json from the centre"
+        )
+    return parser
+
+
+def _prepare(chosen: argparse.Namespace, console: Console) -> int:
+    from client.answers import AskRefused
+    from client.site import Site, load_site_config
+
+    try:
+        config, plan = load_site_config(chosen.config), _plan(chosen.plan)
+    except ValueError as error:
+        _say(console, str(error))
+        return NOT_POSSIBLE
+    try:
+        site = Site(config)
+        with _Bars(console) as bars:
+            scans = site.scans(plan, bars)
+    except AskRefused as error:
+        _say(console, str(error))
+        return NOT_POSSIBLE
+    except ValueError as error:
+        _say(console, str(error))
+        return FAILED
+    _summary(console, scans, bars.begun.get("encoding", 0))
+    if chosen.prune:
+        _say(console, f"Removed {site.cache(plan.volumes).prune(scans)} files that this plan does not use.")
+    _say(console, f"Ready. Tables and cache are in {site.state_dir}; they hold patient data and stay there.")
+    return DONE
+
+
+def _check(chosen: argparse.Namespace, console: Console) -> int:
+    from client.site import load_site_config
+    from client.site_checks import run_checks
+
+    try:
+        config = load_site_config(chosen.config)
+        plan = _plan(chosen.plan) if chosen.plan else None
+    except ValueError as error:
+        _say(console, str(error))
+        return NOT_POSSIBLE
+    colours = {"ok": "green", "look": "yellow", "failed": "red"}
+    num_failed = 0
+    with _Bars(console) as bars:
+        for check in run_checks(config, plan, bars):
+            num_failed += check.verdict == "failed"
+            console.print(f"[{colours[check.verdict]}]{check.verdict:>6}[/]  [bold]{check.what}[/]: ", end="")
+            _say(console, check.found)
+            if check.advice:
+                _say(console, f"        {check.advice}")
+    if num_failed:
+        _say(console, f"{num_failed} checks failed.")
+    elif plan is None:
+        _say(console, "Scans were not read: give --plan plan.json to look at them, too.")
+    return FAILED if num_failed else DONE
+
+
+def _plan(path: Path) -> "RunPlan":
+    from federation.plan import RunPlan
+
+    try:
+        return RunPlan.from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"Expected the plan at {path}; {error.strerror}. Ask the centre for plan.json."
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"Expected {path} to be a plan of FedMeDUET; {error}") from None
+
+
+def _summary(console: Console, scans: "LatentSet", num_cached: int) -> None:
+    counts = scans.cohort.summary()
+    table = Table("scans", "", title="What takes part", title_justify="left")
+    table.add_row("scans", str(counts["scans"]))
+    table.add_row("encoded before", str(num_cached))
+    table.add_row("with a label", str(counts["labelled"]))
+    table.add_row("with repaired voxels", str(counts["repaired"]))
+    table.add_row("patients", str(counts["patients"]))
+    for split, number in counts["splits"].items():
+        table.add_row(f"patients for {split}", str(number))
+    console.print(table)
+    if counts["exclusions"]:
+        table = Table("reason", "files or series", title="What does not, and why", title_justify="left")
+        for reason, number in counts["exclusions"].items():
+            table.add_row(reason, str(number))
+        console.print(table)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False)
+
+
+class _Bars:
+    """A progress bar per phase; keeps where each phase began."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:<9}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            console=console, transient=True,
+        )  # fmt: skip
+        self._tasks: dict[str, TaskID] = {}
+        self.begun: dict[str, int] = {}
+        """How much of each phase was done when it began."""
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        if phase not in self._tasks:
+            self._tasks[phase] = self._progress.add_task(phase, total=total)
+            self.begun[phase] = done
+        self._progress.update(self._tasks[phase], completed=done, total=total)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
