@@ -74,7 +74,7 @@ class Ledger:
         if promise.epsilon > self._ceiling:
             raise LedgerRefusal(
                 f"Plan {plan_sha256[:8]}… releases '{promise.kind}' at epsilon {promise.epsilon:g}; this "
-                f"site's ceiling is {self._ceiling:g} (site.yaml: epsilon_ceiling). Nothing was read."
+                f"site's ceiling is {self._ceiling:g} (site.yaml: allow_non_private). Nothing was read."
             )
         record = {
             "event": "reserve",

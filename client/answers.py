@@ -1,0 +1,212 @@
+"""The three answers of a site: survey, training round, erasure. Each reserves, reads, computes and releases.
+
+In this order, always: is the plan one that this site accepts, a place in the ledger, and only then the first
+scan. Each function returns what passed the gate, and nothing else can be sent (`client/app.py`).
+
+Does not do: know Flower's messages, or catch anything.
+Source: docs/architecture.md, "One round".
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from client.batches import Batches, TrainingScans
+from client.release import Gate, Released
+from client.site_state import StateFolder
+from client.style_survey import survey
+from client.trainee import Trainee, student_of
+from client.training import train_round
+from federation.erasure import content_bound, erasure_shapes, erasure_tensors, share_bound
+from federation.journal import Journal
+from federation.messages import ErasureAsk, SurveyAsk, TrainAsk
+from federation.plan import RunPlan
+from federation.survey import smallest_cohort, survey_layout
+from federation.wire import RefusalKind
+from meduet_models.bank import StyleBank
+from meduet_models.erasure import ErasureMoments
+from meduet_models.style import CohortTooSmall
+from meduet_models.weights import sha256_of_tensors
+from privacy.ledger import Ledger
+from privacy.promise import Promise
+
+_log = logging.getLogger(__name__)
+_SCANS_AT_ONCE = 16
+
+
+class AskRefused(ValueError):
+    """This site does not do what it is asked; `kind` is what the centre is told."""
+
+    def __init__(self, text: str, kind: RefusalKind) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+@runtime_checkable
+class Site(Protocol):
+    """What the answers need of an open site (`client/site.py`)."""
+
+    @property
+    def name(self) -> str:
+        """The site's name in plans."""
+
+    @property
+    def state_dir(self) -> Path:
+        """Where the site keeps its ledger, journal and states."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it trains."""
+
+    @property
+    def compile(self) -> bool:
+        """Whether it compiles the network."""
+
+    @property
+    def minimum_cohort(self) -> int:
+        """The site's own smallest cohort; the stricter of it and the plan's wins."""
+
+    @property
+    def ledger(self) -> Ledger:
+        """What its patients have been charged."""
+
+    @property
+    def journal(self) -> Journal:
+        """What left it."""
+
+    def accept(self, plan: RunPlan) -> None:
+        """Raise `AskRefused` unless this site takes part in `plan`, with the plan's tokenizer. Opens no
+        scan."""
+
+    def scans(self, plan: RunPlan) -> TrainingScans:
+        """The site's latents, encoding what is not cached yet."""
+
+
+def answer_survey(site: Site, ask: SurveyAsk, plan: RunPlan) -> Released:
+    """Sums that describe the appearance of the training scans. Raises `CohortTooSmall` below the minimum."""
+    site.accept(plan)
+    promise = Promise(
+        kind="survey", bound=plan.release.style_clip, unit="patient statistics", enforcement="check"
+    )
+    reservation = site.ledger.reserve(ask.plan_sha256, 0, promise)
+    scans = site.scans(plan)
+    moments = survey(scans, plan, site.minimum_cohort)
+    rows = scans.indices("train")
+    num_patients = len({scans.patients[row] for row in rows})
+    return Gate(site.ledger, site.journal).release(
+        reservation,
+        moments.to_tensors(),
+        survey_layout(plan).shapes(),
+        weight=float(num_patients),
+        counts={"num_patients": num_patients, "num_scans": len(rows)},
+        not_covered=frozenset({"count"}),
+    )
+
+
+def answer_round(
+    site: Site, ask: TrainAsk, plan: RunPlan, on_step: Callable[[int, float], None] = lambda step, loss: None
+) -> Released:
+    """Train a round and release examples · (shared weights after - before).
+
+    The state that the round began from is never changed: asked again, the site answers the same. Raises
+    `AskRefused` when the round is not one of the plan's or took longer than the plan's deadline.
+    """
+    site.accept(plan)
+    if not 1 <= ask.round <= plan.training.rounds or (ask.home is not None and ask.round != 1):
+        raise AskRefused(
+            f"Expected a round from 1 to {plan.training.rounds}, home weights with round 1 only; got round "
+            f"{ask.round}.",
+            RefusalKind.MALFORMED,
+        )
+    promise = Promise(
+        kind="round", bound=plan.release.update_clip_norm, unit="site update", enforcement="clip"
+    )
+    reservation = site.ledger.reserve(ask.plan_sha256, ask.round, promise)
+
+    states = StateFolder(site.state_dir / "state", ask.plan_sha256)
+    if ask.home is not None:
+        states.begin(ask.home)
+    kept = states.before(ask.round)
+    trainee = Trainee.of(plan, ask.shared, kept, site.device, site.compile)
+
+    batches = Batches(site.scans(plan), plan, _bank(plan, ask.bank))
+    result = train_round(
+        trainee,
+        batches,
+        plan,
+        ask.round,
+        plan.participants.index(site.name),
+        states.start().home,
+        _before(time.monotonic() + plan.aggregation.deadline_s, on_step),
+    )
+    norm = result.metrics["update_norm"]
+    clip_factor = min(1.0, promise.bound / norm) if norm > 0 else 1.0
+    released = Gate(site.ledger, site.journal).release(
+        reservation,
+        result.update,
+        {name: tuple(tensor.shape) for name, tensor in ask.shared.items()},
+        weight=float(result.examples),
+        counts={"examples": result.examples},
+        metrics=result.metrics | {"clip_factor": clip_factor},
+        wire_dtype=plan.release.wire_dtype,
+    )
+    states.save(trainee.state(plan, ask.round, kept.round), sha256_of_tensors(ask.shared))
+    return released
+
+
+def answer_erasure(site: Site, ask: ErasureAsk, plan: RunPlan) -> Released:
+    """Sums of pooled content over the training patients, under the run's last weights and in their own style.
+
+    Raises `CohortTooSmall` below the minimum.
+    """
+    site.accept(plan)
+    promise = Promise(kind="erasure", bound=share_bound(plan), unit="patient statistics", enforcement="check")
+    reservation = site.ledger.reserve(ask.plan_sha256, plan.training.rounds, promise)
+    states = StateFolder(site.state_dir / "state", ask.plan_sha256)
+    student = student_of(plan, ask.shared, states.before(plan.training.rounds + 1)).to(site.device).eval()
+    width = plan.network.width
+    student.set_erasure(torch.zeros(width), torch.eye(width))  # content before any erasure, whatever came
+
+    scans = site.scans(plan)
+    rows = list(scans.indices("train"))
+    patients = [scans.patients[row] for row in rows]
+    least = smallest_cohort(plan, site.minimum_cohort)
+    if (came := len(set(patients))) < least:
+        raise CohortTooSmall(f"Expected at least {least} patients behind content sums; got {came}.")
+    content: list[Tensor] = []
+    with torch.no_grad():
+        for first in range(0, len(rows), _SCANS_AT_ONCE):
+            latents = scans.latents(rows[first : first + _SCANS_AT_ONCE])
+            content.append(student.pooled_content(latents.to(site.device)).cpu())
+    moments = ErasureMoments.of(torch.cat(content), patients, content_bound(plan))
+    return Gate(site.ledger, site.journal).release(
+        reservation, erasure_tensors(moments), erasure_shapes(plan), weight=float(came)
+    )
+
+
+def _bank(plan: RunPlan, tensors: dict[str, Tensor]) -> StyleBank | None:
+    if plan.style.exchange == "none" or not tensors:
+        return None
+    try:
+        return StyleBank.from_tensors(tensors, plan.sites)
+    except ValueError as error:
+        raise AskRefused(str(error), RefusalKind.MALFORMED) from error
+
+
+def _before(deadline: float, on_step: Callable[[int, float], None]) -> Callable[[int, float], None]:
+    """Call `on_step` until the deadline; after it the centre no longer waits, and the round is given up."""
+
+    def checked(step: int, loss: float) -> None:
+        if time.monotonic() > deadline:
+            raise AskRefused(
+                f"Expected the round to end within aggregation.deadline_s; it was at step {step}.",
+                RefusalKind.DEADLINE,
+            )
+        on_step(step, loss)
+
+    return checked

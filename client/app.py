@@ -1,0 +1,195 @@
+"""The wall: a message comes in, a message goes out, and nothing else does.
+
+Flower sends the text of a ClientApp's exception to the server, and that text may name a patient or a path. So
+everything is caught here, written to the site's own log, and answered with one word of a closed list. A reply
+is built from what passed the gate (`client/release.py`) and from nothing else.
+
+Does not do: decide or compute (`client/answers.py`). Whoever makes the app says how a site is opened, so
+nothing here asks whether it is simulated; `app` is the one of a deployment. An interrupt from the keyboard
+passes.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from client.answers import AskRefused, Site, answer_erasure, answer_round, answer_survey
+from client.release import GateRefusal, Released
+from client.site import open_site
+from client.site_state import StateMissing
+from client.trainee import WrongWeights
+from client.training import NotFinite
+from federation.messages import (
+    ErasureAsk,
+    ErasureReply,
+    MessageError,
+    Refusal,
+    RefusalKind,
+    SurveyAsk,
+    SurveyReply,
+    TrainAsk,
+    TrainReply,
+)
+from federation.plan import RunPlan
+from meduet_models.style import CohortTooSmall
+from privacy.ledger import LedgerRefusal
+
+LOG_NAME = "site.log"
+SITE_CONFIG = "site-config"
+"""Key of the SuperNode's `--node-config` that says where this hospital's site.yaml is."""
+_log = logging.getLogger(__name__)
+
+OnStep = Callable[[str, int, float], None]
+"""Called after each training step with site, step and loss; for a progress bar at the site."""
+
+
+def make_client_app(
+    open_the_site: Callable[[Context], Site], on_step: OnStep = lambda site, step, loss: None
+) -> ClientApp:
+    """A Flower ClientApp that answers "query.survey", "train.round" and "query.erasure" for the site that
+    `open_the_site` opens.
+    """
+    client_app = ClientApp()
+
+    @client_app.query("survey")
+    def survey(message: Message, context: Context) -> Message:
+        def answer(site: Site, content: RecordDict) -> RecordDict:
+            ask = SurveyAsk.from_record(content)
+            return _mail(answer_survey(site, ask, _plan(ask)), ask.plan_sha256, site.name)
+
+        return _behind_the_wall(message, context, open_the_site, answer)
+
+    @client_app.train("round")
+    def round(message: Message, context: Context) -> Message:
+        def answer(site: Site, content: RecordDict) -> RecordDict:
+            ask = TrainAsk.from_record(content)
+            report = lambda step, loss: on_step(site.name, step, loss)  # noqa: E731
+            return _mail(answer_round(site, ask, _plan(ask), report), ask.plan_sha256, site.name)
+
+        return _behind_the_wall(message, context, open_the_site, answer)
+
+    @client_app.query("erasure")
+    def erasure(message: Message, context: Context) -> Message:
+        def answer(site: Site, content: RecordDict) -> RecordDict:
+            ask = ErasureAsk.from_record(content)
+            return _mail(answer_erasure(site, ask, _plan(ask)), ask.plan_sha256, site.name)
+
+        return _behind_the_wall(message, context, open_the_site, answer)
+
+    return client_app
+
+
+def _behind_the_wall(
+    message: Message,
+    context: Context,
+    open_the_site: Callable[[Context], Site],
+    answer: Callable[[Site, RecordDict], RecordDict],
+) -> Message:
+    name = ""
+    with ExitStack() as log:
+        try:
+            site = open_the_site(context)
+            name = site.name
+            log.enter_context(_site_log(site.state_dir / LOG_NAME))
+            content = answer(site, message.content)
+        except Exception as error:  # noqa: BLE001, the wall: the one place where everything is caught
+            kind = _kind(error)
+            _log.exception("Refused %s: %s.", message.metadata.message_type, kind.value)
+            content = Refusal(kind=kind, site=name).to_record()
+    return Message(content, reply_to=message)
+
+
+def _mail(released: object, plan_sha256: str, site: str) -> RecordDict:
+    """A reply, from what passed the gate."""
+    if not isinstance(released, Released):
+        raise TypeError(f"Expected what passed the gate; got {type(released).__name__}. Nothing is sent.")
+    tensors = dict(released.tensors)
+    match released.promise.kind:
+        case "survey":
+            return SurveyReply(
+                plan_sha256=plan_sha256,
+                site=site,
+                moments=tensors,
+                num_patients=released.counts["num_patients"],
+                num_scans=released.counts["num_scans"],
+            ).to_record()
+        case "round":
+            return TrainReply(
+                plan_sha256=plan_sha256,
+                site=site,
+                round=released.record["round"],
+                examples=released.counts["examples"],
+                update=tensors,
+                metrics=dict(released.metrics),
+                wire_dtype=released.wire_dtype,
+            ).to_record()
+        case "erasure":
+            return ErasureReply(plan_sha256=plan_sha256, site=site, moments=tensors).to_record()
+
+
+def _plan(ask: SurveyAsk | TrainAsk | ErasureAsk) -> RunPlan:
+    try:
+        plan = ask.plan()
+    except ValueError as error:
+        raise AskRefused(str(error), RefusalKind.PLAN_NOT_ACCEPTED) from error
+    if plan.sha256 != ask.plan_sha256:
+        text = "Expected the plan's canonical JSON; it says the same in other words, under another hash."
+        raise AskRefused(text, RefusalKind.MALFORMED)
+    return plan
+
+
+def _kind(error: Exception) -> RefusalKind:
+    """The one word that leaves the site."""
+    match error:
+        case MessageError() | GateRefusal() | AskRefused():
+            return error.kind
+        case LedgerRefusal():
+            return RefusalKind.BUDGET
+        case CohortTooSmall():
+            return RefusalKind.COHORT_TOO_SMALL
+        case StateMissing():
+            return RefusalKind.OUT_OF_ORDER
+        case WrongWeights():
+            return RefusalKind.MALFORMED
+        case NotFinite():
+            return RefusalKind.NON_FINITE
+        case MemoryError() | torch.OutOfMemoryError():
+            return RefusalKind.OUT_OF_MEMORY
+        case _:
+            return RefusalKind.INTERNAL
+
+
+@contextmanager
+def _site_log(path: Path) -> Iterator[None]:
+    """Write what this thread logs to the site's own file, for as long as a message is answered."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mine = threading.get_ident()
+    handler = logging.FileHandler(path, delay=True, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    handler.addFilter(lambda record: record.thread == mine)
+    root = logging.getLogger("client")
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+
+
+def open_site_from_context(context: Context) -> Site:
+    """The site whose site.yaml the SuperNode names: `--node-config 'site-config="/path/to/site.yaml"'`."""
+    path = context.node_config.get(SITE_CONFIG)
+    if not isinstance(path, str):
+        raise ValueError(
+            f"Expected the path of site.yaml in the SuperNode's --node-config ({SITE_CONFIG}); got {path!r}."
+        )
+    return open_site(Path(path))
+
+
+app = make_client_app(open_site_from_context)

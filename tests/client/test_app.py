@@ -1,0 +1,266 @@
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, Metadata, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from client import app as wall
+from client.answers import AskRefused
+from client.app import LOG_NAME, make_client_app
+from client.release import GateRefusal
+from client.site_state import StateDamaged, StateFolder, StateMissing
+from client.trainee import WrongWeights
+from client.training import NotFinite
+from federation.journal import Journal
+from federation.messages import (
+    ERASURE,
+    SURVEY,
+    TRAIN,
+    ErasureAsk,
+    ErasureReply,
+    MessageError,
+    Refusal,
+    RefusalKind,
+    SurveyAsk,
+    SurveyReply,
+    TrainAsk,
+    TrainReply,
+    kind_of,
+)
+from federation.plan import RunPlan
+from meduet_models.meduet import MeDUET
+from meduet_models.sharing import home_keys, shared_keys
+from meduet_models.style import CohortTooSmall
+from meduet_models.weights import sha256_of_tensors
+from privacy.ledger import Ledger, LedgerRefusal
+
+SECRET = "Jane Doe 1961 /mnt/pacs/jane_doe.dcm"
+PATIENTS = [f"p{n}" for n in range(8)]
+
+
+class ToySite:
+    """A site in a folder, with latents in memory."""
+
+    def __init__(self, folder: Path, held: Any) -> None:
+        self.name, self.state_dir, self.held = "south", folder, held
+        self.device, self.compile, self.minimum_cohort = torch.device("cpu"), False, 0
+        self.ledger = Ledger(folder / "ledger.jsonl")
+        self.journal = Journal(folder / "journal.jsonl")
+
+    def accept(self, plan: RunPlan) -> None:
+        """Every plan."""
+
+    def scans(self, plan: RunPlan) -> Any:
+        return self.held
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "south"
+
+
+@pytest.fixture
+def app(folder: Path, toy_scans: Any) -> ClientApp:
+    return make_client_app(lambda context: ToySite(folder, toy_scans(PATIENTS, 1)))
+
+
+@pytest.fixture
+def plan(toy_plan: Callable[..., RunPlan]) -> RunPlan:
+    return toy_plan()
+
+
+@pytest.fixture
+def asks(plan: RunPlan, toy_bank: Any) -> dict[str, RecordDict]:
+    model = MeDUET(plan.network, 3, seed=7)
+    named = model.state_dict()
+    shared = {n: named[n] for n in shared_keys(model, "local", "content_share")}
+    home = {n: named[n] for n in home_keys(model, "local", "content_share")}
+    text, bank = plan.to_json(), toy_bank(plan).to_tensors()
+    return {
+        SURVEY: SurveyAsk(plan_json=text).to_record(),
+        TRAIN: TrainAsk(plan_json=text, round=1, shared=shared, bank=bank, home=home).to_record(),
+        ERASURE: ErasureAsk(plan_json=text, shared=shared, bank=bank).to_record(),
+    }
+
+
+def send(app: ClientApp, kind: str, content: RecordDict) -> RecordDict:
+    context = Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={})
+    metadata = Metadata(1, "id", 1, 2, "", "", time.time(), 60.0, kind)
+    reply = app(Message(content=content, metadata=metadata), context)
+    assert (reply.metadata.reply_to_message_id, reply.metadata.message_type) == ("id", kind)
+    assert not reply.has_error()
+    return reply.content
+
+
+def everything(record: RecordDict) -> str:
+    """All that a reply holds, as text."""
+    parts = []
+    for name, part in record.items():
+        match part:
+            case ConfigRecord() | MetricRecord():
+                parts.append(f"{name} {dict(part)}")
+            case ArrayRecord():
+                parts.append(f"{name} {list(part)} {b''.join(array.data for array in part.values())!r}")
+    return " ".join(parts)
+
+
+def test_the_three_questions_are_answered_with_what_passed_the_gate(
+    app: ClientApp, asks: dict[str, RecordDict], plan: RunPlan, folder: Path
+) -> None:
+    survey = SurveyReply.from_record(send(app, SURVEY, asks[SURVEY]))
+    train = TrainReply.from_record(send(app, TRAIN, asks[TRAIN]))
+    erasure = ErasureReply.from_record(send(app, ERASURE, asks[ERASURE]))
+    assert {r.site for r in (survey, train, erasure)} == {"south"}
+    assert {r.plan_sha256 for r in (survey, train, erasure)} == {plan.sha256}
+    assert (survey.num_patients, survey.num_scans, train.round, train.examples) == (8, 8, 1, 8)
+    lines = [entry.record for entry in Journal(folder / "journal.jsonl").entries()]
+    assert [line["kind"] for line in lines] == ["survey", "round", "erasure"]
+    sent = [survey.moments, train.update, erasure.moments]
+    assert [line["sha256"] for line in lines] == [sha256_of_tensors(tensors) for tensors in sent]
+    assert lines[1]["metrics"] == train.metrics
+
+
+@pytest.mark.parametrize("kind", [SURVEY, TRAIN, ERASURE])
+@pytest.mark.parametrize("where", ["open", "accept", "scans"])
+def test_a_patient_name_in_an_exception_does_not_reach_the_server(
+    kind: str, where: str, asks: dict[str, RecordDict], folder: Path, toy_scans: Any
+) -> None:
+    def fail(*_: object) -> Any:
+        raise RuntimeError(f"cannot read {SECRET}") from OSError(SECRET)
+
+    site = ToySite(folder, toy_scans(PATIENTS))
+    train = TrainAsk.from_record(asks[TRAIN])
+    StateFolder(folder / "state", train.plan_sha256).begin(train.home or {})  # as after round 1
+    if where != "open":
+        setattr(site, where, fail)
+    reply = send(make_client_app(fail if where == "open" else lambda _: site), kind, asks[kind])
+    refusal = Refusal.from_record(reply)
+    assert refusal.kind is RefusalKind.INTERNAL
+    assert not any(word in everything(reply) for word in SECRET.split())
+    if where != "open":
+        assert SECRET in (folder / LOG_NAME).read_text()  # the site itself can find out
+        assert refusal.site == "south"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (CohortTooSmall(SECRET), RefusalKind.COHORT_TOO_SMALL),
+        (LedgerRefusal(SECRET), RefusalKind.BUDGET),
+        (NotFinite(SECRET), RefusalKind.NON_FINITE),
+        (GateRefusal(SECRET, RefusalKind.NON_FINITE), RefusalKind.NON_FINITE),
+        (GateRefusal(SECRET), RefusalKind.INTERNAL),
+        (StateMissing(SECRET), RefusalKind.OUT_OF_ORDER),
+        (StateDamaged(SECRET), RefusalKind.INTERNAL),
+        (WrongWeights(SECRET), RefusalKind.MALFORMED),
+        (MessageError(SECRET, RefusalKind.WRONG_VERSION), RefusalKind.WRONG_VERSION),
+        (AskRefused(SECRET, RefusalKind.WRONG_TOKENIZER), RefusalKind.WRONG_TOKENIZER),
+        (MemoryError(SECRET), RefusalKind.OUT_OF_MEMORY),
+        (torch.OutOfMemoryError(SECRET), RefusalKind.OUT_OF_MEMORY),
+        (KeyError(SECRET), RefusalKind.INTERNAL),
+    ],
+)
+def test_every_error_leaves_as_one_word_of_the_closed_list(
+    error: Exception, kind: RefusalKind, asks: dict[str, RecordDict], folder: Path, toy_scans: Any
+) -> None:
+    site = ToySite(folder, toy_scans(PATIENTS))
+
+    def fail(plan: RunPlan) -> None:
+        raise error
+
+    site.accept = fail  # type: ignore[method-assign]
+    reply = send(make_client_app(lambda context: site), TRAIN, asks[TRAIN])
+    assert Refusal.from_record(reply).kind is kind
+    assert SECRET not in everything(reply)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_passes_the_wall(error: type[BaseException], asks: dict[str, RecordDict]) -> None:
+    def interrupted(context: Context) -> Any:
+        raise error
+
+    with pytest.raises(error):
+        send(make_client_app(interrupted), SURVEY, asks[SURVEY])
+
+
+def test_nothing_but_what_passed_the_gate_can_be_sent(
+    app: ClientApp, asks: dict[str, RecordDict], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Lookalike:
+        def __init__(self, real: Any) -> None:
+            self.promise, self.tensors, self.counts = real.promise, real.tensors, real.counts
+            self.metrics, self.record, self.wire_dtype = real.metrics, real.record, real.wire_dtype
+
+    real = wall.answer_survey
+    raw = {"mean": torch.ones(3)}
+    answers: list[Callable[..., Any]] = [
+        lambda *a: raw,
+        lambda *a: asks[SURVEY],
+        lambda *a: Lookalike(real(*a)),
+        lambda *a: None,
+    ]
+    for answer in answers:
+        monkeypatch.setattr(wall, "answer_survey", answer)
+        assert Refusal.from_record(send(app, SURVEY, asks[SURVEY])).kind is RefusalKind.INTERNAL
+    assert "what passed the gate" in (folder / LOG_NAME).read_text()
+
+
+def test_a_question_of_another_kind_version_or_plan_is_refused_in_its_word(
+    app: ClientApp, asks: dict[str, RecordDict], plan: RunPlan
+) -> None:
+    def refused(kind: str, record: RecordDict) -> RefusalKind:
+        return Refusal.from_record(send(app, kind, record)).kind
+
+    assert refused(SURVEY, asks[TRAIN]) is RefusalKind.MALFORMED
+    assert refused(SURVEY, RecordDict({})) is RefusalKind.MALFORMED
+    newer = SurveyAsk(plan_json=plan.to_json()).to_record()
+    newer["head"]["wire_version"] = 99
+    assert refused(SURVEY, newer) is RefusalKind.WRONG_VERSION
+    edited = SurveyAsk(plan_json=plan.to_json()).to_record()
+    edited["head"]["plan_json"] = plan.to_json().replace('"seed":7', '"seed":8')
+    assert refused(SURVEY, edited) is RefusalKind.MALFORMED
+    unknown = plan.to_json().replace('"seed":7', '"seed":7,"surprise":1')
+    assert refused(SURVEY, SurveyAsk(plan_json=unknown).to_record()) is RefusalKind.PLAN_NOT_ACCEPTED
+    spaced = plan.to_json().replace('"seed":7', '"seed": 7')
+    assert refused(SURVEY, SurveyAsk(plan_json=spaced).to_record()) is RefusalKind.MALFORMED
+    assert refused(SURVEY, SurveyAsk(plan_json="no json").to_record()) is RefusalKind.PLAN_NOT_ACCEPTED
+
+
+def test_the_sites_log_holds_what_this_site_logged_and_not_its_neighbours(
+    asks: dict[str, RecordDict], folder: Path, tmp_path: Path, toy_scans: Any
+) -> None:
+    site = ToySite(folder, toy_scans(PATIENTS[:5]))
+    logger = logging.getLogger("client.training")
+
+    def scans(plan: RunPlan) -> Any:
+        logger.warning("from the inside")
+        return site.held
+
+    site.scans = scans  # type: ignore[method-assign]
+    logger.warning("before")
+    assert kind_of(send(make_client_app(lambda context: site), SURVEY, asks[SURVEY])) == "survey_reply"
+    logger.warning("after")
+    text = (folder / LOG_NAME).read_text()
+    assert "from the inside" in text and "before" not in text and "after" not in text
+
+
+def test_each_step_is_reported_with_its_sites_name(
+    asks: dict[str, RecordDict], folder: Path, toy_scans: Any
+) -> None:
+    steps: list[tuple[str, int]] = []
+    app = make_client_app(
+        lambda context: ToySite(folder, toy_scans(PATIENTS, 1)),
+        lambda site, step, loss: steps.append((site, step)),
+    )
+    send(app, TRAIN, asks[TRAIN])
+    assert steps == [("south", 1), ("south", 2)]
+
+
+def test_a_supernode_without_a_site_config_is_refused(asks: dict[str, RecordDict]) -> None:
+    refusal = Refusal.from_record(send(wall.app, SURVEY, asks[SURVEY]))
+    assert (refusal.kind, refusal.site) == (RefusalKind.INTERNAL, "")
