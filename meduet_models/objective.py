@@ -37,7 +37,7 @@ class LossWeights:
 
     reconstruction: float = 1.0
     """Dual reconstruction of both volumes of a mixture (masked positions)."""
-    visible_reconstruction: float = 0.1
+    visible_reconstruction: float = 1.0
     """The same at visible positions, without which nothing teaches the decoder to write them; 0 in the
     published method."""
     site_adversary: float = 0.2

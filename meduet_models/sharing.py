@@ -8,12 +8,7 @@ Source: FedBN (arXiv:2102.07623) and PaDPaF for keeping style at home; docs/priv
 classifiers, whose gradient gives away the one pooled vector per scan that they see.
 """
 
-from typing import Literal
-
 from meduet_models.meduet import FactorNetwork
-
-Method = Literal["content_share", "fedavg", "fedprox", "alone", "pooled"]
-StyleScope = Literal["local", "shared"]
 
 
 def content_keys(model: FactorNetwork) -> tuple[str, ...]:
@@ -37,7 +32,7 @@ def constant_keys(model: FactorNetwork) -> tuple[str, ...]:
     return _of_parts(model, model.CONSTANTS)
 
 
-def shared_keys(model: FactorNetwork, style_head: StyleScope, method: Method) -> tuple[str, ...]:
+def shared_keys(model: FactorNetwork, style_head: str, method: str) -> tuple[str, ...]:
     """Tensors that travel, in the model's order; `constant_keys` are among them, as every site needs them.
 
     `content_share`: content branch and constants, and the style branch when `style_head` is `shared`; the
@@ -64,7 +59,7 @@ def shared_keys(model: FactorNetwork, style_head: StyleScope, method: Method) ->
     return tuple(name for name in declared if name in chosen)
 
 
-def home_keys(model: FactorNetwork, style_head: StyleScope, method: Method) -> tuple[str, ...]:
+def home_keys(model: FactorNetwork, style_head: str, method: str) -> tuple[str, ...]:
     """Tensors that stay at the site: all that `shared_keys` does not name."""
     travelling = set(shared_keys(model, style_head, method))
     return tuple(name for name in _all_keys(model) if name not in travelling)
