@@ -73,6 +73,14 @@ class Cohort:
         kept = tuple(scan for scan in self.scans if scan.scan_id not in found)
         return dataclasses.replace(self, scans=kept, exclusions=(*self.exclusions, *moved))
 
+    def require_patients(self, minimum: int) -> None:
+        """Raise `ValueError`, with counts only, when fewer than `minimum` patients have a usable scan."""
+        if (found := len(self.patients())) < minimum:
+            raise ValueError(
+                f"Expected at least {minimum} patients with a usable scan; got {found}. "
+                f"Excluded: {self.summary()['exclusions']}. See the site's exclusions.csv."
+            )
+
     def summary(self) -> dict[str, Any]:
         """Counts only: scans, patients, labels, splits, exclusions by reason. Names nobody and no file."""
         return {
@@ -144,13 +152,12 @@ def open_cohort(
     patient_pattern: str = "",
     label_pattern: str = LayoutRules.label_pattern,
     split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
-    minimum_patients: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Cohort:
     """Read every scan below `root` once and decide about it.
 
     `progress(done, total)` is called after each scan. Raises `ValueError` when the site's own settings or
-    tables make no sense, or fewer than `minimum_patients` patients are usable; scans never raise.
+    tables make no sense; scans never raise.
     """
     if min(split_fractions) < 0 or abs(sum(split_fractions) - 1.0) > 1e-9:
         raise ValueError(f"Expected split fractions >= 0 that sum to 1; got {split_fractions}.")
@@ -172,14 +179,7 @@ def open_cohort(
             exclusions += _excluded(candidate.path, candidate.files, candidate.label, error)
         if progress is not None:
             progress(done, len(candidates))
-    cohort = Cohort(root if root.is_dir() else root.parent, tuple(scans), tuple(exclusions))
-    if len(cohort.patients()) < minimum_patients:
-        counts = cohort.summary()
-        raise ValueError(
-            f"Expected at least {minimum_patients} patients with a usable scan; got {counts['patients']}. "
-            f"Excluded: {counts['exclusions']}. See the exclusion table."
-        )
-    return cohort
+    return Cohort(root if root.is_dir() else root.parent, tuple(scans), tuple(exclusions))
 
 
 def _excluded(

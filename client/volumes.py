@@ -74,7 +74,7 @@ def read_label(path: Path) -> Scan:
     return accept_label(array, affine)
 
 
-def same_grid(scan: Scan, label: Scan, tolerance: float = 0.1) -> bool:
+def same_grid(scan: Scan, label: Scan, tolerance: float = 0.25) -> bool:
     """Whether two scans have the same voxels in space, in whatever order and direction they store them.
 
     `tolerance`: largest distance of corresponding corners, in edges of the smallest voxel.
