@@ -171,11 +171,10 @@ class Site:
 
         Reads no scan.
         """
-        listed = [name for name in plan.participants if name in plan.sites]  # a pooled run lists no hospital
-        if self.name not in listed:
+        if self.name not in plan.sites:
             raise AskRefused(
-                f"Expected the plan to list {self.name!r}; it lists {', '.join(listed) or 'no hospital'}. "
-                "Set name in site.yaml to the agreed one. Nothing was read.",
+                f"Expected the plan to list {self.name!r}; it lists {', '.join(plan.sites)}. Set name in "
+                "site.yaml to the agreed one. Nothing was read.",
                 RefusalKind.PLAN_NOT_ACCEPTED,
             )
         if plan.tokenizer_sha256 != self.tokenizer.sha256:
@@ -188,8 +187,8 @@ class Site:
     def cohort(self, volumes: VolumePlan, progress: SiteProgress | None = None) -> Cohort:
         """Which scans take part under `volumes`, and why others do not.
 
-        Reads every scan the first time, and again when any file changed. Raises `ValueError` when the
-        settings make no sense of the data folder, or no scan is usable.
+        Reads every scan the first time, and again when any file changed. Writes cohort.csv and exclusions.csv
+        for the site's own eyes. Raises `ValueError` when the settings make no sense of the data folder.
         """
         config = self.config
         rules: dict[str, Any] = {
@@ -205,7 +204,7 @@ class Site:
                 f"Expected scans at {config.data_root} (site.yaml: data_root); nothing is there. "
                 "Is it mounted?"
             )
-        return remembered(
+        cohort = remembered(
             self.state_dir / "cohort.json",
             config.data_root,
             {**rules, "volumes": dataclasses.asdict(volumes)},
@@ -213,6 +212,8 @@ class Site:
                 config.data_root, plan=volumes, progress=_phase(progress, "reading"), **rules
             ),
         )
+        cohort.write_csv(self.state_dir)
+        return cohort
 
     def cache(self, volumes: VolumePlan) -> LatentCache:
         """The cache of this site's encodings under `volumes`."""
@@ -221,8 +222,8 @@ class Site:
     def scans(self, plan: RunPlan, progress: SiteProgress | None = None) -> LatentSet:
         """This site's encoded scans under `plan`: opened once, encoding what is not cached.
 
-        Writes cohort.csv and exclusions.csv for the site's own eyes. Raises `AskRefused`, before any scan is
-        read, and what `cohort` and `LatentCache.encode` raise.
+        Scans that could not be encoded join exclusions.csv. Raises `AskRefused`, before any scan is read;
+        `ValueError` when no scan is usable; and what `cohort` and `LatentCache.encode` raise.
         """
         self.accept(plan)
         label = plan.sites.index(self.name)
@@ -232,6 +233,7 @@ class Site:
             cache = self.cache(plan.volumes)
             opened = cache.encode(cohort, self.device, _phase(progress, "encoding"), label)
             opened.cohort.write_csv(self.state_dir)
+            opened.cohort.require_patients(1)
             self._opened[key] = opened
         return self._opened[key]
 

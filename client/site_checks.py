@@ -84,7 +84,6 @@ def run_checks(
     except ValueError as error:
         yield Check("scans", "failed", str(error), "Correct data_root, layout or modality_names.")
         return
-    cohort.write_csv(site.state_dir)
     yield from _cohort(cohort, plan, config)
     yield from _cache(site, cohort, plan)
 
