@@ -233,7 +233,11 @@ class Site:
             cache = self.cache(plan.volumes)
             opened = cache.encode(cohort, self.device, _phase(progress, "encoding"), label)
             opened.cohort.write_csv(self.state_dir)
-            opened.cohort.require_patients(1)
+            if not opened.num_scans:
+                raise ValueError(
+                    f"Expected a usable scan in {self.config.data_root}; got none. Excluded: "
+                    f"{opened.cohort.summary()['exclusions']}. exclusions.csv in {self.state_dir} lists them."
+                )
             self._opened[key] = opened
         return self._opened[key]
 
