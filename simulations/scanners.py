@@ -289,7 +289,7 @@ def _surface_coil_3t(rng: np.random.Generator) -> dict[str, Any]:
         "in_plane_mm": float(rng.uniform(2.2, 2.6)),
         "slice_mm": 2.0,
         "slice_axis": 1,
-        "gibbs": float(rng.uniform(0.0, 0.2)),
+        "gibbs": float(rng.uniform(0.1, 0.3)),
         "noise": float(rng.uniform(0.03, 0.045)),
         "motion_mm": 0.0,
         "scale": float(rng.uniform(2e4, 9e4)),

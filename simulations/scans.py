@@ -78,19 +78,21 @@ def sliced_affine(anatomy: Anatomy, scanner: Scanner) -> Affine:
 
 
 def slice_anatomy(anatomy: Anatomy, scanner: Scanner) -> Anatomy:
-    """`anatomy` at the scan's slices (linear interpolation), for labels on the scan's own grid."""
+    """`anatomy` averaged over the thickness of the scan's slices, for labels on the scan's own grid."""
     axis = scanner.slice_axis
     shape = anatomy.tissues.shape[1:]
     count = slice_count(shape, np.linalg.norm(anatomy.affine[:3, :3], axis=0), scanner)
     affine = sliced_affine(anatomy, scanner)
     if count == shape[axis]:
         return anatomy
-    at = np.minimum(np.arange(count) * (shape[axis] / count), shape[axis] - 1)
-    low = np.minimum(at.astype(int), shape[axis] - 2)
-    share = (at - low).astype(np.float32).reshape([count if a == axis else 1 for a in range(3)])
+    thickness = shape[axis] / count  # in voxels of the anatomy
+    middle, voxel = np.arange(count)[:, None] * thickness, np.arange(shape[axis])
+    upper = np.minimum(middle + thickness / 2, voxel + 0.5)
+    overlap = np.clip(upper - np.maximum(middle - thickness / 2, voxel - 0.5), 0, None)
+    profile = (overlap / overlap.sum(axis=1, keepdims=True)).astype(np.float32)  # slices, voxels
     tissues, texture = (
-        np.take(v, low, axis=axis - 3) * (1 - share) + np.take(v, low + 1, axis=axis - 3) * share
-        for v in (anatomy.tissues, anatomy.texture)
+        np.moveaxis(np.tensordot(profile, values, axes=(1, values.ndim - 3 + axis)), 0, axis - 3)
+        for values in (anatomy.tissues, anatomy.texture)
     )
     return Anatomy(tissues, texture, affine)
 
@@ -165,13 +167,12 @@ def _acquire(
 
 
 def _window(count: int, kept: float, gibbs: float) -> Volume:
-    """Weights of k-space along one axis: `kept` of the band, its edge tapered unless `gibbs` is one."""
+    """Weights of k-space along one axis: `kept` of the band, tapered beyond the share `gibbs` of that."""
     if kept >= 1:
         return np.ones(count, np.float32)
     radius = np.abs(fft.fftfreq(count)) / (0.5 * kept)
-    flat = 1 - 0.8 * (1 - gibbs)
-    taper = 0.5 * (1 + np.cos(np.pi * np.clip((radius - flat) / max(1 - flat, 1e-6), 0, 1)))
-    return np.where(radius <= 1, np.where(radius <= flat, 1.0, taper), 0.0).astype(np.float32)
+    taper = 0.5 * (1 + np.cos(np.pi * np.clip((radius - gibbs) / max(1 - gibbs, 1e-6), 0, 1)))
+    return np.where(radius <= 1, np.where(radius <= gibbs, 1.0, taper), 0.0).astype(np.float32)
 
 
 def _movement_phases(
