@@ -1,20 +1,20 @@
-"""Alignment: may a style token that another site made be used here? A self-test, run before any is.
+"""Alignment: may style tokens that another site made be used here? A self-test, run before any are.
 
 A style head that stays at a site can drift into a language of its own; then its tokens mean nothing to
 others' decoders (measured: a swap made with tokens of a head started elsewhere was 13 times worse than none).
-The test needs nobody's scans but the site's own: dressed in each bank entry, they show both heads the same
-styles, and
+The test needs nobody's scans but the site's own. Both sides dress their own scans in every bank entry, so
+both have tokens of the same styles (`style_tokens`); the site's own decoder is then given its own content and
+the foreign tokens of a style, and what it makes must have most of the statistics of that style. The same with
+its own tokens says whether it could have.
 
-1. *agreement*: the two heads must give these styles the same tokens; 2. *gap closed*: the site's own decoder,
-given its own content and the reference head's tokens of a style, must make scans whose statistics are mostly
-those of that style.
+What this file does not do: it aligns nothing, sends nothing, and says nothing about styles that are not in
+the bank.
 
-What this file does not do: it aligns nothing, and it says nothing about styles that are not in the bank.
-
-Axes: b = scans, n = tokens, s = style channels, c d h w = latents. Source: the failures of un-anchored style
-heads (docs/log.md); gap closed as in `probes.py`.
+Axes: b = scans, s = sites, n = tokens, k = style channels, c d h w = latents. Source: the failures of
+un-anchored style heads (docs/log.md); gap closed as in `probes.py`.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -28,7 +28,7 @@ from meduet_models.probes import style_gap_closed
 from meduet_models.style import StyleLayout, StyleMoments
 
 THRESHOLD = 0.5
-"""What both measures must reach: most of the gap closed, most of the spread between styles seen alike."""
+"""Share of the style gap that foreign tokens must close."""
 
 
 @runtime_checkable
@@ -47,70 +47,91 @@ class Alignment:
     """The outcome of the self-test."""
 
     passed: bool
-    """Whether style tokens of the reference head may be used at this site."""
-    gap_closed: float
-    """Share of the style gap that foreign tokens closed in the own decoder, averaged over target sites."""
-    agreement: float
-    """1 - (distance between the heads' tokens)² / (spread of the reference's tokens between styles)²."""
+    """Whether these foreign style tokens may be used at this site."""
+    value: float
+    """Share of the style gap that foreign tokens closed, averaged over the styles of other sites."""
+    with_own: float
+    """The same with the site's own tokens of these styles: what its decoder can do at all."""
     threshold: float
-    """What both must reach."""
+    """What `value` must reach."""
     reason: str
     """In one line, why."""
 
-    @property
-    def value(self) -> float:
-        """The weaker of the two measures."""
-        return min(self.gap_closed, self.agreement)
+
+@torch.no_grad()
+def style_tokens(
+    model: FactorModel,
+    latents: Float[Tensor, "b c d h w"],
+    bank: StyleBank,
+    site: int,
+    part: Int[Tensor, " b"] | None = None,
+) -> Float[Tensor, "s n k"]:
+    """What `model` calls each site's style: mean tokens of this site's scans in that style; NaN where none is
+    told.
+
+    These are averages over all of `latents`; give a training cohort, never a few scans.
+    """
+    here = torch.full((len(latents),), site)
+    tokens = {
+        t: model.encode(bank.restyle(latents, here, torch.full_like(here, t), part)).style.mean(0)
+        for t in _present(bank)
+    }
+    blank = torch.full_like(next(iter(tokens.values())), torch.nan)
+    return torch.stack([tokens.get(t, blank) for t in range(len(bank.sites))])
 
 
 @torch.no_grad()
 def check_alignment(
     own: FactorModel,
-    reference: FactorModel,
+    foreign: Float[Tensor, "s n k"],
     latents: Float[Tensor, "b c d h w"],
     bank: StyleBank,
     site: int,
     part: Int[Tensor, " b"] | None = None,
     threshold: float = THRESHOLD,
 ) -> Alignment:
-    """Test whether tokens of the `reference` style head mean to the `own` model what its own head means.
+    """Test whether `foreign` style tokens mean to the `own` model what they meant where they were made.
 
-    `own` is the site's network, `reference` the same network with the other style head (the broadcast one,
-    the shared one, or another site's); `latents` are some of the site's own scans. Raises `ValueError` when
-    the bank has no second site to be dressed as.
+    `foreign` are another head's `style_tokens`; `latents` are some of this site's own scans. Raises
+    `ValueError` when this site, or every other, has no style in the bank.
     """
-    there = [t for t in range(len(bank.sites)) if bank.sites[t] in bank.present]
-    if len(there) < 2 or site not in there:
+    present = _present(bank)
+    others = [t for t in present if t != site]
+    if site not in present or not others:
         raise ValueError(
-            "Expected this site and at least one other in the bank to test alignment; "
-            f"the bank holds {len(there)}."
+            "Expected the styles of this site and of another in the bank to test alignment; it holds "
+            f"{', '.join(bank.present) or 'none'}."
         )
     here = torch.full((len(latents),), site)
-    dressed = {t: bank.restyle(latents, here, torch.full_like(here, t), part) for t in there}
-    ours = torch.stack([own.encode(dressed[t]).style.mean(0) for t in there])  # sites n s
-    theirs = torch.stack([reference.encode(dressed[t]).style.mean(0) for t in there])
-    spread = (theirs - theirs.mean(0)).square().sum()
-    agreement = 1 - float((ours - theirs).square().sum() / spread.clamp(min=1e-12))
+    dressed = {t: bank.restyle(latents, here, torch.full_like(here, t), part) for t in others}
+    layout, content = _layout(latents, bank), own.encode(latents).content
+    source = _style(latents, layout)
 
-    content = own.encode(latents).content
-    layout = _layout(latents, bank)
-    gaps = []
-    for t, token in zip(there, theirs, strict=True):
-        if t != site:
-            swapped = own.decode(Factors(content, token.expand(len(latents), -1, -1)))
-            gaps.append(style_gap_closed(*(_style(x, layout) for x in (swapped, latents, dressed[t]))))
-    gap_closed = sum(gaps) / len(gaps)
-    failed = [
-        f"{name} is {value:.2f}"
-        for name, value in (("agreement of the heads", agreement), ("style gap closed", gap_closed))
-        if not value >= threshold
-    ]
-    reason = (
-        f"Expected at least {threshold:g}; {' and '.join(failed)}. Use no style token of another site."
-        if failed
-        else f"Agreement {agreement:.2f} and style gap closed {gap_closed:.2f} reach {threshold:g}."
-    )
-    return Alignment(not failed, gap_closed, agreement, threshold, reason)
+    def closed(tokens: Tensor) -> float:
+        gaps = []
+        for t in others:
+            swapped = own.decode(Factors(content, tokens[t].expand(len(latents), -1, -1)))
+            if not bool(torch.isfinite(swapped).all()):
+                return -math.inf
+            gaps.append(style_gap_closed(_style(swapped, layout), source, _style(dressed[t], layout)))
+        return sum(gaps) / len(gaps)
+
+    value, with_own = closed(foreign), closed(style_tokens(own, latents, bank, site, part))
+    if value >= threshold:
+        reason = f"Foreign tokens close {value:.2f} of the style gap (own: {with_own:.2f})."
+    elif with_own >= threshold:
+        reason = (
+            f"Foreign tokens close {value:.2f} of the style gap, own ones {with_own:.2f}: another language."
+        )
+    else:
+        reason = (
+            f"The decoder closes {with_own:.2f} of the style gap with its own tokens: not trained enough."
+        )
+    return Alignment(value >= threshold, value, with_own, threshold, reason)
+
+
+def _present(bank: StyleBank) -> list[int]:
+    return [bank.sites.index(site) for site in bank.present]
 
 
 def _layout(latents: Tensor, bank: StyleBank) -> StyleLayout:
