@@ -6,7 +6,7 @@ the losses and gradients must agree to float tolerance before any time is printe
 docs/architecture.md lists are left out of both.
 
     python bench/local_step.py                                              a minute on a CPU
-    python bench/local_step.py --size paper --batch 2 --repeats 1           minutes
+    python bench/local_step.py --size paper --batch 2 --repeats 1 --brief   minutes
     python bench/local_step.py --size paper --batch 64 --device cuda --bf16
 
 Seconds are those of the processor on a CPU (it may be shared), of the clock on CUDA. Memory is what autograd
@@ -236,6 +236,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--brief", action="store_true", help="only the two whose losses are equal")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
 
@@ -281,6 +282,7 @@ def main() -> None:
         Step("restyled, MFTD's turn", ours(restyled, LossWeights(), "alternate", "mftd")),
         Step("restyled, SiQC's turn", ours(restyled, LossWeights(), "alternate", "siqc")),
     ]
+    steps = steps[:2] if arguments.brief else steps
     times: dict[str, list[float]] = {step.name: [] for step in steps}
     with torch.autocast(device.type, torch.bfloat16, enabled=arguments.bf16):
         for repeat in range(arguments.repeats + 1):
