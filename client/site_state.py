@@ -7,7 +7,7 @@ back to its last checkpoint, gives the same answer. Kept are the last round and 
 centre may go back by one.
 
 A site that sat out a round goes on from the last state it has. Does not do: leave the site, ever. AdamW's
-moments of the shared weights stay here too; resetting them each round was measured to be worse (docs/log).
+moments of the shared weights stay here, too (`client/trainee.py` says why).
 """
 
 from collections.abc import Mapping
