@@ -1,9 +1,9 @@
-"""AdamW's moments of the shared weights, kept at the site between rounds or started anew: which learns faster?
+"""AdamW's moments of the shared weights, kept at a site between rounds or started anew: which learns faster?
 
 Three simulated scanners over real hippocampus crops, plain weighted averaging, the whole objective. Same
 weights, draws and schedule; the one difference is what a site remembers. Prints the error of held-out scans
-(reconstruction at hidden positions) and its ratio. Found: between .985 and 1.018 over 12 rounds of 8 steps, two
-seeds: no difference at this length.
+(reconstruction at hidden positions) and its ratio. Found: between .985 and 1.018 over 12 rounds of 8 steps,
+two seeds: no difference at this length.
 
     FEDMEDUET_DATA=... python bench/optimiser_moments.py            a minute or two on a CPU
 

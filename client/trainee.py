@@ -1,10 +1,10 @@
 """The trainee: student, teacher and optimiser of a site, put together for a round and taken apart after it.
 
 Put together from the shared weights that came and from what the site kept (`client/site_state.py`); taken
-apart into what it keeps. AdamW's moments of the shared weights are kept with the others: they belong to this site's
-gradients. Over 12 rounds of 8 steps that made no difference to starting them anew (bench/optimiser_moments.py:
-held-out error within 2%, two seeds); it is kept because a round then never begins with AdamW's first,
-full-size steps.
+apart into what it keeps. AdamW's moments of the shared weights are kept with the others: they belong to this
+site's gradients. Over 12 rounds of 8 steps that made no difference to starting them anew
+(bench/optimiser_moments.py: held-out error within 2%, two seeds); it is kept because a round then never
+begins with AdamW's first, full-size steps.
 
 Does not do: steps (`client/training.py`).
 """
