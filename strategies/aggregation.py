@@ -1,20 +1,21 @@
 """Adding up what sites send: each reply is validated alone, folded into one sum and dropped.
 
-The sum is exact. Values become integers on a grid fine enough for float32 (2^-q, q from the declared bounds,
-so that no overflow is possible) and are added in int64; integers add in any order, in any grouping and on any
-number of threads to the same bits. Memory: one int64 per value of the model, however many sites reply. Robust
-rules, which need all replies at once, are in `strategies/robust.py`. What this file does not do: it knows no
-message, no round and no Flower.
+The sum is exact. Values become integers on a grid of 2^-q (q from the declared bounds, so that no overflow is
+possible), and integers add in any order, in any grouping and on any number of threads to the same bits. A
+block of the sum is kept in int32 as long as what was folded cannot overflow it, then in int64: which of the
+two has no influence on the sum. Memory: four bytes per value of the model, however many sites reply.
+Robust rules, which need all replies at once, are in `strategies/robust.py`.
+What this file does not do: it knows no message, no round and no Flower.
 
-Source: reproducible summation by fixed-point accumulation, as in the long accumulators of Kulisch (1981).
-Flower 1.41 for comparison: bench/aggregation.py.
+Source: reproducible summation in fixed point, as in the long accumulators of Kulisch (1981).
+Flower's FedAvg for comparison: bench/aggregation.py.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +27,10 @@ Integers = NDArray[np.int64]
 Result = TypeVar("Result")
 
 _BLOCK = 1 << 16  # values per pass: the block and its scratch stay in a core's cache
-_SMALLEST_GRID_BITS = 20
+_FINEST_GRID_BITS = 26  # 1.5e-8 of a weighted sum: below float32 for weights of 0.1, and int32 reaches 32
+_COARSEST_GRID_BITS = 20
+_INT32_REACH = 2.0**31 - 1
+_LARGEST = 2.0**62
 _ROUNDING = 1 + 2**-10  # a norm computed in float32 at the site and again here
 
 
@@ -47,25 +51,15 @@ class Bounds:
 
     @property
     def grid_bits(self) -> int:
-        """q of the grid 2^-q; raises `ValueError` when the bounds leave a grid too coarse for float32."""
+        """q of the grid 2^-q; raises `ValueError` when the bounds leave too coarse a grid."""
         largest = self.num_replies * self.max_examples * self.max_norm * _ROUNDING
         bits = math.floor(62 - math.log2(largest))
-        if bits < _SMALLEST_GRID_BITS:
+        if bits < _COARSEST_GRID_BITS:
             raise ValueError(
-                f"Expected bounds that leave {_SMALLEST_GRID_BITS} bits after the point; {self} leave {bits}."
+                f"Expected bounds that leave {_COARSEST_GRID_BITS} bits after the point; {self} leave {bits}."
                 " Lower release.update_clip_norm."
             )
-        return min(bits, 100)
-
-
-class Fold(Protocol):
-    """A rule that takes replies one by one and ends in a mean update."""
-
-    def fold(self, site: str, update: Mapping[str, Tensor], examples: int) -> None:
-        """Validate and take in one reply, `update` = examples · mean update; raises `ReplyRefused`."""
-
-    def mean(self) -> dict[str, Tensor]:
-        """The aggregate of what was folded, as float32 tensors of the reference's shapes."""
+        return min(bits, _FINEST_GRID_BITS)
 
 
 class Validation:
@@ -117,6 +111,46 @@ class Validation:
         return tensors
 
 
+class _BlockSum:
+    """The sum of one block: whole numbers in int32 or, when that may overflow, in int64."""
+
+    __slots__ = ("_narrow", "_reach", "integers")
+
+    def __init__(self, size: int) -> None:
+        self._narrow = np.empty(size, dtype=np.int32)
+        self.reset()
+
+    def reset(self) -> None:
+        self.integers: NDArray[np.int32] | Integers = self._narrow  # written by the first addition
+        self._reach = 0.0  # no value of the sum is larger
+
+    def add(self, rounded: Floats, scratch: Integers, sign: int = 1) -> bool:
+        """Add (or take away) whole numbers; False, and nothing done, if int64 does not hold them.
+
+        `scratch` is a block's worth of memory.
+        """
+        first = self._reach == 0.0
+        largest = max(float(np.maximum.reduce(rounded)), -float(np.minimum.reduce(rounded)), 1.0)
+        if not largest < _LARGEST:  # NaN, too
+            return False
+        self._reach += largest
+        if self.integers.dtype == np.int32 and self._reach > _INT32_REACH:
+            self.integers = self._narrow.astype(np.int64)
+        if first:
+            np.copyto(self.integers, rounded, casting="unsafe")
+            return True
+        whole = scratch.view(self.integers.dtype)[: len(rounded)]
+        np.copyto(whole, rounded, casting="unsafe")
+        if sign > 0:
+            self.integers += whole
+        else:
+            self.integers -= whole
+        return True
+
+
+_Piece = tuple[_BlockSum, Floats]
+
+
 class StreamingSum:
     """Weighted mean over sites: sum of (examples · update) over sum of examples, exactly and in any order."""
 
@@ -126,19 +160,21 @@ class StreamingSum:
         self.num_replies = 0
         self._threads = threads
         self._scale = np.float32(2.0**bounds.grid_bits)
-        sizes = [math.prod(shape) for shape in self.validation.shapes.values()]
-        self._sums: list[Integers] = [
-            np.empty(size, dtype=np.int64) for size in sizes
-        ]  # the first reply fills
+        self._sum = [_BlockSum(size) for size in self._block_sizes()]
 
     def fold(self, site: str, update: Mapping[str, Tensor], examples: int) -> None:
         """Validate one reply and add it; on `ReplyRefused` the sum is as before. `site` has no influence."""
         assert self.num_replies < self.validation.bounds.num_replies, "more replies than were declared"
         values = self.validation.flat(update, examples)
-        squares = math.fsum(self._each(_squares, values))
-        self.validation.check_norm(values, squares, examples)
-        work = self._set if self.num_replies == 0 else self._add
-        self._each(work, values)
+        squares = math.fsum(self._each(self._add, values))
+        try:
+            self.validation.check_norm(values, squares, examples)
+        except ReplyRefused:
+            if self.num_replies:
+                self._each(self._subtract, values)  # integers: what was added leaves no trace
+            else:
+                self.reset()
+            raise
         self.examples += examples
         self.num_replies += 1
 
@@ -153,58 +189,53 @@ class StreamingSum:
     def reset(self) -> None:
         """Begin a new sum in the memory of the old one."""
         self.examples = self.num_replies = 0
+        for block in self._sum:
+            block.reset()
 
-    def _each(self, work: Callable[[list["_Block"]], Result], tensors: list[Floats]) -> list[Result]:
-        """Do `work` on all blocks of `tensors`, divided among the threads."""
-        blocks = [
-            _Block(tensor, index, slice(start, start + _BLOCK))
-            for index, tensor in enumerate(tensors)
-            for start in range(0, len(tensor), _BLOCK)
-        ]
+    def _block_sizes(self) -> Iterator[int]:
+        for shape in self.validation.shapes.values():
+            whole, rest = divmod(math.prod(shape), _BLOCK)
+            yield from [_BLOCK] * whole + [rest] * (rest > 0)
+
+    def _each(self, work: Callable[[list[_Piece]], Result], tensors: list[Floats]) -> list[Result]:
+        """Do `work` on all tensors in pieces of a block, divided among the threads."""
+        cut = (tensor[i : i + _BLOCK] for tensor in tensors for i in range(0, len(tensor), _BLOCK))
+        pieces = list(zip(self._sum, cut, strict=True))
         if self._threads == 1:
-            return [work(blocks)]
+            return [work(pieces)]
         with ThreadPoolExecutor(self._threads) as pool:
-            return list(pool.map(work, (blocks[i :: self._threads] for i in range(self._threads))))
+            return list(pool.map(work, (pieces[i :: self._threads] for i in range(self._threads))))
 
-    def _set(self, blocks: list["_Block"]) -> None:
-        scratch = np.empty(_BLOCK, dtype=np.float32)
-        for block in blocks:
-            np.copyto(self._sums[block.tensor][block.place], self._round(block, scratch), casting="unsafe")
+    def _add(self, pieces: list[_Piece]) -> float:
+        """Add a reply's pieces while measuring them; their sum of squares, not finite if one was left out."""
+        rounded, scratch = np.empty(_BLOCK, dtype=np.float32), np.empty(_BLOCK, dtype=np.int64)
+        squares = []
+        for total, values in pieces:
+            self._round(values, rounded[: len(values)])
+            if not total.add(rounded[: len(values)], scratch):
+                return math.inf
+            squares.append(float(np.dot(values, values)))
+        return math.fsum(squares)
 
-    def _add(self, blocks: list["_Block"]) -> None:
-        scratch, whole = np.empty(_BLOCK, dtype=np.float32), np.empty(_BLOCK, dtype=np.int64)
-        for block in blocks:
-            rounded = self._round(block, scratch)
-            integers = whole[: len(rounded)]
-            np.copyto(integers, rounded, casting="unsafe")
-            self._sums[block.tensor][block.place] += integers
+    def _subtract(self, pieces: list[_Piece]) -> None:
+        rounded, scratch = np.empty(_BLOCK, dtype=np.float32), np.empty(_BLOCK, dtype=np.int64)
+        for total, values in pieces:
+            self._round(values, rounded[: len(values)])
+            if not total.add(rounded[: len(values)], scratch, sign=-1):
+                return  # here the addition stopped, too
 
-    def _round(self, block: "_Block", scratch: Floats) -> Floats:
-        rounded = scratch[: len(block.values)]
-        np.multiply(block.values, self._scale, out=rounded)  # exact: a power of two
+    def _round(self, values: Floats, rounded: Floats) -> None:
+        np.multiply(values, self._scale, out=rounded)  # exact: a power of two
         np.rint(rounded, out=rounded)
-        return rounded
 
-    def _divide(self, blocks: list["_Block"]) -> None:
+    def _divide(self, pieces: list[_Piece]) -> None:
         unit = 1.0 / (float(self._scale) * self.examples)
         scratch = np.empty(_BLOCK)
-        for block in blocks:
-            scaled = scratch[: len(block.values)]
-            np.multiply(self._sums[block.tensor][block.place], unit, out=scaled)
-            block.values[:] = scaled
-
-
-class _Block:
-    """A piece of a tensor that fits in a core's cache, and its place in that tensor."""
-
-    __slots__ = ("place", "tensor", "values")
-
-    def __init__(self, values: Floats, tensor: int, place: slice) -> None:
-        self.values, self.tensor, self.place = values[place], tensor, place
-
-
-def _squares(blocks: list[_Block]) -> float:
-    return math.fsum(float(np.dot(block.values, block.values)) for block in blocks)
+        for total, means in pieces:
+            scaled = scratch[: len(means)]
+            np.copyto(scaled, total.integers)
+            scaled *= unit
+            means[:] = scaled
 
 
 def _flat(tensor: Tensor) -> Floats:

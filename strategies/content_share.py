@@ -26,7 +26,7 @@ from torch import Tensor
 from federation.messages import TRAIN, MessageError, Refusal, TrainAsk, TrainReply, kind_of
 from federation.plan import RunPlan
 from federation.wire import array_record
-from strategies.aggregation import Bounds, Fold, ReplyRefused, StreamingSum
+from strategies.aggregation import Bounds, ReplyRefused, StreamingSum
 from strategies.quorum import Roster, RoundFailed, check_quorum, needed, wait_for_nodes
 from strategies.robust import SpilledReplies
 from strategies.server_optimisers import ServerOptimiser
@@ -34,6 +34,7 @@ from strategies.streaming_grid import StreamingGrid
 
 _log = logging.getLogger(__name__)
 
+Fold = StreamingSum | SpilledReplies
 SiteReport = dict[str, Any]
 OnReply = Callable[[int, str, SiteReport], None]
 

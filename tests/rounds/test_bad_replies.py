@@ -1,0 +1,129 @@
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from federation.messages import Refusal, RefusalKind, TrainReply
+from server.app import run
+from simulations.in_process import InProcessGrid
+from strategies.quorum import RoundFailed
+
+
+def with_update(reply: TrainReply, **tensors: Any) -> TrainReply:
+    return dataclasses.replace(reply, update={**reply.update, **tensors})
+
+
+def nan(reply: TrainReply) -> Any:
+    bad = reply.update["weight"].clone()
+    bad[1, 1] = torch.nan
+    return with_update(reply, weight=bad)
+
+
+def without_weight(reply: TrainReply) -> Any:
+    return dataclasses.replace(reply, update={"constant": reply.update["constant"]})
+
+
+def examples(number: int) -> Any:
+    return lambda reply: dataclasses.replace(reply, examples=number)
+
+
+def other_version(reply: TrainReply) -> Any:
+    record = reply.to_record()
+    record.config_records["head"]["wire_version"] = 99
+    return record
+
+
+BAD = {
+    "finite": nan,
+    "shape": lambda reply: with_update(reply, weight=torch.ones(1)),
+    "float32": lambda reply: with_update(reply, weight=reply.update["weight"].double()),
+    "missing": without_weight,
+    "no tensor": lambda reply: with_update(reply, stray=torch.ones(2)),
+    "between 1": examples(0),
+    "between 1 and": examples(-5),
+    "between": examples(10**9),
+    "L2 norm": lambda reply: with_update(reply, weight=torch.full((3, 4), 1e6)),
+    "round 1": lambda reply: dataclasses.replace(reply, round=7),
+    "plan": lambda reply: dataclasses.replace(reply, plan_sha256="0" * 64),
+    "now says": lambda reply: dataclasses.replace(reply, site="turin"),
+    "site of the plan": lambda reply: dataclasses.replace(reply, site="atlantis"),
+    "wire version": other_version,
+    "refused: budget": lambda reply: Refusal(kind=RefusalKind.BUDGET, site="lyon"),
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_a_bad_reply_is_put_aside_with_its_reason_and_the_round_goes_on_without_it(
+    miniature: Any, tmp_path: Path, reason: str
+) -> None:
+    def tamper(site: str, kind: str, reply: Any) -> Any:
+        return BAD[reason](reply) if (site, kind) == ("lyon", "train") else reply
+
+    def absent(site: str, kind: str, reply: Any) -> Any:
+        refusal = Refusal(kind=RefusalKind.INTERNAL, site=site)
+        return refusal if (site, kind) == ("lyon", "train") else reply
+
+    plan = miniature.plan(rounds=1, quorum=0.6)
+    ends = {}
+    for name, tampered in (("bad", tamper), ("absent", absent)):
+        folder = tmp_path / name
+        grid = InProcessGrid(miniature.client(folder / "sites", tamper=tampered), 3)
+        ends[name] = run(grid, plan, folder, model=miniature.model(plan))
+    report = ends["bad"].metrics["rounds"][0]
+    assert reason in report["refused"]["lyon"]
+    assert set(report["sites"]) == {"oslo", "turin"}
+    for tensor, expected in zip(ends["bad"].shared.values(), ends["absent"].shared.values(), strict=True):
+        assert torch.equal(tensor, expected)
+
+
+def test_below_the_quorum_the_run_stops_with_its_checkpoint_and_the_reasons(
+    miniature: Any, tmp_path: Path
+) -> None:
+    def tamper(site: str, kind: str, reply: Any) -> Any:
+        late = kind == "train" and reply.round == 2 and site != "oslo"
+        return Refusal(kind=RefusalKind.OUT_OF_MEMORY, site=site) if late else reply
+
+    plan = miniature.plan(quorum=0.6)
+    grid = InProcessGrid(miniature.client(tmp_path / "sites", tamper=tamper), 3)
+    with pytest.raises(RoundFailed, match=r"2 of 3 sites.*lyon: refused: out_of_memory") as failure:
+        run(grid, plan, tmp_path, model=miniature.model(plan))
+    assert set(failure.value.reasons) == {"lyon", "turin"}
+    assert (tmp_path / "checkpoints" / "round-0001.safetensors").is_file()
+    healthy = InProcessGrid(miniature.client(tmp_path / "sites"), 3)
+    other = InProcessGrid(miniature.client(tmp_path / "never" / "sites"), 3)
+    resumed = run(healthy, plan, tmp_path, model=miniature.model(plan)).shared
+    never = run(other, plan, tmp_path / "never", model=miniature.model(plan)).shared
+    assert all(torch.equal(resumed[name], never[name]) for name in never)
+
+
+def test_two_nodes_of_one_name_do_not_count_as_two_sites(miniature: Any, tmp_path: Path) -> None:
+    plan = miniature.plan()
+    grid = InProcessGrid(miniature.client(tmp_path / "sites", ("oslo", "oslo", "turin")), 3)
+    with pytest.raises(RoundFailed, match="one node per site"):
+        run(grid, plan, tmp_path, model=miniature.model(plan))
+
+
+def test_an_unknown_node_is_refused_and_not_asked_again(miniature: Any, tmp_path: Path) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def note(site: str, kind: str, reply: Any) -> Any:
+        asked.append((site, kind))
+        return reply
+
+    plan = miniature.plan(rounds=1)
+    sites = ("atlantis", "oslo", "lyon", "turin")
+    grid = InProcessGrid(miniature.client(tmp_path / "sites", sites, note), 4)
+    result = run(grid, plan, tmp_path, model=miniature.model(plan))
+    assert [kind for site, kind in asked if site == "atlantis"] == ["survey"]
+    assert set(result.metrics["rounds"][0]["sites"]) == {"oslo", "lyon", "turin"}
+
+
+def test_too_few_connected_sites_are_awaited_until_the_deadline_and_no_longer(
+    miniature: Any, tmp_path: Path
+) -> None:
+    plan = miniature.plan(deadline_s=0.2)
+    grid = InProcessGrid(miniature.client(tmp_path / "sites"), 2)
+    with pytest.raises(RoundFailed, match=r"connected sites within 0\.2 s; got 2"):
+        run(grid, plan, tmp_path, model=miniature.model(plan))
