@@ -23,7 +23,8 @@ HEADER_KEY = "provenance"
 def save_weights(path: str | Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, str]) -> None:
     """Write `tensors` and `provenance` to `path` atomically: a reader sees the old or the new, never half.
 
-    Tensors keep their dtype. The folder must exist (`ValueError` otherwise).
+    Tensors keep their dtype. Only the owner may read the file: latents and states of a site are written with
+    this too. The folder must exist (`ValueError` otherwise).
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -31,7 +32,7 @@ def save_weights(path: str | Path, tensors: Mapping[str, Tensor], provenance: Ma
     header = {HEADER_KEY: json.dumps(dict(provenance), sort_keys=True)}  # one key: safetensors shuffles many
     # cloned: a view into a larger storage would be written, or refused, with all of it
     content = save({k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}, header)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # 0600
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)

@@ -14,7 +14,6 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
 from torch import Tensor
 from torch.nn import functional
 
@@ -129,6 +128,9 @@ def make_phantom(recipe: Recipe, shape: tuple[int, int, int]) -> Tensor:
 @lru_cache(maxsize=1)
 def _template() -> Tensor:
     """T1 in [0, 1], grey and white matter maps at 1 mm: float32 [m x y z], RAS."""
+    # Imported here: nilearn takes seconds, and the command line should answer --help without it.
+    from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
+
     images = (load_mni152_template, load_mni152_gm_template, load_mni152_wm_template)
     maps = [np.asarray(load(resolution=1).dataobj, dtype=np.float32) for load in images]
     return torch.from_numpy(np.stack(maps))

@@ -5,7 +5,6 @@ What it does not do: any of the work; see `tokenizer_training.py`, `tokenizer_qu
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -100,16 +99,16 @@ def _train(chosen: argparse.Namespace, console: Console) -> None:
         channels=chosen.channels, steps=chosen.steps, num_phantoms=chosen.phantoms, seed=chosen.seed
     )
     torch.set_num_threads(chosen.threads)
-    errors: list[float] = []
+    qualities: list[float] = []
     console.print(f"Making {settings.num_phantoms} phantoms and their principal components.")
     with _progress(console) as progress:
         task = progress.add_task("training", total=settings.steps)
 
-        def report(step: int, error: float) -> None:
-            errors.append(error)
-            recent = errors[-STEPS_IN_MEAN:]
-            quality = -10 * math.log10(max(sum(recent) / len(recent), 1e-12))
-            progress.update(task, completed=step, description=f"{quality:.1f} dB (noisy crops)")
+        def report(step: int, psnr_db: float) -> None:
+            qualities.append(psnr_db)
+            recent = qualities[-STEPS_IN_MEAN:]
+            mean = sum(recent) / len(recent)
+            progress.update(task, completed=step, description=f"{mean:.1f} dB (noisy crops)")
 
         tokenizer = train_tokenizer(settings, chosen.out, report)
     size_mb = chosen.out.stat().st_size / 1e6
@@ -142,13 +141,14 @@ def _inspect(chosen: argparse.Namespace, console: Console) -> None:
     tokenizer = load_tokenizer(
         TokenizerSpec(kind="file", path=str(chosen.file), channels=_channels(chosen.file))
     )
-    table = Table(show_header=False)
-    table.add_row("name", tokenizer.name)
-    table.add_row("sha256", tokenizer.sha256)
-    table.add_row("parameters", f"{sum(t.numel() for t in tensors.values()):,}")
-    for name, value in sorted(provenance.items()):
-        table.add_row(name, value)
-    console.print(table)
+    facts = {
+        "name": tokenizer.name,
+        "sha256": tokenizer.sha256,
+        "parameters": f"{sum(t.numel() for t in tensors.values()):,}",
+        **provenance,
+    }
+    for fact, value in facts.items():
+        console.print(f"{fact}: {value}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _chosen_tokenizer(chosen: argparse.Namespace) -> Tokenizer:

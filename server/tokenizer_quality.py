@@ -84,7 +84,7 @@ def read_volumes(paths: Iterable[Path], shape: tuple[int, int, int] | None) -> I
                 f"Expected {path} to be 3-D, finite and not constant; got shape {values.shape}. Leave it out."
             )
         low, high = np.percentile(values, PERCENTILES)
-        scaled = np.clip((values - low) / max(high - low, 1e-6), 0.0, 1.0)
+        scaled = np.clip((values - low) / max(high - low, 1e-6), 0.0, 1.0).astype(np.float32)
         smallest = -(-SSIM_WINDOW // STRIDE) * STRIDE
         sides = shape or tuple(max(smallest, side // STRIDE * STRIDE) for side in values.shape)
         yield _centred(torch.from_numpy(scaled), sides)[None]

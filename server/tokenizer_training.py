@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from meduet_models.patch_pca import PatchMoments, principal_components
 from meduet_models.patch_vae import PatchVAE, PatchVAEConfig
@@ -30,9 +29,10 @@ from server.random_phantoms import Recipe, draw_recipe, make_phantom
 PHANTOM_SIDE = 40  # of the volumes in the training bank
 CROP_SIDE = 32  # of what a step sees
 CLIP_NORM = 1.0
+ERROR_FLOOR = 1e-4  # mean squared error (40 dB) below which a volume is good enough
 
 Report = Callable[[int, float], None]
-"""Called after each step with its number (from 1) and its mean squared error."""
+"""Called after each step with its number (from 1) and the PSNR of its noisy crops, in dB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,20 +41,21 @@ class TokenizerTraining:
 
     channels: int = 4
     """Latent channels."""
-    steps: int = 6000
+    steps: int = 2500
     """Optimiser steps."""
     seed: int = 0
     """Of phantoms, crops and draws."""
-    num_phantoms: int = 4000
+    num_phantoms: int = 3000
     """Phantoms made before the first step."""
     batch_size: int = 12
     """Crops per step."""
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 2e-3
     """Peak; rises over `warmup_steps`, then falls as a cosine to a hundredth."""
     warmup_steps: int = 200
     """Steps over which the learning rate rises."""
-    kl_weight: float = 1e-6
-    """Of the divergence per latent value from a standard normal, against mean squared error."""
+    kl_weight: float = 5e-4
+    """Of the divergence per latent value from a standard normal, against the log of the squared error (at
+    27 dB it weighs as 1e-6 does against the squared error itself)."""
     average_momentum: float = 0.998
     """Of the moving average of the weights."""
     noise: tuple[float, float] = (0.003, 0.08)
@@ -87,8 +88,7 @@ def train_tokenizer(
     if checkpoint.is_file():
         run.resume(checkpoint)
     for step in range(run.step, settings.steps):
-        error = run.train_step(step)
-        report(step + 1, error)
+        report(step + 1, run.train_step(step))
         if (step + 1) % checkpoint_every == 0 and step + 1 < settings.steps:
             run.save(checkpoint)
     tokenizer = run.finished()
@@ -136,7 +136,7 @@ class _Run:
         self.optimiser = torch.optim.AdamW(self.vae.parameters(), betas=(0.9, 0.99), weight_decay=1e-4)
 
     def train_step(self, step: int) -> float:
-        """One optimiser step; returns the mean squared error of its batch."""
+        """One optimiser step; returns the mean PSNR of its batch, in dB."""
         settings = self.settings
         generator = torch.Generator().manual_seed(_stream(settings.seed, f"step {step}"))
         volumes = _draw_crops(self.phantoms, settings.batch_size, generator)
@@ -145,10 +145,13 @@ class _Run:
             group["lr"] = settings.learning_rate * _schedule(step, settings)
         mean, log_variance = self.vae.posterior(volumes)
         latents = mean + torch.exp(0.5 * log_variance) * torch.randn(mean.shape, generator=generator)
-        error = functional.mse_loss(self.vae.reconstruct(latents), volumes)
+        errors = (self.vae.reconstruct(latents) - volumes).square().flatten(1).mean(dim=1)
+        # The log weighs volumes by what can still be gained on them: the mean PSNR, whereas the mean error is
+        # that of the few volumes full of noise.
+        loss = torch.log(errors + ERROR_FLOOR).mean()
         divergence = 0.5 * (mean**2 + log_variance.exp() - 1.0 - log_variance).mean()
         self.optimiser.zero_grad()
-        (error + settings.kl_weight * divergence).backward()  # type: ignore[no-untyped-call]
+        (loss + settings.kl_weight * divergence).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.vae.parameters(), CLIP_NORM)
         self.optimiser.step()
         # An average of few steps forgets the start quickly; of many, it is long.
@@ -156,12 +159,13 @@ class _Run:
         for name, value in self.vae.state_dict().items():
             self.average[name].lerp_(value, 1 - momentum)
         self.step = step + 1
-        return float(error.detach())
+        return float(errors.detach().log10().mean() * -10.0)
 
     def finished(self) -> Tokenizer:
         """The averaged weights, rounded to float16, scaled so that latents of phantoms have variance 1."""
-        vae = PatchVAE(self.config)
-        vae.load_state_dict({k: v.half().float() for k, v in self.average.items()})
+        with torch.device("meta"):
+            vae = PatchVAE(self.config)
+        vae.load_state_dict({k: v.half().float() for k, v in self.average.items()}, assign=True)
         with torch.no_grad():
             means = torch.cat(
                 [vae.posterior_mean(part.float()) for part in torch.split(self.phantoms[:512], 64)]

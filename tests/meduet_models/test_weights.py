@@ -1,5 +1,6 @@
 """Weights on disk: whole or not at all, named by what they hold."""
 
+import stat
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,11 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(
         save_weights(path, TENSORS, {"version": "new"})
     assert load_weights(path)[1] == {"version": "old"}
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_only_the_owner_may_read_what_was_saved(tmp_path: Path) -> None:
+    save_weights(tmp_path / "a.safetensors", TENSORS, {})
+    assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == 0o600
 
 
 def test_saving_into_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
