@@ -75,7 +75,7 @@ class TinyModel:
 
     def __init__(self, plan: RunPlan) -> None:
         self.plan = plan
-        self.surveyed = self.erased = True
+        self.surveyed = self.erased = plan.aggregation.method != "alone"
 
     def start(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(self.plan.seed)
