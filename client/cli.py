@@ -8,18 +8,14 @@ immediate.
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
-
-if TYPE_CHECKING:
-    from client.latent_set import LatentSet
-    from federation.plan import RunPlan
 
 DONE, FAILED, NOT_POSSIBLE, INTERRUPTED = 0, 1, 2, 130
 
@@ -107,10 +103,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _prepare(chosen: argparse.Namespace, console: Console) -> int:
     from client.answers import AskRefused
-    from client.site import Site, load_site_config
+    from client.site import Site, load_plan, load_site_config
 
     try:
-        config, plan = load_site_config(chosen.config), _plan(chosen.plan)
+        config, plan = load_site_config(chosen.config), load_plan(chosen.plan)
     except ValueError as error:
         _say(console, str(error))
         return NOT_POSSIBLE
@@ -124,7 +120,7 @@ def _prepare(chosen: argparse.Namespace, console: Console) -> int:
     except ValueError as error:
         _say(console, str(error))
         return FAILED
-    _summary(console, scans, bars.begun.get("encoding", 0))
+    _summary(console, scans.cohort.summary(), bars.begun.get("encoding", 0))
     if chosen.prune:
         _say(console, f"Removed {site.cache(plan.volumes).prune(scans)} files that this plan does not use.")
     _say(console, f"Ready. Tables and cache are in {site.state_dir}; they hold patient data and stay there.")
@@ -132,12 +128,12 @@ def _prepare(chosen: argparse.Namespace, console: Console) -> int:
 
 
 def _check(chosen: argparse.Namespace, console: Console) -> int:
-    from client.site import load_site_config
+    from client.site import load_plan, load_site_config
     from client.site_checks import run_checks
 
     try:
         config = load_site_config(chosen.config)
-        plan = _plan(chosen.plan) if chosen.plan else None
+        plan = load_plan(chosen.plan) if chosen.plan else None
     except ValueError as error:
         _say(console, str(error))
         return NOT_POSSIBLE
@@ -157,21 +153,7 @@ def _check(chosen: argparse.Namespace, console: Console) -> int:
     return FAILED if num_failed else DONE
 
 
-def _plan(path: Path) -> "RunPlan":
-    from federation.plan import RunPlan
-
-    try:
-        return RunPlan.from_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(
-            f"Expected the plan at {path}; {error.strerror}. Ask the centre for plan.json."
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"Expected {path} to be a plan of FedMeDUET; {error}") from None
-
-
-def _summary(console: Console, scans: "LatentSet", num_cached: int) -> None:
-    counts = scans.cohort.summary()
+def _summary(console: Console, counts: Mapping[str, Any], num_cached: int) -> None:
     table = Table("scans", "", title="What takes part", title_justify="left")
     table.add_row("scans", str(counts["scans"]))
     table.add_row("encoded before", str(num_cached))
@@ -204,7 +186,7 @@ class _Bars:
         self.begun: dict[str, int] = {}
         """How much of each phase was done when it began."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "_Bars":
         self._progress.start()
         return self
 

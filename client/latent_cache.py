@@ -43,6 +43,7 @@ SCANS_AT_ONCE = 8
 PREPARED_AHEAD = 2
 """Scans that one thread reads and prepares while others are encoded."""
 _NOT_IN_KEY = frozenset({"modality", "registered", "views"})  # what the voxels of a view do not depend on
+_NOT_IN_KEY_OF_WINDOW = {"mr_percentiles": "ct_window_hu", "ct_hu": "mr_percentiles"}
 _log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
@@ -185,10 +186,11 @@ class LatentCache:
 
     def _find(self, cohort: Cohort) -> tuple[list[_Row], list[Path], dict[str, UnusableScan]]:
         """A row per scan, the damaged files, and the scans whose label cannot be read."""
+        left_out = {*_NOT_IN_KEY, _NOT_IN_KEY_OF_WINDOW[self._volumes.window]}
         fixed = {
             "format": CACHE_FORMAT,
             "tokenizer": self._tokenizer.sha256,
-            "volumes": {k: v for k, v in dataclasses.asdict(self._volumes).items() if k not in _NOT_IN_KEY},
+            "volumes": {k: v for k, v in dataclasses.asdict(self._volumes).items() if k not in left_out},
         }
         head = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode())
         rows: list[_Row] = []

@@ -77,7 +77,7 @@ class SiteConfig:
             raise ValueError(
                 f"Expected name to be letters, digits, dots, hyphens and underscores; got {self.name!r}."
             )
-        folder = self.data_root if self.data_root.is_dir() else self.data_root.parent
+        folder = self.data_root.parent if self.data_root.is_file() else self.data_root  # a manifest's folder
         if self.state_dir.resolve().is_relative_to(folder.resolve()):
             raise ValueError(
                 f"Expected state_dir outside the data folder {folder}; got {self.state_dir}. What the site "
@@ -118,6 +118,18 @@ def load_site_config(path: Path) -> SiteConfig:
         return build(SiteConfig, values, "site")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def load_plan(path: Path) -> RunPlan:
+    """Read plan.json, which the centre gives to every site. Raises `ValueError` naming the file."""
+    try:
+        return RunPlan.from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"Expected the plan at {path}; {error.strerror}. Ask the centre for plan.json."
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"Expected {path} to be a plan of FedMeDUET; {error}") from None
 
 
 def resolve_device(choice: DeviceChoice) -> torch.device:

@@ -1,0 +1,163 @@
+"""Scans per second from files to cached latents, ours against a plain MONAI loop, in the same run.
+
+    python bench/ingest.py [--data FOLDER] [--scans 64] [--size 40 56 40] [--shape 32 48 32] [--repeats 3]
+
+`FOLDER` holds NIfTI files (msd_hippocampus/images, say); without it, files are made. Both sides use the same
+tokenizer on the CPU. The plain loop is what one would write: Compose(LoadImaged … ResizeWithPadOrCropd),
+encode one by one, np.save. Ours does more: every file is judged and hashed (`open_cohort`), then prepared and
+encoded, and written with fsync and its geometry. Files are in the page cache for both.
+
+The floor is what nobody gets around: decompress each file once, find the percentiles once, encode once.
+"""
+
+import argparse
+import gzip
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.transforms import (
+    Compose,
+    EnsureChannelFirstd,
+    LoadImaged,
+    Orientationd,
+    ResizeWithPadOrCropd,
+    ScaleIntensityRangePercentilesd,
+    Spacingd,
+)
+from scipy.ndimage import gaussian_filter
+
+from client.cohort import Cohort, open_cohort
+from client.cohort_memo import remembered
+from client.fingerprints import SETTLED_S
+from client.latent_cache import LatentCache
+from federation.plan import VolumePlan
+from meduet_models.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, help="folder of NIfTI files; made when left out")
+    parser.add_argument("--scans", type=int, default=64, help="how many")
+    parser.add_argument("--size", type=int, nargs=3, default=(40, 56, 40), help="voxels of a made scan")
+    parser.add_argument(
+        "--shape", type=int, nargs=3, default=(32, 48, 32), help="voxels of a prepared volume"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="how often; the median is printed")
+    chosen = parser.parse_args()
+    plan = VolumePlan(modality="t1", shape=tuple(chosen.shape))
+    tokenizer = load_tokenizer(TokenizerSpec())
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        files = _copies(chosen.data, work / "scans", chosen.scans) if chosen.data else None
+        files = files or _made(work / "scans", chosen.scans, tuple(chosen.size))
+        time.sleep(SETTLED_S + 0.1)  # younger files are not remembered
+        times: dict[str, list[float]] = {}
+        for repeat in range(chosen.repeats):
+            ours, plain = work / f"ours{repeat}", work / f"plain{repeat}"
+            cold = {
+                "ours, cold": lambda ours=ours: _ours(work / "scans", ours, plan, tokenizer),
+                "plain loop, cold": lambda plain=plain: _plain(files, plain, plan, tokenizer),
+            }
+            warm = {
+                "ours, warm": lambda ours=ours: _ours(work / "scans", ours, plan, tokenizer),
+                "plain loop, np.load of what it saved": lambda plain=plain: _load(plain),
+            }
+            for what, run in (*sorted(cold.items(), reverse=bool(repeat % 2)), *warm.items()):
+                times.setdefault(what, []).append(_seconds(run))
+        for what, run in _floor(files, plan, tokenizer).items():
+            times[what] = [_seconds(run) for _ in range(chosen.repeats)]
+    _report({what: statistics.median(seconds) for what, seconds in times.items()}, len(files))
+
+
+def _report(seconds: dict[str, float], num_scans: int) -> None:
+    for what, taken in seconds.items():
+        print(f"{what:<42} {num_scans / taken:9.1f} scans/s   {1e3 * taken / num_scans:8.2f} ms/scan")
+    floor = sum(taken for what, taken in seconds.items() if what.startswith("floor"))
+    ours, plain = seconds["ours, cold"], seconds["plain loop, cold"]
+    print(f"cold: ours is {plain / ours:.2f} x the plain loop's speed")
+    print(f"warm: ours is {plain / seconds['ours, warm']:.0f} x the speed of running the plain loop again")
+    print(f"cold: ours takes {ours / floor:.2f} x the floor, the plain loop {plain / floor:.2f} x")
+
+
+def _ours(root: Path, state: Path, plan: VolumePlan, tokenizer: Tokenizer) -> None:
+    def opened() -> Cohort:
+        return open_cohort(root, plan=plan, split_salt="bench")
+
+    cohort = remembered(state / "cohort.json", root, {}, opened)
+    latents = LatentCache(state / "cache", tokenizer, plan).encode(cohort)
+    latents.latents(range(len(latents)))
+
+
+def _plain(files: list[Path], folder: Path, plan: VolumePlan, tokenizer: Tokenizer) -> None:
+    folder.mkdir()
+    load = Compose(
+        [
+            LoadImaged("image"),
+            EnsureChannelFirstd("image"),
+            Orientationd("image", axcodes="RAS", labels=None),
+            Spacingd("image", pixdim=plan.spacing_mm, mode="bilinear"),
+            ScaleIntensityRangePercentilesd("image", *plan.mr_percentiles, b_min=0.0, b_max=1.0, clip=True),
+            ResizeWithPadOrCropd("image", spatial_size=plan.shape),
+        ]
+    )
+    with torch.inference_mode():
+        for number, path in enumerate(files):
+            volume = load({"image": str(path)})["image"].as_tensor()
+            np.save(folder / f"{number}.npy", tokenizer.encode(volume[None])[0].numpy())
+
+
+def _load(folder: Path) -> None:
+    np.stack([np.load(path) for path in sorted(folder.glob("*.npy"))])
+
+
+def _floor(files: list[Path], plan: VolumePlan, tokenizer: Tokenizer) -> dict[str, Callable[[], object]]:
+    arrays = [np.asarray(nib.load(path).dataobj, np.float32) for path in files]
+    volumes = torch.rand(8, 1, *plan.shape)
+    return {
+        "floor: decompress": lambda: [_decompress(path) for path in files],
+        "floor: percentiles": lambda: [np.percentile(array, plan.mr_percentiles) for array in arrays],
+        "floor: encode, eight at once": lambda: [tokenizer.encode(volumes) for _ in range(len(files) // 8)],
+    }
+
+
+def _decompress(path: Path) -> bytes:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        return file.read()
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def _copies(source: Path, folder: Path, count: int) -> list[Path]:
+    folder.mkdir()
+    found = sorted(path for path in source.rglob("*.nii*") if not path.name.startswith("."))[:count]
+    return [Path(shutil.copy(path, folder / path.name)) for path in found]
+
+
+def _made(folder: Path, count: int, size: tuple[int, int, int]) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    random = np.random.default_rng(0)
+    files = []
+    for number in range(count):
+        smooth = gaussian_filter(random.standard_normal(size), 2.0)
+        voxels = (2000 * (smooth - smooth.min()) + 20 * random.standard_normal(size)).astype(np.int16)
+        files.append(folder / f"p{number:03d}.nii.gz")
+        nib.save(nib.Nifti1Image(voxels, np.diag([1.0, 1.0, 1.0, 1.0])), files[-1])
+    return files
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""`meduet-site`: exit statuses, what is said, and that an interruption loses nothing."""
+
+import dataclasses
+import errno
+import io
+import os
+import re
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+import client.latent_cache
+from client.cli import main
+from client.cohort import split_of
+from federation.plan import RunPlan, VolumePlan
+from meduet_models.patch_pca import PatchMoments
+from meduet_models.tokenizer import pca_tokenizer, save_tokenizer
+
+NAMES = [f"Mustermann{number}" for number in range(20)]
+
+
+class Hospital:
+    """A folder with scans, site.yaml and plan.json."""
+
+    def __init__(self, root: Path, toy_plan: Callable[..., RunPlan]) -> None:
+        self.root, self.state = root, root / "state"
+        tokenizer = pca_tokenizer(PatchMoments.of(torch.rand(4, 1, 16, 16, 16)), 2)
+        save_tokenizer(root / "tokenizer.safetensors", tokenizer, {})
+        volumes = VolumePlan(modality="mr", shape=(16, 24, 16), spacing_mm=(2.0, 2.0, 2.0))
+        self.plan = toy_plan(volumes=volumes, tokenizer_sha256=tokenizer.sha256)
+        self.settings(allow_non_private="true")
+        self.write_plan(self.plan)
+        for name in NAMES[:8]:
+            self.scan(name)
+
+    def settings(self, **changes: str) -> None:
+        lines = {
+            "name": "north",
+            "data_root": "scans",
+            "state_dir": "state",
+            "device": "cpu",
+            "minimum_cohort": "3",
+            "tokenizer": "{kind: file, path: tokenizer.safetensors, channels: 2}",
+            **changes,
+        }
+        (self.root / "site.yaml").write_text("".join(f"{name}: {value}\n" for name, value in lines.items()))
+
+    def write_plan(self, plan: RunPlan) -> None:
+        (self.root / "plan.json").write_text(plan.to_json())
+
+    def scan(self, name: str, voxels: int | None = None) -> Path:
+        path = self.root / "scans" / name / "t1.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        array = (
+            np.random.default_rng(voxels or zlib.crc32(name.encode())).random((14, 20, 15)).astype(np.float32)
+        )
+        nib.save(nib.Nifti1Image(array, np.diag([2.0, 2.0, 2.0, 1.0])), path)
+        return path
+
+    def run(self, command: str, *more: str, plan: bool = True) -> tuple[int, str]:
+        """Exit status and what was printed."""
+        screen = io.StringIO()
+        arguments = [command, "--config", str(self.root / "site.yaml"), *more]
+        arguments += ["--plan", str(self.root / "plan.json")] if plan else []
+        return main(arguments, Console(file=screen, width=300)), screen.getvalue()
+
+
+@pytest.fixture
+def hospital(tmp_path: Path, toy_plan: Callable[..., RunPlan]) -> Hospital:
+    return Hospital(tmp_path, toy_plan)
+
+
+def row(screen: str, name: str) -> int:
+    """A number in the printed table."""
+    found = re.search(rf"│ {name} +│ +(\d+)", screen)
+    assert found, screen
+    return int(found[1])
+
+
+def verdict(screen: str, what: str) -> str:
+    """Verdict and finding of a check."""
+    found = re.search(rf"^ *(ok|look|failed)  {what}: (.*)$", screen, re.MULTILINE)
+    assert found, screen
+    return f"{found[1]}: {found[2]}"
+
+
+def test_help_shows_a_newcomer_the_settings_examples_and_exit_statuses(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["--help"])
+    assert done.value.code == 0
+    said = capsys.readouterr().out
+    for word in (
+        "data_root:",
+        "state_dir:",
+        "meduet-site prepare --config",
+        "exit status",
+        "130 interrupted",
+    ):
+        assert word in said
+
+
+def test_prepare_encodes_says_what_takes_part_and_why_the_rest_does_not(hospital: Hospital) -> None:
+    (hospital.root / "scans" / "notes.txt").write_text("for people")
+    (hospital.root / "scans" / "empty.nii.gz").write_bytes(b"")
+    status, screen = hospital.run("prepare")
+    assert status == 0
+    assert row(screen, "scans") == row(screen, "patients") == 8 and row(screen, "encoded before") == 0
+    assert row(screen, "empty") == row(screen, "sidecar") == 1
+    assert not any(name in screen for name in NAMES), "the screen names no patient"
+    assert (hospital.state / "cohort.csv").read_text().count("Mustermann") >= 8
+    assert "empty.nii.gz" in (hospital.state / "exclusions.csv").read_text()
+    assert len(list(hospital.state.glob("cache/??/*.safetensors"))) == 8
+    status, screen = hospital.run("prepare")
+    assert status == 0 and row(screen, "encoded before") == 8
+
+
+def test_an_interrupted_prepare_says_so_and_the_same_command_goes_on(
+    hospital: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client.latent_cache, "SCANS_AT_ONCE", 1)
+    saved, count = client.latent_cache.save_weights, 0
+
+    def interrupted(path: Path, *rest: object) -> None:
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise KeyboardInterrupt
+        saved(path, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(client.latent_cache, "save_weights", interrupted)
+    status, screen = hospital.run("prepare")
+    assert status == 130 and "Interrupted. What was encoded is kept" in screen
+    status, screen = hospital.run("prepare")
+    assert status == 0 and row(screen, "encoded before") == 3 and row(screen, "scans") == 8
+
+
+def test_a_full_disk_is_said_in_words_and_exits_1(
+    hospital: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *rest: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(client.latent_cache, "save_weights", full)
+    status, screen = hospital.run("prepare")
+    assert status == 1 and "No space left on device" in screen and "run the same command again" in screen
+
+
+def test_prune_removes_the_encodings_of_a_patient_who_withdrew(hospital: Hospital) -> None:
+    hospital.run("prepare")
+    withdrawn = hospital.root / "scans" / NAMES[0]
+    (withdrawn / "t1.nii.gz").unlink()
+    status, screen = hospital.run("check")
+    assert status == 0 and "1 files that this plan does not use" in verdict(screen, "cache")
+    status, screen = hospital.run("prepare", "--prune")
+    assert status == 0 and "Removed 1 files" in screen
+    assert len(list(hospital.state.glob("cache/??/*.safetensors"))) == 7
+    assert NAMES[0] not in (hospital.state / "cohort.csv").read_text().split()
+
+
+@pytest.mark.parametrize("command", ["prepare", "check"])
+def test_settings_or_plans_that_are_wrong_exit_2_with_one_line(hospital: Hospital, command: str) -> None:
+    hospital.settings(devise="cpu")
+    status, screen = hospital.run(command)
+    assert status == 2 and "site has no setting 'devise'" in screen and screen.count("\n") == 1
+    hospital.settings()
+    (hospital.root / "plan.json").write_text('{"name": "x"}')
+    status, screen = hospital.run(command)
+    assert status == 2 and "plan lacks" in screen and screen.count("\n") == 1
+    (hospital.root / "plan.json").unlink()
+    status, screen = hospital.run(command)
+    assert status == 2 and "Ask the centre for plan.json" in screen
+
+
+def test_a_plan_for_another_tokenizer_exits_2_and_reads_no_scan(hospital: Hospital) -> None:
+    hospital.write_plan(dataclasses.replace(hospital.plan, tokenizer_sha256="f" * 64))
+    status, screen = hospital.run("prepare")
+    assert status == 2 and "Plan asks for tokenizer ffffffff…" in screen
+    assert not (hospital.state / "cohort.csv").exists()
+
+
+def test_a_ready_site_passes_every_check(hospital: Hospital) -> None:
+    for name in NAMES[8:]:  # each split gets patients, and training enough
+        hospital.scan(name)
+    hospital.run("prepare")
+    status, screen = hospital.run("check")
+    assert status == 0
+    assert "failed" not in screen and "look" not in screen
+    assert verdict(screen, "scans").startswith("ok: 20 scans (0 labelled) of 20 patients")
+    assert verdict(screen, "cache") == "ok: 20 scans encoded, 0 to do"
+    assert not any(name in screen for name in NAMES)
+
+
+def test_check_without_a_plan_reads_no_scan_and_says_so(hospital: Hospital) -> None:
+    status, screen = hospital.run("check", plan=False)
+    assert status == 0 and "Scans were not read" in screen
+    assert verdict(screen, "data folder") == "ok: 8 files or series that may be scans"
+    assert not (hospital.state / "cohort.csv").exists()
+
+
+FAULTS: dict[str, tuple[Callable[[Hospital], object], str, str]] = {
+    "no consent": (lambda h: h.settings(), "consent", "set allow_non_private: true"),
+    "no data": (lambda h: h.settings(data_root="nowhere"), "data folder", "Correct data_root"),
+    "no scans": (
+        lambda h: [path.unlink() for path in (h.root / "scans").rglob("*.gz")],
+        "data folder",
+        "is the folder mounted?",
+    ),
+    "too few patients": (
+        lambda h: h.settings(minimum_cohort="30", allow_non_private="true"),
+        "scans",
+        "fewer than 30 training patients",
+    ),
+    "no tokenizer": (lambda h: (h.root / "tokenizer.safetensors").unlink(), "tokenizer", "Correct tokenizer"),
+    "not in the plan": (
+        lambda h: h.settings(name="elsewhere", allow_non_private="true"), "plan", "Ask the centre"
+    ),
+    "a ledger that was changed": (
+        lambda h: (h.state.mkdir(), (h.state / "ledger.jsonl").write_text("{}\n")),
+        "ledger and journal",
+        "ask who changed it",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_fails_its_check_says_what_to_do_and_exits_1(hospital: Hospital, fault: str) -> None:
+    cause, what, advice = FAULTS[fault]
+    cause(hospital)
+    status, screen = hospital.run("check")
+    assert status == 1
+    assert verdict(screen, what).startswith("failed") and advice in screen
+
+
+def test_a_disk_that_is_too_small_fails_the_check(
+    hospital: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    status, screen = hospital.run("check")
+    assert status == 1 and verdict(screen, "disk space").startswith("failed: 0.0 GB free")
+
+
+def test_copies_under_two_names_are_shown(hospital: Hospital) -> None:
+    for name in (NAMES[10], NAMES[11]):
+        hospital.scan(name, voxels=5)
+    _, screen = hospital.run("check")
+    assert verdict(screen, "duplicates") == "look: 1 scans are copies of others, and excluded"
+
+
+def test_names_that_look_like_one_patient_in_two_splits_are_shown_by_row(hospital: Hospital) -> None:
+    fractions = (0.8, 0.1, 0.1)
+    spellings = [("sub-{}", "SUB_0{}"), ("pat{}tp1", "pat{}tp2")]
+    for first, second in spellings:
+        number = next(
+            n
+            for n in range(100, 999)
+            if len({split_of(spelling.format(n), fractions, "1") for spelling in (first, second)}) == 2
+        )
+        for spelling in (first, second):
+            hospital.scan(spelling.format(number))
+    hospital.settings(layout="plain", allow_non_private="true")
+    _, screen = hospital.run("check")
+    found = verdict(screen, "patients in one split")
+    assert found.startswith("look: 2 groups of names look like one patient")
+    rows = [int(number) for number in re.findall(r"\d+", found.partition("rows")[2])]
+    lines = (hospital.state / "cohort.csv").read_text().splitlines()
+    shown = [lines[number - 1].split(",")[1] for number in rows]
+    assert len(shown) == 4 and all(name.lower().startswith(("sub", "pat")) for name in shown)
