@@ -73,14 +73,6 @@ class Cohort:
         kept = tuple(scan for scan in self.scans if scan.scan_id not in found)
         return dataclasses.replace(self, scans=kept, exclusions=(*self.exclusions, *moved))
 
-    def require_patients(self, minimum: int) -> None:
-        """Raise `ValueError`, with counts only, when fewer than `minimum` patients have a usable scan."""
-        if (found := len(self.patients())) < minimum:
-            raise ValueError(
-                f"Expected at least {minimum} patients with a usable scan; got {found}. "
-                f"Excluded: {self.summary()['exclusions']}. See the site's exclusions.csv."
-            )
-
     def summary(self) -> dict[str, Any]:
         """Counts only: scans, patients, labels, splits, exclusions by reason. Names nobody and no file."""
         return {

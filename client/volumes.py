@@ -1,9 +1,9 @@
 """Scan to volume: one file or DICOM series in, one oriented, windowed, resampled, cropped volume out.
 
-The way there is MONAI's: `Orientation` to RAS, `ScaleIntensityRange` with clipping, one `SpatialResample`
-onto the prepared grid. That grid is the one `Spacing` followed by `ResizeWithPadOrCrop` would give (a test
-compares), but only the crop is ever resampled: a whole-body CT costs no more memory than a head. The way back
-is `lay_back`.
+The prepared grid is the one that MONAI's `Orientation("RAS")`, `Spacing` and `ResizeWithPadOrCrop` would give
+(a test compares). The way there is `ScaleIntensityRange` with clipping and one `SpatialResample` straight
+onto that grid, of the part of the scan that it needs: a whole body costs no more memory than a head. The way
+back is `lay_back`.
 
 Augmented views (`view > 0`) are not a separate step: a mirrored, turned, scaled view *is* another prepared
 grid, so image and label move together and `lay_back` undoes it.
@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float32, Float64, Int16, Shaped
 from monai.data import MetaTensor
 from monai.data.utils import compute_shape_offset, zoom_affine
-from monai.transforms import Orientation, ScaleIntensityRange, SpatialResample
+from monai.transforms import ScaleIntensityRange, SpatialResample
 from torch import Tensor
 
 from client.dicom import find_series, read_series
@@ -81,13 +81,21 @@ def same_grid(scan: Scan, label: Scan, tolerance: float = 0.25) -> bool:
     """
     corners = []
     for image in (scan, label):
-        to_ras = nib.orientations.io_orientation(image.affine)
-        shape = tuple(np.array(image.array.shape)[np.argsort(to_ras[:, 0])])
-        affine = image.affine @ nib.orientations.inv_ornt_aff(to_ras, image.array.shape)
-        corners.append((shape, _world(affine, np.array(list(np.ndindex(2, 2, 2))) * (np.array(shape) - 1))))
+        shape, affine = _ras_order(image.array.shape, image.affine)
+        corners.append((shape, _world(affine, _CORNERS * (np.array(shape) - 1))))
     (shape, ours), (other_shape, theirs) = corners
     edge_mm = np.linalg.norm(scan.affine[:3, :3], axis=0).min()
     return shape == other_shape and bool(np.abs(ours - theirs).max() <= tolerance * edge_mm)
+
+
+_CORNERS = np.array(list(np.ndindex(2, 2, 2)))
+
+
+def _ras_order(shape: Sequence[int], affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
+    """Shape and affine of the same voxels, stored towards right, anterior, superior."""
+    to_ras = nib.orientations.io_orientation(affine)
+    turned = tuple(int(n) for n in np.array(shape)[np.argsort(to_ras[:, 0])])
+    return turned, affine @ nib.orientations.inv_ornt_aff(to_ras, shape)
 
 
 def _world(affine: np.ndarray, indices: np.ndarray) -> np.ndarray:
@@ -163,13 +171,14 @@ def prepare(scan: Scan, plan: VolumePlan, view: int = 0, label: Scan | None = No
     Linear interpolation for the scan, nearest for the label, both by world coordinates: shear is resampled
     away, an oblique scan keeps its rotation (its axes become the nearest of right, anterior, superior).
     """
-    image = Orientation("RAS", labels=None)(_meta(scan.array, scan.affine))
-    affine = _prepared_affine(image.affine.numpy(), image.shape[1:], plan, draw_view(scan.scan_id, view))
+    affine = _prepared_affine(scan, plan, draw_view(scan.scan_id, view))
     window = ScaleIntensityRange(*intensity_range(scan.array, plan), b_min=0.0, b_max=1.0, clip=True)
-    volume = _resample(window(image), affine, plan.shape, "bilinear").clamp(0.0, 1.0)
+    volume = _resample(window(_part(scan, affine, plan.shape)), affine, plan.shape, "bilinear").clamp(
+        0.0, 1.0
+    )
     placed = None
     if label is not None:
-        on_grid = _resample(_meta(label.array, label.affine), affine, plan.shape, "nearest")
+        on_grid = _resample(_part(label, affine, plan.shape), affine, plan.shape, "nearest")
         placed = on_grid.round().to(torch.int16)
     x, y, z = scan.array.shape
     return Prepared(volume, placed, Geometry(scan.affine, (x, y, z), affine, plan.shape))
@@ -197,10 +206,9 @@ def intensity_range(array: Float32[np.ndarray, "x y z"], plan: VolumePlan) -> tu
     return float(low), float(high)
 
 
-def _prepared_affine(
-    affine: np.ndarray, shape: Sequence[int], plan: VolumePlan, view: View
-) -> Float64[np.ndarray, "4 4"]:
+def _prepared_affine(scan: Scan, plan: VolumePlan, view: View) -> Float64[np.ndarray, "4 4"]:
     """Prepared voxel indices to world: the grid of `Spacing` then `ResizeWithPadOrCrop`, seen by `view`."""
+    shape, affine = _ras_order(scan.array.shape, scan.affine)
     spaced = zoom_affine(affine, plan.spacing_mm, diagonal=False)
     spaced_shape, spaced[:3, 3] = compute_shape_offset(shape, affine, spaced)
     start = [
@@ -227,6 +235,16 @@ def _translation(by: np.ndarray) -> np.ndarray:
     matrix = np.eye(4)
     matrix[:3, 3] = by
     return matrix
+
+
+def _part(scan: Scan, affine: np.ndarray, shape: Sequence[int]) -> MetaTensor:
+    """The part of a scan that lies within the grid of this affine and shape, and one voxel around it."""
+    corners = _world(np.linalg.inv(scan.affine) @ affine, _CORNERS * (np.array(shape) - 1))
+    sizes = np.array(scan.array.shape)
+    first = np.clip(np.floor(corners.min(axis=0)).astype(int) - 1, 0, sizes - 1)
+    last = np.clip(np.ceil(corners.max(axis=0)).astype(int) + 1, first, sizes - 1)
+    part = scan.array[tuple(slice(a, b + 1) for a, b in zip(first, last, strict=True))]
+    return _meta(part, scan.affine @ _translation(first))
 
 
 def _meta(array: np.ndarray, affine: np.ndarray) -> MetaTensor:

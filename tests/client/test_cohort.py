@@ -171,7 +171,9 @@ def test_bids_labels_are_found_by_extension_of_the_name_and_as_dseg(tmp_path: Pa
     write(tmp_path / "loose.nii.gz", 6)
     cohort = opened(tmp_path)
     assert labels(cohort) == {
-        "sub-1/ses-1/anat/sub-1_ses-1_T1w.nii.gz": "derivatives/labels/sub-1/sub-1_ses-1_T1w_seg-manual.nii.gz",
+        "sub-1/ses-1/anat/sub-1_ses-1_T1w.nii.gz": (
+            "derivatives/labels/sub-1/sub-1_ses-1_T1w_seg-manual.nii.gz"
+        ),
         "sub-2/ses-1/anat/sub-2_ses-1_T1w.nii.gz": None,
     }
     assert reasons(cohort) == {
@@ -361,14 +363,10 @@ def test_a_scan_that_changed_since_is_not_read_as_the_old_one(tmp_path: Path) ->
         read_entry(cohort.scans[0], PLAN)
 
 
-def test_too_few_patients_are_refused_with_counts_and_no_names(tmp_path: Path) -> None:
-    write(tmp_path / "jane.nii.gz", 1)
-    write(tmp_path / "jane2.nii.gz", 1)
-    with pytest.raises(
-        ValueError, match=r"at least 2 patients .* got 1\. Excluded: \{'duplicate': 1\}"
-    ) as caught:
-        opened(tmp_path).require_patients(2)
-    assert "jane" not in str(caught.value)
+def test_a_folder_without_a_usable_scan_is_an_empty_cohort_with_reasons(tmp_path: Path) -> None:
+    text(tmp_path / "notes.txt", "x")
+    cohort = opened(tmp_path)
+    assert not cohort.scans and reasons(cohort) == {"notes.txt": "sidecar"}
 
 
 @pytest.mark.parametrize(
