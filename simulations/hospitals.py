@@ -77,7 +77,7 @@ def _sites(plan: FolderHospitals, folder: Path) -> list[Hospital]:
                 f"Expected participants.tsv to name the site of every scan in column {plan.by!r}; patient "
                 f"{candidate.patient!r} has none. Columns: {', '.join(columns)}."
             )
-        by_site.setdefault(str(site), []).append(candidate)
+        by_site.setdefault(_hospital_of(str(site), plan), []).append(candidate)
     if not by_site:
         raise ValueError(f"Expected scans in {root}; found none.")
     sites = sorted(by_site)
@@ -87,6 +87,15 @@ def _sites(plan: FolderHospitals, folder: Path) -> list[Hospital]:
         hospitals.append(Hospital(name, folder / name, "manifest"))
     write_left_out(folder, root, exclusions)
     return hospitals
+
+
+def _hospital_of(site: str, plan: FolderHospitals) -> str:
+    if not plan.groups:
+        return site
+    for hospital, members in plan.groups.items():
+        if site in members:
+            return hospital
+    raise ValueError(f"Expected every site in one of hospitals.groups; {site!r} is in none.")
 
 
 def _slug(name: str) -> str:

@@ -31,6 +31,18 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SiteSettings:
+    """What every simulated hospital has in its site.yaml."""
+
+    modality_names: dict[str, str]
+    """A hospital's name of a modality to the plan's."""
+    patient_pattern: str
+    """Regular expression searched in a scan's path; group 1 is the patient. Empty: told from the layout."""
+    split_fractions: tuple[float, float, float]
+    """Share of the patients for training, validation and test."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SimulationSettings:
     """A run of several hospitals on one machine."""
 
@@ -38,6 +50,8 @@ class SimulationSettings:
     """How the sites' work is run."""
     evaluation: EvaluationSettings
     """What the observer measures."""
+    site: SiteSettings
+    """What every hospital has in its site.yaml."""
     tokenizer: TokenizerSpec
     """The frozen VAE of all sites."""
     folder: str

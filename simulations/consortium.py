@@ -1,0 +1,104 @@
+"""A consortium on one machine: simulated hospitals opened as the sites of a plan.
+
+Each hospital becomes a site with a state folder of its own, exactly as on a hospital's machine; only who
+opens it differs. In the pooled baseline one participant holds the scans of all of them.
+
+Does not do: make hospitals (`hospitals.py`), pass messages (`in_process.py`, `ray_engine.py`).
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+
+from client.latent_set import LatentSet
+from client.site import Site, SiteConfig, SiteProgress
+from federation.plan import RunPlan
+from meduet_models.tokenizer import Tokenizer, load_tokenizer
+from simulations.hospital_plans import Hospital
+from simulations.settings import SimulationSettings
+
+MANIFEST = "manifest.csv"
+ANY = "*"
+"""A site's name for scans whose modality nothing says."""
+
+
+class PooledSite(Site):
+    """The one participant of the pooled baseline: it holds every hospital's scans, each with its label."""
+
+    def __init__(self, config: SiteConfig, hospitals: Sequence[Site], tokenizer: Tokenizer) -> None:
+        super().__init__(config, tokenizer)
+        self._hospitals = hospitals
+
+    def accept(self, plan: RunPlan) -> None:
+        """As each of the hospitals would."""
+        for hospital in self._hospitals:
+            hospital.accept(plan)
+
+    def scans(self, plan: RunPlan, progress: SiteProgress | None = None) -> LatentSet:
+        """All hospitals' scans; a scan's site label is its hospital's."""
+        merged = LatentSet.merge([hospital.scans(plan, progress) for hospital in self._hospitals])
+        merged.cohort.write_csv(self.state_dir)
+        return merged
+
+
+@dataclass
+class Consortium:
+    """The hospitals of a run, and how they are opened. Travels to Ray's actors; what is open does not."""
+
+    plan: RunPlan
+    configs: tuple[SiteConfig, ...]
+    """One per hospital, in the order of the plan's sites."""
+    state: Path
+    """Folder of the participants' state folders."""
+    _open: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def site(self, name: str) -> Site:
+        """A hospital, or the pooled participant, opened once."""
+        if "tokenizer" not in self._open:
+            self._open["tokenizer"] = load_tokenizer(self.configs[0].tokenizer)
+        if name not in self._open:
+            self._open[name] = self._opened(name, self._open["tokenizer"])
+        site: Site = self._open[name]
+        return site
+
+    def _opened(self, name: str, tokenizer: Tokenizer) -> Site:
+        configs = {config.name: config for config in self.configs}
+        if name in configs:
+            return Site(configs[name], tokenizer)
+        own = dataclasses.replace(self.configs[0], name=name, state_dir=self.state / name)
+        return PooledSite(own, [self.site(hospital) for hospital in self.plan.sites], tokenizer)
+
+    def open_by_context(self, context: Context) -> Site:
+        """The participant whose number the engine put into the node's configuration."""
+        return self.site(self.plan.participants[int(context.node_config["partition-id"])])
+
+    def __getstate__(self) -> Mapping[str, Any]:
+        """Without what is open."""
+        return {"plan": self.plan, "configs": self.configs, "state": self.state, "_open": {}}
+
+
+def site_configs(
+    hospitals: Sequence[Hospital], plan: RunPlan, settings: SimulationSettings, state: Path
+) -> tuple[SiteConfig, ...]:
+    """The `site.yaml` that each hospital would have; every one agrees to releases that are not private."""
+    return tuple(
+        SiteConfig(
+            name=hospital.name,
+            data_root=hospital.root / MANIFEST if hospital.layout == "manifest" else hospital.root,
+            state_dir=state / hospital.name,
+            layout=hospital.layout,
+            modality_names={ANY: plan.volumes.modality, **settings.site.modality_names},
+            patient_pattern=settings.site.patient_pattern,
+            split_fractions=settings.site.split_fractions,
+            minimum_cohort=plan.style.minimum_cohort,
+            allow_non_private=True,
+            tokenizer=settings.tokenizer,
+            device=settings.device,
+            compile=settings.compile,
+        )
+        for hospital in hospitals
+    )

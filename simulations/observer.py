@@ -1,0 +1,164 @@
+"""The witness of a simulated run: probes after rounds, pictures at the end, TensorBoard on request.
+
+Reads what sites keep at home, which nobody in a real federation could: a site's own style head is needed to
+say what that site's model does. Writes nothing that trains.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from client.cohort import read_entry
+from client.latent_set import LatentSet
+from client.site import Site
+from client.site_state import StateFolder
+from client.volumes import prepare
+from federation.plan import RunPlan
+from meduet_models.meduet import MeDUET
+from server.app import RunObserver, RunResult
+from simulations.consortium import Consortium
+from simulations.evaluation import Held, load_model, measure, style_tokens, swap
+from simulations.figures import SwapRow, draw_swaps
+from simulations.hospital_plans import Hospital
+from simulations.progress import Live
+from simulations.settings import SimulationSettings
+
+_TRAINING_SCANS = 24  # of each hospital, for its style tokens
+
+
+class Witness(RunObserver):
+    """Observes a run of a simulated consortium."""
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        consortium: Consortium,
+        hospitals: Sequence[Hospital],
+        settings: SimulationSettings,
+        live: Live,
+    ) -> None:
+        self._plan, self._consortium, self._hospitals, self._live = plan, consortium, hospitals, live
+        self._every, self._folder = settings.evaluation.every_rounds, Path(settings.folder)
+        self._events: Any = None
+        if settings.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+
+            self._events = SummaryWriter(str(self._folder / "tensorboard"))
+        own = [consortium.site(hospital.name) for hospital in hospitals]
+        self._scans = [site.scans(plan) for site in own]
+        self._training = [s.latents(s.indices("train")[:_TRAINING_SCANS]) for s in self._scans]
+        self._paired = [_paired(plan, site, hospital) for site, hospital in zip(own, hospitals, strict=True)]
+        self._held = self._hold_out()
+
+    def _hold_out(self) -> Held:
+        """The paired patients where there are any, else the patients kept for validation and test."""
+        sets = [s for s in self._paired if s is not None]
+        rows: list[tuple[int, str, Tensor]] = []
+        for index, scans in enumerate(sets or self._scans):
+            chosen = range(scans.num_scans) if sets else scans.indices("validation") + scans.indices("test")
+            prefix = "" if sets else f"{index}/"
+            rows += [(index, prefix + scans.patients[row], scans.latents([row])) for row in chosen]
+        if not rows:
+            raise ValueError(
+                "Expected patients kept for validation or test to probe the model on; got none. "
+                "Raise site.split_fractions, or the number of patients."
+            )
+        sites, patients, latents = zip(*rows, strict=True)
+        return Held(torch.cat(latents), sites, patients)
+
+    def on_round_start(self, round: int, num_rounds: int) -> None:
+        """Move the bar."""
+        self._live.on_round(round, num_rounds)
+
+    def on_round_end(
+        self, round: int, shared: Mapping[str, Any], metrics: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """Probe every few rounds and after the last."""
+        due = round % self._every == 0 or round == self._plan.training.rounds
+        probes = self._measure(shared, round) if due else {}
+        self._live.on_round_end(round, metrics, probes)
+        if self._events is not None:
+            for name, value in {**metrics["loss"], **probes}.items():
+                self._events.add_scalar(name, value, round)
+            self._events.flush()
+        return probes
+
+    def on_end(self, result: RunResult) -> None:
+        """Probe the final weights, erasure included."""
+        result.metrics["final"] = self._measure(result.shared, self._plan.training.rounds)
+
+    def _measure(self, shared: Mapping[str, Tensor], round: int) -> dict[str, float]:
+        """Mean over the sites' models: what they share, with what each keeps at home."""
+        measured = [
+            measure(model, self._plan, self._held, self._training) for model in self._models(shared, round)
+        ]
+        return {name: sum(m[name] for m in measured) / len(measured) for name in measured[0]}
+
+    def _models(self, shared: Mapping[str, Tensor], round: int) -> list[MeDUET]:
+        plan = self._plan
+        models = []
+        for name in plan.participants:
+            states = StateFolder(self._consortium.site(name).state_dir / "state", plan.sha256)
+            models.append(load_model(plan, {**states.before(round + 1).home, **shared}))
+        return models
+
+    def draw(self, result: RunResult) -> None:
+        """Draw a held-out patient of each hospital: as scanned, rebuilt, in every other hospital's style."""
+        models = self._models(result.shared, self._plan.training.rounds)
+        names = [hospital.name for hospital in self._hospitals]
+        for index, name in enumerate(names):
+            model = models[index if len(models) > 1 else 0]
+            styles = [style_tokens(model, training) for training in self._training]
+            scans, row = self._example(index)
+            latents = scans.latents([row])
+            others = [i for i in range(len(names)) if i != index]
+            drawn = {i: self._decode(swap(model, latents, styles[i])) for i in [index, *others]}
+            draw_swaps(
+                SwapRow(
+                    site=name,
+                    original=_volume(scans, row, self._plan),
+                    reconstruction=drawn[index],
+                    swaps={names[i]: drawn[i] for i in others},
+                    truths={names[i]: truth for i in others if (truth := self._truth(i, row)) is not None},
+                ),
+                self._folder / "figures" / f"swap-{name}.png",
+            )
+
+    def _example(self, index: int) -> tuple[LatentSet, int]:
+        paired = self._paired[index]
+        if paired is not None:
+            return paired, 0
+        scans = self._scans[index]
+        return scans, (scans.indices("validation") + scans.indices("test") + scans.indices("train"))[0]
+
+    def _truth(self, index: int, row: int) -> Any:
+        paired = self._paired[index]
+        return None if paired is None else _volume(paired, row, self._plan)
+
+    def _decode(self, latents: Tensor) -> Any:
+        volume = self._consortium.site(self._plan.sites[0]).tokenizer.decode(latents)
+        return volume[0, 0].clamp(0, 1).numpy()
+
+
+def _volume(scans: LatentSet, row: int, plan: RunPlan) -> Any:
+    """The prepared scan behind a row, [x y z]."""
+    scan, _ = read_entry(scans.entries[row], plan.volumes)
+    return prepare(scan, plan.volumes).volume[0].numpy()
+
+
+def _paired(plan: RunPlan, site: Site, hospital: Hospital) -> LatentSet | None:
+    """The patients that every scanner saw, through this hospital's; none where nothing is simulated."""
+    if hospital.paired is None:
+        return None
+    config = dataclasses.replace(
+        site.config,
+        data_root=hospital.paired,
+        state_dir=site.state_dir.parent.parent / "paired" / site.name,
+        layout="plain",
+        split_fractions=(0.0, 0.0, 1.0),
+    )
+    return Site(config, site.tokenizer).scans(plan)

@@ -1,0 +1,182 @@
+"""`meduet-simulate`: several hospitals on one machine pretrain together.
+
+Makes the hospitals, opens them as sites, runs the plan through the messages of a real federation, and leaves
+metrics, weights, figures and a page. What was interrupted goes on when the same command is given again.
+"""
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read when Flower is imported
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+
+import hydra
+import torch
+from flwr.serverapp import Grid
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from client.app import make_client_app
+from federation.plan import RunPlan
+from meduet_models.tokenizer import load_tokenizer
+from server.app import RunObserver, RunResult
+from server.app import run as run_plan
+from server.checkpoints import OtherPlan
+from server.config import CONF, plain, plan_from
+from server.run_folder import write_whole
+from simulations.consortium import Consortium, site_configs
+from simulations.hospital_plans import Hospital, HospitalsPlan, PhantomHospitals, SplitHospitals
+from simulations.hospitals import make_hospitals
+from simulations.in_process import FixedThreads, InProcessGrid
+from simulations.observer import Witness
+from simulations.page import write_page
+from simulations.progress import Live
+from simulations.settings import SimulationSettings, settings_from
+from strategies.quorum import RoundFailed
+
+_LIBRARIES = ("torch", "flwr", "monai", "nibabel", "numpy", "scipy", "safetensors", "hydra-core", "nilearn")
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A run that is ready to start."""
+
+    plan: RunPlan
+    settings: SimulationSettings
+    consortium: Consortium
+    hospitals: list[Hospital]
+    folder: Path
+
+
+def prepare(config: Mapping[str, Any], live: Live) -> Simulation:
+    """Make the hospitals and the plan, and write down what will be run.
+
+    Raises `ValueError` when settings are wrong, `OtherPlan` when the folder holds another run.
+    """
+    settings, hospitals_plan = settings_from(config)
+    folder = Path(settings.folder)
+    if settings.fresh and (folder / "plan.json").is_file():
+        shutil.rmtree(folder)
+    tokenizer = load_tokenizer(settings.tokenizer)
+    with live.counting("making hospitals") as progress:
+        hospitals = make_hospitals(hospitals_plan, folder / "hospitals", progress)
+    plan = plan_from(
+        config,
+        sites=[hospital.name for hospital in hospitals],
+        tokenizer_sha256=tokenizer.sha256,
+        latent_channels=tokenizer.latent_channels,
+        stride=tokenizer.stride,
+    )
+    state = folder / "sites"
+    consortium = Consortium(plan, site_configs(hospitals, plan, settings, state), state)
+    return Simulation(plan, settings, consortium, hospitals, folder)
+
+
+def simulate(simulation: Simulation, live: Live, observer: RunObserver) -> RunResult:
+    """Run the plan on the chosen engine, or go on with what is in the folder."""
+    plan, engine = simulation.plan, simulation.settings.engine
+
+    def serve(grid: Grid) -> RunResult:
+        return run_plan(grid, plan, simulation.folder, observer=observer)
+
+    num_sites = len(plan.participants)
+    match engine.kind:
+        case "process":
+            client_app = make_client_app(simulation.consortium.open_by_context, live.on_step)
+            return serve(InProcessGrid(FixedThreads(client_app, engine.cpus_per_site), num_sites))
+        case "ray":
+            from simulations.ray_engine import run_on_ray  # Ray takes seconds to import
+
+            gpus = (
+                0.0 if simulation.settings.device == "cpu" else float(torch.cuda.is_available()) / num_sites
+            )
+            client_app = make_client_app(simulation.consortium.open_by_context)
+            return run_on_ray(
+                serve,
+                client_app,
+                num_sites,
+                address=engine.address,
+                cpus_per_site=engine.cpus_per_site,
+                gpus_per_site=gpus,
+            )
+
+
+def run(config: DictConfig) -> Path:
+    """Everything from settings to page; returns the page's path."""
+    values = plain(config)
+    with Live() as live:
+        simulation = prepare(values, live)
+        plan, folder = simulation.plan, simulation.folder
+        live.begin(plan)
+        for name in plan.participants:  # as `meduet-site prepare` does at a hospital
+            with live.reading(name) as progress:
+                simulation.consortium.site(name).scans(plan, progress)
+        witness = Witness(
+            simulation.plan, simulation.consortium, simulation.hospitals, simulation.settings, live
+        )
+        write_whole(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+        result = simulate(simulation, live, witness)
+        live.say("drawing the page")
+        witness.draw(result)
+        write_whole(folder / "versions.json", json.dumps(versions(result), indent=1) + "\n")
+        return write_page(folder, _origin(settings_from(values)[1], simulation.hospitals))
+
+
+def versions(result: RunResult) -> dict[str, Any]:
+    """What produced the run: command, code, libraries, machine, hash of the final weights."""
+    from meduet_models.weights import sha256_of_tensors
+
+    return {
+        "command": " ".join(["meduet-simulate", *sys.argv[1:]]),
+        "fedmeduet": importlib.metadata.version("fedmeduet"),
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores"
+        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
+        "model_sha256": sha256_of_tensors(result.shared) if result.shared else "",
+        "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+    }
+
+
+def _origin(plan: HospitalsPlan, hospitals: list[Hospital]) -> str:
+    match plan:
+        case PhantomHospitals():
+            return "Simulated patients (deformed ICBM 152 anatomy), a simulated scanner for each hospital."
+        case SplitHospitals(by=by, styles_on_top=True):
+            return f"Real scans of one folder, divided ({by}), a simulated scanner on top for each hospital."
+        case SplitHospitals(by=by):
+            return f"Real scans of one folder, divided among simulated hospitals ({by})."
+        case _:
+            return "Real scans of real hospitals."
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def _main(config: DictConfig) -> None:
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    try:
+        page = run(config)
+    except (ValueError, OtherPlan, RoundFailed) as error:
+        console.print(f"[red]{type(error).__name__}[/]: {error}", markup=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.print("Interrupted. Nothing is lost: give the same command again to go on.")
+        sys.exit(130)
+    Console(highlight=False, soft_wrap=True).print(f"Done. The page: {page.resolve()}")
+
+
+def main() -> None:
+    """Entry point of `meduet-simulate`."""
+    _main()
+
+
+if __name__ == "__main__":
+    main()
