@@ -225,7 +225,8 @@ class StreamingSum:
                 return  # here the addition stopped, too
 
     def _round(self, values: Floats, rounded: Floats) -> None:
-        np.multiply(values, self._scale, out=rounded)  # exact: a power of two
+        with np.errstate(over="ignore"):  # what becomes infinite is not added
+            np.multiply(values, self._scale, out=rounded)  # exact: a power of two
         np.rint(rounded, out=rounded)
 
     def _divide(self, pieces: list[_Piece]) -> None:

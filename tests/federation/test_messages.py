@@ -1,0 +1,180 @@
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from federation.messages import (
+    ErasureAsk,
+    ErasureReply,
+    MessageError,
+    Refusal,
+    RefusalKind,
+    SurveyAsk,
+    SurveyReply,
+    TrainAsk,
+    TrainReply,
+    kind_of,
+    plan_hash,
+)
+from federation.wire import array_record, tensors_of
+
+HASH = "a" * 64
+TENSORS = {"weight": torch.randn(3, 4), "scalar": torch.tensor(-0.0), "none": torch.zeros(0, 2)}
+MOMENTS = {"sums": torch.randn(5, dtype=torch.float64)}
+MESSAGES = [
+    SurveyAsk(plan_json="{}"),
+    SurveyReply(plan_sha256=HASH, site="oslo", moments=TENSORS, num_patients=11, num_scans=14),
+    TrainAsk(plan_json="{}", round=1, shared=TENSORS, bank={}, home={"style": torch.ones(2)}),
+    TrainAsk(plan_json="{}", round=2, shared={}, bank=TENSORS),
+    TrainReply(
+        plan_sha256=HASH, site="oslo", round=2, examples=7, update=TENSORS, metrics={"loss.total": 0.5}
+    ),
+    ErasureAsk(plan_json="{}", shared=TENSORS, bank=TENSORS),
+    ErasureReply(plan_sha256=HASH, site="oslo", moments=MOMENTS),
+    Refusal(kind=RefusalKind.BUDGET, site="oslo"),
+]
+
+
+def carried(record: RecordDict) -> RecordDict:
+    """Through protobuf and back."""
+    return recorddict_from_proto(recorddict_to_proto(record))
+
+
+def alike(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return set(one) == set(other) and all(alike(one[k], other[k]) for k in one)
+    if isinstance(one, torch.Tensor):
+        # bits, so that -0.0 is not 0.0
+        return (
+            one.dtype == other.dtype
+            and one.shape == other.shape
+            and one.numpy().tobytes() == other.numpy().tobytes()
+        )
+    return bool(one == other)
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
+def test_a_message_comes_back_from_the_wire_as_it_was(message: Any) -> None:
+    back = type(message).from_record(carried(message.to_record()))
+    for field in dataclasses.fields(message):
+        assert alike(getattr(message, field.name), getattr(back, field.name)), field.name
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
+def test_nothing_may_be_missing_added_or_of_another_version(message: Any) -> None:
+    def read(change: Any) -> None:
+        record = message.to_record()
+        change(record)
+        type(message).from_record(record)
+
+    head = "head"
+    for key in list(message.to_record()[head]):
+        with pytest.raises(MessageError):
+            read(lambda record, key=key: record[head].pop(key))
+    for name in message.to_record():
+        if name != "home":
+            with pytest.raises(MessageError):
+                read(lambda record, name=name: record.pop(name))
+    with pytest.raises(MessageError, match="'stray'"):
+        read(lambda record: record.__setitem__("stray", ConfigRecord({})))
+    with pytest.raises(MessageError, match="'stray'"):
+        read(lambda record: record[head].__setitem__("stray", 1))
+    with pytest.raises(MessageError, match="wire version 1; got 2") as error:
+        read(lambda record: record[head].__setitem__("wire_version", 2))
+    assert error.value.kind is RefusalKind.WRONG_VERSION
+    with pytest.raises(MessageError, match="got 'other'"):
+        read(lambda record: record[head].__setitem__("kind", "other"))
+
+
+def test_a_plan_that_does_not_hash_to_what_is_said_is_refused() -> None:
+    record = SurveyAsk(plan_json='{"seed":1}').to_record()
+    record.config_records["head"]["plan_json"] = '{"seed":2}'
+    with pytest.raises(MessageError, match=plan_hash('{"seed":2}')[:12]):
+        SurveyAsk.from_record(record)
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(2, dtype=torch.int64), torch.ones(2, dtype=torch.bool)])
+def test_counts_and_flags_do_not_travel(tensor: torch.Tensor) -> None:
+    with pytest.raises(MessageError, match="float32 or float64"):
+        array_record({"steps": tensor})
+
+
+def _with_array(array: Array) -> RecordDict:
+    record = MESSAGES[4].to_record()
+    record["update"] = ArrayRecord({"weight": array})
+    return record
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        Array(np.ones(3, dtype=np.int64)),
+        Array(np.ones(3, dtype=np.uint16)),
+        Array(np.ones((2, 3), order="F", dtype=np.float32)),
+        Array("float32", (3,), "numpy.ndarray", Array(np.ones(3, dtype=np.float32)).data[:-1]),
+        Array("float32", (300,), "numpy.ndarray", Array(np.ones(3, dtype=np.float32)).data),
+        Array("float32", (3,), "numpy.ndarray", b"no array at all"),
+        Array("float32", (3,), "pickle", b"cbuiltins\neval\n."),
+    ],
+    ids=["int64", "bfloat16 unsaid", "fortran", "cut", "shape", "foreign", "pickle"],
+)
+def test_arrays_that_are_not_what_they_say_are_refused(array: Array) -> None:
+    with pytest.raises(MessageError):
+        TrainReply.from_record(_with_array(array))
+
+
+@pytest.mark.parametrize("metrics", [{"patient_age": 1.0}, {"loss.total": float("nan")}, {"seconds": 3}])
+def test_a_metric_is_a_finite_float_of_an_agreed_name(metrics: dict[str, Any]) -> None:
+    with pytest.raises(MessageError, match="metric"):
+        dataclasses.replace(MESSAGES[4], metrics=metrics).to_record()
+    record = MESSAGES[4].to_record()
+    record["metrics"] = MetricRecord(metrics)
+    with pytest.raises(MessageError, match="metric"):
+        TrainReply.from_record(record)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.floats(-1e4, 1e4, width=32, allow_subnormal=False), min_size=1, max_size=20),
+    st.integers(1, 10**6),
+)
+def test_bfloat16_keeps_the_relative_precision_of_the_weighted_update(
+    values: list[float], examples: int
+) -> None:
+    update = {"weight": torch.tensor(values) * examples}
+    reply = TrainReply(
+        plan_sha256=HASH, site="oslo", round=1, examples=examples, update=update, wire_dtype="bfloat16"
+    )
+    record = carried(reply.to_record())
+    assert record.array_records["update"]["weight"].dtype == "uint16"
+    back = TrainReply.from_record(record, copy=False).update["weight"]
+    assert back.dtype == torch.float32
+    assert ((back - update["weight"]).abs() <= update["weight"].abs() * 2**-8).all()
+
+
+def test_without_copy_the_tensors_are_the_received_bytes() -> None:
+    record = array_record({"weight": torch.arange(4.0)})
+    copied, viewed = tensors_of(record)["weight"], tensors_of(record, copy=False)["weight"]
+    start = np.frombuffer(record["weight"].data, dtype=np.uint8).ctypes.data
+    assert start <= viewed.data_ptr() < start + len(record["weight"].data)
+    assert not start <= copied.data_ptr() < start + len(record["weight"].data)
+    assert torch.equal(copied, viewed)
+
+
+def test_a_record_says_what_it_is() -> None:
+    assert kind_of(MESSAGES[4].to_record()) == "train_reply"
+    with pytest.raises(MessageError, match="'head'"):
+        kind_of(RecordDict({"arrays": ArrayRecord()}))
+
+
+def test_a_refusal_of_an_unknown_kind_is_not_a_refusal() -> None:
+    record = MESSAGES[7].to_record()
+    record.config_records["head"]["reason"] = "patient 1234 has moved"
+    with pytest.raises(MessageError, match="known kind"):
+        Refusal.from_record(record)

@@ -1,0 +1,112 @@
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from federation.erasure import content_bound, erasure_tensors
+from federation.messages import ErasureReply, SurveyReply
+from federation.survey import survey_layout
+from meduet_models.bank import StyleBank
+from meduet_models.erasure import ErasureMoments
+from meduet_models.meduet import MeDUET
+from meduet_models.style import StyleMoments
+from server.model import MeduetModel
+from strategies.aggregation import ReplyRefused
+
+METHODS = ["content_share", "fedavg", "pooled", "alone"]
+
+
+def surveyed(plan: Any, site: str, seed: int, num: int = 8) -> SurveyReply:
+    latents = torch.randn(num, 2, 4, 6, 4, generator=torch.Generator().manual_seed(seed)) + seed
+    moments = StyleMoments.of(latents, [str(i) for i in range(num)], survey_layout(plan))
+    return SurveyReply(
+        plan_sha256=plan.sha256, site=site, moments=moments.to_tensors(), num_patients=num, num_scans=num
+    )
+
+
+def content(plan: Any, site: str, seed: int, num: int = 8) -> ErasureReply:
+    vectors = torch.randn(num, 12, generator=torch.Generator().manual_seed(seed)) * 0.3 + seed / 5
+    moments = ErasureMoments.of(vectors, [str(i) for i in range(num)], content_bound(plan))
+    return ErasureReply(plan_sha256=plan.sha256, site=site, moments=erasure_tensors(moments))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_travels_and_what_stays_are_the_whole_network_and_its_common_start(
+    miniature: Any, method: str
+) -> None:
+    plan = miniature.plan(method=method)
+    model = MeduetModel(plan)
+    (shared, home), (again, _) = model.start(), model.start()
+    whole = MeDUET(plan.network, len(plan.sites), seed=plan.seed).state_dict()
+    assert {**shared, **home}.keys() == whole.keys() and not set(shared) & set(home)
+    assert all(torch.equal({**shared, **home}[name], tensor) for name, tensor in whole.items())
+    assert all(torch.equal(shared[name], again[name]) for name in shared)
+    assert bool(home) == (method in ("content_share", "alone"))
+    assert bool(shared) == model.surveyed == (method != "alone")
+    assert model.erased == (method in ("content_share", "fedavg"))
+
+
+@pytest.mark.parametrize("method", ["content_share", "fedavg", "pooled"])
+def test_a_survey_sets_the_latent_scale_to_that_of_the_union(miniature: Any, method: str) -> None:
+    plan = miniature.plan(method=method)
+    model = MeduetModel(plan)
+    replies = {site: surveyed(plan, site, i) for i, site in enumerate(plan.participants)}
+    for reply in replies.values():
+        model.check_survey(reply)
+    done = model.after_survey(model.start()[0], replies)
+    union = torch.cat(
+        [
+            torch.randn(8, 2, 4, 6, 4, generator=torch.Generator().manual_seed(i)) + i
+            for i in range(len(plan.participants))
+        ]
+    )
+    assert torch.allclose(done.shared["latent_mean"], union.mean(0), atol=1e-5)
+    residual = union - union.mean(0)
+    assert torch.allclose(
+        done.shared["latent_deviation"], residual.square().mean((0, 2, 3, 4)).sqrt(), atol=1e-4
+    )
+    assert done.summary["sites"][plan.participants[0]] == {"patients": 8, "scans": 8}
+    if method == "content_share":
+        assert StyleBank.from_tensors(done.bank, plan.sites).present == plan.sites
+    else:
+        assert done.bank == {}
+
+
+def test_a_survey_of_too_small_a_cohort_is_refused_with_its_reason(miniature: Any) -> None:
+    plan = miniature.plan()
+    with pytest.raises(ReplyRefused, match="at least 5 patients"):
+        MeduetModel(plan).check_survey(surveyed(plan, "oslo", 0, num=4))
+
+
+def test_the_erasure_makes_the_sites_means_equal(miniature: Any) -> None:
+    plan = miniature.plan()
+    model = MeduetModel(plan)
+    replies = {site: content(plan, site, i) for i, site in enumerate(plan.sites)}
+    for reply in replies.values():
+        model.check_erasure(reply)
+    shared, summary = model.after_erasure(model.start()[0], replies)
+    assert summary["rank"] == 2
+    mean, matrix = shared["erasure_mean"], shared["erasure_matrix"]
+    means = [
+        (torch.randn(8, 12, generator=torch.Generator().manual_seed(i)) * 0.3 + i / 5).mean(0)
+        for i in range(3)
+    ]
+    erased = [mean + matrix @ (own - mean) for own in means]
+    assert torch.allclose(erased[0], erased[1], atol=1e-5) and torch.allclose(erased[1], erased[2], atol=1e-5)
+    assert not torch.allclose(means[0], means[1], atol=1e-1)
+
+
+def test_content_sums_that_no_cohort_can_have_are_refused(miniature: Any) -> None:
+    plan = miniature.plan()
+    model, good = MeduetModel(plan), content(plan, "oslo", 0)
+
+    def with_sums(sums: torch.Tensor) -> ErasureReply:
+        return dataclasses.replace(good, moments={"sums": sums})
+
+    sums = good.moments["sums"]
+    nan, few, long = sums.clone(), sums.clone(), sums * 100
+    nan[5], few[0], long[0] = torch.nan, 2.0, sums[0]
+    for broken, reason in ((nan, "NaN"), (few, "at least 5"), (long, "bound"), (sums[:-1], "content sums")):
+        with pytest.raises(ValueError, match=reason):
+            model.check_erasure(with_sums(broken))
