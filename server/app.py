@@ -55,8 +55,9 @@ class RunObserver:
         """A round is aggregated, not yet on disk. What is returned becomes the round's "probes"."""
         return {}
 
-    def on_end(self, result: "RunResult") -> None:
-        """The run is complete, now or already before."""
+    def on_end(self, result: "RunResult") -> Mapping[str, Any]:
+        """The run is complete, now or already before. What is returned becomes the metrics' "final"."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,9 @@ class _Run:
             last = self._survey()
         last = self._rounds(last)
         result = self._final(last)
+        final = self.observer.on_end(result)
+        result = dataclasses.replace(result, metrics=result.metrics | {"final": dict(final)})
         write_metrics(self.folder, result.metrics)
-        self.observer.on_end(result)
         return result
 
     def _survey(self) -> Checkpoint:

@@ -20,7 +20,8 @@ _FROM_CONFIG = ("name", "seed", "volumes", "objective", "training", "style", "ag
 def compose_config(overrides: Sequence[str] = (), name: str = "config") -> DictConfig:
     """Compose `conf/<name>.yaml` with Hydra `overrides` (``["training.rounds=3"]``) outside of a Hydra app."""
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return compose(config_name=name, overrides=list(overrides))
+        composed: DictConfig = compose(config_name=name, overrides=list(overrides))
+    return composed
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

@@ -17,7 +17,13 @@ Volume = NDArray[np.float32]
 
 INK, MUTED, GRID = "#1b2733", "#6b7a89", "#e3e8ee"
 GOOD, BAD = "#0b7a75", "#d1495b"
-KIND_COLOURS = {"original": "#ffffff", "reconstruction": "#9fb3c8", "swap": "#ffb86b", "truth": "#7bdcb5"}
+KIND_COLOURS = {
+    "original": "#ffffff",
+    "reconstruction": "#9fb3c8",
+    "restyled": "#c3a6ff",
+    "swap": "#ffb86b",
+    "truth": "#7bdcb5",
+}
 SITE_COLOURS = ("#0b7a75", "#d1495b", "#3d5a98", "#e09f3e", "#6a4c93", "#4f772d", "#9c6644", "#2b2d42")
 PLANES = ("sagittal", "coronal", "axial")
 _LABELS = {
@@ -41,8 +47,10 @@ class SwapRow:
     """The prepared scan."""
     reconstruction: Volume
     """Its own content in its own style."""
+    restyled: Mapping[str, Volume]
+    """Its latents moved to each other hospital's entry in the style bank: what training shows the model."""
     swaps: Mapping[str, Volume]
-    """Its content in the style of each other hospital."""
+    """Its content in the style of each other hospital, as the model decodes it."""
     truths: Mapping[str, Volume]
     """The same patient really rendered by the other hospitals' scanners, where that is known."""
 
@@ -134,13 +142,17 @@ def _middle(volume: Volume, plane: int) -> Volume:
 
 
 def draw_swaps(row: SwapRow, path: Path, zoom: int = 3) -> Path:
-    """Draw one scan in three planes: original, reconstruction, and its swaps (with truth below, if known)."""
+    """Draw one scan in three planes: original, reconstruction, and every other hospital's style."""
     columns: list[tuple[str, str, Volume]] = [
         ("original", row.site, row.original),
         ("reconstruction", f"{row.site} style", row.reconstruction),
     ]
-    columns += [("swap", f"{site} style", volume) for site, volume in row.swaps.items()]
-    columns += [("truth", f"scanned at {site}", volume) for site, volume in row.truths.items()]
+    for site in row.swaps:
+        for kind, volumes in (("restyled", row.restyled), ("swap", row.swaps), ("truth", row.truths)):
+            if site in volumes:
+                columns.append(
+                    (kind, f"scanned at {site}" if kind == "truth" else f"{site} style", volumes[site])
+                )
     heights = [_middle(row.original, plane).shape[0] for plane in range(3)]
     widest = max(_middle(row.original, plane).shape[1] for plane in range(3))
     inch = zoom / 66
@@ -185,6 +197,8 @@ def draw_traffic(sizes: Mapping[str, int], path: Path) -> Path:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.set_xlim(right=max(values) * 6)
+    axes.xaxis.set_visible(False)
+    axes.spines["bottom"].set_visible(False)
     return _save(figure, path)
 
 

@@ -64,8 +64,8 @@ class FolderHospitals:
     by: str = ""
     """Column of the data set's `participants.tsv` that names the site; empty: one folder per hospital."""
     groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Sites (as the column names them) that work as one hospital, by its name; empty: each site is one. A site
-    of a single patient tells nothing of its style, so small ones join; used with `by`."""
+    """Sites (as the column names them) that work as one hospital, by its name; empty: each site is one. A
+    site of a single patient tells nothing of its style, so small ones join; used with `by`."""
     patient_pattern: str = ""
     """Finds the patient in a scan's path (first group), where sessions of one patient have folders of their
     own; used with `by`."""
@@ -76,9 +76,13 @@ class FolderHospitals:
         """Refuse groups of nothing, and a site in two of them."""
         members = [site for sites in self.groups.values() for site in sites]
         if self.groups and not self.by:
-            raise ValueError("hospitals.groups joins the sites that hospitals.by names; set hospitals.by too.")
+            raise ValueError(
+                "hospitals.groups joins the sites that hospitals.by names; set hospitals.by too."
+            )
         if len(set(members)) < len(members) or any(not sites for sites in self.groups.values()):
-            raise ValueError("Expected each group of hospitals.groups to have sites, and no site in two groups.")
+            raise ValueError(
+                "Expected each group of hospitals.groups to have sites, and no site in two groups."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ _RUN = 1
 
 
 class FixedThreads(ClientApp):
-    """`inner` with a fixed number of torch threads, on which sums of floats depend: both engines must agree."""
+    """`inner` with a fixed number of torch threads, on which sums of floats depend: engines must agree."""
 
     def __init__(self, inner: ClientApp, threads: int) -> None:
         super().__init__()

@@ -18,6 +18,7 @@ from client.site import Site
 from client.site_state import StateFolder
 from client.volumes import prepare
 from federation.plan import RunPlan
+from meduet_models.bank import StyleBank
 from meduet_models.meduet import MeDUET
 from server.app import RunObserver, RunResult
 from simulations.consortium import Consortium
@@ -54,8 +55,8 @@ class Witness(RunObserver):
         self._paired = [_paired(plan, site, hospital) for site, hospital in zip(own, hospitals, strict=True)]
         self._held = self._hold_out()
 
-    def _hold_out(self) -> Held:
-        """The paired patients where there are any, else the patients kept for validation and test."""
+    def _hold_out(self) -> Held | None:
+        """The paired patients where there are any, else those kept for validation and test; None: nobody."""
         sets = [s for s in self._paired if s is not None]
         rows: list[tuple[int, str, Tensor]] = []
         for index, scans in enumerate(sets or self._scans):
@@ -63,10 +64,8 @@ class Witness(RunObserver):
             prefix = "" if sets else f"{index}/"
             rows += [(index, prefix + scans.patients[row], scans.latents([row])) for row in chosen]
         if not rows:
-            raise ValueError(
-                "Expected patients kept for validation or test to probe the model on; got none. "
-                "Raise site.split_fractions, or the number of patients."
-            )
+            self._live.say("No patient is kept for validation or test: the model is not probed.")
+            return None
         sites, patients, latents = zip(*rows, strict=True)
         return Held(torch.cat(latents), sites, patients)
 
@@ -87,12 +86,14 @@ class Witness(RunObserver):
             self._events.flush()
         return probes
 
-    def on_end(self, result: RunResult) -> None:
+    def on_end(self, result: RunResult) -> Mapping[str, Any]:
         """Probe the final weights, erasure included."""
-        result.metrics["final"] = self._measure(result.shared, self._plan.training.rounds)
+        return self._measure(result.shared, self._plan.training.rounds)
 
     def _measure(self, shared: Mapping[str, Tensor], round: int) -> dict[str, float]:
         """Mean over the sites' models: what they share, with what each keeps at home."""
+        if self._held is None:
+            return {}
         measured = [
             measure(model, self._plan, self._held, self._training) for model in self._models(shared, round)
         ]
@@ -116,17 +117,32 @@ class Witness(RunObserver):
             scans, row = self._example(index)
             latents = scans.latents([row])
             others = [i for i in range(len(names)) if i != index]
+            restyled = self._restyled(result, latents, index, others)
             drawn = {i: self._decode(swap(model, latents, styles[i])) for i in [index, *others]}
             draw_swaps(
                 SwapRow(
                     site=name,
                     original=_volume(scans, row, self._plan),
                     reconstruction=drawn[index],
+                    restyled={names[i]: self._decode(x) for i, x in restyled.items()},
                     swaps={names[i]: drawn[i] for i in others},
                     truths={names[i]: truth for i in others if (truth := self._truth(i, row)) is not None},
                 ),
                 self._folder / "figures" / f"swap-{name}.png",
             )
+
+    def _restyled(
+        self, result: RunResult, latents: Tensor, index: int, others: Sequence[int]
+    ) -> dict[int, Tensor]:
+        """These latents moved to the other hospitals' entries; nothing where no bank goes round."""
+        if not result.bank:
+            return {}
+        bank = StyleBank.from_tensors(result.bank, self._plan.sites)
+        known = [i for i in (index, *others) if float(bank.count[i].sum()) > 0]
+        if index not in known:
+            return {}
+        own = torch.tensor([index])
+        return {i: bank.restyle(latents, own, torch.tensor([i])) for i in known if i != index}
 
     def _example(self, index: int) -> tuple[LatentSet, int]:
         paired = self._paired[index]

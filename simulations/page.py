@@ -28,6 +28,7 @@ _PROBES = (
     ("counterfactual_ratio", "error against truth"),
     ("reconstruction_error", "reconstruction error"),
 )
+_END = "end"
 _PROMISE = (
     "Releases of this run are bounded, not differentially private: each is clipped to its bound and entered "
     "in the hospital's ledger with epsilon = infinity. Who sees the updates may learn about the patients "
@@ -44,9 +45,9 @@ def write_page(folder: Path, hospitals_text: str) -> Path:
     figures = folder / "figures"
     hospitals = [_hospital(folder, site) for site in plan.participants]
     probed = [entry for entry in rounds if entry.get("probes")]
-    last = probed[-1]["probes"] if probed else {}
+    last = metrics["final"]
     names = [(key, label) for key, label in _PROBES if key in last]
-    swaps = sorted(figures.glob("swap-*.png"))
+    swaps = [path for site in plan.sites if (path := figures / f"swap-{site}.png").is_file()]
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATE.parent), autoescape=True, undefined=StrictUndefined
     )
@@ -59,7 +60,8 @@ def write_page(folder: Path, hospitals_text: str) -> Path:
         probes=_embed(draw_probes(rounds, figures / "probes.png")) if "chance_site" in last else None,
         probe_names=["round", *(label for _, label in names)],
         probe_rows=[
-            [entry["round"], *(f"{entry['probes'][key]:.2f}" for key, _ in names)] for entry in probed
+            [label, *(f"{probes[key]:.2f}" for key, _ in names)]
+            for label, probes in [*((str(e["round"]), e["probes"]) for e in probed), (_END, last)]
         ],
         erasure_text=_erasure_text(metrics),
         losses=_embed(draw_losses(rounds, figures / "losses.png")),
@@ -125,7 +127,7 @@ def _crossed(folder: Path, site: str) -> list[dict[str, str]]:
         {
             "site": site,
             "what": words.get(kind, kind),
-            "times": str(len(records)),
+            "times": _times(records),
             "bytes": human_bytes(sum(r["bytes"] for r in records)),
             "norm": f"{max(r['norm_after'] for r in records):.3g}",
             "bound": f"{records[0]['bound']:.3g}"
@@ -134,6 +136,12 @@ def _crossed(folder: Path, site: str) -> list[dict[str, str]]:
         }
         for kind, records in by_kind.items()
     ]
+
+
+def _times(records: list[dict[str, Any]]) -> str:
+    """How many releases, and how many of them answered a question that was asked again."""
+    again = len(records) - len({record["round"] for record in records})
+    return f"{len(records)} ({again} asked again)" if again else str(len(records))
 
 
 def _traffic(
@@ -193,9 +201,12 @@ def _tiles(
 
 
 def _swap_text(last: Mapping[str, float]) -> str:
+    if not last:
+        return "Patients of the training set: this run kept nobody for validation or test."
     text = (
-        "The model takes the content of a scan and the style of another hospital, and the frozen VAE draws "
-        "the result. None of these patients was trained on."
+        "Restyled: the scan's latents moved to another hospital's entry in the style bank, which is what a "
+        "hospital trains on. Swap: the model decodes the scan's content in that hospital's style. None of "
+        "these patients was trained on."
     )
     if "counterfactual_ratio" in last:
         text += (
@@ -208,7 +219,10 @@ def _swap_text(last: Mapping[str, float]) -> str:
 def _erasure_text(metrics: Mapping[str, Any]) -> str:
     if not metrics.get("erasure"):
         return ""
-    return "The last row is after the linear erasure that was fitted from the hospitals' sums."
+    return (
+        "The last row is the final model, after the linear erasure of the hospital from content that was fitted "
+        "from the hospitals' sums."
+    )
 
 
 def _facts(plan: RunPlan, versions: Mapping[str, Any]) -> list[tuple[str, str]]:

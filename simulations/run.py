@@ -158,7 +158,7 @@ def _origin(plan: HospitalsPlan, hospitals: list[Hospital]) -> str:
             return "Real scans of real hospitals."
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")  # type: ignore[untyped-decorator]
 def _main(config: DictConfig) -> None:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     logging.getLogger("flwr").setLevel(logging.WARNING)
