@@ -172,6 +172,19 @@ def test_a_tensor_outside_the_bound_must_be_finite_all_the_same(door: Door) -> N
         )
 
 
+def test_a_number_that_only_the_wire_makes_infinite_stays_inside(door: Door) -> None:
+    sums = {"count": torch.tensor([3.4e38]), "mean": torch.zeros(4)}
+    with pytest.raises(GateRefusal, match="finite"):
+        door.gate.release(
+            door.reserve(2.0, "check"),
+            sums,
+            {"count": (1,), "mean": (4,)},
+            weight=3.0,
+            not_covered=frozenset({"count"}),
+            wire_dtype="bfloat16",
+        )
+
+
 def test_without_a_place_in_this_ledger_nothing_leaves(door: Door, tmp_path: Path) -> None:
     with pytest.raises(GateRefusal, match="reservation"):
         door.gate.release(None, update(), SHAPES)

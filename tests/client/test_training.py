@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from client.batches import Batches
+from client.batches import Batches, step_generator
 from client.site_state import SiteState, StateFolder
 from client.trainee import Trainee, WrongWeights, student_of
 from client.training import NotFinite, RoundResult, learning_rate_at, train_round
@@ -18,6 +18,7 @@ from meduet_models.meduet import MeDUET
 from meduet_models.objective import LossWeights, ObjectiveConfig
 from meduet_models.sharing import home_keys, shared_keys, style_keys
 from meduet_models.teacher import momentum_at
+from privacy.clipping import joint_norm
 
 CPU = torch.device("cpu")
 PATIENTS = [f"p{n}" for n in range(10)]
@@ -177,6 +178,50 @@ def test_a_loss_that_is_not_finite_is_raised_before_the_weights_are_touched(
     assert len(trainee.optimiser.state) == 0
 
 
+def test_a_gradient_that_is_not_finite_is_raised_before_the_weights_are_touched(
+    site: Callable[..., Site],
+) -> None:
+    one = site()
+    trainee = Trainee.of(one.plan, one.shared, one.kept, CPU)
+    before = trainee.student.embed.weight.detach().clone()
+    trainee.student.embed.bias.register_hook(lambda gradient: gradient * math.inf)  # type: ignore[no-untyped-call]
+    with pytest.raises(NotFinite, match="finite gradient at step 0"):
+        train_round(trainee, one.batches, one.plan, 1, 0, one.start)
+    assert torch.equal(trainee.student.embed.weight, before)
+
+
+def test_each_step_draws_from_the_generator_of_its_site_round_and_step(
+    site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = site()
+    seeds: list[int] = []
+    draw = one.batches.draw
+    monkeypatch.setattr(one.batches, "draw", lambda g: (seeds.append(g.initial_seed()), draw(g))[1])
+    trainee = Trainee.of(one.plan, one.shared, one.kept, CPU)
+    train_round(trainee, one.batches, one.plan, 2, 1, one.start)
+    assert seeds == [step_generator(one.plan.seed, 1, 2, step).initial_seed() for step in (0, 1)]
+
+
+def test_the_last_step_has_the_scheduled_rate_and_a_clipped_gradient(site: Callable[..., Site]) -> None:
+    training = TrainingPlan(rounds=3, steps_per_round=2, batch_size=4, gradient_clip_norm=0.01)
+    one = site(training=training)
+    trainee = Trainee.of(one.plan, one.shared, one.kept, CPU)
+    result = train_round(trainee, one.batches, one.plan, 2, 0, one.start)
+    rates = {group["lr"] for group in trainee.optimiser.param_groups}
+    assert rates == {learning_rate_at(3, one.plan)} == {result.metrics["learning_rate"]}
+    gradients = {n: p.grad for n, p in trainee.student.named_parameters() if p.grad is not None}
+    assert joint_norm(gradients) == pytest.approx(0.01, rel=1e-3)
+    assert result.metrics["grad_norm"] > 0.1  # what came, before it was cut
+
+
+def test_a_round_begins_with_the_teacher_that_was_kept(site: Callable[..., Site]) -> None:
+    one = site()
+    one.round(1)
+    begun = Trainee.of(one.plan, one.shared, one.kept, CPU).teacher.network.state_dict()
+    assert same(dict(begun), one.kept.teacher)
+    assert not torch.equal(begun["embed.weight"], one.shared["embed.weight"])
+
+
 def test_the_proximal_term_and_the_anchor_hold_the_weights_that_they_name(site: Callable[..., Site]) -> None:
     def norm(tensors: Tensors) -> float:
         return math.sqrt(sum(float(t.square().sum()) for t in tensors.values()))
@@ -242,6 +287,19 @@ def test_norms_biases_and_the_mask_token_are_not_decayed(site: Callable[..., Sit
     assert decayed | free == set(named.values()) and not decayed & free
     assert {"decoder.mask_token", "embed.bias", "encoder.norm.weight"} <= free
     assert {"embed.weight", "encoder.blocks.0.qkv.weight"} <= decayed
+
+
+def test_compiling_is_asked_of_encoder_and_decoder_of_both_networks_and_of_nothing_by_default(
+    site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    one = site()
+    Trainee.of(one.plan, one.shared, one.kept, CPU)
+    assert compiled == []
+    trainee = Trainee.of(one.plan, one.shared, one.kept, CPU, compile=True)
+    student, teacher = trainee.student, trainee.teacher.network
+    assert compiled == [student.encoder, student.decoder, teacher.encoder, teacher.decoder]
 
 
 def test_an_optimiser_that_was_kept_goes_on_instead_of_starting_again(site: Callable[..., Site]) -> None:
