@@ -9,6 +9,7 @@ import hashlib
 import json
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -87,6 +88,8 @@ class StylePlan:
     """Whether the style branch stays at the site (same broadcast start, anchored) or is averaged."""
     anchor: float = 0.1
     """Weight of the distance of a local style branch to its broadcast start."""
+    body_parts: tuple[str, ...] = ()
+    """Values of the scans' covariate `body_part` that get style entries of their own; empty: one per site."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +98,7 @@ class AggregationPlan:
 
     method: Literal["content_share", "fedavg", "fedprox", "alone", "pooled"] = "content_share"
     """`content_share`: content branch only. `fedavg`, `fedprox`: everything. `alone`: nothing. `pooled`: one
-    participant holds every site's scans, each scan labelled with its site (an upper bound, not a federation)."""
+    participant holds every site's scans, each labelled with its site (an upper bound, not a federation)."""
     rule: Literal["mean", "trimmed_mean", "median", "krum"] = "mean"
     """Weighted mean, or a robust rule (unweighted)."""
     trim: float = 0.2
@@ -153,6 +156,11 @@ class RunPlan:
     wire_version: int = WIRE_VERSION
     """Version of the messages."""
 
+    def __post_init__(self) -> None:
+        """Refuse a plan that contradicts itself, or sets what has no effect."""
+        for problem in _contradictions(self):
+            raise ValueError(problem)
+
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces; what is hashed."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
@@ -176,6 +184,42 @@ class RunPlan:
     def from_json(text: str) -> "RunPlan":
         """Rebuild a plan; unknown, missing or ill-typed fields raise `ValueError`."""
         return build(RunPlan, json.loads(text))
+
+
+def _contradictions(plan: RunPlan) -> Iterator[str]:
+    """Say what in a plan cannot be, or would have no effect; one line each."""
+    training, style, aggregation, network = plan.training, plan.style, plan.aggregation, plan.network
+    if len(set(plan.sites)) != len(plan.sites) or not plan.sites:
+        yield f"Expected plan.sites to be one or more distinct names; got {', '.join(plan.sites) or 'none'}."
+    if training.rounds < 1 or training.steps_per_round < 1:
+        yield "Expected training.rounds and training.steps_per_round to be at least 1."
+    if training.batch_size < 4 or training.batch_size % 2:
+        yield f"Expected training.batch_size to be even and at least 4; got {training.batch_size}."
+    if any(size % network.patch_size for size in network.latent_grid):
+        yield (
+            f"Expected the latent grid {network.latent_grid} to divide by network.patch_size"
+            f"={network.patch_size}; change volumes.shape or the patch size."
+        )
+    if network.style_map_grid != style.map_grid:
+        yield "Expected network.style_map_grid and style.map_grid to be equal."
+    if aggregation.method == "fedprox" and training.proximal <= 0:
+        yield "aggregation.method=fedprox needs training.proximal above 0."
+    if aggregation.method in ("alone", "pooled") and style.exchange != "none":
+        yield f"aggregation.method={aggregation.method} exchanges nothing: set style.exchange=none."
+    if aggregation.method in ("fedavg", "fedprox") and style.head == "local":
+        yield f"aggregation.method={aggregation.method} averages the style head too: set style.head=shared."
+    if style.head == "shared" and style.anchor != 0:
+        yield "style.anchor holds a local style head; with style.head=shared it has no effect: set it to 0."
+    if style.exchange == "none" and plan.objective.weights.invariance > 0:
+        yield (
+            "objective.weights.invariance compares a scan with its restyling; with style.exchange=none there"
+            " is none: set it to 0."
+        )
+    defaults = AggregationPlan()
+    if aggregation.rule in ("mean", "median") and aggregation.trim != defaults.trim:
+        yield f"aggregation.trim has no effect with aggregation.rule={aggregation.rule}: leave it out."
+    if aggregation.optimiser == "average" and aggregation.momentum != defaults.momentum:
+        yield "aggregation.momentum has no effect with aggregation.optimiser=average: leave it out."
 
 
 T = TypeVar("T")

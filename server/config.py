@@ -18,7 +18,7 @@ _FROM_CONFIG = ("name", "seed", "volumes", "objective", "training", "style", "ag
 
 
 def compose_config(overrides: Sequence[str] = (), name: str = "config") -> DictConfig:
-    """Compose `conf/<name>.yaml` with Hydra `overrides` (``["training.rounds=3"]``) outside of a Hydra app."""
+    """Compose `conf/<name>.yaml` with `overrides` (``["training.rounds=3"]``) outside of a Hydra app."""
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         composed: DictConfig = compose(config_name=name, overrides=list(overrides))
     return composed

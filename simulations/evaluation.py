@@ -25,7 +25,7 @@ from meduet_models.probes import (
     site_probe,
     style_gap_closed,
 )
-from meduet_models.style import StyleEntry, StyleMoments
+from meduet_models.style import StyleEntry, StyleMoments, restyle
 
 _BATCH = 16
 
@@ -83,13 +83,12 @@ def measure(
 
     Keys: `site_from_content`, `site_from_content_mlp`, `site_from_style` (balanced accuracy), `chance_site`,
     `style_gap_closed` (mean over pairs of sites), `reconstruction_error` (relative to the latents' variance),
-    and, when patients were scanned at several sites, `patient_from_content`, `patient_from_style` (top-1),
-    `chance_patient`, `counterfactual_ratio` (0 is the truth, 1 did nothing).
+    `patient_from_content`, `patient_from_style` (top-1), `chance_patient`: across scanners where patients
+    were scanned at several sites, else between a scan and its restylings; and `counterfactual_ratio` (0 is
+    the truth, 1 did nothing) where there is a truth.
     """
     model.eval()
-    with torch.inference_mode():
-        content = torch.cat([model.pooled_content(chunk) for chunk in torch.split(held.latents, _BATCH)])
-        style = torch.cat([model.pooled_style(chunk) for chunk in torch.split(held.latents, _BATCH)])
+    content, style = _pooled(model, held.latents)
     measured: dict[str, float] = {}
     if len(set(held.site)) > 1:
         linear = site_probe(content, held.site, held.patient, plan.seed)
@@ -99,14 +98,38 @@ def measure(
             "site_from_style": site_probe(style, held.site, held.patient, plan.seed).score,
             "chance_site": linear.chance,
         }
-    if held.paired:
-        recognised = retrieval_across_sites(content, held.site, held.patient)
+        seen = held if held.paired else _restyled(plan, held, training)
+        if seen is not held:
+            content, style = _pooled(model, seen.latents)
+        recognised = retrieval_across_sites(content, seen.site, seen.patient)
         measured |= {
             "patient_from_content": recognised.score,
-            "patient_from_style": retrieval_across_sites(style, held.site, held.patient).score,
+            "patient_from_style": retrieval_across_sites(style, seen.site, seen.patient).score,
             "chance_patient": recognised.chance,
         }
     return measured | _swaps(model, plan, held, [style_tokens(model, own) for own in training])
+
+
+@torch.inference_mode()
+def _pooled(
+    model: MeDUET, latents: Float[Tensor, "b c d h w"]
+) -> tuple[Float[Tensor, "b k"], Float[Tensor, "b s"]]:
+    """Pooled content and style of many scans."""
+    chunks = torch.split(latents, _BATCH)
+    content = torch.cat([model.pooled_content(chunk) for chunk in chunks])
+    return content, torch.cat([model.pooled_style(chunk) for chunk in chunks])
+
+
+def _restyled(plan: RunPlan, held: Held, training: Sequence[Float[Tensor, "b c d h w"]]) -> Held:
+    """Each held-out scan in the style of every site; a row's site is whose style it wears."""
+    entries = [_entry(plan, latents) for latents in training]
+    rows = [
+        (restyle(held.latents[i : i + 1], entries[own], entry), target, held.patient[i])
+        for i, own in enumerate(held.site)
+        for target, entry in enumerate(entries)
+    ]
+    latents, sites, patients = zip(*rows, strict=True)
+    return Held(torch.cat(latents), sites, patients)
 
 
 def _swaps(

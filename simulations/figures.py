@@ -109,21 +109,24 @@ def draw_probes(rounds: Sequence[Mapping[str, Any]], path: Path) -> Path:
     def series(name: str) -> list[float]:
         return [entry["probes"].get(name, float("nan")) for entry in measured]
 
-    panels: list[tuple[str, list[tuple[str, str, str]], float]] = [
+    last = measured[-1]["probes"]
+    candidates: list[tuple[str, list[tuple[str, str, str]], float]] = [
         (
             "Which hospital? (balanced accuracy, fresh probe)",
             [("site_from_content", "from content", BAD), ("site_from_style", "from style", GOOD)],
-            measured[-1]["probes"]["chance_site"],
+            last.get("chance_site", 0.0),
         ),
         (
-            "Which patient, across scanners? (top-1)",
+            "Which patient, in another style? (top-1)",
             [("patient_from_content", "from content", GOOD), ("patient_from_style", "from style", BAD)],
-            measured[-1]["probes"]["chance_patient"],
+            last.get("chance_patient", 0.0),
         ),
         ("Swaps: share of the style gap closed", [("style_gap_closed", "swap", "#3d5a98")], 0.0),
     ]
-    figure = Figure(figsize=(10.5, 2.9), layout="constrained")
-    for axes, (title, curves, chance) in zip(figure.subplots(1, 3), panels, strict=True):
+    panels = [panel for panel in candidates if panel[1][0][0] in last]
+    figure = Figure(figsize=(3.5 * len(panels), 2.9), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, curves, chance) in zip(all_axes, panels, strict=True):
         for name, label, colour in curves:
             axes.plot(x, series(name), color=colour, marker="o", markersize=4, label=label)
         axes.axhline(chance, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))

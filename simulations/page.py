@@ -60,7 +60,7 @@ def write_page(folder: Path, hospitals_text: str) -> Path:
         probes=_embed(draw_probes(rounds, figures / "probes.png")) if "chance_site" in last else None,
         probe_names=["round", *(label for _, label in names)],
         probe_rows=[
-            [label, *(f"{probes[key]:.2f}" for key, _ in names)]
+            [label, *(f"{probes[key]:.2f}" if key in probes else "" for key, _ in names)]
             for label, probes in [*((str(e["round"]), e["probes"]) for e in probed), (_END, last)]
         ],
         erasure_text=_erasure_text(metrics),
@@ -220,8 +220,8 @@ def _erasure_text(metrics: Mapping[str, Any]) -> str:
     if not metrics.get("erasure"):
         return ""
     return (
-        "The last row is the final model, after the linear erasure of the hospital from content that was fitted "
-        "from the hospitals' sums."
+        "The last row is the final model, after the linear erasure of the hospital from content that was "
+        "fitted from the hospitals' sums."
     )
 
 

@@ -81,7 +81,7 @@ from server.app import run
 from simulations.ray_engine import run_on_ray
 
 folder = Path(sys.argv[2])
-plan = miniature.a_plan(rounds=2, deadline_s=60.0)
+plan = miniature.a_plan(rounds=2, deadline_s=240.0)
 run_on_ray(
     lambda grid: run(grid, plan, folder, model=miniature.TinyModel(plan)),
     miniature.tiny_client(folder / "sites"),
@@ -92,7 +92,7 @@ run_on_ray(
 
 @pytest.mark.ray
 def test_the_ray_engine_ends_in_the_same_bits_as_the_process_engine(miniature: Any, tmp_path: Path) -> None:
-    plan = miniature.plan(rounds=2, deadline_s=60.0)
+    plan = miniature.plan(rounds=2, deadline_s=240.0)
     client = FixedThreads(miniature.client(tmp_path / "process" / "sites"), 1)
     process = run(InProcessGrid(client, 3), plan, tmp_path / "process", model=miniature.model(plan))
     # in a process of its own: Ray leaves children behind that pytest would complain of
