@@ -75,8 +75,9 @@ class StateFolder:
         earlier, later = [r for r in kept if r < round], [r for r in kept if r >= round]
         if not earlier:
             raise StateMissing("Expected the common start of round 1; this site never received it.")
-        # A later state knows from which one it began; if that is another, the one asked for was dropped.
-        if later and self._read(later[0]).began_from != earlier[-1]:
+        # Unless it is the very last round: a later state knows from which one it began; if that is another,
+        # the one asked for was dropped.
+        if earlier[-1] != round - 1 and later and self._read(later[0]).began_from != earlier[-1]:
             raise StateMissing(
                 f"Expected a state after round {round - 1}; this site keeps {', '.join(map(str, kept))}. "
                 "Restart the run from round 1."

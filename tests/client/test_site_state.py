@@ -114,6 +114,18 @@ def test_a_state_cut_short_flipped_or_renamed_is_refused_by_name(folder: StateFo
     assert folder.before(2).round == 1
 
 
+def test_a_damaged_state_is_made_again_when_its_round_is_asked_again(
+    folder: StateFolder, tmp_path: Path
+) -> None:
+    folder.save(state(1), "aa")
+    folder.save(state(2), "aa")
+    (path,) = (tmp_path / "state").rglob("round-0002.safetensors")
+    path.write_bytes(b"torn")
+    assert folder.before(2).round == 1
+    folder.save(state(2), "aa")
+    assert folder.before(3).round == 2
+
+
 def test_a_state_of_another_plan_in_this_plans_folder_is_refused(folder: StateFolder, tmp_path: Path) -> None:
     other = StateFolder(tmp_path / "other", PLAN[:12] + "0" * 52)
     other.begin({"style.weight": torch.zeros(2, 3)})

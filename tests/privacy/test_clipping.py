@@ -27,6 +27,14 @@ def test_the_length_of_what_is_released_never_exceeds_the_bound(seed: int, scale
     assert bounded.bound == norm
 
 
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31), scale=lengths, factor=st.floats(0.99, 1.01))
+def test_a_length_near_the_bound_does_not_slip_over_it(seed: int, scale: float, factor: float) -> None:
+    value = tensors(seed, scale)
+    norm = factor * joint_norm(value)
+    assert joint_norm(clip(value, norm).value) <= norm
+
+
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**31), scale=lengths, norm=lengths)
 def test_clipping_keeps_the_direction_and_leaves_short_values_alone(
