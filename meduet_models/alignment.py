@@ -4,14 +4,19 @@ A style head that stays at a site can drift into a language of its own; then its
 others' decoders (measured: a swap made with tokens of a head started elsewhere was 13 times worse than none).
 The test needs nobody's scans but the site's own. Both sides dress their own scans in every bank entry, so
 both have tokens of the same styles (`style_tokens`); the site's own decoder is then given its own content and
-the foreign tokens of a style, and what it makes must have most of the statistics of that style. The same with
-its own tokens says whether it could have.
+the foreign tokens of a style. Two things must come out, and `value` is the weaker:
+
+1. *gap closed*: the statistics of what it makes are mostly those of the style that was asked for;
+2. *response*: they differ from style to style as the styles do. Without this a decoder that ignores tokens
+   and always answers with the average style would pass at a site whose own style is far out.
+
+The same with the site's own tokens says whether its decoder could have.
 
 What this file does not do: it aligns nothing, sends nothing, and says nothing about styles that are not in
 the bank.
 
-Axes: b = scans, s = sites, n = tokens, k = style channels, c d h w = latents. Source: the failures of
-un-anchored style heads (docs/log.md); gap closed as in `probes.py`.
+Axes: b = scans, s = sites, n = tokens, k = style channels, c d h w = latents.
+Source: the failures of un-anchored style heads (docs/log.md); gap closed as in `probes.py`.
 """
 
 import math
@@ -28,7 +33,7 @@ from meduet_models.probes import style_gap_closed
 from meduet_models.style import StyleLayout, StyleMoments
 
 THRESHOLD = 0.5
-"""Share of the style gap that foreign tokens must close."""
+"""What both measures must reach: 1 is perfect, 0 is what a decoder does that knows nothing of styles."""
 
 
 @runtime_checkable
@@ -48,14 +53,21 @@ class Alignment:
 
     passed: bool
     """Whether these foreign style tokens may be used at this site."""
-    value: float
+    gap_closed: float
     """Share of the style gap that foreign tokens closed, averaged over the styles of other sites."""
+    response: float
+    """Share of the variance between styles that foreign tokens reproduced: 1 - squared error / variance."""
     with_own: float
-    """The same with the site's own tokens of these styles: what its decoder can do at all."""
+    """The weaker of both with the site's own tokens: what its decoder can do at all."""
     threshold: float
-    """What `value` must reach."""
+    """What both must reach."""
     reason: str
     """In one line, why."""
+
+    @property
+    def value(self) -> float:
+        """The weaker of the two."""
+        return min(self.gap_closed, self.response)
 
 
 @torch.no_grad()
@@ -96,38 +108,38 @@ def check_alignment(
     `ValueError` when this site, or every other, has no style in the bank.
     """
     present = _present(bank)
-    others = [t for t in present if t != site]
-    if site not in present or not others:
+    if site not in present or len(present) < 2:
         raise ValueError(
             "Expected the styles of this site and of another in the bank to test alignment; it holds "
             f"{', '.join(bank.present) or 'none'}."
         )
     here = torch.full((len(latents),), site)
-    dressed = {t: bank.restyle(latents, here, torch.full_like(here, t), part) for t in others}
+    dressed = [bank.restyle(latents, here, torch.full_like(here, t), part) for t in present]
     layout, content = _layout(latents, bank), own.encode(latents).content
     source = _style(latents, layout)
+    asked = torch.stack([_style(x, layout) for x in dressed])  # s v
 
-    def closed(tokens: Tensor) -> float:
-        gaps = []
-        for t in others:
-            swapped = own.decode(Factors(content, tokens[t].expand(len(latents), -1, -1)))
-            if not bool(torch.isfinite(swapped).all()):
-                return -math.inf
-            gaps.append(style_gap_closed(_style(swapped, layout), source, _style(dressed[t], layout)))
-        return sum(gaps) / len(gaps)
+    def measured(tokens: Tensor) -> tuple[float, float]:
+        swapped = [own.decode(Factors(content, tokens[t].expand(len(latents), -1, -1))) for t in present]
+        if not all(bool(torch.isfinite(x).all()) for x in swapped):
+            return -math.inf, -math.inf
+        made = torch.stack([_style(x, layout) for x in swapped])  # s v
+        gaps = [style_gap_closed(made[i], source, asked[i]) for i, t in enumerate(present) if t != site]
+        error = (made - made.mean(0)) - (asked - asked.mean(0))
+        variance = (asked - asked.mean(0)).square().sum().clamp(min=1e-12)
+        return sum(gaps) / len(gaps), 1 - float(error.square().sum() / variance)
 
-    value, with_own = closed(foreign), closed(style_tokens(own, latents, bank, site, part))
-    if value >= threshold:
-        reason = f"Foreign tokens close {value:.2f} of the style gap (own: {with_own:.2f})."
+    gap_closed, response = measured(foreign)
+    with_own = min(measured(style_tokens(own, latents, bank, site, part)))
+    passed = gap_closed >= threshold and response >= threshold
+    said = f"With foreign style tokens: gap closed {gap_closed:.2f}, response {response:.2f}"
+    if passed:
+        reason = f"{said}; both reach {threshold:g}."
     elif with_own >= threshold:
-        reason = (
-            f"Foreign tokens close {value:.2f} of the style gap, own ones {with_own:.2f}: another language."
-        )
+        reason = f"{said}; with its own {with_own:.2f}: the tokens are of another language. Do not use them."
     else:
-        reason = (
-            f"The decoder closes {with_own:.2f} of the style gap with its own tokens: not trained enough."
-        )
-    return Alignment(value >= threshold, value, with_own, threshold, reason)
+        reason = f"{said}; with its own {with_own:.2f}: the decoder is not trained enough to tell."
+    return Alignment(passed, gap_closed, response, with_own, threshold, reason)
 
 
 def _present(bank: StyleBank) -> list[int]:
