@@ -93,24 +93,6 @@ class ErasureMoments:
         outer[column, row] = outer[row, column]
         return ErasureMoments(vector[0].clone(), vector[1 : channels + 1] / math.sqrt(2.0), outer, bound)
 
-    @property
-    def sensitivity(self) -> float:
-        """L2 norm that one patient can add to `to_vector()`."""
-        return self.bound**2 + 1
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        """The sums as one named float64 vector: what travels."""
-        return {"content_sums": self.to_vector()}
-
-    @staticmethod
-    def from_tensors(tensors: Mapping[str, Tensor], channels: int, bound: float) -> "ErasureMoments":
-        """Back from `to_tensors`; raises `ValueError` for other names, axes or length."""
-        if set(tensors) != {"content_sums"} or tensors["content_sums"].ndim != 1:
-            raise ValueError(
-                f"Expected one vector 'content_sums'; got {', '.join(sorted(tensors)) or 'none'}."
-            )
-        return ErasureMoments.from_vector(tensors["content_sums"], channels, bound)
-
 
 def erasure_length(channels: int) -> int:
     """Numbers in the vector of `ErasureMoments` of this width."""

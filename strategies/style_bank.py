@@ -5,7 +5,6 @@ within the bound that was agreed per patient. What this file does not do: it ask
 and cannot tell a plausible lie from the truth.
 """
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -78,11 +77,6 @@ class StyleSurvey:
     def answered(self) -> tuple[str, ...]:
         """Sites whose sums are in, in the plan's order."""
         return tuple(site for site in self.plan.sites if site in self._moments)
-
-    @property
-    def num_patients(self) -> dict[str, int]:
-        """Patients behind each site's sums."""
-        return {site: math.floor(float(self._moments[site].sums["count"].sum())) for site in self.answered}
 
     def bank(self) -> StyleBank:
         """The bank of the sites that answered, the same whatever the order of their replies.
