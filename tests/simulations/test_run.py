@@ -38,6 +38,7 @@ SMALL = [
     "training.steps_per_round=2",
     "training.batch_size=4",
     "device=cpu",
+    "engine.cpus_per_site=1",
 ]
 
 
