@@ -59,7 +59,7 @@ def encode_all(model: MeDUET, latents: Float[Tensor, "b c d h w"]) -> Factors:
 
 
 @torch.inference_mode()
-def style_tokens(model: MeDUET, latents: Float[Tensor, "b c d h w"]) -> Float[Tensor, "n s"]:
+def mean_style(model: MeDUET, latents: Float[Tensor, "b c d h w"]) -> Float[Tensor, "n s"]:
     """A hospital's style as tokens: the mean over its scans."""
     return encode_all(model, latents).style.mean(0)
 
@@ -107,7 +107,7 @@ def measure(
             "patient_from_style": retrieval_across_sites(style, seen.site, seen.patient).score,
             "chance_patient": recognised.chance,
         }
-    return measured | _swaps(model, plan, held, [style_tokens(model, own) for own in training])
+    return measured | _swaps(model, plan, held, [mean_style(model, own) for own in training])
 
 
 @torch.inference_mode()

@@ -18,11 +18,12 @@ from client.site import Site
 from client.site_state import StateFolder
 from client.volumes import prepare
 from federation.plan import RunPlan
+from meduet_models.alignment import check_alignment, style_tokens
 from meduet_models.bank import StyleBank
 from meduet_models.meduet import MeDUET
 from server.app import RunObserver, RunResult
 from simulations.consortium import Consortium
-from simulations.evaluation import Held, load_model, measure, style_tokens, swap
+from simulations.evaluation import Held, load_model, mean_style, measure, swap
 from simulations.figures import SwapRow, draw_swaps
 from simulations.hospital_plans import Hospital
 from simulations.progress import Live
@@ -87,8 +88,35 @@ class Witness(RunObserver):
         return probes
 
     def on_end(self, result: RunResult) -> Mapping[str, Any]:
-        """Probe the final weights, erasure included."""
-        return self._measure(result.shared, self._plan.training.rounds)
+        """Probe the final weights, erasure included; test whether style heads understand each other."""
+        measured = self._measure(result.shared, self._plan.training.rounds)
+        return measured | self._alignment(result)
+
+    def _alignment(self, result: RunResult) -> dict[str, float]:
+        """The weakest outcome of the alignment self-test over pairs of sites, and whether all passed.
+
+        Where style heads stay home: no style token may go from one site to another before this passes.
+        """
+        plan = self._plan
+        if not result.bank or plan.style.exchange != "bank" or plan.style.head != "local":
+            return {}
+        bank = StyleBank.from_tensors(result.bank, plan.sites)
+        if len(bank.present) < len(plan.sites) or len(plan.sites) < 2:
+            return {}
+        models = self._models(result.shared, plan.training.rounds)
+        told = [
+            style_tokens(m, x, bank, i) for i, (m, x) in enumerate(zip(models, self._training, strict=True))
+        ]
+        outcomes = [
+            check_alignment(models[i], told[j], self._training[i], bank, i)
+            for i in range(len(models))
+            for j in range(len(models))
+            if i != j
+        ]
+        return {
+            "alignment": min(outcome.value for outcome in outcomes),
+            "alignment_passed": float(all(outcome.passed for outcome in outcomes)),
+        }
 
     def _measure(self, shared: Mapping[str, Tensor], round: int) -> dict[str, float]:
         """Mean over the sites' models: what they share, with what each keeps at home."""
@@ -113,7 +141,7 @@ class Witness(RunObserver):
         names = [hospital.name for hospital in self._hospitals]
         for index, name in enumerate(names):
             model = models[index if len(models) > 1 else 0]
-            styles = [style_tokens(model, training) for training in self._training]
+            styles = [mean_style(model, training) for training in self._training]
             scans, row = self._example(index)
             latents = scans.latents([row])
             others = [i for i in range(len(names)) if i != index]

@@ -69,7 +69,7 @@ def write_page(folder: Path, hospitals_text: str) -> Path:
         crossed=[row for hospital in hospitals for row in _crossed(folder, hospital["site"])],
         promise_text=_PROMISE,
         hospitals=hospitals,
-        facts=_facts(plan, versions),
+        facts=_facts(plan, versions, last),
         plan_text=json.dumps(json.loads(plan.to_json()), indent=2),
         versions_text=json.dumps(versions, indent=2),
     )
@@ -225,8 +225,15 @@ def _erasure_text(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def _facts(plan: RunPlan, versions: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _facts(plan: RunPlan, versions: Mapping[str, Any], last: Mapping[str, float]) -> list[tuple[str, str]]:
+    heads = []
+    if "alignment" in last:
+        verdict = (
+            "passed" if last["alignment_passed"] else "failed: no style token may be used at another site"
+        )
+        heads = [("style heads agree", f"{last['alignment']:.2f} of 1 at the worst pair of sites; {verdict}")]
     return [
+        *heads,
         ("command", versions["command"]),
         ("plan", plan.sha256),
         ("seed", str(plan.seed)),
