@@ -1,0 +1,53 @@
+"""A pretrained model from its file: what a run leaves in model.safetensors, as a network ready to use.
+
+The federation's part is the content branch, so that is what the file holds; a style branch that stayed at the
+sites is not in it, and is left as it started. What this file does not do: train, or fetch anything.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from meduet_models.meduet import FactorNetwork, NetworkConfig
+from meduet_models.weights import load_weights
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A pretrained network and where it comes from."""
+
+    network: FactorNetwork
+    """In evaluation mode, on the CPU; `pooled_content` and `content_tokens` are what analysis reads."""
+    has_style: bool
+    """Whether the style branch is the trained one; without it `decode` and `pooled_style` mean nothing."""
+    tokenizer_sha256: str
+    """Hash of the tokenizer whose latents the network reads."""
+    provenance: dict[str, str]
+    """Header of the file: plan, rounds, erasure, hashes."""
+
+
+def load_pretrained(path: Path) -> Pretrained:
+    """Read the final weights of a run.
+
+    Raises `ValueError` when the file is damaged, is not a MeDUET of this version, or lacks a part of the
+    content branch.
+    """
+    tensors, provenance = load_weights(path)
+    try:
+        values = json.loads(provenance["network"])
+        grids = {name: tuple(values[name]) for name in ("latent_grid", "style_map_grid")}
+        config = NetworkConfig(**(values | grids))
+        tokenizer = provenance["tokenizer_sha256"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"Expected the final weights of a MeDUET run in {path.name}; its header says none."
+        ) from error
+    network = FactorNetwork(config)
+    mine = network.state_dict()
+    at_home = {name for name in mine if name.split(".", 1)[0] in network.STYLE_PARTS}
+    if missing := sorted(set(mine) - set(tensors) - at_home):
+        raise ValueError(f"Expected the whole content branch in {path.name}; {missing[0]!r} is missing.")
+    if wrong := sorted(n for n, t in tensors.items() if n in mine and t.shape != mine[n].shape):
+        raise ValueError(f"Expected {wrong[0]!r} of shape {tuple(mine[wrong[0]].shape)} in {path.name}.")
+    network.load_state_dict(mine | {name: tensors[name] for name in mine if name in tensors})
+    return Pretrained(network.eval(), at_home <= set(tensors), tokenizer, provenance)
