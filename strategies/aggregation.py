@@ -26,7 +26,7 @@ Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
 Result = TypeVar("Result")
 
-_BLOCK = 1 << 16  # values per pass: the block and its scratch stay in a core's cache
+_BLOCK = 1 << 17  # values per pass: the block and its scratch stay in a core's cache
 _FINEST_GRID_BITS = 26  # 1.5e-8 of a weighted sum: below float32 for weights of 0.1, and int32 reaches 32
 _COARSEST_GRID_BITS = 20
 _INT32_REACH = 2.0**31 - 1
@@ -124,15 +124,17 @@ class _BlockSum:
         self.integers: NDArray[np.int32] | Integers = self._narrow  # written by the first addition
         self._reach = 0.0  # no value of the sum is larger
 
-    def add(self, rounded: Floats, scratch: Integers, sign: int = 1) -> bool:
+    def add(self, rounded: Floats, scratch: Integers, length: float = math.inf, sign: int = 1) -> bool:
         """Add (or take away) whole numbers; False, and nothing done, if int64 does not hold them.
 
-        `scratch` is a block's worth of memory.
+        `length` is their L2 norm, if known: no number is larger. `scratch` is a block's worth of memory.
         """
         first = self._reach == 0.0
-        largest = max(float(np.maximum.reduce(rounded)), -float(np.minimum.reduce(rounded)), 1.0)
-        if not largest < _LARGEST:  # NaN, too
-            return False
+        largest = 1.0 + length * _ROUNDING
+        if not self._reach + largest <= _INT32_REACH:  # NaN, too
+            largest = max(float(np.maximum.reduce(rounded)), -float(np.minimum.reduce(rounded)), 1.0)
+            if not largest < _LARGEST:
+                return False
         self._reach += largest
         if self.integers.dtype == np.int32 and self._reach > _INT32_REACH:
             self.integers = self._narrow.astype(np.int64)
@@ -211,11 +213,12 @@ class StreamingSum:
         rounded, scratch = np.empty(_BLOCK, dtype=np.float32), np.empty(_BLOCK, dtype=np.int64)
         squares = []
         for total, values in pieces:
-            self._round(values, rounded[: len(values)])
-            if not total.add(rounded[: len(values)], scratch):
+            block = rounded[: len(values)]
+            self._round(values, block)
+            squares.append(float(np.dot(block, block)))
+            if not total.add(block, scratch, math.sqrt(squares[-1])):
                 return math.inf
-            squares.append(float(np.dot(values, values)))
-        return math.fsum(squares)
+        return math.fsum(squares) / float(self._scale) ** 2
 
     def _subtract(self, pieces: list[_Piece]) -> None:
         rounded, scratch = np.empty(_BLOCK, dtype=np.float32), np.empty(_BLOCK, dtype=np.int64)

@@ -43,8 +43,9 @@ class Counted:
 
 
 # 3 replies to the survey, 3 rounds of 3, 3 to the erasure: 15 places to die
-@pytest.mark.parametrize("at", [1, 3, 4, 5, 7, 9, 12, 13, 15])
-@pytest.mark.parametrize("optimiser", ["average", "yogi"])
+@pytest.mark.parametrize(
+    ("at", "optimiser"), [(2, "average"), (4, "average"), (8, "yogi"), (12, "momentum"), (14, "adam")]
+)
 def test_a_run_killed_anywhere_and_started_again_ends_in_the_same_bits(
     miniature: Any, tmp_path: Path, at: int, optimiser: str
 ) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from strategies import aggregation
 from strategies.aggregation import Bounds, ReplyRefused, StreamingSum
 
-REFERENCE = {"matrix": torch.zeros(5, 7), "vector": torch.zeros(70_001), "scalar": torch.zeros(())}
+REFERENCE = {"matrix": torch.zeros(5, 7), "vector": torch.zeros(140_001), "scalar": torch.zeros(())}
 BOUNDS = Bounds(num_replies=6, max_norm=10_000.0)
 
 

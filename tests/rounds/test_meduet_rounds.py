@@ -1,0 +1,114 @@
+"""The real client and the real network, over latents in memory: nothing is a stand-in but the scans."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Context
+
+from client.app import make_client_app
+from federation.journal import Journal
+from federation.plan import RunPlan, TrainingPlan
+from meduet_models.meduet import MeDUET
+from meduet_models.weights import load_weights
+from privacy.ledger import Ledger
+from server.app import run
+from simulations.in_process import InProcessGrid
+
+
+class Killed(BaseException):
+    """As if the process had ended."""
+
+
+class Latents:
+    """Twelve patients of a site, whose latents are shifted by its number."""
+
+    def __init__(self, sites: Sequence[int]) -> None:
+        draws = torch.Generator().manual_seed(sum(sites))
+        self.values = torch.cat([torch.randn(12, 2, 4, 6, 4, generator=draws) * (1 + s) + s for s in sites])
+        self.patients = [f"{site}-{n}" for site in sites for n in range(12)]
+        self.covariates: list[dict[str, str | float]] = [{} for _ in self.patients]
+        self.site_index = torch.tensor([site for site in sites for _ in range(12)])
+
+    def indices(self, split: str) -> list[int]:
+        return list(range(len(self.patients))) if split == "train" else []
+
+    def latents(self, indices: Sequence[int], view: int = 0) -> torch.Tensor:
+        return self.values[list(indices)].clone()
+
+
+class Hospital:
+    """A site in a folder, with latents in memory."""
+
+    def __init__(self, folder: Path, name: str, scans: Latents) -> None:
+        self.name, self.state_dir, self._scans = name, folder, scans
+        self.device, self.compile, self.minimum_cohort = torch.device("cpu"), False, 0
+        self.ledger = Ledger(folder / "ledger.jsonl")
+        self.journal = Journal(folder / "journal.jsonl")
+
+    def accept(self, plan: RunPlan) -> None:
+        """Every plan."""
+
+    def scans(self, plan: RunPlan) -> Any:
+        return self._scans
+
+
+def federation(plan: RunPlan, folder: Path, steps: Callable[[], None] = lambda: None) -> InProcessGrid:
+    def open_site(context: Context) -> Hospital:
+        index = int(context.node_config["partition-id"])
+        name = plan.participants[index]
+        held = range(len(plan.sites)) if name == "pooled" else [index]
+        return Hospital(folder / "sites" / name, name, Latents(list(held)))
+
+    client = make_client_app(open_site, on_step=lambda site, step, loss: steps())
+    return InProcessGrid(client, len(plan.participants), through_wire=True)
+
+
+def small(miniature: Any, **settings: Any) -> RunPlan:
+    plan: RunPlan = miniature.plan(deadline_s=300.0, **settings)
+    training = TrainingPlan(rounds=2, steps_per_round=2, batch_size=4, warmup=0.0)
+    return dataclasses.replace(plan, training=training)
+
+
+@pytest.mark.parametrize("method", ["content_share", "pooled", "alone"])
+def test_a_whole_run_of_the_real_client_and_network(miniature: Any, tmp_path: Path, method: str) -> None:
+    plan = small(miniature, method=method)
+    result = run(federation(plan, tmp_path), plan, tmp_path)
+    rounds = result.metrics["rounds"]
+    assert [list(round["sites"]) for round in rounds] == [list(plan.participants)] * 2
+    assert not any(round["refused"] for round in rounds)
+    assert all(math.isfinite(value) for round in rounds for value in round["loss"].values())
+    assert rounds[0]["loss"]["total"] > 0
+    if method == "alone":
+        assert result.model is None
+        return
+    weights, provenance = load_weights(tmp_path / "model.safetensors")
+    start = MeDUET(plan.network, 3, seed=plan.seed).state_dict()
+    assert provenance["rounds"] == "2" and set(weights) <= set(start)
+    assert not torch.equal(weights["embed.weight"], start["embed.weight"])
+    assert not torch.equal(weights["latent_mean"], start["latent_mean"])
+    assert ("style_head" in {name.split(".")[0] for name in weights}) == (method != "content_share")
+    erased = not torch.equal(weights["erasure_matrix"], start["erasure_matrix"])
+    assert erased == (method != "pooled")
+
+
+def test_a_run_killed_within_a_step_ends_in_the_same_bits(miniature: Any, tmp_path: Path) -> None:
+    plan = small(miniature)
+    whole = run(federation(plan, tmp_path / "whole"), plan, tmp_path / "whole").shared
+    taken = 0
+
+    def dies() -> None:
+        nonlocal taken
+        taken += 1
+        if taken == 8:  # round 2, the first site's second step
+            raise Killed
+
+    folder = tmp_path / "killed"
+    with pytest.raises(Killed):
+        run(federation(plan, folder, dies), plan, folder)
+    resumed = run(federation(plan, folder), plan, folder).shared
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
