@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Context
+from flwr.app import Context, RecordDict
 
 from client.app import make_client_app
 from federation.journal import Journal
@@ -16,7 +16,7 @@ from federation.plan import RunPlan, TrainingPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.weights import load_weights
 from privacy.ledger import Ledger
-from server.app import run
+from server.app import app, run
 from simulations.in_process import InProcessGrid
 
 
@@ -112,3 +112,23 @@ def test_a_run_killed_within_a_step_ends_in_the_same_bits(miniature: Any, tmp_pa
         run(federation(plan, folder, dies), plan, folder)
     resumed = run(federation(plan, folder), plan, folder).shared
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def deployment(**run_config: str) -> Context:
+    return Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(run_config))
+
+
+def test_the_server_app_runs_the_plan_that_its_run_configuration_names(
+    miniature: Any, tmp_path: Path
+) -> None:
+    plan = small(miniature, method="pooled")
+    (tmp_path / "agreed.json").write_text(plan.to_json())
+    context = deployment(plan=str(tmp_path / "agreed.json"), folder=str(tmp_path / "run"))
+    app(grid=federation(plan, tmp_path / "run"), context=context)
+    assert load_weights(tmp_path / "run" / "model.safetensors")[1]["plan_sha256"] == plan.sha256
+
+
+def test_a_run_configuration_without_plan_or_folder_is_refused(miniature: Any, tmp_path: Path) -> None:
+    plan = small(miniature)
+    with pytest.raises(ValueError, match="plan="):
+        app(grid=federation(plan, tmp_path), context=deployment(plan="", folder=str(tmp_path)))
