@@ -22,6 +22,8 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 import hydra
 import torch
 from flwr.serverapp import Grid
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -162,6 +164,8 @@ def _origin(plan: HospitalsPlan, hospitals: list[Hospital]) -> str:
 def _main(config: DictConfig) -> None:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     logging.getLogger("flwr").setLevel(logging.WARNING)
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        config.folder = HydraConfig.get().runtime.output_dir  # one folder per job
     try:
         page = run(config)
     except (ValueError, OtherPlan, RoundFailed) as error:

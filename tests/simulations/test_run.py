@@ -147,6 +147,18 @@ def test_ray_ends_in_the_same_bits_as_one_process(undisturbed: Path, tmp_path: P
     assert all(torch.equal(weights(undisturbed)[n], t) for n, t in weights(folder).items())
 
 
+def test_several_runs_at_once_have_a_folder_each(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    more = ["training.rounds=1", f"hydra.sweep.dir={tmp_path}", "tensorboard=true", "seed=3,4"]
+    command = [sys.executable, "-m", "simulations.run", "--multirun", *SMALL, *more]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    pages = sorted(tmp_path.rglob("report.html"))
+    assert len(pages) == 2
+    assert all(list(page.parent.glob("tensorboard/events.*")) for page in pages)
+    assert weights(pages[0].parent).keys() == weights(pages[1].parent).keys()
+
+
 def test_a_mistake_in_the_settings_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-m", "simulations.run", "root=/scans", f"folder={tmp_path / 'run'}"]

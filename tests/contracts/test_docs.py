@@ -1,0 +1,65 @@
+"""What the documents tell people to type exists and composes; what they point to is there."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from server.config import compose_config, plain, plan_from
+from simulations.settings import settings_from
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ("README.md", "docs/tutorial.md")
+TEXT = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+COMMANDS = sorted(
+    {
+        line.replace("\\\n", " ").split("   #")[0].split("  #")[0].strip()
+        for text in TEXT.values()
+        for line in re.findall(r"^meduet-simulate (?:.*\\\n)*.*$", text, re.MULTILINE)
+    }
+)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "--" not in c])
+def test_every_simulation_in_the_documents_composes(command: str) -> None:
+    config = plain(compose_config(shlex.split(command)[1:]))
+    settings_from(config)
+    plan_from(config, sites=("a", "b"), tokenizer_sha256="0" * 64, latent_channels=4, stride=4)
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(COMMANDS) >= 6
+
+
+@pytest.mark.parametrize("page", [*PAGES, "docs/architecture.md", "docs/log.md", "CHANGELOG.md"])
+def test_every_link_between_documents_leads_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert ((ROOT / page).parent / target).exists(), f"{page} points to {target}"
+
+
+def test_the_five_files_to_read_exist() -> None:
+    table = re.findall(r"^\| `([a-z_/]+\.py)` \|", TEXT["README.md"], re.MULTILINE)
+    assert len(table) == 5
+    assert all((ROOT / path).is_file() for path in table)
+
+
+@pytest.mark.parametrize(
+    ("module", "command"),
+    [("client.cli", ("check",)), ("client.cli", ("prepare",)), ("server.cli", ("tokenizer", "train"))],
+)
+def test_every_command_has_help(module: str, command: tuple[str, ...]) -> None:
+    arguments = ["-c", f"import sys; from {module} import main; sys.exit(main([*{command!r}, '--help']))"]
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "usage:" in done.stdout
+
+
+def test_the_architecture_names_every_module() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    packages = ("meduet_models", "privacy", "federation", "strategies", "client", "server", "simulations")
+    modules = {p.name for package in packages for p in (ROOT / package).glob("*.py")} - {"__init__.py"}
+    assert [name for name in sorted(modules) if name not in text] == []
