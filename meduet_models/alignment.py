@@ -4,13 +4,16 @@ A style head that stays at a site can drift into a language of its own; then its
 others' decoders (measured: a swap made with tokens of a head started elsewhere was 13 times worse than none).
 The test needs nobody's scans but the site's own. Both sides dress their own scans in every bank entry, so
 both have tokens of the same styles (`style_tokens`); the site's own decoder is then given its own content and
-the foreign tokens of a style. Two things must come out, and `value` is the weaker:
+the foreign tokens of a style. Two things must come out:
 
-1. *gap closed*: the statistics of what it makes are mostly those of the style that was asked for;
-2. *response*: they differ from style to style as the styles do. Without this a decoder that ignores tokens
-   and always answers with the average style would pass at a site whose own style is far out.
+1. *response*: what it makes differs from style to style as the styles do. A decoder that ignores tokens and
+   always answers with the average style has none, yet closes half of the gap at a site whose own style is far
+   out: the gap alone is no test.
+2. *gap closed*: it comes near the style that was asked for, compared with what the site's own tokens can do.
 
-The same with the site's own tokens says whether its decoder could have.
+Measured, 640 steps on four simulated scanners: response .64 to .75 with tokens of sites of the same run, -.62
+to -.13 with those of another run or of a fresh head. Heads that start apart but then train with one shared
+decoder, on every style of the bank, learn one language (.68 to .81): the test asks what is, not what was.
 
 What this file does not do: it aligns nothing, sends nothing, and says nothing about styles that are not in
 the bank.
@@ -19,6 +22,7 @@ Axes: b = scans, s = sites, n = tokens, k = style channels, c d h w = latents.
 Source: the failures of un-anchored style heads (docs/log.md); gap closed as in `probes.py`.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -33,7 +37,7 @@ from meduet_models.probes import style_gap_closed
 from meduet_models.style import StyleLayout, StyleMoments
 
 THRESHOLD = 0.5
-"""What both measures must reach: 1 is perfect, 0 is what a decoder does that knows nothing of styles."""
+"""Half of what can be done: 1 is perfect, 0 is a decoder that knows nothing of styles."""
 
 
 @runtime_checkable
@@ -48,26 +52,36 @@ class FactorModel(Protocol):
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How a decoder answers to tokens of known styles."""
+
+    response: float
+    """Share of the variance between styles that is reproduced (1 - squared error / variance)."""
+    gap_closed: float
+    """Share of the style gap that is closed, averaged over the styles of other sites."""
+
+
+@dataclass(frozen=True)
 class Alignment:
     """The outcome of the self-test."""
 
     passed: bool
     """Whether these foreign style tokens may be used at this site."""
-    gap_closed: float
-    """Share of the style gap that foreign tokens closed, averaged over the styles of other sites."""
-    response: float
-    """Share of the variance between styles that foreign tokens reproduced: 1 - squared error / variance."""
-    with_own: float
-    """The weaker of both with the site's own tokens: what its decoder can do at all."""
+    foreign: Reading
+    """What the decoder does with the foreign tokens."""
+    own: Reading
+    """What it does with the site's own: what it can do at all."""
     threshold: float
-    """What both must reach."""
+    """What `value` must reach."""
     reason: str
     """In one line, why."""
 
     @property
     def value(self) -> float:
-        """The weaker of the two."""
-        return min(self.gap_closed, self.response)
+        """The weaker of the response and the gap closed as a share of what the own tokens close."""
+        if self.own.gap_closed <= 0:
+            return min(self.foreign.response, 0.0)
+        return min(self.foreign.response, self.foreign.gap_closed / self.own.gap_closed)
 
 
 @torch.no_grad()
@@ -119,27 +133,31 @@ def check_alignment(
     source = _style(latents, layout)
     asked = torch.stack([_style(x, layout) for x in dressed])  # s v
 
-    def measured(tokens: Tensor) -> tuple[float, float]:
+    def read(tokens: Tensor) -> Reading:
         swapped = [own.decode(Factors(content, tokens[t].expand(len(latents), -1, -1))) for t in present]
         if not all(bool(torch.isfinite(x).all()) for x in swapped):
-            return -math.inf, -math.inf
+            return Reading(-math.inf, -math.inf)
         made = torch.stack([_style(x, layout) for x in swapped])  # s v
         gaps = [style_gap_closed(made[i], source, asked[i]) for i, t in enumerate(present) if t != site]
         error = (made - made.mean(0)) - (asked - asked.mean(0))
         variance = (asked - asked.mean(0)).square().sum().clamp(min=1e-12)
-        return sum(gaps) / len(gaps), 1 - float(error.square().sum() / variance)
+        return Reading(1 - float(error.square().sum() / variance), sum(gaps) / len(gaps))
 
-    gap_closed, response = measured(foreign)
-    with_own = min(measured(style_tokens(own, latents, bank, site, part)))
-    passed = gap_closed >= threshold and response >= threshold
-    said = f"With foreign style tokens: gap closed {gap_closed:.2f}, response {response:.2f}"
-    if passed:
-        reason = f"{said}; both reach {threshold:g}."
-    elif with_own >= threshold:
-        reason = f"{said}; with its own {with_own:.2f}: the tokens are of another language. Do not use them."
+    with_foreign, with_own = read(foreign), read(style_tokens(own, latents, bank, site, part))
+    outcome = Alignment(False, with_foreign, with_own, threshold, "")
+    said = (
+        f"response {with_foreign.response:.2f} (own tokens {with_own.response:.2f}), "
+        f"gap closed {with_foreign.gap_closed:.2f} (own tokens {with_own.gap_closed:.2f})"
+    )
+    if outcome.value >= threshold:
+        return dataclasses.replace(
+            outcome, passed=True, reason=f"Foreign style tokens are understood: {said}."
+        )
+    if with_own.response >= threshold:
+        reason = f"Foreign style tokens are of another language, do not use them: {said}."
     else:
-        reason = f"{said}; with its own {with_own:.2f}: the decoder is not trained enough to tell."
-    return Alignment(passed, gap_closed, response, with_own, threshold, reason)
+        reason = f"This decoder is not trained enough to tell, use no foreign tokens: {said}."
+    return dataclasses.replace(outcome, reason=reason)
 
 
 def _present(bank: StyleBank) -> list[int]:

@@ -60,7 +60,7 @@ def test_heads_with_the_same_start_pass_with_some_drift() -> None:
 def test_heads_started_apart_fail(start: int) -> None:
     outcome = outcome_of(Normaliser(10 * start), Normaliser(0))
     assert not outcome.passed
-    assert outcome.with_own > 0.9 and "of another language" in outcome.reason
+    assert outcome.own.response > 0.9 and "of another language" in outcome.reason
 
 
 class Deaf(Normaliser):
@@ -76,12 +76,14 @@ class Deaf(Normaliser):
 def test_a_decoder_that_ignores_style_fails_even_with_the_very_same_head(site: int) -> None:
     foreign = style_tokens(Normaliser(0), scans(site), BANK, site)
     outcome = check_alignment(Deaf(0), foreign, scans(site), BANK, site)
-    assert not outcome.passed and outcome.response < 0.1 and "not trained enough" in outcome.reason
+    assert not outcome.passed and outcome.foreign.response < 0.1 and "not trained enough" in outcome.reason
 
 
 def test_a_far_out_site_with_a_deaf_decoder_would_pass_on_the_gap_alone() -> None:
     gaps = [
-        check_alignment(Deaf(0), style_tokens(Deaf(0), scans(s), BANK, s), scans(s), BANK, s).gap_closed
+        check_alignment(
+            Deaf(0), style_tokens(Deaf(0), scans(s), BANK, s), scans(s), BANK, s
+        ).foreign.gap_closed
         for s in range(4)
     ]
     assert max(gaps) > 0.5  # why the response is asked for as well
