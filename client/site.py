@@ -25,7 +25,7 @@ from client.latent_cache import LatentCache
 from client.latent_set import LatentSet
 from client.layouts import LayoutRules
 from federation.journal import Journal
-from federation.plan import RunPlan, VolumePlan, build
+from federation.plan import WIRE_VERSION, RunPlan, VolumePlan, build
 from federation.wire import RefusalKind
 from meduet_models.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
 from privacy.ledger import Ledger
@@ -188,6 +188,12 @@ class Site:
                 f"Expected the plan to list {self.name!r}; it lists {', '.join(plan.sites)}. Set name in "
                 "site.yaml to the agreed one. Nothing was read.",
                 RefusalKind.PLAN_NOT_ACCEPTED,
+            )
+        if plan.wire_version != WIRE_VERSION:
+            raise AskRefused(
+                f"Plan is of wire version {plan.wire_version}; this site speaks {WIRE_VERSION}. Update the older "
+                "side. Nothing was read.",
+                RefusalKind.WRONG_VERSION,
             )
         if plan.tokenizer_sha256 != self.tokenizer.sha256:
             raise AskRefused(
