@@ -191,8 +191,8 @@ class Site:
             )
         if plan.wire_version != WIRE_VERSION:
             raise AskRefused(
-                f"Plan is of wire version {plan.wire_version}; this site speaks {WIRE_VERSION}. Update the older "
-                "side. Nothing was read.",
+                f"Plan is of wire version {plan.wire_version}; this site speaks {WIRE_VERSION}. Update the "
+                "older side. Nothing was read.",
                 RefusalKind.WRONG_VERSION,
             )
         if plan.tokenizer_sha256 != self.tokenizer.sha256:
