@@ -34,12 +34,23 @@ from federation.wire import array_record
 from strategies.aggregation import Bounds, StreamingSum
 
 MEGABYTE = 2**20
+BOUNDS = Bounds(num_replies=32, max_norm=100.0)
 ROUNDS = 3  # in one process, as in a run: the first pays for fresh memory, the best is reported
 
 
-def clock() -> float:
-    """Seconds of computing, of all threads together: other programs on the machine do not count."""
-    return time.process_time()
+class Stopwatch:
+    """Seconds on the wall and of computing (all threads together), while it runs."""
+
+    def __init__(self) -> None:
+        self.wall = self.cpu = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count until the block ends."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        self.wall += time.perf_counter() - wall
+        self.cpu += time.process_time() - cpu
 
 
 def shapes(millions: int) -> dict[str, tuple[int, ...]]:
@@ -121,40 +132,39 @@ def watched() -> Iterator[Peak]:
         thread.join()
 
 
-def flower(folder: Path, millions: int, num: int) -> tuple[float, float, ArrayRecord]:
-    """Seconds, MB and result of Flower's FedAvg."""
-    strategy, best = FedAvg(), math.inf
+def flower(folder: Path, millions: int, num: int) -> tuple[list[Stopwatch], float]:
+    """Time of each round, and MB, of Flower's FedAvg."""
+    strategy, times, result = FedAvg(), list[Stopwatch](), None
     with watched() as peak:
         for server_round in range(ROUNDS):
+            times.append(Stopwatch())
             result = None
             received = list(replies(folder, millions, num))
-            start = clock()
-            result, _ = strategy.aggregate_train(server_round, received)
-            best = min(best, clock() - start)
+            with times[-1].running():
+                result, _ = strategy.aggregate_train(server_round, received)
+            assert result is not None
             del received
-    assert result is not None
-    return best, peak.above, result
+    return times, peak.above
 
 
-def ours(folder: Path, millions: int, num: int, threads: int) -> tuple[float, float, ArrayRecord]:
-    """Seconds, MB and result of the streaming sum."""
+def ours(folder: Path, millions: int, num: int, threads: int) -> tuple[list[Stopwatch], float]:
+    """Time of each round, and MB, of the streaming sum."""
     reference = {name: torch.empty(shape, device="meta") for name, shape in shapes(millions).items()}
-    total, best = StreamingSum(reference, Bounds(num_replies=num, max_norm=100.0), threads), math.inf
+    total, times, result = StreamingSum(reference, BOUNDS, threads), list[Stopwatch](), None
     with watched() as peak:
         for _ in range(ROUNDS):
-            seconds, result = 0.0, None
-            total.reset()
+            times.append(Stopwatch())
+            result = None
             for message in replies(folder, millions, num):
                 message.content["metrics"] = MetricRecord({})
-                start = clock()
-                reply = TrainReply.from_record(message.content, copy=False)
-                total.fold(reply.site, reply.update, reply.examples)
-                seconds += clock() - start
+                with times[-1].running():
+                    reply = TrainReply.from_record(message.content, copy=False)
+                    total.fold(reply.site, reply.update, reply.examples)
                 del message, reply
-            start = clock()
-            result = array_record(total.mean())
-            best = min(best, seconds + clock() - start)
-    return best, peak.above, result
+            with times[-1].running():
+                result = array_record(total.mean())
+            assert len(result) == len(reference)
+    return times, peak.above
 
 
 def measure(who: str, folder: Path, millions: int, num: int, threads: int) -> dict[str, float]:
@@ -180,30 +190,32 @@ def main() -> None:
     if given.one:
         num = given.replies[0]
         if given.one == "flower":
-            seconds, megabytes, result = flower(given.folder, given.millions, num)
+            times, megabytes = flower(given.folder, given.millions, num)
         else:
-            seconds, megabytes, result = ours(given.folder, given.millions, num, given.threads)
-        first = float(np.abs(next(iter(result.values())).numpy()).mean())
-        print(json.dumps({"seconds": seconds, "megabytes": megabytes, "mean": first}))
+            times, megabytes = ours(given.folder, given.millions, num, given.threads)
+        best = {"wall": min(t.wall for t in times), "cpu": min(t.cpu for t in times)}
+        print(json.dumps({**best, "megabytes": megabytes}))
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_replies(folder, given.millions)
-        model = sum(int(np.prod(s)) for s in shapes(given.millions).values())
-        print(f"{model / 1e6:.1f} million values ({4 * model / MEGABYTE:.0f} MB), best of {given.repeats}")
-        print("replies   FedAvg s    MB    ours s    MB    seconds ratio   memory ratio")
+        values = sum(int(np.prod(s)) for s in shapes(given.millions).values())
+        print(f"{values / 1e6:.1f} million values ({4 * values / MEGABYTE:.0f} MB), {given.threads} threads")
+        print("          FedAvg                    ours                     ours / FedAvg")
+        print("replies   wall s   cpu s     MB     wall s   cpu s     MB    wall    cpu     MB")
         for num in given.replies:
-            runs = {"flower": [], "ours": []}
+            best: dict[str, dict[str, float]] = {}
             for _ in range(given.repeats):
-                for who in runs:
-                    runs[who].append(measure(who, folder, given.millions, num, given.threads))
-            best = {who: min(r["seconds"] for r in many) for who, many in runs.items()}
-            memory = {who: min(r["megabytes"] for r in many) for who, many in runs.items()}
-            print(
-                f"{num:7d} {best['flower']:10.2f} {memory['flower']:5.0f} {best['ours']:9.2f} "
-                f"{memory['ours']:5.0f} {best['ours'] / best['flower']:13.2f} "
-                f"{memory['ours'] / memory['flower']:14.2f}"
-            )
+                for who in ("flower", "ours"):
+                    now = measure(who, folder, given.millions, num, given.threads)
+                    best[who] = {what: min(value, best.get(who, now)[what]) for what, value in now.items()}
+            theirs, our = best["flower"], best["ours"]
+            ratios = [our[what] / theirs[what] for what in ("wall", "cpu", "megabytes")]
+            print(f"{num:7d}", *(_columns(b) for b in (theirs, our)), *(f"{r:7.2f}" for r in ratios))
+
+
+def _columns(best: dict[str, float]) -> str:
+    return f"{best['wall']:8.2f} {best['cpu']:7.2f} {best['megabytes']:6.0f}   "
 
 
 if __name__ == "__main__":

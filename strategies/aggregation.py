@@ -12,7 +12,7 @@ Flower's FedAvg for comparison: bench/aggregation.py.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -116,12 +116,9 @@ class _BlockSum:
 
     __slots__ = ("_narrow", "_reach", "integers")
 
-    def __init__(self, size: int) -> None:
-        self._narrow = np.empty(size, dtype=np.int32)
-        self.reset()
-
-    def reset(self) -> None:
-        self.integers: NDArray[np.int32] | Integers = self._narrow  # written by the first addition
+    def __init__(self, memory: NDArray[np.int32]) -> None:
+        self._narrow = memory
+        self.integers: NDArray[np.int32] | Integers = memory  # written by the first addition
         self._reach = 0.0  # no value of the sum is larger
 
     def add(self, rounded: Floats, scratch: Integers, length: float = math.inf, sign: int = 1) -> bool:
@@ -162,42 +159,55 @@ class StreamingSum:
         self.num_replies = 0
         self._threads = threads
         self._scale = np.float32(2.0**bounds.grid_bits)
-        self._sum = [_BlockSum(size) for size in self._block_sizes()]
+        self._memory: list[NDArray[np.int32]] = []
+        self.reset()
 
     def fold(self, site: str, update: Mapping[str, Tensor], examples: int) -> None:
         """Validate one reply and add it; on `ReplyRefused` the sum is as before. `site` has no influence."""
         assert self.num_replies < self.validation.bounds.num_replies, "more replies than were declared"
         values = self.validation.flat(update, examples)
+        if self.num_replies == 0:
+            self._begin()
         squares = math.fsum(self._each(self._add, values))
         try:
             self.validation.check_norm(values, squares, examples)
         except ReplyRefused:
-            if self.num_replies:
+            if self.num_replies:  # else the next reply begins anew
                 self._each(self._subtract, values)  # integers: what was added leaves no trace
-            else:
-                self.reset()
             raise
         self.examples += examples
         self.num_replies += 1
 
     def mean(self) -> dict[str, Tensor]:
-        """Sum over examples; raises `ReplyRefused` when nothing was folded."""
+        """Sum over examples; raises `ReplyRefused` when nothing was folded.
+
+        The means take over the memory of the sum, and a new sum begins.
+        """
         if not self.examples:
             raise ReplyRefused("Expected at least one valid reply; got none.")
-        means = {name: torch.empty(shape) for name, shape in self.validation.shapes.items()}
-        self._each(self._divide, [_flat(tensor) for tensor in means.values()])
+        self._each(self._divide, [memory.view(np.float32) for memory in self._memory])
+        means = {
+            name: torch.from_numpy(memory.view(np.float32).reshape(shape))
+            for (name, shape), memory in zip(self.validation.shapes.items(), self._memory, strict=True)
+        }
+        self._memory = []
+        self.reset()
         return means
 
     def reset(self) -> None:
-        """Begin a new sum in the memory of the old one."""
+        """Begin a new sum."""
         self.examples = self.num_replies = 0
-        for block in self._sum:
-            block.reset()
+        self._sum: list[_BlockSum] = []
 
-    def _block_sizes(self) -> Iterator[int]:
-        for shape in self.validation.shapes.values():
-            whole, rest = divmod(math.prod(shape), _BLOCK)
-            yield from [_BLOCK] * whole + [rest] * (rest > 0)
+    def _begin(self) -> None:
+        if not self._memory:
+            sizes = [math.prod(shape) for shape in self.validation.shapes.values()]
+            self._memory = [np.empty(size, dtype=np.int32) for size in sizes]
+        self._sum = [
+            _BlockSum(memory[i : i + _BLOCK])
+            for memory in self._memory
+            for i in range(0, len(memory), _BLOCK)
+        ]
 
     def _each(self, work: Callable[[list[_Piece]], Result], tensors: list[Floats]) -> list[Result]:
         """Do `work` on all tensors in pieces of a block, divided among the threads."""
@@ -239,7 +249,7 @@ class StreamingSum:
             scaled = scratch[: len(means)]
             np.copyto(scaled, total.integers)
             scaled *= unit
-            means[:] = scaled
+            means[:] = scaled  # in the place of the integers
 
 
 def _flat(tensor: Tensor) -> Floats:
