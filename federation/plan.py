@@ -86,7 +86,7 @@ class StylePlan:
     """Fewest patients whose statistics may leave a site together; a site may ask for more."""
     head: Literal["local", "shared"] = "local"
     """Whether the style branch stays at the site (same broadcast start, anchored) or is averaged."""
-    anchor: float = 0.1
+    anchor: float = 0.003
     """Weight of the distance of a local style branch to its broadcast start."""
     body_parts: tuple[str, ...] = ()
     """Values of the scans' covariate `body_part` that get style entries of their own; empty: one per site."""
