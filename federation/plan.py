@@ -119,9 +119,9 @@ class AggregationPlan:
 class ReleasePlan:
     """The promise: bound and noise of everything that leaves a site."""
 
-    update_clip_norm: float = 100.0
+    update_clip_norm: float = 20.0
     """L2 norm to which a site's weighted mean update is clipped at the gate."""
-    style_clip: float = 50.0
+    style_clip: float = 10.0
     """L2 norm to which one patient's latent statistics are clipped before they are summed."""
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the values that travel."""

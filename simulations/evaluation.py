@@ -81,15 +81,15 @@ def measure(
 ) -> dict[str, float]:
     """Probe `model` on `held`; `training` are some training latents of each site, for its style tokens.
 
-    Keys: `site_from_content`, `site_from_content_mlp`, `site_from_style` (balanced accuracy), `chance_site`,
-    `style_gap_closed` (mean over pairs of sites), `reconstruction_error` (relative to the latents' variance),
-    `patient_from_content`, `patient_from_style` (top-1), `chance_patient`: across scanners where patients
-    were scanned at several sites, else between a scan and its restylings; and `counterfactual_ratio` (0 is
-    the truth, 1 did nothing) where there is a truth.
+    Keys: `scans`, `patients` (how many were measured on); `site_from_content`, `site_from_content_mlp`,
+    `site_from_style` (balanced accuracy), `chance_site`; `patient_from_content`, `patient_from_style` (top-1),
+    `chance_patient`, across scanners where patients were scanned at several sites, else between a scan and its
+    restylings; `style_gap_closed` (mean over pairs of sites), `reconstruction_error` (relative to the latents'
+    variance), and `counterfactual_ratio` (0 is the truth, 1 did nothing) where there is a truth.
     """
     model.eval()
     content, style = _pooled(model, held.latents)
-    measured: dict[str, float] = {}
+    measured = {"scans": float(len(held.site)), "patients": float(len(set(held.patient)))}
     if len(set(held.site)) > 1:
         linear = site_probe(content, held.site, held.patient, plan.seed)
         measured |= {

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 Volume = NDArray[np.float32]
@@ -27,7 +28,8 @@ KIND_COLOURS = {
 SITE_COLOURS = ("#0b7a75", "#d1495b", "#3d5a98", "#e09f3e", "#6a4c93", "#4f772d", "#9c6644", "#2b2d42")
 PLANES = ("sagittal", "coronal", "axial")
 _LABELS = {
-    "reconstruction": "reconstruction",
+    "reconstruction": "reconstruction, hidden tokens",
+    "visible_reconstruction": "reconstruction, visible tokens",
     "site_adversary": "site read from content (adversary)",
     "site_from_style": "site read from style",
     "mftd": "MFTD",
@@ -94,6 +96,8 @@ def draw_losses(rounds: Sequence[Mapping[str, Any]], path: Path) -> Path:
         _style(axes, _LABELS[term])
     for axes in panels.flat[len(terms) :]:
         axes.set_visible(False)
+    for axes in panels.flat:
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     for axes in panels[-1]:
         axes.set_xlabel("round", fontsize=8, color=MUTED)
     handles, labels = panels.flat[0].get_legend_handles_labels()
@@ -132,6 +136,7 @@ def draw_probes(rounds: Sequence[Mapping[str, Any]], path: Path) -> Path:
         axes.axhline(chance, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         lowest = min((v for name, _, _ in curves for v in series(name) if v == v), default=0.0)
         axes.set_ylim(min(0.0, lowest - 0.05), 1.05)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.set_xlabel("round", fontsize=8, color=MUTED)
         axes.legend(frameon=False, fontsize=8, loc="best")
         _style(axes, title)
@@ -160,12 +165,12 @@ def draw_swaps(row: SwapRow, path: Path, zoom: int = 3) -> Path:
     widest = max(_middle(row.original, plane).shape[1] for plane in range(3))
     inch = zoom / 66
     figure = Figure(
-        figsize=(len(columns) * widest * inch * 1.04, sum(heights) * inch * 1.04 + 0.55), facecolor="#10161d"
+        figsize=(len(columns) * widest * inch * 1.04, sum(heights) * inch * 1.04 + 0.7), facecolor="#10161d"
     )
     panels = figure.subplots(
         3, len(columns), squeeze=False, gridspec_kw={"height_ratios": heights, "wspace": 0.03, "hspace": 0.03}
     )
-    top = 1 - 0.5 / figure.get_figheight()
+    top = 1 - 0.6 / figure.get_figheight()
     figure.subplots_adjust(left=0.005, right=0.995, bottom=0.005, top=top)
     for column, (kind, caption, volume) in enumerate(columns):
         for plane in range(3):
@@ -177,7 +182,7 @@ def draw_swaps(row: SwapRow, path: Path, zoom: int = 3) -> Path:
             for spine in axes.spines.values():
                 spine.set_visible(False)
         panels[0, column].set_title(
-            f"{kind}\n{caption}", fontsize=8, color=KIND_COLOURS[kind], linespacing=1.25
+            f"{kind}\n{caption}", fontsize=11, color=KIND_COLOURS[kind], linespacing=1.25
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, facecolor=figure.get_facecolor())

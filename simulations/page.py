@@ -64,6 +64,7 @@ def write_page(folder: Path, hospitals_text: str) -> Path:
             for label, probes in [*((str(e["round"]), e["probes"]) for e in probed), (_END, last)]
         ],
         erasure_text=_erasure_text(metrics),
+        held_out=f"{last.get('scans', 0):.0f} scans of {last.get('patients', 0):.0f} patients",
         losses=_embed(draw_losses(rounds, figures / "losses.png")),
         traffic=_embed(draw_traffic(_traffic(folder, rounds, hospitals), figures / "traffic.png")),
         crossed=[row for hospital in hospitals for row in _crossed(folder, hospital["site"])],
