@@ -19,7 +19,7 @@ from torch import Tensor
 from client.batches import Batches, TrainingScans
 from client.release import Gate, Released
 from client.site_state import StateFolder
-from client.style_survey import survey
+from client.style_survey import own_moments, survey
 from client.trainee import Trainee, student_of
 from client.training import train_round
 from federation.erasure import content_bound, erasure_shapes, erasure_tensors, share_bound
@@ -130,7 +130,8 @@ def answer_round(
 
     states = StateFolder(site.state_dir / "state", ask.plan_sha256)
     if ask.home is not None:
-        states.begin(ask.home)
+        alone = plan.aggregation.method == "alone"
+        states.begin(_own_scale(ask.home, site.scans(plan), plan) if alone else ask.home)
     kept = states.before(ask.round)
     trainee = Trainee.of(plan, ask.shared, kept, site.device, site.compile)
 
@@ -187,6 +188,12 @@ def answer_erasure(site: Site, ask: ErasureAsk, plan: RunPlan) -> Released:
     return Gate(site.ledger, site.journal).release(
         reservation, erasure_tensors(moments), erasure_shapes(plan), weight=float(came)
     )
+
+
+def _own_scale(home: dict[str, Tensor], scans: TrainingScans, plan: RunPlan) -> dict[str, Tensor]:
+    """The start of a site that is alone: nobody told it the latent scale, so it takes its own."""
+    mean, deviation = own_moments(scans, plan).latent_scale()
+    return home | {"latent_mean": mean, "latent_deviation": deviation}
 
 
 def _bank(plan: RunPlan, tensors: dict[str, Tensor]) -> StyleBank | None:

@@ -82,10 +82,10 @@ def measure(
     """Probe `model` on `held`; `training` are some training latents of each site, for its style tokens.
 
     Keys: `scans`, `patients` (how many were measured on); `site_from_content`, `site_from_content_mlp`,
-    `site_from_style` (balanced accuracy), `chance_site`; `patient_from_content`, `patient_from_style` (top-1),
-    `chance_patient`, across scanners where patients were scanned at several sites, else between a scan and its
-    restylings; `style_gap_closed` (mean over pairs of sites), `reconstruction_error` (relative to the latents'
-    variance), and `counterfactual_ratio` (0 is the truth, 1 did nothing) where there is a truth.
+    `site_from_style` (balanced accuracy), `chance_site`; `patient_from_content`, `patient_from_style`
+    (top-1), `chance_patient`, across scanners where patients were scanned at several sites, else between a
+    scan and its restylings; `style_gap_closed` (mean over pairs of sites), `reconstruction_error` (relative
+    to the latents' variance), and `counterfactual_ratio` (0 is the truth, 1 did nothing) where there is one.
     """
     model.eval()
     content, style = _pooled(model, held.latents)

@@ -135,6 +135,11 @@ def test_every_baseline_runs_with_the_same_messages(tmp_path: Path, method: str)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["rounds"][0]["loss"]["reconstruction"] > 0
     assert "site_from_content" in metrics["final"]
+    if method == "alone":  # each site standardises by its own scans
+        (state,) = (tmp_path / "sites" / "north" / "state").rglob("round-0001*")
+        kept = load_weights(state)[0]
+        (scale,) = (t for name, t in kept.items() if name.endswith("latent_deviation") and "home" in name)
+        assert not torch.equal(scale, torch.ones_like(scale))
 
 
 @pytest.mark.ray
