@@ -9,8 +9,8 @@ read one by one. Each measurement is a process of its own. Making the replies is
 """
 
 import argparse
+import gc
 import json
-import math
 import resource
 import subprocess
 import sys
@@ -189,6 +189,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.one:
         num = given.replies[0]
+        gc.disable()  # else chance decides during whose seconds the garbage of making replies is collected
         if given.one == "flower":
             times, megabytes = flower(given.folder, given.millions, num)
         else:
