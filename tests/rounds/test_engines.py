@@ -107,7 +107,7 @@ def test_the_ray_engine_ends_in_the_same_bits_as_the_process_engine(miniature: A
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     weights, provenance = load_weights(folder / "model.safetensors")
