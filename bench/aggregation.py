@@ -144,6 +144,7 @@ def flower(folder: Path, millions: int, num: int) -> tuple[list[Stopwatch], floa
                 result, _ = strategy.aggregate_train(server_round, received)
             assert result is not None
             del received
+            gc.collect()
     return times, peak.above
 
 
@@ -164,6 +165,7 @@ def ours(folder: Path, millions: int, num: int, threads: int) -> tuple[list[Stop
             with times[-1].running():
                 result = array_record(total.mean())
             assert len(result) == len(reference)
+            gc.collect()
     return times, peak.above
 
 
