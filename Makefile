@@ -2,7 +2,6 @@
 PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
-RUN := OMP_NUM_THREADS=2 $(BIN)
 
 .PHONY: help demo test check slow clean
 help:            ## what can be made

@@ -11,7 +11,8 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,10 +113,21 @@ def simulate(simulation: Simulation, live: Live, observer: RunObserver) -> RunRe
             )
 
 
+@contextmanager
+def fixed_threads(threads: int) -> Iterator[None]:
+    """As many torch threads as a site has, for encoding too: sums of floats depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def run(config: DictConfig) -> Path:
     """Everything from settings to page; returns the page's path."""
     values = plain(config)
-    with Live() as live:
+    with fixed_threads(settings_from(values)[0].engine.cpus_per_site), Live() as live:
         simulation = prepare(values, live)
         plan, folder = simulation.plan, simulation.folder
         live.begin(plan)
