@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,15 +70,20 @@ def prepare(config: Mapping[str, Any], live: Live) -> Simulation:
     if settings.fresh and (folder / "plan.json").is_file():
         shutil.rmtree(folder)
     tokenizer = load_tokenizer(settings.tokenizer)
+
+    def plan_for(sites: Sequence[str]) -> RunPlan:
+        return plan_from(
+            config,
+            sites=sites,
+            tokenizer_sha256=tokenizer.sha256,
+            latent_channels=tokenizer.latent_channels,
+            stride=tokenizer.stride,
+        )
+
+    plan_for(["any"])  # a mistake in the settings is said before anything is made
     with live.counting("making hospitals") as progress:
         hospitals = make_hospitals(hospitals_plan, folder / "hospitals", progress)
-    plan = plan_from(
-        config,
-        sites=[hospital.name for hospital in hospitals],
-        tokenizer_sha256=tokenizer.sha256,
-        latent_channels=tokenizer.latent_channels,
-        stride=tokenizer.stride,
-    )
+    plan = plan_for([hospital.name for hospital in hospitals])
     state = folder / "sites"
     consortium = Consortium(plan, site_configs(hospitals, plan, settings, state), state)
     return Simulation(plan, settings, consortium, hospitals, folder)
