@@ -38,7 +38,7 @@ class TokenizerSpec:
     kind: Literal["shipped", "file", "maisi"] = "shipped"
     """`shipped`: ours, inside the package. `file`: ours, at `path`. `maisi`: a MAISI checkpoint at `path`."""
     channels: int = 4
-    """Latent channels; shipped: 4, 8 or 16."""
+    """Latent channels; shipped: 4."""
     path: str | None = None
     """Weights file of the kinds `file` and `maisi`."""
     sliding_window: tuple[int, int, int] | None = None
