@@ -123,7 +123,7 @@ def _nested(factors: Factors, held: Held, seed: int) -> dict[str, float]:
         "content": ("mean_linear", "deviation_linear", "tokens_linear", "mean_mlp"),
         "style": ("mean_linear", "deviation_linear", "tokens_linear"),
     }
-    measured = {}
+    measured: dict[str, float] = {}
     for factor, tokens in (("content", factors.content), ("style", factors.style)):
         for what in read[factor]:
             features, probe = what.split("_")
