@@ -1,4 +1,4 @@
-"""The three answers of a site: survey, training round, erasure. Each reserves, reads, computes and releases.
+"""The four answers of a site: survey, round, probe, erasure. Each reserves, reads, computes and releases.
 
 In this order, always: is the plan one that this site accepts, a place in the ledger, and only then the first
 scan. Each function returns what passed the gate, and nothing else can be sent (`client/app.py`).
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from client.batches import Batches, TrainingScans
+from client.probing import probe_hits, probe_sums, probed_patients
 from client.release import Gate, Released
 from client.site_state import StateFolder
 from client.style_survey import own_moments, survey
@@ -24,8 +25,9 @@ from client.trainee import Trainee, student_of
 from client.training import train_round
 from federation.erasure import content_bound, erasure_shapes, erasure_tensors, renders, share_bound
 from federation.journal import Journal
-from federation.messages import ErasureAsk, SurveyAsk, TrainAsk
+from federation.messages import ErasureAsk, ProbeAsk, SurveyAsk, TrainAsk
 from federation.plan import RunPlan
+from federation.probing import HITS_BOUND, UNBOUNDED, hits_shapes, sums_bound, sums_shapes
 from federation.survey import smallest_cohort, survey_layout
 from federation.wire import RefusalKind
 from meduet_models.bank import StyleBank
@@ -159,6 +161,47 @@ def answer_round(
     )
     states.save(trainee.state(plan, ask.round, kept.round), sha256_of_tensors(ask.shared))
     return released
+
+
+def answer_probe(site: Site, ask: ProbeAsk, plan: RunPlan) -> Released:
+    """Sums of the factors of this site's patients after a round; asked with fitted probes, their hits.
+
+    Raises `CohortTooSmall` when a fold would hold fewer than the minimum, `AskRefused` for a plan without
+    probes, a round that is not one of its, or probes of other shapes.
+    """
+    site.accept(plan)
+    if not plan.probes.every_rounds or not 1 <= ask.round <= plan.training.rounds:
+        raise AskRefused(
+            f"Expected a plan with probes and one of its rounds; got round {ask.round}.",
+            RefusalKind.MALFORMED,
+        )
+    fitted = bool(ask.probe)
+    promise = Promise(
+        kind="probe_hits" if fitted else "probe",
+        bound=HITS_BOUND if fitted else sums_bound(plan),
+        unit="patient statistics",
+        enforcement="check",
+    )
+    reservation = site.ledger.reserve(ask.plan_sha256, ask.round, promise)
+    states = StateFolder(site.state_dir / "state", ask.plan_sha256)
+    student = student_of(plan, ask.shared, states.before(ask.round + 1)).to(site.device).eval()
+    bank, index = _bank(plan, ask.bank), plan.sites.index(site.name)
+    scans = site.scans(plan)
+    probed = probed_patients(scans, plan, site.minimum_cohort)
+    if fitted:
+        try:
+            tensors = probe_hits(student, scans, probed, plan, ask.probe, index)
+        except ValueError as error:
+            raise AskRefused(str(error), RefusalKind.MALFORMED) from error
+    else:
+        tensors = probe_sums(student, scans, probed, plan, bank, index)
+    return Gate(site.ledger, site.journal).release(
+        reservation,
+        tensors,
+        hits_shapes() if fitted else sums_shapes(plan),
+        weight=float(len(probed.folds)),
+        not_covered=UNBOUNDED & set(tensors),
+    )
 
 
 def answer_erasure(site: Site, ask: ErasureAsk, plan: RunPlan) -> Released:

@@ -19,7 +19,7 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.answers import AskRefused, Site, answer_erasure, answer_round, answer_survey
+from client.answers import AskRefused, Site, answer_erasure, answer_probe, answer_round, answer_survey
 from client.release import GateRefusal, Released
 from client.site import open_site
 from client.site_state import StateMissing
@@ -29,6 +29,8 @@ from federation.messages import (
     ErasureAsk,
     ErasureReply,
     MessageError,
+    ProbeAsk,
+    ProbeReply,
     Refusal,
     RefusalKind,
     SurveyAsk,
@@ -52,8 +54,8 @@ OnStep = Callable[[str, int, float], None]
 def make_client_app(
     open_the_site: Callable[[Context], Site], on_step: OnStep = lambda site, step, loss: None
 ) -> ClientApp:
-    """A Flower ClientApp that answers "query.survey", "train.round" and "query.erasure" for the site that
-    `open_the_site` opens.
+    """A Flower ClientApp that answers "query.survey", "train.round", "query.probe" and "query.erasure" for
+    the site that `open_the_site` opens.
     """
     client_app = ClientApp()
 
@@ -79,6 +81,14 @@ def make_client_app(
         def answer(site: Site, content: RecordDict) -> RecordDict:
             ask = ErasureAsk.from_record(content)
             return _mail(answer_erasure(site, ask, _plan(ask)), ask.plan_sha256, site.name)
+
+        return _behind_the_wall(message, context, open_the_site, answer)
+
+    @client_app.query("probe")
+    def probe(message: Message, context: Context) -> Message:
+        def answer(site: Site, content: RecordDict) -> RecordDict:
+            ask = ProbeAsk.from_record(content)
+            return _mail(answer_probe(site, ask, _plan(ask)), ask.plan_sha256, site.name)
 
         return _behind_the_wall(message, context, open_the_site, answer)
 
@@ -131,9 +141,13 @@ def _mail(released: object, plan_sha256: str, site: str) -> RecordDict:
             ).to_record()
         case "erasure":
             return ErasureReply(plan_sha256=plan_sha256, site=site, moments=tensors).to_record()
+        case "probe" | "probe_hits":
+            return ProbeReply(
+                plan_sha256=plan_sha256, site=site, round=released.record["round"], sums=tensors
+            ).to_record()
 
 
-def _plan(ask: SurveyAsk | TrainAsk | ErasureAsk) -> RunPlan:
+def _plan(ask: SurveyAsk | TrainAsk | ErasureAsk | ProbeAsk) -> RunPlan:
     try:
         plan = ask.plan()
     except ValueError as error:

@@ -1,8 +1,9 @@
 """The messages: what crosses between the centre and a site, and nothing else.
 
-Three questions with their answers (survey, training round, erasure) and one refusal, as frozen dataclasses
-that become Flower records and come back from them. Strict: another wire version, kind, record, field or type
-is an error of one line. The plan travels in every question with its hash and is hashed again on arrival.
+Four questions with their answers (survey, training round, probe, erasure) and one refusal, as frozen
+dataclasses that become Flower records and come back from them. Strict: another wire version, kind, record,
+field or type is an error of one line. The plan travels in every question with its hash and is hashed again
+on arrival.
 What this file does not do: it checks no shapes against a model (`strategies/aggregation.py`), bounds nothing
 (`client/release.py`) and trains nothing.
 
@@ -25,11 +26,14 @@ from meduet_models.objective import LossWeights
 __all__ = [
     "ERASURE",
     "METRIC_NAMES",
+    "PROBE",
     "SURVEY",
     "TRAIN",
     "ErasureAsk",
     "ErasureReply",
     "MessageError",
+    "ProbeAsk",
+    "ProbeReply",
     "Refusal",
     "RefusalKind",
     "SurveyAsk",
@@ -45,6 +49,7 @@ __all__ = [
 SURVEY = "query.survey"
 TRAIN = "train.round"
 ERASURE = "query.erasure"
+PROBE = "query.probe"
 
 Scalar = TypeVar("Scalar", int, float, str)
 
@@ -265,6 +270,67 @@ class ErasureReply:
                 plan_sha256=head.take("plan_sha256", str),
                 site=head.take("site", str),
                 moments=head.tensors("moments"),
+            )
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeAsk(Ask):
+    """After a round: tell the sums of your factors under these weights, or the hits of the fitted `probe`."""
+
+    round: int
+    shared: Tensors
+    bank: Tensors
+    probe: Tensors
+    """Empty in the first exchange; in the second the site probes that were fitted from the sums."""
+
+    def to_record(self) -> RecordDict:
+        """As Flower records."""
+        head = _ask_head("probe_ask", self)
+        head["round"] = self.round
+        tensors = {"shared": self.shared, "bank": self.bank, "probe": self.probe}
+        return RecordDict({"head": head, **{name: array_record(t) for name, t in tensors.items()}})
+
+    @staticmethod
+    def from_record(record: RecordDict) -> "ProbeAsk":
+        """Back from Flower records; raises `MessageError`."""
+        head = _Head(record, "probe_ask", ("head", "shared", "bank", "probe"))
+        return head.close(
+            ProbeAsk(
+                plan_json=head.plan_json(),
+                round=head.take("round", int),
+                shared=head.tensors("shared"),
+                bank=head.tensors("bank"),
+                probe=head.tensors("probe"),
+            )
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeReply:
+    """A site's sums, or its hits."""
+
+    plan_sha256: str
+    site: str
+    round: int
+    sums: Tensors
+
+    def to_record(self) -> RecordDict:
+        """As Flower records."""
+        head = _head("probe_reply", plan_sha256=self.plan_sha256, site=self.site)
+        head["round"] = self.round
+        return RecordDict({"head": head, "sums": array_record(self.sums)})
+
+    @staticmethod
+    def from_record(record: RecordDict) -> "ProbeReply":
+        """Back from Flower records; raises `MessageError`."""
+        head = _Head(record, "probe_reply", ("head", "sums"))
+        return head.close(
+            ProbeReply(
+                plan_sha256=head.take("plan_sha256", str),
+                site=head.take("site", str),
+                round=head.take("round", int),
+                sums=head.tensors("sums"),
             )
         )
 

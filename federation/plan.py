@@ -10,7 +10,7 @@ import json
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from meduet_models.meduet import NetworkConfig
@@ -129,6 +129,22 @@ class ReleasePlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProbePlan:
+    """What sites tell in sums about what the model knows, while it is trained."""
+
+    every_rounds: int = 0
+    """Rounds between federated probes; after the last round always; 0: never."""
+    folds: int = 5
+    """Folds of each site's patients; each must hold the minimum cohort, else the site is left out."""
+    patients: Literal["train", "held_out"] = "train"
+    """Whose scans are read: those trained on (the probe is cross-validated, the model has seen them), or
+    those of validation and test, where a site has enough of them."""
+    anatomy: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Anatomical targets, each with the range that is mapped to [-1, 1] (values beyond are cut off): `sex`,
+    covariates that are numbers, and `volume_<label>` in mm³ on the prepared grid."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunPlan:
     """Everything about a run that both sides must agree on."""
 
@@ -154,6 +170,8 @@ class RunPlan:
     """Aggregation."""
     release: ReleasePlan
     """The gate."""
+    probes: ProbePlan = field(default_factory=ProbePlan)
+    """Federated probes."""
     wire_version: int = WIRE_VERSION
     """Version of the messages."""
 
@@ -221,6 +239,16 @@ def _contradictions(plan: RunPlan) -> Iterator[str]:
             "objective.weights.invariance compares a scan with its restyling; with style.exchange=none there"
             " is none: set it to 0."
         )
+    if plan.probes.every_rounds < 0 or plan.probes.folds < 3:
+        yield "Expected probes.every_rounds of at least 0 and probes.folds of at least 3 (fit, choose, test)."
+    if plan.probes.every_rounds and (aggregation.method in ("alone", "pooled") or len(plan.sites) < 2):
+        yield (
+            "probes.every_rounds compares sites that share a model; with one site, or aggregation.method="
+            f"{aggregation.method}, there is nothing to compare: set it to 0."
+        )
+    for name, (low, high) in plan.probes.anatomy.items():
+        if not low < high:
+            yield f"Expected probes.anatomy.{name} to be a range [low, high]; got [{low:g}, {high:g}]."
     defaults = AggregationPlan()
     if aggregation.rule in ("mean", "median") and aggregation.trim != defaults.trim:
         yield f"aggregation.trim has no effect with aggregation.rule={aggregation.rule}: leave it out."

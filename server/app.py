@@ -1,7 +1,8 @@
-"""The centre: survey, rounds, erasure; a run that can be stopped anywhere and goes on to the same weights.
+"""The centre: survey, rounds, probes, erasure; a run that is stopped anywhere goes on to the same weights.
 
 Phases: (0) every site tells the sums that describe its scans' appearance, from which come the latent scale
-and the style bank; (1 to R) rounds of `strategies/content_share.py`; (R + 1) every site tells the sums of its
+and the style bank; (1 to R) rounds of `strategies/content_share.py`, every few of them followed by federated
+probes (`server/probing.py`), which train nothing and stop nothing; (R + 1) every site tells the sums of its
 pooled content, from which comes the erasure of the site. After each phase and round everything is on disk
 before anything else is asked. A run that is started again goes on after its last checkpoint; sites answer a
 round that is asked twice in the same way, so on one kind of machine the final weights are the same bits.
@@ -27,6 +28,7 @@ from federation.plan import RunPlan
 from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
 from server.checkpoints import Checkpoint, Checkpoints
 from server.model import MeduetModel, SharedModel
+from server.probing import FederatedProbes
 from server.queries import ask_sites
 from server.run_folder import claim, write_metrics
 from strategies.content_share import ContentShare
@@ -99,6 +101,7 @@ class _Run:
         self.grid, self.plan, self.folder, self.model, self.observer = grid, plan, folder, model, observer
         self.roster = Roster(plan.participants)
         self.checkpoints = Checkpoints(folder / "checkpoints", plan.sha256)
+        self.probes = FederatedProbes(grid, self.roster, plan)
 
     def complete(self, resume: bool) -> RunResult:
         claim(self.folder, self.plan)
@@ -163,6 +166,8 @@ class _Run:
             report = dataclasses.asdict(next(rounds))
             probes = self.observer.on_round_end(round, strategy.shared, report)
             report |= {"probes": dict(probes)} if probes else {}
+            if self.probes.due(round):
+                report["federated_probes"] = self.probes.read(round, strategy.shared, last.bank)
             metrics = last.metrics | {"rounds": [*last.metrics["rounds"], report]}
             last = self._save(round, strategy.shared, strategy.optimiser.state(), last.bank, metrics)
             self._note(
@@ -179,8 +184,8 @@ class _Run:
         if not last.shared:
             return RunResult({}, last.bank, last.metrics, None)
         if (done := self._finished(path)) is not None:
-            shared, erasure = done
-            return RunResult(shared, last.bank, last.metrics | {"erasure": erasure}, path)
+            shared, kept = done
+            return RunResult(shared, last.bank, last.metrics | kept, path)
         shared, erasure = last.shared, {}
         if self.model.erased:
             ask = ErasureAsk(plan_json=self.plan.to_json(), shared=shared, bank=last.bank).to_record()
@@ -195,21 +200,24 @@ class _Run:
             )
             shared, summary = self.model.after_erasure(shared, replies)
             erasure = {**summary, "refused": refused}
+        told: dict[str, Any] = {"erasure": erasure}
+        if self.probes.due(last.round):
+            told["federated_probes"] = self.probes.read(last.round, shared, last.bank)
         sha256 = sha256_of_tensors(shared)
         provenance = {
             **self.model.provenance(),
             "plan_sha256": self.plan.sha256,
             "plan": self.plan.to_json(),
             "rounds": str(last.round),
-            "erasure": json.dumps(erasure, sort_keys=True),
+            **{name: json.dumps(what, sort_keys=True) for name, what in told.items()},
             "tensors_sha256": sha256,
         }
         save_weights(path, shared, provenance)
         self._note("end", tensors_sha256=sha256)
-        return RunResult(shared, last.bank, last.metrics | {"erasure": erasure}, path)
+        return RunResult(shared, last.bank, last.metrics | told, path)
 
     def _finished(self, path: Path) -> tuple[Tensors, dict[str, Any]] | None:
-        """The final weights, if this run has written them whole."""
+        """The final weights and what the metrics say of them, if this run has written them whole."""
         if not path.is_file():
             return None
         try:
@@ -222,8 +230,10 @@ class _Run:
         if provenance.get("tensors_sha256") != sha256_of_tensors(tensors):
             _log.warning("The final weights are not as they were written and are made again.")
             return None
-        erasure: dict[str, Any] = json.loads(provenance["erasure"])
-        return tensors, erasure
+        told: dict[str, Any] = {
+            n: json.loads(provenance[n]) for n in ("erasure", "federated_probes") if n in provenance
+        }
+        return tensors, told
 
     def _save(
         self, round: int, shared: Tensors, optimiser: Tensors, bank: Tensors, metrics: dict[str, Any]

@@ -14,7 +14,17 @@ from omegaconf import DictConfig, OmegaConf
 from federation.plan import RunPlan, build
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-_FROM_CONFIG = ("name", "seed", "volumes", "objective", "training", "style", "aggregation", "release")
+_FROM_CONFIG = (
+    "name",
+    "seed",
+    "volumes",
+    "objective",
+    "training",
+    "style",
+    "aggregation",
+    "release",
+    "probes",
+)
 
 
 def compose_config(overrides: Sequence[str] = (), name: str = "config") -> DictConfig:

@@ -44,14 +44,15 @@ def ask_sites(
     question: RecordDict,
     read: Callable[[RecordDict], Reply],
     check: Callable[[Reply], None],
+    stops: bool = True,
 ) -> tuple[dict[str, Reply], dict[str, str]]:
     """Valid replies by site, in the plan's order, and who was put aside why.
 
     `read` and `check` raise `ValueError` on a reply that is not to be used. Raises `RoundFailed` below the
-    quorum.
+    quorum; without `stops`, the run goes on with whoever answered.
     """
     settings = plan.aggregation
-    least = needed(settings.quorum, len(roster.sites))
+    least = needed(settings.quorum, len(roster.sites)) if stops else 1
     nodes = wait_for_nodes(grid, roster, least, settings.deadline_s)
     stream = StreamingGrid(grid)
     messages = [Message(question, node, message_type, ttl=settings.deadline_s) for node in nodes]
@@ -70,7 +71,8 @@ def ask_sites(
     refused |= {roster.name(n): f"no reply within {settings.deadline_s:g} s" for n in stream.unanswered}
     for who, why in refused.items():
         _log.warning("%s goes on without %s: %s", message_type, who, why)
-    check_quorum(f"{message_type!r}", len(replies), settings.quorum, len(roster.sites), refused)
+    if stops:
+        check_quorum(f"{message_type!r}", len(replies), settings.quorum, len(roster.sites), refused)
     return {site: replies[site] for site in roster.sites if site in replies}, refused
 
 

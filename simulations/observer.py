@@ -4,7 +4,6 @@ Reads what sites keep at home, which nobody in a real federation could: a site's
 say what that site's model does. Writes nothing that trains.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from client.cohort import read_entry
 from client.latent_set import LatentSet
-from client.site import Site
 from client.site_state import StateFolder
 from client.volumes import prepare
 from federation.plan import RunPlan
@@ -23,8 +21,9 @@ from meduet_models.bank import StyleBank
 from meduet_models.meduet import MeDUET
 from server.app import RunObserver, RunResult
 from simulations.consortium import Consortium
-from simulations.evaluation import Held, load_model, mean_style, measure, swap
+from simulations.evaluation import load_model, mean_style, measure, swap
 from simulations.figures import SwapRow, draw_swaps
+from simulations.held_out import Held, join, own_scans, paired_scans, paired_set
 from simulations.hospital_plans import Hospital
 from simulations.progress import Live
 from simulations.settings import SimulationSettings
@@ -53,22 +52,31 @@ class Witness(RunObserver):
         own = [consortium.site(hospital.name) for hospital in hospitals]
         self._scans = [site.scans(plan) for site in own]
         self._training = [s.latents(s.indices("train")[:_TRAINING_SCANS]) for s in self._scans]
-        self._paired = [_paired(plan, site, hospital) for site, hospital in zip(own, hospitals, strict=True)]
+        self._sites = own
+        self._thorough = settings.evaluation.thorough
+        self._paired = [
+            paired_set(plan, site, hospital) for site, hospital in zip(own, hospitals, strict=True)
+        ]
         self._held = self._hold_out()
 
     def _hold_out(self) -> Held | None:
         """The paired patients where there are any, else those kept for validation and test; None: nobody."""
-        sets = [s for s in self._paired if s is not None]
-        rows: list[tuple[int, str, Tensor]] = []
-        for index, scans in enumerate(sets or self._scans):
-            chosen = range(scans.num_scans) if sets else scans.indices("validation") + scans.indices("test")
-            prefix = "" if sets else f"{index}/"
-            rows += [(index, prefix + scans.patients[row], scans.latents([row])) for row in chosen]
-        if not rows:
+        pairs = [
+            paired_scans(self._plan, site, hospital, index)
+            for index, (site, hospital) in enumerate(zip(self._sites, self._hospitals, strict=True))
+        ]
+        if parts := [part for part in pairs if part is not None]:
+            return join(parts)
+        kept = ("validation", "test")
+        own = [
+            own_scans(self._plan, scans, index, kept)
+            for index, scans in enumerate(self._scans)
+            if any(scans.indices(split) for split in kept)
+        ]
+        if not own:
             self._live.say("No patient is kept for validation or test: the model is not probed.")
             return None
-        sites, patients, latents = zip(*rows, strict=True)
-        return Held(torch.cat(latents), sites, patients)
+        return join(own)
 
     def on_round_start(self, round: int, num_rounds: int) -> None:
         """Move the bar."""
@@ -89,7 +97,7 @@ class Witness(RunObserver):
 
     def on_end(self, result: RunResult) -> Mapping[str, Any]:
         """Probe the final weights, erasure included; test whether style heads understand each other."""
-        measured = self._measure(result.shared, self._plan.training.rounds)
+        measured = self._measure(result.shared, self._plan.training.rounds, final=True)
         return measured | self._alignment(result)
 
     def _alignment(self, result: RunResult) -> dict[str, float]:
@@ -118,12 +126,20 @@ class Witness(RunObserver):
             "alignment_passed": float(all(outcome.passed for outcome in outcomes)),
         }
 
-    def _measure(self, shared: Mapping[str, Tensor], round: int) -> dict[str, float]:
+    def _measure(self, shared: Mapping[str, Tensor], round: int, final: bool = False) -> dict[str, float]:
         """Mean over the sites' models: what they share, with what each keeps at home."""
         if self._held is None:
             return {}
         measured = [
-            measure(model, self._plan, self._held, self._training) for model in self._models(shared, round)
+            measure(
+                model,
+                self._plan,
+                self._held,
+                self._training,
+                thorough=final and self._thorough,
+                tokenizer=self._sites[0].tokenizer if final else None,
+            )
+            for model in self._models(shared, round)
         ]
         return {name: sum(m[name] for m in measured) / len(measured) for name in measured[0]}
 
@@ -192,17 +208,3 @@ def _volume(scans: LatentSet, row: int, plan: RunPlan) -> Any:
     """The prepared scan behind a row, [x y z]."""
     scan, _ = read_entry(scans.entries[row], plan.volumes)
     return prepare(scan, plan.volumes).volume[0].numpy()
-
-
-def _paired(plan: RunPlan, site: Site, hospital: Hospital) -> LatentSet | None:
-    """The patients that every scanner saw, through this hospital's; none where nothing is simulated."""
-    if hospital.paired is None:
-        return None
-    config = dataclasses.replace(
-        site.config,
-        data_root=hospital.paired,
-        state_dir=site.state_dir.parent.parent / "paired" / site.name,
-        layout="plain",
-        split_fractions=(0.0, 0.0, 1.0),
-    )
-    return Site(config, site.tokenizer).scans(plan)

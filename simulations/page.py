@@ -28,6 +28,17 @@ _PROBES = (
     ("counterfactual_ratio", "error against truth"),
     ("reconstruction_error", "reconstruction error"),
 )
+_FEDERATED = (
+    ("site_from_content", "hospital from content", "site_from_content"),
+    ("site_from_style", "hospital from style", "site_from_style"),
+    ("patient_from_content_within_site", "patient from content, among own", "patient_from_content"),
+    ("patient_from_style_within_site", "patient from style, among own", "patient_from_style"),
+    ("style_gap_closed", "style gap closed", "style_gap_closed"),
+    ("content_through_style", "content predicted by style (R²)", "content_through_style"),
+    ("anatomy_from_content", "anatomy from content (R²)", "anatomy_from_content"),
+    ("anatomy_from_style", "anatomy from style (R²)", "anatomy_from_style"),
+)
+"""What hospitals read together from sums: its name there, its label, and its name among the observer's."""
 _END = "end"
 _PROMISE = (
     "Releases of this run are bounded, not differentially private: each is clipped to its bound and entered "
@@ -64,6 +75,7 @@ def write_page(folder: Path, hospitals_text: str) -> Path:
             for label, probes in [*((str(e["round"]), e["probes"]) for e in probed), (_END, last)]
         ],
         erasure_text=_erasure_text(metrics),
+        federated=_federated(metrics, last),
         held_out=f"{last.get('scans', 0):.0f} scans of {last.get('patients', 0):.0f} patients",
         losses=_embed(draw_losses(rounds, figures / "losses.png")),
         traffic=_embed(draw_traffic(_traffic(folder, rounds, hospitals), figures / "traffic.png")),
@@ -123,6 +135,8 @@ def _crossed(folder: Path, site: str) -> list[dict[str, str]]:
         "survey": "style statistics (sums over patients)",
         "round": "content branch update (weighted sum)",
         "erasure": "sums of pooled content",
+        "probe": "sums of content, style and anatomy, per fold",
+        "probe_hits": "counts of a fitted probe's hits",
     }
     return [
         {
@@ -225,6 +239,29 @@ def _erasure_text(metrics: Mapping[str, Any]) -> str:
         "The last row is the final model, after the linear erasure of the hospital from content that was "
         "fitted from the hospitals' sums."
     )
+
+
+def _federated(metrics: Mapping[str, Any], last: Mapping[str, float]) -> dict[str, Any] | None:
+    """Table of the federated probes over rounds, beside what the observer read at the end; None without."""
+    told = [(str(e["round"]), e["federated_probes"]) for e in metrics["rounds"] if "federated_probes" in e]
+    if "federated_probes" in metrics:
+        told.append((_END, metrics["federated_probes"]))
+    if not told:
+        return None
+    seen = [entry for entry in _FEDERATED if any(entry[0] in probes["readings"] for _, probes in told)]
+
+    def row(label: str, values: Mapping[str, float], names: list[str]) -> list[str]:
+        return [label, *(f"{values[name]:.2f}" if name in values else "" for name in names)]
+
+    refused = sorted({site for _, probes in told for site in probes["refused"]})
+    return {
+        "names": ["round", *(label for _, label, _ in seen)],
+        "rows": [
+            *(row(label, probes["readings"], [name for name, _, _ in seen]) for label, probes in told),
+            row("observer, held out", last, [name for _, _, name in seen]),
+        ],
+        "refused": f"Left out: {', '.join(refused)}." if refused else "",
+    }
 
 
 def _facts(plan: RunPlan, versions: Mapping[str, Any], last: Mapping[str, float]) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ from hydra.errors import ConfigCompositionException
 
 from federation.plan import (
     AggregationPlan,
+    ProbePlan,
     ReleasePlan,
     RunPlan,
     StylePlan,
@@ -29,6 +30,7 @@ PLANS = (
     StylePlan,
     AggregationPlan,
     ReleasePlan,
+    ProbePlan,
     NetworkConfig,
     ObjectiveConfig,
     LossWeights,
@@ -84,6 +86,9 @@ def test_an_unknown_setting_is_an_error() -> None:
         (["aggregation.momentum=0.5"], "aggregation.momentum"),
         (["style.exchange=none", "objective.weights.invariance=1"], "objective.weights.invariance"),
         (["aggregation.method=fedprox", "style.head=shared", "style.anchor=0"], "training.proximal"),
+        (["probes.every_rounds=2", "method=pooled"], "probes.every_rounds"),
+        (["probes.folds=2"], "probes.folds"),
+        (["+probes.anatomy.age=[90,20]"], "probes.anatomy.age"),
         (["training.batch_size=5"], "training.batch_size"),
         (["volumes.shape=[41,48,40]"], "volumes.shape"),
     ],

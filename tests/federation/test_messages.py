@@ -13,6 +13,8 @@ from federation.messages import (
     ErasureAsk,
     ErasureReply,
     MessageError,
+    ProbeAsk,
+    ProbeReply,
     Refusal,
     RefusalKind,
     SurveyAsk,
@@ -38,6 +40,8 @@ MESSAGES = [
     ErasureAsk(plan_json="{}", shared=TENSORS, bank=TENSORS),
     ErasureReply(plan_sha256=HASH, site="oslo", moments=MOMENTS),
     Refusal(kind=RefusalKind.BUDGET, site="oslo"),
+    ProbeAsk(plan_json="{}", round=3, shared=TENSORS, bank={}, probe=TENSORS),
+    ProbeReply(plan_sha256=HASH, site="oslo", round=3, sums=MOMENTS),
 ]
 
 

@@ -1,0 +1,273 @@
+"""Probing at a site: what its patients' content and style say, as sums that add over sites.
+
+Patients are dealt into folds by a hash of their names, evenly; each fold holds the minimum cohort or nothing
+is told. A patient is one vector, the mean over her scans. With a style bank her scans are also seen in every
+other site's style: is she recognised among this site's own patients, and do the swapped scans look like the
+other site's?
+
+What this file does not do: it sends nothing (`client/answers.py`, the gate), fits no probe and knows no other
+site's patients: recognition here is top-1 within a site, not among all patients of the federation. Fitted
+probes that come back are counted under whatever weights were sent: a count of hits answers a question of the
+centre's choosing about these patients, which the minimum cohort does not blunt; hence the ledger.
+
+Axes: b = scans, n = patients, k = content channels, s = style channels, t = targets, v = sums.
+"""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from client.batches import TrainingScans
+from federation.plan import RunPlan
+from federation.probing import (
+    ANATOMY,
+    FACTORS,
+    HITS,
+    RECOGNITION,
+    SWAPPED,
+    SWAPPED_PATIENTS,
+    anatomy_bound,
+    content_part,
+    joint_bound,
+    probe_shapes,
+    style_part,
+    style_vector,
+    sums_shapes,
+    told_of_swaps,
+)
+from federation.survey import smallest_cohort, survey_layout
+from meduet_models.bank import StyleBank
+from meduet_models.erasure import ErasureMoments, patient_means
+from meduet_models.factors import Factors
+from meduet_models.meduet import MeDUET
+from meduet_models.probe_sums import site_hits
+from meduet_models.recognition import recognised
+from meduet_models.style import CohortTooSmall, StyleMoments
+
+_SCANS_AT_ONCE = 16
+_SEXES = {"F": 0.0, "M": 1.0}
+
+
+@runtime_checkable
+class LabelledScans(Protocol):
+    """What volumes of structures need of a site's scans, beyond what training needs."""
+
+    @property
+    def has_label(self) -> Sequence[bool]:
+        """Whether a row has a label."""
+
+    def labels(self, indices: Sequence[int]) -> Int[Tensor, "b 1 D H W"] | None:
+        """Labels of these rows on the prepared grid."""
+
+
+@dataclass(frozen=True)
+class Probed:
+    """The patients that are read, one row per scan."""
+
+    rows: tuple[int, ...]
+    """Rows of the site's latent set."""
+    patients: tuple[str, ...]
+    """Patient of each row."""
+    folds: Mapping[str, int]
+    """Fold of each patient, in the order of first appearance."""
+    least: int
+    """Fewest patients behind any sum that is told."""
+
+
+def probed_patients(scans: TrainingScans, plan: RunPlan, site_minimum: int) -> Probed:
+    """Whose scans are read, and their folds.
+
+    Raises `CohortTooSmall` when a fold would hold fewer patients than the stricter of plan and site wants.
+    """
+    splits = ("train",) if plan.probes.patients == "train" else ("validation", "test")
+    rows = tuple(row for split in splits for row in scans.indices(split))
+    patients = tuple(scans.patients[row] for row in rows)
+    names = list(dict.fromkeys(patients))
+    least = smallest_cohort(plan, site_minimum)
+    if len(names) < least * plan.probes.folds:
+        raise CohortTooSmall(
+            f"Expected at least {least} patients in each of {plan.probes.folds} folds of a probe; got "
+            f"{len(names)} patients."
+        )
+    order = sorted(names, key=lambda n: hashlib.sha256(f"probe {plan.seed}\0{n}".encode()).digest())
+    place = {name: i % plan.probes.folds for i, name in enumerate(order)}
+    return Probed(rows, patients, {name: place[name] for name in names}, least)
+
+
+def probe_sums(
+    student: MeDUET, scans: TrainingScans, probed: Probed, plan: RunPlan, bank: StyleBank | None, site: int
+) -> dict[str, Tensor]:
+    """The first exchange: shapes of `federation.probing.sums_shapes`.
+
+    Guarantee: adding or removing one patient of a fold changes the tensors that are not in `UNBOUNDED` by at
+    most `federation.probing.sums_bound` in L2, while the others stay in their folds.
+    """
+    joint = _joint(student, scans, probed)
+    told = {FACTORS: _by_fold(joint, probed, plan, joint_bound(plan))}
+    if plan.probes.anatomy:
+        told[ANATOMY] = _anatomy(joint, scans, probed, plan)
+    if told_of_swaps(plan):
+        told |= _worn(student, scans, probed, plan, bank, site)
+    return told
+
+
+def probe_hits(
+    student: MeDUET,
+    scans: TrainingScans,
+    probed: Probed,
+    plan: RunPlan,
+    probe: Mapping[str, Tensor],
+    site: int,
+) -> dict[str, Tensor]:
+    """The second exchange: patients whom the fitted probes read as this site's, by content and by style.
+
+    Each patient is read by the probe that was fitted without her fold. Raises `ValueError` when the probe has
+    other shapes than the plan says, or is not finite.
+    """
+    expected = probe_shapes(plan)
+    if {name: tuple(tensor.shape) for name, tensor in probe.items()} != expected:
+        raise ValueError(f"Expected fitted site probes of {expected}; they have other shapes.")
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in probe.values()):
+        raise ValueError("Expected fitted site probes of finite numbers; got NaN or infinity.")
+    means = patient_means(_joint(student, scans, probed).double(), probed.patients)
+    means = means * (joint_bound(plan) / means.norm(dim=1, keepdim=True).clamp(min=joint_bound(plan)))
+    folds = torch.tensor(list(probed.folds.values()))
+    content, style = _factors(means, plan)
+    hits = [
+        site_hits(values, folds, probe[f"{factor}_weight"], probe[f"{factor}_bias"], site)
+        for factor, values in (("content", content), ("style", style))
+    ]
+    return {HITS: torch.tensor([*hits, len(means)], dtype=torch.float64)}
+
+
+@torch.no_grad()
+def _joint(student: MeDUET, scans: TrainingScans, probed: Probed) -> Float[Tensor, "b z"]:
+    """Pooled content and style of every scan, side by side."""
+    parts = [
+        torch.cat([student.pooled_content(latents), student.pooled_style(latents)], dim=1).cpu()
+        for latents, _ in _chunks(student, scans, probed)
+    ]
+    return torch.cat(parts)
+
+
+def _factors(joint: Float[Tensor, "n z"], plan: RunPlan) -> tuple[Tensor, Tensor]:
+    """Content and style of joint vectors."""
+    return joint[:, content_part(plan)], joint[:, style_part(plan)]
+
+
+def _chunks(student: MeDUET, scans: TrainingScans, probed: Probed) -> Iterator[tuple[Tensor, list[int]]]:
+    device = student.latent_mean.device
+    for first in range(0, len(probed.rows), _SCANS_AT_ONCE):
+        chosen = list(range(first, min(first + _SCANS_AT_ONCE, len(probed.rows))))
+        yield scans.latents([probed.rows[i] for i in chosen]).to(device), chosen
+
+
+def _by_fold(
+    joint: Float[Tensor, "b z"], probed: Probed, plan: RunPlan, bound: float
+) -> Float[Tensor, "f v"]:
+    """Sums of each fold, as one vector each."""
+    fold_of = [probed.folds[patient] for patient in probed.patients]
+    told = []
+    for fold in range(plan.probes.folds):
+        mine = [i for i, own in enumerate(fold_of) if own == fold]
+        told.append(ErasureMoments.of(joint[mine], [probed.patients[i] for i in mine], bound).to_vector())
+    return torch.stack(told)
+
+
+def _anatomy(
+    joint: Float[Tensor, "b z"], scans: TrainingScans, probed: Probed, plan: RunPlan
+) -> Float[Tensor, "f v"]:
+    """Sums with the targets, over the patients of whom all are known in some scan; zeros where these are
+    fewer than the minimum in a fold."""
+    targets = torch.tensor(
+        [[_target(scans, row, name, plan) for name in plan.probes.anatomy] for row in probed.rows],
+        dtype=torch.float64,
+    )
+    known = (~torch.isnan(targets)).all(1)
+    names = {patient for patient, complete in zip(probed.patients, known.tolist(), strict=True) if complete}
+    per_fold = [sum(probed.folds[name] == fold for name in names) for fold in range(plan.probes.folds)]
+    width = joint.shape[1] + targets.shape[1]
+    if min(per_fold) < probed.least:
+        nobody = ErasureMoments.none(width, anatomy_bound(plan)).to_vector()
+        return nobody.expand(plan.probes.folds, -1).clone()
+    rows = known.nonzero()[:, 0].tolist()
+    complete = dataclasses.replace(
+        probed, rows=tuple(probed.rows[i] for i in rows), patients=tuple(probed.patients[i] for i in rows)
+    )
+    both = torch.cat([joint[rows].double(), targets[rows]], dim=1)
+    return _by_fold(both, complete, plan, anatomy_bound(plan))
+
+
+def _target(scans: TrainingScans, row: int, name: str, plan: RunPlan) -> float:
+    """A target of a scan, its range mapped to [-1, 1] and cut there; NaN when it is not known."""
+    low, high = plan.probes.anatomy[name]
+    value = scans.covariates[row].get(name, math.nan)
+    if name.startswith("volume_"):
+        value = math.nan
+        if isinstance(scans, LabelledScans) and scans.has_label[row]:
+            label = scans.labels([row])
+            if label is not None:
+                voxels = float((label == int(name.removeprefix("volume_"))).sum())
+                value = voxels * math.prod(plan.volumes.spacing_mm)
+    elif name == "sex":
+        value = _SEXES.get(str(value), math.nan)
+    if not isinstance(value, float):
+        return math.nan
+    return min(1.0, max(-1.0, 2 * (value - low) / (high - low) - 1)) if value == value else math.nan
+
+
+@torch.no_grad()
+def _worn(
+    student: MeDUET, scans: TrainingScans, probed: Probed, plan: RunPlan, bank: StyleBank | None, site: int
+) -> dict[str, Tensor]:
+    """This site's scans in every other present site's style: recognised? like that site's?"""
+    shapes = sums_shapes(plan)
+    told = {
+        name: torch.zeros(shapes[name], dtype=torch.float64)
+        for name in (SWAPPED, SWAPPED_PATIENTS, RECOGNITION)
+    }
+    if bank is None or plan.sites[site] not in bank.present:
+        return told
+    names = list(probed.folds)
+    own = _joint(student, scans, probed)
+    gallery = _factors(patient_means(own, probed.patients), plan)
+    for target in range(len(plan.sites)):
+        if target == site or plan.sites[target] not in bank.present:
+            continue
+        queries, tokens, total = [], torch.zeros(0), 0
+        for latents, _ in _chunks(student, scans, probed):
+            here = torch.full((len(latents),), site)
+            dressed = bank.restyle(latents, here, torch.full_like(here, target))
+            queries.append(
+                torch.cat([student.pooled_content(dressed), student.pooled_style(dressed)], dim=1).cpu()
+            )
+            style = student.encode(dressed).style.sum(0)
+            tokens = style if total == 0 else tokens + style
+            total += len(latents)
+        asked = _factors(patient_means(torch.cat(queries), probed.patients), plan)
+        hits = [float(recognised(q, g, names, names).sum()) for q, g in zip(asked, gallery, strict=True)]
+        told[RECOGNITION] += torch.tensor([*hits, len(names), 1.0], dtype=torch.float64)
+        swapped = _swapped(student, scans, probed, plan, tokens / total)
+        told[SWAPPED][target], told[SWAPPED_PATIENTS][target] = (
+            style_vector(swapped),
+            swapped.sums["count"][0],
+        )
+    return told
+
+
+def _swapped(
+    student: MeDUET, scans: TrainingScans, probed: Probed, plan: RunPlan, style: Float[Tensor, "n s"]
+) -> StyleMoments:
+    """Style sums of the scans' content decoded in `style`."""
+    decoded = [
+        student.decode(Factors(student.encode(latents).content, style.expand(len(latents), -1, -1))).cpu()
+        for latents, _ in _chunks(student, scans, probed)
+    ]
+    return StyleMoments.of(torch.cat(decoded), list(probed.patients), survey_layout(plan))

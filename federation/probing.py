@@ -1,0 +1,135 @@
+"""Probe sums on the wire, read from the plan: where site and centre take shapes and bounds from.
+
+First exchange, per fold of a site's patients: `factors`, the `ErasureMoments` of (content, style) of each
+patient; `anatomy`, those of (content, style, targets) of the patients of whom every target is known (zeros
+where too few are); with a style bank also `swapped`, style sums of the scans swapped to each other site's
+style, and the counts `swapped_patients` and `recognition`. Second exchange: the fitted site probes go out,
+`hits` comes back.
+
+What this file does not do: it computes no sums (`client/probing.py`) and reads none (`server/probing.py`).
+
+Axes: f = folds, s = the plan's sites, v = sums.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from federation.plan import RunPlan
+from federation.survey import survey_layout
+from meduet_models.erasure import ErasureMoments, erasure_length
+from meduet_models.style import StyleLayout, StyleMoments
+
+FACTORS, ANATOMY, HITS = "factors", "anatomy", "hits"
+SWAPPED, SWAPPED_PATIENTS, RECOGNITION = "swapped", "swapped_patients", "recognition"
+UNBOUNDED = frozenset({SWAPPED_PATIENTS, RECOGNITION})
+"""Counts that the bound leaves out. `recognition` is no sum over patients: who is recognised depends on who
+else is there."""
+RECOGNISED = ("content", "style", "asked", "chance")
+"""Numbers in `recognition`: queries recognised by content and by style, queries, expected by guessing."""
+_HITS = ("content", "style", "patients")
+HITS_BOUND = math.sqrt(len(_HITS))
+"""L2 norm of one patient's share of `hits`: patients read as their own site's, by factor, and patients."""
+NEVER = -1e30
+"""Bias of a site whose sums did not come: no patient is read as one of its."""
+
+
+def joint_width(plan: RunPlan) -> int:
+    """Coordinates of a patient's (content, style)."""
+    return plan.network.width + plan.network.style_width
+
+
+def content_part(plan: RunPlan) -> slice:
+    """Where content is in the joint vector."""
+    return slice(0, plan.network.width)
+
+
+def style_part(plan: RunPlan) -> slice:
+    """Where style is."""
+    return slice(plan.network.width, joint_width(plan))
+
+
+def joint_bound(plan: RunPlan) -> float:
+    """L2 norm to which a patient's (content, style) is scaled: that of layer-normed tokens' mean at most."""
+    return math.sqrt(joint_width(plan))
+
+
+def anatomy_bound(plan: RunPlan) -> float:
+    """The same with the targets, each within [-1, 1]."""
+    return math.sqrt(joint_width(plan) + len(plan.probes.anatomy))
+
+
+def told_of_swaps(plan: RunPlan) -> bool:
+    """Whether there are styles of other sites to wear: a bank, of one entry per site."""
+    return plan.style.exchange == "bank" and not plan.style.body_parts
+
+
+def sums_shapes(plan: RunPlan) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the first exchange."""
+    folds, sites, targets = plan.probes.folds, len(plan.sites), len(plan.probes.anatomy)
+    shapes: dict[str, tuple[int, ...]] = {FACTORS: (folds, erasure_length(joint_width(plan)))}
+    if targets:
+        shapes[ANATOMY] = (folds, erasure_length(joint_width(plan) + targets))
+    if told_of_swaps(plan):
+        length = sum(math.prod(shape) for shape in _style_blocks(survey_layout(plan)).values())
+        shapes |= {SWAPPED: (sites, length), SWAPPED_PATIENTS: (sites,), RECOGNITION: (len(RECOGNISED),)}
+    return shapes
+
+
+def sums_bound(plan: RunPlan) -> float:
+    """L2 norm of one patient's share of the first exchange, `UNBOUNDED` left out."""
+    squares = [(joint_bound(plan) ** 2 + 1) ** 2]
+    if plan.probes.anatomy:
+        squares.append((anatomy_bound(plan) ** 2 + 1) ** 2)
+    if told_of_swaps(plan):
+        squares.append((len(plan.sites) - 1) * plan.release.style_clip**2)
+    return math.sqrt(sum(squares))
+
+
+def probe_shapes(plan: RunPlan) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the fitted site probes, as they go out with the second exchange."""
+    folds, sites = plan.probes.folds, len(plan.sites)
+    width, style = plan.network.width, plan.network.style_width
+    return {
+        "content_weight": (folds, width, sites),
+        "content_bias": (folds, sites),
+        "style_weight": (folds, style, sites),
+        "style_bias": (folds, sites),
+    }
+
+
+def hits_shapes() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the second exchange."""
+    return {HITS: (len(_HITS),)}
+
+
+def fold_moments(tensors: Mapping[str, Tensor], name: str, plan: RunPlan) -> list[ErasureMoments]:
+    """`factors` or `anatomy`, fold by fold."""
+    width, bound = joint_width(plan), joint_bound(plan)
+    if name == ANATOMY:
+        width, bound = width + len(plan.probes.anatomy), anatomy_bound(plan)
+    return [ErasureMoments.from_vector(row, width, bound) for row in tensors[name]]
+
+
+def style_vector(moments: StyleMoments) -> Tensor:
+    """The sums that a style entry follows from, as one vector."""
+    return torch.cat([moments.sums[name][0].flatten() for name in _style_blocks(moments.layout)])
+
+
+def style_moments(vector: Tensor, count: Tensor, plan: RunPlan) -> StyleMoments:
+    """Back from `style_vector`; the full-resolution centre, which no entry needs, is zero."""
+    layout = survey_layout(plan)
+    moments = StyleMoments.none(layout)
+    moments.sums["count"][0] = count
+    blocks = _style_blocks(layout)
+    parts = torch.split(vector.double(), [math.prod(shape) for shape in blocks.values()])
+    for (name, shape), part in zip(blocks.items(), parts, strict=True):
+        moments.sums[name][0] = part.reshape(shape)
+    return moments
+
+
+def _style_blocks(layout: StyleLayout) -> dict[str, tuple[int, ...]]:
+    """Blocks of a part's sums, less the count and the centre."""
+    return {name: shape[1:] for name, shape in layout.shapes().items() if name not in ("count", "centre")}

@@ -1,0 +1,184 @@
+"""Federated probes within whole runs: the real client and network, sums through the gates."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Context
+
+from client.app import make_client_app
+from client.probing import probed_patients
+from client.site_state import StateFolder
+from federation.journal import Journal
+from federation.plan import ProbePlan, RunPlan, TrainingPlan
+from federation.probing import content_part, joint_bound, joint_width, style_part
+from meduet_models.erasure import ErasureMoments, patient_means
+from meduet_models.meduet import MeDUET
+from meduet_models.probe_sums import explained_from_sums, linear_probe_from_sums, read_site
+from privacy.ledger import Ledger
+from server.app import RunResult, run
+from simulations.in_process import InProcessGrid
+
+
+class Latents:
+    """Patients of a site, whose latents are shifted by its number; age is in their anatomy."""
+
+    def __init__(self, site: int, count: int) -> None:
+        draws = torch.Generator().manual_seed(site)
+        self.values = torch.randn(count, 2, 4, 6, 4, generator=draws) * (1 + site) + site
+        self.patients = [f"{site}-{n}" for n in range(count)]
+        self.covariates: list[dict[str, str | float]] = [
+            {"age": 50 + 20 * float(x[0, :2].mean() - x[0, 2:].mean()) / (1 + site)} for x in self.values
+        ]
+        self.site_index = torch.full((count,), site)
+
+    def indices(self, split: str) -> list[int]:
+        return list(range(len(self.patients))) if split == "train" else []
+
+    def latents(self, indices: Sequence[int], view: int = 0) -> torch.Tensor:
+        return self.values[list(indices)].clone()
+
+
+class Hospital:
+    """A site in a folder."""
+
+    def __init__(self, folder: Path, name: str, scans: Latents) -> None:
+        self.name, self.state_dir, self._scans = name, folder, scans
+        self.device, self.compile, self.minimum_cohort = torch.device("cpu"), False, 0
+        self.ledger = Ledger(folder / "ledger.jsonl")
+        self.journal = Journal(folder / "journal.jsonl")
+
+    def accept(self, plan: RunPlan) -> None:
+        """Every plan."""
+
+    def scans(self, plan: RunPlan) -> Any:
+        return self._scans
+
+
+def a_plan(miniature: Any, **probes: Any) -> RunPlan:
+    plan: RunPlan = miniature.plan(deadline_s=300.0)
+    training = TrainingPlan(rounds=2, steps_per_round=2, batch_size=4, warmup=0.0)
+    told = ProbePlan(**{"every_rounds": 1, "folds": 3, "anatomy": {"age": (0.0, 100.0)}, **probes})
+    return dataclasses.replace(plan, training=training, probes=told)
+
+
+def go(plan: RunPlan, folder: Path, sizes: Sequence[int] = (18, 18, 18)) -> RunResult:
+    def open_site(context: Context) -> Hospital:
+        index = int(context.node_config["partition-id"])
+        name = plan.sites[index]
+        return Hospital(folder / "sites" / name, name, Latents(index, sizes[index]))
+
+    grid = InProcessGrid(make_client_app(open_site), len(plan.sites), through_wire=True)
+    return run(grid, plan, folder)
+
+
+@pytest.fixture(scope="module")
+def probed(miniature: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunPlan, Path, RunResult]:
+    folder, plan = tmp_path_factory.mktemp("probed"), a_plan(miniature)
+    return plan, folder, go(plan, folder)
+
+
+def test_every_reading_is_in_the_metrics_of_its_round_and_of_the_end(probed: Any) -> None:
+    plan, folder, result = probed
+    metrics = json.loads((folder / "metrics.json").read_text())
+    entries = [entry["federated_probes"] for entry in metrics["rounds"]] + [metrics["federated_probes"]]
+    assert len(entries) == 3
+    for entry in entries:
+        assert entry["refused"] == {} and entry["sites"] == dict.fromkeys(plan.sites, 18)
+        assert set(entry["readings"]) == {
+            "site_from_content",
+            "site_from_style",
+            "chance_site",
+            "content_through_style",
+            "anatomy_from_content",
+            "anatomy_from_content_age",
+            "anatomy_from_style",
+            "anatomy_from_style_age",
+            "patient_from_content_within_site",
+            "patient_from_style_within_site",
+            "chance_patient_within_site",
+            "style_gap_closed",
+        }
+        readings = entry["readings"]
+        assert readings["chance_site"] == pytest.approx(1 / 3)
+        assert readings["chance_patient_within_site"] == pytest.approx(1 / 18)
+        assert readings["site_from_style"] > 0.7  # scales of 1, 2 and 3; 21 hits of 54 happen by guessing
+        assert readings["patient_from_content_within_site"] > readings["patient_from_style_within_site"]
+    assert result.metrics["federated_probes"] == metrics["federated_probes"]
+
+
+def test_the_readings_are_those_of_everybodys_factors_in_one_place(probed: Any) -> None:
+    """The federation's final readings, against features pooled behind its back."""
+    plan, folder, result = probed
+    joint, sites, folds = [], [], []
+    for index, name in enumerate(plan.sites):
+        state = StateFolder(folder / "sites" / name / "state", plan.sha256).before(3)
+        model = MeDUET(plan.network, 3).eval()
+        model.load_state_dict(state.home | result.shared)
+        scans = Latents(index, 18)
+        with torch.no_grad():
+            own = torch.cat([model.pooled_content(scans.values), model.pooled_style(scans.values)], 1)
+        own = patient_means(own.double(), scans.patients)
+        joint.append(own * (joint_bound(plan) / own.norm(dim=1, keepdim=True).clamp(min=joint_bound(plan))))
+        sites += [index] * 18
+        folds += list(probed_patients(scans, plan, 0).folds.values())
+    x, site, fold = torch.cat(joint), torch.tensor(sites), torch.tensor(folds)
+
+    def moments(rows: torch.Tensor) -> ErasureMoments:
+        return ErasureMoments.of(x[rows], [str(i) for i in range(int(rows.sum()))], joint_bound(plan))
+
+    readings = result.metrics["federated_probes"]["readings"]
+    through = explained_from_sums(
+        [moments(fold == f) for f in range(3)], style_part(plan), content_part(plan), together=True
+    )
+    assert readings["content_through_style"] == pytest.approx(float(through), abs=1e-6)
+    for factor, part in (("content", content_part(plan)), ("style", style_part(plan))):
+        said = torch.empty(len(x), dtype=torch.long)
+        for f in range(3):
+            own = {str(s): moments((fold != f) & (site == s)) for s in range(3)}
+            cut = {
+                s: ErasureMoments(m.count, m.total[part], m.outer[part, part], m.bound)
+                for s, m in own.items()
+            }
+            said[fold == f] = read_site(x[fold == f][:, part], *linear_probe_from_sums(cut))
+        recall = [float((said[site == s] == s).double().mean()) for s in range(3)]
+        assert readings[f"site_from_{factor}"] == pytest.approx(sum(recall) / 3, abs=1e-9)
+    assert x.shape == (54, joint_width(plan))
+
+
+def test_probes_change_no_weight(miniature: Any, probed: Any, tmp_path: Path) -> None:
+    _, _, result = probed
+    silent = go(a_plan(miniature, every_rounds=0, folds=5, anatomy={}), tmp_path)
+    assert "federated_probes" not in silent.metrics
+    assert all(torch.equal(silent.shared[name], tensor) for name, tensor in result.shared.items())
+
+
+def test_a_site_below_the_cohort_is_listed_and_stops_nothing(miniature: Any, tmp_path: Path) -> None:
+    plan = a_plan(miniature, every_rounds=2)
+    metrics = go(plan, tmp_path, sizes=(18, 12, 18)).metrics  # 12 patients are 4 in a fold; the plan wants 5
+    assert "federated_probes" not in metrics["rounds"][0]
+    told = metrics["rounds"][1]["federated_probes"]
+    assert told["refused"] == {plan.sites[1]: "refused: cohort_too_small"}
+    assert set(told["sites"]) == {plan.sites[0], plan.sites[2]}
+    assert told["readings"]["chance_site"] == 0.5
+    journal = Journal(tmp_path / "sites" / plan.sites[1] / "journal.jsonl")
+    lines = (tmp_path / "sites" / plan.sites[1] / "journal.jsonl").read_text().splitlines()
+    assert journal.verify() == len(lines)
+    assert {json.loads(line)["record"]["kind"] for line in lines} == {"survey", "round", "erasure"}
+
+
+def test_where_too_few_can_answer_there_is_no_reading(miniature: Any, tmp_path: Path) -> None:
+    metrics = go(a_plan(miniature, every_rounds=2), tmp_path, sizes=(12, 12, 18)).metrics
+    assert metrics["federated_probes"]["readings"] == {}
+    assert len(metrics["federated_probes"]["refused"]) == 2
+
+
+def test_a_finished_run_that_is_opened_again_asks_nobody(probed: Any) -> None:
+    plan, folder, result = probed
+    before = (folder / "sites" / plan.sites[0] / "journal.jsonl").read_bytes()
+    assert go(plan, folder).metrics["federated_probes"] == result.metrics["federated_probes"]
+    assert (folder / "sites" / plan.sites[0] / "journal.jsonl").read_bytes() == before
