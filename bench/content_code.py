@@ -27,7 +27,8 @@ from meduet_models.bank import StyleBank
 from meduet_models.content_code import RenderingMoments, fit_content_code
 from meduet_models.erasure import ErasureMoments, erase, fit_erasure
 from meduet_models.meduet import MeDUET
-from meduet_models.probes import retrieval_across_sites, site_probe
+from meduet_models.probes import site_probe
+from meduet_models.recognition import retrieval_across_sites
 from meduet_models.style import StyleLayout, StyleMoments
 
 SITES = variants.SITES
