@@ -18,9 +18,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from meduet_models.style import CohortTooSmall, StyleEntry, StyleLayout, StyleMoments, restyle
+from meduet_models.style import (
+    SMALLEST_DEVIATION,
+    CohortTooSmall,
+    StyleEntry,
+    StyleLayout,
+    StyleMoments,
+    restyle,
+)
 
-_ENTRY = ("mean", "deviation", "map", "amplitude")
+_ENTRY = ("mean", "deviation", "map", "map_deviation", "amplitude")
+_POSITIVE = ("deviation", "map_deviation", "scale")
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,7 @@ class StyleBank:
             )
         if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
             raise ValueError("Expected a style bank of finite numbers; got NaN or infinity.")
-        if not bool((tensors["deviation"] > 0).all()) or not bool((tensors["scale"] > 0).all()):
+        if not all(bool((tensors[name] > 0).all()) for name in _POSITIVE if name in tensors):
             raise ValueError("Expected positive deviations in the style bank; got some of 0 or less.")
         entries = StyleEntry(*(tensors.get(name) for name in _ENTRY))  # type: ignore[arg-type]
         return StyleBank(sites, tensors["count"], entries, tensors["centre"], tensors["scale"])
@@ -156,10 +164,14 @@ class StyleBank:
         around_of_sites = own.mean.square() if own.map is None else own.map.square().mean((-3, -2, -1))
         around = channel_mean.square() if coarse is None else coarse.square().mean((-3, -2, -1))
         variance = mean(own.deviation.square() + around_of_sites) - around
+        within = None
+        if own.map is not None and own.map_deviation is not None and coarse is not None:
+            within = mean(own.map_deviation.square() + own.map.square()) - coarse.square()
         return StyleEntry(
             mean=channel_mean.float(),
             deviation=variance.clamp(min=0).sqrt().float(),
             map=None if coarse is None else coarse.float(),
+            map_deviation=None if within is None else within.clamp(min=SMALLEST_DEVIATION**2).sqrt().float(),
             amplitude=None if own.amplitude is None else mean(own.amplitude).float(),
         )
 
@@ -198,5 +210,6 @@ def _blank(sites: tuple[str, ...], layout: StyleLayout) -> StyleEntry:
         mean=torch.zeros(lead),
         deviation=torch.ones(lead),
         map=None if layout.map_grid is None else torch.zeros(*lead, *layout.map_grid),
+        map_deviation=None if layout.map_grid is None else torch.ones(*lead, *layout.map_grid),
         amplitude=torch.zeros(*lead, 3, 3, 2) if layout.amplitude else None,
     )

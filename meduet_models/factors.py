@@ -37,11 +37,12 @@ class Factors:
 
 @dataclass(frozen=True)
 class StyleStatistics:
-    """The statistics of one scan that normalising it removes, and a coarse map of its channel means."""
+    """The statistics of one scan that normalising it removes, and coarse maps of mean and deviation."""
 
     mean: Float[Tensor, "b c"]
     deviation: Float[Tensor, "b c"]
     coarse_map: Float[Tensor, "b c gx gy gz"]
+    coarse_deviation: Float[Tensor, "b c gx gy gz"]
 
 
 def normalise(latents: Float[Tensor, "b c d h w"]) -> Float[Tensor, "b c d h w"]:
@@ -72,12 +73,16 @@ class StyleMeter(nn.Module):
             self.register_buffer(f"weights_{name}", pooling_weights(size, cells), persistent=False)
 
     def forward(self, latents: Float[Tensor, "b c d h w"]) -> StyleStatistics:
-        """Channel means, channel deviations and coarse map over each scan."""
+        """Channel means, channel deviations and coarse maps over each scan."""
         variance, mean = torch.var_mean(latents, dim=(2, 3, 4), correction=0)
-        coarse = torch.einsum(
-            "bcdhw,dx,hy,wz->bcxyz", latents, self.weights_d, self.weights_h, self.weights_w
+        coarse, square = (
+            torch.einsum("bcdhw,dx,hy,wz->bcxyz", x, self.weights_d, self.weights_h, self.weights_w)
+            for x in (latents, latents.square())
         )
-        return StyleStatistics(mean, (variance + VARIANCE_FLOOR).sqrt(), coarse)
+        within = (square - coarse.square()).clamp(min=0)
+        return StyleStatistics(
+            mean, (variance + VARIANCE_FLOOR).sqrt(), coarse, (within + VARIANCE_FLOOR).sqrt()
+        )
 
 
 class ContentHead(nn.Module):
@@ -107,7 +112,7 @@ class TokenStyleHead(nn.Module):
 
 
 class StatisticsStyleHead(nn.Module):
-    """`split` paths: a small MLP of means, log deviations and the nearest cell of the coarse map. No
+    """`split` paths: a small MLP of means, log deviations and the nearest cells of the coarse maps. No
     attention."""
 
     cell: Tensor
@@ -127,14 +132,15 @@ class StatisticsStyleHead(nn.Module):
         d, h, w = torch.meshgrid(*axes, indexing="ij")
         cell = (d * map_grid[1] + h) * map_grid[2] + w
         self.register_buffer("cell", cell.flatten(), persistent=False)  # n
-        self.expand = nn.Linear(3 * channels, 4 * style_width)
+        self.expand = nn.Linear(4 * channels, 4 * style_width)
         self.contract = nn.Linear(4 * style_width, style_width)
 
     def forward(self, statistics: StyleStatistics) -> Float[Tensor, "b n s"]:
         """Style of each token, from statistics that the caller has brought to a common scale."""
-        by_cell = statistics.coarse_map.flatten(2)[:, :, self.cell].transpose(1, 2)  # b n c
+        maps = torch.cat([statistics.coarse_map, statistics.coarse_deviation.log()], dim=1)
+        by_cell = maps.flatten(2)[:, :, self.cell].transpose(1, 2)  # b n 2c
         whole = torch.cat([statistics.mean, statistics.deviation.log()], dim=1).unsqueeze(1)  # b 1 2c
-        x = torch.cat([whole.expand(-1, by_cell.shape[1], -1), by_cell], dim=2)  # b n 3c
+        x = torch.cat([whole.expand(-1, by_cell.shape[1], -1), by_cell], dim=2)  # b n 4c
         style: Tensor = self.contract(F.gelu(self.expand(x)))
         return style
 

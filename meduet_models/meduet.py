@@ -253,6 +253,7 @@ class FactorNetwork(nn.Module):
                 (statistics.mean - centre.mean) / scale,
                 statistics.deviation / scale,
                 (statistics.coarse_map - centre.coarse_map) / scale.reshape(-1, 1, 1, 1),
+                statistics.coarse_deviation / scale.reshape(-1, 1, 1, 1),
             )
         )
         return style

@@ -8,9 +8,10 @@ What this file does not do: it keeps no scan's statistics (a patient's are scale
 once), keeps no bank (`bank.py`), sends nothing (`client/style_survey.py`, `strategies/style_bank.py`).
 
 Where it comes from: AdaIN at the level of a site (CCST, WACV 2023: channel mean and deviation of a frozen
-network), and, for registered crops, a coarse mean map: it follows shading that a channel mean cannot see.
-Error of a restyled scan against the same patient on the other scanner, relative to doing nothing: about .5
-with channel mean and deviation, .2 with a 2 x 3 x 2 map (hippocampus, four simulated scanners).
+network), and, for registered crops, coarse maps of mean and deviation: they follow shading, and noise and
+contrast that differ from place to place. Error of a restyled scan against the same patient on the other
+scanner, relative to doing nothing: .40 with channel mean and deviation, .16 with a 2 x 3 x 2 mean map, .11
+with the deviation map beside it (hippocampus, four simulated scanners; docs/log.md).
 
 Axes: b = scans, m = scans of one patient, p = body parts, c = channels, d h w = latent voxels, x y z = cells
 of the coarse map, k j i = low frequencies of the amplitude baseline.
@@ -73,7 +74,8 @@ class StyleLayout:
             "variance": per_channel,
         }
         if self.map_grid is not None:
-            shapes |= {"map": (*per_channel, *self.map_grid), "centre": (*per_channel, *self.latent_grid)}
+            cells = (*per_channel, *self.map_grid)
+            shapes |= {"map": cells, "map_square": cells, "centre": (*per_channel, *self.latent_grid)}
         if self.amplitude:
             shapes["amplitude"] = (*per_channel, 3, 3, 2)
         return shapes
@@ -94,6 +96,8 @@ class StyleEntry:
     """Channel deviations: around the coarse map where there is one, around the mean otherwise."""
     map: Float[Tensor, "*b c x y z"] | None = None
     """Coarse mean map of registered crops."""
+    map_deviation: Float[Tensor, "*b c x y z"] | None = None
+    """Deviation within each cell of that map."""
     amplitude: Float[Tensor, "*b c k j i"] | None = None
     """Mean low-frequency amplitudes (baseline only)."""
 
@@ -103,11 +107,12 @@ class StyleEntry:
             mean=change(self.mean),
             deviation=change(self.deviation),
             map=None if self.map is None else change(self.map),
+            map_deviation=None if self.map_deviation is None else change(self.map_deviation),
             amplitude=None if self.amplitude is None else change(self.amplitude),
         )
 
     def to_vector(self) -> Float[Tensor, "*b s"]:
-        """Mean, deviation and map as one vector per entry: what a style gap is measured on."""
+        """Mean, deviation and mean map as one vector per entry: what a style gap is measured on."""
         parts = [self.mean, self.deviation] + ([] if self.map is None else [self.map.flatten(-4)])
         return torch.cat(parts, dim=-1)
 
@@ -126,7 +131,7 @@ class StyleMoments:
     layout: StyleLayout
     """What the sums are."""
     sums: Mapping[str, Float64[Tensor, "..."]]
-    """One tensor per name of `layout.shapes()`, float64. `map` and `centre` are divided by the square root of
+    """One tensor per name of `layout.shapes()`, float64. Maps and `centre` are divided by the square root of
     their number of cells, so that every block of a patient's vector has a norm of the same order."""
 
     @staticmethod
@@ -237,15 +242,18 @@ class StyleMoments:
             raise CohortTooSmall("Expected at least one patient behind a style entry; got none.")
         average = {name: total[part] / count for name, total in self.sums.items()}
         second = average["variance"] + average["mean_square"]  # c: mean of squares over patients and voxels
-        coarse = None
+        coarse = within = None
         around = average["mean"].square()
         if self.layout.map_grid is not None:
-            coarse = average["map"] * math.sqrt(math.prod(self.layout.map_grid))
+            cells = math.sqrt(math.prod(self.layout.map_grid))
+            coarse = average["map"] * cells
+            within = _deviation(average["map_square"] * cells - coarse.square())
             around = coarse.square().mean((1, 2, 3))
         return StyleEntry(
             mean=average["mean"].float(),
             deviation=_deviation(second - around),
             map=None if coarse is None else coarse.float(),
+            map_deviation=within,
             amplitude=average["amplitude"].float() if self.layout.amplitude else None,
         )
 
@@ -273,17 +281,18 @@ def restyle(
 ) -> Float[Tensor, "b c d h w"]:
     """Move latents from the style of `own` to that of `target`; entries of one site, or one per scan.
 
-    With maps: up(map_target) + (x - up(map_own)) · deviation_target / deviation_own, trilinear between the
-    centres of the cells. Without: the same with channel means. With amplitudes: those of the target take the
-    place of the scan's own (baseline).
+    With maps: up(map_target) + (x - up(map_own)) · exp(up(log deviation_target) - up(log deviation_own)),
+    trilinear between the centres of the cells. Without: the same with channel means and deviations. With
+    amplitudes: those of the target take the place of the scan's own (baseline).
     """
     if own.amplitude is not None and target.amplitude is not None:
         return swap_amplitude(latents, target.amplitude)
-    ratio = (target.deviation / own.deviation)[..., None, None, None]
-    if own.map is None or target.map is None:
+    if own.map is None or target.map is None or own.map_deviation is None or target.map_deviation is None:
+        ratio = (target.deviation / own.deviation)[..., None, None, None]
         return target.mean[..., None, None, None] + (latents - own.mean[..., None, None, None]) * ratio
     grid = (latents.shape[2], latents.shape[3], latents.shape[4])
-    return upsample(target.map, grid) + (latents - upsample(own.map, grid)) * ratio
+    log_ratio = upsample(target.map_deviation.log(), grid) - upsample(own.map_deviation.log(), grid)
+    return upsample(target.map, grid) + (latents - upsample(own.map, grid)) * log_ratio.exp()
 
 
 def coarse_map(latents: Float[Tensor, "b c d h w"], grid: tuple[int, int, int]) -> Float[Tensor, "b c x y z"]:
@@ -310,7 +319,10 @@ def _statistics(
     }
     if layout.map_grid is not None:
         centre = latents.mean(0)  # c d h w
-        values["map"] = coarse_map(centre[None], layout.map_grid)[0] / math.sqrt(math.prod(layout.map_grid))
+        cells = math.sqrt(math.prod(layout.map_grid))
+        values["map"] = coarse_map(centre[None], layout.map_grid)[0] / cells
+        squares = latents.square().mean(0)
+        values["map_square"] = coarse_map(squares[None], layout.map_grid)[0] / cells
         values["centre"] = centre / math.sqrt(math.prod(layout.latent_grid))
     if layout.amplitude:
         values["amplitude"] = low_amplitude(latents).mean(0)

@@ -62,7 +62,8 @@ class StyleSurvey:
         )
         if bool(((counts == 0) & (told > 0)).any()):
             raise ValueError("Expected nothing to be told of body parts without patients; got sums.")
-        if bool((moments.sums["variance"] < 0).any()) or bool((moments.sums["mean_square"] < 0).any()):
+        squares = {"variance", "mean_square", "map_square"} & set(moments.sums)
+        if any(bool((moments.sums[name] < 0).any()) for name in squares):
             raise ValueError("Expected sums of squares and variances of at least 0; got negative ones.")
         if moments.norm() > float(counts.sum()) * self.layout.bound * (1 + _ROUNDING):
             raise ValueError(

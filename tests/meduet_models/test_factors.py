@@ -48,10 +48,19 @@ def test_statistics_are_what_normalising_removed() -> None:
 
 def test_style_tokens_of_one_cell_are_equal_and_follow_their_cell() -> None:
     head = StatisticsStyleHead(2, 6, (4, 3, 2), (2, 1, 1))
-    statistics = StyleStatistics(torch.randn(1, 2), torch.rand(1, 2) + 0.5, torch.randn(1, 2, 2, 1, 1))
+    statistics = StyleStatistics(
+        torch.randn(1, 2), torch.rand(1, 2) + 0.5, torch.randn(1, 2, 2, 1, 1), torch.rand(1, 2, 2, 1, 1) + 0.5
+    )
 
     style = head(statistics)
-    moved = head(StyleStatistics(statistics.mean, statistics.deviation, statistics.coarse_map.flip(2)))
+    moved = head(
+        StyleStatistics(
+            statistics.mean,
+            statistics.deviation,
+            statistics.coarse_map.flip(2),
+            statistics.coarse_deviation.flip(2),
+        )
+    )
 
     assert style.shape == (1, 24, 6)
     torch.testing.assert_close(style[:, :12], style[:, :1].expand(-1, 12, -1))

@@ -456,10 +456,6 @@ def test_the_losses_of_a_tiny_run_are_the_recorded_ones() -> None:
         assert ours_by_name == pytest.approx(theirs_by_name, rel=1e-3, abs=1e-4), f"{head}"
 
 
-if __name__ == "__main__":
-    (ROOT / "tests" / "golden" / "tiny_run.txt").write_text("\n".join(golden_lines()) + "\n")
-
-
 def reconstruction_only(**weights: float) -> LossWeights:
     none = {field.name: 0.0 for field in dataclasses.fields(LossWeights)}
     return LossWeights(**{**none, "reconstruction": 1.0, **weights})
@@ -482,3 +478,7 @@ def test_masked_autoencoding_predicts_hidden_tokens_of_each_scan_from_its_visibl
 def test_masked_autoencoding_refuses_terms_that_need_a_partner() -> None:
     with pytest.raises(ValueError, match=r"weights\.siqc needs a partner .* has none"):
         ObjectiveConfig(weights=reconstruction_only(siqc=0.3), masking="masked")
+
+
+if __name__ == "__main__":
+    (ROOT / "tests" / "golden" / "tiny_run.txt").write_text("\n".join(golden_lines()) + "\n")

@@ -126,10 +126,28 @@ def test_one_entry_per_scan_restyles_as_entries_one_by_one() -> None:
         torch.stack([e.mean for e in entries[1:]]),
         torch.stack([e.deviation for e in entries[1:]]),
         torch.stack([e.map for e in entries[1:] if e.map is not None]),
+        torch.stack([e.map_deviation for e in entries[1:] if e.map_deviation is not None]),
     )
     together = restyle(x, entries[0].each(lambda t: t.expand(3, *t.shape)), stacked)
     alone = [restyle(x[i : i + 1], entries[0], entries[i + 1]) for i in range(3)]
     torch.testing.assert_close(together, torch.cat(alone))
+
+
+def test_noise_in_one_half_is_restyled_there_alone() -> None:
+    layout = dataclasses.replace(LAYOUT, parts=1, amplitude=False, map_grid=(2, 1, 1))
+    clean = scans(3, 12) * 0.2
+    half = GRID[0] // 2
+    noisy = clean.clone()
+    noisy[:, :, half:] += 2.0 * torch.randn(
+        noisy[:, :, half:].shape, generator=torch.Generator().manual_seed(4)
+    )
+    names = [str(i) for i in range(12)]
+    own, target = (StyleMoments.of(x, names, layout).entry() for x in (clean, noisy))
+    restyled = restyle(clean, own, target)
+    spread = restyled.var((0, 1, 3, 4)) / clean.var((0, 1, 3, 4))
+    assert own.map_deviation is not None and target.map_deviation is not None
+    assert float(spread[0]) == pytest.approx(1, abs=0.1)  # where no noise was added
+    assert float(spread[-1]) > 20
 
 
 def test_a_coarse_map_is_upsampled_between_the_centres_of_its_cells() -> None:

@@ -19,7 +19,7 @@ METHODS = ["content_share", "fedavg", "pooled", "alone"]
 
 
 def surveyed(plan: Any, site: str, seed: int, num: int = 8) -> SurveyReply:
-    latents = torch.randn(num, 2, 4, 6, 4, generator=torch.Generator().manual_seed(seed)) + seed
+    latents = torch.randn(num, 2, 4, 6, 4, generator=torch.Generator().manual_seed(seed)) + seed / 2
     moments = StyleMoments.of(latents, [str(i) for i in range(num)], survey_layout(plan))
     return SurveyReply(
         plan_sha256=plan.sha256, site=site, moments=moments.to_tensors(), num_patients=num, num_scans=num
@@ -63,7 +63,7 @@ def test_a_survey_sets_the_latent_scale_to_that_of_the_union(miniature: Any, met
     done = model.after_survey(model.start()[0], replies)
     union = torch.cat(
         [
-            torch.randn(8, 2, 4, 6, 4, generator=torch.Generator().manual_seed(i)) + i
+            torch.randn(8, 2, 4, 6, 4, generator=torch.Generator().manual_seed(i)) + i / 2
             for i in range(len(plan.participants))
         ]
     )
