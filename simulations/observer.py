@@ -16,6 +16,7 @@ from client.cohort import read_entry
 from client.latent_set import LatentSet
 from client.site import Site
 from client.site_state import StateFolder
+from client.style_survey import own_moments
 from client.volumes import prepare
 from federation.plan import RunPlan
 from meduet_models.alignment import check_alignment, style_tokens
@@ -29,7 +30,8 @@ from simulations.hospital_plans import Hospital
 from simulations.progress import Live
 from simulations.settings import SimulationSettings
 
-_TRAINING_SCANS = 24  # of each hospital, for its style tokens
+TRAINING_SCANS = 24
+"""Training scans of each hospital from which its style tokens are made."""
 
 
 class Witness(RunObserver):
@@ -51,16 +53,21 @@ class Witness(RunObserver):
 
             self._events = SummaryWriter(str(self._folder / "tensorboard"))
         own = [consortium.site(hospital.name) for hospital in hospitals]
-        self._scans = [site.scans(plan) for site in own]
-        self._training = [s.latents(s.indices("train")[:_TRAINING_SCANS]) for s in self._scans]
-        self._paired = [_paired(plan, site, hospital) for site, hospital in zip(own, hospitals, strict=True)]
-        self._held = self._hold_out()
+        self._scans = [site.scans(consortium.everyone) for site in own]
+        self._training = [s.latents(s.indices("train")[:TRAINING_SCANS]) for s in self._scans]
+        self._paired = [
+            _paired(consortium.everyone, site, hospital)
+            for site, hospital in zip(own, hospitals, strict=True)
+        ]
+        self._held = self._hold_out(len(plan.sites))
 
-    def _hold_out(self) -> Held | None:
-        """The paired patients where there are any, else those kept for validation and test; None: nobody."""
-        sets = [s for s in self._paired if s is not None]
+    def _hold_out(self, num_hospitals: int) -> Held | None:
+        """Of the first hospitals, the paired patients where there are any, else those kept for validation and
+        test; None: nobody.
+        """
+        sets = [s for s in self._paired[:num_hospitals] if s is not None]
         rows: list[tuple[int, str, Tensor]] = []
-        for index, scans in enumerate(sets or self._scans):
+        for index, scans in enumerate(sets or self._scans[:num_hospitals]):
             chosen = range(scans.num_scans) if sets else scans.indices("validation") + scans.indices("test")
             prefix = "" if sets else f"{index}/"
             rows += [(index, prefix + scans.patients[row], scans.latents([row])) for row in chosen]
@@ -79,7 +86,7 @@ class Witness(RunObserver):
     ) -> Mapping[str, Any]:
         """Probe every few rounds and after the last."""
         due = round % self._every == 0 or round == self._plan.training.rounds
-        probes = self._measure(shared, round) if due else {}
+        probes = self._measure(shared, round, self._held) if due else {}
         self._live.on_round_end(round, metrics, probes)
         if self._events is not None:
             for name, value in {**metrics["loss"], **probes}.items():
@@ -88,8 +95,15 @@ class Witness(RunObserver):
         return probes
 
     def on_end(self, result: RunResult) -> Mapping[str, Any]:
-        """Probe the final weights, erasure included; test whether style heads understand each other."""
-        measured = self._measure(result.shared, self._plan.training.rounds)
+        """Probe the final weights, erasure included; test whether style heads understand each other.
+
+        Hospitals held out are measured here and nowhere else: `with_held_out` has the probes on all.
+        """
+        rounds = self._plan.training.rounds
+        measured: dict[str, Any] = {**self._measure(result.shared, rounds, self._held)}
+        if self._consortium.held_out:
+            everyone = self._hold_out(len(self._hospitals))
+            measured["with_held_out"] = self._measure(result.shared, rounds, everyone)
         return measured | self._alignment(result)
 
     def _alignment(self, result: RunResult) -> dict[str, float]:
@@ -104,11 +118,10 @@ class Witness(RunObserver):
         if len(bank.present) < len(plan.sites) or len(plan.sites) < 2:
             return {}
         models = self._models(result.shared, plan.training.rounds)
-        told = [
-            style_tokens(m, x, bank, i) for i, (m, x) in enumerate(zip(models, self._training, strict=True))
-        ]
+        training = self._training[: len(plan.sites)]
+        told = [style_tokens(m, x, bank, i) for i, (m, x) in enumerate(zip(models, training, strict=True))]
         outcomes = [
-            check_alignment(models[i], told[j], self._training[i], bank, i)
+            check_alignment(models[i], told[j], training[i], bank, i)
             for i in range(len(models))
             for j in range(len(models))
             if i != j
@@ -118,29 +131,23 @@ class Witness(RunObserver):
             "alignment_passed": float(all(outcome.passed for outcome in outcomes)),
         }
 
-    def _measure(self, shared: Mapping[str, Tensor], round: int) -> dict[str, float]:
+    def _measure(self, shared: Mapping[str, Tensor], round: int, held: Held | None) -> dict[str, float]:
         """Mean over the sites' models: what they share, with what each keeps at home."""
-        if self._held is None:
+        if held is None:
             return {}
-        measured = [
-            measure(model, self._plan, self._held, self._training) for model in self._models(shared, round)
-        ]
+        training = self._training[: max(held.site) + 1]
+        measured = [measure(model, self._plan, held, training) for model in self._models(shared, round)]
         return {name: sum(m[name] for m in measured) / len(measured) for name in measured[0]}
 
     def _models(self, shared: Mapping[str, Tensor], round: int) -> list[MeDUET]:
-        plan = self._plan
-        models = []
-        for name in plan.participants:
-            states = StateFolder(self._consortium.site(name).state_dir / "state", plan.sha256)
-            models.append(load_model(plan, {**states.before(round + 1).home, **shared}))
-        return models
+        return site_models(self._plan, self._consortium, shared, round)
 
     def draw(self, result: RunResult) -> None:
         """Draw a held-out patient of each hospital: as scanned, rebuilt, in every other hospital's style."""
         models = self._models(result.shared, self._plan.training.rounds)
         names = [hospital.name for hospital in self._hospitals]
         for index, name in enumerate(names):
-            model = models[index if len(models) > 1 else 0]
+            model = models[index if index < len(models) else 0]  # a hospital held out gets the first's
             styles = [mean_style(model, training) for training in self._training]
             scans, row = self._example(index)
             latents = scans.latents([row])
@@ -166,6 +173,10 @@ class Witness(RunObserver):
         if not result.bank:
             return {}
         bank = StyleBank.from_tensors(result.bank, self._plan.sites)
+        for site, scans in list(zip(self._consortium.everyone.sites, self._scans, strict=True))[
+            len(bank.sites) :
+        ]:
+            bank = bank.joined_by(site, own_moments(scans, self._plan))
         known = [i for i in (index, *others) if float(bank.count[i].sum()) > 0]
         if index not in known:
             return {}
@@ -186,6 +197,17 @@ class Witness(RunObserver):
     def _decode(self, latents: Tensor) -> Any:
         volume = self._consortium.site(self._plan.sites[0]).tokenizer.decode(latents)
         return volume[0, 0].clamp(0, 1).numpy()
+
+
+def site_models(
+    plan: RunPlan, consortium: Consortium, shared: Mapping[str, Tensor], round: int
+) -> list[MeDUET]:
+    """Each participant's model after `round`: what all share, with what it keeps at home."""
+    models = []
+    for name in plan.participants:
+        states = StateFolder(consortium.site(name).state_dir / "state", plan.sha256)
+        models.append(load_model(plan, {**states.before(round + 1).home, **shared}))
+    return models
 
 
 def _volume(scans: LatentSet, row: int, plan: RunPlan) -> Any:
