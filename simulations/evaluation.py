@@ -77,9 +77,14 @@ def swap(
 
 
 def measure(
-    model: MeDUET, plan: RunPlan, held: Held, training: Sequence[Float[Tensor, "b c d h w"]]
+    model: MeDUET,
+    plan: RunPlan,
+    held: Held,
+    training: Sequence[Float[Tensor, "b c d h w"]],
+    thorough: bool = False,
 ) -> dict[str, float]:
     """Probe `model` on `held`; `training` are some training latents of each site, for its style tokens.
+    `thorough` is for readings that take longer; there are none in this version.
 
     Keys: `scans`, `patients` (how many were measured on); `site_from_content`, `site_from_content_mlp`,
     `site_from_style` (balanced accuracy), `chance_site`; `patient_from_content`, `patient_from_style`

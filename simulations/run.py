@@ -36,6 +36,7 @@ from server.app import run as run_plan
 from server.checkpoints import OtherPlan
 from server.config import CONF, plain, plan_from
 from server.run_folder import write_whole
+from simulations.benchmark import CellsFailed, run_benchmark
 from simulations.consortium import Consortium, site_configs
 from simulations.hospital_plans import Hospital, HospitalsPlan, PhantomHospitals, SplitHospitals
 from simulations.hospitals import make_hospitals
@@ -221,10 +222,19 @@ def _main(config: DictConfig) -> None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         config.folder = HydraConfig.get().runtime.output_dir  # one folder per job
     try:
-        page = run(config)
+        match HydraConfig.get().job.config_name:
+            case "config":
+                page = run(config)
+            case "benchmark":
+                page = run_benchmark(config, console)
+            case unknown:
+                raise ValueError(f"Expected --config-name config or benchmark; got {unknown!r}.")
     except (ValueError, OtherPlan, RoundFailed) as error:
         console.print(f"[red]{type(error).__name__}[/]: {error}", markup=True)
         sys.exit(2)
+    except CellsFailed as error:
+        console.print(f"[red]{type(error).__name__}[/]: {error}", markup=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         console.print("Interrupted. Nothing is lost: give the same command again to go on.")
         sys.exit(130)
