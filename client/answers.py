@@ -22,13 +22,14 @@ from client.site_state import StateFolder
 from client.style_survey import own_moments, survey
 from client.trainee import Trainee, student_of
 from client.training import train_round
-from federation.erasure import content_bound, erasure_shapes, erasure_tensors, share_bound
+from federation.erasure import content_bound, erasure_shapes, erasure_tensors, renders, share_bound
 from federation.journal import Journal
 from federation.messages import ErasureAsk, SurveyAsk, TrainAsk
 from federation.plan import RunPlan
 from federation.survey import smallest_cohort, survey_layout
 from federation.wire import RefusalKind
 from meduet_models.bank import StyleBank
+from meduet_models.content_code import RenderingMoments
 from meduet_models.erasure import ErasureMoments
 from meduet_models.style import CohortTooSmall
 from meduet_models.weights import sha256_of_tensors
@@ -161,7 +162,8 @@ def answer_round(
 
 
 def answer_erasure(site: Site, ask: ErasureAsk, plan: RunPlan) -> Released:
-    """Sums of pooled content over the training patients, under the run's last weights and in their own style.
+    """Sums of pooled content over the training patients, under the run's last weights: in their own style,
+    and how it varies when they wear every style of the bank.
 
     Raises `CohortTooSmall` below the minimum.
     """
@@ -179,14 +181,23 @@ def answer_erasure(site: Site, ask: ErasureAsk, plan: RunPlan) -> Released:
     least = smallest_cohort(plan, site.minimum_cohort)
     if (came := len(set(patients))) < least:
         raise CohortTooSmall(f"Expected at least {least} patients behind content sums; got {came}.")
-    content: list[Tensor] = []
-    with torch.no_grad():
-        for first in range(0, len(rows), _SCANS_AT_ONCE):
-            latents = scans.latents(rows[first : first + _SCANS_AT_ONCE])
-            content.append(student.pooled_content(latents.to(site.device)).cpu())
-    moments = ErasureMoments.of(torch.cat(content), patients, content_bound(plan))
+
+    def content(read: Callable[[list[int]], Tensor]) -> Tensor:
+        chunks = [rows[first : first + _SCANS_AT_ONCE] for first in range(0, len(rows), _SCANS_AT_ONCE)]
+        with torch.no_grad():
+            return torch.cat([student.pooled_content(read(chunk).to(site.device)).cpu() for chunk in chunks])
+
+    bound = content_bound(plan)
+    moments = ErasureMoments.of(content(scans.latents), patients, bound)
+    renderings = None
+    if renders(plan):
+        dressed = Batches(scans, plan, _bank(plan, ask.bank))
+        worn = [content(lambda chunk, s=s: dressed.in_style(chunk, s)) for s in dressed.styles]  # type: ignore[misc]
+        if not worn:
+            raise AskRefused("Expected the run's style bank; got an empty one.", RefusalKind.MALFORMED)
+        renderings = RenderingMoments.of(torch.stack(worn), patients, bound)
     return Gate(site.ledger, site.journal).release(
-        reservation, erasure_tensors(moments), erasure_shapes(plan), weight=float(came)
+        reservation, erasure_tensors(moments, renderings), erasure_shapes(plan), weight=float(came)
     )
 
 

@@ -145,6 +145,21 @@ class Batches:
             subject=subject.to(device),
         )
 
+    @property
+    def styles(self) -> tuple[int, ...]:
+        """Sites whose style scans can wear, as labels; none without a bank."""
+        return self._choices
+
+    def in_style(self, rows: Sequence[int], site: int) -> Float[Tensor, "b c d h w"]:
+        """These scans in the style of a site of `styles`; where their body part has no such style, as they
+        are.
+        """
+        index = torch.tensor(list(rows))
+        own, part, latents = self._site[index], self._part[index], self._scans.latents(list(rows))
+        if self._bank is None:
+            raise ValueError("Expected a style bank to render scans with; the plan exchanges no styles.")
+        return self._bank.restyle(latents, own, self._possible(own, torch.full_like(own, site), part), part)
+
     def _with_own_style(self, bank: StyleBank) -> StyleBank:
         labels = {int(self._site[row]) for rows in self._rows for row in rows}
         own = bank.sites[labels.pop()]

@@ -10,10 +10,17 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from federation.plan import RunPlan
+from meduet_models.content_code import RenderingMoments, rendering_length
 from meduet_models.erasure import ErasureMoments, erasure_length
 
-SUMS = "sums"
-"""Name of the one tensor: the vector of `ErasureMoments`, float64."""
+SUMS, RENDERINGS = "sums", "renderings"
+"""Names of the tensors: the vectors of `ErasureMoments` and, where a style bank renders every scan in every
+site's style, of `RenderingMoments`; float64."""
+
+
+def renders(plan: RunPlan) -> bool:
+    """Whether sites can see their scans in other styles, and so tell how content varies with them."""
+    return plan.style.exchange != "none"
 
 
 def content_bound(plan: RunPlan) -> float:
@@ -22,24 +29,34 @@ def content_bound(plan: RunPlan) -> float:
 
 
 def share_bound(plan: RunPlan) -> float:
-    """L2 norm of one patient's share of the sums, her count included: content_bound² + 1."""
-    return plan.network.width + 1.0
+    """L2 norm of one patient's share of the sums, her count included.
+
+    content_bound² + 1 of the sums, and content_bound² of the renderings where there are any.
+    """
+    return math.hypot(plan.network.width + 1.0, plan.network.width if renders(plan) else 0.0)
 
 
 def erasure_shapes(plan: RunPlan) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what travels."""
-    return {SUMS: (erasure_length(plan.network.width),)}
+    shapes: dict[str, tuple[int, ...]] = {SUMS: (erasure_length(plan.network.width),)}
+    return shapes | ({RENDERINGS: (rendering_length(plan.network.width),)} if renders(plan) else {})
 
 
-def erasure_tensors(moments: ErasureMoments) -> dict[str, Tensor]:
+def erasure_tensors(moments: ErasureMoments, renderings: RenderingMoments | None) -> dict[str, Tensor]:
     """The sums as they travel."""
-    return {SUMS: moments.to_vector()}
+    told = {} if renderings is None else {RENDERINGS: renderings.to_vector()}
+    return {SUMS: moments.to_vector()} | told
 
 
-def erasure_moments(tensors: Mapping[str, Tensor], plan: RunPlan) -> ErasureMoments:
+def erasure_moments(
+    tensors: Mapping[str, Tensor], plan: RunPlan
+) -> tuple[ErasureMoments, RenderingMoments | None]:
     """Back from `erasure_tensors`; raises `ValueError` for another name or length."""
-    if set(tensors) != {SUMS} or tensors[SUMS].ndim != 1:
+    expected = erasure_shapes(plan)
+    if set(tensors) != set(expected) or any(tensor.ndim != 1 for tensor in tensors.values()):
         raise ValueError(
-            f"Expected content sums as one vector {SUMS!r}; got {', '.join(sorted(tensors)) or 'none'}."
+            f"Expected content sums as vectors {', '.join(expected)}; got {', '.join(tensors) or 'none'}."
         )
-    return ErasureMoments.from_vector(tensors[SUMS], plan.network.width, content_bound(plan))
+    width, bound = plan.network.width, content_bound(plan)
+    renderings = RenderingMoments.from_vector(tensors[RENDERINGS], width, bound) if renders(plan) else None
+    return ErasureMoments.from_vector(tensors[SUMS], width, bound), renderings

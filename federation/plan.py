@@ -96,9 +96,10 @@ class StylePlan:
 class AggregationPlan:
     """How replies become the next shared weights."""
 
-    method: Literal["content_share", "fedavg", "fedprox", "alone", "pooled"] = "content_share"
-    """`content_share`: content branch only. `fedavg`, `fedprox`: everything. `alone`: nothing. `pooled`: one
-    participant holds every site's scans, each labelled with its site (an upper bound, not a federation)."""
+    method: Literal["content_share", "fedavg", "fedprox", "fedbn", "alone", "pooled"] = "content_share"
+    """`content_share`: content branch only. `fedavg`, `fedprox`: everything. `fedbn`: everything but norm
+    layers. `alone`: nothing. `pooled`: one participant holds every site's scans, each labelled with its site
+    (an upper bound, not a federation)."""
     rule: Literal["mean", "trimmed_mean", "median", "krum"] = "mean"
     """Weighted mean, or a robust rule (unweighted)."""
     trim: float = 0.2
@@ -200,13 +201,18 @@ def _contradictions(plan: RunPlan) -> Iterator[str]:
             f"Expected the latent grid {network.latent_grid} to divide by network.patch_size"
             f"={network.patch_size}; change volumes.shape or the patch size."
         )
+    if style.exchange != "none" and network.code_size < len(plan.sites):
+        yield (
+            f"Expected network.code_ratio to leave a content code of at least {len(plan.sites)} numbers, one "
+            f"per site; got {network.code_size}."
+        )
     if network.style_map_grid != style.map_grid:
         yield "Expected network.style_map_grid and style.map_grid to be equal."
     if aggregation.method == "fedprox" and training.proximal <= 0:
         yield "aggregation.method=fedprox needs training.proximal above 0."
     if aggregation.method in ("alone", "pooled") and style.exchange != "none":
         yield f"aggregation.method={aggregation.method} exchanges nothing: set style.exchange=none."
-    if aggregation.method in ("fedavg", "fedprox") and style.head == "local":
+    if aggregation.method in ("fedavg", "fedprox", "fedbn") and style.head == "local":
         yield f"aggregation.method={aggregation.method} averages the style head too: set style.head=shared."
     if style.head == "shared" and style.anchor != 0:
         yield "style.anchor holds a local style head; with style.head=shared it has no effect: set it to 0."

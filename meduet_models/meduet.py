@@ -60,6 +60,8 @@ class NetworkConfig:
     factor_paths: Literal["split", "joint"] = "split"
     """`joint`: both factors from one encoder, as published. `split`: content from normalised latents,
     style from the statistics that the normalisation removed."""
+    code_ratio: float = 0.25
+    """Numbers in the content code over content channels."""
     style_map_grid: tuple[int, int, int] = (2, 3, 2)
     """Coarse mean map that the split style path reads (and that sites exchange)."""
 
@@ -81,6 +83,11 @@ class NetworkConfig:
         if self.style_width < 1:
             raise ValueError(
                 f"Expected style_ratio to leave at least one style channel; got {self.style_ratio}."
+            )
+        if not 1 <= self.code_size <= self.width:
+            raise ValueError(
+                f"Expected code_ratio to leave 1 to {self.width} numbers in the content code; "
+                f"got {self.code_ratio}."
             )
         if any(
             not 1 <= cells <= size for cells, size in zip(self.style_map_grid, self.token_grid, strict=True)
@@ -106,6 +113,11 @@ class NetworkConfig:
         """Style channels per token."""
         return round(self.width * self.style_ratio)
 
+    @property
+    def code_size(self) -> int:
+        """Numbers in the content code of a scan."""
+        return round(self.width * self.code_ratio)
+
 
 class FactorNetwork(nn.Module):
     """Encoder, heads, fusing and decoder."""
@@ -121,6 +133,8 @@ class FactorNetwork(nn.Module):
         "latent_deviation",
         "erasure_mean",
         "erasure_matrix",
+        "code_mean",
+        "code_matrix",
     )
     """Buffers: agreed on once, never trained."""
 
@@ -128,6 +142,8 @@ class FactorNetwork(nn.Module):
     latent_deviation: Tensor
     erasure_mean: Tensor
     erasure_matrix: Tensor
+    code_mean: Tensor
+    code_matrix: Tensor
 
     def __init__(self, config: NetworkConfig, *, seed: int = 0) -> None:
         super().__init__()
@@ -154,6 +170,8 @@ class FactorNetwork(nn.Module):
         self.register_buffer("latent_deviation", torch.ones(config.latent_channels))
         self.register_buffer("erasure_mean", torch.zeros(width))
         self.register_buffer("erasure_matrix", torch.eye(width))
+        self.register_buffer("code_mean", torch.zeros(width))
+        self.register_buffer("code_matrix", torch.zeros(config.code_size, width))  # zero: not fitted
         self._initialise(seed)
 
     def _initialise(self, seed: int) -> None:
@@ -189,6 +207,12 @@ class FactorNetwork(nn.Module):
         arXiv:2306.03819)."""
         self.erasure_mean.copy_(mean)
         self.erasure_matrix.copy_(matrix)
+
+    @torch.no_grad()
+    def set_content_code(self, mean: Float[Tensor, " k"], matrix: Float[Tensor, "q k"]) -> None:
+        """Set the linear map from pooled content to the content code (`content_code.py`)."""
+        self.code_mean.copy_(mean)
+        self.code_matrix.copy_(matrix)
 
     # Latents and tokens
 
@@ -270,6 +294,24 @@ class FactorNetwork(nn.Module):
         """One content vector per scan: the mean of `content_tokens`, so the erasure acts on it as it was
         fitted."""
         return self.content_tokens(latents).mean(dim=1)
+
+    @property
+    def has_content_code(self) -> bool:
+        """Whether a content code was fitted; it takes a style bank and at least two sites."""
+        return bool(self.code_matrix.any())
+
+    def content_code(self, latents: Float[Tensor, "b c d h w"]) -> Float[Tensor, "b q"]:
+        """The content code of each scan: what names the patient and not the site, whitened over patients.
+
+        Raises `ValueError` when none was fitted.
+        """
+        if not self.has_content_code:
+            raise ValueError(
+                "Expected a network with a content code; none was fitted, which takes a style bank and two "
+                "sites. Use pooled_content."
+            )
+        pooled = layer_normed(self.encode(latents).content).mean(dim=1)
+        return (pooled - self.code_mean) @ self.code_matrix.T
 
     def pooled_style(self, latents: Float[Tensor, "b c d h w"]) -> Float[Tensor, "b s"]:
         """One style vector per scan: the mean of its layer-normed style tokens."""

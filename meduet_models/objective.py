@@ -64,8 +64,11 @@ class ObjectiveConfig:
 
     weights: LossWeights = LossWeights()
     """Weights of the terms."""
+    masking: Literal["demixing", "masked"] = "demixing"
+    """`demixing`: partners exchange tokens, as published. `masked`: tokens are hidden and predicted, scan by
+    scan (masked autoencoding, a baseline): no partner, no swap, reconstruction terms only."""
     mask_ratio: float = 0.5
-    """Share of tokens taken from the partner."""
+    """Share of tokens taken from the partner, or hidden."""
     temperature_content: float = 0.07
     """SiQC temperature of content."""
     temperature_style: float = 0.07
@@ -83,6 +86,12 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot act."""
+        others = [f.name for f in fields(self.weights) if not f.name.endswith("reconstruction")]
+        if self.masking == "masked" and (on := [n for n in others if getattr(self.weights, n)]):
+            raise ValueError(
+                f"objective.weights.{on[0]} needs a partner or a restyling, and objective.masking=masked has "
+                "none: set it to 0."
+            )
         for name in ("temperature_content", "temperature_style", "temperature_invariance"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"Expected {name} > 0; got {getattr(self, name)}.")
@@ -195,6 +204,8 @@ class MeduetObjective:
         Raises `ValueError` when the invariance term is on and there is no `batch.restyled`.
         """
         config, weights = self.config, self.config.weights
+        if config.masking == "masked":
+            return self._masked(student, batch, draws)
         plan = _Plan.of(config, draws, progress)
         if plan.invariance and batch.restyled is None:
             raise ValueError(
@@ -244,6 +255,16 @@ class MeduetObjective:
         return Losses(sum_of([factor[name] * term for name, term in terms.items()]), terms)
 
     # Student
+
+    def _masked(self, student: MeDUET, batch: StepBatch, draws: StepDraws) -> Losses:
+        """Masked autoencoding: what is not hidden is encoded alone, and everything predicted from it."""
+        visible = ~draws.exchanged
+        features = student.encoder.forward_visible(student.embed_latents(batch.latents), visible)
+        (decoded,) = self._decode(student, [(student.factors(batch.latents, features), visible)])
+        terms = self._reconstruction(student, batch, [decoded], [visible])
+        return Losses(
+            sum_of([getattr(self.config.weights, name) * term for name, term in terms.items()]), terms
+        )
 
     def _encode_mixed(
         self, student: MeDUET, batch: StepBatch, draws: StepDraws, with_restyled: bool

@@ -8,6 +8,8 @@ Source: FedBN (arXiv:2102.07623) and PaDPaF for keeping style at home; docs/priv
 classifiers, whose gradient gives away the one pooled vector per scan that they see.
 """
 
+from torch import nn
+
 from meduet_models.meduet import FactorNetwork
 
 
@@ -32,12 +34,18 @@ def constant_keys(model: FactorNetwork) -> tuple[str, ...]:
     return _of_parts(model, model.CONSTANTS)
 
 
+def norm_keys(model: FactorNetwork) -> tuple[str, ...]:
+    """Weights and biases of the norm layers."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
+    return tuple(name for name in model.state_dict() if name.rsplit(".", 1)[0] in layers)
+
+
 def shared_keys(model: FactorNetwork, style_head: str, method: str) -> tuple[str, ...]:
     """Tensors that travel, in the model's order; `constant_keys` are among them, as every site needs them.
 
     `content_share`: content branch and constants, and the style branch when `style_head` is `shared`; the
-    site classifiers never. `fedavg`, `fedprox`, `pooled`: everything, as the baselines are defined. `alone`:
-    nothing.
+    site classifiers never. `fedavg`, `fedprox`, `pooled`: everything, as the baselines are defined. `fedbn`:
+    everything but the norm layers (FedBN, arXiv:2102.07623, with layer norms). `alone`: nothing.
     Raises `ValueError` on any other word, and when the model has a tensor that no part declares.
     """
     if style_head not in ("local", "shared"):
@@ -50,11 +58,13 @@ def shared_keys(model: FactorNetwork, style_head: str, method: str) -> tuple[str
                 chosen |= {*style_keys(model)}
         case "fedavg" | "fedprox" | "pooled":
             chosen = set(declared)
+        case "fedbn":
+            chosen = set(declared) - set(norm_keys(model))
         case "alone":
             chosen = set()
         case _:
             raise ValueError(
-                f"Expected method content_share, fedavg, fedprox, pooled or alone; got {method!r}."
+                f"Expected method content_share, fedavg, fedprox, fedbn, pooled or alone; got {method!r}."
             )
     return tuple(name for name in declared if name in chosen)
 

@@ -60,6 +60,21 @@ class Encoder(nn.Module):
         out: Tensor = self.norm(x)
         return out
 
+    def forward_visible(
+        self, tokens: Float[Tensor, "b n k"], visible: Bool[Tensor, "b n"]
+    ) -> Float[Tensor, "b n k"]:
+        """Encode the `visible` tokens alone, as many in each volume; hidden positions come back as zeros.
+
+        Source: MAE (arXiv:2111.06377).
+        """
+        count = int(visible[0].sum())
+        kept = visible.int().argsort(dim=1, descending=True, stable=True)[:, :count].unsqueeze(-1)
+        kept = kept.expand(-1, -1, tokens.shape[-1])  # b m k, places of the visible tokens
+        x = (tokens + self.positions).gather(1, kept)
+        for block in self.blocks:
+            x = block(x)
+        return torch.zeros_like(tokens).scatter(1, kept, self.norm(x))
+
 
 class Decoder(nn.Module):
     """Fused tokens -> latent patches. Hidden positions hold a learned mask token."""

@@ -17,6 +17,7 @@ from federation.erasure import erasure_moments, share_bound
 from federation.messages import ErasureReply, SurveyReply, Tensors
 from federation.plan import RunPlan
 from federation.survey import smallest_cohort
+from meduet_models.content_code import RenderingMoments, fit_content_code
 from meduet_models.erasure import ErasureMoments, fit_erasure
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import home_keys, shared_keys
@@ -111,24 +112,31 @@ class MeduetModel:
 
     def check_erasure(self, reply: ErasureReply) -> None:
         """Finite sums of a whole cohort, within what was agreed per patient; raises `ReplyRefused`."""
-        moments = self._moments(reply)
+        moments, renderings = self._moments(reply)
         count, least = float(moments.count), smallest_cohort(self.plan)
-        if not bool(torch.isfinite(moments.to_vector()).all()):
+        told = torch.cat([moments.to_vector(), *([] if renderings is None else [renderings.to_vector()])])
+        if not bool(torch.isfinite(told).all()):
             raise ReplyRefused("Expected finite content sums; got NaN or infinity.")
         if count < least or count != round(count):
             raise ReplyRefused(f"Expected content sums of at least {least} patients; got {count:g}.")
-        if float(moments.to_vector().norm()) > count * share_bound(self.plan) * _ROUNDING:
+        if float(told.norm()) > count * share_bound(self.plan) * _ROUNDING:
             raise ReplyRefused("Expected content sums within the bound per patient; they are longer.")
 
     def after_erasure(
         self, shared: Tensors, replies: Mapping[str, ErasureReply]
     ) -> tuple[Tensors, dict[str, Any]]:
-        """The erasure as the last linear layer of the content head."""
-        moments = {site: self._moments(reply) for site, reply in replies.items()}
+        """The erasure as the last linear layer of the content head; the content code where styles are
+        exchanged."""
+        told = {site: self._moments(reply) for site, reply in replies.items()}
+        moments = {site: own for site, (own, _) in told.items()}
+        renderings = {site: own for site, (_, own) in told.items() if own is not None}
         network = self._network()
         mean, matrix = fit_erasure(moments)
         network.set_erasure(mean, matrix)
-        constants = {name: network.state_dict()[name] for name in ("erasure_mean", "erasure_matrix")}
+        if renderings:
+            network.set_content_code(*fit_content_code(moments, renderings, self.plan.network.code_size))
+        names = ("erasure_mean", "erasure_matrix", "code_mean", "code_matrix")
+        constants = {name: network.state_dict()[name] for name in names}
         rank = round(float(len(mean) - matrix.trace()))  # the erased directions: a projection's trace
         sites = {site: {"patients": int(own.count)} for site, own in moments.items()}
         return shared | constants, {"rank": rank, "sites": sites}
@@ -144,7 +152,7 @@ class MeduetModel:
     def _network(self) -> MeDUET:
         return MeDUET(self.plan.network, len(self.plan.sites), seed=self.plan.seed)
 
-    def _moments(self, reply: ErasureReply) -> ErasureMoments:
+    def _moments(self, reply: ErasureReply) -> tuple[ErasureMoments, RenderingMoments | None]:
         return erasure_moments(reply.moments, self.plan)
 
     def _surveyed_as(self, site: str) -> str:

@@ -176,6 +176,7 @@ def _summary(
         "content_share": "share the content branch and tell each other their style",
         "fedavg": "average every weight (FedAvg)",
         "fedprox": "average every weight (FedProx)",
+        "fedbn": "average every weight but the norm layers (FedBN)",
         "alone": "train alone",
         "pooled": "are pooled in one place, an upper bound that no consortium may run, and",
     }[plan.aggregation.method]

@@ -232,8 +232,9 @@ def test_erasure_sums_are_those_of_the_final_network_before_any_erasure(
 ) -> None:
     shared = add(weights(plan)[0], answer_round(site, ask(plan, toy_bank(plan)), plan))
     erased = shared | {"erasure_matrix": torch.zeros(16, 16)}
-    question = ErasureAsk(plan_json=plan.to_json(), shared=erased, bank={})
-    moments = erasure_moments(answer_erasure(site, question, plan).tensors, plan)
+    styles = toy_bank(plan)
+    question = ErasureAsk(plan_json=plan.to_json(), shared=erased, bank=styles.to_tensors())
+    moments, renderings = erasure_moments(answer_erasure(site, question, plan).tensors, plan)
     student = MeDUET(plan.network, 3)
     state = answers.StateFolder(site.state_dir / "state", plan.sha256).before(4)
     student.load_state_dict(state.home | shared)
@@ -242,6 +243,18 @@ def test_erasure_sums_are_those_of_the_final_network_before_any_erasure(
     assert float(moments.count) == 6
     torch.testing.assert_close(moments.total, content.sum(0), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(moments.outer, content.T @ content, rtol=1e-5, atol=1e-5)
+    own, latents = site.held.site_index, site.held.values[:, 0]
+    with torch.no_grad():
+        worn = torch.stack(
+            [student.pooled_content(styles.restyle(latents, own, torch.full_like(own, s))) for s in range(3)]
+        )
+    worn = worn.double().reshape(3, 6, 2, 16).mean(2)  # r n k
+    apart = worn - worn.mean(0)
+    assert renderings is not None and float(apart.norm()) > 0.1
+    scatter = torch.einsum("rnk,rnj->kj", apart, apart) / 3
+    torch.testing.assert_close(renderings.scatter, scatter, rtol=1e-4, atol=1e-5)
+    with pytest.raises(AskRefused, match="style bank; got an empty one"):
+        answer_erasure(site, replace(question, bank={}), plan)
 
 
 @pytest.mark.parametrize(("round", "text"), [(0, "got round 0"), (4, "got round 4")])

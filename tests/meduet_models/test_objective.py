@@ -458,3 +458,27 @@ def test_the_losses_of_a_tiny_run_are_the_recorded_ones() -> None:
 
 if __name__ == "__main__":
     (ROOT / "tests" / "golden" / "tiny_run.txt").write_text("\n".join(golden_lines()) + "\n")
+
+
+def reconstruction_only(**weights: float) -> LossWeights:
+    none = {field.name: 0.0 for field in dataclasses.fields(LossWeights)}
+    return LossWeights(**{**none, "reconstruction": 1.0, **weights})
+
+
+def test_masked_autoencoding_predicts_hidden_tokens_of_each_scan_from_its_visible_ones() -> None:
+    case = Case("joint")
+    losses = case.losses(weights=reconstruction_only(), masking="masked")
+    assert set(losses.terms) == {"reconstruction"}
+    network, hidden = case.student, case.draws.exchanged
+    by_hand = []
+    for scan, gone in zip(case.batch.latents, hidden, strict=True):
+        tokens = network.embed_latents(scan[None])
+        features = network.encoder.forward_visible(tokens, ~gone[None])
+        predicted = network.predict_tokens(network.factors(scan[None], features), ~gone[None])
+        by_hand.append((predicted - network.target_tokens(scan[None])).square().mean(-1)[0][gone])
+    torch.testing.assert_close(losses.total, torch.cat(by_hand).mean())
+
+
+def test_masked_autoencoding_refuses_terms_that_need_a_partner() -> None:
+    with pytest.raises(ValueError, match=r"weights\.siqc needs a partner .* has none"):
+        ObjectiveConfig(weights=reconstruction_only(siqc=0.3), masking="masked")

@@ -18,7 +18,7 @@ TINY = NetworkConfig(
     decoder_heads=2,
     style_map_grid=(1, 2, 1),
 )
-METHODS = ("content_share", "fedavg", "fedprox", "alone", "pooled")
+METHODS = ("content_share", "fedavg", "fedprox", "fedbn", "alone", "pooled")
 
 
 @pytest.mark.parametrize("paths", ["split", "joint"])
@@ -51,6 +51,15 @@ def test_baselines_share_everything_or_nothing() -> None:
     for method in ("fedavg", "fedprox", "pooled"):
         assert shared_keys(model, "shared", method) == tuple(model.state_dict())
     assert shared_keys(model, "local", "alone") == ()
+
+
+def test_fedbn_keeps_norm_layers_home_and_nothing_else() -> None:
+    model = MeDUET(TINY, 3)
+    home = home_keys(model, "shared", "fedbn")
+    assert {name.rsplit(".", 1)[1] for name in home} == {"weight", "bias"}
+    norms = [n for n, m in model.named_modules() if isinstance(m, torch.nn.LayerNorm)]
+    assert sorted({name.rsplit(".", 1)[0] for name in home}) == sorted(norms)
+    assert "encoder.norm" in norms and "decoder.blocks.0.norm1" in norms
 
 
 def test_constants_take_no_gradient() -> None:

@@ -38,3 +38,16 @@ def test_volumes_of_a_batch_do_not_see_each_other() -> None:
     encoder, x = Encoder(24, 2, 2, GRID), torch.randn(4, 12, 24)
     alone = torch.cat([encoder(row) for row in x.split(1)])
     torch.testing.assert_close(encoder(x), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_visible_tokens_are_encoded_alone() -> None:
+    encoder = Encoder(12, 2, 2, (2, 2, 3))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 12, 12, generator=generator)
+    visible = torch.rand(3, 12, generator=generator).argsort(1) < 5
+    features = encoder.forward_visible(x, visible)
+    assert not bool(features[~visible].any())  # hidden positions hold nothing
+    other = torch.where(visible.unsqueeze(-1), x, torch.randn(3, 12, 12, generator=generator))
+    assert torch.equal(encoder.forward_visible(other, visible), features)
+    whole = torch.ones(3, 12, dtype=torch.bool)
+    torch.testing.assert_close(encoder.forward_visible(x, whole), encoder(x))

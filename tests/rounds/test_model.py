@@ -4,10 +4,11 @@ from typing import Any
 import pytest
 import torch
 
-from federation.erasure import content_bound, erasure_tensors
+from federation.erasure import content_bound, erasure_tensors, renders
 from federation.messages import ErasureReply, SurveyReply
 from federation.survey import survey_layout
 from meduet_models.bank import StyleBank
+from meduet_models.content_code import RenderingMoments
 from meduet_models.erasure import ErasureMoments
 from meduet_models.meduet import MeDUET
 from meduet_models.style import StyleMoments
@@ -28,7 +29,12 @@ def surveyed(plan: Any, site: str, seed: int, num: int = 8) -> SurveyReply:
 def content(plan: Any, site: str, seed: int, num: int = 8) -> ErasureReply:
     vectors = torch.randn(num, 12, generator=torch.Generator().manual_seed(seed)) * 0.3 + seed / 5
     moments = ErasureMoments.of(vectors, [str(i) for i in range(num)], content_bound(plan))
-    return ErasureReply(plan_sha256=plan.sha256, site=site, moments=erasure_tensors(moments))
+    rendered = torch.stack(
+        [vectors, vectors + 0.1 * torch.randn(12, generator=torch.Generator().manual_seed(9))]
+    )
+    renderings = RenderingMoments.of(rendered, [str(i) for i in range(num)], content_bound(plan))
+    tensors = erasure_tensors(moments, renderings if renders(plan) else None)
+    return ErasureReply(plan_sha256=plan.sha256, site=site, moments=tensors)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -102,7 +108,7 @@ def test_content_sums_that_no_cohort_can_have_are_refused(miniature: Any) -> Non
     model, good = MeduetModel(plan), content(plan, "oslo", 0)
 
     def with_sums(sums: torch.Tensor) -> ErasureReply:
-        return dataclasses.replace(good, moments={"sums": sums})
+        return dataclasses.replace(good, moments={**good.moments, "sums": sums})
 
     sums = good.moments["sums"]
     nan, few, long = sums.clone(), sums.clone(), sums * 100
