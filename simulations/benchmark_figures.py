@@ -109,10 +109,14 @@ def _lines(axes: Axes, lines: Mapping[str, Mapping[float, Summary]], colours: Ma
         shares = sorted(by_share)
         values = [by_share[share].value for share in shares]
         axes.plot(shares, values, color=colours[line], marker="o", markersize=3, linewidth=1.4)
-        bands = [(s, low, high) for s in shares if (low := by_share[s].low) is not None
-                 and (high := by_share[s].high) is not None]  # fmt: skip
+        bands = [
+            (share, own.low, own.high)
+            for share, own in sorted(by_share.items())
+            if own.low is not None and own.high is not None
+        ]
         if bands:
-            axes.fill_between(*zip(*bands, strict=True), color=colours[line], alpha=0.12, linewidth=0)
+            x, low, high = zip(*bands, strict=True)
+            axes.fill_between(x, low, high, color=colours[line], alpha=0.12, linewidth=0)
     axes.set_xscale("log")
     every = sorted({share for by_share in lines.values() for share in by_share})
     axes.set_xticks(every, [f"{share:g}" for share in every], minor=False)
