@@ -58,6 +58,8 @@ def _probe_aims(data: str, summaries: Summaries) -> Iterator[Aim]:
         own = read(name)
         if own is None or bound is None:
             return Aim(data, text, "", None)
+        if not above and bound >= 1:
+            return Aim(data, text, f"{own}; bound {bound:.3f}: too few patients to tell", None)
         met = own.value >= bound if above else own.value <= bound
         return Aim(data, text, f"{own}; bound {bound:.3f}", met)
 

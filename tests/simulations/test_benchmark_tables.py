@@ -114,6 +114,15 @@ def test_verdicts_follow_the_bounds_and_nothing_is_met_that_was_not_measured() -
     )
 
 
+def test_a_bound_that_no_share_can_exceed_is_no_aim_met() -> None:
+    summaries = dict(
+        told("meduet", f"seen.{name}", value, value, value)
+        for name, value in {"patient_from_style": 1.0, "chance_patient": 0.25}.items()
+    )
+    found = verdicts(aims_of(["phantoms"], summaries))
+    assert found["patient from style: 5 times chance at most"] is None
+
+
 @pytest.mark.parametrize(("rival_high", "expected"), [(0.69, True), (0.71, False)])
 def test_above_means_that_intervals_do_not_touch(rival_high: float, expected: bool) -> None:
     def measure(test: str, mode: str = "frozen") -> str:
