@@ -40,7 +40,8 @@ from meduet_models.factors import Factors
 from meduet_models.meduet import MeDUET, NetworkConfig
 from meduet_models.objective import LossWeights, MeduetObjective, ObjectiveConfig, StepBatch, draw_step
 from meduet_models.patch_pca import PatchMoments
-from meduet_models.probes import retrieval_across_sites, site_probe
+from meduet_models.probes import site_probe
+from meduet_models.recognition import retrieval_across_sites
 from meduet_models.style import StyleLayout, StyleMoments
 from meduet_models.teacher import Teacher, momentum_at
 from meduet_models.tokenizer import pca_tokenizer

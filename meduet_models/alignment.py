@@ -33,8 +33,8 @@ from torch import Tensor
 
 from meduet_models.bank import StyleBank
 from meduet_models.factors import Factors
-from meduet_models.probes import style_gap_closed
 from meduet_models.style import StyleLayout, StyleMoments
+from meduet_models.swap_fidelity import style_gap_closed
 
 THRESHOLD = 0.5
 """Half of what can be done: 1 is perfect, 0 is a decoder that knows nothing of styles."""

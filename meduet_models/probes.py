@@ -1,33 +1,31 @@
-"""Probes: how much of the site is in content, how much of the patient; read with fresh classifiers.
+"""The quick site probe: how much of the site is in content or style, read with a fresh classifier.
 
 The network's own site classifier is a weak attacker that training has taught to fail. So each reading trains
-a new one, on features of other patients than it is tested on. Retrieval is reported beside it: content that
-forgot the patient also has no site in it.
+a new one, on features of other patients than it is tested on. This one has fixed penalties and is quick
+enough for every few rounds; `nested_probes.py` has the one for the table, with its null. Beside it stands
+recognition (`recognition.py`): content that forgot the patient also has no site in it.
 
 What this file does not do: it trains nothing of the network and chooses nothing; what is measured on a small
 cohort is reported with its chance level, not with a verdict.
 
-Axes: b = scans (or views of scans), k = features, q = queries, g = gallery, n = patients, v = style
-statistics.
+Axes: b = scans (or views of scans), k = features.
 """
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import GroupKFold
 from torch import Tensor
-
-from meduet_models.erasure import ErasureMoments
 
 FOLDS = 5
 _MLP_WIDTH, _MLP_STEPS, _MLP_DECAY = 64, 200, 1e-2
@@ -115,112 +113,3 @@ def _mlp(
     with torch.no_grad():
         prediction: NDArray[np.int64] = logits(unseen).argmax(1).numpy()
     return prediction
-
-
-def linear_probe_from_sums(
-    moments: Mapping[str, ErasureMoments], shrinkage: float = 0.05
-) -> tuple[Float64[Tensor, "k s"], Float64[Tensor, " s"]]:
-    """The linear site probe of a federation, from the sites' sums alone: weight and bias, sites in mapping
-    order.
-
-    Linear discriminant with equal priors and the pooled within-site covariance (shrunk towards its mean
-    variance). It equals the probe fitted on all features in one place: no feature needs to travel. Each site
-    then counts its own hits on held-out scans with `read_site`.
-    """
-    if len(moments) < 2 or any(own.count < 1 for own in moments.values()):
-        raise ValueError(f"Expected content sums of at least two sites with patients; got {len(moments)}.")
-    means = torch.stack([own.total / own.count for own in moments.values()], dim=1)  # k s
-    within = torch.stack(
-        [
-            own.outer / own.count - torch.outer(mean, mean)
-            for own, mean in zip(moments.values(), means.T, strict=True)
-        ]
-    ).mean(0)
-    spread = within.diagonal().mean().clamp(min=1e-12)
-    within = (1 - shrinkage) * within + shrinkage * spread * torch.eye(len(means), dtype=torch.float64)
-    weight = torch.linalg.lstsq(within, means, driver="gelsd").solution
-    return weight, -0.5 * (means * weight).sum(0)
-
-
-def read_site(
-    features: Float[Tensor, "b k"], weight: Float[Tensor, "k s"], bias: Float[Tensor, " s"]
-) -> Int[Tensor, " b"]:
-    """The site that a linear probe reads from each feature vector."""
-    return (features.to(weight) @ weight + bias).argmax(1)
-
-
-def patient_retrieval(
-    queries: Float[Tensor, "q k"],
-    gallery: Float[Tensor, "g k"],
-    query_patients: Sequence[str],
-    gallery_patients: Sequence[str],
-    centred: bool = False,
-) -> ProbeReading:
-    """Share of queries whose nearest gallery vector (cosine) is of the same patient; chance by guessing
-    uniformly.
-
-    Queries and gallery are different renderings of the same patients: other scanners, or other views.
-    `centred` subtracts the mean of each side first, which hides a shift between scanners. A query whose
-    patient is not in the gallery is not asked. Raises `ValueError` when none can be.
-    """
-    same = torch.from_numpy(np.asarray(query_patients)[:, None] == np.asarray(gallery_patients)[None])  # q g
-    asked = same.any(1)
-    if not bool(asked.any()):
-        raise ValueError("Expected queries of patients that are in the gallery; got none.")
-    if centred:
-        queries, gallery = queries - queries.mean(0), gallery - gallery.mean(0)
-    similarity = F.normalize(queries.detach().cpu(), dim=1) @ F.normalize(gallery.detach().cpu(), dim=1).T
-    hits = same[torch.arange(len(same)), similarity.argmax(1)][asked]
-    return ProbeReading(float(hits.float().mean()), float(same[asked].float().mean()))
-
-
-def retrieval_across_sites(
-    features: Float[Tensor, "b k"], sites: Sequence[int], patients: Sequence[str], centred: bool = False
-) -> ProbeReading:
-    """`patient_retrieval` averaged over ordered pairs of sites that have patients in common (simulated
-    scanners).
-    """
-    labels, names = np.asarray(sites), np.asarray(patients)
-    readings = []
-    for a in np.unique(labels):
-        for b in np.unique(labels):
-            here, there = np.flatnonzero(labels == a), np.flatnonzero(labels == b)
-            if a != b and set(names[here]) & set(names[there]):
-                readings.append(
-                    patient_retrieval(
-                        features[torch.from_numpy(here)],
-                        features[torch.from_numpy(there)],
-                        list(names[here]),
-                        list(names[there]),
-                        centred,
-                    )
-                )
-    if not readings:
-        raise ValueError("Expected patients that were scanned at two sites; got none.")
-    return ProbeReading(
-        float(np.mean([r.score for r in readings])), float(np.mean([r.chance for r in readings]))
-    )
-
-
-def style_gap_closed(
-    swapped: Float[Tensor, " v"], source: Float[Tensor, " v"], target: Float[Tensor, " v"]
-) -> float:
-    """Share of the distance between two sites' style statistics that a swap has covered.
-
-    1 - ||swapped - target|| / ||source - target||: 1 is perfect, 0 did nothing, below 0 made it worse. The
-    vectors are `StyleEntry.to_vector()` of the swapped scans, of the site they come from and of the site they
-    go to.
-    """
-    return 1 - float((swapped - target).norm() / (source - target).norm().clamp(min=1e-12))
-
-
-def counterfactual_ratio(
-    swapped: Float[Tensor, " *axes"], source: Float[Tensor, " *axes"], truth: Float[Tensor, " *axes"]
-) -> float:
-    """Squared error of swapped scans against the same anatomy on the target's scanner, relative to doing
-    nothing.
-
-    ||swapped - truth||² / ||source - truth||²: 0 is perfect, 1 did nothing. Needs simulated scanners, or
-    patients scanned at both sites.
-    """
-    return float((swapped - truth).square().sum() / (source - truth).square().sum().clamp(min=1e-12))

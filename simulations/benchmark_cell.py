@@ -29,6 +29,7 @@ from federation.plan import RunPlan
 from meduet_models.bank import StyleBank
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import constant_keys, content_keys
+from meduet_models.tokenizer import Tokenizer
 from meduet_models.weights import sha256_of_tensors
 from server.app import RunObserver
 from server.run_folder import write_whole
@@ -46,7 +47,7 @@ from simulations.settings import settings_from
 
 _MADE = "hospitals.json"
 
-Probes = Callable[[MeDUET, RunPlan, Held, Sequence[Tensor], bool], dict[str, float]]
+Probes = Callable[[MeDUET, RunPlan, Held, Sequence[Tensor], bool, Tokenizer | None], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Instruments:
     """What measures a cell."""
 
     probes: Probes
-    """(model, plan, held, training latents of each hospital, thorough) to named numbers."""
+    """(model, plan, held, training latents of each hospital, thorough, tokenizer) to named numbers."""
     downstream: Downstream
     """Trains and tests the downstream tasks."""
 
@@ -174,11 +175,12 @@ def _measures(
     parts = paired or [own_scans(everyone, scans[i], i, [cell.patients]) for i in range(num_opened)]
     training = [own.latents(own.indices("train")[:TRAINING_SCANS]) for own in scans]
     groups = {"seen": len(plan.sites)} | ({"all": len(parts)} if len(parts) > len(plan.sites) else {})
+    tokenizer = simulation.consortium.site(plan.sites[0]).tokenizer
     measured = {}
     for name, count in groups.items():
         held, own = join(parts[:count]), training[:count]
         told = [
-            probes(model, plan, held, own, thorough)
+            probes(model, plan, held, own, thorough, tokenizer if thorough else None)
             for model, thorough in zip(models, _first_of_content(models), strict=True)
         ]
         measured[name] = _mean(told)
@@ -208,12 +210,6 @@ def _quiet() -> Live:
     return Live(Console(stderr=True, quiet=True))
 
 
-def _probes(
-    model: MeDUET, plan: RunPlan, held: Held, training: Sequence[Tensor], thorough: bool
-) -> dict[str, float]:
-    return measure(model, plan, held, training, thorough)
-
-
 def main(arguments: Sequence[str]) -> None:
     """Entry point of the process: `data FILE` or `cell FILE`."""
     kind, file = arguments
@@ -223,7 +219,7 @@ def main(arguments: Sequence[str]) -> None:
             make_data_set(DataSet(**json.loads(text)))
         case "cell":
             cell = Cell.from_json(text)
-            told = run_cell(cell, Instruments(_probes, evaluate_downstream))
+            told = run_cell(cell, Instruments(measure, evaluate_downstream))
             write_whole(Path(cell.result), json.dumps(told, indent=1, allow_nan=False) + "\n")
         case _:
             raise ValueError(f"Expected data or cell; got {kind!r}.")

@@ -30,7 +30,11 @@ COLUMNS = (
     ("site_from_style", "site from style"),
     ("patient_from_content", "patient from content"),
     ("patient_from_style", "patient from style"),
+    ("anatomy_from_content", "anatomy from content (R²)"),
+    ("content_through_style", "content through style (R²)"),
     ("style_gap_closed", "style gap closed"),
+    ("counterfactual_psnr", "swap (dB)"),
+    ("counterfactual_psnr_histogram", "histogram matching (dB)"),
     ("counterfactual_ratio", "error against truth"),
     ("reconstruction_error", "reconstruction error"),
 )

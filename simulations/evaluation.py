@@ -1,15 +1,16 @@
-"""What an observer who sees every hospital measures: fresh probes, recognition, swaps, pictures.
+"""What an observer who sees every hospital measures: fresh probes, recognition, anatomy, swaps.
 
 Only a simulation can do this: scans of several hospitals sit side by side here. Measured on patients that
-trained nothing; where patients were rendered by every scanner (phantoms), against the truth.
+trained nothing; where patients were rendered by every scanner (phantoms), against the truth. `thorough` is
+for tables: nested cross-validation with a permutation null, spatial features, anatomy, leakage.
 
-Does not do: train, or send anything. A consortium's own federated measures come from sums (`probes.py`).
+Does not do: train, or send anything. A consortium's own federated measures come from sums
+(`meduet_models/probe_sums.py`, `server/probing.py`).
 
-Axes: b = scans, n = tokens, s = style channels, c d h w = latents.
+Axes: b = scans, n = tokens, k = content channels, s = style channels, c d h w = latents.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -17,38 +18,24 @@ from torch import Tensor
 
 from federation.plan import RunPlan
 from federation.survey import survey_layout
+from meduet_models.anatomy_probes import anatomy_probe, content_through_style
 from meduet_models.factors import Factors
-from meduet_models.meduet import MeDUET
-from meduet_models.probes import (
+from meduet_models.meduet import MeDUET, layer_normed
+from meduet_models.nested_probes import nested_site_probe, token_features
+from meduet_models.probes import site_probe
+from meduet_models.recognition import recognition_among_all, retrieval_across_sites
+from meduet_models.style import StyleEntry, StyleMoments, restyle
+from meduet_models.swap_fidelity import (
     counterfactual_ratio,
-    retrieval_across_sites,
-    site_probe,
+    match_histogram,
+    psnr_db,
+    quantiles,
     style_gap_closed,
 )
-from meduet_models.style import StyleEntry, StyleMoments, restyle
+from meduet_models.tokenizer import Tokenizer
+from simulations.held_out import Held
 
 _BATCH = 16
-
-
-@dataclass(frozen=True)
-class Held:
-    """Scans that trained nothing, one row each."""
-
-    latents: Float[Tensor, "b c d h w"]
-    """Their latents."""
-    site: tuple[int, ...]
-    """Hospital whose scanner made each."""
-    patient: tuple[str, ...]
-    """Patient of each; the same name at two sites means the same anatomy on both scanners."""
-
-    @property
-    def paired(self) -> bool:
-        """Whether patients were scanned at more than one site."""
-        return len(set(self.patient)) < len(set(zip(self.patient, self.site, strict=True)))
-
-    def rows(self, site: int) -> list[int]:
-        """Rows of a site, by patient."""
-        return sorted((i for i, s in enumerate(self.site) if s == site), key=lambda i: self.patient[i])
 
 
 @torch.inference_mode()
@@ -82,18 +69,28 @@ def measure(
     held: Held,
     training: Sequence[Float[Tensor, "b c d h w"]],
     thorough: bool = False,
+    tokenizer: Tokenizer | None = None,
 ) -> dict[str, float]:
-    """Probe `model` on `held`; `training` are some training latents of each site, for its style tokens.
-    `thorough` is for readings that take longer; there are none in this version.
+    """Probe `model` on `held`; `training[i]` are some training latents of site i, for its style tokens.
 
-    Keys: `scans`, `patients` (how many were measured on); `site_from_content`, `site_from_content_mlp`,
-    `site_from_style` (balanced accuracy), `chance_site`; `patient_from_content`, `patient_from_style`
-    (top-1), `chance_patient`, across scanners where patients were scanned at several sites, else between a
-    scan and its restylings; `style_gap_closed` (mean over pairs of sites), `reconstruction_error` (relative
-    to the latents' variance), and `counterfactual_ratio` (0 is the truth, 1 did nothing) where there is one.
+    There may be more sites than in the plan (a hospital that was held out or joined late). Keys: `scans`,
+    `patients` (how many were measured on); `site_from_content`, `site_from_content_mlp`, `site_from_style`
+    (balanced accuracy), `chance_site`; `patient_from_content`, `patient_from_style` (top-1),
+    `chance_patient`, across scanners where patients were scanned at several sites, else between a scan and
+    its restylings; `style_gap_closed` (mean over pairs of sites), `reconstruction_error` (relative to the
+    latents' variance), and `counterfactual_ratio` (0 is the truth, 1 did nothing) where there is one; with a
+    `tokenizer` also `counterfactual_psnr` of our swap, `counterfactual_psnr_identity` of doing nothing and
+    `counterfactual_psnr_histogram` of histogram matching (dB, on decoded volumes).
+
+    `thorough` adds `nested_site_from_<factor>_<features>_<probe>` with `_p` (p-value) and `_null` (95th
+    percentile of the null), features mean, deviation (mean and deviation over tokens) or tokens, probe linear
+    or mlp; `patient_from_<factor>_among_all` and `chance_patient_among_all`; `anatomy_from_<factor>_<target>`
+    (R² out of fold) with its mean over targets `anatomy_from_<factor>`, from pooled vectors and
+    `…_tokens` from all tokens; `content_through_style` (R²).
     """
     model.eval()
-    content, style = _pooled(model, held.latents)
+    factors = _tokens(model, held.latents)
+    content, style = factors.content.mean(1), factors.style.mean(1)
     measured = {"scans": float(len(held.site)), "patients": float(len(set(held.patient)))}
     if len(set(held.site)) > 1:
         linear = site_probe(content, held.site, held.patient, plan.seed)
@@ -104,15 +101,74 @@ def measure(
             "chance_site": linear.chance,
         }
         seen = held if held.paired else _restyled(plan, held, training)
-        if seen is not held:
-            content, style = _pooled(model, seen.latents)
-        recognised = retrieval_across_sites(content, seen.site, seen.patient)
+        pair = (content, style) if seen is held else _pooled(model, seen.latents)
+        recognised = retrieval_across_sites(pair[0], seen.site, seen.patient)
         measured |= {
             "patient_from_content": recognised.score,
-            "patient_from_style": retrieval_across_sites(style, seen.site, seen.patient).score,
+            "patient_from_style": retrieval_across_sites(pair[1], seen.site, seen.patient).score,
             "chance_patient": recognised.chance,
         }
-    return measured | _swaps(model, plan, held, [mean_style(model, own) for own in training])
+        if thorough:
+            measured |= _nested(factors, held, plan.seed) | _among_all(pair, seen)
+    if thorough and len(set(held.patient)) > 2:
+        measured |= _anatomy(factors, held, plan.seed)
+        measured["content_through_style"] = content_through_style(content, style, held.patient, plan.seed)
+    styles = [mean_style(model, own) for own in training]
+    measured |= _swaps(model, plan, held, styles)
+    return measured | (_psnr(model, held, training, styles, tokenizer) if tokenizer and held.paired else {})
+
+
+def _nested(factors: Factors, held: Held, seed: int) -> dict[str, float]:
+    read = {
+        "content": ("mean_linear", "deviation_linear", "tokens_linear", "mean_mlp"),
+        "style": ("mean_linear", "deviation_linear", "tokens_linear"),
+    }
+    measured: dict[str, float] = {}
+    for factor, tokens in (("content", factors.content), ("style", factors.style)):
+        for what in read[factor]:
+            features, probe = what.split("_")
+            reading = nested_site_probe(
+                token_features(tokens, features),  # type: ignore[arg-type]
+                held.site,
+                held.patient,
+                seed,
+                probe,  # type: ignore[arg-type]
+            )
+            name = f"nested_site_from_{factor}_{what}"
+            measured |= {name: reading.score, f"{name}_p": reading.p_value, f"{name}_null": reading.null_95}
+    return measured
+
+
+def _among_all(pair: tuple[Float[Tensor, "b k"], Float[Tensor, "b s"]], seen: Held) -> dict[str, float]:
+    content, style = (recognition_among_all(values, seen.site, seen.patient) for values in pair)
+    return {
+        "patient_from_content_among_all": content.score,
+        "patient_from_style_among_all": style.score,
+        "chance_patient_among_all": content.chance,
+    }
+
+
+def _anatomy(factors: Factors, held: Held, seed: int) -> dict[str, float]:
+    measured: dict[str, float] = {}
+    for factor, tokens in (("content", factors.content), ("style", factors.style)):
+        for suffix, features in (("", tokens.mean(1)), ("_tokens", tokens.flatten(1))):
+            read = anatomy_probe(features, held.anatomy, held.patient, seed)
+            known = ~torch.isnan(read)
+            if not bool(known.any()):
+                continue
+            measured[f"anatomy_from_{factor}{suffix}"] = float(read[known].mean())
+            for name, value in zip(held.anatomy_names, read.tolist(), strict=True):
+                if value == value:
+                    measured[f"anatomy_from_{factor}{suffix}_{name}"] = value
+    return measured
+
+
+@torch.inference_mode()
+def _tokens(model: MeDUET, latents: Float[Tensor, "b c d h w"]) -> Factors:
+    """Content tokens (layer-normed, erased) and layer-normed style tokens of many scans."""
+    chunks = torch.split(latents, _BATCH)
+    content = torch.cat([model.content_tokens(chunk) for chunk in chunks])
+    return Factors(content, torch.cat([layer_normed(model.encode(chunk).style) for chunk in chunks]))
 
 
 @torch.inference_mode()
@@ -134,7 +190,8 @@ def _restyled(plan: RunPlan, held: Held, training: Sequence[Float[Tensor, "b c d
         for target, entry in enumerate(entries)
     ]
     latents, sites, patients = zip(*rows, strict=True)
-    return Held(torch.cat(latents), sites, patients)
+    unknown = torch.zeros(len(rows), 0)
+    return Held(torch.cat(latents), sites, patients, unknown, ())
 
 
 def _swaps(
@@ -162,6 +219,36 @@ def _swaps(
     if ratios:
         measured["counterfactual_ratio"] = sum(ratios) / len(ratios)
     return measured
+
+
+@torch.inference_mode()
+def _psnr(
+    model: MeDUET,
+    held: Held,
+    training: Sequence[Float[Tensor, "b c d h w"]],
+    styles: Sequence[Float[Tensor, "n s"]],
+    tokenizer: Tokenizer,
+) -> dict[str, float]:
+    """Decibels against the same patients on the other scanner: of our swap, of nothing, of histogram
+    matching to the target's training scans. All decoded by the tokenizer, so it bounds none of them.
+    """
+    sites = sorted(set(held.site))
+    own = {a: _decoded(tokenizer, held.latents[held.rows(a)]) for a in sites}
+    target = {b: quantiles(_decoded(tokenizer, training[b])) for b in sites}
+    found: dict[str, list[float]] = {"": [], "_identity": [], "_histogram": []}
+    for a in sites:
+        for b in sites:
+            if a == b or [held.patient[i] for i in held.rows(a)] != [held.patient[i] for i in held.rows(b)]:
+                continue
+            ours = _decoded(tokenizer, swap(model, held.latents[held.rows(a)], styles[b]))
+            found[""].append(psnr_db(ours, own[b]))
+            found["_identity"].append(psnr_db(own[a], own[b]))
+            found["_histogram"].append(psnr_db(match_histogram(own[a], target[b]), own[b]))
+    return {f"counterfactual_psnr{name}": sum(v) / len(v) for name, v in found.items() if v}
+
+
+def _decoded(tokenizer: Tokenizer, latents: Float[Tensor, "b c d h w"]) -> Float[Tensor, "b 1 D H W"]:
+    return torch.cat([tokenizer.decode(chunk) for chunk in torch.split(latents, _BATCH)]).clamp(0, 1)
 
 
 def _entry(plan: RunPlan, latents: Float[Tensor, "b c d h w"]) -> StyleEntry:

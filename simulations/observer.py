@@ -4,7 +4,6 @@ Reads what sites keep at home, which nobody in a real federation could: a site's
 say what that site's model does. Writes nothing that trains.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from client.cohort import read_entry
 from client.latent_set import LatentSet
-from client.site import Site
 from client.site_state import StateFolder
 from client.style_survey import own_moments
 from client.volumes import prepare
@@ -24,8 +22,9 @@ from meduet_models.bank import StyleBank
 from meduet_models.meduet import MeDUET
 from server.app import RunObserver, RunResult
 from simulations.consortium import Consortium
-from simulations.evaluation import Held, load_model, mean_style, measure, swap
+from simulations.evaluation import load_model, mean_style, measure, swap
 from simulations.figures import SwapRow, draw_swaps
+from simulations.held_out import Held, join, own_scans, paired_scans, paired_set
 from simulations.hospital_plans import Hospital
 from simulations.progress import Live
 from simulations.settings import SimulationSettings
@@ -55,8 +54,10 @@ class Witness(RunObserver):
         own = [consortium.site(hospital.name) for hospital in hospitals]
         self._scans = [site.scans(consortium.everyone) for site in own]
         self._training = [s.latents(s.indices("train")[:TRAINING_SCANS]) for s in self._scans]
+        self._sites = own
+        self._thorough = settings.evaluation.thorough
         self._paired = [
-            _paired(consortium.everyone, site, hospital)
+            paired_set(consortium.everyone, site, hospital)
             for site, hospital in zip(own, hospitals, strict=True)
         ]
         self._held = self._hold_out(len(plan.sites))
@@ -65,17 +66,23 @@ class Witness(RunObserver):
         """Of the first hospitals, the paired patients where there are any, else those kept for validation and
         test; None: nobody.
         """
-        sets = [s for s in self._paired[:num_hospitals] if s is not None]
-        rows: list[tuple[int, str, Tensor]] = []
-        for index, scans in enumerate(sets or self._scans[:num_hospitals]):
-            chosen = range(scans.num_scans) if sets else scans.indices("validation") + scans.indices("test")
-            prefix = "" if sets else f"{index}/"
-            rows += [(index, prefix + scans.patients[row], scans.latents([row])) for row in chosen]
-        if not rows:
+        everyone = self._consortium.everyone
+        pairs = [
+            paired_scans(everyone, self._sites[index], self._hospitals[index], index)
+            for index in range(num_hospitals)
+        ]
+        if parts := [part for part in pairs if part is not None]:
+            return join(parts)
+        kept = ("validation", "test")
+        own = [
+            own_scans(everyone, scans, index, kept)
+            for index, scans in enumerate(self._scans[:num_hospitals])
+            if any(scans.indices(split) for split in kept)
+        ]
+        if not own:
             self._live.say("No patient is kept for validation or test: the model is not probed.")
             return None
-        sites, patients, latents = zip(*rows, strict=True)
-        return Held(torch.cat(latents), sites, patients)
+        return join(own)
 
     def on_round_start(self, round: int, num_rounds: int) -> None:
         """Move the bar."""
@@ -86,7 +93,7 @@ class Witness(RunObserver):
     ) -> Mapping[str, Any]:
         """Probe every few rounds and after the last."""
         due = round % self._every == 0 or round == self._plan.training.rounds
-        probes = self._measure(shared, round, self._held) if due else {}
+        probes = self._measure(shared, self._held, round) if due else {}
         self._live.on_round_end(round, metrics, probes)
         if self._events is not None:
             for name, value in {**metrics["loss"], **probes}.items():
@@ -99,11 +106,9 @@ class Witness(RunObserver):
 
         Hospitals held out are measured here and nowhere else: `with_held_out` has the probes on all.
         """
-        rounds = self._plan.training.rounds
-        measured: dict[str, Any] = {**self._measure(result.shared, rounds, self._held)}
+        measured: dict[str, Any] = {**self._measure(result.shared, self._held)}
         if self._consortium.held_out:
-            everyone = self._hold_out(len(self._hospitals))
-            measured["with_held_out"] = self._measure(result.shared, rounds, everyone)
+            measured["with_held_out"] = self._measure(result.shared, self._hold_out(len(self._hospitals)))
         return measured | self._alignment(result)
 
     def _alignment(self, result: RunResult) -> dict[str, float]:
@@ -131,12 +136,27 @@ class Witness(RunObserver):
             "alignment_passed": float(all(outcome.passed for outcome in outcomes)),
         }
 
-    def _measure(self, shared: Mapping[str, Tensor], round: int, held: Held | None) -> dict[str, float]:
-        """Mean over the sites' models: what they share, with what each keeps at home."""
+    def _measure(
+        self, shared: Mapping[str, Tensor], held: Held | None, round: int | None = None
+    ) -> dict[str, float]:
+        """Mean over the sites' models, what they share with what each keeps at home; after a round, or at the
+        end, where more is measured.
+        """
         if held is None:
             return {}
-        training = self._training[: max(held.site) + 1]
-        measured = [measure(model, self._plan, held, training) for model in self._models(shared, round)]
+        final = round is None
+        models = self._models(shared, self._plan.training.rounds if round is None else round)
+        measured = [
+            measure(
+                model,
+                self._plan,
+                held,
+                self._training[: max(held.site) + 1],
+                thorough=final and self._thorough,
+                tokenizer=self._sites[0].tokenizer if final else None,
+            )
+            for model in models
+        ]
         return {name: sum(m[name] for m in measured) / len(measured) for name in measured[0]}
 
     def _models(self, shared: Mapping[str, Tensor], round: int) -> list[MeDUET]:
@@ -214,17 +234,3 @@ def _volume(scans: LatentSet, row: int, plan: RunPlan) -> Any:
     """The prepared scan behind a row, [x y z]."""
     scan, _ = read_entry(scans.entries[row], plan.volumes)
     return prepare(scan, plan.volumes).volume[0].numpy()
-
-
-def _paired(plan: RunPlan, site: Site, hospital: Hospital) -> LatentSet | None:
-    """The patients that every scanner saw, through this hospital's; none where nothing is simulated."""
-    if hospital.paired is None:
-        return None
-    config = dataclasses.replace(
-        site.config,
-        data_root=hospital.paired,
-        state_dir=site.state_dir.parent.parent / "paired" / site.name,
-        layout="plain",
-        split_fractions=(0.0, 0.0, 1.0),
-    )
-    return Site(config, site.tokenizer).scans(plan)

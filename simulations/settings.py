@@ -28,6 +28,9 @@ class EvaluationSettings:
 
     every_rounds: int = 2
     """Rounds between probes; the last round is always probed."""
+    thorough: bool = False
+    """Whether the final model is measured as for a table: nested cross-validation, permutation null, anatomy;
+    about 15 seconds per hospital's model."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from meduet_models.probes import counterfactual_ratio
 from meduet_models.style import (
     CohortTooSmall,
     StyleEntry,
@@ -23,6 +22,7 @@ from meduet_models.style import (
     restyle,
     upsample,
 )
+from meduet_models.swap_fidelity import counterfactual_ratio
 
 GRID = (4, 6, 4)
 LAYOUT = StyleLayout(channels=2, latent_grid=GRID, map_grid=(2, 3, 2), bound=1e6, parts=2, amplitude=True)

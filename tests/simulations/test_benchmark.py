@@ -63,7 +63,10 @@ class Seen:
         self.probed: list[tuple[MeDUET, Held, int, bool]] = []
         self.trained: list[tuple[MeDUET | None, dict[str, LabelledScans], DownstreamSettings]] = []
 
-    def probes(self, model: MeDUET, plan: Any, held: Held, training: Any, thorough: bool) -> dict[str, float]:
+    def probes(
+        self, model: MeDUET, plan: Any, held: Held, training: Any, thorough: bool, tokenizer: Any
+    ) -> dict[str, float]:
+        assert (tokenizer is not None) == thorough
         self.probed.append((model, held, len(training), thorough))
         told = {"patients": 3.0, "content": float(model.pooled_content(held.latents).detach().abs().mean())}
         return told | ({"slow": 1.0} if thorough else {"odd": float("nan")})
