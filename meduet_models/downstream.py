@@ -115,14 +115,15 @@ class ClassificationNetwork(nn.Module):
 
 
 class SmallUNet(nn.Module):
-    """The baseline: a two-level MONAI U-Net over latents as they are and normalised per scan."""
+    """The baseline: a MONAI U-Net of two resolutions over latents as they are and normalised per scan."""
 
     def __init__(self, latent_channels: int, classes: int, task: Task, *, seed: int = 0) -> None:
         super().__init__()
         self.task = task
         outputs = classes * (STRIDE**3 if task == "segmentation" else 1)
         with torch.device("meta"):
-            unet = UNet(3, 2 * latent_channels, _WIDTH, (_WIDTH, 2 * _WIDTH), (2,), num_res_units=2)
+            channels = (_WIDTH, 2 * _WIDTH, 2 * _WIDTH)
+            unet = UNet(3, 2 * latent_channels, _WIDTH, channels, (1, 2), num_res_units=2)
             self.head = nn.ModuleDict({"unet": unet, "predict": nn.Conv3d(_WIDTH, outputs, 1)})
         initialise(self.head, seed)
 
