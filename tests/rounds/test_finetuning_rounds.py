@@ -22,7 +22,7 @@ from meduet_models.meduet import FactorNetwork
 from meduet_models.weights import load_weights
 from privacy.ledger import Ledger
 from server.checkpoints import OtherPlan
-from server.finetuning import pretrained_sha256, run_finetuning
+from server.finetuning import FinetunedRun, pretrained_sha256, run_finetuning
 from simulations.in_process import InProcessGrid
 from strategies.quorum import RoundFailed
 
@@ -194,23 +194,16 @@ def broken(kind: str) -> Callable[[int], Any]:
 def test_a_site_that_cannot_answer_says_one_word_and_the_quorum_decides(
     miniature: Any, tmp_path: Path, kind: str, word: str
 ) -> None:
-    for quorum in (1.0, 0.6):
+    def run(quorum: float) -> FinetunedRun:
         plan = miniature.plan(quorum=quorum, deadline_s=60.0)
         pretrained = FactorNetwork(plan.network, seed=5)
-        finetuning = agreed(plan, pretrained, rounds=1)
         folder = tmp_path / str(quorum)
-        run = lambda: run_finetuning(  # noqa: E731
-            grid_of(plan, folder, broken(kind)),
-            plan,
-            finetuning,
-            pretrained,
-            folder / "f",  # noqa: B023
-        )
-        if quorum == 1.0:
-            with pytest.raises(RoundFailed, match=word):
-                run()
-        else:
-            assert run().rounds[0]["refused"] == {"lyon": f"refused: {word}"}
+        grid = grid_of(plan, folder, broken(kind))
+        return run_finetuning(grid, plan, agreed(plan, pretrained, rounds=1), pretrained, folder / "f")
+
+    with pytest.raises(RoundFailed, match=word):
+        run(1.0)
+    assert run(0.6).rounds[0]["refused"] == {"lyon": f"refused: {word}"}
 
 
 def test_other_pretrained_weights_are_refused_on_both_sides(
