@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["survey", "round", "erasure"]
+Kind = Literal["survey", "round", "erasure", "finetuning"]
 
 
 @dataclass(frozen=True, kw_only=True)

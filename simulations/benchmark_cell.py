@@ -40,9 +40,10 @@ from simulations.evaluation import measure
 from simulations.held_out import Held, join, own_scans, paired_scans
 from simulations.hospital_plans import Hospital
 from simulations.hospitals import make_hospitals
+from simulations.in_process import fixed_threads
 from simulations.observer import TRAINING_SCANS, site_models
 from simulations.progress import Live
-from simulations.run import Made, Simulation, fixed_threads, prepare, simulate
+from simulations.run import Made, Simulation, prepare, simulate
 from simulations.settings import settings_from
 
 _MADE = "hospitals.json"

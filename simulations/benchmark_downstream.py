@@ -9,23 +9,26 @@ What this file does not do: train or test (`downstream.py`).
 Axes: b = scans.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
+from typing import Literal
 
-import torch
-
+from client.labelled_scans import LabelledScans, NoLabels, join, labelled_scans
 from client.latent_set import LatentSet
+from federation.finetuning import LocalFinetuning
 from meduet_models.meduet import MeDUET
 from simulations.benchmark_settings import Cell, Task
-from simulations.downstream import DownstreamRow, DownstreamSettings, LabelledScans, Mode
+from simulations.downstream import DownstreamRow, DownstreamSettings
 from simulations.run import Simulation
 
 Downstream = Callable[
     [MeDUET | None, LabelledScans, LabelledScans, Mapping[str, LabelledScans], DownstreamSettings, int],
     list[DownstreamRow],
 ]
+_Mode = Literal["frozen", "finetuned", "scratch", "unet"]
 _SPLITS = ("train", "validation", "test")
 
 
@@ -38,14 +41,10 @@ def downstream_rows(
 ) -> list[DownstreamRow]:
     """Rows of every task; the mean over `models` where sites have different ones, from scratch when none."""
     num_sites, seed = len(simulation.plan.sites), simulation.plan.seed
-    modes: tuple[Mode, ...] = ("frozen", "finetuned") if models else ("scratch", "unet")
+    modes: tuple[_Mode, ...] = ("frozen", "finetuned") if models else ("scratch", "unet")
     encoders: Sequence[MeDUET | None] = models or [None]
     rows: list[DownstreamRow] = []
     for task in cell.tasks:
-        seen = {split: labelled(task, scans[:num_sites], [split]) for split in _SPLITS}
-        tests = {"seen": seen[cell.patients]}
-        if cell.patients == "test" and num_sites < len(scans):
-            tests["held_out"] = labelled(task, scans[num_sites:], _SPLITS, first_site=num_sites)
         settings = DownstreamSettings(
             task=task.task,
             classes=task.classes,
@@ -53,7 +52,13 @@ def downstream_rows(
             label_shares=task.label_shares,
             modes=modes,
             steps=task.steps,
+            network=None if models else simulation.plan.network,
         )
+        local = settings.local(modes[0])
+        seen = {split: labelled(task, local, scans[:num_sites], [split]) for split in _SPLITS}
+        tests = {"seen": seen[cell.patients]}
+        if cell.patients == "test" and num_sites < len(scans):
+            tests["held_out"] = labelled(task, local, scans[num_sites:], _SPLITS)
         told = [
             row
             for model in encoders
@@ -64,48 +69,21 @@ def downstream_rows(
 
 
 def labelled(
-    task: Task, sets: Sequence[LatentSet], splits: Sequence[str], first_site: int = 0
+    task: Task, local: LocalFinetuning, sets: Sequence[LatentSet], splits: Sequence[str]
 ) -> LabelledScans:
-    """Scans of these splits with what `task` predicts; scans without it are left out.
-
-    Raises `ValueError` when none is left, or a covariate has a value that the task does not name.
+    """Scans of these splits with what `task` predicts, patients named `<site>/<patient>`; scans without it
+    are left out. Raises `NoLabels` when none is left.
     """
-    latents, labels, targets, patients, sites = [], [], list[int](), list[str](), list[int]()
-    for site, own in enumerate(sets, start=first_site):
-        rows = [row for split in splits for row in own.indices(split) if _has_target(task, own, row)]
-        if not rows:
-            continue
-        latents.append(own.latents(rows))
-        if task.task == "segmentation":
-            volumes = own.labels(rows)
-            assert volumes is not None
-            labels.append(volumes)
-        else:
-            targets += [_class(task, own, row) for row in rows]
-        patients += [f"{site}/{own.patients[row]}" for row in rows]
-        sites += [site] * len(rows)
-    if not latents:
-        raise ValueError(f"Expected scans with {task.target or 'labels'} in {', '.join(splits)}; got none.")
-    return LabelledScans(
-        torch.cat(latents),
-        torch.cat(labels) if labels else None,
-        torch.tensor(targets) if targets else None,
-        tuple(patients),
-        tuple(sites),
-    )
-
-
-def _has_target(task: Task, scans: LatentSet, row: int) -> bool:
-    if task.task == "segmentation":
-        return scans.has_label[row]
-    return scans.covariates[row].get(task.target, "") != ""
-
-
-def _class(task: Task, scans: LatentSet, row: int) -> int:
-    value = str(scans.covariates[row][task.target])
-    if value not in task.values:
-        raise ValueError(f"Expected {task.target} to be {' or '.join(task.values)}; got {value!r}.")
-    return task.values.index(value)
+    parts = []
+    for own in sets:
+        rows = [row for split in splits for row in own.indices(split)]
+        with contextlib.suppress(NoLabels):  # one hospital may have none; all of them may not
+            part = labelled_scans(own, rows, local, task.target, task.values)
+            named = tuple(f"{s}/{patient}" for s, patient in zip(part.site, part.patient, strict=True))
+            parts.append(dataclasses.replace(part, patient=named))
+    if not parts:
+        raise NoLabels(f"Expected scans with {task.target or 'labels'} in {', '.join(splits)}; got none.")
+    return join(parts)
 
 
 def mean_rows(rows: Sequence[DownstreamRow]) -> list[DownstreamRow]:

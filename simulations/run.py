@@ -11,8 +11,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +37,10 @@ from server.config import CONF, plain, plan_from
 from server.run_folder import write_whole
 from simulations.benchmark import CellsFailed, run_benchmark
 from simulations.consortium import Consortium, site_configs
+from simulations.downstream_run import run_downstream
 from simulations.hospital_plans import Hospital, HospitalsPlan, PhantomHospitals, SplitHospitals
 from simulations.hospitals import make_hospitals
-from simulations.in_process import FixedThreads, InProcessGrid
+from simulations.in_process import FixedThreads, InProcessGrid, fixed_threads
 from simulations.observer import Witness
 from simulations.page import write_page
 from simulations.progress import Live
@@ -151,17 +151,6 @@ def simulate(simulation: Simulation, live: Live, observer: RunObserver) -> RunRe
             )
 
 
-@contextmanager
-def fixed_threads(threads: int) -> Iterator[None]:
-    """As many torch threads as a site has, for encoding too: sums of floats depend on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def run(config: DictConfig) -> Path:
     """Everything from settings to page; returns the page's path."""
     values = plain(config)
@@ -227,8 +216,10 @@ def _main(config: DictConfig) -> None:
                 page = run(config)
             case "benchmark":
                 page = run_benchmark(config, console)
+            case "downstream":
+                page = run_downstream(config)
             case unknown:
-                raise ValueError(f"Expected --config-name config or benchmark; got {unknown!r}.")
+                raise ValueError(f"Expected --config-name config, benchmark or downstream; got {unknown!r}.")
     except (ValueError, OtherPlan, RoundFailed) as error:
         console.print(f"[red]{type(error).__name__}[/]: {error}", markup=True)
         sys.exit(2)

@@ -82,7 +82,8 @@ class Seen:
     ) -> list[DownstreamRow]:
         self.trained.append((model, {"train": train, "validation": validation, **tests}, settings))
         value = float(len(self.trained))
-        return [DownstreamRow(settings.task, settings.modes[0], 1.0, "seen", "dice", value, 0.0, 9.0, 3)]
+        row = DownstreamRow(settings.task, settings.modes[0], 1.0, "seen", "dice", value, 0.0, 9.0, 3, 0, 9)
+        return [row]
 
     @property
     def instruments(self) -> Instruments:
