@@ -146,7 +146,7 @@ def answer_round(
         ask.round,
         plan.participants.index(site.name),
         states.start().home,
-        _before(time.monotonic() + plan.aggregation.deadline_s, on_step),
+        before_deadline(time.monotonic() + plan.aggregation.deadline_s, on_step),
     )
     norm = result.metrics["update_norm"]
     clip_factor = min(1.0, promise.bound / norm) if norm > 0 else 1.0
@@ -259,7 +259,7 @@ def _bank(plan: RunPlan, tensors: dict[str, Tensor]) -> StyleBank | None:
         raise AskRefused(str(error), RefusalKind.MALFORMED) from error
 
 
-def _before(deadline: float, on_step: Callable[[int, float], None]) -> Callable[[int, float], None]:
+def before_deadline(deadline: float, on_step: Callable[[int, float], None]) -> Callable[[int, float], None]:
     """Call `on_step` until the deadline; after it the centre no longer waits, and the round is given up."""
 
     def checked(step: int, loss: float) -> None:

@@ -20,11 +20,14 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.answers import AskRefused, Site, answer_erasure, answer_probe, answer_round, answer_survey
+from client.finetuning_round import answer_finetuning
+from client.labelled_scans import NoLabels
 from client.release import GateRefusal, Released
 from client.site import open_site
 from client.site_state import StateMissing
 from client.trainee import WrongWeights
 from client.training import NotFinite
+from federation.finetuning import FinetuneAsk, FinetuneReply
 from federation.messages import (
     ErasureAsk,
     ErasureReply,
@@ -54,8 +57,8 @@ OnStep = Callable[[str, int, float], None]
 def make_client_app(
     open_the_site: Callable[[Context], Site], on_step: OnStep = lambda site, step, loss: None
 ) -> ClientApp:
-    """A Flower ClientApp that answers "query.survey", "train.round", "query.probe" and "query.erasure" for
-    the site that `open_the_site` opens.
+    """A Flower ClientApp that answers "query.survey", "train.round", "query.probe", "query.erasure" and
+    "train.finetune" for the site that `open_the_site` opens.
     """
     client_app = ClientApp()
 
@@ -73,6 +76,15 @@ def make_client_app(
             ask = TrainAsk.from_record(content)
             report = lambda step, loss: on_step(site.name, step, loss)  # noqa: E731
             return _mail(answer_round(site, ask, _plan(ask), report), ask.plan_sha256, site.name)
+
+        return _behind_the_wall(message, context, open_the_site, answer)
+
+    @client_app.train("finetune")
+    def finetune(message: Message, context: Context) -> Message:
+        def answer(site: Site, content: RecordDict) -> RecordDict:
+            ask = FinetuneAsk.from_record(content)
+            report = lambda step, loss: on_step(site.name, step, loss)  # noqa: E731
+            return _mail(answer_finetuning(site, ask, _plan(ask), report), ask.plan_sha256, site.name)
 
         return _behind_the_wall(message, context, open_the_site, answer)
 
@@ -145,9 +157,19 @@ def _mail(released: object, plan_sha256: str, site: str) -> RecordDict:
             return ProbeReply(
                 plan_sha256=plan_sha256, site=site, round=released.record["round"], sums=tensors
             ).to_record()
+        case "finetuning":
+            return FinetuneReply(
+                plan_sha256=plan_sha256,
+                finetuning_sha256=released.record["plan"],
+                site=site,
+                round=released.record["round"],
+                examples=released.counts["examples"],
+                update=tensors,
+                metrics=dict(released.metrics),
+            ).to_record()
 
 
-def _plan(ask: SurveyAsk | TrainAsk | ErasureAsk | ProbeAsk) -> RunPlan:
+def _plan(ask: SurveyAsk | TrainAsk | ErasureAsk | ProbeAsk | FinetuneAsk) -> RunPlan:
     try:
         plan = ask.plan()
     except ValueError as error:
@@ -167,6 +189,8 @@ def _kind(error: Exception) -> RefusalKind:
             return RefusalKind.BUDGET
         case CohortTooSmall():
             return RefusalKind.COHORT_TOO_SMALL
+        case NoLabels():
+            return RefusalKind.NO_LABELS
         case StateMissing():
             return RefusalKind.OUT_OF_ORDER
         case WrongWeights():

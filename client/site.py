@@ -8,6 +8,7 @@ ledger has reserved. Does not do: answer messages (`client/answers.py`), or let 
 """
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -45,6 +46,9 @@ class SiteConfig:
     """Folder of scans, or a manifest. Only ever read."""
     state_dir: Path
     """Folder for everything this site writes: cache, ledger, journal, tables, log. Not inside `data_root`."""
+    cache_dir: Path | None = None
+    """Folder of the encodings, which may outlive the state and serve several of them; none: `cache` in
+    `state_dir`. Not inside `data_root`."""
     layout: Literal["auto", "bids", "plain", "manifest", "dicom"] = "auto"
     """How the data folder is laid out; `auto` tells from what is there."""
     modality_names: dict[str, str] = field(default_factory=dict)
@@ -78,11 +82,12 @@ class SiteConfig:
                 f"Expected name to be letters, digits, dots, hyphens and underscores; got {self.name!r}."
             )
         folder = self.data_root.parent if self.data_root.is_file() else self.data_root  # a manifest's folder
-        if self.state_dir.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(
-                f"Expected state_dir outside the data folder {folder}; got {self.state_dir}. What the site "
-                "writes must not be taken for scans."
-            )
+        for setting, written in (("state_dir", self.state_dir), ("cache_dir", self.cache_dir)):
+            if written is not None and written.resolve().is_relative_to(folder.resolve()):
+                raise ValueError(
+                    f"Expected {setting} outside the data folder {folder}; got {written}. What the site "
+                    "writes must not be taken for scans."
+                )
         if min(self.split_fractions) < 0 or abs(sum(self.split_fractions) - 1.0) > 1e-9:
             raise ValueError(
                 f"Expected split_fractions of at least 0 that sum to 1; got {list(self.split_fractions)}."
@@ -108,7 +113,7 @@ def load_site_config(path: Path) -> SiteConfig:
     if not isinstance(values, dict):
         raise ValueError(f"Expected {path} to hold settings (name: value); got {values!r}.")
     folder = path.resolve().parent
-    for name in ("data_root", "state_dir"):
+    for name in ("data_root", "state_dir", "cache_dir"):
         if isinstance(values.get(name), str):
             values[name] = folder / Path(values[name]).expanduser()
     spec = values.get("tokenizer")
@@ -223,7 +228,7 @@ class Site:
                 "Is it mounted?"
             )
         cohort = remembered(
-            self.state_dir / "cohort.json",
+            self._memo,
             config.data_root,
             {**rules, "volumes": dataclasses.asdict(volumes)},
             lambda: open_cohort(
@@ -235,7 +240,16 @@ class Site:
 
     def cache(self, volumes: VolumePlan) -> LatentCache:
         """The cache of this site's encodings under `volumes`."""
-        return LatentCache(self.state_dir / "cache", self.tokenizer, volumes)
+        return LatentCache(self.config.cache_dir or self.state_dir / "cache", self.tokenizer, volumes)
+
+    @property
+    def _memo(self) -> Path:
+        """Where the cohort is remembered: beside a cache of its own folder, under the data root's name."""
+        config = self.config
+        if config.cache_dir is None:
+            return self.state_dir / "cohort.json"
+        root = hashlib.sha256(str(config.data_root.resolve()).encode()).hexdigest()
+        return config.cache_dir / f"cohort-{root[:12]}.json"
 
     def scans(self, plan: RunPlan, progress: SiteProgress | None = None) -> LatentSet:
         """This site's encoded scans under `plan`: opened once, encoding what is not cached.

@@ -28,6 +28,7 @@ class RefusalKind(StrEnum):
     MALFORMED = "malformed"
     WRONG_TOKENIZER = "wrong_tokenizer"
     COHORT_TOO_SMALL = "cohort_too_small"
+    NO_LABELS = "no_labels"
     OUT_OF_ORDER = "out_of_order"
     NON_FINITE = "non_finite"
     BUDGET = "budget"

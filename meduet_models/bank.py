@@ -72,12 +72,19 @@ class StyleBank:
         return bank
 
     def joined_by(self, site: str, moments: StyleMoments) -> "StyleBank":
-        """The same bank with one site's entries from its own sums: for a site that joined late or told
-        nothing.
+        """The same bank with one site's entries from its own sums: for a site that told nothing, or that
+        joined late and comes after all others.
 
         Centre and scale stay: the network was trained with them. Nothing of it needs to leave the site.
         """
-        joined = self.from_tensors({name: t.clone() for name, t in self.to_tensors().items()}, self.sites)
+        tensors = {name: t.clone() for name, t in self.to_tensors().items()}
+        sites = self.sites
+        if site not in sites:
+            sites = (*sites, site)
+            for name in set(tensors) - {"centre", "scale"}:
+                blank = torch.full_like(tensors[name][:1], 1.0 if name == "deviation" else 0.0)
+                tensors[name] = torch.cat([tensors[name], blank])
+        joined = self.from_tensors(tensors, sites)
         for part in range(joined.count.shape[1]):
             if moments.sums["count"][part] >= 1:
                 joined._put(site, part, float(moments.sums["count"][part]), moments.entry(part))

@@ -288,7 +288,11 @@ class FactorNetwork(nn.Module):
     def content_tokens(self, latents: Float[Tensor, "b c d h w"]) -> Float[Tensor, "b n k"]:
         """Content for use outside training: layer-normed per token, then the erasure (identity until
         fitted)."""
-        content = layer_normed(self.encode(latents).content)
+        return self.erased(self.encode(latents).content)
+
+    def erased(self, content: Float[Tensor, "b n k"]) -> Float[Tensor, "b n k"]:
+        """Content of the head, layer-normed per token and without the site's directions."""
+        content = layer_normed(content)
         return self.erasure_mean + (content - self.erasure_mean) @ self.erasure_matrix.T
 
     def pooled_content(self, latents: Float[Tensor, "b c d h w"]) -> Float[Tensor, "b k"]:

@@ -75,6 +75,16 @@ class Encoder(nn.Module):
             x = block(x)
         return torch.zeros_like(tokens).scatter(1, kept, self.norm(x))
 
+    def hidden_states(self, tokens: Float[Tensor, "b n k"]) -> list[Float[Tensor, "b n k"]]:
+        """What comes out of each block, first to last, before the last norm: `norm` of the last one is
+        `forward`."""
+        states = []
+        x = tokens + self.positions
+        for block in self.blocks:
+            x = block(x)
+            states.append(x)
+        return states
+
 
 class Decoder(nn.Module):
     """Fused tokens -> latent patches. Hidden positions hold a learned mask token."""

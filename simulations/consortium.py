@@ -51,10 +51,23 @@ class Consortium:
 
     plan: RunPlan
     configs: tuple[SiteConfig, ...]
-    """One per hospital, in the order of the plan's sites."""
+    """One per hospital: the plan's sites in its order, then those held out."""
     state: Path
     """Folder of the participants' state folders."""
     _open: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """Hospitals that take no part in the plan; hospital k of them has the site label sites + k."""
+        return tuple(config.name for config in self.configs if config.name not in self.plan.sites)
+
+    @property
+    def everyone(self) -> RunPlan:
+        """The plan as it would be if hospitals held out took part: for opening their scans, never asked.
+
+        A hospital held out refuses the run's own plan, as any site refuses a plan that does not list it.
+        """
+        return dataclasses.replace(self.plan, sites=(*self.plan.sites, *self.held_out))
 
     def site(self, name: str) -> Site:
         """A hospital, or the pooled participant, opened once."""
@@ -82,14 +95,22 @@ class Consortium:
 
 
 def site_configs(
-    hospitals: Sequence[Hospital], plan: RunPlan, settings: SimulationSettings, state: Path
+    hospitals: Sequence[Hospital],
+    plan: RunPlan,
+    settings: SimulationSettings,
+    state: Path,
+    cache: Path | None = None,
 ) -> tuple[SiteConfig, ...]:
-    """The `site.yaml` that each hospital would have; every one agrees to releases that are not private."""
+    """The `site.yaml` that each hospital would have; every one agrees to releases that are not private.
+
+    `cache`: folder of the hospitals' encodings where several runs share them; none: each in its state folder.
+    """
     return tuple(
         SiteConfig(
             name=hospital.name,
             data_root=hospital.root / MANIFEST if hospital.layout == "manifest" else hospital.root,
             state_dir=state / hospital.name,
+            cache_dir=None if cache is None else cache / hospital.name,
             layout=hospital.layout,
             modality_names={ANY: plan.volumes.modality, **settings.site.modality_names},
             patient_pattern=settings.site.patient_pattern,

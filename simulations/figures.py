@@ -57,7 +57,8 @@ class SwapRow:
     """The same patient really rendered by the other hospitals' scanners, where that is known."""
 
 
-def _style(axes: Axes, title: str, ylabel: str = "") -> None:
+def style_axes(axes: Axes, title: str, ylabel: str = "") -> None:
+    """The look of every panel: title at the left, quiet axes."""
     axes.set_title(title, loc="left", fontsize=9.5, color=INK)
     axes.set_ylabel(ylabel, fontsize=8, color=MUTED)
     axes.tick_params(labelsize=8, colors=MUTED, length=0)
@@ -68,7 +69,8 @@ def _style(axes: Axes, title: str, ylabel: str = "") -> None:
     axes.spines["bottom"].set_color(GRID)
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure on white; its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=170, facecolor="white")
     return path
@@ -93,7 +95,7 @@ def draw_losses(rounds: Sequence[Mapping[str, Any]], path: Path) -> Path:
             if points:
                 x, y = zip(*points, strict=True)
                 axes.plot(x, y, color=colour, linewidth=1.6, label=site)
-        _style(axes, _LABELS[term])
+        style_axes(axes, _LABELS[term])
     for axes in panels.flat[len(terms) :]:
         axes.set_visible(False)
     for axes in panels.flat:
@@ -102,7 +104,7 @@ def draw_losses(rounds: Sequence[Mapping[str, Any]], path: Path) -> Path:
         axes.set_xlabel("round", fontsize=8, color=MUTED)
     handles, labels = panels.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=8, frameon=False, fontsize=8)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def draw_probes(rounds: Sequence[Mapping[str, Any]], path: Path) -> Path:
@@ -139,8 +141,8 @@ def draw_probes(rounds: Sequence[Mapping[str, Any]], path: Path) -> Path:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.set_xlabel("round", fontsize=8, color=MUTED)
         axes.legend(frameon=False, fontsize=8, loc="best")
-        _style(axes, title)
-    return _save(figure, path)
+        style_axes(axes, title)
+    return save(figure, path)
 
 
 def _middle(volume: Volume, plane: int) -> Volume:
@@ -207,7 +209,7 @@ def draw_traffic(sizes: Mapping[str, int], path: Path) -> Path:
     axes.set_xlim(right=max(values) * 6)
     axes.xaxis.set_visible(False)
     axes.spines["bottom"].set_visible(False)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def human_bytes(count: float) -> str:

@@ -95,9 +95,10 @@ class SplitHospitals:
     """Hospitals in the consortium."""
     names: tuple[str, ...] = NAMES
     """Their names; hospitals beyond the list are numbered."""
-    by: Literal["intensity", "random"] = "intensity"
+    by: Literal["intensity", "appearance", "random"] = "intensity"
     """`intensity`: patients whose scans lie in the same range of stored units, darkest hospital first;
-    `random`: patients dealt by the seed."""
+    `appearance`: patients whose scans look alike after windowing (brightness, contrast, sharpness), darkest
+    first; `random`: patients dealt by the seed."""
     styles_on_top: bool = False
     """Whether each hospital's scans are restyled by a simulated scanner and written anew."""
     scanners: tuple[dict[str, object], ...] = ()

@@ -10,7 +10,8 @@ Uses one private class of Flower's (`TaskIdentity`), from which messages read th
 Flower.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NoReturn
 
 import torch
@@ -27,6 +28,17 @@ _FIRST_NODE = 1000
 _RUN = 1
 
 
+@contextmanager
+def fixed_threads(threads: int) -> Iterator[None]:
+    """As many torch threads as a site has, for encoding too: sums of floats depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class FixedThreads(ClientApp):
     """`inner` with a fixed number of torch threads, on which sums of floats depend: engines must agree."""
 
@@ -36,12 +48,8 @@ class FixedThreads(ClientApp):
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer, then give the threads back."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(self._threads)
-        try:
+        with fixed_threads(self._threads):
             return self._inner(message, context)
-        finally:
-            torch.set_num_threads(before)
 
 
 class InProcessGrid(Grid):

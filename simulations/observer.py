@@ -14,6 +14,7 @@ from torch import Tensor
 from client.cohort import read_entry
 from client.latent_set import LatentSet
 from client.site_state import StateFolder
+from client.style_survey import own_moments
 from client.volumes import prepare
 from federation.plan import RunPlan
 from meduet_models.alignment import check_alignment, style_tokens
@@ -28,7 +29,8 @@ from simulations.hospital_plans import Hospital
 from simulations.progress import Live
 from simulations.settings import SimulationSettings
 
-_TRAINING_SCANS = 24  # of each hospital, for its style tokens
+TRAINING_SCANS = 24
+"""Training scans of each hospital from which its style tokens are made."""
 
 
 class Witness(RunObserver):
@@ -50,27 +52,31 @@ class Witness(RunObserver):
 
             self._events = SummaryWriter(str(self._folder / "tensorboard"))
         own = [consortium.site(hospital.name) for hospital in hospitals]
-        self._scans = [site.scans(plan) for site in own]
-        self._training = [s.latents(s.indices("train")[:_TRAINING_SCANS]) for s in self._scans]
+        self._scans = [site.scans(consortium.everyone) for site in own]
+        self._training = [s.latents(s.indices("train")[:TRAINING_SCANS]) for s in self._scans]
         self._sites = own
         self._thorough = settings.evaluation.thorough
         self._paired = [
-            paired_set(plan, site, hospital) for site, hospital in zip(own, hospitals, strict=True)
+            paired_set(consortium.everyone, site, hospital)
+            for site, hospital in zip(own, hospitals, strict=True)
         ]
-        self._held = self._hold_out()
+        self._held = self._hold_out(len(plan.sites))
 
-    def _hold_out(self) -> Held | None:
-        """The paired patients where there are any, else those kept for validation and test; None: nobody."""
+    def _hold_out(self, num_hospitals: int) -> Held | None:
+        """Of the first hospitals, the paired patients where there are any, else those kept for validation and
+        test; None: nobody.
+        """
+        everyone = self._consortium.everyone
         pairs = [
-            paired_scans(self._plan, site, hospital, index)
-            for index, (site, hospital) in enumerate(zip(self._sites, self._hospitals, strict=True))
+            paired_scans(everyone, self._sites[index], self._hospitals[index], index)
+            for index in range(num_hospitals)
         ]
         if parts := [part for part in pairs if part is not None]:
             return join(parts)
         kept = ("validation", "test")
         own = [
-            own_scans(self._plan, scans, index, kept)
-            for index, scans in enumerate(self._scans)
+            own_scans(everyone, scans, index, kept)
+            for index, scans in enumerate(self._scans[:num_hospitals])
             if any(scans.indices(split) for split in kept)
         ]
         if not own:
@@ -87,7 +93,7 @@ class Witness(RunObserver):
     ) -> Mapping[str, Any]:
         """Probe every few rounds and after the last."""
         due = round % self._every == 0 or round == self._plan.training.rounds
-        probes = self._measure(shared, round) if due else {}
+        probes = self._measure(shared, self._held, round) if due else {}
         self._live.on_round_end(round, metrics, probes)
         if self._events is not None:
             for name, value in {**metrics["loss"], **probes}.items():
@@ -96,8 +102,13 @@ class Witness(RunObserver):
         return probes
 
     def on_end(self, result: RunResult) -> Mapping[str, Any]:
-        """Probe the final weights, erasure included; test whether style heads understand each other."""
-        measured = self._measure(result.shared, self._plan.training.rounds, final=True)
+        """Probe the final weights, erasure included; test whether style heads understand each other.
+
+        Hospitals held out are measured here and nowhere else: `with_held_out` has the probes on all.
+        """
+        measured: dict[str, Any] = {**self._measure(result.shared, self._held)}
+        if self._consortium.held_out:
+            measured["with_held_out"] = self._measure(result.shared, self._hold_out(len(self._hospitals)))
         return measured | self._alignment(result)
 
     def _alignment(self, result: RunResult) -> dict[str, float]:
@@ -112,11 +123,10 @@ class Witness(RunObserver):
         if len(bank.present) < len(plan.sites) or len(plan.sites) < 2:
             return {}
         models = self._models(result.shared, plan.training.rounds)
-        told = [
-            style_tokens(m, x, bank, i) for i, (m, x) in enumerate(zip(models, self._training, strict=True))
-        ]
+        training = self._training[: len(plan.sites)]
+        told = [style_tokens(m, x, bank, i) for i, (m, x) in enumerate(zip(models, training, strict=True))]
         outcomes = [
-            check_alignment(models[i], told[j], self._training[i], bank, i)
+            check_alignment(models[i], told[j], training[i], bank, i)
             for i in range(len(models))
             for j in range(len(models))
             if i != j
@@ -126,37 +136,38 @@ class Witness(RunObserver):
             "alignment_passed": float(all(outcome.passed for outcome in outcomes)),
         }
 
-    def _measure(self, shared: Mapping[str, Tensor], round: int, final: bool = False) -> dict[str, float]:
-        """Mean over the sites' models: what they share, with what each keeps at home."""
-        if self._held is None:
+    def _measure(
+        self, shared: Mapping[str, Tensor], held: Held | None, round: int | None = None
+    ) -> dict[str, float]:
+        """Mean over the sites' models, what they share with what each keeps at home; after a round, or at the
+        end, where more is measured.
+        """
+        if held is None:
             return {}
+        final = round is None
+        models = self._models(shared, self._plan.training.rounds if round is None else round)
         measured = [
             measure(
                 model,
                 self._plan,
-                self._held,
-                self._training,
+                held,
+                self._training[: max(held.site) + 1],
                 thorough=final and self._thorough,
                 tokenizer=self._sites[0].tokenizer if final else None,
             )
-            for model in self._models(shared, round)
+            for model in models
         ]
         return {name: sum(m[name] for m in measured) / len(measured) for name in measured[0]}
 
     def _models(self, shared: Mapping[str, Tensor], round: int) -> list[MeDUET]:
-        plan = self._plan
-        models = []
-        for name in plan.participants:
-            states = StateFolder(self._consortium.site(name).state_dir / "state", plan.sha256)
-            models.append(load_model(plan, {**states.before(round + 1).home, **shared}))
-        return models
+        return site_models(self._plan, self._consortium, shared, round)
 
     def draw(self, result: RunResult) -> None:
         """Draw a held-out patient of each hospital: as scanned, rebuilt, in every other hospital's style."""
         models = self._models(result.shared, self._plan.training.rounds)
         names = [hospital.name for hospital in self._hospitals]
         for index, name in enumerate(names):
-            model = models[index if len(models) > 1 else 0]
+            model = models[index if index < len(models) else 0]  # a hospital held out gets the first's
             styles = [mean_style(model, training) for training in self._training]
             scans, row = self._example(index)
             latents = scans.latents([row])
@@ -182,6 +193,10 @@ class Witness(RunObserver):
         if not result.bank:
             return {}
         bank = StyleBank.from_tensors(result.bank, self._plan.sites)
+        for site, scans in list(zip(self._consortium.everyone.sites, self._scans, strict=True))[
+            len(bank.sites) :
+        ]:
+            bank = bank.joined_by(site, own_moments(scans, self._plan))
         known = [i for i in (index, *others) if float(bank.count[i].sum()) > 0]
         if index not in known:
             return {}
@@ -202,6 +217,17 @@ class Witness(RunObserver):
     def _decode(self, latents: Tensor) -> Any:
         volume = self._consortium.site(self._plan.sites[0]).tokenizer.decode(latents)
         return volume[0, 0].clamp(0, 1).numpy()
+
+
+def site_models(
+    plan: RunPlan, consortium: Consortium, shared: Mapping[str, Tensor], round: int
+) -> list[MeDUET]:
+    """Each participant's model after `round`: what all share, with what it keeps at home."""
+    models = []
+    for name in plan.participants:
+        states = StateFolder(consortium.site(name).state_dir / "state", plan.sha256)
+        models.append(load_model(plan, {**states.before(round + 1).home, **shared}))
+    return models
 
 
 def _volume(scans: LatentSet, row: int, plan: RunPlan) -> Any:

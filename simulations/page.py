@@ -8,7 +8,7 @@ import base64
 import csv
 import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ _FEDERATED = (
     ("anatomy_from_style", "anatomy from style (R²)", "anatomy_from_style"),
 )
 """What hospitals read together from sums: its name there, its label, and its name among the observer's."""
-_END = "end"
+_END, _WITH_HELD_OUT = "end", "end, with those held out"
 _PROMISE = (
     "Releases of this run are bounded, not differentially private: each is clipped to its bound and entered "
     "in the hospital's ledger with epsilon = infinity. Who sees the updates may learn about the patients "
@@ -47,8 +47,10 @@ _PROMISE = (
 )
 
 
-def write_page(folder: Path, hospitals_text: str) -> Path:
-    """Write `report.html` into `folder`; `hospitals_text` says in one sentence where the scans come from."""
+def write_page(folder: Path, hospitals_text: str, held_out: Sequence[str] = ()) -> Path:
+    """Write `report.html` into `folder`; `hospitals_text` says in one sentence where the scans come from,
+    `held_out` which hospitals took no part.
+    """
     plan = RunPlan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     versions = json.loads((folder / "versions.json").read_text(encoding="utf-8"))
@@ -58,13 +60,13 @@ def write_page(folder: Path, hospitals_text: str) -> Path:
     probed = [entry for entry in rounds if entry.get("probes")]
     last = metrics["final"]
     names = [(key, label) for key, label in _PROBES if key in last]
-    swaps = [path for site in plan.sites if (path := figures / f"swap-{site}.png").is_file()]
+    swaps = [path for site in (*plan.sites, *held_out) if (path := figures / f"swap-{site}.png").is_file()]
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATE.parent), autoescape=True, undefined=StrictUndefined
     )
     page = environment.get_template(_TEMPLATE.name).render(
         plan=plan,
-        summary=_summary(plan, hospitals, hospitals_text),
+        summary=_summary(plan, hospitals, hospitals_text, held_out),
         tiles=_tiles(plan, rounds, hospitals, last),
         swaps=[{"data": _embed(path), "caption": _caption(path)} for path in swaps],
         swap_text=_swap_text(last),
@@ -72,7 +74,11 @@ def write_page(folder: Path, hospitals_text: str) -> Path:
         probe_names=["round", *(label for _, label in names)],
         probe_rows=[
             [label, *(f"{probes[key]:.2f}" if key in probes else "" for key, _ in names)]
-            for label, probes in [*((str(e["round"]), e["probes"]) for e in probed), (_END, last)]
+            for label, probes in [
+                *((str(e["round"]), e["probes"]) for e in probed),
+                (_END, last),
+                *([(_WITH_HELD_OUT, last["with_held_out"])] if last.get("with_held_out") else []),
+            ]
         ],
         erasure_text=_erasure_text(metrics),
         federated=_federated(metrics, last),
@@ -176,7 +182,9 @@ def _traffic(
     return {name: size for name, size in sizes.items() if size}
 
 
-def _summary(plan: RunPlan, hospitals: list[dict[str, Any]], hospitals_text: str) -> str:
+def _summary(
+    plan: RunPlan, hospitals: list[dict[str, Any]], hospitals_text: str, held_out: Sequence[str]
+) -> str:
     patients = sum(h["patients"] for h in hospitals)
     method = {
         "content_share": "share the content branch and tell each other their style",
@@ -187,7 +195,8 @@ def _summary(plan: RunPlan, hospitals: list[dict[str, Any]], hospitals_text: str
         "pooled": "are pooled in one place, an upper bound that no consortium may run, and",
     }[plan.aggregation.method]
     steps = f"{plan.training.rounds} rounds of {plan.training.steps_per_round} steps"
-    return f"{hospitals_text} {len(plan.sites)} hospitals with {patients} patients {method}: {steps}."
+    apart = f" Held out, and never asked anything: {', '.join(held_out)}." if held_out else ""
+    return f"{hospitals_text} {len(plan.sites)} hospitals with {patients} patients {method}: {steps}.{apart}"
 
 
 def _tiles(

@@ -11,8 +11,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,10 +35,12 @@ from server.app import run as run_plan
 from server.checkpoints import OtherPlan
 from server.config import CONF, plain, plan_from
 from server.run_folder import write_whole
+from simulations.benchmark import CellsFailed, run_benchmark
 from simulations.consortium import Consortium, site_configs
+from simulations.downstream_run import run_downstream
 from simulations.hospital_plans import Hospital, HospitalsPlan, PhantomHospitals, SplitHospitals
 from simulations.hospitals import make_hospitals
-from simulations.in_process import FixedThreads, InProcessGrid
+from simulations.in_process import FixedThreads, InProcessGrid, fixed_threads
 from simulations.observer import Witness
 from simulations.page import write_page
 from simulations.progress import Live
@@ -57,11 +58,22 @@ class Simulation:
     settings: SimulationSettings
     consortium: Consortium
     hospitals: list[Hospital]
+    """Those of the plan in its order, then those held out."""
     folder: Path
 
 
-def prepare(config: Mapping[str, Any], live: Live) -> Simulation:
-    """Make the hospitals and the plan, and write down what will be run.
+@dataclass(frozen=True)
+class Made:
+    """Hospitals that are there already, for several runs."""
+
+    hospitals: list[Hospital]
+    """All of them, in the order in which they were made."""
+    cache: Path
+    """Folder of their encodings."""
+
+
+def prepare(config: Mapping[str, Any], live: Live, made: Made | None = None) -> Simulation:
+    """Make the hospitals, unless they are `made`, and the plan.
 
     Raises `ValueError` when settings are wrong, `OtherPlan` when the folder holds another run.
     """
@@ -81,12 +93,33 @@ def prepare(config: Mapping[str, Any], live: Live) -> Simulation:
         )
 
     plan_for(["any"])  # a mistake in the settings is said before anything is made
-    with live.counting("making hospitals") as progress:
-        hospitals = make_hospitals(hospitals_plan, folder / "hospitals", progress)
-    plan = plan_for([hospital.name for hospital in hospitals])
+    if made is None:
+        with live.counting("making hospitals") as progress:
+            hospitals = make_hospitals(hospitals_plan, folder / "hospitals", progress)
+    else:
+        hospitals = made.hospitals
+    taking_part, apart = held_apart(hospitals, settings.held_out)
+    plan = plan_for([hospital.name for hospital in taking_part])
     state = folder / "sites"
-    consortium = Consortium(plan, site_configs(hospitals, plan, settings, state), state)
-    return Simulation(plan, settings, consortium, hospitals, folder)
+    hospitals = [*taking_part, *apart]
+    configs = site_configs(hospitals, plan, settings, state, None if made is None else made.cache)
+    return Simulation(plan, settings, Consortium(plan, configs, state), hospitals, folder)
+
+
+def held_apart(
+    hospitals: Sequence[Hospital], held_out: Sequence[str]
+) -> tuple[list[Hospital], list[Hospital]]:
+    """Hospitals that take part, and those held out; `ValueError` for an unknown name, or when none remain."""
+    names = [hospital.name for hospital in hospitals]
+    if unknown := sorted(set(held_out) - set(names)):
+        raise ValueError(f"Expected held_out to name hospitals ({', '.join(names)}); got {unknown[0]!r}.")
+    if len(set(held_out)) < len(held_out):
+        raise ValueError(f"Expected held_out to name each hospital once; got {', '.join(held_out)}.")
+    apart = [hospital for name in held_out for hospital in hospitals if hospital.name == name]
+    taking_part = [hospital for hospital in hospitals if hospital.name not in held_out]
+    if not taking_part:
+        raise ValueError(f"Expected a hospital that is not held out; held_out names all {len(names)}.")
+    return taking_part, apart
 
 
 def simulate(simulation: Simulation, live: Live, observer: RunObserver) -> RunResult:
@@ -118,17 +151,6 @@ def simulate(simulation: Simulation, live: Live, observer: RunObserver) -> RunRe
             )
 
 
-@contextmanager
-def fixed_threads(threads: int) -> Iterator[None]:
-    """As many torch threads as a site has, for encoding too: sums of floats depend on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def run(config: DictConfig) -> Path:
     """Everything from settings to page; returns the page's path."""
     values = plain(config)
@@ -139,6 +161,10 @@ def run(config: DictConfig) -> Path:
         for name in plan.participants:  # as `meduet-site prepare` does at a hospital
             with live.reading(name) as progress:
                 simulation.consortium.site(name).scans(plan, progress)
+        everyone = simulation.consortium.everyone
+        for name in simulation.consortium.held_out:
+            with live.reading(name) as progress:
+                simulation.consortium.site(name).scans(everyone, progress)
         witness = Witness(
             simulation.plan, simulation.consortium, simulation.hospitals, simulation.settings, live
         )
@@ -147,7 +173,8 @@ def run(config: DictConfig) -> Path:
         live.say("drawing the page")
         witness.draw(result)
         write_whole(folder / "versions.json", json.dumps(versions(result), indent=1) + "\n")
-        return write_page(folder, _origin(settings_from(values)[1], simulation.hospitals))
+        origin = _origin(settings_from(values)[1], simulation.hospitals)
+        return write_page(folder, origin, simulation.consortium.held_out)
 
 
 def versions(result: RunResult) -> dict[str, Any]:
@@ -184,10 +211,21 @@ def _main(config: DictConfig) -> None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         config.folder = HydraConfig.get().runtime.output_dir  # one folder per job
     try:
-        page = run(config)
+        match HydraConfig.get().job.config_name:
+            case "config":
+                page = run(config)
+            case "benchmark":
+                page = run_benchmark(config, console)
+            case "downstream":
+                page = run_downstream(config)
+            case unknown:
+                raise ValueError(f"Expected --config-name config, benchmark or downstream; got {unknown!r}.")
     except (ValueError, OtherPlan, RoundFailed) as error:
         console.print(f"[red]{type(error).__name__}[/]: {error}", markup=True)
         sys.exit(2)
+    except CellsFailed as error:
+        console.print(f"[red]{type(error).__name__}[/]: {error}", markup=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         console.print("Interrupted. Nothing is lost: give the same command again to go on.")
         sys.exit(130)

@@ -55,6 +55,8 @@ class SimulationSettings:
     """What the observer measures."""
     site: SiteSettings
     """What every hospital has in its site.yaml."""
+    held_out: tuple[str, ...]
+    """Hospitals that take no part in the plan: made, and opened for evaluation only."""
     tokenizer: TokenizerSpec
     """The frozen VAE of all sites."""
     folder: str

@@ -3,13 +3,15 @@
 By intensity: the level of a scan is the decimal logarithm of the 99.9th percentile of its voxels, that of a
 patient the median of her scans'. The sorted levels are cut into contiguous groups with the least sum of
 squared distances to their group's mean (Fisher 1958, doi:10.1080/01621459.1958.10501479, "natural breaks"),
-no group smaller than a tenth of an equal share. No draw is involved. At random: patients dealt by the seed.
+no group smaller than a tenth of an equal share. No draw is involved. By appearance: what scans look like
+after windowing (`appearance.py`). At random: patients dealt by the seed.
 
 A patient is at one hospital. With styles on top, each scan that can be read is restyled by its hospital's
 scanner (`scans.scan_image`) and written anew with its label; otherwise hospitals get manifests and nothing is
 written. A split of one hospital's scans is a simulation of several hospitals, and is to be called one.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -26,6 +28,7 @@ from client.layouts import Candidate, LayoutRules, survey
 from client.nifti import nifti_stem
 from client.scans import Scan, UnusableScan
 from client.volumes import read_files, read_label
+from simulations.appearance import appearance, by_appearance
 from simulations.hospital_plans import TRUTH, Hospital, SplitHospitals, hospital_names
 from simulations.manifests import read_record, write_left_out, write_manifest, write_record
 from simulations.phantom_hospitals import Progress
@@ -56,13 +59,16 @@ def make_split(plan: SplitHospitals, folder: Path, progress: Progress | None = N
             f"Expected at least one patient for each of {plan.num_hospitals} hospitals; {root} has "
             f"{len(patients)}."
         )
-    steps = len(candidates) * (plan.by == "intensity") + len(candidates) * plan.styles_on_top
+    steps = len(candidates) * (plan.by != "random") + len(candidates) * plan.styles_on_top
     report = _Count(steps, progress)
-    if plan.by == "intensity":
-        place = by_intensity(_levels(candidates, report), plan.num_hospitals)
-    else:
-        order = np.random.default_rng(np.random.SeedSequence(plan.seed, spawn_key=(0,))).permutation(patients)
-        place = {str(patient): i % plan.num_hospitals for i, patient in enumerate(order)}
+    match plan.by:
+        case "intensity":
+            place = by_intensity(_levels(candidates, report), plan.num_hospitals)
+        case "appearance":
+            place = by_appearance(_appearances(candidates, report), plan.num_hospitals)
+        case "random":
+            rng = np.random.default_rng(np.random.SeedSequence(plan.seed, spawn_key=(0,)))
+            place = {str(p): i % plan.num_hospitals for i, p in enumerate(rng.permutation(patients))}
     hospitals = []
     for index, name in enumerate(names):
         mine = [candidate for candidate in candidates if place[candidate.patient] == index]
@@ -149,6 +155,21 @@ def _levels(candidates: Sequence[Candidate], report: _Count) -> dict[str, float]
         report.one_more()
     darkest = min((level for levels in found.values() for level in levels), default=0.0)
     return {patient: float(np.median(levels or [darkest])) for patient, levels in found.items()}
+
+
+def _appearances(candidates: Sequence[Candidate], report: _Count) -> dict[str, NDArray[np.float64]]:
+    """Mean appearance of every patient's scans. A patient none of whose scans can be read looks like the
+    mean of all: wherever she is, the site's intake will say why she takes no part.
+    """
+    found: dict[str, list[NDArray[np.float64]]] = {candidate.patient: [] for candidate in candidates}
+    for candidate in candidates:
+        with contextlib.suppress(UnusableScan):
+            found[candidate.patient].append(appearance(read_files(candidate.files)))
+        report.one_more()
+    every = [one for own in found.values() for one in own]
+    if not every:
+        raise ValueError("Expected a scan that can be read, to split by appearance; got none.")
+    return {patient: np.mean(own or every, axis=0) for patient, own in found.items()}
 
 
 def _restyled(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import client.cohort_memo
 import client.site
 from client.answers import AskRefused
 from client.cohort import Cohort
@@ -102,6 +103,7 @@ BAD = {
     MINIMAL.replace(
         "state_dir: state", "state_dir: scans/state"
     ): "Expected state_dir outside the data folder",
+    MINIMAL + "cache_dir: scans/cache\n": "Expected cache_dir outside the data folder",
     MINIMAL.replace("scans", "7"): "Expected site.data_root to be Path; got 7",
     "- a list\n": "to hold settings",
     "name: [": "to be a readable YAML file",
@@ -182,6 +184,27 @@ def test_scans_are_encoded_once_for_all_messages_and_all_processes(config: SiteC
     assert site.scans(plan) is scans
     again = Site(config, tokenizer(codec)).scans(plan)
     assert codec.num_encoded == 5 and torch.equal(again.latents(range(5)), scans.latents(range(5)))
+
+
+def test_a_cache_of_its_own_folder_serves_several_states_and_several_data_roots(
+    config: SiteConfig, plan: RunPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client.cohort_memo, "SETTLED_S", -1.0)  # files just written count as settled
+    codec, opened = Blocks(), client.site.open_cohort
+    opens = []
+    monkeypatch.setattr(client.site, "open_cohort", lambda *a, **k: opens.append(a) or opened(*a, **k))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "p9.nii.gz").write_bytes((config.data_root / "p1.nii.gz").read_bytes())
+    for state in ("one", "two"):
+        for root in (config.data_root, other):
+            own = dataclasses.replace(
+                config, state_dir=tmp_path / state / root.name, data_root=root, cache_dir=tmp_path / "cache"
+            )
+            Site(own, tokenizer(codec)).scans(plan)
+            assert not (own.state_dir / "cache").exists()
+    assert codec.num_encoded == 5, "the other root holds one of the same scans"
+    assert len(opens) == 2, "each root's cohort is remembered beside the cache"
 
 
 def test_every_file_is_in_the_tables_even_if_it_fails_after_the_cohort_was_opened(

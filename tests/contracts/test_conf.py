@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hydra.errors import ConfigCompositionException
 
+from federation.finetuning import FinetunePlan, LocalFinetuning
 from federation.plan import (
     AggregationPlan,
     ProbePlan,
@@ -19,6 +20,8 @@ from federation.plan import (
 from meduet_models.meduet import NetworkConfig
 from meduet_models.objective import LossWeights, ObjectiveConfig
 from server.config import CONF, compose_config, plain, plan_from
+from simulations.downstream import DownstreamSettings
+from simulations.downstream_run import DownstreamRunSettings
 from simulations.settings import SimulationSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +37,8 @@ PLANS = (
     NetworkConfig,
     ObjectiveConfig,
     LossWeights,
+    FinetunePlan,
+    LocalFinetuning,
 )
 OPTIONS = [
     f"{folder.name}={choice.stem}"
@@ -108,7 +113,11 @@ def test_yaml_never_names_python() -> None:
         assert "_target_" not in path.read_text(encoding="utf-8"), path
 
 
-@pytest.mark.parametrize("kind", [*PLANS, SimulationSettings], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind",
+    [*PLANS, SimulationSettings, DownstreamSettings, DownstreamRunSettings],
+    ids=lambda kind: kind.__name__,
+)
 def test_every_setting_has_a_sentence_and_a_reader(kind: type) -> None:
     read = _attributes_read()
     sentences = _sentences(kind)

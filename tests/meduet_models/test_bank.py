@@ -68,6 +68,19 @@ def test_a_site_that_told_nothing_can_restyle_once_it_knows_its_own_style() -> N
     assert torch.equal(late.centre, partial.centre) and partial.present == ("oslo", "lyon")
 
 
+def test_a_site_that_joins_late_comes_after_all_others_and_changes_none() -> None:
+    whole, x = bank(0, 1), scans(5)
+    late = whole.joined_by("delft", moments(5))
+    assert late.sites == (*SITES, "delft") and late.present == ("oslo", "lyon", "delft")
+    here, there = torch.full((5,), 4), torch.zeros(5, dtype=torch.long)
+    torch.testing.assert_close(
+        late.restyle(x, here, there), restyle(x, moments(5).entry(), moments(0).entry())
+    )
+    assert torch.equal(late.restyle(scans(1), there + 1, there), whole.restyle(scans(1), there + 1, there))
+    assert torch.equal(late.centre, whole.centre) and torch.equal(late.scale, whole.scale)
+    assert whole.sites == SITES and whole.count.shape == (4, 1)
+
+
 def test_body_parts_have_styles_of_their_own_and_must_be_said() -> None:
     layout = dataclasses.replace(LAYOUT, parts=2)
     told = {}
