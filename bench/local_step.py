@@ -41,7 +41,7 @@ from meduet_models.objective import (
 )
 from meduet_models.teacher import Teacher
 
-PUBLISHED = LossWeights(visible_reconstruction=0.0, invariance=0.0)
+PUBLISHED = LossWeights(visible_reconstruction=0.0, invariance=0.0, restyled_reconstruction=0.0)
 SIZES = {
     "small": dict(
         latent_channels=4, latent_grid=(8, 12, 8), patch_size=2, width=96, depth=3, heads=4,

@@ -57,10 +57,13 @@ VARIANTS: dict[str, tuple[str, ObjectiveConfig]] = {
     "alternate": ("split", ObjectiveConfig(estimator="alternate")),
     "hidden_only": ("split", ObjectiveConfig(weights=LossWeights(visible_reconstruction=0.0))),
     "no_invariance": ("split", ObjectiveConfig(weights=LossWeights(invariance=0.0))),
+    "no_restyled": ("split", ObjectiveConfig(weights=LossWeights(restyled_reconstruction=0.0))),
     "joint": ("joint", ObjectiveConfig()),
     "published": (
         "joint",
-        ObjectiveConfig(weights=LossWeights(visible_reconstruction=0.0, invariance=0.0)),
+        ObjectiveConfig(
+            weights=LossWeights(visible_reconstruction=0.0, invariance=0.0, restyled_reconstruction=0.0)
+        ),
     ),
 }
 

@@ -44,6 +44,7 @@ RECONSTRUCTION = ObjectiveConfig(
         mftd=0.0,
         siqc=0.0,
         invariance=0.0,
+        restyled_reconstruction=0.0,
     )
 )
 Weights = dict[str, torch.Tensor]

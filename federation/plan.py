@@ -234,11 +234,12 @@ def _contradictions(plan: RunPlan) -> Iterator[str]:
         yield f"aggregation.method={aggregation.method} averages the style head too: set style.head=shared."
     if style.head == "shared" and style.anchor != 0:
         yield "style.anchor holds a local style head; with style.head=shared it has no effect: set it to 0."
-    if style.exchange == "none" and plan.objective.weights.invariance > 0:
-        yield (
-            "objective.weights.invariance compares a scan with its restyling; with style.exchange=none there"
-            " is none: set it to 0."
-        )
+    for name in ("invariance", "restyled_reconstruction"):
+        if style.exchange == "none" and getattr(plan.objective.weights, name) > 0:
+            yield (
+                f"objective.weights.{name} compares a scan with its restyling; with style.exchange=none there"
+                " is none: set it to 0."
+            )
     if plan.probes.every_rounds < 0 or plan.probes.folds < 3:
         yield "Expected probes.every_rounds of at least 0 and probes.folds of at least 3 (fit, choose, test)."
     if plan.probes.every_rounds and (aggregation.method in ("alone", "pooled") or len(plan.sites) < 2):

@@ -50,6 +50,9 @@ class LossWeights:
     """Swap-invariance quadruplet contrast."""
     invariance: float = 1.0
     """Content of a scan against content of its restyling; 0 in the published method."""
+    restyled_reconstruction: float = 1.0
+    """A scan's content with its restyling's style, decoded, against the restyling: the swap with its known
+    answer; 0 in the published method."""
 
     def __post_init__(self) -> None:
         """Refuse negative weights."""
@@ -86,7 +89,8 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot act."""
-        others = [f.name for f in fields(self.weights) if not f.name.endswith("reconstruction")]
+        own = ("reconstruction", "visible_reconstruction")
+        others = [f.name for f in fields(self.weights) if f.name not in own]
         if self.masking == "masked" and (on := [n for n in others if getattr(self.weights, n)]):
             raise ValueError(
                 f"objective.weights.{on[0]} needs a partner or a restyling, and objective.masking=masked has "
@@ -207,16 +211,17 @@ class MeduetObjective:
         if config.masking == "masked":
             return self._masked(student, batch, draws)
         plan = _Plan.of(config, draws, progress)
-        if plan.invariance and batch.restyled is None:
+        needs_restyled = [n for n in ("invariance", "restyled_reconstruction") if getattr(weights, n)]
+        if needs_restyled and batch.restyled is None:
             raise ValueError(
-                "Expected batch.restyled, which the invariance term compares with; got None. "
-                "Exchange styles, or set weights.invariance to 0."
+                f"Expected batch.restyled, which the {needs_restyled[0]} term compares with; got None. "
+                f"Exchange styles, or set weights.{needs_restyled[0]} to 0."
             )
         subject = torch.arange(len(batch.site), device=batch.site.device)
         subject = subject if batch.subject is None else batch.subject
         kept, lent = ~draws.exchanged, draws.exchanged  # b n, what each stream shows of volume i
 
-        own, restyled = self._encode_mixed(student, batch, draws, bool(plan.invariance))
+        own, restyled = self._encode_mixed(student, batch, draws, bool(needs_restyled))
         swapped = Factors(own.content, own.style[draws.partner])
 
         # Student: one decode, one re-encode.
@@ -224,7 +229,10 @@ class MeduetObjective:
         swap_visible = [chosen] if config.estimator == "one_stream" else [kept, lent]
         streams = [(own, kept), (own, lent)]
         streams += [(swapped, visible) for visible in swap_visible] if plan.siqc else []
+        if weights.restyled_reconstruction and restyled is not None:
+            streams.append((Factors(own.content, restyled.style), chosen))
         decoded = self._decode(student, streams)
+        answer = decoded.pop() if weights.restyled_reconstruction else None
         plain, swaps = decoded[:2], decoded[2:]
         again_visible: list[Tensor] = []
         if plan.mftd and config.estimator == "one_stream":
@@ -236,6 +244,9 @@ class MeduetObjective:
         again_plain, again_swaps = again[: len(again_visible)], again[len(again_visible) :]
 
         terms = self._reconstruction(student, batch, decoded[:2], [kept, lent])
+        if answer is not None and batch.restyled is not None:
+            wanted = student.target_tokens(batch.restyled)
+            terms["restyled_reconstruction"] = squared_distance(answer, wanted).mean()
         terms |= self._sites(student, batch, own, [kept, lent], plan.reversal)
         clean, keys = self._teach(teacher, batch, draws, plan, swap_visible)
         if plan.mftd and clean is not None:

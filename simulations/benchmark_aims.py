@@ -23,6 +23,7 @@ RECOGNISED = 0.95
 PATIENT_FROM_STYLE_TIMES_CHANCE = 5
 NEARER_DB = 3.0
 _HIGHER_IS_BETTER = ("dice", "auc")
+_CONTENT = {"content": "pooled content", "code": "the content code"}
 
 
 @dataclass(frozen=True)
@@ -63,22 +64,24 @@ def _probe_aims(data: str, summaries: Summaries) -> Iterator[Aim]:
         met = own.value >= bound if above else own.value <= bound
         return Aim(data, text, f"{own}; bound {bound:.3f}", met)
 
+    content = "code" if read("site_from_code") is not None else "content"
     chance = read("chance_site")
     guess = read("chance_patient")
     site, patient = (None if c is None else c.value for c in (chance, guess))
     yield bounded(
-        "site_from_content",
-        "site from content, linear probe: chance + 5 points at most",
+        f"site_from_{content}",
+        f"site from {_CONTENT[content]}, linear probe: chance + 5 points at most",
         None if site is None else site + LINEAR_ABOVE_CHANCE,
         above=False,
     )
     yield bounded(
-        "site_from_content_mlp",
-        "site from content, MLP probe: chance + 10 points at most",
+        f"site_from_{content}_mlp",
+        f"site from {_CONTENT[content]}, MLP probe: chance + 10 points at most",
         None if site is None else site + MLP_ABOVE_CHANCE,
         above=False,
     )
-    yield bounded("patient_from_content", "patient from content across styles: 95%", RECOGNISED, above=True)
+    text = f"patient from {_CONTENT[content]} across styles: 95%"
+    yield bounded(f"patient_from_{content}", text, RECOGNISED, above=True)
     yield bounded("site_from_style", "site from style: 95%", RECOGNISED, above=True)
     yield bounded(
         "patient_from_style",

@@ -20,15 +20,21 @@ SHARES = (
     "site_from_content",
     "site_from_content_mlp",
     "site_from_style",
+    "site_from_code",
+    "site_from_code_mlp",
     "patient_from_content",
+    "patient_from_code",
     "patient_from_style",
 )
 """Probes whose value is a share, with patients as trials."""
 COLUMNS = (
     ("site_from_content", "site from content"),
     ("site_from_content_mlp", "… by MLP"),
+    ("site_from_code", "site from code"),
+    ("site_from_code_mlp", "… by MLP"),
     ("site_from_style", "site from style"),
     ("patient_from_content", "patient from content"),
+    ("patient_from_code", "patient from code"),
     ("patient_from_style", "patient from style"),
     ("anatomy_from_content", "anatomy from content (R²)"),
     ("content_through_style", "content through style (R²)"),

@@ -11,6 +11,7 @@ Axes: b = scans, n = tokens, k = content channels, s = style channels, c d h w =
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -19,6 +20,7 @@ from torch import Tensor
 from federation.plan import RunPlan
 from federation.survey import survey_layout
 from meduet_models.anatomy_probes import anatomy_probe, content_through_style
+from meduet_models.content_code import erase_own_site
 from meduet_models.factors import Factors
 from meduet_models.meduet import MeDUET, layer_normed
 from meduet_models.nested_probes import nested_site_probe, token_features
@@ -36,6 +38,7 @@ from meduet_models.tokenizer import Tokenizer
 from simulations.held_out import Held
 
 _BATCH = 16
+_PROBES: tuple[Literal["linear", "mlp"], ...] = ("linear", "mlp")
 
 
 @torch.inference_mode()
@@ -80,13 +83,15 @@ def measure(
     its restylings; `style_gap_closed` (mean over pairs of sites), `reconstruction_error` (relative to the
     latents' variance), and `counterfactual_ratio` (0 is the truth, 1 did nothing) where there is one; with a
     `tokenizer` also `counterfactual_psnr` of our swap, `counterfactual_psnr_identity` of doing nothing and
-    `counterfactual_psnr_histogram` of histogram matching (dB, on decoded volumes).
+    `counterfactual_psnr_histogram` of histogram matching (dB, on decoded volumes). Where a content code was
+    fitted, `site_from_code`, `site_from_code_mlp` and `patient_from_code` are the same readings of it; a site
+    that is not in the plan is erased from its codes by its own training scans (`erase_own_site`).
 
     `thorough` adds `nested_site_from_<factor>_<features>_<probe>` with `_p` (p-value) and `_null` (95th
-    percentile of the null), features mean, deviation (mean and deviation over tokens) or tokens, probe linear
-    or mlp; `patient_from_<factor>_among_all` and `chance_patient_among_all`; `anatomy_from_<factor>_<target>`
-    (R² out of fold) with its mean over targets `anatomy_from_<factor>`, from pooled vectors and
-    `…_tokens` from all tokens; `content_through_style` (R²).
+    percentile of the null), features mean, deviation (mean and deviation over tokens), tokens or code, probe
+    linear or mlp; `patient_from_<factor>_among_all` and `chance_patient_among_all`;
+    `anatomy_from_<factor>_<target>` (R² out of fold) with its mean over targets `anatomy_from_<factor>`, from
+    pooled vectors and `…_tokens` from all tokens; `content_through_style` (R²).
     """
     model.eval()
     factors = _tokens(model, held.latents)
@@ -108,6 +113,8 @@ def measure(
             "patient_from_style": retrieval_across_sites(pair[1], seen.site, seen.patient).score,
             "chance_patient": recognised.chance,
         }
+        if model.has_content_code:
+            measured |= _code(model, plan, held, seen, training, thorough)
         if thorough:
             measured |= _nested(factors, held, plan.seed) | _among_all(pair, seen)
     if thorough and len(set(held.patient)) > 2:
@@ -136,6 +143,46 @@ def _nested(factors: Factors, held: Held, seed: int) -> dict[str, float]:
             )
             name = f"nested_site_from_{factor}_{what}"
             measured |= {name: reading.score, f"{name}_p": reading.p_value, f"{name}_null": reading.null_95}
+    return measured
+
+
+@torch.inference_mode()
+def _codes(
+    model: MeDUET, plan: RunPlan, held: Held, training: Sequence[Float[Tensor, "b c d h w"]]
+) -> Float[Tensor, "b q"]:
+    """Content codes; of a site that is not in the plan, without the direction that its own scans show."""
+    codes = torch.cat([model.content_code(chunk) for chunk in torch.split(held.latents, _BATCH)])
+    for late in range(len(plan.sites), len(training)):
+        own = torch.cat([model.content_code(chunk) for chunk in torch.split(training[late], _BATCH)])
+        rows = [row for row, site in enumerate(held.site) if site == late]
+        codes[rows] = codes[rows] @ erase_own_site(own, [str(i) for i in range(len(own))]).T
+    return codes
+
+
+def _code(
+    model: MeDUET,
+    plan: RunPlan,
+    held: Held,
+    seen: Held,
+    training: Sequence[Float[Tensor, "b c d h w"]],
+    thorough: bool,
+) -> dict[str, float]:
+    codes = _codes(model, plan, held, training)
+    worn = codes if seen is held else _codes(model, plan, seen, training)
+    measured = {
+        "site_from_code": site_probe(codes, held.site, held.patient, plan.seed).score,
+        "site_from_code_mlp": site_probe(codes, held.site, held.patient, plan.seed, "mlp").score,
+        "patient_from_code": retrieval_across_sites(worn, seen.site, seen.patient).score,
+    }
+    if thorough:
+        for probe in _PROBES:
+            reading = nested_site_probe(codes, held.site, held.patient, plan.seed, probe)
+            name = f"nested_site_from_code_{probe}"
+            measured |= {name: reading.score, f"{name}_p": reading.p_value, f"{name}_null": reading.null_95}
+        measured["patient_from_code_among_all"] = recognition_among_all(worn, seen.site, seen.patient).score
+        read = anatomy_probe(codes, held.anatomy, held.patient, plan.seed)
+        if bool((known := ~torch.isnan(read)).any()):
+            measured["anatomy_from_code"] = float(read[known].mean())
     return measured
 
 

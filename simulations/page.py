@@ -23,6 +23,8 @@ _PROBES = (
     ("site_from_content_mlp", "… by an MLP"),
     ("site_from_style", "hospital from style"),
     ("patient_from_content", "patient from content"),
+    ("site_from_code", "hospital from content code"),
+    ("patient_from_code", "patient from content code"),
     ("patient_from_style", "patient from style"),
     ("style_gap_closed", "style gap closed"),
     ("counterfactual_ratio", "error against truth"),

@@ -104,6 +104,6 @@ def alone_plan() -> RunPlan:
 
 
 def without_exchange(plan: Callable[..., RunPlan], method: Any) -> RunPlan:
-    objective = ObjectiveConfig(weights=replace(LossWeights(), invariance=0.0))
+    objective = ObjectiveConfig(weights=replace(LossWeights(), invariance=0.0, restyled_reconstruction=0.0))
     style = StylePlan(minimum_cohort=3, exchange="none", head="shared", anchor=0.0)
     return plan(aggregation=AggregationPlan(method=method), style=style, objective=objective)

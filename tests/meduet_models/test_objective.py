@@ -10,6 +10,7 @@ import torch
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from meduet_models.factors import Factors
 from meduet_models.meduet import MeDUET, NetworkConfig
 from meduet_models.objective import (
     Losses,
@@ -36,7 +37,7 @@ TINY = NetworkConfig(
     style_map_grid=(1, 2, 1),
 )
 SITES = (0, 1, 2)
-PUBLISHED = LossWeights(visible_reconstruction=0.0, invariance=0.0)
+PUBLISHED = LossWeights(visible_reconstruction=0.0, invariance=0.0, restyled_reconstruction=0.0)
 ESTIMATORS = pytest.mark.parametrize("estimator", ["full", "one_stream", "alternate"])
 PATHS = pytest.mark.parametrize("paths", ["split", "joint"])
 
@@ -152,9 +153,9 @@ def count_calls(case: Case, progress: float = 1.0, **config: object) -> dict[str
         (False, 0.1, {}, ([1, 2], [4], [1, 2], [2])),
         (False, 1.0, {"estimator": "one_stream"}, ([1, 2], [3], [2, 1], [1])),
         # the answer of the swap is known: the teacher decodes nothing
-        (True, 1.0, {}, ([2, 4], [4], [2], [])),
-        (True, 0.1, {}, ([2, 2], [4], [2], [])),
-        (True, 1.0, {"estimator": "one_stream"}, ([2, 2], [3], [2], [])),
+        (True, 1.0, {}, ([2, 4], [5], [2], [])),
+        (True, 0.1, {}, ([2, 2], [5], [2], [])),
+        (True, 1.0, {"estimator": "one_stream"}, ([2, 2], [4], [2], [])),
         # reconstruction alone
         (False, 1.0, {"weights": dataclasses.replace(PUBLISHED, siqc=0.0, mftd=0.0)}, ([1], [2], [], [])),
     ],
@@ -167,13 +168,30 @@ def test_a_step_makes_no_pass_twice(
     assert tuple(calls.get(name, []) for name in names) == tuple([6 * n for n in sizes] for sizes in expected)
 
 
-@pytest.mark.parametrize(("turn", "expected"), [("mftd", ([2, 2], [2])), ("siqc", ([2, 2], [4]))])
+@pytest.mark.parametrize(("turn", "expected"), [("mftd", ([2, 2], [3])), ("siqc", ([2, 2], [5]))])
 def test_in_turn_a_step_computes_one_of_the_two(turn: str, expected: tuple[list[int], ...]) -> None:
     case = Case()
     case.draws = dataclasses.replace(case.draws, turn=turn)
     calls = count_calls(case, estimator="alternate")
     assert [n // 6 for n in calls["student encodes"]] == expected[0]
     assert [n // 6 for n in calls["student decodes"]] == expected[1]
+
+
+def test_a_swap_is_asked_for_its_known_answer() -> None:
+    """A network that ignores style cannot write the restyling; the term says by how much."""
+    case = Case()
+    term = case.losses().terms["restyled_reconstruction"]
+    network, batch, draws = case.student, case.batch, case.draws
+    tokens = network.embed_latents(batch.latents)
+    mixed = torch.where(draws.exchanged.unsqueeze(-1), tokens[draws.partner], tokens)
+    features = network.encoder(mixed)
+    owned = torch.where(draws.exchanged.unsqueeze(-1), features[draws.partner], features)
+    content = network.factors(batch.latents, owned).content
+    style = network.encode(batch.restyled).style
+    visible = torch.where(draws.show_lent.unsqueeze(1), draws.exchanged, ~draws.exchanged)
+    written = network.predict_tokens(Factors(content, style), visible)
+    expected = (written - network.target_tokens(batch.restyled)).square().mean()
+    torch.testing.assert_close(term, expected)
 
 
 # Estimators

@@ -60,7 +60,9 @@ def a_plan(rounds: int = 3, sites: tuple[str, ...] = SITES, seed: int = 1, **agg
             decoder_depth=1,
             decoder_heads=2,
         ),
-        objective=ObjectiveConfig(weights=LossWeights(invariance=1.0 if exchanges else 0.0)),
+        objective=ObjectiveConfig(
+            weights=LossWeights(invariance=float(exchanges), restyled_reconstruction=float(exchanges))
+        ),
         training=TrainingPlan(rounds=rounds, steps_per_round=1),
         style=StylePlan(minimum_cohort=5)
         if exchanges

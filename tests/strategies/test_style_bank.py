@@ -35,7 +35,7 @@ PLAN = RunPlan(
         decoder_depth=1,
         decoder_heads=2,
     ),
-    objective=ObjectiveConfig(weights=LossWeights(invariance=0.0)),
+    objective=ObjectiveConfig(weights=LossWeights(invariance=0.0, restyled_reconstruction=0.0)),
     training=TrainingPlan(rounds=1, steps_per_round=1),
     style=StylePlan(minimum_cohort=5),
     aggregation=AggregationPlan(),
