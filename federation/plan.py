@@ -242,10 +242,10 @@ def _contradictions(plan: RunPlan) -> Iterator[str]:
             )
     if plan.probes.every_rounds < 0 or plan.probes.folds < 3:
         yield "Expected probes.every_rounds of at least 0 and probes.folds of at least 3 (fit, choose, test)."
-    if plan.probes.every_rounds and (aggregation.method in ("alone", "pooled") or len(plan.sites) < 2):
+    if plan.probes.every_rounds and aggregation.method in ("alone", "pooled"):
         yield (
-            "probes.every_rounds compares sites that share a model; with one site, or aggregation.method="
-            f"{aggregation.method}, there is nothing to compare: set it to 0."
+            "probes.every_rounds compares sites that share a model; with aggregation.method="
+            f"{aggregation.method} there is nothing to compare: set it to 0."
         )
     for name, (low, high) in plan.probes.anatomy.items():
         if not low < high:

@@ -202,7 +202,7 @@ class _Run:
             erasure = {**summary, "refused": refused}
         told: dict[str, Any] = {"erasure": erasure}
         if self.probes.due(last.round):
-            told["federated_probes"] = self.probes.read(last.round, shared, last.bank)
+            told["federated_probes"] = self.probes.read(last.round, shared, last.bank, bool(erasure))
         sha256 = sha256_of_tensors(shared)
         provenance = {
             **self.model.provenance(),

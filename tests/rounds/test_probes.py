@@ -18,7 +18,7 @@ from federation.plan import ProbePlan, RunPlan, TrainingPlan
 from federation.probing import content_part, joint_bound, joint_width, style_part
 from meduet_models.erasure import ErasureMoments, patient_means
 from meduet_models.meduet import MeDUET
-from meduet_models.probe_sums import explained_from_sums, linear_probe_from_sums, read_site
+from meduet_models.probe_sums import coordinates, explained_from_sums, linear_probe_from_sums, read_site
 from privacy.ledger import Ledger
 from server.app import RunResult, run
 from simulations.in_process import InProcessGrid
@@ -87,10 +87,12 @@ def test_every_reading_is_in_the_metrics_of_its_round_and_of_the_end(probed: Any
     metrics = json.loads((folder / "metrics.json").read_text())
     entries = [entry["federated_probes"] for entry in metrics["rounds"]] + [metrics["federated_probes"]]
     assert len(entries) == 3
+    from_content = [entry["readings"].pop("site_from_content", None) for entry in entries]
+    assert all(0 <= read <= 1 for read in from_content[:2])
+    assert from_content[2] is None  # erased on these very patients: a reading below chance, no evidence
     for entry in entries:
         assert entry["refused"] == {} and entry["sites"] == dict.fromkeys(plan.sites, 18)
         assert set(entry["readings"]) == {
-            "site_from_content",
             "site_from_style",
             "chance_site",
             "content_through_style",
@@ -112,13 +114,14 @@ def test_every_reading_is_in_the_metrics_of_its_round_and_of_the_end(probed: Any
 
 
 def test_the_readings_are_those_of_everybodys_factors_in_one_place(probed: Any) -> None:
-    """The federation's final readings, against features pooled behind its back."""
+    """The federation's readings after the last round, against features pooled behind its back."""
     plan, folder, result = probed
     joint, sites, folds = [], [], []
     for index, name in enumerate(plan.sites):
         state = StateFolder(folder / "sites" / name / "state", plan.sha256).before(3)
         model = MeDUET(plan.network, 3).eval()
-        model.load_state_dict(state.home | result.shared)
+        unerased = {"erasure_mean": torch.zeros(12), "erasure_matrix": torch.eye(12)}
+        model.load_state_dict(state.home | result.shared | unerased)
         scans = Latents(index, 18)
         with torch.no_grad():
             own = torch.cat([model.pooled_content(scans.values), model.pooled_style(scans.values)], 1)
@@ -131,7 +134,7 @@ def test_the_readings_are_those_of_everybodys_factors_in_one_place(probed: Any) 
     def moments(rows: torch.Tensor) -> ErasureMoments:
         return ErasureMoments.of(x[rows], [str(i) for i in range(int(rows.sum()))], joint_bound(plan))
 
-    readings = result.metrics["federated_probes"]["readings"]
+    readings = result.metrics["rounds"][-1]["federated_probes"]["readings"]
     through = explained_from_sums(
         [moments(fold == f) for f in range(3)], style_part(plan), content_part(plan), together=True
     )
@@ -140,10 +143,7 @@ def test_the_readings_are_those_of_everybodys_factors_in_one_place(probed: Any) 
         said = torch.empty(len(x), dtype=torch.long)
         for f in range(3):
             own = {str(s): moments((fold != f) & (site == s)) for s in range(3)}
-            cut = {
-                s: ErasureMoments(m.count, m.total[part], m.outer[part, part], m.bound)
-                for s, m in own.items()
-            }
+            cut = {s: coordinates(sums, part) for s, sums in own.items()}
             said[fold == f] = read_site(x[fold == f][:, part], *linear_probe_from_sums(cut))
         recall = [float((said[site == s] == s).double().mean()) for s in range(3)]
         assert readings[f"site_from_{factor}"] == pytest.approx(sum(recall) / 3, abs=1e-9)

@@ -89,7 +89,8 @@ def test_thorough_measures_find_what_was_planted(plan: RunPlan) -> None:
     assert measured["patient_from_content_among_all"] == 1.0
     assert measured["patient_from_style_among_all"] < 1.0
     assert measured["chance_patient_among_all"] == pytest.approx(1 / 29)
-    assert measured["anatomy_from_content_half"] > 0.5
+    # Which half is brighter is in where tokens are, and leaves no trace in their mean.
+    assert measured["anatomy_from_content_tokens_half"] > 0.5 > 0.2 > measured["anatomy_from_content_half"]
     assert measured["anatomy_from_content"] == measured["anatomy_from_content_half"]
     assert "counterfactual_psnr" not in measured  # no tokenizer was given
 
