@@ -54,7 +54,7 @@ def test_every_method_of_the_benchmark_makes_a_plan_of_its_own(plans: dict[str, 
     trained = {m: p for m, p in plans.items() if m not in ("no_erasure", "random", "scratch")}
     hashes = {RunPlan.from_json(plan.to_json()).sha256 for plan in trained.values()}
     assert len(hashes) == len(trained)
-    assert {(p.training.rounds, p.training.steps_per_round) for p in plans.values()} == {(20, 6)}
+    assert {(p.training.rounds, p.training.steps_per_round) for p in plans.values()} == {(14, 6)}
 
 
 def test_each_ablation_differs_from_ours_in_what_it_is_named_after(plans: dict[str, RunPlan]) -> None:
