@@ -82,7 +82,7 @@ class StyleBank:
         if site not in sites:
             sites = (*sites, site)
             for name in set(tensors) - {"centre", "scale"}:
-                blank = torch.full_like(tensors[name][:1], 1.0 if name == "deviation" else 0.0)
+                blank = torch.full_like(tensors[name][:1], 1.0 if name in _POSITIVE else 0.0)
                 tensors[name] = torch.cat([tensors[name], blank])
         joined = self.from_tensors(tensors, sites)
         for part in range(joined.count.shape[1]):
