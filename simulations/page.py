@@ -123,6 +123,7 @@ def _crossed(folder: Path, site: str) -> list[dict[str, str]]:
         "survey": "style statistics (sums over patients)",
         "round": "content branch update (weighted sum)",
         "erasure": "sums of pooled content",
+        "finetuning": "update of a network trained with labels (weighted sum)",
     }
     return [
         {
@@ -141,7 +142,7 @@ def _crossed(folder: Path, site: str) -> list[dict[str, str]]:
 
 def _times(records: list[dict[str, Any]]) -> str:
     """How many releases, and how many of them answered a question that was asked again."""
-    again = len(records) - len({record["round"] for record in records})
+    again = len(records) - len({(record["plan"], record["round"]) for record in records})
     return f"{len(records)} ({again} asked again)" if again else str(len(records))
 
 
