@@ -145,6 +145,7 @@ def _crossed(folder: Path, site: str) -> list[dict[str, str]]:
         "erasure": "sums of pooled content",
         "probe": "sums of content, style and anatomy, per fold",
         "probe_hits": "counts of a fitted probe's hits",
+        "finetuning": "update of a network trained with labels (weighted sum)",
     }
     return [
         {
@@ -163,7 +164,7 @@ def _crossed(folder: Path, site: str) -> list[dict[str, str]]:
 
 def _times(records: list[dict[str, Any]]) -> str:
     """How many releases, and how many of them answered a question that was asked again."""
-    again = len(records) - len({record["round"] for record in records})
+    again = len(records) - len({(record["plan"], record["round"]) for record in records})
     return f"{len(records)} ({again} asked again)" if again else str(len(records))
 
 

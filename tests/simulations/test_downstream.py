@@ -2,12 +2,14 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from client.labelled_scans import LabelledScans
 from meduet_models.meduet import FactorNetwork, NetworkConfig
@@ -195,6 +197,21 @@ def test_labels_of_one_hospital_and_the_bank_reach_the_other(pretrained: Path, t
     command(pretrained, tmp_path, "label_sites=[north]", "bank=true", "modes=[unet]")
     rows = json.loads((tmp_path / "downstream.json").read_text())["rows"]
     assert {row["test"] for row in rows} == {"seen", "unlabelled"}
+
+
+def test_a_hospital_that_the_run_held_out_is_tested_on_whole(pretrained: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(pretrained, copy)
+    config = OmegaConf.load(copy / "config.yaml")
+    config["hospitals"]["num_hospitals"] = 3
+    config["held_out"] = ["valley"]
+    OmegaConf.save(config, copy / "config.yaml")
+    command(copy, tmp_path / "table", "modes=[unet]", "label_shares=[1]")
+    told = json.loads((tmp_path / "table" / "downstream.json").read_text())
+    tested = {row["test"]: row["patients"] for row in told["rows"]}
+    assert tested.keys() == {"seen", "held_out"}
+    assert tested["held_out"] == 16
+    assert told["training_patients"] < 32
 
 
 def test_a_covariate_is_classified(pretrained: Path, tmp_path: Path) -> None:
