@@ -68,7 +68,7 @@ class Hospital:
         screen = io.StringIO()
         arguments = [command, "--config", str(self.root / "site.yaml"), *more]
         arguments += ["--plan", str(self.root / "plan.json")] if plan else []
-        return main(arguments, Console(file=screen, width=300)), screen.getvalue()
+        return main(arguments, Console(file=screen, width=300, soft_wrap=True)), screen.getvalue()
 
 
 @pytest.fixture
