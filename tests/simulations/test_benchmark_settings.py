@@ -92,7 +92,7 @@ def test_the_key_follows_from_what_decides_about_the_numbers_and_from_nothing_el
 
     assert key() == key("folder=/elsewhere") == key("workers=5") == key("table.meduet.title=Ours")
     others = [
-        key("seeds=[1]"), key('overrides=["training.learning_rate=1e-3"]'), key("patients=validation"),
+        key("seeds=[2]"), key('overrides=["training.learning_rate=1e-3"]'), key("patients=validation"),
         key("sizes.small.phantoms.tasks=[]"), key("size=full"), key("+table.meduet.erasure=false"),
     ]  # fmt: skip
     assert len({key(), *others}) == 7
