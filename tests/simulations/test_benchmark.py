@@ -230,7 +230,7 @@ def test_the_command_makes_one_table_and_one_page_lists_failures_and_does_only_w
     assert broken.returncode == 1, broken.stderr
     assert "CellsFailed: 1 of 2 cells failed" in broken.stderr
     first = json.loads((tmp_path / "benchmark.json").read_text())
-    assert list(first["failed"]) == ["phantoms meduet, seed 0"]
+    assert list(first["failed"]) == ["phantoms meduet, seed 1"]
     assert "failed: " in (tmp_path / "benchmark.md").read_text()
     done = command(tmp_path, *small, overrides())
     assert done.returncode == 0, done.stderr

@@ -101,9 +101,9 @@ def test_verdicts_follow_the_bounds_and_nothing_is_met_that_was_not_measured() -
         }.items()
     )  # fmt: skip
     found = verdicts(aims_of(["phantoms"], summaries))
-    assert found["site from content, linear probe: chance + 5 points at most"] is True
-    assert found["site from content, MLP probe: chance + 10 points at most"] is False
-    assert found["patient from content across styles: 95%"] is True
+    assert found["site from pooled content, linear probe: chance + 5 points at most"] is True
+    assert found["site from pooled content, MLP probe: chance + 10 points at most"] is False
+    assert found["patient from pooled content across styles: 95%"] is True
     assert found["patient from style: 5 times chance at most"] is True
     assert found["site from style: 95%"] is None
     assert found["swap fidelity: at least that of pooled MeDUET"] is None
@@ -112,6 +112,20 @@ def test_verdicts_follow_the_bounds_and_nothing_is_met_that_was_not_measured() -
     assert (
         verdicts(aims_of(["phantoms"], summaries))["swap fidelity: at least that of pooled MeDUET"] is False
     )
+
+
+def test_site_and_patient_are_judged_on_the_content_code_where_there_is_one() -> None:
+    summaries = dict(
+        told("meduet", f"seen.{name}", value, value, value)
+        for name, value in {
+            "site_from_content": 0.9, "site_from_code": 0.30, "site_from_code_mlp": 0.36, "chance_site": 0.25,
+            "patient_from_content": 0.2, "patient_from_code": 0.96,
+        }.items()
+    )  # fmt: skip
+    found = verdicts(aims_of(["phantoms"], summaries))
+    assert found["site from the content code, linear probe: chance + 5 points at most"] is True
+    assert found["site from the content code, MLP probe: chance + 10 points at most"] is False
+    assert found["patient from the content code across styles: 95%"] is True
 
 
 def test_a_bound_that_no_share_can_exceed_is_no_aim_met() -> None:
