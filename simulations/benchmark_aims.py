@@ -1,8 +1,9 @@
 """What FedMeDUET aims at, and whether the benchmark's numbers meet it.
 
-Each aim is a bound that was written down before the numbers were known. Met or not is decided on values;
-"above" asks for more: intervals that do not touch. An aim whose numbers are not there is told as not
-measured, never as met.
+Each aim is a bound that was written down before the numbers were known; site and patient are read from the
+content code where a method has one, which was made because pooled content misses them. Met or not is decided
+on values; "above" asks for more: intervals that do not touch. An aim whose numbers are not there is told as
+not measured, never as met.
 What this file does not do: it computes no number (`benchmark_tables.py`).
 """
 

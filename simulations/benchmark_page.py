@@ -117,7 +117,7 @@ def _page(
     ]
     page: str = environment.get_template(_TEMPLATE.name).render(
         summary=f"Every method on every data set, size {settings.size}, measured on {settings.patients} "
-        "patients. Settings were chosen on validation patients of the hospitals that took part.",
+        "patients. What was chosen on what is in docs/benchmark.md.",
         tiles=[{"value": value, "label": label} for value, label in tiles],
         interval_text=interval_text(settings),
         aims=[asdict(aim) | {"verdict": aim.verdict, "style": _VERDICTS[aim.met]} for aim in aims],
