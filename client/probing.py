@@ -114,7 +114,7 @@ def probe_sums(
     if plan.probes.anatomy:
         told[ANATOMY] = _anatomy(joint, scans, probed, plan)
     if told_of_swaps(plan):
-        told |= _worn(student, scans, probed, plan, bank, site)
+        told |= _worn(student, scans, probed, plan, bank, site, joint)
     return told
 
 
@@ -225,9 +225,18 @@ def _target(scans: TrainingScans, row: int, name: str, plan: RunPlan) -> float:
 
 @torch.no_grad()
 def _worn(
-    student: MeDUET, scans: TrainingScans, probed: Probed, plan: RunPlan, bank: StyleBank | None, site: int
+    student: MeDUET,
+    scans: TrainingScans,
+    probed: Probed,
+    plan: RunPlan,
+    bank: StyleBank | None,
+    site: int,
+    joint: Float[Tensor, "b z"],
 ) -> dict[str, Tensor]:
-    """This site's scans in every other present site's style: recognised? like that site's?"""
+    """This site's scans in every other present site's style: recognised? like that site's?
+
+    `joint` are the factors of its scans as they are.
+    """
     shapes = sums_shapes(plan)
     told = {
         name: torch.zeros(shapes[name], dtype=torch.float64)
@@ -236,8 +245,7 @@ def _worn(
     if bank is None or plan.sites[site] not in bank.present:
         return told
     names = list(probed.folds)
-    own = _joint(student, scans, probed)
-    gallery = _factors(patient_means(own, probed.patients), plan)
+    gallery = _factors(patient_means(joint, probed.patients), plan)
     for target in range(len(plan.sites)):
         if target == site or plan.sites[target] not in bank.present:
             continue

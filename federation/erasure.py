@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from federation.plan import RunPlan
-from meduet_models.content_code import RenderingMoments, rendering_length
-from meduet_models.erasure import ErasureMoments, erasure_length
+from meduet_models.content_code import RenderingMoments
+from meduet_models.erasure import ErasureMoments, erasure_length, triangle_length
 
 SUMS, RENDERINGS = "sums", "renderings"
 """Names of the tensors: the vectors of `ErasureMoments` and, where a style bank renders every scan in every
@@ -39,7 +39,7 @@ def share_bound(plan: RunPlan) -> float:
 def erasure_shapes(plan: RunPlan) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what travels."""
     shapes: dict[str, tuple[int, ...]] = {SUMS: (erasure_length(plan.network.width),)}
-    return shapes | ({RENDERINGS: (rendering_length(plan.network.width),)} if renders(plan) else {})
+    return shapes | ({RENDERINGS: (triangle_length(plan.network.width),)} if renders(plan) else {})
 
 
 def erasure_tensors(moments: ErasureMoments, renderings: RenderingMoments | None) -> dict[str, Tensor]:

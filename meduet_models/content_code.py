@@ -18,7 +18,6 @@ Axes: b = scans, r = renderings, n = patients, k = channels of content, q = numb
 in a vector.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,7 +25,14 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from meduet_models.erasure import ErasureMoments, patient_means
+from meduet_models.erasure import (
+    ErasureMoments,
+    from_triangle,
+    patient_means,
+    roots,
+    to_triangle,
+    triangle_length,
+)
 
 RIDGE = 0.1
 """Share of the covariance between patients that is added to that of renderings: no direction is taken to be
@@ -72,24 +78,14 @@ class RenderingMoments:
 
     def to_vector(self) -> Float64[Tensor, " v"]:
         """The upper triangle, off-diagonal · √2: its L2 norm is that of the matrix."""
-        row, column = torch.triu_indices(len(self.scatter), len(self.scatter))
-        return self.scatter[row, column] * torch.where(row == column, 1.0, math.sqrt(2.0))
+        return to_triangle(self.scatter)
 
     @staticmethod
     def from_vector(vector: Float[Tensor, " v"], channels: int, bound: float) -> "RenderingMoments":
         """Back from `to_vector`, whether summed before or not; raises `ValueError` for another length."""
-        if len(vector) != rendering_length(channels):
-            raise ValueError(f"Expected {rendering_length(channels)} rendering sums; got {len(vector)}.")
-        row, column = torch.triu_indices(channels, channels)
-        scatter = torch.zeros(channels, channels, dtype=torch.float64)
-        scatter[row, column] = vector.double() / torch.where(row == column, 1.0, math.sqrt(2.0))
-        scatter[column, row] = scatter[row, column]
-        return RenderingMoments(scatter, bound)
-
-
-def rendering_length(channels: int) -> int:
-    """Numbers in the vector of `RenderingMoments` of this width."""
-    return channels * (channels + 1) // 2
+        if len(vector) != triangle_length(channels):
+            raise ValueError(f"Expected {triangle_length(channels)} rendering sums; got {len(vector)}.")
+        return RenderingMoments(from_triangle(vector.double(), channels), bound)
 
 
 def fit_content_code(
@@ -115,9 +111,7 @@ def fit_content_code(
     within = torch.stack([own.scatter for own in renderings.values()]).sum(0) / count.sum()
     if float(between.diagonal().mean()) <= 0:
         raise ValueError("Expected content that varies between patients; its covariance is zero.")
-    values, vectors = torch.linalg.eigh(within + RIDGE * between)
-    root = torch.where(values > 1e-10 * values.max(), values.clamp(min=1e-300).rsqrt(), 0.0)
-    whiten = (vectors * root) @ vectors.T
+    whiten, _ = roots(within + RIDGE * between)
     values, vectors = torch.linalg.eigh(whiten @ between @ whiten)
     discriminant = (vectors[:, -size:] / values[-size:].clamp(min=1e-12).sqrt()).T @ whiten  # q k
     apart = (means - mean) @ discriminant.T  # sites q

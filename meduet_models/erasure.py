@@ -76,9 +76,7 @@ class ErasureMoments:
         """Count, sum · √2, and the upper triangle of outer with its off-diagonal · √2: L2 is that of [x;
         1][x; 1]ᵀ.
         """
-        row, column = torch.triu_indices(len(self.total), len(self.total))
-        weight = torch.where(row == column, 1.0, math.sqrt(2.0))
-        return torch.cat([self.count[None], self.total * math.sqrt(2.0), self.outer[row, column] * weight])
+        return torch.cat([self.count[None], self.total * math.sqrt(2.0), to_triangle(self.outer)])
 
     @staticmethod
     def from_vector(vector: Float[Tensor, " v"], channels: int, bound: float) -> "ErasureMoments":
@@ -86,17 +84,33 @@ class ErasureMoments:
         if len(vector) != erasure_length(channels):
             raise ValueError(f"Expected {erasure_length(channels)} content sums; got {len(vector)}.")
         vector = vector.double()
-        row, column = torch.triu_indices(channels, channels)
-        weight = torch.where(row == column, 1.0, math.sqrt(2.0))
-        outer = torch.zeros(channels, channels, dtype=torch.float64)
-        outer[row, column] = vector[channels + 1 :] / weight
-        outer[column, row] = outer[row, column]
+        outer = from_triangle(vector[channels + 1 :], channels)
         return ErasureMoments(vector[0].clone(), vector[1 : channels + 1] / math.sqrt(2.0), outer, bound)
 
 
 def erasure_length(channels: int) -> int:
     """Numbers in the vector of `ErasureMoments` of this width."""
-    return 1 + channels + channels * (channels + 1) // 2
+    return 1 + channels + triangle_length(channels)
+
+
+def triangle_length(channels: int) -> int:
+    """Numbers in the upper triangle of a symmetric matrix."""
+    return channels * (channels + 1) // 2
+
+
+def to_triangle(matrix: Float64[Tensor, "k k"]) -> Float64[Tensor, " v"]:
+    """The upper triangle of a symmetric matrix, off-diagonal · √2: its L2 norm is that of the matrix."""
+    row, column = torch.triu_indices(len(matrix), len(matrix))
+    return matrix[row, column] * torch.where(row == column, 1.0, math.sqrt(2.0))
+
+
+def from_triangle(vector: Float64[Tensor, " v"], channels: int) -> Float64[Tensor, "k k"]:
+    """Back from `to_triangle`."""
+    row, column = torch.triu_indices(channels, channels)
+    matrix = torch.zeros(channels, channels, dtype=torch.float64)
+    matrix[row, column] = vector / torch.where(row == column, 1.0, math.sqrt(2.0))
+    matrix[column, row] = matrix[row, column]
+    return matrix
 
 
 def patient_means(features: Float[Tensor, "b k"], patients: Sequence[str]) -> Float[Tensor, "n k"]:
@@ -132,7 +146,7 @@ def fit_erasure(
     if spread <= 0:
         raise ValueError("Expected content that varies between patients; its covariance is zero.")
     covariance = (1 - shrinkage) * covariance + shrinkage * spread * torch.eye(len(mean), dtype=torch.float64)
-    whiten, unwhiten = _roots(covariance)
+    whiten, unwhiten = roots(covariance)
     between = torch.stack([own.total / own.count - mean for own in moments.values()], dim=1)  # k sites
     basis, size, _ = torch.linalg.svd(whiten @ between, full_matrices=False)
     basis = basis[:, (size > 1e-9 * size.max()) & (size > 1e-12)][:, : len(moments) - 1]
@@ -148,7 +162,7 @@ def erase(
     return mean + (content - mean) @ matrix.T
 
 
-def _roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
+def roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Inverse square root and square root of a covariance, both zero along directions that carry nothing."""
     values, vectors = torch.linalg.eigh(covariance)
     carries = values > 1e-10 * values.max()

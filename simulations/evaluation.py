@@ -95,7 +95,7 @@ def measure(
     """
     model.eval()
     factors = _tokens(model, held.latents)
-    content, style = factors.content.mean(1), factors.style.mean(1)
+    content, style = _means(factors)
     measured = {"scans": float(len(held.site)), "patients": float(len(set(held.patient)))}
     if len(set(held.site)) > 1:
         linear = site_probe(content, held.site, held.patient, plan.seed)
@@ -106,7 +106,7 @@ def measure(
             "chance_site": linear.chance,
         }
         seen = held if held.paired else _restyled(plan, held, training)
-        pair = (content, style) if seen is held else _pooled(model, seen.latents)
+        pair = (content, style) if seen is held else _means(_tokens(model, seen.latents))
         recognised = retrieval_across_sites(pair[0], seen.site, seen.patient)
         measured |= {
             "patient_from_content": recognised.score,
@@ -213,19 +213,13 @@ def _anatomy(factors: Factors, held: Held, seed: int) -> dict[str, float]:
 @torch.inference_mode()
 def _tokens(model: MeDUET, latents: Float[Tensor, "b c d h w"]) -> Factors:
     """Content tokens (layer-normed, erased) and layer-normed style tokens of many scans."""
-    chunks = torch.split(latents, _BATCH)
-    content = torch.cat([model.content_tokens(chunk) for chunk in chunks])
-    return Factors(content, torch.cat([layer_normed(model.encode(chunk).style) for chunk in chunks]))
+    encoded = encode_all(model, latents)
+    return Factors(model.erased(encoded.content), layer_normed(encoded.style))
 
 
-@torch.inference_mode()
-def _pooled(
-    model: MeDUET, latents: Float[Tensor, "b c d h w"]
-) -> tuple[Float[Tensor, "b k"], Float[Tensor, "b s"]]:
-    """Pooled content and style of many scans."""
-    chunks = torch.split(latents, _BATCH)
-    content = torch.cat([model.pooled_content(chunk) for chunk in chunks])
-    return content, torch.cat([model.pooled_style(chunk) for chunk in chunks])
+def _means(tokens: Factors) -> tuple[Float[Tensor, "b k"], Float[Tensor, "b s"]]:
+    """Pooled content and style, from their tokens."""
+    return tokens.content.mean(1), tokens.style.mean(1)
 
 
 def _restyled(plan: RunPlan, held: Held, training: Sequence[Float[Tensor, "b c d h w"]]) -> Held:

@@ -6,9 +6,8 @@ from meduet_models.content_code import (
     RenderingMoments,
     erase_own_site,
     fit_content_code,
-    rendering_length,
 )
-from meduet_models.erasure import ErasureMoments, erase, fit_erasure
+from meduet_models.erasure import ErasureMoments, erase, fit_erasure, triangle_length
 from meduet_models.meduet import MeDUET, NetworkConfig
 from meduet_models.probes import site_probe
 from meduet_models.recognition import retrieval_across_sites
@@ -51,7 +50,7 @@ def test_sums_of_two_sites_are_the_sums_of_their_union() -> None:
     torch.testing.assert_close((parts[0] + parts[1]).to_vector(), both.to_vector())
     back = RenderingMoments.from_vector(both.to_vector(), WIDTH, BOUND)
     torch.testing.assert_close(back.scatter, both.scatter)
-    assert len(both.to_vector()) == rendering_length(WIDTH)
+    assert len(both.to_vector()) == triangle_length(WIDTH)
     assert float(both.to_vector().norm()) == pytest.approx(float(both.scatter.norm()))
 
 
