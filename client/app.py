@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from flwr.app import Context, Message, RecordDict
@@ -29,6 +30,7 @@ from client.trainee import WrongWeights
 from client.training import NotFinite
 from federation.finetuning import FinetuneAsk, FinetuneReply
 from federation.messages import (
+    Ask,
     ErasureAsk,
     ErasureReply,
     MessageError,
@@ -50,6 +52,7 @@ SITE_CONFIG = "site-config"
 """Key of the SuperNode's `--node-config` that says where this hospital's site.yaml is."""
 _log = logging.getLogger(__name__)
 
+AskKind = TypeVar("AskKind", bound=Ask)
 OnStep = Callable[[str, int, float], None]
 """Called after each training step with site, step and loss; for a progress bar at the site."""
 
@@ -62,47 +65,46 @@ def make_client_app(
     """
     client_app = ClientApp()
 
-    @client_app.query("survey")
-    def survey(message: Message, context: Context) -> Message:
+    def reply(
+        message: Message,
+        context: Context,
+        read: Callable[[RecordDict], AskKind],
+        work: Callable[[Site, AskKind, RunPlan], Released],
+    ) -> Message:
         def answer(site: Site, content: RecordDict) -> RecordDict:
-            ask = SurveyAsk.from_record(content)
-            return _mail(answer_survey(site, ask, _plan(ask)), ask.plan_sha256, site.name)
+            ask = read(content)
+            return _mail(work(site, ask, _plan(ask)), ask.plan_sha256, site.name)
 
         return _behind_the_wall(message, context, open_the_site, answer)
+
+    def steps_of(site: Site) -> Callable[[int, float], None]:
+        return lambda step, loss: on_step(site.name, step, loss)
+
+    @client_app.query("survey")
+    def survey(message: Message, context: Context) -> Message:
+        return reply(message, context, SurveyAsk.from_record, answer_survey)
 
     @client_app.train("round")
     def round(message: Message, context: Context) -> Message:
-        def answer(site: Site, content: RecordDict) -> RecordDict:
-            ask = TrainAsk.from_record(content)
-            report = lambda step, loss: on_step(site.name, step, loss)  # noqa: E731
-            return _mail(answer_round(site, ask, _plan(ask), report), ask.plan_sha256, site.name)
+        def work(site: Site, ask: TrainAsk, plan: RunPlan) -> Released:
+            return answer_round(site, ask, plan, steps_of(site))
 
-        return _behind_the_wall(message, context, open_the_site, answer)
+        return reply(message, context, TrainAsk.from_record, work)
 
     @client_app.train("finetune")
     def finetune(message: Message, context: Context) -> Message:
-        def answer(site: Site, content: RecordDict) -> RecordDict:
-            ask = FinetuneAsk.from_record(content)
-            report = lambda step, loss: on_step(site.name, step, loss)  # noqa: E731
-            return _mail(answer_finetuning(site, ask, _plan(ask), report), ask.plan_sha256, site.name)
+        def work(site: Site, ask: FinetuneAsk, plan: RunPlan) -> Released:
+            return answer_finetuning(site, ask, plan, steps_of(site))
 
-        return _behind_the_wall(message, context, open_the_site, answer)
+        return reply(message, context, FinetuneAsk.from_record, work)
 
     @client_app.query("erasure")
     def erasure(message: Message, context: Context) -> Message:
-        def answer(site: Site, content: RecordDict) -> RecordDict:
-            ask = ErasureAsk.from_record(content)
-            return _mail(answer_erasure(site, ask, _plan(ask)), ask.plan_sha256, site.name)
-
-        return _behind_the_wall(message, context, open_the_site, answer)
+        return reply(message, context, ErasureAsk.from_record, answer_erasure)
 
     @client_app.query("probe")
     def probe(message: Message, context: Context) -> Message:
-        def answer(site: Site, content: RecordDict) -> RecordDict:
-            ask = ProbeAsk.from_record(content)
-            return _mail(answer_probe(site, ask, _plan(ask)), ask.plan_sha256, site.name)
-
-        return _behind_the_wall(message, context, open_the_site, answer)
+        return reply(message, context, ProbeAsk.from_record, answer_probe)
 
     return client_app
 
@@ -169,7 +171,7 @@ def _mail(released: object, plan_sha256: str, site: str) -> RecordDict:
             ).to_record()
 
 
-def _plan(ask: SurveyAsk | TrainAsk | ErasureAsk | ProbeAsk | FinetuneAsk) -> RunPlan:
+def _plan(ask: Ask) -> RunPlan:
     try:
         plan = ask.plan()
     except ValueError as error:

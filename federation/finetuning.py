@@ -13,7 +13,7 @@ from typing import Literal
 
 from flwr.app import MetricRecord, RecordDict
 
-from federation.messages import Ask, _ask_head, _checked_metrics, _Head, _head
+from federation.messages import Ask, Head, ask_head, checked_metrics, new_head
 from federation.plan import RunPlan, build
 from federation.wire import MessageError, RefusalKind, Tensors, array_record
 
@@ -137,7 +137,7 @@ class FinetuneAsk(Ask):
 
     def to_record(self) -> RecordDict:
         """As Flower records."""
-        head = _ask_head("finetune_ask", self)
+        head = ask_head("finetune_ask", self)
         head["finetuning_json"], head["round"] = self.finetuning_json, self.round
         return RecordDict(
             {"head": head, "trained": array_record(self.trained), "fixed": array_record(self.fixed)}
@@ -146,7 +146,7 @@ class FinetuneAsk(Ask):
     @staticmethod
     def from_record(record: RecordDict) -> "FinetuneAsk":
         """Back from Flower records; raises `MessageError`."""
-        head = _Head(record, "finetune_ask", ("head", "trained", "fixed"))
+        head = Head(record, "finetune_ask", ("head", "trained", "fixed"))
         return head.close(
             FinetuneAsk(
                 plan_json=head.plan_json(),
@@ -172,16 +172,16 @@ class FinetuneReply:
 
     def to_record(self) -> RecordDict:
         """As Flower records."""
-        head = _head("finetune_reply", plan_sha256=self.plan_sha256, site=self.site)
+        head = new_head("finetune_reply", plan_sha256=self.plan_sha256, site=self.site)
         head["finetuning_sha256"], head["round"] = self.finetuning_sha256, self.round
         head["examples"] = self.examples
-        metrics = MetricRecord(dict(_checked_metrics(self.metrics)))
+        metrics = MetricRecord(dict(checked_metrics(self.metrics)))
         return RecordDict({"head": head, "update": array_record(self.update), "metrics": metrics})
 
     @staticmethod
     def from_record(record: RecordDict) -> "FinetuneReply":
         """Back from Flower records; raises `MessageError`."""
-        head = _Head(record, "finetune_reply", ("head", "update", "metrics"))
+        head = Head(record, "finetune_reply", ("head", "update", "metrics"))
         metrics = record["metrics"]
         if not isinstance(metrics, MetricRecord):
             raise MessageError("Expected record 'metrics' to hold metrics; got another kind of record.")
@@ -193,6 +193,6 @@ class FinetuneReply:
                 round=head.take("round", int),
                 examples=head.take("examples", int),
                 update=head.tensors("update"),
-                metrics=_checked_metrics(metrics),
+                metrics=checked_metrics(metrics),
             )
         )

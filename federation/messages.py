@@ -29,8 +29,10 @@ __all__ = [
     "PROBE",
     "SURVEY",
     "TRAIN",
+    "Ask",
     "ErasureAsk",
     "ErasureReply",
+    "Head",
     "MessageError",
     "ProbeAsk",
     "ProbeReply",
@@ -42,7 +44,10 @@ __all__ = [
     "TrainAsk",
     "TrainReply",
     "WireDtype",
+    "ask_head",
+    "checked_metrics",
     "kind_of",
+    "new_head",
     "plan_hash",
 ]
 
@@ -88,12 +93,12 @@ class SurveyAsk(Ask):
 
     def to_record(self) -> RecordDict:
         """As Flower records."""
-        return RecordDict({"head": _ask_head("survey_ask", self)})
+        return RecordDict({"head": ask_head("survey_ask", self)})
 
     @staticmethod
     def from_record(record: RecordDict) -> "SurveyAsk":
         """Back from Flower records; raises `MessageError`."""
-        head = _Head(record, "survey_ask", ("head",))
+        head = Head(record, "survey_ask", ("head",))
         return head.close(SurveyAsk(plan_json=head.plan_json()))
 
 
@@ -109,14 +114,14 @@ class SurveyReply:
 
     def to_record(self) -> RecordDict:
         """As Flower records."""
-        head = _head("survey_reply", plan_sha256=self.plan_sha256, site=self.site)
+        head = new_head("survey_reply", plan_sha256=self.plan_sha256, site=self.site)
         head["num_patients"], head["num_scans"] = self.num_patients, self.num_scans
         return RecordDict({"head": head, "moments": array_record(self.moments)})
 
     @staticmethod
     def from_record(record: RecordDict) -> "SurveyReply":
         """Back from Flower records; raises `MessageError`."""
-        head = _Head(record, "survey_reply", ("head", "moments"))
+        head = Head(record, "survey_reply", ("head", "moments"))
         return head.close(
             SurveyReply(
                 plan_sha256=head.take("plan_sha256", str),
@@ -142,7 +147,7 @@ class TrainAsk(Ask):
 
     def to_record(self) -> RecordDict:
         """As Flower records. Build it once a round: Flower sends equal arrays once."""
-        head = _ask_head("train_ask", self)
+        head = ask_head("train_ask", self)
         head["round"] = self.round
         record = RecordDict(
             {"head": head, "shared": array_record(self.shared), "bank": array_record(self.bank)}
@@ -154,7 +159,7 @@ class TrainAsk(Ask):
     @staticmethod
     def from_record(record: RecordDict) -> "TrainAsk":
         """Back from Flower records; raises `MessageError`."""
-        head = _Head(record, "train_ask", ("head", "shared", "bank"), optional=("home",))
+        head = Head(record, "train_ask", ("head", "shared", "bank"), optional=("home",))
         return head.close(
             TrainAsk(
                 plan_json=head.plan_json(),
@@ -184,13 +189,13 @@ class TrainReply:
 
     def to_record(self) -> RecordDict:
         """As Flower records."""
-        head = _head("train_reply", plan_sha256=self.plan_sha256, site=self.site)
+        head = new_head("train_reply", plan_sha256=self.plan_sha256, site=self.site)
         head["round"], head["examples"], head["wire_dtype"] = self.round, self.examples, self.wire_dtype
         return RecordDict(
             {
                 "head": head,
                 "update": array_record(self.update, self.wire_dtype),
-                "metrics": MetricRecord(dict(_checked_metrics(self.metrics))),
+                "metrics": MetricRecord(dict(checked_metrics(self.metrics))),
             }
         )
 
@@ -200,7 +205,7 @@ class TrainReply:
 
         Without `copy`, a float32 update is a view of the received bytes, which nothing may write.
         """
-        head = _Head(record, "train_reply", ("head", "update", "metrics"))
+        head = Head(record, "train_reply", ("head", "update", "metrics"))
         wire_dtype: WireDtype
         match head.take("wire_dtype", str):
             case "float32":
@@ -219,7 +224,7 @@ class TrainReply:
                 round=head.take("round", int),
                 examples=head.take("examples", int),
                 update=head.tensors("update", wire_dtype, copy=copy),
-                metrics=_checked_metrics(metrics),
+                metrics=checked_metrics(metrics),
                 wire_dtype=wire_dtype,
             )
         )
@@ -234,7 +239,7 @@ class ErasureAsk(Ask):
 
     def to_record(self) -> RecordDict:
         """As Flower records."""
-        head = _ask_head("erasure_ask", self)
+        head = ask_head("erasure_ask", self)
         return RecordDict(
             {"head": head, "shared": array_record(self.shared), "bank": array_record(self.bank)}
         )
@@ -242,7 +247,7 @@ class ErasureAsk(Ask):
     @staticmethod
     def from_record(record: RecordDict) -> "ErasureAsk":
         """Back from Flower records; raises `MessageError`."""
-        head = _Head(record, "erasure_ask", ("head", "shared", "bank"))
+        head = Head(record, "erasure_ask", ("head", "shared", "bank"))
         return head.close(
             ErasureAsk(plan_json=head.plan_json(), shared=head.tensors("shared"), bank=head.tensors("bank"))
         )
@@ -258,13 +263,13 @@ class ErasureReply:
 
     def to_record(self) -> RecordDict:
         """As Flower records."""
-        head = _head("erasure_reply", plan_sha256=self.plan_sha256, site=self.site)
+        head = new_head("erasure_reply", plan_sha256=self.plan_sha256, site=self.site)
         return RecordDict({"head": head, "moments": array_record(self.moments)})
 
     @staticmethod
     def from_record(record: RecordDict) -> "ErasureReply":
         """Back from Flower records; raises `MessageError`."""
-        head = _Head(record, "erasure_reply", ("head", "moments"))
+        head = Head(record, "erasure_reply", ("head", "moments"))
         return head.close(
             ErasureReply(
                 plan_sha256=head.take("plan_sha256", str),
@@ -286,7 +291,7 @@ class ProbeAsk(Ask):
 
     def to_record(self) -> RecordDict:
         """As Flower records."""
-        head = _ask_head("probe_ask", self)
+        head = ask_head("probe_ask", self)
         head["round"] = self.round
         tensors = {"shared": self.shared, "bank": self.bank, "probe": self.probe}
         return RecordDict({"head": head, **{name: array_record(t) for name, t in tensors.items()}})
@@ -294,7 +299,7 @@ class ProbeAsk(Ask):
     @staticmethod
     def from_record(record: RecordDict) -> "ProbeAsk":
         """Back from Flower records; raises `MessageError`."""
-        head = _Head(record, "probe_ask", ("head", "shared", "bank", "probe"))
+        head = Head(record, "probe_ask", ("head", "shared", "bank", "probe"))
         return head.close(
             ProbeAsk(
                 plan_json=head.plan_json(),
@@ -317,14 +322,14 @@ class ProbeReply:
 
     def to_record(self) -> RecordDict:
         """As Flower records."""
-        head = _head("probe_reply", plan_sha256=self.plan_sha256, site=self.site)
+        head = new_head("probe_reply", plan_sha256=self.plan_sha256, site=self.site)
         head["round"] = self.round
         return RecordDict({"head": head, "sums": array_record(self.sums)})
 
     @staticmethod
     def from_record(record: RecordDict) -> "ProbeReply":
         """Back from Flower records; raises `MessageError`."""
-        head = _Head(record, "probe_reply", ("head", "sums"))
+        head = Head(record, "probe_reply", ("head", "sums"))
         return head.close(
             ProbeReply(
                 plan_sha256=head.take("plan_sha256", str),
@@ -344,12 +349,12 @@ class Refusal:
 
     def to_record(self) -> RecordDict:
         """As Flower records."""
-        return RecordDict({"head": _head("refusal", site=self.site, reason=self.kind.value)})
+        return RecordDict({"head": new_head("refusal", site=self.site, reason=self.kind.value)})
 
     @staticmethod
     def from_record(record: RecordDict) -> "Refusal":
         """Back from Flower records; raises `MessageError`."""
-        head = _Head(record, "refusal", ("head",))
+        head = Head(record, "refusal", ("head",))
         reason = head.take("reason", str)
         if reason not in {kind.value for kind in RefusalKind}:
             raise MessageError(f"Expected a refusal of a known kind; got {reason[:40]!r}.")
@@ -365,15 +370,18 @@ def kind_of(record: RecordDict) -> str:
     return kind
 
 
-def _head(kind: str, **values: str) -> ConfigRecord:
+def new_head(kind: str, **values: str) -> ConfigRecord:
+    """The scalars of a message of this kind."""
     return ConfigRecord({"wire_version": WIRE_VERSION, "kind": kind, **values})
 
 
-def _ask_head(kind: str, ask: Ask) -> ConfigRecord:
-    return _head(kind, plan_json=ask.plan_json, plan_sha256=ask.plan_sha256)
+def ask_head(kind: str, ask: Ask) -> ConfigRecord:
+    """The scalars of a question: its kind and the plan."""
+    return new_head(kind, plan_json=ask.plan_json, plan_sha256=ask.plan_sha256)
 
 
-def _checked_metrics(metrics: Mapping[str, object]) -> dict[str, float]:
+def checked_metrics(metrics: Mapping[str, object]) -> dict[str, float]:
+    """Finite numbers of agreed names; raises `MessageError` for others."""
     for name, value in metrics.items():
         if name not in METRIC_NAMES:
             raise MessageError(f"Expected metrics of the agreed names; got {name[:40]!r}.")
@@ -385,7 +393,7 @@ def _checked_metrics(metrics: Mapping[str, object]) -> dict[str, float]:
 Message = TypeVar("Message")
 
 
-class _Head:
+class Head:
     """The scalars of one message, taken out one by one; what is left over at the end is an error."""
 
     def __init__(
@@ -406,24 +414,28 @@ class _Head:
             raise MessageError(f"Expected no record {unknown[0][:40]!r} in a {kind}.")
 
     def take(self, name: str, kind: type[Scalar]) -> Scalar:
+        """A field of this type, once; raises `MessageError`."""
         value = self._values.pop(name, None)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise MessageError(f"Expected field {name!r} to be {kind.__name__}; got {type(value).__name__}.")
         return value
 
     def plan_json(self) -> str:
+        """The plan's JSON, whose hash is what the message says."""
         text, said = self.take("plan_json", str), self.take("plan_sha256", str)
         if plan_hash(text) != said:
             raise MessageError(f"Expected a plan of hash {said[:12]}; it hashes to {plan_hash(text)[:12]}.")
         return text
 
     def tensors(self, name: str, wire_dtype: WireDtype = "float32", copy: bool = True) -> Tensors:
+        """The arrays of a record, as tensors."""
         record = self._record[name]
         if not isinstance(record, ArrayRecord):
             raise MessageError(f"Expected record {name!r} to hold arrays; got another kind of record.")
         return tensors_of(record, wire_dtype, copy)
 
     def close(self, message: Message) -> Message:
+        """The message, unless the head holds more than was taken."""
         if self._values:
             raise MessageError(f"Expected no field {min(self._values)[:40]!r} in the head.")
         return message
