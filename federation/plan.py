@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from federation.diffusion_plan import DiffusionPlan, contradictions
 from meduet_models.meduet import NetworkConfig
 from meduet_models.objective import ObjectiveConfig
 
@@ -172,6 +173,8 @@ class RunPlan:
     """The gate."""
     probes: ProbePlan = field(default_factory=ProbePlan)
     """Federated probes."""
+    diffusion: DiffusionPlan | None = None
+    """The diffusion model; none: there is none."""
     wire_version: int = WIRE_VERSION
     """Version of the messages."""
 
@@ -250,6 +253,10 @@ def _contradictions(plan: RunPlan) -> Iterator[str]:
     for name, (low, high) in plan.probes.anatomy.items():
         if not low < high:
             yield f"Expected probes.anatomy.{name} to be a range [low, high]; got [{low:g}, {high:g}]."
+    if plan.diffusion is not None:
+        yield from contradictions(plan.diffusion, training.rounds, style.body_parts, network.latent_grid)
+        if aggregation.method == "alone":
+            yield "aggregation.method=alone shares no encoder to build a diffusion model on: set diffusion=none."
     defaults = AggregationPlan()
     if aggregation.rule in ("mean", "median") and aggregation.trim != defaults.trim:
         yield f"aggregation.trim has no effect with aggregation.rule={aggregation.rule}: leave it out."

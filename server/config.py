@@ -24,6 +24,7 @@ _FROM_CONFIG = (
     "aggregation",
     "release",
     "probes",
+    "diffusion",
 )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hydra.errors import ConfigCompositionException
 
+from federation.diffusion_plan import DiffusionPlan
 from federation.finetuning import FinetunePlan, LocalFinetuning
 from federation.plan import (
     AggregationPlan,
@@ -17,6 +18,7 @@ from federation.plan import (
     TrainingPlan,
     VolumePlan,
 )
+from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.meduet import NetworkConfig
 from meduet_models.objective import LossWeights, ObjectiveConfig
 from server.config import CONF, compose_config, plain, plan_from
@@ -39,6 +41,9 @@ PLANS = (
     LossWeights,
     FinetunePlan,
     LocalFinetuning,
+    DiffusionPlan,
+    TransformerShape,
+    DiffusionTraining,
 )
 OPTIONS = [
     f"{folder.name}={choice.stem}"

@@ -1,0 +1,94 @@
+"""The diffusion model in the plan: from what it learns, how long, and what sites may release for it.
+
+Two policies. `raw`: sites release the latents of training scans, from which the scans can be decoded; each
+site must have said so in its own settings. `federated`: no latent leaves; the diffusion model is trained at
+the sites and its updates are averaged. What this file does not do: it decides nothing for a site
+(`client/latent_release.py`).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from meduet_models.diffusion.conditions import Condition
+from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
+
+Policy = Literal["raw", "federated"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionPlan:
+    """A diffusion model beside the pretraining."""
+
+    policy: Policy
+    """What leaves a site for it: `raw` latents, or (`federated`) model updates only."""
+    transformer: TransformerShape
+    """The network."""
+    training: DiffusionTraining
+    """The local loop, at the centre or at a site."""
+    conditions: tuple[Condition, ...] = ("content", "style")
+    """What the model is told."""
+    category: str = ""
+    """Covariate of a scan that is its class (condition `category`)."""
+    categories: tuple[str, ...] = ()
+    """Its values, in the order of the classes."""
+    labels: int = 0
+    """Label values, background included (condition `label_map`)."""
+    begin_round: int = 1
+    """`raw`: round of the pretraining during which the centre starts to train."""
+    steps_per_round: int = 50
+    """Optimiser steps while a round runs (`raw`), or of each site in a round (`federated`)."""
+    final_steps: int = 0
+    """`raw`: steps after the last round, with the final encoder."""
+    rounds: int = 0
+    """`federated`: rounds after the pretraining."""
+    items_per_site: int = 0
+    """`raw`: most latents that the centre keeps of a site; 0: all training scans."""
+    items_per_round: int = 0
+    """`raw`: most latents that a site releases in a round; 0: all with the first."""
+    latent_clip: float = 10.0
+    """`raw`: root mean square to which the latents of one scan are clipped at the gate."""
+    update_clip_norm: float = 20.0
+    """`federated`: L2 norm to which a site's mean update is clipped at the gate."""
+
+    def steps(self, pretraining_rounds: int) -> int:
+        """Optimiser steps over the whole run; schedules run over these."""
+        if self.policy == "federated":
+            return self.rounds * self.steps_per_round
+        return (pretraining_rounds - self.begin_round + 1) * self.steps_per_round + self.final_steps
+
+
+def contradictions(
+    plan: DiffusionPlan, rounds: int, body_parts: tuple[str, ...], latent_grid: tuple[int, int, int]
+) -> Iterator[str]:
+    """Say what in the plan cannot be, or would have no effect; one line each."""
+    defaults = {f: DiffusionPlan.__dataclass_fields__[f].default for f in DiffusionPlan.__dataclass_fields__}
+    others = ("rounds", "update_clip_norm") if plan.policy == "raw" else (
+        "begin_round", "final_steps", "items_per_site", "items_per_round", "latent_clip",
+    )  # fmt: skip
+    for name in others:
+        if getattr(plan, name) != defaults[name]:
+            yield f"diffusion.{name} has no effect with diffusion.policy={plan.policy}: leave it out."
+    if plan.policy == "raw" and not 1 <= plan.begin_round <= rounds:
+        yield f"Expected diffusion.begin_round from 1 to {rounds}; got {plan.begin_round}."
+    if plan.steps_per_round < 1 or plan.steps(rounds) < 1:
+        yield "Expected a diffusion model to be trained for at least one step: set diffusion.rounds."
+    if len(set(plan.conditions)) < len(plan.conditions):
+        yield f"Expected each of diffusion.conditions once; got {', '.join(plan.conditions)}."
+    if ("category" in plan.conditions) != bool(plan.category and len(plan.categories) > 1):
+        yield (
+            "Expected diffusion.category and at least two diffusion.categories with the condition category, "
+            "and only with it."
+        )
+    if ("label_map" in plan.conditions) != (plan.labels > 1):
+        yield "Expected diffusion.labels of at least 2 with the condition label_map, and 0 without it."
+    if "body_part" in plan.conditions and not body_parts:
+        yield "The condition body_part needs style.body_parts; there are none."
+    shape = plan.transformer
+    if any(size % shape.patch_size for size in latent_grid):
+        yield (
+            f"Expected the latent grid {latent_grid} to divide by diffusion.transformer.patch_size="
+            f"{shape.patch_size}."
+        )
+    if shape.width % shape.heads or shape.width < 6:
+        yield f"Expected diffusion.transformer.width to be a multiple of its {shape.heads} heads, 6 or more."
