@@ -256,7 +256,7 @@ def _contradictions(plan: RunPlan) -> Iterator[str]:
     if plan.diffusion is not None:
         yield from contradictions(plan.diffusion, training.rounds, style.body_parts, network.latent_grid)
         if aggregation.method == "alone":
-            yield "aggregation.method=alone shares no encoder to build a diffusion model on: set diffusion=none."
+            yield "aggregation.method=alone shares no encoder for a diffusion model: set diffusion=none."
     defaults = AggregationPlan()
     if aggregation.rule in ("mean", "median") and aggregation.trim != defaults.trim:
         yield f"aggregation.trim has no effect with aggregation.rule={aggregation.rule}: leave it out."
