@@ -138,7 +138,7 @@ def answer_round(
     kept = states.before(ask.round)
     trainee = Trainee.of(plan, ask.shared, kept, site.device, site.compile)
 
-    batches = Batches(site.scans(plan), plan, _bank(plan, ask.bank))
+    batches = Batches(site.scans(plan), plan, bank_of(plan, ask.bank))
     result = train_round(
         trainee,
         batches,
@@ -185,7 +185,7 @@ def answer_probe(site: Site, ask: ProbeAsk, plan: RunPlan) -> Released:
     reservation = site.ledger.reserve(ask.plan_sha256, ask.round, promise)
     states = StateFolder(site.state_dir / "state", ask.plan_sha256)
     student = student_of(plan, ask.shared, states.before(ask.round + 1)).to(site.device).eval()
-    bank, index = _bank(plan, ask.bank), plan.sites.index(site.name)
+    bank, index = bank_of(plan, ask.bank), plan.sites.index(site.name)
     scans = site.scans(plan)
     probed = probed_patients(scans, plan, site.minimum_cohort)
     if fitted:
@@ -234,7 +234,7 @@ def answer_erasure(site: Site, ask: ErasureAsk, plan: RunPlan) -> Released:
     moments = ErasureMoments.of(content(scans.latents), patients, bound)
     renderings = None
     if renders(plan):
-        dressed = Batches(scans, plan, _bank(plan, ask.bank))
+        dressed = Batches(scans, plan, bank_of(plan, ask.bank))
         worn = [content(lambda chunk, s=s: dressed.in_style(chunk, s)) for s in dressed.styles]  # type: ignore[misc]
         if not worn:
             raise AskRefused("Expected the run's style bank; got an empty one.", RefusalKind.MALFORMED)
@@ -250,7 +250,8 @@ def _own_scale(home: dict[str, Tensor], scans: TrainingScans, plan: RunPlan) -> 
     return home | {"latent_mean": mean, "latent_deviation": deviation}
 
 
-def _bank(plan: RunPlan, tensors: dict[str, Tensor]) -> StyleBank | None:
+def bank_of(plan: RunPlan, tensors: dict[str, Tensor]) -> StyleBank | None:
+    """The style bank that came with a question; None where the plan exchanges none. Raises `AskRefused`."""
     if plan.style.exchange == "none" or not tensors:
         return None
     try:

@@ -21,6 +21,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.answers import AskRefused, Site, answer_erasure, answer_probe, answer_round, answer_survey
+from client.diffusion_round import answer_diffusion
 from client.finetuning_round import answer_finetuning
 from client.labelled_scans import NoLabels
 from client.release import GateRefusal, Released
@@ -28,6 +29,7 @@ from client.site import open_site
 from client.site_state import StateMissing
 from client.trainee import WrongWeights
 from client.training import NotFinite
+from federation.diffusion import DiffusionAsk
 from federation.finetuning import FinetuneAsk, FinetuneReply
 from federation.messages import (
     Ask,
@@ -60,8 +62,8 @@ OnStep = Callable[[str, int, float], None]
 def make_client_app(
     open_the_site: Callable[[Context], Site], on_step: OnStep = lambda site, step, loss: None
 ) -> ClientApp:
-    """A Flower ClientApp that answers "query.survey", "train.round", "query.probe", "query.erasure" and
-    "train.finetune" for the site that `open_the_site` opens.
+    """A Flower ClientApp that answers "query.survey", "train.round", "query.probe", "query.erasure",
+    "train.finetune" and "train.diffusion" for the site that `open_the_site` opens.
     """
     client_app = ClientApp()
 
@@ -97,6 +99,13 @@ def make_client_app(
             return answer_finetuning(site, ask, plan, steps_of(site))
 
         return reply(message, context, FinetuneAsk.from_record, work)
+
+    @client_app.train("diffusion")
+    def diffusion(message: Message, context: Context) -> Message:
+        def work(site: Site, ask: DiffusionAsk, plan: RunPlan) -> Released:
+            return answer_diffusion(site, ask, plan, steps_of(site))
+
+        return reply(message, context, DiffusionAsk.from_record, work)
 
     @client_app.query("erasure")
     def erasure(message: Message, context: Context) -> Message:
@@ -143,7 +152,7 @@ def _mail(released: object, plan_sha256: str, site: str) -> RecordDict:
                 num_patients=released.counts["num_patients"],
                 num_scans=released.counts["num_scans"],
             ).to_record()
-        case "round":
+        case "round" | "diffusion":
             return TrainReply(
                 plan_sha256=plan_sha256,
                 site=site,

@@ -58,7 +58,9 @@ PROBE = "query.probe"
 
 Scalar = TypeVar("Scalar", int, float, str)
 
-LOSS_TERMS = ("total", *(f.name for f in fields(LossWeights)), "proximal", "anchor")
+LOSS_TERMS = (
+    "total", *(f.name for f in fields(LossWeights)), "proximal", "anchor", "velocity", "alignment",
+)  # fmt: skip
 METRIC_NAMES = frozenset(
     {f"loss.{term}" for term in LOSS_TERMS}
     | {"seconds", "steps", "grad_norm", "update_norm", "clip_factor", "learning_rate", "teacher_momentum"}

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["survey", "round", "erasure", "probe", "probe_hits", "finetuning"]
+Kind = Literal["survey", "round", "erasure", "probe", "probe_hits", "finetuning", "diffusion"]
 
 
 @dataclass(frozen=True, kw_only=True)

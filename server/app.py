@@ -31,7 +31,7 @@ from server.model import MeduetModel, SharedModel
 from server.probing import FederatedProbes
 from server.queries import ask_sites
 from server.run_folder import claim, write_metrics
-from strategies.content_share import ContentShare
+from strategies.content_share import ContentShare, pretraining
 from strategies.quorum import Roster
 
 MODEL = "model.safetensors"
@@ -152,8 +152,7 @@ class _Run:
         strategy = ContentShare(
             self.plan,
             last.shared,
-            bank=last.bank,
-            home=self.model.start()[1],
+            pretraining(self.plan, last.bank, self.model.start()[1]),
             roster=self.roster,
             folder=self.folder,
             on_reply=self.observer.on_site_reply,

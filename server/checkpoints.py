@@ -1,7 +1,7 @@
 """Checkpoints: everything the centre needs to go on, in one file per round, written whole or not at all.
 
-`checkpoints/round-0003.safetensors` holds the shared weights after round 3, the server optimiser's moments
-and the style bank; its header holds the round, the hash of the plan, the run's metrics so far, and a hash
+`checkpoints/round-0003.safetensors` holds the shared weights after round 3, the server optimiser's moments,
+the style bank and a moving average where one is kept; its header holds the round, the hash of the plan, the run's metrics so far, and a hash
 of the tensors. Round 0 is the state after the survey. The last three are kept. A damaged file is said aloud
 and the one before it is taken: sites keep enough of the past to repeat a round. What this file does not do:
 it keeps nothing of a site's.
@@ -18,7 +18,7 @@ from torch import Tensor
 from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
 
 KEPT = 3
-_GROUPS = ("shared", "optimiser", "bank")
+_GROUPS = ("shared", "optimiser", "bank", "average")
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +36,9 @@ class Checkpoint:
     """Rounds done; 0 after the survey."""
     shared: dict[str, Tensor]
     optimiser: dict[str, Tensor]
-    bank: dict[str, Tensor]
+    bank: dict[str, Tensor] = field(default_factory=dict)
+    average: dict[str, Tensor] = field(default_factory=dict)
+    """Moving average of the shared weights, where one is kept."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """What `metrics.json` holds so far; JSON values."""
 

@@ -1,7 +1,8 @@
 """Content sharing: the content branch is averaged, the style branch stays home.
 
 A Flower `Strategy` with its own resumable loop of rounds. What is averaged is what it was given: the shared
-tensors that the model declares (`meduet_models/sharing.py`); it looks at no name. With the same messages and
+tensors that the model declares (`meduet_models/sharing.py`); it looks at no name. What sites are asked to do
+with them is a `Task`: to pretrain, or to train the diffusion model. With the same messages and
 more, or no, shared tensors it is FedAvg, FedProx (whose other half is at the sites), all data pooled, or each
 site alone. Each reply is validated alone, folded and dropped; a bad one is put aside with its reason, and the
 round goes on as long as the quorum holds.
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
@@ -50,30 +51,59 @@ class RoundReport:
     loss: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What sites do with the shared weights in a round."""
+
+    message_type: str
+    """Flower's route of the question; the answer is a `TrainReply`."""
+    rounds: int
+    """Rounds."""
+    max_norm: float
+    """L2 norm of a site's mean update, at most."""
+    question: Callable[[int], RecordDict]
+    """The question of a round; the strategy puts the record "shared" into it."""
+
+
+def pretraining(plan: RunPlan, bank: Mapping[str, Tensor], home: Mapping[str, Tensor]) -> Task:
+    """The task of the run itself; `home` is the common start of what stays at the sites."""
+    plan_json, bank, home = plan.to_json(), dict(bank), dict(home)
+
+    def question(round: int) -> RecordDict:
+        start = home if round == 1 else None
+        return TrainAsk(plan_json=plan_json, round=round, shared={}, bank=bank, home=start).to_record()
+
+    return Task(
+        message_type=TRAIN,
+        rounds=plan.training.rounds,
+        max_norm=plan.release.update_clip_norm,
+        question=question,
+    )
+
+
 class ContentShare(Strategy):
-    """The strategy of one run. `shared` names and shapes what is averaged, by its tensors."""
+    """The strategy of one task. `shared` names and shapes what is averaged, by its tensors."""
 
     def __init__(
         self,
         plan: RunPlan,
         shared: Mapping[str, Tensor],
+        task: Task,
         *,
-        bank: Mapping[str, Tensor],
-        home: Mapping[str, Tensor],
         roster: Roster,
         folder: Path,
         on_reply: OnReply = lambda round, site, report: None,
     ) -> None:
-        self.plan, self.bank, self.home, self.roster = plan, dict(bank), dict(home), roster
+        self.plan, self.task, self.roster = plan, task, roster
         self.shared = {name: tensor.detach().clone() for name, tensor in shared.items()}
         settings = plan.aggregation
         self.optimiser = ServerOptimiser(settings.optimiser, settings.learning_rate, settings.momentum)
         self.report = RoundReport(0)
-        self._plan_json, self._plan_sha256 = plan.to_json(), plan.sha256
+        self._plan_sha256 = plan.sha256
         self._folder, self._on_reply = folder, on_reply
         self._bytes_down = 0
         self._stream: StreamingGrid | None = None
-        self._bounds = Bounds(num_replies=len(roster.sites), max_norm=plan.release.update_clip_norm)
+        self._bounds = Bounds(num_replies=len(roster.sites), max_norm=task.max_norm)
         self._sum: StreamingSum | None = None
         if settings.rule == "mean":
             self._sum = StreamingSum(self.shared, self._bounds, threads=torch.get_num_threads())
@@ -86,7 +116,7 @@ class ContentShare(Strategy):
         changed since the last round.
         """
         stream = StreamingGrid(grid)
-        for round in range(done + 1, self.plan.training.rounds + 1):
+        for round in range(done + 1, self.task.rounds + 1):
             messages = self.configure_train(round, array_record(self.shared), ConfigRecord(), stream)
             replies = stream.send_and_receive(messages, timeout=self.plan.aggregation.deadline_s)
             del messages  # the grid holds what it still has to send
@@ -100,20 +130,13 @@ class ContentShare(Strategy):
         """The round's question to every site that can be asked; waits for them until the deadline."""
         settings = self.plan.aggregation
         self.report = RoundReport(server_round, seconds=-time.monotonic())
-        ask = TrainAsk(
-            plan_json=self._plan_json,
-            round=server_round,
-            shared={},
-            bank=self.bank,
-            home=self.home if server_round == 1 else None,
-        )
-        record = ask.to_record()
+        record = self.task.question(server_round)
         record["shared"] = arrays
         self._bytes_down = sum(part.count_bytes() for part in record.array_records.values())
         least = needed(settings.quorum, len(self.roster.sites))
         nodes = wait_for_nodes(grid, self.roster, least, settings.deadline_s)
         return [
-            Message(record, node, TRAIN, ttl=settings.deadline_s, group_id=str(server_round))
+            Message(record, node, self.task.message_type, ttl=settings.deadline_s, group_id=str(server_round))
             for node in nodes
         ]
 

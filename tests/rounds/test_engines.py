@@ -11,7 +11,7 @@ from federation.wire import array_record
 from meduet_models.weights import load_weights
 from server.app import run
 from simulations.in_process import FixedThreads, InProcessGrid
-from strategies.content_share import ContentShare
+from strategies.content_share import ContentShare, pretraining
 from strategies.quorum import Roster
 
 
@@ -61,7 +61,7 @@ def test_flowers_own_loop_can_drive_the_strategy(miniature: Any, tmp_path: Path)
     shared["constant"] = torch.tensor([1.5, -0.25]) * 6 / 33  # what the survey makes of it
     bank = {"entries": torch.tensor([[1.5, -0.25]]) * 6}
     strategy = ContentShare(
-        plan, shared, bank=bank, home=home, roster=Roster(plan.sites), folder=tmp_path / "flower"
+        plan, shared, pretraining(plan, bank, home), roster=Roster(plan.sites), folder=tmp_path / "flower"
     )
     grid = InProcessGrid(miniature.client(tmp_path / "flower"), 3)
     result = strategy.start(grid, array_record(shared), num_rounds=2)

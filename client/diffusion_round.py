@@ -1,0 +1,112 @@
+"""The fifth answer of a site: a round of the federated diffusion model on its own latents.
+
+In the order of every answer: accept, a place in the ledger, then the first scan; what leaves passes the gate.
+AdamW's moments (and the alignment's projector, which never travels) stay at the site between rounds, one
+state per round, so a round that is asked twice is answered the same. Does not do: know Flower's messages,
+catch anything, release a latent (`client/latent_release.py`), use held-out patients.
+"""
+
+import time
+from collections.abc import Callable
+
+from client.answers import AskRefused, Site, bank_of, before_deadline
+from client.examples import SiteExamples
+from client.release import Gate, Released
+from client.site_state import SiteState, StateFolder
+from client.trainee import WrongWeights
+from client.training import NotFinite
+from federation.diffusion import DiffusionAsk, encoder_of, transformer_of
+from federation.plan import RunPlan
+from federation.wire import RefusalKind
+from meduet_models.diffusion.conditioner import Conditioner
+from meduet_models.diffusion.training import DiffusionTrainee
+from meduet_models.weights import sha256_of_tensors
+from privacy.clipping import joint_norm
+from privacy.promise import Promise
+
+
+def answer_diffusion(
+    site: Site,
+    ask: DiffusionAsk,
+    plan: RunPlan,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> Released:
+    """Train the diffusion model for a round and release examples · (weights after - before).
+
+    Raises `AskRefused` when the plan has no federated diffusion model, the round is not one of its, or took
+    longer than the plan's deadline, and `WrongWeights` for another model or encoder.
+    """
+    site.accept(plan)
+    diffusion = plan.diffusion
+    if diffusion is None or diffusion.policy != "federated" or not 1 <= ask.round <= diffusion.rounds:
+        raise AskRefused(
+            f"Expected a plan with a federated diffusion model and one of its rounds; got round {ask.round}.",
+            RefusalKind.MALFORMED,
+        )
+    promise = Promise(
+        kind="diffusion", bound=diffusion.update_clip_norm, unit="site update", enforcement="clip"
+    )
+    reservation = site.ledger.reserve(ask.plan_sha256, ask.round, promise)
+
+    try:
+        encoder = encoder_of(plan, ask.encoder).to(site.device)
+    except ValueError as error:
+        raise WrongWeights(str(error)) from error
+    transformer = transformer_of(plan, encoder).to(site.device)
+    parameters = dict(transformer.named_parameters())
+    came = {name: tuple(tensor.shape) for name, tensor in ask.shared.items()}
+    if came != (mine := {name: tuple(p.shape) for name, p in parameters.items()}):
+        odd = min(name for name, _ in came.items() ^ mine.items())
+        raise WrongWeights(f"Expected the diffusion model of this plan; {odd!r} is another.")
+
+    states = StateFolder(site.state_dir / "diffusion", ask.plan_sha256)
+    if ask.round == 1:
+        states.begin({})
+    kept = states.before(ask.round)
+    trainee = DiffusionTrainee(
+        transformer,
+        Conditioner(encoder, maps=plan.volumes.registered),
+        diffusion.training,
+        total_steps=diffusion.steps(plan.training.rounds),
+        seed=_seed(plan, site),
+        bank=bank_of(plan, ask.bank),
+    )
+    if kept.optimiser:
+        trainee.load(kept.optimiser)
+    transformer.load_state_dict({**transformer.state_dict(), **ask.shared})
+
+    source = SiteExamples(site.scans(plan), plan)
+    on_step = before_deadline(time.monotonic() + plan.aggregation.deadline_s, on_step)
+    began, losses = time.perf_counter(), list[dict[str, float]]()
+    for step in range(1, diffusion.steps_per_round + 1):
+        try:
+            losses.append(trainee.step(source, (ask.round - 1) * diffusion.steps_per_round + step - 1))
+        except FloatingPointError as error:
+            raise NotFinite(str(error)) from error
+        on_step(step, losses[-1]["total"])
+
+    update = {name: p.detach().cpu() - ask.shared[name] for name, p in parameters.items()}
+    norm = joint_norm(update)
+    released = Gate(site.ledger, site.journal).release(
+        reservation,
+        update,
+        mine,
+        weight=float(len(source)),
+        counts={"examples": len(source)},
+        metrics={
+            **{f"loss.{term}": sum(loss[term] for loss in losses) / len(losses) for term in losses[0]},
+            "seconds": time.perf_counter() - began,
+            "steps": float(len(losses)),
+            "update_norm": norm,
+            "clip_factor": min(1.0, promise.bound / norm) if norm > 0 else 1.0,
+        },
+        wire_dtype=plan.release.wire_dtype,
+    )
+    after = SiteState(round=ask.round, began_from=kept.round, home={}, optimiser=trainee.state())
+    states.save(after, sha256_of_tensors(ask.shared))
+    return released
+
+
+def _seed(plan: RunPlan, site: Site) -> int:
+    """Another stream of draws at each site."""
+    return plan.seed * 1_000 + plan.participants.index(site.name)
