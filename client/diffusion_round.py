@@ -9,6 +9,9 @@ catch anything, release a latent (`client/latent_release.py`), use held-out pati
 import time
 from collections.abc import Callable
 
+from meduet_models.diffusion.conditioner import Conditioner
+from meduet_models.diffusion.training import DiffusionTrainee
+
 from client.answers import AskRefused, Site, bank_of, before_deadline
 from client.examples import SiteExamples
 from client.release import Gate, Released
@@ -18,8 +21,6 @@ from client.training import NotFinite
 from federation.diffusion import DiffusionAsk, encoder_of, transformer_of
 from federation.plan import RunPlan
 from federation.wire import RefusalKind
-from meduet_models.diffusion.conditioner import Conditioner
-from meduet_models.diffusion.training import DiffusionTrainee
 from meduet_models.weights import sha256_of_tensors
 from privacy.clipping import joint_norm
 from privacy.promise import Promise

@@ -3,10 +3,12 @@
 Phases: (0) every site tells the sums that describe its scans' appearance, from which come the latent scale
 and the style bank; (1 to R) rounds of `strategies/content_share.py`, every few of them followed by federated
 probes (`server/probing.py`), which train nothing and stop nothing; (R + 1) every site tells the sums of its
-pooled content, from which comes the erasure of the site. After each phase and round everything is on disk
-before anything else is asked. A run that is started again goes on after its last checkpoint; sites answer a
-round that is asked twice in the same way, so on one kind of machine the final weights are the same bits.
-What this file does not do: it trains nothing, sees no scan, and averages nothing itself.
+pooled content, from which comes the erasure of the site; (R + 2) the diffusion model is trained at the sites,
+or finished, where the centre has trained it on released latents while the rounds ran (`server/diffusion.py`).
+After each phase and round everything is on disk before anything else is asked. A run that is started again
+goes on after its last checkpoint; sites answer a round that is asked twice in the same way, so on one kind of
+machine the final weights are the same bits. What this file does not do: it trains nothing itself, sees no
+scan, and averages nothing.
 
 `run` takes any Flower grid; `app` is the ServerApp of a deployment.
 """
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -27,6 +30,7 @@ from federation.messages import ERASURE, SURVEY, ErasureAsk, ErasureReply, Surve
 from federation.plan import RunPlan
 from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
 from server.checkpoints import Checkpoint, Checkpoints
+from server.diffusion import diffusion_of, save_diffusion
 from server.model import MeduetModel, SharedModel
 from server.probing import FederatedProbes
 from server.queries import ask_sites
@@ -35,6 +39,8 @@ from strategies.content_share import ContentShare, pretraining
 from strategies.quorum import Roster
 
 MODEL = "model.safetensors"
+DIFFUSION_MODEL = "diffusion.safetensors"
+_CPU = torch.device("cpu")
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +63,9 @@ class RunObserver:
         """A round is aggregated, not yet on disk. What is returned becomes the round's "probes"."""
         return {}
 
+    def on_diffusion(self, done: int, total: int, loss: float) -> None:
+        """After the last round the diffusion model is trained on: steps (or rounds) done, in all, loss."""
+
     def on_end(self, result: "RunResult") -> Mapping[str, Any]:
         """The run is complete, now or already before. What is returned becomes the metrics' "final"."""
         return {}
@@ -73,6 +82,8 @@ class RunResult:
     """What `metrics.json` holds."""
     model: Path | None
     """The file of the final weights; None when nothing is shared."""
+    diffusion: Path | None = None
+    """The file of the diffusion model; None when the plan has none."""
 
 
 def run(
@@ -83,13 +94,18 @@ def run(
     model: SharedModel | None = None,
     observer: RunObserver | None = None,
     resume: bool = True,
+    device: torch.device = _CPU,
+    bank_key: Path | None = None,
 ) -> RunResult:
     """Run `plan` in `folder`, or go on with what is there.
 
+    A central diffusion model is trained on `device`, on latents that are encrypted with the key in the file
+    `bank_key`; none: beside the run's folder, `<folder>.key`, made at first use.
     Raises `RoundFailed` below the quorum (the last checkpoint stays), `OtherPlan` when the folder is another
     plan's, and `ValueError` when it holds a run and `resume` is false.
     """
-    return _Run(grid, plan, folder, model or MeduetModel(plan), observer or RunObserver()).complete(resume)
+    made = _Run(grid, plan, folder, model or MeduetModel(plan), observer or RunObserver())
+    return made.complete(resume, device, bank_key or folder.with_name(f"{folder.name}.key"))
 
 
 class _Run:
@@ -103,8 +119,17 @@ class _Run:
         self.checkpoints = Checkpoints(folder / "checkpoints", plan.sha256)
         self.probes = FederatedProbes(grid, self.roster, plan)
 
-    def complete(self, resume: bool) -> RunResult:
+    def complete(self, resume: bool, device: torch.device, bank_key: Path) -> RunResult:
         claim(self.folder, self.plan)
+        self.diffusion = diffusion_of(
+            self.grid,
+            self.roster,
+            self.plan,
+            self.folder / "diffusion",
+            device,
+            bank_key,
+            self.observer.on_diffusion,
+        )
         self.journal = Journal(self.folder / "journal.jsonl")
         last = self.checkpoints.latest()
         if last is not None and not resume:
@@ -116,7 +141,7 @@ class _Run:
         if last is None:
             last = self._survey()
         last = self._rounds(last)
-        result = self._final(last)
+        result = self._generative(self._final(last))
         final = self.observer.on_end(result)
         result = dataclasses.replace(result, metrics=result.metrics | {"final": dict(final)})
         write_metrics(self.folder, result.metrics)
@@ -162,7 +187,11 @@ class _Run:
         rounds = strategy.rounds(self.grid, done=last.round)
         for round in range(last.round + 1, num_rounds + 1):
             self.observer.on_round_start(round, num_rounds)
+            released = self.diffusion.before_round(round, strategy.shared, last.bank)
             report = dataclasses.asdict(next(rounds))
+            trained = self.diffusion.after_round(round)
+            if released or trained:
+                report["diffusion"] = {**released, **trained}
             probes = self.observer.on_round_end(round, strategy.shared, report)
             report |= {"probes": dict(probes)} if probes else {}
             if self.probes.due(round):
@@ -215,6 +244,17 @@ class _Run:
         self._note("end", tensors_sha256=sha256)
         return RunResult(shared, last.bank, last.metrics | told, path)
 
+    def _generative(self, result: RunResult) -> RunResult:
+        """With the diffusion model, if the plan has one."""
+        path = self.folder / DIFFUSION_MODEL
+        finished = self.diffusion.finish(result.shared, result.bank)
+        if finished is None:
+            return result
+        save_diffusion(path, self.plan, finished, result.shared, result.bank, {})
+        self._note("diffusion", reports=len(finished[1]))
+        told = {"diffusion": finished[1]}
+        return dataclasses.replace(result, diffusion=path, metrics=result.metrics | told)
+
     def _finished(self, path: Path) -> tuple[Tensors, dict[str, Any]] | None:
         """The final weights and what the metrics say of them, if this run has written them whole."""
         if not path.is_file():
@@ -258,11 +298,21 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """A deployment: run configuration `plan` is the path of a plan's JSON, `folder` where the run goes."""
-    plan, folder = (str(context.run_config.get(key, "")) for key in ("plan", "folder"))
+    """A deployment, as the run configuration says: `plan` is the path of a plan's JSON, `folder` where the
+    run goes, both on the centre's machine; `device` (cpu if not given) and `bank_key` as in `run`.
+    """
+    plan, folder, device, key = (
+        str(context.run_config.get(name, "")) for name in ("plan", "folder", "device", "bank_key")
+    )
     if not plan or not folder:
         raise ValueError(
             "Expected the run configuration to name plan=<path of plan.json> and folder=<folder of the run>, "
             "both on the centre's machine."
         )
-    run(grid, RunPlan.from_json(Path(plan).read_text(encoding="utf-8")), Path(folder))
+    run(
+        grid,
+        RunPlan.from_json(Path(plan).read_text(encoding="utf-8")),
+        Path(folder),
+        device=torch.device(device or "cpu"),
+        bank_key=Path(key) if key else None,
+    )

@@ -13,11 +13,11 @@ from typing import Any
 
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
+from meduet_models.diffusion.transformer import DiffusionTransformer
 
 from federation.diffusion import DIFFUSION, DiffusionAsk, encoder_keys, encoder_of, transformer_of
 from federation.messages import Tensors
 from federation.plan import RunPlan
-from meduet_models.diffusion.transformer import DiffusionTransformer
 from server.checkpoints import Checkpoint, Checkpoints
 from strategies.content_share import ContentShare, Task
 from strategies.quorum import Roster

@@ -13,21 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from client.app import make_client_app
 from client.labelled_scans import LabelledScans, NoLabels, join, labelled_scans
 from client.latent_set import LatentSet
 from federation.finetuning import FinetunePlan, LocalFinetuning, check_target
-from federation.plan import RunPlan, build
-from meduet_models.bank import StyleBank
-from meduet_models.meduet import FactorNetwork
-from meduet_models.pretrained import load_pretrained
-from server.app import MODEL
-from server.checkpoints import Checkpoints
+from federation.plan import build
 from server.config import plain
 from server.finetuning import FinetunedRun, pretrained_sha256, run_finetuning
-from simulations.consortium import Consortium, site_configs
 from simulations.downstream import (
     DownstreamSettings,
     evaluate_downstream,
@@ -35,10 +29,9 @@ from simulations.downstream import (
     rows_of,
 )
 from simulations.downstream_report import write_downstream
-from simulations.hospitals import make_hospitals
+from simulations.finished_run import FinishedRun, open_run
 from simulations.in_process import FixedThreads, InProcessGrid, fixed_threads
 from simulations.progress import Live
-from simulations.settings import SimulationSettings, settings_from
 
 _ROUNDS, _CLIP = 5, 20.0
 
@@ -99,25 +92,6 @@ class DownstreamRunSettings:
             )
 
 
-@dataclass(frozen=True)
-class _Opened:
-    """A finished run, opened."""
-
-    folder: Path
-    plan: RunPlan
-    settings: SimulationSettings
-    consortium: Consortium
-    pretrained: FactorNetwork
-    held_out: tuple[str, ...]
-    scans: dict[str, LatentSet]
-
-    def outside(self, name: str) -> LatentSet:
-        """The scans of a hospital that the plan does not list, under the plan's volumes; the label of its
-        site is one more than the plan's."""
-        plan = dataclasses.replace(self.plan, sites=(*self.plan.sites, name))
-        return self.consortium.site(name).scans(plan)
-
-
 def run_downstream(config: DictConfig) -> Path:
     """Everything from settings to page; returns the page's path.
 
@@ -130,35 +104,12 @@ def run_downstream(config: DictConfig) -> Path:
         "downstream",
     )
     with Live() as live:
-        opened = _open(Path(asked.pretrained), live)
+        opened = open_run(Path(asked.pretrained), live)
         with fixed_threads(opened.settings.engine.cpus_per_site):
             return _evaluate(asked, opened, live)
 
 
-def _open(folder: Path, live: Live) -> _Opened:
-    if not (folder / "config.yaml").is_file() or not (folder / MODEL).is_file():
-        raise ValueError(
-            f"Expected the folder of a finished run, with config.yaml and {MODEL}; got {folder}. Run "
-            "meduet-simulate first; method=alone shares no model."
-        )
-    config = plain(OmegaConf.load(folder / "config.yaml"))  # type: ignore[arg-type]
-    settings, hospitals_plan = settings_from({**config, "folder": str(folder), "fresh": False})
-    plan = RunPlan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
-    with live.counting("finding the hospitals") as progress:
-        hospitals = make_hospitals(hospitals_plan, folder / "hospitals", progress)
-    state = folder / "sites"
-    consortium = Consortium(plan, site_configs(hospitals, plan, settings, state), state)
-    held_out = tuple(config.get("held_out") or ())
-    scans = {}
-    for name in plan.sites:
-        with live.reading(name) as reading:
-            scans[name] = consortium.site(name).scans(plan, reading)
-    return _Opened(
-        folder, plan, settings, consortium, load_pretrained(folder / MODEL).network, held_out, scans
-    )
-
-
-def _evaluate(asked: DownstreamRunSettings, opened: _Opened, live: Live) -> Path:
+def _evaluate(asked: DownstreamRunSettings, opened: FinishedRun, live: Live) -> Path:
     plan = opened.plan
     if odd := [name for name in asked.label_sites if name not in plan.sites]:
         raise ValueError(f"Expected label_sites among {', '.join(plan.sites)}; got {odd[0]!r}.")
@@ -216,7 +167,7 @@ def _evaluate(asked: DownstreamRunSettings, opened: _Opened, live: Live) -> Path
             tests,
             settings,
             asked.seed,
-            bank=_bank(opened) if asked.bank else None,
+            bank=opened.bank() if asked.bank else None,
             progress=progress,
         )
     if federated is not None:
@@ -230,7 +181,7 @@ def _evaluate(asked: DownstreamRunSettings, opened: _Opened, live: Live) -> Path
     return write_downstream(Path(asked.folder), rows, facts)
 
 
-def _local(asked: DownstreamRunSettings, opened: _Opened) -> LocalFinetuning:
+def _local(asked: DownstreamRunSettings, opened: FinishedRun) -> LocalFinetuning:
     """The local loop; classes are counted where they were not given."""
     classes = asked.classes or len(asked.target_values)
     if not classes:
@@ -272,7 +223,7 @@ def _known(
 
 
 def _federate(
-    asked: DownstreamRunSettings, opened: _Opened, local: LocalFinetuning, live: Live
+    asked: DownstreamRunSettings, opened: FinishedRun, local: LocalFinetuning, live: Live
 ) -> FinetunedRun:
     plan = opened.plan
     finetuning = FinetunePlan(
@@ -302,10 +253,3 @@ def _federate(
             folder,
             on_round=lambda round, report: count(round, finetuning.rounds),
         )
-
-
-def _bank(opened: _Opened) -> StyleBank:
-    last = Checkpoints(opened.folder / "checkpoints", opened.plan.sha256).latest()
-    if last is None or not last.bank:
-        raise ValueError("Expected a run whose sites exchanged style, for bank=true; this one has no bank.")
-    return StyleBank.from_tensors(last.bank, opened.plan.sites)
