@@ -46,6 +46,7 @@ from federation.messages import (
     TrainReply,
 )
 from federation.plan import RunPlan
+from meduet_models.diffusion.training import LossNotFinite
 from meduet_models.style import CohortTooSmall
 from privacy.ledger import LedgerRefusal
 
@@ -206,7 +207,7 @@ def _kind(error: Exception) -> RefusalKind:
             return RefusalKind.OUT_OF_ORDER
         case WrongWeights():
             return RefusalKind.MALFORMED
-        case NotFinite():
+        case NotFinite() | LossNotFinite():
             return RefusalKind.NON_FINITE
         case MemoryError() | torch.OutOfMemoryError():
             return RefusalKind.OUT_OF_MEMORY

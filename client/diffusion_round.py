@@ -17,13 +17,21 @@ from client.examples import SiteExamples
 from client.release import Gate, Released
 from client.site_state import SiteState, StateFolder
 from client.trainee import WrongWeights
-from client.training import NotFinite
 from federation.diffusion import DiffusionAsk, encoder_of, transformer_of
 from federation.plan import RunPlan
 from federation.wire import RefusalKind
 from meduet_models.weights import sha256_of_tensors
 from privacy.clipping import joint_norm
 from privacy.promise import Promise
+
+_METRICS = {
+    "loss": "loss.total",
+    "velocity": "loss.velocity",
+    "alignment": "loss.alignment",
+    "gradient_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+}
+"""What a step tells, and what it is called on the wire."""
 
 
 def answer_diffusion(
@@ -78,13 +86,11 @@ def answer_diffusion(
 
     source = SiteExamples(site.scans(plan), plan)
     on_step = before_deadline(time.monotonic() + plan.aggregation.deadline_s, on_step)
-    began, losses = time.perf_counter(), list[dict[str, float]]()
-    for step in range(1, diffusion.steps_per_round + 1):
-        try:
-            losses.append(trainee.step(source, (ask.round - 1) * diffusion.steps_per_round + step - 1))
-        except FloatingPointError as error:
-            raise NotFinite(str(error)) from error
-        on_step(step, losses[-1]["total"])
+    began, taken = time.perf_counter(), list[dict[str, float]]()
+    first = (ask.round - 1) * diffusion.steps_per_round
+    for step in range(first, first + diffusion.steps_per_round):
+        taken.append(trainee.step(source, step))
+        on_step(step - first + 1, taken[-1]["loss"])
 
     update = {name: p.detach().cpu() - ask.shared[name] for name, p in parameters.items()}
     norm = joint_norm(update)
@@ -95,9 +101,9 @@ def answer_diffusion(
         weight=float(len(source)),
         counts={"examples": len(source)},
         metrics={
-            **{f"loss.{term}": sum(loss[term] for loss in losses) / len(losses) for term in losses[0]},
+            **{_METRICS[name]: sum(step[name] for step in taken) / len(taken) for name in taken[0]},
             "seconds": time.perf_counter() - began,
-            "steps": float(len(losses)),
+            "steps": float(len(taken)),
             "update_norm": norm,
             "clip_factor": min(1.0, promise.bound / norm) if norm > 0 else 1.0,
         },

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from flwr.app import RecordDict
 from meduet_models.diffusion.conditioner import condition_sizes
-from meduet_models.diffusion.initialisation import start_from_encoder
+from meduet_models.diffusion.initialisation import first_transformer
 from meduet_models.diffusion.transformer import DiffusionConfig, DiffusionTransformer
 from torch import Tensor
 
@@ -97,8 +97,4 @@ def transformer_of(plan: RunPlan, encoder: FactorNetwork) -> DiffusionTransforme
         ),
         path=diffusion.training.path,
     )
-    transformer = DiffusionTransformer(config, seed=plan.seed)
-    transformer.set_latent_scale(encoder.latent_mean, encoder.latent_deviation)
-    if diffusion.training.start == "encoder":
-        start_from_encoder(transformer, encoder)
-    return transformer
+    return first_transformer(config, encoder, diffusion.training, seed=plan.seed)

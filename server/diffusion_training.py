@@ -138,7 +138,7 @@ class CentralDiffusion:
                 "Expected latents in the bank to train the diffusion model on; it is empty. No site released "
                 "any: see the sites' reasons above, or set diffusion=federated."
             )
-        return _Steps(lambda step: trainee.step(source, step)["total"], steps)
+        return _Steps(lambda step: trainee.step(source, step)["loss"], steps)
 
     def _save(self, report: dict[str, Any]) -> None:
         assert self._trainee is not None

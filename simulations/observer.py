@@ -101,6 +101,10 @@ class Witness(RunObserver):
             self._events.flush()
         return probes
 
+    def on_diffusion(self, done: int, total: int, loss: float) -> None:
+        """Move its bar."""
+        self._live.on_diffusion(done, total, loss)
+
     def on_end(self, result: RunResult) -> Mapping[str, Any]:
         """Probe the final weights, erasure included; test whether style heads understand each other.
 

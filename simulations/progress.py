@@ -36,6 +36,7 @@ class Live:
         )
         self._rounds: Any = None
         self._steps: Any = None
+        self._diffusion: Any = None
 
     def __enter__(self) -> "Live":
         """Show the bars."""
@@ -86,6 +87,12 @@ class Live:
             self._steps = self._bars.add_task("local steps", total=self._num_steps)
         self._bars.update(self._rounds, completed=round - 1)
 
+    def on_diffusion(self, done: int, total: int, loss: float) -> None:
+        """The diffusion model is trained on, after the last round."""
+        if self._diffusion is None:
+            self._diffusion = self._bars.add_task("diffusion", total=total)
+        self._bars.update(self._diffusion, description=f"diffusion, loss {loss:.2f}", completed=done)
+
     def on_step(self, site: str, step: int, loss: float) -> None:
         """A site took a step."""
         if self._steps is not None:
@@ -107,6 +114,9 @@ class Live:
         ):
             if name in probes:
                 words.append(f"{label} {probes[name]:.2f}")
+        trained = report.get("diffusion", {})
+        if "loss" in trained:
+            words.append(f"diffusion loss {trained['loss']:.3f} on {trained['items']} latents")
         words.append(f"{report['seconds']:.1f} s")
         self.say("  ".join(words))
         self._bars.update(self._rounds, completed=round)
