@@ -1,0 +1,220 @@
+"""The federated diffusion model through messages: the real client, the real networks, latents in memory."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Context
+
+from client.app import make_client_app
+from client.examples import SiteExamples
+from client.volumes import Geometry
+from federation.diffusion import encoder_of, transformer_of
+from federation.diffusion_plan import DiffusionPlan
+from federation.journal import Journal
+from federation.plan import RunPlan
+from meduet_models.bank import StyleBank
+from meduet_models.diffusion.conditioner import Conditioner
+from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
+from meduet_models.diffusion.training import DiffusionTrainee
+from meduet_models.meduet import FactorNetwork
+from meduet_models.style import StyleLayout, StyleMoments
+from privacy.ledger import Ledger
+from server.diffusion_rounds import round_momentum, run_diffusion_rounds
+from simulations.in_process import InProcessGrid
+from strategies.quorum import Roster, RoundFailed
+
+TRAINING = DiffusionTraining(batch_size=4, learning_rate=1e-3, ema=0.9, alignment=0.5)
+
+
+class Killed(BaseException):
+    """As if the process had ended."""
+
+
+class Scans:
+    """Eight training patients of a site, whose latents are shifted by its number."""
+
+    def __init__(self, site: int) -> None:
+        draws = torch.Generator().manual_seed(site)
+        self.values = torch.randn(10, 2, 4, 6, 4, generator=draws) + site
+        self.patients = [f"{site}-{n}" for n in range(10)]
+        self.covariates: list[dict[str, str | float]] = [{}] * 10
+        self.site_index = torch.full((10,), site)
+        self.has_label = [False] * 10
+
+    def indices(self, split: str) -> list[int]:
+        return list(range(8)) if split == "train" else [8, 9]
+
+    def latents(self, indices: Sequence[int], view: int = 0) -> torch.Tensor:
+        return self.values[list(indices)].clone()
+
+    def labels(self, indices: Sequence[int], view: int = 0) -> None:
+        return None
+
+    def geometry(self, row: int, view: int = 0) -> Geometry:
+        return Geometry(np.eye(4), (16, 24, 16), np.eye(4), (16, 24, 16))
+
+
+class Hospital:
+    """A site in a folder, with latents in memory."""
+
+    def __init__(self, folder: Path, name: str, scans: Scans) -> None:
+        self.name, self.state_dir, self._scans = name, folder, scans
+        self.device, self.compile, self.minimum_cohort = torch.device("cpu"), False, 0
+        self.ledger, self.journal = Ledger(folder / "ledger.jsonl"), Journal(folder / "journal.jsonl")
+
+    def accept(self, plan: RunPlan) -> None:
+        """Every plan."""
+
+    def scans(self, plan: RunPlan) -> Any:
+        return self._scans
+
+
+@pytest.fixture
+def plan(miniature: Any) -> RunPlan:
+    return with_diffusion(miniature.plan(deadline_s=60.0))
+
+
+def with_diffusion(plan: RunPlan, **changes: Any) -> RunPlan:
+    values = {
+        "policy": "federated",
+        "transformer": TransformerShape(patch_size=2, width=12, depth=1, heads=2),
+        "training": TRAINING,
+        "rounds": 3,
+        "steps_per_round": 2,
+    }
+    return dataclasses.replace(plan, diffusion=DiffusionPlan(**{**values, **changes}))
+
+
+def shared(plan: RunPlan) -> dict[str, torch.Tensor]:
+    return FactorNetwork(plan.network, seed=5).state_dict()
+
+
+def bank(plan: RunPlan) -> dict[str, torch.Tensor]:
+    layout = StyleLayout(
+        channels=2, latent_grid=plan.network.latent_grid, map_grid=plan.style.map_grid, bound=1e3
+    )
+    told = {
+        site: StyleMoments.of(Scans(i).values, Scans(i).patients, layout)
+        for i, site in enumerate(plan.sites)
+    }
+    return StyleBank.of(plan.sites, told).to_tensors()
+
+
+def grid_of(
+    plan: RunPlan, folder: Path, on_step: Callable[[str, int, float], None] = lambda site, step, loss: None
+) -> InProcessGrid:
+    def open_site(context: Context) -> Any:
+        index = int(context.node_config["partition-id"])
+        own = folder / "sites" / plan.sites[index]
+        own.mkdir(parents=True, exist_ok=True)
+        return Hospital(own, plan.sites[index], Scans(index))
+
+    return InProcessGrid(make_client_app(open_site, on_step), len(plan.sites), through_wire=True)
+
+
+def run(plan: RunPlan, folder: Path, **on: Any) -> Any:
+    grid = grid_of(plan, folder, **on)
+    return run_diffusion_rounds(
+        grid, Roster(plan.participants), plan, shared(plan), bank(plan), folder / "diffusion"
+    )
+
+
+def test_the_sites_train_it_and_every_release_is_in_the_books(plan: RunPlan, tmp_path: Path) -> None:
+    transformer, reports = run(plan, tmp_path)
+    assert [report["round"] for report in reports] == [1, 2, 3]
+    assert all(set(report["sites"]) == set(plan.sites) and not report["refused"] for report in reports)
+    start = transformer_of(plan, encoder_of(plan, shared(plan)))
+    changed = {n for n, p in transformer.named_parameters() if not torch.equal(p, start.state_dict()[n])}
+    assert {"embed.weight", "predict.weight", "embed_condition.content.weight"} <= changed
+    for site in plan.sites:
+        folder = tmp_path / "sites" / site
+        assert Ledger(folder / "ledger.jsonl").open_reservations() == []
+        records = [json.loads(line)["record"] for line in (folder / "journal.jsonl").read_text().splitlines()]
+        assert [(r["kind"], r["round"]) for r in records] == [("diffusion", round) for round in (1, 2, 3)]
+        assert all(r["norm_after"] <= r["bound"] for r in records)
+    parameters = dict(start.named_parameters())
+    assert {r["tensors"] for r in records} == {len(parameters)}, "no latent, no projector, no constant leaves"
+
+
+def test_one_site_in_a_federation_is_the_loop_alone(miniature: Any, tmp_path: Path) -> None:
+    plan = with_diffusion(miniature.plan(sites=("oslo", "lyon"), deadline_s=60.0), update_clip_norm=1e4, rounds=1)
+    diffusion = plan.diffusion
+    assert diffusion is not None
+    alone = dataclasses.replace(plan, sites=("oslo",))
+    transformer, _ = run(alone, tmp_path)
+    encoder = encoder_of(alone, shared(alone))
+    trainee = DiffusionTrainee(
+        transformer_of(alone, encoder),
+        Conditioner(encoder, maps=True),
+        diffusion.training,
+        total_steps=2,
+        seed=alone.seed * 1_000,
+        bank=StyleBank.from_tensors(bank(alone), alone.sites),
+    )
+    source = SiteExamples(Scans(0), alone)
+    average = {n: p.detach().clone() for n, p in trainee.transformer.named_parameters()}
+    for step in (0, 1):
+        trainee.step(source, step)
+    momentum = round_momentum(0.9, 1, 2)
+    average = {
+        n: average[n].lerp(p.detach(), 1 - momentum) for n, p in trainee.transformer.named_parameters()
+    }
+    for name, parameter in transformer.named_parameters():  # the sum of updates is kept in steps of 2^-q
+        torch.testing.assert_close(parameter.detach(), average[name], rtol=0, atol=2.0**-20)
+
+
+def test_stopped_anywhere_and_resumed_is_never_stopped(plan: RunPlan, tmp_path: Path) -> None:
+    whole, _ = run(plan, tmp_path / "a")
+    calls = 0
+
+    def kill(site: str, step: int, loss: float) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 10:  # in round 2, at the second site
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(plan, tmp_path / "b", on_step=kill)
+    resumed, reports = run(plan, tmp_path / "b")
+    again, _ = run(plan, tmp_path / "b")
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name])
+        assert torch.equal(tensor, again.state_dict()[name])
+    assert len(reports) == 3
+
+
+def test_the_average_follows_every_step_of_a_round() -> None:
+    product = 1.0
+    for step in (4, 5):
+        product *= (1 + step) / (10 + step)
+    assert round_momentum(0.999, 3, 2) == pytest.approx(product)
+    assert round_momentum(0.5, 40, 3) == pytest.approx(0.125)
+
+
+def test_a_plan_without_it_is_refused_at_the_site(plan: RunPlan, tmp_path: Path) -> None:
+    grid = grid_of(dataclasses.replace(plan, diffusion=None), tmp_path)
+    with pytest.raises(ValueError, match="policy=federated"):
+        run_diffusion_rounds(
+            grid, Roster(plan.participants), dataclasses.replace(plan, diffusion=None), {}, {}, tmp_path
+        )
+    tampered = shared(plan)
+    tampered["embed.weight"] = torch.zeros(3, 3)
+    with pytest.raises(ValueError, match=r"embed\.weight"):
+        run_diffusion_rounds(
+            grid, Roster(plan.participants), plan, tampered, bank(plan), tmp_path / "diffusion"
+        )
+
+
+def test_an_encoder_of_another_size_is_malformed_at_the_site(
+    plan: RunPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.diffusion_rounds.encoder_keys", lambda network: ["embed.bias"])
+    with pytest.raises(RoundFailed, match="malformed"):
+        run(plan, tmp_path)
+    assert "among the encoder's weights" in (tmp_path / "sites" / "oslo" / "site.log").read_text()
