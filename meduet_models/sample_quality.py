@@ -37,7 +37,7 @@ class PrincipalAxes:
 
 
 def principal_axes(real: Float[Tensor, "r k"], count: int) -> PrincipalAxes:
-    """At most `count` axes, fitted on real scans. Raises `ValueError` for fewer than two scans or one axis."""
+    """At most `count` axes, fitted on real scans. Raises `ValueError` below two scans or one axis."""
     if len(real) < 2 or count < 1:
         raise ValueError(f"Expected two real scans and one axis or more; got {len(real)} and {count}.")
     values = real.detach().cpu().double()

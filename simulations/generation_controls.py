@@ -13,12 +13,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from meduet_models.diffusion.conditioner import Conditioner
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from meduet_models.diffusion.conditioner import Conditioner
 from meduet_models.recognition import recognised
 from simulations.generation_quality import ENCODER, UNKNOWN, QualityRow, averaged, quality_row
 
@@ -85,7 +85,8 @@ def site_row(
     ).fit(_styles(conditioner, latents).numpy(), np.asarray(sites))
 
     def right(scans: Tensor, expected: Sequence[int]) -> Tensor:
-        return torch.from_numpy(probe.predict(_styles(conditioner, scans).numpy()) == np.asarray(expected))
+        said = probe.predict(_styles(conditioner, scans).numpy())
+        return torch.as_tensor(said == np.asarray(expected))
 
     value = averaged(right(samples, asked).double(), patient, resamples, seed)
     floor = averaged(right(held[0], held[1]).double(), held[2], resamples, seed)

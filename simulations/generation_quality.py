@@ -1,9 +1,9 @@
 """Quality of generated scans as rows of a table: a value, its interval, and the same of real scans.
 
 Every row has a floor: the same measure with real scans in the samples' place, as many of them. What is not
-told from its floor is as good as these scans can tell. Scans on both sides are decoded by the same tokenizer,
-so its loss is on neither; it has a row of its own (`round_trip_rows`). Two sets never share a patient: samples
-with the content of held-out patients are compared with training scans, all others with held-out scans.
+told from its floor is as good as these scans can tell. Scans on both sides are decoded by one tokenizer, so
+its loss is on neither; it has rows of its own. Two sets never share a patient: samples with the content of
+held-out patients are compared with training scans, all others with held-out scans.
 
 What this file does not do: it samples nothing (`generation.py`), and says nothing about controls
 (`generation_controls.py`). Distances to neighbours are a hint of memorising, not a bound on it.
@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Float64
-from meduet_models.diffusion.conditioner import Conditioner
 from monai.metrics import MultiScaleSSIMMetric, PSNRMetric, SSIMMetric
 from torch import Tensor
 
+from meduet_models.diffusion.conditioner import Conditioner
 from meduet_models.random_features import random_features
 from meduet_models.sample_quality import (
     frechet_distance,

@@ -127,7 +127,8 @@ def _dice(
     assert test.labels is not None
     predicted = predict(network.eval(), test.latents).argmax(dim=1, keepdim=True)
     dice = compute_dice(predicted, test.labels, include_background=False, num_classes=classes)
-    return dice.nanmean(dim=1).double().numpy()
+    scores: np.ndarray = dice.nanmean(dim=1).double().numpy()
+    return scores
 
 
 def _interval(values: np.ndarray, resamples: int, seed: int) -> Interval:

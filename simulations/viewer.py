@@ -30,8 +30,8 @@ _PACKAGE = "ipyniivue"
 _WIDGET = f"{_PACKAGE}/static/widget.js"
 _USE = re.compile(r"decodeURIComponent\((\w+)\)\)")
 PATIENT_DATA = (
-    "Patient data: volumes of this page are scans of patients, or come from a model that was trained on raw latents "
-    "of patients. Treat the page as you treat their scans."
+    "Patient data: volumes of this page are scans of patients, or come from a model that was trained on raw "
+    "latents of patients. Treat the page as you treat their scans."
 )
 """What stands on a page that holds patient data."""
 
