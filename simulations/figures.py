@@ -145,7 +145,7 @@ def draw_probes(rounds: Sequence[Mapping[str, Any]], path: Path) -> Path:
     return save(figure, path)
 
 
-def _middle(volume: Volume, plane: int) -> Volume:
+def middle_slice(volume: Volume, plane: int) -> Volume:
     """The middle slice of plane 0 (sagittal), 1 (coronal), 2 (axial), head up."""
     cut = np.take(volume, volume.shape[plane] // 2, axis=plane)
     return np.flipud(cut.T)
@@ -163,8 +163,8 @@ def draw_swaps(row: SwapRow, path: Path, zoom: int = 3) -> Path:
                 columns.append(
                     (kind, f"scanned at {site}" if kind == "truth" else f"{site} style", volumes[site])
                 )
-    heights = [_middle(row.original, plane).shape[0] for plane in range(3)]
-    widest = max(_middle(row.original, plane).shape[1] for plane in range(3))
+    heights = [middle_slice(row.original, plane).shape[0] for plane in range(3)]
+    widest = max(middle_slice(row.original, plane).shape[1] for plane in range(3))
     inch = zoom / 66
     figure = Figure(
         figsize=(len(columns) * widest * inch * 1.04, sum(heights) * inch * 1.04 + 0.7), facecolor="#10161d"
@@ -177,7 +177,7 @@ def draw_swaps(row: SwapRow, path: Path, zoom: int = 3) -> Path:
     for column, (kind, caption, volume) in enumerate(columns):
         for plane in range(3):
             axes = panels[plane, column]
-            axes.imshow(_middle(volume, plane), cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
+            axes.imshow(middle_slice(volume, plane), cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
             axes.set_facecolor("#10161d")
             axes.set_xticks([])
             axes.set_yticks([])
