@@ -9,17 +9,16 @@ catch anything, release a latent (`client/latent_release.py`), use held-out pati
 import time
 from collections.abc import Callable
 
-from meduet_models.diffusion.conditioner import Conditioner
-from meduet_models.diffusion.training import DiffusionTrainee
-
 from client.answers import AskRefused, Site, bank_of, before_deadline
-from client.examples import SiteExamples
+from client.examples import ScansWithGeometry, SiteExamples
 from client.release import Gate, Released
 from client.site_state import SiteState, StateFolder
 from client.trainee import WrongWeights
 from federation.diffusion import DiffusionAsk, encoder_of, transformer_of
 from federation.plan import RunPlan
 from federation.wire import RefusalKind
+from meduet_models.diffusion.conditioner import Conditioner
+from meduet_models.diffusion.training import DiffusionTrainee
 from meduet_models.weights import sha256_of_tensors
 from privacy.clipping import joint_norm
 from privacy.promise import Promise
@@ -84,7 +83,10 @@ def answer_diffusion(
         trainee.load(kept.optimiser)
     transformer.load_state_dict({**transformer.state_dict(), **ask.shared})
 
-    source = SiteExamples(site.scans(plan), plan)
+    scans = site.scans(plan)
+    if not isinstance(scans, ScansWithGeometry):
+        raise AskRefused("Expected a site that keeps the geometry of its scans.", RefusalKind.MALFORMED)
+    source = SiteExamples(scans, plan)
     on_step = before_deadline(time.monotonic() + plan.aggregation.deadline_s, on_step)
     began, taken = time.perf_counter(), list[dict[str, float]]()
     first = (ask.round - 1) * diffusion.steps_per_round

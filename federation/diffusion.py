@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flwr.app import RecordDict
-from meduet_models.diffusion.conditioner import condition_sizes
-from meduet_models.diffusion.initialisation import first_transformer
-from meduet_models.diffusion.transformer import DiffusionConfig, DiffusionTransformer
 from torch import Tensor
 
 from federation.messages import Ask, Head, ask_head
 from federation.plan import RunPlan
 from federation.wire import Tensors, array_record
+from meduet_models.diffusion.conditioner import condition_sizes
+from meduet_models.diffusion.initialisation import first_transformer
+from meduet_models.diffusion.transformer import DiffusionConfig, DiffusionTransformer
 from meduet_models.meduet import FactorNetwork
 
 DIFFUSION = "train.diffusion"

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 from flwr.serverapp import Grid
-from meduet_models.diffusion.conditioner import Conditioner
-from meduet_models.diffusion.training import DiffusionTrainee
-from meduet_models.diffusion.transformer import DiffusionTransformer
 
 from federation.diffusion import encoder_of, transformer_of
 from federation.messages import Tensors
 from federation.plan import RunPlan
 from meduet_models.bank import StyleBank
+from meduet_models.diffusion.conditioner import Conditioner
+from meduet_models.diffusion.training import DiffusionTrainee
+from meduet_models.diffusion.transformer import DiffusionTransformer
 from server.checkpoints import Checkpoint, Checkpoints
 from server.latent_bank import LatentBank
 from server.latent_collection import collect

@@ -10,33 +10,27 @@ What this file does not do: pretrain, choose any setting on what it reports.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from jaxtyping import Int
-from omegaconf import DictConfig
 from torch import Tensor
 
 from client.app import make_client_app
 from client.examples import examples_of
 from federation.diffusion import encoder_of, transformer_of
 from federation.diffusion_plan import DiffusionPlan
-from federation.plan import RunPlan, build
-from meduet_models.bank import StyleBank
+from federation.plan import RunPlan
 from meduet_models.diffusion.conditioner import Conditioner
 from meduet_models.diffusion.conditions import Condition, Examples
 from meduet_models.diffusion.training import DiffusionTrainee, validation_loss
 from meduet_models.diffusion.transformer import DiffusionTransformer
 from meduet_models.meduet import FactorNetwork
-from server.config import plain
 from server.diffusion_rounds import run_diffusion_rounds
-from server.run_folder import write_whole
-from simulations.finished_run import FinishedRun, open_run
-from simulations.in_process import FixedThreads, InProcessGrid, fixed_threads
+from simulations.finished_run import FinishedRun
+from simulations.in_process import FixedThreads, InProcessGrid
 from simulations.progress import Live
 from strategies.quorum import Roster
 
@@ -109,7 +103,9 @@ class Patients:
 
         names = list(plan.sites)
         return Patients(
-            *(split(names, which) for which in ("train", "validation", "test")),
+            split(names, "train"),
+            split(names, "validation"),
+            split(names, "test"),
             {name: split([name], "train") for name in names},
         )
 
@@ -141,6 +137,11 @@ class Study:
             if pooled.plan.tokenizer_sha256 != opened.plan.tokenizer_sha256:
                 raise ValueError("Expected the pooled run to have the same tokenizer; it has another.")
             self._encoders["pooled"] = pooled.pretrained
+
+    @property
+    def known(self) -> list[Literal["encoder", "pooled"]]:
+        """The encoders there are."""
+        return ["encoder", *(["pooled"] if "pooled" in self._encoders else [])]  # type: ignore[list-item]
 
     def plan(self, told: tuple[Condition, ...], start: Start, seed: int) -> RunPlan:
         """The run's plan with the diffusion model of a cell."""

@@ -24,6 +24,7 @@ from server.app import RunObserver, RunResult
 from simulations.consortium import Consortium
 from simulations.evaluation import load_model, mean_style, measure, swap
 from simulations.figures import SwapRow, draw_swaps
+from simulations.generation_run import Bench
 from simulations.held_out import Held, join, own_scans, paired_scans, paired_set
 from simulations.hospital_plans import Hospital
 from simulations.progress import Live
@@ -165,6 +166,17 @@ class Witness(RunObserver):
 
     def _models(self, shared: Mapping[str, Tensor], round: int) -> list[MeDUET]:
         return site_models(self._plan, self._consortium, shared, round)
+
+    def bench(self) -> Bench | None:
+        """What a diffusion model is judged on; None where nobody is held out."""
+        if self._held is None:
+            return None
+        own = self._scans[: len(self._plan.sites)]
+        paired = [scans for scans in self._paired[: len(own)] if scans is not None]
+        held: list[tuple[LatentSet, list[int]]] = [(scans, list(range(scans.num_scans))) for scans in paired]
+        if not paired:
+            held = [(scans, [*scans.indices("validation"), *scans.indices("test")]) for scans in own]
+        return Bench(self._plan, self._sites[0].tokenizer, own, self._held, held)
 
     def draw(self, result: RunResult) -> None:
         """Draw a held-out patient of each hospital: as scanned, rebuilt, in every other hospital's style."""

@@ -28,7 +28,9 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from client.app import make_client_app
+from client.site import resolve_device
 from federation.plan import RunPlan
+from meduet_models.diffusion.artefact import load_generative_model
 from meduet_models.tokenizer import load_tokenizer
 from server.app import RunObserver, RunResult
 from server.app import run as run_plan
@@ -37,7 +39,9 @@ from server.config import CONF, plain, plan_from
 from server.run_folder import write_whole
 from simulations.benchmark import CellsFailed, run_benchmark
 from simulations.consortium import Consortium, site_configs
+from simulations.diffusion_study_run import run_generation
 from simulations.downstream_run import run_downstream
+from simulations.generation_run import judge
 from simulations.hospital_plans import Hospital, HospitalsPlan, PhantomHospitals, SplitHospitals
 from simulations.hospitals import make_hospitals
 from simulations.in_process import FixedThreads, InProcessGrid, fixed_threads
@@ -127,7 +131,8 @@ def simulate(simulation: Simulation, live: Live, observer: RunObserver) -> RunRe
     plan, engine = simulation.plan, simulation.settings.engine
 
     def serve(grid: Grid) -> RunResult:
-        return run_plan(grid, plan, simulation.folder, observer=observer)
+        device = resolve_device(simulation.settings.device)
+        return run_plan(grid, plan, simulation.folder, observer=observer, device=device)
 
     num_sites = len(plan.participants)
     match engine.kind:
@@ -172,9 +177,23 @@ def run(config: DictConfig) -> Path:
         result = simulate(simulation, live, witness)
         live.say("drawing the page")
         witness.draw(result)
+        _judge(simulation, result, witness, live)
         write_whole(folder / "versions.json", json.dumps(versions(result), indent=1) + "\n")
         origin = _origin(settings_from(values)[1], simulation.hospitals)
         return write_page(folder, origin, simulation.consortium.held_out)
+
+
+def _judge(simulation: Simulation, result: RunResult, witness: Witness, live: Live) -> None:
+    """Sample and measure the diffusion model, where there is one and there are scans to measure it on."""
+    settings = simulation.settings.generation
+    if result.diffusion is None or settings is None:
+        return
+    bench = witness.bench()
+    if bench is None:
+        live.say("No patient is kept for validation or test: the diffusion model is not judged.")
+        return
+    with live.reading("diffusion model") as progress:
+        judge(load_generative_model(result.diffusion), bench, simulation.folder, settings, progress)
 
 
 def versions(result: RunResult) -> dict[str, Any]:
@@ -218,8 +237,12 @@ def _main(config: DictConfig) -> None:
                 page = run_benchmark(config, console)
             case "downstream":
                 page = run_downstream(config)
+            case "generation":
+                page = run_generation(config)
             case unknown:
-                raise ValueError(f"Expected --config-name config, benchmark or downstream; got {unknown!r}.")
+                raise ValueError(
+                    f"Expected --config-name config, benchmark, downstream or generation; got {unknown!r}."
+                )
     except (ValueError, OtherPlan, RoundFailed) as error:
         console.print(f"[red]{type(error).__name__}[/]: {error}", markup=True)
         sys.exit(2)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from federation.plan import build
 from meduet_models.tokenizer import TokenizerSpec
+from simulations.generation_settings import GenerationSettings
 from simulations.hospital_plans import HospitalsPlan, hospitals_plan
 
 
@@ -53,6 +54,8 @@ class SimulationSettings:
     """How the sites' work is run."""
     evaluation: EvaluationSettings
     """What the observer measures."""
+    generation: GenerationSettings | None
+    """How much is sampled and measured of a diffusion model; none: nothing."""
     site: SiteSettings
     """What every hospital has in its site.yaml."""
     held_out: tuple[str, ...]
@@ -78,6 +81,8 @@ def settings_from(config: Mapping[str, Any]) -> tuple[SimulationSettings, Hospit
         raise ValueError(
             "root has no effect with hospitals=phantoms: use hospitals=folders or hospitals=split."
         )
+    if config["generation"] is not None and config["diffusion"] is None:
+        raise ValueError("generation has no effect without a diffusion model: set generation=none.")
     names = [field.name for field in dataclasses.fields(SimulationSettings)]
     settings = build(SimulationSettings, {name: config[name] for name in names}, "settings")
     return settings, hospitals_plan(hospitals)

@@ -100,8 +100,7 @@ def bank(plan: RunPlan) -> dict[str, torch.Tensor]:
         channels=2, latent_grid=plan.network.latent_grid, map_grid=plan.style.map_grid, bound=1e3
     )
     told = {
-        site: StyleMoments.of(Scans(i).values, Scans(i).patients, layout)
-        for i, site in enumerate(plan.sites)
+        site: StyleMoments.of(Scans(i).values, Scans(i).patients, layout) for i, site in enumerate(plan.sites)
     }
     return StyleBank.of(plan.sites, told).to_tensors()
 
@@ -143,7 +142,9 @@ def test_the_sites_train_it_and_every_release_is_in_the_books(plan: RunPlan, tmp
 
 
 def test_one_site_in_a_federation_is_the_loop_alone(miniature: Any, tmp_path: Path) -> None:
-    plan = with_diffusion(miniature.plan(sites=("oslo", "lyon"), deadline_s=60.0), update_clip_norm=1e4, rounds=1)
+    plan = with_diffusion(
+        miniature.plan(sites=("oslo", "lyon"), deadline_s=60.0), update_clip_norm=1e4, rounds=1
+    )
     diffusion = plan.diffusion
     assert diffusion is not None
     alone = dataclasses.replace(plan, sites=("oslo",))

@@ -1,0 +1,113 @@
+"""A run's diffusion model, judged on what the observer holds: real scans of several hospitals side by side.
+
+Collects what `generation.py` needs of a simulated consortium: scans that trained nothing (paired phantoms,
+where there are any), those that did, the prepared volumes behind them, and labels. What this file does not
+do: train, sample or measure.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from client.cohort import read_entry
+from client.examples import examples_of
+from client.labelled_scans import LabelledScans, NoLabels, labelled_scans
+from client.labelled_scans import join as join_labelled
+from client.latent_set import LatentSet
+from client.volumes import prepare
+from federation.finetuning import LocalFinetuning
+from federation.plan import RunPlan
+from meduet_models.diffusion.artefact import GenerativeModel
+from meduet_models.diffusion.conditions import Examples
+from meduet_models.tokenizer import Tokenizer
+from simulations.generation import evaluate_generation
+from simulations.generation_settings import GenerationSettings
+from simulations.held_out import Held
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a generative model is judged on."""
+
+    plan: RunPlan
+    tokenizer: Tokenizer
+    training: Sequence[LatentSet]
+    """Scans of the plan's sites, in its order."""
+    held: Held
+    """Scans that trained nothing."""
+    held_scans: Sequence[tuple[LatentSet, Sequence[int]]]
+    """Where they come from, in the same order."""
+
+    def volumes(self) -> Float[Tensor, "b 1 D H W"]:
+        """The prepared scans behind `held`."""
+        prepared = []
+        for scans, rows in self.held_scans:
+            for row in rows:
+                scan, _ = read_entry(scans.entries[row], self.plan.volumes)
+                prepared.append(prepare(scan, self.plan.volumes).volume)
+        return torch.stack(prepared)
+
+    def examples(self) -> Examples:
+        """Training scans of all sites."""
+        return Examples.join([examples_of(s, s.indices("train"), self.plan) for s in self.training])
+
+    def labelled(self) -> tuple[LabelledScans, LabelledScans] | None:
+        """Training scans with labels, and held-out ones; none where either has none."""
+        own = [(scans, list(scans.indices("train"))) for scans in self.training]
+        highest = [
+            int(labels.max())
+            for scans, rows in own
+            if (known := [row for row in rows if scans.has_label[row]])
+            and (labels := scans.labels(known)) is not None
+        ]
+        if not highest or max(highest) < 1:
+            return None
+        local = LocalFinetuning(task="segmentation", classes=max(highest) + 1)
+        try:
+            return _labelled(own, local), _labelled(self.held_scans, local)
+        except NoLabels:
+            return None
+
+
+def judge(
+    model: GenerativeModel,
+    bench: Bench,
+    folder: Path,
+    settings: GenerationSettings,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, Any]:
+    """Sample, measure and draw below `folder`; what `generation/quality.json` says."""
+    return evaluate_generation(
+        model,
+        bench.plan,
+        bench.tokenizer,
+        bench.held,
+        bench.examples(),
+        folder,
+        settings,
+        volumes=bench.volumes(),
+        labelled=None if settings.use is None else bench.labelled(),
+        progress=progress,
+    )
+
+
+def _labelled(parts: Sequence[tuple[LatentSet, Sequence[int]]], local: LocalFinetuning) -> LabelledScans:
+    found = []
+    for place, (scans, rows) in enumerate(parts):
+        try:
+            own = labelled_scans(scans, rows, local)
+        except NoLabels:
+            continue
+        found.append(
+            LabelledScans(
+                own.latents, own.labels, own.target, tuple(f"{place}/{p}" for p in own.patient), own.site
+            )
+        )
+    if not found:
+        raise NoLabels("Expected scans with a label; no hospital has any.")
+    return join_labelled(found)
