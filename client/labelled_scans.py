@@ -117,10 +117,14 @@ def labelled_scans(
     if local.task == "segmentation":
         known = [row for row in rows if scans.has_label[row]]
     else:
-        known = [row for row in rows if _value(scans.covariates[row], target) in values]
+        known = [row for row in rows if covariate_text(scans.covariates[row], target) in values]
     if not known:
         raise NoLabels(f"Expected scans with {target or 'a label'}; none of {len(rows)} has one.")
-    classes = [list(values).index(_value(scans.covariates[row], target)) for row in known] if values else None
+    classes = (
+        [list(values).index(covariate_text(scans.covariates[row], target)) for row in known]
+        if values
+        else None
+    )
     return LabelledScans(
         scans.latents(known),
         scans.labels(known) if local.task == "segmentation" else None,
@@ -143,7 +147,8 @@ def join(parts: Sequence[LabelledScans]) -> LabelledScans:
     )
 
 
-def _value(covariates: Mapping[str, str | float], target: str) -> str:
+def covariate_text(covariates: Mapping[str, str | float], target: str) -> str:
+    """A covariate as the text that a plan names it by; empty when it is not known."""
     value = covariates.get(target, "")
     return f"{value:g}" if isinstance(value, float) else str(value)
 
