@@ -1,0 +1,166 @@
+"""A generative model as one file: all that synthesis needs beside the tokenizer.
+
+The moving average of the diffusion transformer, the content branch of the encoder that conditions it, the
+styles of the sites, and where all of it comes from. Reading is strict: a damaged file, another kind of file,
+another architecture, a tensor too few or too many each give one line. What this file does not do: decode
+latents (the tokenizer is named by its hash), or sample.
+
+A model trained on raw latents may reproduce them: `patient_data` says so, and such a file is handled as scans
+are.
+
+Axes: k = content channels.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from meduet_models.bank import StyleBank
+from meduet_models.diffusion.conditioner import Conditioner
+from meduet_models.diffusion.transformer import DiffusionConfig, DiffusionTransformer
+from meduet_models.meduet import FactorNetwork, NetworkConfig
+from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
+
+KIND = "FedMeDUET generative model, version 1"
+
+
+@dataclass(frozen=True)
+class GenerativeModel:
+    """A diffusion transformer with its conditioner and styles."""
+
+    transformer: DiffusionTransformer
+    """The moving average of its weights, for evaluation."""
+    encoder: FactorNetwork
+    """Content branch and constants; the style branch is as it starts."""
+    bank: StyleBank | None
+    """Styles of the sites; none where the plan exchanges no styles."""
+    sites: tuple[str, ...]
+    """The plan's sites."""
+    directions: dict[str, Float[Tensor, " k"]]
+    """Covariate -> direction in content tokens along which it grows."""
+    tokenizer_sha256: str
+    """Hash of the tokenizer whose latents it makes."""
+    volumes: dict[str, Any]
+    """How scans became volumes: the plan's `volumes` as plain values."""
+    body_parts: tuple[str, ...]
+    """Names behind the condition `body_part`."""
+    categories: tuple[str, ...]
+    """Names behind the condition `category`."""
+    policy: str
+    """What the sites released for it: the plan's `diffusion.policy`."""
+    provenance: dict[str, str]
+    """Plan, rounds, steps, hashes."""
+
+    @property
+    def conditioner(self) -> Conditioner:
+        """What turns scans and styles into conditions of this model."""
+        return Conditioner(self.encoder, maps=bool(self.volumes["registered"]))
+
+    @property
+    def patient_data(self) -> bool:
+        """Whether the model has seen raw latents, and is handled as scans are."""
+        return self.policy == "raw"
+
+    def to(self, device: torch.device) -> "GenerativeModel":
+        """This model, its transformer and encoder moved to a device."""
+        self.transformer.to(device)
+        self.encoder.to(device)
+        return self
+
+
+def save_generative_model(path: str | Path, model: GenerativeModel) -> None:
+    """Write the model, whole or not at all; readable by its owner only."""
+    tensors = {f"transformer/{name}": t for name, t in model.transformer.state_dict().items()}
+    tensors |= {f"encoder/{name}": t for name, t in _content_branch(model.encoder).items()}
+    tensors |= {f"direction/{name}": t for name, t in model.directions.items()}
+    if model.bank is not None:
+        tensors |= {f"bank/{name}": t for name, t in model.bank.to_tensors().items()}
+    header = {
+        "kind": KIND,
+        "transformer": model.transformer.config.to_json(),
+        "network": json.dumps(dataclasses.asdict(model.encoder.config), sort_keys=True),
+        "sites": json.dumps(model.sites),
+        "bank_sites": json.dumps(None if model.bank is None else model.bank.sites),
+        "tokenizer_sha256": model.tokenizer_sha256,
+        "volumes": json.dumps(model.volumes, sort_keys=True),
+        "body_parts": json.dumps(model.body_parts),
+        "categories": json.dumps(model.categories),
+        "policy": model.policy,
+        "provenance": json.dumps(model.provenance, sort_keys=True),
+        "sha256": sha256_of_tensors(tensors),
+    }
+    save_weights(path, tensors, header)
+
+
+def load_generative_model(path: str | Path) -> GenerativeModel:
+    """Read a model, on the CPU and in evaluation mode.
+
+    Raises `ValueError` in one line when the file is absent, damaged, or of another kind, version or
+    architecture.
+    """
+    path = Path(path)
+    tensors, header = load_weights(path)
+    if header.get("kind") != KIND:
+        found = header.get("kind", "nothing of the kind")
+        raise ValueError(f"Expected a {KIND} in {path.name}; its header says {found!r}.")
+    if sha256_of_tensors(tensors) != header.get("sha256"):
+        raise ValueError(f"Expected {path.name} as it was written; its tensors have changed. Copy it again.")
+    try:
+        network = json.loads(header["network"])
+        grids = {name: tuple(network[name]) for name in ("latent_grid", "style_map_grid")}
+        encoder = FactorNetwork(NetworkConfig(**(network | grids)))
+        transformer = DiffusionTransformer(DiffusionConfig.from_json(header["transformer"]))
+        bank_sites = json.loads(header["bank_sites"])
+        rest: dict[str, Any] = {
+            "sites": tuple(json.loads(header["sites"])),
+            "tokenizer_sha256": header["tokenizer_sha256"],
+            "volumes": json.loads(header["volumes"]),
+            "body_parts": tuple(json.loads(header["body_parts"])),
+            "categories": tuple(json.loads(header["categories"])),
+            "policy": header["policy"],
+            "provenance": json.loads(header["provenance"]),
+        }
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"Expected the header of a {KIND} in {path.name}; got another ({error}).") from error
+    parts: dict[str, dict[str, Tensor]] = {"transformer": {}, "encoder": {}, "direction": {}, "bank": {}}
+    for name, tensor in tensors.items():
+        part, _, inner = name.partition("/")
+        if part not in parts:
+            raise ValueError(f"Expected the parts of a {KIND} in {path.name}; got {name!r}.")
+        parts[part][inner] = tensor
+    _fit(parts["transformer"], transformer.state_dict(), f"the transformer in {path.name}")
+    _fit(parts["encoder"], _content_branch(encoder), f"the encoder in {path.name}")
+    transformer.load_state_dict(parts["transformer"])
+    encoder.load_state_dict(encoder.state_dict() | parts["encoder"])
+    for network_ in (transformer, encoder):
+        network_.eval().requires_grad_(False)
+    bank = None if bank_sites is None else StyleBank.from_tensors(parts["bank"], tuple(bank_sites))
+    if bank is None and parts["bank"]:
+        raise ValueError(f"Expected no style bank in {path.name}, as its header says; got one.")
+    return GenerativeModel(
+        transformer=transformer, encoder=encoder, bank=bank, directions=parts["direction"], **rest
+    )
+
+
+def _content_branch(encoder: FactorNetwork) -> dict[str, Tensor]:
+    kept = {*encoder.CONTENT_PARTS, *encoder.CONSTANTS}
+    return {name: t for name, t in encoder.state_dict().items() if name.split(".", 1)[0] in kept}
+
+
+def _fit(came: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
+    """Refuse tensors of another architecture, naming the first that is missing, unknown or misshapen."""
+    for name in sorted({*came, *expected}):
+        there = tuple(came[name].shape) if name in came else "none"
+        wanted = tuple(expected[name].shape) if name in expected else "none"
+        if there != wanted:
+            raise ValueError(
+                f"Expected {what} to have {name!r} of {wanted}, as its header says; got {there}. "
+                "It is of another architecture."
+            )
