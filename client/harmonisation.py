@@ -32,7 +32,7 @@ from client.nifti import is_nifti_name, nifti_stem
 from client.scans import Scan, UnusableScan
 from client.volumes import intensity_range, lay_back, prepare, read_scan
 from federation.plan import VolumePlan, build
-from meduet_models.diffusion.artefact import GenerativeModel, with_device
+from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.diffusion.harmonisation import HarmonisationSettings, check, harmonise
 from meduet_models.encoded_scan import EncodedScan
 from meduet_models.tokenizer import Tokenizer
@@ -69,13 +69,15 @@ class Harmoniser:
         check(model, settings)
         check_tokenizer(model, tokenizer)
         device = torch.device(device)
-        self._model, self._tokenizer = with_device(model, device), tokenizer.to(device)
+        for network in (model.transformer, model.encoder, tokenizer):
+            network.to(device)
+        self._model, self._tokenizer = model, tokenizer
         self._settings, self._device, self._model_sha256 = settings, device, model_sha256
         self.volumes = volume_plan(model)
         """How scans are prepared: the model's own way."""
 
     def __call__(self, scan: Scan, on_step: OnStep = lambda done, total: None) -> Harmonised:
-        """`scan` in the asked style. Raises `ValueError` when the network gives numbers that are not finite."""
+        """`scan` in the asked style. Raises `ValueError` when the model makes numbers that are not finite."""
         prepared = prepare(scan, self.volumes)
         latents = self._tokenizer.encode(prepared.volume[None].to(self._device)).float().cpu()
         spacing = torch.from_numpy(ras_spacing(prepared.geometry))[None]

@@ -16,10 +16,11 @@ from meduet_models.diffusion.sampling_options import OPTIONS, add_sampling_optio
 DONE, FAILED, NOT_POSSIBLE = 0, 1, 2
 
 _HARMONISE = """\
-Show scans as another site's scanner would have made them: the anatomy of the scan, the style of SITE. Needs no
-server: model and tokenizer are files. Each result is a NIfTI on the scan's own grid, intensities in the scan's
-own range, with a JSON beside it that says how it was made. Outside the part that the model saw there is
-background. The result is made, not acquired: it is not for diagnosis; and it is the patient's, as the scan is.
+Show scans as another site's scanner would have made them: the anatomy of the scan, the style of SITE.
+Needs no server: model and tokenizer are files. Each result is a NIfTI on the scan's own grid, intensities
+in the scan's own range, with a JSON beside it that says how it was made. Outside the part that the model
+saw there is background. The result is made, not acquired: it is not for diagnosis; and it is the patient's,
+as the scan is.
 """
 _ENCODE = """\
 Write a scan's latents to a file, for `meduet-server synthesize --content`. THE FILE IS PATIENT DATA: the scan
@@ -35,11 +36,20 @@ def add_to(commands: Any) -> None:
         description=_HARMONISE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    harmonise.add_argument("scans", type=Path, nargs="+", metavar="SCAN", help="NIfTI file, DICOM file or folder")
-    harmonise.add_argument("--model", type=Path, required=True, metavar="FILE", help="diffusion.safetensors of a run")
+    harmonise.add_argument(
+        "scans", type=Path, nargs="+", metavar="SCAN", help="NIfTI file, DICOM file or folder"
+    )
+    harmonise.add_argument(
+        "--model", type=Path, required=True, metavar="FILE", help="diffusion.safetensors of a run"
+    )
     harmonise.add_argument("--style", required=True, metavar="SITE", help="site whose style is worn")
     harmonise.add_argument(
-        "-o", "--out", type=Path, required=True, metavar="OUT", help="file to write, .nii.gz; for several scans a folder"
+        "-o",
+        "--out",
+        type=Path,
+        required=True,
+        metavar="OUT",
+        help="file to write, .nii.gz; for several scans a folder",
     )
     harmonise.add_argument(
         "--own-style", default="", metavar="SITE",
@@ -50,7 +60,9 @@ def add_to(commands: Any) -> None:
         help="sample: the scan's content with new noise (default); invert: with the scan's own noise, keeps "
         "detail; restyle: the sites' statistics alone, no network",
     )  # fmt: skip
-    harmonise.add_argument("--body-part", default="", metavar="PART", help="of the scans, where the model tells them apart")
+    harmonise.add_argument(
+        "--body-part", default="", metavar="PART", help="of the scans, where the model tells them apart"
+    )
     add_sampling_options(harmonise)
     harmonise.set_defaults(run=_harmonise)
     encode = commands.add_parser(
@@ -63,13 +75,18 @@ def add_to(commands: Any) -> None:
     prepared = encode.add_mutually_exclusive_group(required=True)
     prepared.add_argument("--model", type=Path, metavar="FILE", help="prepare as this model's scans were")
     prepared.add_argument("--plan", type=Path, metavar="FILE", help="prepare as this plan.json says")
-    encode.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="file to write, .safetensors")
+    encode.add_argument(
+        "-o", "--out", type=Path, required=True, metavar="FILE", help="file to write, .safetensors"
+    )
     encode.set_defaults(run=_encode)
     for command in (harmonise, encode):
         which = command.add_mutually_exclusive_group()
         which.add_argument("--config", type=Path, metavar="FILE", help="site.yaml: its tokenizer and device")
         which.add_argument(
-            "--tokenizer", type=Path, metavar="FILE", help="a tokenizer's .safetensors; by default the shipped one"
+            "--tokenizer",
+            type=Path,
+            metavar="FILE",
+            help="a tokenizer's .safetensors; by default the shipped one",
         )
 
 
@@ -114,7 +131,9 @@ def _harmonise(chosen: argparse.Namespace, console: Console) -> int:
             return FAILED
     for path, reason in unusable:
         _say(console, f"Not usable: {path}: {reason}")
-    written = [target for target, path in zip(targets, chosen.scans, strict=True) if path not in dict(unusable)]
+    written = [
+        target for target, path in zip(targets, chosen.scans, strict=True) if path not in dict(unusable)
+    ]
     for target in written:
         _say(console, f"{target}")
     if written:
@@ -143,7 +162,8 @@ def _encode(chosen: argparse.Namespace, console: Console) -> int:
             tokenizer, device = _tokenizer(chosen, plan.network.latent_channels)
             if plan.tokenizer_sha256 != tokenizer.sha256:
                 raise ValueError(
-                    f"Expected the plan's tokenizer {plan.tokenizer_sha256[:8]}…; got {tokenizer.sha256[:8]}…."
+                    f"Expected the plan's tokenizer {plan.tokenizer_sha256[:8]}…; "
+                    f"got {tokenizer.sha256[:8]}…."
                 )
             volumes = plan.volumes
         scan = read_scan(chosen.scan, volumes.four_d)
@@ -161,7 +181,9 @@ def _encode(chosen: argparse.Namespace, console: Console) -> int:
 def _refuse_without_effect(chosen: argparse.Namespace) -> None:
     for option in OPTIONS:
         if getattr(chosen, option) is not None:
-            raise ValueError(f"--{option} has no effect with --method restyle, which samples nothing: leave it out.")
+            raise ValueError(
+                f"--{option} has no effect with --method restyle, which samples nothing: leave it out."
+            )
 
 
 def _tokenizer(chosen: argparse.Namespace, channels: int) -> tuple[Any, Any]:

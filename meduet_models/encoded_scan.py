@@ -1,6 +1,6 @@
 """An encoded scan as a file: the latents of one scan, with all that is needed to use them elsewhere.
 
-Written by a site (`meduet-site encode`), read by the centre (`meduet-server synthesize --content`): the centre
+Written by a site (`meduet-site encode`), read by the centre (`meduet-server synthesize --content`), which
 opens no scan. One safetensors file, readable by its owner only.
 
 **The file is patient data.** The tokenizer's decoder is public, so latents are a scan; the header says so.
@@ -89,7 +89,9 @@ def load_encoded_scan(path: Path) -> EncodedScan:
         )
     latents = tensors[LATENTS]
     if not bool(torch.isfinite(latents).all()):
-        raise ValueError(f"Expected finite latents in {path.name}; got NaN or infinity. Encode the scan again.")
+        raise ValueError(
+            f"Expected finite latents in {path.name}; got NaN or infinity. Encode the scan again."
+        )
     try:
         x, y, z = json.loads(header["spacing_mm"])
         volumes, geometry = json.loads(header["volumes"]), json.loads(header["geometry"])

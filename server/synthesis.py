@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from federation.plan import VolumePlan, build
-from meduet_models.diffusion.artefact import GenerativeModel, with_device
+from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.diffusion.conditions import UNKNOWN, Condition, Conditions
 from meduet_models.diffusion.draws import generator_of
 from meduet_models.diffusion.harmonisation import body_part_index, site_style
@@ -97,7 +97,9 @@ def check(model: GenerativeModel, tokenizer: Tokenizer, request: SynthesisReques
         )
     can = model.transformer.config.sizes.names
     if cannot := [name for name in request.told if name not in can]:
-        raise ValueError(f"Expected conditions that the model knows ({', '.join(can) or 'none'}); got {cannot[0]}.")
+        raise ValueError(
+            f"Expected conditions that the model knows ({', '.join(can) or 'none'}); got {cannot[0]}."
+        )
     if idle := sorted(set(request.sampling.guidance) - set(request.told)):
         raise ValueError(f"--guidance {idle[0]} has no effect: {idle[0]} is not told.")
     if request.count < 1 or request.batch_size < 1:
@@ -108,7 +110,9 @@ def check(model: GenerativeModel, tokenizer: Tokenizer, request: SynthesisReques
         raise ValueError("--along moves the content of a scan: give --content.")
     if request.along and request.along not in model.directions:
         known = ", ".join(sorted(model.directions)) or "none"
-        raise ValueError(f"Expected a covariate whose direction the model holds ({known}); got {request.along!r}.")
+        raise ValueError(
+            f"Expected a covariate whose direction the model holds ({known}); got {request.along!r}."
+        )
     if (request.points > 1) != bool(request.along or request.between):
         raise ValueError("Expected --points of at least 2 with --between or --along, and only with them.")
     for scan, name in _scans(request):
@@ -134,14 +138,17 @@ def synthesise(
 ) -> list[Path]:
     """Draw what is asked for into `folder`, or go on with it; returns the files in order.
 
-    `report(done, total)` counts volumes. Raises `ValueError` as `check` does, and when the folder holds another
-    request or other files.
+    `report(done, total)` counts volumes. Raises `ValueError` as `check` does, and when the folder holds
+    another request or other files.
     """
     check(model, tokenizer, request)
     device = torch.device(device)
-    model, tokenizer = with_device(model, device), tokenizer.to(device)
+    for network in (model.transformer, model.encoder, tokenizer):
+        network.to(device)
     files = SynthesisFolder(
-        folder, _described(model, request, model_sha256), build(VolumePlan, model.volumes, "volumes of the model")
+        folder,
+        _described(model, request, model_sha256),
+        build(VolumePlan, model.volumes, "volumes of the model"),
     )
     paths = [files.path(number) for number in range(1, request.num_volumes + 1)]
     contents = _contents(model, request)
@@ -197,7 +204,10 @@ def _contents(model: GenerativeModel, request: SynthesisRequest) -> Float[Tensor
     """What content is told at each point; None where none is."""
     tokens = [model.conditioner.content(scan.latents[None])[0] for scan, _ in _scans(request)]
     if request.between is not None:
-        way = [interpolate(tokens[0], tokens[1], share, request.interpolation) for share in shares(request.points)]
+        way = [
+            interpolate(tokens[0], tokens[1], share, request.interpolation)
+            for share in shares(request.points)
+        ]
         return torch.stack(way)
     if request.along:
         low, high = request.amounts
@@ -216,18 +226,20 @@ def _draw(
     noise = torch.stack([torch.randn(shape, generator=draw) for draw in draws])
     style = None
     if request.style:
-        style = model.conditioner.style_of(site_style(model, request.style, request.body_part)).expand(count, -1)
+        style = model.conditioner.style_of(site_style(model, request.style, request.body_part)).expand(
+            count, -1
+        )
     place = body_part_index(model, request.body_part)
     kind = model.categories.index(request.category) if request.category else UNKNOWN
-    told = {
-        "content": None if contents is None else contents[[row % request.points for row in rows]],
-        "style": style,
-        "body_part": torch.full((count,), place) if "body_part" in request.told else None,
-        "category": torch.full((count,), kind) if "category" in request.told else None,
-        "spacing": None if request.spacing_mm is None else torch.tensor([request.spacing_mm] * count),
-    }
+    told = Conditions(
+        content=None if contents is None else contents[[row % request.points for row in rows]],
+        style=style,
+        body_part=torch.full((count,), place) if "body_part" in request.told else None,
+        category=torch.full((count,), kind) if "category" in request.told else None,
+        spacing=None if request.spacing_mm is None else torch.tensor([request.spacing_mm] * count),
+    )
     return sample(
-        model.transformer, Conditions(**told), count, request.sampling,
+        model.transformer, told, count, request.sampling,
         seed=request.seed, batch_size=count, noise=noise,
     )  # fmt: skip
 

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from meduet_models.diffusion.sampling_options import add_sampling_options, sampling_settings
 
@@ -18,19 +25,19 @@ if TYPE_CHECKING:
     from meduet_models.tokenizer import Tokenizer
 
 _ABOUT = """\
-Draw volumes from a generative model and write them as NIfTI. What is told decides what they show: nothing (any
-scan of the federation), --style (as scanned at a site), --content (the anatomy of a scan), both (that patient
-as scanned at that site), --between (the way from one anatomy to another), --along (an anatomy, changed in one
-covariate). The centre opens no scan: SCAN is a file made by `meduet-site encode`. An interrupted request goes
-on when the same command is given again, and ends in the same files.
+Draw volumes from a generative model and write them as NIfTI. What is told decides what they show: nothing
+(any scan of the federation), --style (as scanned at a site), --content (the anatomy of a scan), both (that
+patient as scanned at that site), --between (the way from one anatomy to another), --along (an anatomy,
+changed in one covariate). The centre opens no scan: SCAN is a file made by `meduet-site encode`. An
+interrupted request goes on when the same command is given again, and ends in the same files.
 """
 _EXAMPLES = """\
-examples:
-  meduet-server synthesize --model diffusion.safetensors -o any -n 8
-  meduet-server synthesize --model diffusion.safetensors -o north -n 8 --style north
-  meduet-server synthesize --model diffusion.safetensors -o elsewhere -n 2 --content scan.safetensors --style north
-  meduet-server synthesize --model diffusion.safetensors -o way --between a.safetensors b.safetensors --points 7
-  meduet-server synthesize --model diffusion.safetensors -o older --content scan.safetensors --along age --range -20 20 --points 5
+examples, each after `meduet-server synthesize --model diffusion.safetensors`:
+  -o any -n 8                                                  any scan of the federation
+  -o north -n 8 --style north                                  as scanned at north
+  -o elsewhere -n 2 --content scan.safetensors --style north   this patient, as scanned at north
+  -o way --between a.safetensors b.safetensors --points 7      from one anatomy to another
+  -o older --content scan.safetensors --along age --range -20 20 --points 5
 """
 
 
@@ -43,23 +50,39 @@ def add_to(commands: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", type=Path, required=True, metavar="FILE", help="diffusion.safetensors of a run")
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="FILE", help="diffusion.safetensors of a run"
+    )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer's .safetensors; default: the shipped")
+    which.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="a tokenizer's .safetensors; default: the shipped"
+    )
     which.add_argument("--maisi", type=Path, metavar="FILE", help="a MAISI autoencoder's checkpoint")
-    parser.add_argument("--window", type=int, nargs=3, metavar=("D", "H", "W"), help="the tokenizer's sliding window")
+    parser.add_argument(
+        "--window", type=int, nargs=3, metavar=("D", "H", "W"), help="the tokenizer's sliding window"
+    )
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="FOLDER", help="folder to write")
     parser.add_argument(
-        "-n", "--count", type=int, metavar="N", help="volumes (default 8); with --between or --along, ways (default 1)"
+        "-n",
+        "--count",
+        type=int,
+        metavar="N",
+        help="volumes (default 8); with --between or --along, ways (default 1)",
     )
     parser.add_argument("--style", default="", metavar="SITE", help="site whose style is worn")
     content = parser.add_mutually_exclusive_group()
     content.add_argument("--content", type=Path, metavar="SCAN", help="encoded scan whose anatomy is shown")
-    content.add_argument("--between", type=Path, nargs=2, metavar=("SCAN_A", "SCAN_B"), help="two encoded scans")
-    parser.add_argument(
-        "--interpolation", choices=("linear", "spherical"), help="way between two contents (default spherical)"
+    content.add_argument(
+        "--between", type=Path, nargs=2, metavar=("SCAN_A", "SCAN_B"), help="two encoded scans"
     )
-    parser.add_argument("--along", default="", metavar="COVARIATE", help="change the content of --content in this")
+    parser.add_argument(
+        "--interpolation",
+        choices=("linear", "spherical"),
+        help="way between two contents (default spherical)",
+    )
+    parser.add_argument(
+        "--along", default="", metavar="COVARIATE", help="change the content of --content in this"
+    )
     parser.add_argument(
         "--range", type=float, nargs=2, metavar=("FROM", "TO"),
         help="by how much the covariate changes, in its own unit (years, mm³; sex: F to M is 1)",
@@ -68,10 +91,18 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--body-part", default="", metavar="PART", help="told body part")
     parser.add_argument("--category", default="", metavar="CLASS", help="told class")
     parser.add_argument(
-        "--spacing", type=float, nargs=3, metavar=("X", "Y", "Z"), help="told voxel edges before resampling, mm"
+        "--spacing",
+        type=float,
+        nargs=3,
+        metavar=("X", "Y", "Z"),
+        help="told voxel edges before resampling, mm",
     )
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="volumes sampled together (default 8)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="volumes sampled together (default 8)"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+    )
     add_sampling_options(parser)
     parser.set_defaults(run=_synthesize)
 

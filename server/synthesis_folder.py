@@ -1,9 +1,9 @@
 """The folder of a synthesis: NIfTI volumes by number, and what each of them is.
 
-`sample-0001.nii.gz` and so on: RAS, the plan's spacing, centred on zero; intensities in [0, 1], or in HU for a
-CT model. `samples.csv` and `samples.json` say seed and condition of each, `request.json` what was asked. Where
-the volumes are patient data, header, tables and README.txt say so, and why. Each file is written whole or not
-at all; a volume that is there is kept. What this file does not do: make volumes (`synthesis.py`).
+`sample-0001.nii.gz` and so on: RAS, the plan's spacing, centred on zero; intensities in [0, 1], or in HU for
+a CT model. `samples.csv` and `samples.json` say seed and condition of each, `request.json` what was asked.
+Where the volumes are patient data, header, tables and README.txt say so, and why. Each file is written whole
+or not at all; a volume that is there is kept. What this file does not do: make volumes (`synthesis.py`).
 
 Axes: d h w = voxels towards right, anterior, superior.
 """
@@ -26,7 +26,16 @@ from server.run_folder import write_whole
 
 REQUEST = "request.json"
 _PATIENT_DATA = "PATIENT DATA"
-_IN_EVERY_ROW = ("seed", "mode", "style", "content_sha256", "body_part", "category", "spacing_mm", "patient_data")
+_IN_EVERY_ROW = (
+    "seed",
+    "mode",
+    "style",
+    "content_sha256",
+    "body_part",
+    "category",
+    "spacing_mm",
+    "patient_data",
+)
 
 
 class SynthesisFolder:
@@ -35,8 +44,8 @@ class SynthesisFolder:
     def __init__(self, folder: Path, asked: Mapping[str, Any], volumes: VolumePlan) -> None:
         """Create the folder, or go on with it.
 
-        `asked` are the request's plain values, `patient_data` (why, or empty), `mode` and `model_sha256` among
-        them. Raises `ValueError` when the folder holds another request, or anything else.
+        `asked` are the request's plain values, with `patient_data` (why, or empty), `mode` and
+        `model_sha256`. Raises `ValueError` when the folder holds another request, or anything else.
         """
         self._folder, self._asked, self._volumes = folder, dict(asked), volumes
         self._patient_data = str(asked["patient_data"])
@@ -84,12 +93,14 @@ class SynthesisFolder:
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            raise ValueError(f"Expected {path} as it was written; it is damaged. Choose another folder.") from None
+            raise ValueError(
+                f"Expected {path} as it was written; it is damaged. Choose another folder."
+            ) from None
         other = sorted(k for k in before.keys() | self._asked.keys() if before.get(k) != self._asked.get(k))
         if other:
             raise ValueError(
-                f"Expected {self._folder} to be new, or of this request; it holds one with another {other[0]} "
-                f"({before.get(other[0])}, not {self._asked.get(other[0])}). Choose another folder."
+                f"Expected {self._folder} to be new, or of this request; it holds one with another "
+                f"{other[0]} ({before.get(other[0])}, not {self._asked.get(other[0])}). Choose another."
             )
 
     def _readme(self) -> str:

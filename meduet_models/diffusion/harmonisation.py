@@ -1,13 +1,13 @@
 """Harmonisation: a scan's latents as another site's scanner would have made them.
 
-Three ways. `sample`: new noise, the scan's content, the site's style; anatomy is what content tells. `invert`:
-the scan's own noise, found by running the same equation backwards with its own content and style, then
-forward with the site's style: what neither tells stays. `restyle`: the bank's statistics alone, no network;
-the cheap baseline.
+Three ways. `sample`: new noise, the scan's content, the site's style; anatomy is what content tells.
+`invert`: the scan's own noise, found by running the same equation backwards with its own content and style,
+then forward with the site's style: what neither tells stays. `restyle`: the bank's statistics alone, no
+network; the cheap baseline.
 
-The scan's own style is that of its site's bank entry where the site is named, else its own statistics. The
-spacing told is untold in the new style: it belongs to the scanner. What this file does not do: read, encode or
-decode a scan.
+The scan's own style is that of its site's bank entry where the site is named, else its own statistics. Only
+style changes: whatever else the model is told (body part, spacing) stays the scan's. What this file does not
+do: read, encode or decode a scan.
 
 Axes: b = scans, c d h w = raw latents.
 """
@@ -59,8 +59,13 @@ def check(model: GenerativeModel, settings: HarmonisationSettings) -> None:
         site_style(model, settings.own_style, settings.body_part)
     told = model.transformer.config.sizes.names
     for name in settings.sampling.guidance:
-        if name not in told or name not in ("content", "style", "body_part")[: 3 if settings.body_part else 2]:
-            raise ValueError(f"--guidance {name} has no effect: harmonisation does not tell this model {name}.")
+        if (
+            name not in told
+            or name not in ("content", "style", "body_part")[: 3 if settings.body_part else 2]
+        ):
+            raise ValueError(
+                f"--guidance {name} has no effect: harmonisation does not tell this model {name}."
+            )
     if settings.method != "restyle":
         for name in ("content", "style"):
             if name not in told:
@@ -77,7 +82,9 @@ def site_style(model: GenerativeModel, site: str, body_part: str = "") -> StyleE
     """
     bank = _bank(model)
     if site not in bank.present:
-        raise ValueError(f"Expected a site whose style the model holds ({', '.join(bank.present)}); got {site!r}.")
+        raise ValueError(
+            f"Expected a site whose style the model holds ({', '.join(bank.present)}); got {site!r}."
+        )
     part = body_part_index(model, body_part)
     if bank.count.shape[1] > 1 and part == UNKNOWN:
         raise ValueError(f"Expected --body-part, one of {', '.join(model.body_parts)}: styles differ by it.")
@@ -86,7 +93,7 @@ def site_style(model: GenerativeModel, site: str, body_part: str = "") -> StyleE
 
 
 def body_part_index(model: GenerativeModel, body_part: str) -> int:
-    """Place of a body part among the model's; -1 where none is named. Raises `ValueError` for an unknown one."""
+    """Place of a body part among the model's; -1 where none is named; `ValueError` for an unknown one."""
     if not body_part:
         return UNKNOWN
     if body_part not in model.body_parts:
@@ -104,8 +111,8 @@ def harmonise(
 ) -> Float[Tensor, "b c d h w"]:
     """These scans in the style of `settings.style`, raw latents on the CPU.
 
-    `spacing_mm`: of the scans before resampling, where it is known. `on_step(done, total)` counts steps of all
-    ways there and back. Raises `ValueError` as `check` does.
+    `spacing_mm`: of the scans before resampling, where it is known. `on_step(done, total)` counts steps, back
+    and forth. Raises `ValueError` as `check` does.
     """
     check(model, settings)
     target = site_style(model, settings.style, settings.body_part)
@@ -113,7 +120,7 @@ def harmonise(
         return restyle(latents, _own(model, latents, settings), target)
     conditioner, steps = model.conditioner, settings.sampling.steps
     worn = conditioner.style_of(target).expand(len(latents), -1)
-    seen = _told(model, latents, settings, None, worn)
+    seen = _told(model, latents, settings, spacing_mm, worn)
     if settings.method == "sample":
         return sample(
             model.transformer, seen, len(latents), settings.sampling, seed=settings.seed,

@@ -30,7 +30,10 @@ def test_what_is_written_is_read_and_says_that_it_is_patient_data(tmp_path: Path
 
 
 def test_another_tokenizer_or_volume_plan_is_refused_in_one_line() -> None:
-    for wrong, word in ((("b" * 64, VOLUMES), "tokenizer"), (("a" * 64, VOLUMES | {"modality": "ct"}), "modality")):
+    for wrong, word in (
+        (("b" * 64, VOLUMES), "tokenizer"),
+        (("a" * 64, VOLUMES | {"modality": "ct"}), "modality"),
+    ):
         with pytest.raises(ValueError, match=word) as raised:
             a_scan().check(*wrong)
         assert "\n" not in str(raised.value) and "meduet-site encode" in str(raised.value)

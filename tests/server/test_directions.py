@@ -6,8 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from federation.plan import ProbePlan, RunPlan, StylePlan, TrainingPlan, VolumePlan
-from federation.plan import AggregationPlan, ReleasePlan
+from federation.plan import (
+    AggregationPlan,
+    ProbePlan,
+    ReleasePlan,
+    RunPlan,
+    StylePlan,
+    TrainingPlan,
+    VolumePlan,
+)
 from federation.probing import ANATOMY, anatomy_bound, joint_width
 from meduet_models.erasure import ErasureMoments
 from meduet_models.meduet import NetworkConfig
@@ -44,7 +51,9 @@ def site_sums(plan: RunPlan, content: torch.Tensor, natural: dict[str, torch.Ten
     return {ANATOMY: torch.stack([fold.to_vector() for fold in folds])}
 
 
-def population(site: int, slope: torch.Tensor, count: int = 400) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def population(
+    site: int, slope: torch.Tensor, count: int = 400
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Patients whose content moves by `slope` per year; the older site also has another mean content."""
     draws = torch.Generator().manual_seed(site)
     age = 40 + 30 * site + 8 * torch.randn(count, generator=draws)
@@ -63,8 +72,9 @@ def test_a_direction_is_the_change_of_content_per_year_whatever_the_sites_differ
     # Standard error of a slope: .08 of noise per channel over 8 years and 800 patients, about 4e-4.
     assert torch.allclose(found, slope, atol=2e-3)
     # Without taking site means out, the older site's other content would be taken for age.
-    content, ages = torch.cat([population(i, slope)[0] for i in range(2)]), torch.cat(
-        [population(i, slope)[1]["age"] for i in range(2)]
+    content, ages = (
+        torch.cat([population(i, slope)[0] for i in range(2)]),
+        torch.cat([population(i, slope)[1]["age"] for i in range(2)]),
     )
     naive = ((ages - ages.mean())[:, None] * (content - content.mean(0))).mean(0) / ages.var()
     assert float((naive - slope).norm()) > 10 * float((found - slope).norm())
