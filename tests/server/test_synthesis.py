@@ -1,4 +1,4 @@
-"""`meduet-server synthesize`: what is told is what is drawn; resumable to the byte; marked; one line per error."""
+"""`meduet-server synthesize`: what is told is what is drawn; resumable to the byte; marked."""
 
 import csv
 import dataclasses
@@ -45,6 +45,10 @@ def a_request(**changes: Any) -> SynthesisRequest:
     return SynthesisRequest(**{"count": 5, "batch_size": 2, "sampling": FEW, "seed": 3} | changes)
 
 
+def table(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
 def volumes(paths: list[Path]) -> np.ndarray:
     return np.stack([nib.load(path).get_fdata() for path in paths])
 
@@ -64,7 +68,7 @@ def test_volumes_have_the_plans_spacing_point_to_ras_and_are_centred(
         assert b"not acquired" in bytes(image.header["descrip"])
         assert b"PATIENT" not in bytes(image.header["descrip"])  # a federated model, told nothing of a scan
     assert not np.array_equal(*volumes(paths)), "two noises, two volumes"
-    rows = list(csv.DictReader((tmp_path / "any" / "samples.csv").open()))
+    rows = table(tmp_path / "any" / "samples.csv")
     assert [row["file"] for row in rows] == [path.name for path in paths]
     assert [row["noise"] for row in rows] == ["0", "1"] and {row["mode"] for row in rows} == {"unconditional"}
 
@@ -161,7 +165,7 @@ def test_a_way_between_two_scans_has_their_own_renderings_at_its_ends(
     assert np.allclose(way[0], ends[0], atol=1e-4) and np.allclose(way[-1], ends[1], atol=1e-4)
     steps = np.abs(np.diff(way, axis=0)).mean((1, 2, 3))
     assert (steps > 0).all() and steps.max() < 5 * steps.min(), "an even way: no jump and no rest"
-    rows = list(csv.DictReader((tmp_path / "way" / "samples.csv").open()))
+    rows = table(tmp_path / "way" / "samples.csv")
     assert [float(row["share"]) for row in rows] == [0.0, 0.25, 0.5, 0.75, 1.0]
 
 
@@ -175,7 +179,7 @@ def test_a_move_along_a_covariate_of_nothing_is_the_scan_itself(
     )[0]
     assert np.allclose(moved[1], plain, atol=1e-4)
     assert np.abs(moved[0] - plain).max() > 1e-3 < np.abs(moved[2] - plain).max()
-    rows = list(csv.DictReader((tmp_path / "age" / "samples.csv").open()))
+    rows = table(tmp_path / "age" / "samples.csv")
     assert [float(row["amount"]) for row in rows] == [-10.0, 0.0, 10.0]
 
 
@@ -242,7 +246,7 @@ def test_scans_of_another_tokenizer_are_refused(
     model: GenerativeModel, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     other = dataclasses.replace(encoded(tokenizer), tokenizer_sha256="f" * 64)
-    with pytest.raises(ValueError, match="tokenizer ffffffff|tokenizer"):
+    with pytest.raises(ValueError, match="encoded by tokenizer"):
         synthesise(model, tokenizer, a_request(content=other), tmp_path / "out")
 
 
