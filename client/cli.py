@@ -1,4 +1,4 @@
-"""`meduet-site`: what a hospital types. Prepare the scans, check the site; one line per error.
+"""`meduet-site`: what a hospital types. Prepare the scans, check the site, harmonise; one line per error.
 
 What it does not do: decide anything (`client/site.py`, `client/site_checks.py` do), or send anything: joining
 a federation is Flower's `flower-supernode`. Heavy modules are imported inside the commands: --help is
@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from client import harmonisation_commands
 
 DONE, FAILED, NOT_POSSIBLE, INTERRUPTED = 0, 1, 2, 130
 
@@ -38,8 +40,10 @@ examples:
   meduet-site check   --config site.yaml                    is everything in its place?
   meduet-site check   --config site.yaml --plan plan.json   ... and are the scans fit for this plan?
   meduet-site prepare --config site.yaml --plan plan.json   encode the scans; Ctrl-C and again goes on
+  meduet-site harmonise scan.nii.gz --model diffusion.safetensors --style north -o as-north.nii.gz
+                                                            the same patient, as scanned at north
 
-exit status: 0 done, all checks passed; 1 a check failed, or scans could not be encoded;
+exit status: 0 done, all checks passed; 1 a check failed, or scans could not be encoded or harmonised;
              2 wrong usage, settings or plan; 130 interrupted
 """
 
@@ -98,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--plan", type=Path, required=needed, metavar="FILE", help="plan.json from the centre"
         )
+    harmonisation_commands.add_to(commands)
     return parser
 
 

@@ -151,6 +151,16 @@ def load_tokenizer(spec: TokenizerSpec) -> Tokenizer:
     )
 
 
+def load_tokenizer_file(path: Path, sliding_window: tuple[int, int, int] | None = None) -> Tokenizer:
+    """A tokenizer of ours from its file, of whatever width it says. Raises `ValueError` when it is none."""
+    _, provenance = load_weights(path)
+    if DESCRIPTION_KEY not in provenance:
+        raise ValueError(f"Expected {path} to be a tokenizer of FedMeDUET; its header says nothing of one.")
+    channels = int(json.loads(provenance[DESCRIPTION_KEY])["architecture"]["channels"])
+    spec = TokenizerSpec(kind="file", path=str(path), channels=channels, sliding_window=sliding_window)
+    return load_tokenizer(spec)
+
+
 def pca_tokenizer(moments: PatchMoments, channels: int) -> Tokenizer:
     """The linear tokenizer of these patches: what sites can compute together in one exchange of sums."""
     codec = PatchPCA(channels)

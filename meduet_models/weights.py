@@ -72,6 +72,12 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, provenance
 
 
+def sha256_of_file(path: str | Path) -> str:
+    """Hash of a file's bytes, header included; 64 hex digits. Raises `OSError` when it cannot be read."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
     """Hash names, dtypes, shapes and bytes, in the order of the names; 64 hex digits."""
     digest = hashlib.sha256()

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from flwr.serverapp import Grid
+from torch import Tensor
 
 from federation.messages import PROBE, ProbeAsk, ProbeReply, Tensors
 from federation.plan import RunPlan
@@ -48,6 +49,7 @@ from meduet_models.probe_sums import explained_from_sums, pooled_folds, site_pro
 from meduet_models.style import StyleEntry
 from meduet_models.swap_fidelity import style_gap_closed
 from privacy.clipping import joint_norm
+from server.directions import directions_of_sums
 from server.queries import ask_sites
 from strategies.aggregation import ReplyRefused
 from strategies.quorum import Roster
@@ -60,6 +62,8 @@ class FederatedProbes:
 
     def __init__(self, grid: Grid, roster: Roster, plan: RunPlan) -> None:
         self._grid, self._roster, self._plan = grid, roster, plan
+        self.directions: dict[str, Tensor] = {}
+        """Directions of anatomy in content, under the weights that were last read (`directions.py`)."""
 
     def due(self, round: int) -> bool:
         """Whether a round is followed by probes."""
@@ -72,11 +76,12 @@ class FederatedProbes:
         Readings are absent where fewer than two sites told their sums. `erased` says that these weights hold
         an erasure, fitted on the patients trained on.
         """
-        self._round = round
+        self._round, self.directions = round, {}
         told, refused = self._ask(shared, bank, {}, self._check_sums)
         if len(told) < 2:
             return {"readings": {}, "sites": {}, "refused": refused}
         sums = {site: reply.sums for site, reply in told.items()}
+        self.directions = directions_of_sums(sums, self._plan)
         hits, refused_hits = self._ask(shared, bank, fitted_probes(sums, self._plan), self._check_hits)
         readings = readings_of_sums(sums, bank, self._plan)
         readings |= readings_of_hits({s: r.sums for s, r in hits.items() if s in sums})

@@ -20,12 +20,12 @@ from server.checkpoints import OtherPlan
 _FIRST = ("round", "site", "examples", "seconds")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file atomically: a reader sees the old one or the new one."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file (text as UTF-8) atomically: a reader sees the old one or the new one."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).replace(path)

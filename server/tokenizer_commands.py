@@ -4,7 +4,6 @@ What it does not do: any of the work; see `tokenizer_training.py`, `tokenizer_qu
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from meduet_models.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
+from meduet_models.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer, load_tokenizer_file
 from meduet_models.weights import load_weights
 from server.tokenizer_quality import list_scans, measure, read_volumes
 from server.tokenizer_training import TokenizerTraining, held_out_phantoms, train_tokenizer
@@ -138,9 +137,7 @@ def _evaluate(chosen: argparse.Namespace, console: Console) -> None:
 
 def _inspect(chosen: argparse.Namespace, console: Console) -> None:
     tensors, provenance = load_weights(chosen.file)
-    tokenizer = load_tokenizer(
-        TokenizerSpec(kind="file", path=str(chosen.file), channels=_channels(chosen.file))
-    )
+    tokenizer = load_tokenizer_file(chosen.file)
     facts = {
         "name": tokenizer.name,
         "sha256": tokenizer.sha256,
@@ -156,19 +153,8 @@ def _chosen_tokenizer(chosen: argparse.Namespace) -> Tokenizer:
     if chosen.maisi is not None:
         return load_tokenizer(TokenizerSpec(kind="maisi", path=str(chosen.maisi), sliding_window=window))
     if chosen.weights is not None:
-        channels = _channels(chosen.weights)
-        return load_tokenizer(
-            TokenizerSpec(kind="file", path=str(chosen.weights), channels=channels, sliding_window=window)
-        )
+        return load_tokenizer_file(chosen.weights, window)
     return load_tokenizer(TokenizerSpec(channels=chosen.channels, sliding_window=window))
-
-
-def _channels(path: Path) -> int:
-    """Latent channels that a file says it has; whatever they are is what was asked for here."""
-    _, provenance = load_weights(path)
-    if "tokenizer" not in provenance:
-        raise ValueError(f"Expected {path} to be a tokenizer of FedMeDUET; its header says nothing of one.")
-    return int(json.loads(provenance["tokenizer"])["architecture"]["channels"])
 
 
 def _progress(console: Console) -> Progress:

@@ -1,0 +1,55 @@
+"""Directions of anatomy in content: how pooled content changes with a covariate, from the sites' probe sums.
+
+A direction is the regression of content on the target within sites: what a patient's content differs by, on
+average, per unit of the target. It is the pattern that belongs to the linear reading of the target, not the
+reading's own weights, which would also cancel what is nothing of the target (Haufe et al., NeuroImage 2014).
+Only targets that the ridge reading finds in content on unseen patients get one. It is marginal: with age goes
+whatever goes with age at these sites. A site's mean is taken out first, so populations that differ between
+sites do not enter.
+
+What this file does not do: it asks nobody (`server/probing.py` does), and moves no content
+(`server/synthesis.py` does).
+
+Axes: k = content channels.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from federation.messages import Tensors
+from federation.plan import RunPlan
+from federation.probing import ANATOMY, content_part, fold_moments, joint_width
+from meduet_models.probe_sums import all_but, explained_from_sums, pooled_folds
+
+LEAST_READING = 0.1
+"""Out-of-fold R² of the ridge reading from content below which a target has no direction."""
+
+
+def directions_of_sums(sums: Mapping[str, Tensors], plan: RunPlan) -> dict[str, Float[Tensor, " k"]]:
+    """Change of pooled content per unit of each anatomical target of `plan.probes.anatomy`, float32.
+
+    The unit is the target's own: a year, a mm³, from F to M. `sums` are the sites' replies to the first
+    exchange of a probe; sites of which too few patients have all targets tell none. A target has no direction
+    when content does not tell it (`LEAST_READING`), or when it is the same for all.
+    """
+    sites = {site: fold_moments(own, ANATOMY, plan) for site, own in sums.items() if ANATOMY in own}
+    sites = {site: folds for site, folds in sites.items() if min(float(f.count) for f in folds) >= 1}
+    if not sites:
+        return {}
+    content, targets = content_part(plan), slice(joint_width(plan), None)
+    read = explained_from_sums(pooled_folds(sites), content, targets)
+    within = torch.zeros_like(next(iter(sites.values()))[0].outer)
+    for folds in sites.values():
+        own = all_but(folds)
+        within += own.outer - torch.outer(own.total, own.total) / own.count
+    directions = {}
+    for place, (name, (low, high)) in enumerate(plan.probes.anatomy.items()):
+        if not float(read[place]) >= LEAST_READING:  # NaN: the same for all
+            continue
+        target = joint_width(plan) + place
+        per_range = within[content, target] / within[target, target]
+        directions[name] = (per_range * 2 / (high - low)).float()  # targets travel as [-1, 1]
+    return directions
