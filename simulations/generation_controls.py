@@ -86,7 +86,8 @@ def site_row(
 
     def right(scans: Tensor, expected: Sequence[int]) -> Tensor:
         said = probe.predict(_styles(conditioner, scans).numpy())
-        return torch.as_tensor(said == np.asarray(expected))
+        hits: Tensor = torch.as_tensor(said == np.asarray(expected))
+        return hits
 
     value = averaged(right(samples, asked).double(), patient, resamples, seed)
     floor = averaged(right(held[0], held[1]).double(), held[2], resamples, seed)
