@@ -231,6 +231,7 @@ class _Run:
         told: dict[str, Any] = {"erasure": erasure}
         if self.probes.due(last.round):
             told["federated_probes"] = self.probes.read(last.round, shared, last.bank, bool(erasure))
+            told["directions"] = {name: one.tolist() for name, one in self.probes.directions.items()}
         sha256 = sha256_of_tensors(shared)
         provenance = {
             **self.model.provenance(),
@@ -250,9 +251,11 @@ class _Run:
         finished = self.diffusion.finish(result.shared, result.bank)
         if finished is None:
             return result
-        save_diffusion(path, self.plan, finished, result.shared, result.bank, {})
-        self._note("diffusion", reports=len(finished[1]))
-        told = {"diffusion": finished[1]}
+        directions = {n: torch.tensor(one) for n, one in result.metrics.get("directions", {}).items()}
+        save_diffusion(path, self.plan, finished, result.shared, result.bank, directions)
+        self.diffusion.saved(path)
+        self._note("diffusion", policy=finished.policy, steps=finished.steps)
+        told = {"diffusion": finished.reports}
         return dataclasses.replace(result, diffusion=path, metrics=result.metrics | told)
 
     def _finished(self, path: Path) -> tuple[Tensors, dict[str, Any]] | None:
@@ -270,7 +273,9 @@ class _Run:
             _log.warning("The final weights are not as they were written and are made again.")
             return None
         told: dict[str, Any] = {
-            n: json.loads(provenance[n]) for n in ("erasure", "federated_probes") if n in provenance
+            n: json.loads(provenance[n])
+            for n in ("erasure", "federated_probes", "directions")
+            if n in provenance
         }
         return tensors, told
 

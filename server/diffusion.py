@@ -12,20 +12,18 @@ from typing import Any, Protocol
 
 import torch
 from flwr.serverapp import Grid
-from meduet_models.diffusion.artefact import GenerativeModel, save_generative_model
-from meduet_models.diffusion.transformer import DiffusionTransformer
 
 from federation.diffusion import encoder_of
 from federation.messages import Tensors
 from federation.plan import RunPlan
 from meduet_models.bank import StyleBank
+from meduet_models.diffusion.artefact import GenerativeModel, save_generative_model
 from meduet_models.weights import sha256_of_tensors
-from server.diffusion_rounds import run_diffusion_rounds
+from server.diffusion_rounds import FinishedDiffusion, run_diffusion_rounds
 from server.diffusion_training import CentralDiffusion
 from server.latent_bank import LatentBank
 from strategies.quorum import Roster
 
-Finished = tuple[DiffusionTransformer, list[dict[str, Any]]]
 OnDiffusion = Callable[[int, int, float], None]
 """Called while the diffusion model is trained after the last round: steps or rounds done, in all, loss."""
 
@@ -39,8 +37,11 @@ class DiffusionPhase(Protocol):
     def after_round(self, round: int) -> dict[str, Any]:
         """A round is over."""
 
-    def finish(self, shared: Tensors, bank: Tensors) -> Finished | None:
+    def finish(self, shared: Tensors, bank: Tensors) -> FinishedDiffusion | None:
         """The pretraining is over: the model and its reports, or None where there is none."""
+
+    def saved(self, path: Path) -> None:
+        """The model is in this file."""
 
 
 class NoDiffusion:
@@ -54,9 +55,12 @@ class NoDiffusion:
         """Nothing."""
         return {}
 
-    def finish(self, shared: Tensors, bank: Tensors) -> Finished | None:
+    def finish(self, shared: Tensors, bank: Tensors) -> FinishedDiffusion | None:
         """None."""
         return None
+
+    def saved(self, path: Path) -> None:
+        """Nothing."""
 
 
 class FederatedDiffusion(NoDiffusion):
@@ -68,7 +72,7 @@ class FederatedDiffusion(NoDiffusion):
         self._run = (grid, roster, plan)
         self._folder, self._on_diffusion = folder, on_diffusion
 
-    def finish(self, shared: Tensors, bank: Tensors) -> Finished:
+    def finish(self, shared: Tensors, bank: Tensors) -> FinishedDiffusion:
         """Its rounds."""
         diffusion = self._run[2].diffusion
         assert diffusion is not None
@@ -96,14 +100,14 @@ def diffusion_of(
         case "federated":
             return FederatedDiffusion(grid, roster, plan, folder, on_diffusion)
         case "raw":
-            bank = LatentBank(folder / "latents", bank_key, plan)
+            bank = LatentBank(folder / "latents", bank_key)
             return CentralDiffusion(grid, roster, plan, folder, bank, device, on_diffusion)
 
 
 def save_diffusion(
     path: Path,
     plan: RunPlan,
-    finished: Finished,
+    finished: FinishedDiffusion,
     shared: Tensors,
     bank: Tensors,
     directions: Mapping[str, torch.Tensor],
@@ -111,11 +115,10 @@ def save_diffusion(
     """Everything that sampling needs, in one file."""
     diffusion = plan.diffusion
     assert diffusion is not None
-    transformer, reports = finished
     save_generative_model(
         path,
         GenerativeModel(
-            transformer=transformer,
+            transformer=finished.transformer,
             encoder=encoder_of(plan, shared),
             bank=StyleBank.from_tensors(bank, plan.sites) if bank else None,
             sites=plan.sites,
@@ -124,12 +127,12 @@ def save_diffusion(
             volumes=dataclasses.asdict(plan.volumes),
             body_parts=plan.style.body_parts,
             categories=diffusion.categories,
-            policy=diffusion.policy,
+            policy=finished.policy,
             provenance={
                 "plan_sha256": plan.sha256,
                 "plan": plan.to_json(),
                 "encoder_sha256": sha256_of_tensors(shared),
-                "reports": json.dumps(reports, sort_keys=True),
+                "reports": json.dumps(finished.reports, sort_keys=True),
             },
         ),
     )

@@ -8,22 +8,38 @@ this file does not do: it trains nothing and sees no latent.
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
-from meduet_models.diffusion.transformer import DiffusionTransformer
 
 from federation.diffusion import DIFFUSION, DiffusionAsk, encoder_keys, encoder_of, transformer_of
+from federation.diffusion_plan import Policy
 from federation.messages import Tensors
 from federation.plan import RunPlan
+from meduet_models.diffusion.transformer import DiffusionTransformer
 from server.checkpoints import Checkpoint, Checkpoints
 from strategies.content_share import ContentShare, Task
 from strategies.quorum import Roster
 
 OnRound = Callable[[int, Mapping[str, Any]], None]
 """Called after each round with its number and report."""
+
+
+@dataclass(frozen=True)
+class FinishedDiffusion:
+    """A diffusion model after its last step."""
+
+    transformer: DiffusionTransformer
+    """Averaged weights, for evaluation, on the CPU."""
+    policy: Policy
+    """What left the sites for it."""
+    steps: int
+    """Optimiser steps; of each site where it was trained there."""
+    reports: list[dict[str, Any]]
+    """What happened, part by part; JSON values."""
 
 
 def run_diffusion_rounds(
@@ -34,8 +50,8 @@ def run_diffusion_rounds(
     bank: Tensors,
     folder: Path,
     on_round: OnRound = lambda round, report: None,
-) -> tuple[DiffusionTransformer, list[dict[str, Any]]]:
-    """The averaged model after the plan's rounds, on the CPU, and a report per round.
+) -> FinishedDiffusion:
+    """The averaged model after the plan's rounds, and a report per round.
 
     `shared` are the final weights of the pretraining. Raises `RoundFailed` below the quorum (the last
     checkpoint stays) and `ValueError` when `shared` is not a whole encoder.
@@ -81,7 +97,8 @@ def run_diffusion_rounds(
         checkpoints.save(last)
         on_round(round, report)
     transformer.load_state_dict({**transformer.state_dict(), **last.average})
-    return transformer.eval(), last.metrics["rounds"]
+    steps = diffusion.rounds * diffusion.steps_per_round
+    return FinishedDiffusion(transformer.eval(), "federated", steps, last.metrics["rounds"])
 
 
 def round_momentum(ema: float, round: int, steps: int) -> float:

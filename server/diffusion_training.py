@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from flwr.serverapp import Grid
+from torch import Tensor
 
 from federation.diffusion import encoder_of, transformer_of
 from federation.messages import Tensors
@@ -23,10 +24,12 @@ from federation.plan import RunPlan
 from meduet_models.bank import StyleBank
 from meduet_models.diffusion.conditioner import Conditioner
 from meduet_models.diffusion.training import DiffusionTrainee
-from meduet_models.diffusion.transformer import DiffusionTransformer
+from meduet_models.weights import load_weights, sha256_of_tensors
 from server.checkpoints import Checkpoint, Checkpoints
+from server.diffusion_rounds import FinishedDiffusion
 from server.latent_bank import LatentBank
 from server.latent_collection import collect
+from server.latent_records import Codes
 from strategies.quorum import Roster
 
 OnStep = Callable[[int, int, float], None]
@@ -65,9 +68,11 @@ class CentralDiffusion:
     def before_round(self, round: int, shared: Tensors, bank: Tensors) -> dict[str, Any]:
         """Collect the latents of this round and let the training of the round begin; what was collected.
 
-        Raises `ValueError` when training should begin and the bank is empty.
+        Raises `ValueError` when the bank is empty then.
         """
-        told = collect(self._grid, self._roster, self.plan, round, self.latents)
+        if round < self.diffusion.begin_round:
+            return {}
+        told = collect(self._grid, self._roster, self.plan, round, self.latents, encode=self._coder(shared))
         target = (round - self.diffusion.begin_round + 1) * self.diffusion.steps_per_round
         if self._done < target:
             self._work = self._start(self._ready(shared, bank), round, range(self._done, target))
@@ -87,14 +92,13 @@ class CentralDiffusion:
             "loss": sum(losses) / len(losses),
             "seconds": seconds,
             "waited_s": waited,
-            "items": len(self.latents.source(round)),
+            "items": len(self.latents.source(self.plan, round)),
         }
         self._save(report)
         return report
 
-    def finish(self, shared: Tensors, bank: Tensors) -> tuple[DiffusionTransformer, list[dict[str, Any]]]:
-        """The steps after the last round, with the final encoder: the averaged model, on the CPU, and all
-        reports."""
+    def finish(self, shared: Tensors, bank: Tensors) -> FinishedDiffusion:
+        """The steps after the last round, with the final encoder, and the model."""
         rounds, total = self.plan.training.rounds, self.num_steps
         trainee = self._ready(shared, bank)
         while self._done < total:
@@ -104,12 +108,34 @@ class CentralDiffusion:
             self._save({"round": rounds, "steps": len(losses), "loss": mean, "seconds": seconds})
             self._on_step(steps.stop, total, mean)
         assert self._last is not None  # at least one step was taken: the plan says so
-        return trainee.ema.cpu().eval(), self._last.metrics["reports"]
+        return FinishedDiffusion(
+            trainee.ema.cpu().eval(), self.diffusion.policy, total, self._last.metrics["reports"]
+        )
+
+    def saved(self, path: Path) -> None:
+        """Note in the bank which model learned from it, so that a withdrawal can mark it."""
+        tensors, _ = load_weights(path)
+        self.latents.learned(path, sha256_of_tensors(tensors), self.plan.training.rounds)
 
     @property
     def _done(self) -> int:
         """Steps that are written down; checkpoints are numbered by them."""
         return 0 if self._last is None else self._last.round
+
+    def _coder(self, shared: Tensors) -> Callable[[Tensor], Codes]:
+        """What makes the codes that are kept with a round's latents."""
+        encoder = encoder_of(self.plan, shared).to(self._device)
+        conditioner = Conditioner(encoder, maps=self.plan.volumes.registered)
+        sha256 = sha256_of_tensors(shared)
+
+        @torch.no_grad()
+        def encode(latents: Tensor) -> Codes:
+            on_device = latents.to(self._device)
+            content = conditioner.content(on_device).mean(dim=1)
+            style = conditioner.style(on_device)
+            return Codes(content=content.cpu(), style=style.cpu(), encoder_sha256=sha256)
+
+        return encode
 
     def _ready(self, shared: Tensors, bank: Tensors) -> DiffusionTrainee:
         """The trainee, conditioned by these weights; built from the last checkpoint, or from the encoder."""
@@ -132,12 +158,7 @@ class CentralDiffusion:
         return self._trainee
 
     def _start(self, trainee: DiffusionTrainee, round: int, steps: range) -> "_Steps":
-        source = self.latents.source(round)
-        if not len(source):
-            raise ValueError(
-                "Expected latents in the bank to train the diffusion model on; it is empty. No site released "
-                "any: see the sites' reasons above, or set diffusion=federated."
-            )
+        source = self.latents.source(self.plan, round)
         return _Steps(lambda step: trainee.step(source, step)["loss"], steps)
 
     def _save(self, report: dict[str, Any]) -> None:

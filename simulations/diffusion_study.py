@@ -218,7 +218,7 @@ class Study:
             client_app = make_client_app(self.opened.consortium.open_by_context)
             threads = self.opened.settings.engine.cpus_per_site
             grid = InProcessGrid(FixedThreads(client_app, threads), len(plan.participants))
-            transformer, _ = run_diffusion_rounds(
+            finished = run_diffusion_rounds(
                 grid,
                 Roster(plan.participants),
                 plan,
@@ -227,7 +227,7 @@ class Study:
                 self.folder / "federated",
                 lambda round, report: count(round, diffusion.rounds),
             )
-        return transformer
+        return finished.transformer
 
 
 def cells(asked: StudySettings) -> Iterator[tuple[str, Start, tuple[Condition, ...], int]]:

@@ -125,7 +125,8 @@ def run(plan: RunPlan, folder: Path, **on: Any) -> Any:
 
 
 def test_the_sites_train_it_and_every_release_is_in_the_books(plan: RunPlan, tmp_path: Path) -> None:
-    transformer, reports = run(plan, tmp_path)
+    done = run(plan, tmp_path)
+    transformer, reports = done.transformer, done.reports
     assert [report["round"] for report in reports] == [1, 2, 3]
     assert all(set(report["sites"]) == set(plan.sites) and not report["refused"] for report in reports)
     start = transformer_of(plan, encoder_of(plan, shared(plan)))
@@ -148,7 +149,7 @@ def test_one_site_in_a_federation_is_the_loop_alone(miniature: Any, tmp_path: Pa
     diffusion = plan.diffusion
     assert diffusion is not None
     alone = dataclasses.replace(plan, sites=("oslo",))
-    transformer, _ = run(alone, tmp_path)
+    transformer = run(alone, tmp_path).transformer
     encoder = encoder_of(alone, shared(alone))
     trainee = DiffusionTrainee(
         transformer_of(alone, encoder),
@@ -171,7 +172,7 @@ def test_one_site_in_a_federation_is_the_loop_alone(miniature: Any, tmp_path: Pa
 
 
 def test_stopped_anywhere_and_resumed_is_never_stopped(plan: RunPlan, tmp_path: Path) -> None:
-    whole, _ = run(plan, tmp_path / "a")
+    whole = run(plan, tmp_path / "a").transformer
     calls = 0
 
     def kill(site: str, step: int, loss: float) -> None:
@@ -182,8 +183,9 @@ def test_stopped_anywhere_and_resumed_is_never_stopped(plan: RunPlan, tmp_path: 
 
     with pytest.raises(Killed):
         run(plan, tmp_path / "b", on_step=kill)
-    resumed, reports = run(plan, tmp_path / "b")
-    again, _ = run(plan, tmp_path / "b")
+    done = run(plan, tmp_path / "b")
+    resumed, reports = done.transformer, done.reports
+    again = run(plan, tmp_path / "b").transformer
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name])
         assert torch.equal(tensor, again.state_dict()[name])
