@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from meduet_models.diffusion.conditions import Condition
+from meduet_models.diffusion.initialisation import size_mismatch
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
+from meduet_models.meduet import NetworkConfig
 
 Policy = Literal["raw", "federated"]
 
@@ -59,7 +61,7 @@ class DiffusionPlan:
 
 
 def contradictions(
-    plan: DiffusionPlan, rounds: int, body_parts: tuple[str, ...], latent_grid: tuple[int, int, int]
+    plan: DiffusionPlan, rounds: int, body_parts: tuple[str, ...], network: NetworkConfig
 ) -> Iterator[str]:
     """Say what in the plan cannot be, or would have no effect; one line each."""
     defaults = {f: DiffusionPlan.__dataclass_fields__[f].default for f in DiffusionPlan.__dataclass_fields__}
@@ -85,10 +87,14 @@ def contradictions(
     if "body_part" in plan.conditions and not body_parts:
         yield "The condition body_part needs style.body_parts; there are none."
     shape = plan.transformer
-    if any(size % shape.patch_size for size in latent_grid):
+    if any(size % shape.patch_size for size in network.latent_grid):
         yield (
-            f"Expected the latent grid {latent_grid} to divide by diffusion.transformer.patch_size="
+            f"Expected the latent grid {network.latent_grid} to divide by diffusion.transformer.patch_size="
             f"{shape.patch_size}."
         )
     if shape.width % shape.heads or shape.width < 6:
         yield f"Expected diffusion.transformer.width to be a multiple of its {shape.heads} heads, 6 or more."
+    if plan.training.start == "encoder":
+        problem = size_mismatch(shape, network.patch_size, network.width, network.depth, network.heads)
+        if problem is not None:
+            yield problem

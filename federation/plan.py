@@ -254,7 +254,16 @@ def _contradictions(plan: RunPlan) -> Iterator[str]:
         if not low < high:
             yield f"Expected probes.anatomy.{name} to be a range [low, high]; got [{low:g}, {high:g}]."
     if plan.diffusion is not None:
-        yield from contradictions(plan.diffusion, training.rounds, style.body_parts, network.latent_grid)
+        yield from contradictions(plan.diffusion, training.rounds, style.body_parts, network)
+        if (
+            "style" in plan.diffusion.conditions
+            and plan.diffusion.training.site_style > 0
+            and style.exchange == "none"
+        ):
+            yield (
+                "diffusion.training.site_style tells samples their site's style; with style.exchange=none "
+                "there are none: set it to 0."
+            )
         if aggregation.method == "alone":
             yield "aggregation.method=alone shares no encoder for a diffusion model: set diffusion=none."
     defaults = AggregationPlan()

@@ -101,6 +101,16 @@ def test_an_unknown_setting_is_an_error() -> None:
         (["+probes.anatomy.age=[90,20]"], "probes.anatomy.age"),
         (["training.batch_size=5"], "training.batch_size"),
         (["volumes.shape=[41,48,40]"], "volumes.shape"),
+        (["diffusion=raw", "diffusion.transformer.width=48"], "diffusion.training.start=scratch"),
+        (
+            [
+                "diffusion=raw",
+                "style.exchange=none",
+                "objective.weights.invariance=0",
+                "objective.weights.restyled_reconstruction=0",
+            ],
+            "diffusion.training.site_style",
+        ),
     ],
 )
 def test_a_setting_without_effect_or_that_contradicts_is_refused(overrides: list[str], what: str) -> None:
