@@ -36,7 +36,7 @@ from simulations.generation_quality import (
     QualityRow,
     ScanSet,
     distribution_rows,
-    diversity_row,
+    diversity_rows,
     fidelity_rows,
     memory_row,
     scan_set,
@@ -60,6 +60,7 @@ from simulations.held_out import Held
 from simulations.synthetic_use import use_rows
 
 FOLDER = "generation"
+_MOST_PAIRED = 12  # scans whose pairs are compared by MS-SSIM
 
 
 @dataclass(frozen=True)
@@ -166,10 +167,10 @@ def _distributions(
         rows += distribution_rows(
             one.scans, reference, stand_in, known, told, neighbours=settings.neighbours, **how
         )
-        if told != OTHER:
-            rows.append(diversity_row(one.scans, real, told, most=settings.samples, **how))
         if not asked_for_held:
             rows.append(memory_row(one.scans, known, real, deviation, told, **how))
+    several = {told: one.scans for told, one in drawn.items() if told != OTHER}
+    rows += diversity_rows(several, real, most=_MOST_PAIRED, **how)
     return rows
 
 

@@ -173,15 +173,21 @@ def distribution_rows(
     return found
 
 
-def diversity_row(
-    samples: ScanSet, reference: ScanSet, told: str, *, most: int, resamples: int, seed: int
-) -> QualityRow:
-    """Mean MS-SSIM over pairs of samples, and of real scans of different patients: higher is less diverse."""
-    size = min(len(samples), len(reference), most)
-    value, floor = (
-        _mean_similarity(part.thinned(size, seed), resamples, seed) for part in (samples, reference)
-    )
-    return quality_row("MS-SSIM between scans", "volumes", told, value, floor, samples=size, real=size)
+def diversity_rows(
+    samples: Mapping[str, ScanSet], reference: ScanSet, *, most: int, resamples: int, seed: int
+) -> list[QualityRow]:
+    """Mean MS-SSIM over pairs of samples, by what they were told, and of real scans of different patients:
+    higher is less diverse. Of each at most `most`.
+    """
+    size = min([most, len(reference), *(len(part) for part in samples.values())])
+    floor = _mean_similarity(reference.thinned(size, seed), resamples, seed)
+    values = {
+        told: _mean_similarity(part.thinned(size, seed), resamples, seed) for told, part in samples.items()
+    }
+    return [
+        quality_row("MS-SSIM between scans", "volumes", told, value, floor, samples=size, real=size)
+        for told, value in values.items()
+    ]
 
 
 def memory_row(
