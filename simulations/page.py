@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from federation.plan import RunPlan
 from simulations.figures import draw_losses, draw_probes, draw_traffic, human_bytes
+from simulations.generation_page import generation_part
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _PROBES = (
@@ -82,6 +83,7 @@ def write_page(folder: Path, hospitals_text: str, held_out: Sequence[str] = ()) 
                 *([(_WITH_HELD_OUT, last["with_held_out"])] if last.get("with_held_out") else []),
             ]
         ],
+        generation=generation_part(folder),
         erasure_text=_erasure_text(metrics),
         federated=_federated(metrics, last),
         held_out=f"{last.get('scans', 0):.0f} scans of {last.get('patients', 0):.0f} patients",
