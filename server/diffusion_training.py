@@ -131,9 +131,12 @@ class CentralDiffusion:
         @torch.no_grad()
         def encode(latents: Tensor) -> Codes:
             if not len(latents):  # a site that has told everything answers with nothing
-                width, style = self.plan.network.width, conditioner.style(encoder.latent_mean[None]).shape[1]
-                empty = torch.zeros(0, width), torch.zeros(0, style)
-                return Codes(content=empty[0], style=empty[1], encoder_sha256=sha256)
+                numbers = conditioner.style(encoder.latent_mean[None]).shape[1]
+                return Codes(
+                    content=torch.zeros(0, self.plan.network.width),
+                    style=torch.zeros(0, numbers),
+                    encoder_sha256=sha256,
+                )
             on_device = latents.to(self._device)
             content = conditioner.content(on_device).mean(dim=1)
             style = conditioner.style(on_device)

@@ -13,7 +13,11 @@ from typing import Any
 from simulations.generation import FOLDER
 
 _FIGURES = (
-    ("gallery", "Samples over seeds", "Told the same, from different noise: sagittal, coronal and axial slices."),
+    (
+        "gallery",
+        "Samples over seeds",
+        "Told the same, from different noise: sagittal, coronal and axial slices.",
+    ),
     (
         "grid",
         "Contents by styles",

@@ -48,6 +48,10 @@ _PROMISE = (
     "in the hospital's ledger with epsilon = infinity. Who sees the updates may learn about the patients "
     "behind them."
 )
+_RAW = (
+    " Under this plan raw latents of training scans left too: the scans can be reconstructed from them, so "
+    "they are patient data at the centre, and so is a model that learned from them."
+)
 
 
 def write_page(folder: Path, hospitals_text: str, held_out: Sequence[str] = ()) -> Path:
@@ -90,7 +94,7 @@ def write_page(folder: Path, hospitals_text: str, held_out: Sequence[str] = ()) 
         losses=_embed(draw_losses(rounds, figures / "losses.png")),
         traffic=_embed(draw_traffic(_traffic(folder, rounds, hospitals), figures / "traffic.png")),
         crossed=[row for hospital in hospitals for row in _crossed(folder, hospital["site"])],
-        promise_text=_PROMISE,
+        promise_text=_PROMISE + (_RAW if plan.diffusion and plan.diffusion.policy == "raw" else ""),
         hospitals=hospitals,
         facts=_facts(plan, versions, last),
         plan_text=json.dumps(json.loads(plan.to_json()), indent=2),
@@ -148,6 +152,8 @@ def _crossed(folder: Path, site: str) -> list[dict[str, str]]:
         "probe": "sums of content, style and anatomy, per fold",
         "probe_hits": "counts of a fitted probe's hits",
         "finetuning": "update of a network trained with labels (weighted sum)",
+        "latents": "raw latents of training scans: PATIENT DATA",
+        "diffusion": "update of the diffusion model (weighted sum)",
     }
     return [
         {
@@ -166,6 +172,8 @@ def _crossed(folder: Path, site: str) -> list[dict[str, str]]:
 
 def _times(records: list[dict[str, Any]]) -> str:
     """How many releases, and how many of them answered a question that was asked again."""
+    if records[0]["kind"] == "latents":  # a round's latents leave in several parts
+        return str(len(records))
     again = len(records) - len({(record["plan"], record["round"]) for record in records})
     return f"{len(records)} ({again} asked again)" if again else str(len(records))
 
@@ -182,8 +190,10 @@ def _traffic(
         "content sums, once": told.get("erasure", 0),
         "to the hospital, each round": entry["bytes_down"],
         "from the hospital, each round": entry["bytes_up"],
-        "its latents: never leave": kept,
+        ("its latents, in its cache" if "latents" in told else "its latents: never leave"): kept,
     }
+    leaving = sum(r["bytes"] for r in _journal(folder, site) if r["kind"] == "latents")
+    sizes["raw latents, released"] = leaving
     return {name: size for name, size in sizes.items() if size}
 
 
