@@ -191,7 +191,7 @@ class _Run:
             report = dataclasses.asdict(next(rounds))
             trained = self.diffusion.after_round(round)
             if released or trained:
-                report["diffusion"] = {**released, **trained}
+                report["diffusion"] = {"released": released, **trained}
             probes = self.observer.on_round_end(round, strategy.shared, report)
             report |= {"probes": dict(probes)} if probes else {}
             if self.probes.due(round):
