@@ -60,7 +60,7 @@ from simulations.held_out import Held
 from simulations.synthetic_use import use_rows
 
 FOLDER = "generation"
-_MOST_PAIRED = 12  # scans whose pairs are compared by MS-SSIM
+_MOST_PAIRED = 10  # scans whose pairs are compared by MS-SSIM
 
 
 @dataclass(frozen=True)

@@ -94,8 +94,10 @@ def draw_steps(counts: Sequence[Mapping[str, float]], told: str, path: Path) -> 
     finest = counts[-1]["frechet"]
     left.axhspan(0.98 * finest, 1.02 * finest, color=GOOD, alpha=0.18, linewidth=0)
     style_axes(left, f"Fréchet distance (band: 2% around {x[-1]:.0f} steps)")
-    right.plot(x[:-1], [count["solver_error"] for count in counts[:-1]], color=BAD, marker="o", markersize=4)
-    right.set_yscale("log")
+    errors = [count["solver_error"] for count in counts[:-1]]
+    right.plot(x[:-1], errors, color=BAD, marker="o", markersize=4)
+    if max(errors) > 0:
+        right.set_yscale("log")
     style_axes(right, f"Distance to the samples of {x[-1]:.0f} steps, over their deviation")
     for axes in (left, right):
         axes.set_xscale("log")

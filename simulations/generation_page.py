@@ -21,20 +21,20 @@ _FIGURES = (
     (
         "grid",
         "Contents by styles",
-        "The content of held-out patients in the style of every site, from one noise per patient. Truth, where it "
-        "stands: the same phantom on that site's scanner.",
+        "The content of held-out patients in the style of every site, from one noise per patient. Truth, where "
+        "it stands: the same phantom on that site's scanner.",
     ),
     (
         "nearest",
         "Real beside synthetic",
-        "Samples that were told nothing, those closest to a training scan, beside it. Distance: root mean square "
-        "per latent value, over its deviation.",
+        "Samples that were told nothing, those closest to a training scan, beside it. Distance: root mean "
+        "square per latent value, over its deviation.",
     ),
     ("steps", "Quality over solver steps", "The same noise, with more and more steps."),
 )
 _PATIENT_DATA = (
-    "Patient data: this model was trained on raw latents, from which scans can be decoded, and may repeat them. Its "
-    "samples are handled as the scans are."
+    "Patient data: this model was trained on raw latents, from which scans can be decoded, and may repeat them. "
+    "Its samples are handled as the scans are."
 )
 
 
@@ -92,8 +92,8 @@ def _steps(steps: Mapping[str, Any]) -> str:
     enough = [count["steps"] for count in steps["counts"][:-1] if abs(count["relative"]) <= 0.02]
     within = f"{enough[0]} steps are within 2% of it" if enough else "none of the others is within 2% of it"
     return (
-        f"Solver {steps['solver']}, {steps['samples']} samples told {steps['told']}. Against the Fréchet distance "
-        f"of {last} steps, {within}."
+        f"Solver {steps['solver']}, {steps['samples']} samples told {steps['told']}. Against the Fréchet "
+        f"distance of {last} steps, {within}."
     )
 
 

@@ -334,7 +334,7 @@ _NEIGHBOURHOODS = {
 def _mean_similarity(part: ScanSet, resamples: int, seed: int) -> Interval:
     """MS-SSIM over pairs of scans of different patients, plus and minus 1.96 bootstrap standard errors."""
     side = min(part.volumes.shape[2:])
-    kernel = max(k for k in (1, 3, 5, 7) if side // (len(_SCALES) - 1) ** 2 > k - 1)
+    kernel = max(k for k in (1, 3, 5) if side // (len(_SCALES) - 1) ** 2 > k - 1)
     metric = MultiScaleSSIMMetric(
         spatial_dims=3, data_range=1.0, kernel_size=kernel, weights=[w / sum(_SCALES) for w in _SCALES]
     )

@@ -23,9 +23,9 @@ class GenerationSettings:
     """Solver steps that are compared; the last is what the others are held against."""
     step_samples: int = 12
     """Samples at each of them."""
-    most_real: int = 96
+    most_real: int = 64
     """Real scans of each side, at most."""
-    resamples: int = 200
+    resamples: int = 100
     """Bootstrap resamples behind each interval."""
     neighbours: int = 3
     """Neighbours that make a neighbourhood, for precision, recall, density and coverage."""
