@@ -10,7 +10,7 @@ l = label values.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -123,6 +123,7 @@ class Examples:
         )
 
 
+@runtime_checkable
 class ExampleSource(Protocol):
     """Where training draws from: a bank, or a site's own scans."""
 

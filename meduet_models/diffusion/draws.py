@@ -1,11 +1,23 @@
-"""Generators for the diffusion model's draws: each from a stable hash of what it is for, none global.
+"""Draws of the diffusion model: a generator for each purpose, from a stable hash, and the choices of a step.
 
-What it does not do: draw. The same key gives the same numbers on every machine, in any order of calls.
+What it does not do: apply them (`training.py`, `sampling.py`). The same key gives the same numbers on every
+machine, in any order of calls.
+
+Axes: b = samples.
+Source of stratified times: variational diffusion models (arXiv:2107.00630).
 """
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from meduet_models.diffusion.conditions import Condition
+from meduet_models.diffusion.settings import DiffusionTraining
 
 
 def generator_of(purpose: str, *key: int) -> torch.Generator:
@@ -14,3 +26,40 @@ def generator_of(purpose: str, *key: int) -> torch.Generator:
     return torch.Generator().manual_seed(
         int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
     )
+
+
+@dataclass(frozen=True)
+class StepDraw:
+    """Every choice of a step; applied twice, it gives the same step."""
+
+    rows: Int[Tensor, " b"]
+    """Which examples."""
+    time: Float[Tensor, " b"]
+    """Where between noise and data."""
+    noise_seed: int
+    """Of the noise, whose shape is that of the latents."""
+    as_site: Bool[Tensor, " b"]
+    """Who is told the style of its site."""
+    dropped: dict[Condition, Bool[Tensor, " b"]]
+    """Who is not told what."""
+
+
+def draw_step(
+    settings: DiffusionTraining, names: Sequence[Condition], available: int, seed: int, step: int
+) -> StepDraw:
+    """Draw a step from `available` examples: distinct ones, where there are enough.
+
+    Times are stratified over the batch: one in each of its equal shares of the distribution. Raises
+    `ValueError` when there is nothing to draw from.
+    """
+    if available < 1:
+        raise ValueError("Expected at least one example to train the diffusion model on; got none.")
+    generator, size = generator_of("step", seed, step), settings.batch_size
+    row_seed, noise_seed = (int(n) for n in torch.randint(2**62, (2,), generator=generator))
+    rows = np.random.default_rng(row_seed).choice(available, size, replace=size > available)
+    time = (torch.arange(size) + torch.rand(size, generator=generator)) / size
+    if settings.times == "logit_normal":
+        time = torch.special.ndtri(time).sigmoid()
+    as_site = torch.rand(size, generator=generator) < settings.site_style
+    dropped = {name: torch.rand(size, generator=generator) < settings.drop for name in names}
+    return StepDraw(torch.from_numpy(rows), time, noise_seed, as_site, dropped)

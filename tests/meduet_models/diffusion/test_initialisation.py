@@ -1,0 +1,84 @@
+"""The transformer starts as the encoder's blocks, to the last digits, or says why it cannot."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from meduet_models.diffusion.conditions import Conditions
+from meduet_models.diffusion.initialisation import first_transformer, start_from_encoder
+from meduet_models.diffusion.settings import DiffusionTraining
+from meduet_models.diffusion.transformer import DiffusionTransformer
+from meduet_models.meduet import FactorNetwork
+from meduet_models.tokens import patchify
+from tests.meduet_models.diffusion.small_models import (
+    NETWORK,
+    SHAPE,
+    generator,
+    small_conditioner,
+    small_config,
+    small_encoder,
+    small_examples,
+)
+
+
+def trained_encoder(**changes: object) -> FactorNetwork:
+    """An encoder none of whose norms and biases is trivial."""
+    encoder = FactorNetwork(dataclasses.replace(NETWORK, **changes), seed=1).requires_grad_(False)
+    for parameter in encoder.parameters():
+        parameter += 0.2 * torch.randn(parameter.shape, generator=generator(parameter.numel()))
+    return encoder
+
+
+def test_the_blocks_compute_what_the_encoders_blocks_computed() -> None:
+    encoder = trained_encoder()
+    transformer = DiffusionTransformer(small_config(), seed=5)
+    start_from_encoder(transformer, encoder)
+    x = torch.randn(3, 12, 24, generator=generator(2))
+    told = torch.randn(3, 24, generator=generator(3))  # whatever is told: its effect starts at zero
+    for block, theirs in zip(transformer.blocks, encoder.encoder.blocks, strict=True):
+        y = theirs(x)
+        torch.testing.assert_close(block(x, told), y, atol=1e-5, rtol=1e-5)
+        x = y
+
+
+def test_the_whole_stack_reads_standardised_latents_as_the_encoder_does() -> None:
+    encoder = trained_encoder(factor_paths="joint")
+    encoder.set_latent_scale(small_encoder().latent_mean, small_encoder().latent_deviation)
+    transformer = first_transformer(small_config(), encoder, DiffusionTraining(), seed=5)
+    examples = small_examples(2)
+    told = small_conditioner().conditions(examples, ("content", "style"))
+    states = encoder.encoder.hidden_states(encoder.embed_latents(examples.latents))
+    data = transformer.standardise(examples.latents)
+    hidden = transformer.velocity_and_hidden(data, torch.tensor([0.3, 1.0]), told)[1]
+    torch.testing.assert_close(hidden, states[0], atol=1e-5, rtol=1e-5)  # one of two blocks
+    assert not transformer(data, torch.ones(2), Conditions()).any()
+
+
+def test_split_encoders_see_about_what_they_saw() -> None:
+    encoder = trained_encoder()
+    mean = torch.randn(2, 4, 6, 4, generator=generator(1))
+    encoder.set_latent_scale(mean, torch.tensor([0.5, 2.0]))
+    transformer = first_transformer(small_config(), encoder, DiffusionTraining(), seed=5)
+    noise = torch.randn(200, 2, 4, 6, 4, generator=generator(2))
+    latents = mean + noise * torch.tensor([0.5, 2.0]).reshape(-1, 1, 1, 1)
+    seen = encoder.embed_latents(latents) - encoder.embed.bias
+    ours = patchify(transformer.standardise(latents), 2) @ transformer.embed.weight.detach().T
+    slope = float((seen * ours).sum() / ours.square().sum())
+    assert slope == pytest.approx(1.0, abs=0.1)
+
+
+def test_from_scratch_no_block_knows_the_encoder() -> None:
+    encoder = small_encoder()
+    transformer = first_transformer(small_config(), encoder, DiffusionTraining(start="scratch"), seed=5)
+    assert torch.equal(transformer.latent_mean, encoder.latent_mean)
+    assert not transformer.blocks[0].modulation.bias.any()  # type: ignore[union-attr, operator]
+
+
+@pytest.mark.parametrize("change", [{"width": 48}, {"depth": 3}, {"heads": 4}, {"patch_size": 1}])
+def test_an_encoder_of_another_size_is_refused(change: dict[str, int]) -> None:
+    transformer = DiffusionTransformer(small_config(shape=dataclasses.replace(SHAPE, **change)))
+    with pytest.raises(
+        ValueError, match=r"patch_size, width, depth and heads, 2, 24, 2, 2, to start from it"
+    ):
+        start_from_encoder(transformer, small_encoder())
