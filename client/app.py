@@ -23,12 +23,14 @@ from flwr.clientapp import ClientApp
 from client.answers import AskRefused, Site, answer_erasure, answer_probe, answer_round, answer_survey
 from client.finetuning_round import answer_finetuning
 from client.labelled_scans import NoLabels
+from client.latent_release import answer_latents
 from client.release import GateRefusal, Released
 from client.site import open_site
 from client.site_state import StateMissing
 from client.trainee import WrongWeights
 from client.training import NotFinite
 from federation.finetuning import FinetuneAsk, FinetuneReply
+from federation.latents import LatentsAsk, LatentsReply, from_tensors
 from federation.messages import (
     Ask,
     ErasureAsk,
@@ -60,8 +62,8 @@ OnStep = Callable[[str, int, float], None]
 def make_client_app(
     open_the_site: Callable[[Context], Site], on_step: OnStep = lambda site, step, loss: None
 ) -> ClientApp:
-    """A Flower ClientApp that answers "query.survey", "train.round", "query.probe", "query.erasure" and
-    "train.finetune" for the site that `open_the_site` opens.
+    """A Flower ClientApp that answers "query.survey", "train.round", "query.probe", "query.erasure",
+    "train.finetune" and "query.latents" for the site that `open_the_site` opens.
     """
     client_app = ClientApp()
 
@@ -105,6 +107,10 @@ def make_client_app(
     @client_app.query("probe")
     def probe(message: Message, context: Context) -> Message:
         return reply(message, context, ProbeAsk.from_record, answer_probe)
+
+    @client_app.query("latents")
+    def latents(message: Message, context: Context) -> Message:
+        return reply(message, context, LatentsAsk.from_record, answer_latents)
 
     return client_app
 
@@ -158,6 +164,17 @@ def _mail(released: object, plan_sha256: str, site: str) -> RecordDict:
         case "probe" | "probe_hits":
             return ProbeReply(
                 plan_sha256=plan_sha256, site=site, round=released.record["round"], sums=tensors
+            ).to_record()
+        case "latents":
+            return LatentsReply(
+                plan_sha256=plan_sha256,
+                site=site,
+                round=released.record["round"],
+                first=released.counts["first_item"],
+                total=released.counts["num_items"],
+                items=tuple(released.record["items"]),
+                examples=from_tensors(tensors),
+                wire_dtype=released.wire_dtype,
             ).to_record()
         case "finetuning":
             return FinetuneReply(

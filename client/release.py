@@ -11,7 +11,7 @@ nowhere in this version; the step exists as the identity and says so in the jour
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final, NoReturn, final
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from federation.journal import Journal
+from federation.latents import is_item
 from federation.messages import METRIC_NAMES
 from federation.wire import RefusalKind, WireDtype
 from meduet_models.weights import sha256_of_tensors
@@ -26,7 +27,7 @@ from privacy.clipping import clip, joint_norm
 from privacy.ledger import Ledger, Reservation
 from privacy.promise import Promise
 
-COUNT_NAMES: Final = frozenset({"examples", "num_patients", "num_scans"})
+COUNT_NAMES: Final = frozenset({"examples", "num_patients", "num_scans", "first_item", "num_items"})
 """Every whole number that may leave a site."""
 
 _HEAD_ROOM: Final[dict[WireDtype, float]] = {"float32": 2.0**-20, "bfloat16": 2.0**-8}
@@ -94,35 +95,43 @@ class Gate:
         counts: Mapping[str, object] | None = None,
         metrics: Mapping[str, object] | None = None,
         not_covered: frozenset[str] = frozenset(),
+        items: Sequence[str] = (),
         wire_dtype: WireDtype = "float32",
     ) -> Released:
         """Let `tensors`, `counts` and `metrics` out under the reservation's promise, or raise.
 
         `declared` maps each tensor that must be there to its shape; nothing else may be. With a promise that
         clips, `tensors` are a mean and `weight` is what it is multiplied by afterwards; with one that checks,
-        they are sums over `weight` contributors. `not_covered` names tensors that the bound leaves out (how
-        many contributors there were).
+        they are sums over `weight` contributors; with one that bounds each, row i of every tensor is the
+        share of the contributor whom `items[i]` names, an opaque name that leaves too, and `weight` is their
+        number (0 for an empty answer). `not_covered` names tensors that the bound leaves out (how many
+        contributors there were).
 
-        Guarantee: the released vector's L2 norm is at most `weight * promise.bound`, rounding to the wire's
-        dtype included; a sum that was bounded where it was made may pass that by one part in a million, its
-        own rounding. Not covered: `not_covered`, counts and metrics; the journal lists them.
+        Guarantee: the released vector's L2 norm is at most `weight * promise.bound` (of each row
+        `promise.bound`, with one that bounds each), rounding to the wire's dtype included; a sum that was
+        bounded where it was made may pass that by one part in a million, its own rounding. Not covered:
+        `not_covered`, counts and metrics; the journal lists them.
         Raises `GateRefusal` (kind `non_finite` for NaN and infinity), `BrokenChain` or `OSError`.
         """
         if reservation is None:
             raise GateRefusal("Expected a reservation of the ledger, made before reading; got none.")
-        if not (math.isfinite(weight) and weight > 0):
-            raise GateRefusal(f"Expected a weight > 0; got {weight}.")
         promise = reservation.promise
+        each = promise.enforcement == "each"
+        if not (math.isfinite(weight) and (weight > 0 or (each and weight == 0))):
+            raise GateRefusal(f"Expected a weight > 0; got {weight}.")
         _check_declared(tensors, declared)
         whole, real = _counts(counts or {}), _metrics(metrics or {})
+        _check_items(items, tensors, weight if each else 0.0)
         _finite_norm(tensors)
         covered = {name: tensor for name, tensor in tensors.items() if name not in not_covered}
-        before = _finite_norm(covered)
+        before = _longest_row(covered) if each else _finite_norm(covered)
         bounded = _bound(covered, promise, weight, wire_dtype)
         noised, noise = _noise(bounded, promise)
         leaving = {name: _cast(noised.get(name, tensor), wire_dtype) for name, tensor in tensors.items()}
-        after = _finite_norm({name: leaving[name] for name in covered})
-        limit = weight * promise.bound * (1 if promise.enforcement == "clip" else 1 + _ROUNDING_OF_SUMS)
+        left = {name: leaving[name] for name in covered}
+        after = _longest_row(left) if each else _finite_norm(left)
+        allowed = promise.bound * (1 if each else weight)
+        limit = allowed * (1 + _ROUNDING_OF_SUMS if promise.enforcement == "check" else 1)
         if after > limit:
             raise GateRefusal(
                 f"Expected '{promise.kind}' over {weight:g} contributors to be at most {limit:g} long; got "
@@ -143,12 +152,14 @@ class Gate:
             "not_covered": sorted(not_covered),
             "norm_before": before,
             "norm_after": after,
-            "clipped": promise.enforcement == "clip" and after < before * weight * (1 - 2.0**-7),
-            "bound": weight * promise.bound,
+            "clipped": promise.enforcement != "check"
+            and after < before * (1 if each else weight) * (1 - 2.0**-7),
+            "bound": allowed,
             "promise": promise.sentence(),
             "noise": noise,
             "counts": whole,
             "metrics": real,
+            **({"items": list(items)} if each else {}),
         }
         record["ledger"] = self._ledger.settle(reservation, weight, sha256)
         self._journal.append(record)
@@ -173,6 +184,14 @@ def _check_declared(tensors: Mapping[str, Tensor], declared: Mapping[str, tuple[
             raise GateRefusal(f"Expected {name!r} of shape {shape}; got {tuple(tensors[name].shape)}.")
         if tensors[name].dtype not in (torch.float32, torch.float64):
             raise GateRefusal(f"Expected {name!r} to be float32 or float64; got {tensors[name].dtype}.")
+
+
+def _check_items(items: Sequence[str], tensors: Mapping[str, Tensor], rows: float) -> None:
+    """Opaque names only, as many as contributors leave by themselves, and a row of every tensor for each."""
+    if len(set(items)) != rows or len(items) != rows or not all(map(is_item, items)):
+        raise GateRefusal(f"Expected {rows:g} opaque names, each once; got {len(items)} names.")
+    if items and any(len(tensor) != rows for tensor in tensors.values()):
+        raise GateRefusal(f"Expected a row of every tensor for each of {rows:g} items.")
 
 
 def _counts(counts: Mapping[str, object]) -> dict[str, int]:
@@ -206,13 +225,28 @@ def _finite_norm(tensors: Mapping[str, Tensor]) -> float:
     return norm
 
 
+def _longest_row(tensors: Mapping[str, Tensor]) -> float:
+    """Largest joint norm of a row; 0 where there is none."""
+    return max(
+        (_finite_norm(dict(zip(tensors, row, strict=True))) for row in zip(*tensors.values(), strict=True)),
+        default=0.0,
+    )
+
+
 def _bound(
     tensors: Mapping[str, Tensor], promise: Promise, weight: float, wire_dtype: WireDtype
 ) -> dict[str, Tensor]:
-    """The weighted sum: of a clipped mean, with head-room for rounding, or as it was summed."""
+    """The weighted sum, of a clipped mean (with head-room for rounding) or as it was; or clipped rows."""
     if promise.enforcement == "check":
         return dict(tensors)
-    mean = clip(tensors, promise.bound * (1 - _HEAD_ROOM[wire_dtype])).value
+    bound = promise.bound * (1 - _HEAD_ROOM[wire_dtype])
+    if promise.enforcement == "each":
+        rows = [
+            clip(dict(zip(tensors, row, strict=True)), bound).value
+            for row in zip(*tensors.values(), strict=True)
+        ]
+        return {name: torch.stack([row[name] for row in rows]) if rows else t for name, t in tensors.items()}
+    mean = clip(tensors, bound).value
     return {name: tensor * weight for name, tensor in mean.items()}
 
 

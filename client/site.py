@@ -23,6 +23,7 @@ from client.answers import AskRefused
 from client.cohort import Cohort, open_cohort
 from client.cohort_memo import remembered
 from client.latent_cache import LatentCache
+from client.latent_release import check_sentence, consent
 from client.latent_set import LatentSet
 from client.layouts import LayoutRules
 from federation.journal import Journal
@@ -66,6 +67,9 @@ class SiteConfig:
     allow_non_private: bool = False
     """This site agrees that bounded sums without differential privacy leave it. Without this consent it takes
     part in no plan of this version, which adds no noise."""
+    latent_release: str = ""
+    """Agreement that latents leave, as the full sentence of `client/latent_release.py`; empty: no latents
+    leave, and no plan that asks for them is accepted."""
     tokenizer: TokenizerSpec = field(default_factory=TokenizerSpec)
     """Which tokenizer; its hash must be the plan's."""
     device: DeviceChoice = "auto"
@@ -92,6 +96,7 @@ class SiteConfig:
             raise ValueError(
                 f"Expected split_fractions of at least 0 that sum to 1; got {list(self.split_fractions)}."
             )
+        check_sentence(self.latent_release)
         if self.minimum_cohort < 1:
             raise ValueError(f"Expected minimum_cohort to be at least 1; got {self.minimum_cohort}.")
         if self.threads < 0:
@@ -184,7 +189,8 @@ class Site:
         return self._given if self._given is not None else load_tokenizer(self.config.tokenizer)
 
     def accept(self, plan: RunPlan) -> None:
-        """Raise `AskRefused` unless the plan lists this site and was made for its tokenizer.
+        """Raise `AskRefused` unless the plan lists this site, was made for its tokenizer, and makes no
+        latents leave without this site's agreement.
 
         Reads no scan.
         """
@@ -206,6 +212,7 @@ class Site:
                 f"{self.tokenizer.sha256[:8]}… (site.yaml: tokenizer). Nothing was read.",
                 RefusalKind.WRONG_TOKENIZER,
             )
+        consent(plan, self.config.latent_release)
 
     def cohort(self, volumes: VolumePlan, progress: SiteProgress | None = None) -> Cohort:
         """Which scans take part under `volumes`, and why others do not.

@@ -17,6 +17,7 @@ import torch
 
 from client.answers import AskRefused
 from client.cohort import SPLITS, Cohort
+from client.latent_release import RAW_CONSENT, consent
 from client.layouts import LayoutRules, survey
 from client.scans import Reason
 from client.site import Site, SiteConfig, SiteProgress, resolve_device
@@ -77,8 +78,9 @@ def run_checks(
         site.accept(plan)
         yield Check("plan", "ok", f"{plan.name}, {plan.sha256[:12]}…, lists {site.name}, same tokenizer")
     except AskRefused as error:
-        yield Check("plan", "failed", str(error), "Ask the centre for the plan of your consortium.")
+        yield Check("plan", "failed", str(error), _advice(plan, config))
         return
+    yield Check("latents", "ok", consent(plan, config.latent_release))
     try:
         cohort = site.cohort(plan.volumes, progress)
     except ValueError as error:
@@ -86,6 +88,15 @@ def run_checks(
         return
     yield from _cohort(cohort, plan, config)
     yield from _cache(site, cohort, plan)
+
+
+def _advice(plan: RunPlan, config: SiteConfig) -> str:
+    """What to do about a plan that this site does not accept."""
+    try:
+        consent(plan, config.latent_release)
+    except AskRefused:
+        return f"If your hospital agrees, set in site.yaml latent_release: {RAW_CONSENT!r}"
+    return "Ask the centre for the plan of your consortium."
 
 
 def _device(config: SiteConfig) -> Check:

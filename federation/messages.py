@@ -206,14 +206,7 @@ class TrainReply:
         Without `copy`, a float32 update is a view of the received bytes, which nothing may write.
         """
         head = Head(record, "train_reply", ("head", "update", "metrics"))
-        wire_dtype: WireDtype
-        match head.take("wire_dtype", str):
-            case "float32":
-                wire_dtype = "float32"
-            case "bfloat16":
-                wire_dtype = "bfloat16"
-            case other:
-                raise MessageError(f"Expected wire_dtype float32 or bfloat16; got {other!r}.")
+        wire_dtype = head.wire_dtype()
         metrics = record["metrics"]
         if not isinstance(metrics, MetricRecord):
             raise MessageError("Expected record 'metrics' to hold metrics; got another kind of record.")
@@ -426,6 +419,16 @@ class Head:
         if plan_hash(text) != said:
             raise MessageError(f"Expected a plan of hash {said[:12]}; it hashes to {plan_hash(text)[:12]}.")
         return text
+
+    def wire_dtype(self) -> WireDtype:
+        """How the message's values travel."""
+        match self.take("wire_dtype", str):
+            case "float32":
+                return "float32"
+            case "bfloat16":
+                return "bfloat16"
+            case other:
+                raise MessageError(f"Expected wire_dtype float32 or bfloat16; got {other[:40]!r}.")
 
     def tensors(self, name: str, wire_dtype: WireDtype = "float32", copy: bool = True) -> Tensors:
         """The arrays of a record, as tensors."""

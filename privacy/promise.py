@@ -1,6 +1,7 @@
 """What is promised about a release: whose contribution is bounded, by how much, and where noise enters.
 
-A release is a sum over contributors. The promise bounds the L2 norm of one contributor's share. Noise enters
+A release is a sum over contributors, or, where a site has agreed to that, the shares of single contributors
+side by side. The promise bounds the L2 norm of one contributor's share. Noise enters
 nowhere in this version: the promise is a bound, not differential privacy, and it says so in words and as an
 epsilon of infinity. What travels beside the sum (counts, losses, seconds) is not covered by the bound.
 """
@@ -9,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["survey", "round", "erasure", "probe", "probe_hits", "finetuning"]
+Kind = Literal["survey", "round", "erasure", "probe", "probe_hits", "finetuning", "latents"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,18 +18,20 @@ class Promise:
     """The guarantee under which one kind of release leaves a site.
 
     Guarantee: adding or removing one `unit` changes the released sum by at most `bound` in L2 norm (times the
-    unit's weight, for a weighted sum). Not covered: counts and metrics that travel beside it.
+    unit's weight, for a weighted sum). With `each` there is no sum: a row is one unit's share, at most
+    `bound` long, and the release hides nobody. Not covered: counts and metrics that travel beside it.
     """
 
     kind: Kind
     """What is released."""
     bound: float
     """L2 norm of one contributor's share."""
-    unit: Literal["site update", "patient statistics"]
+    unit: Literal["site update", "patient statistics", "scan"]
     """Whose share is bounded."""
-    enforcement: Literal["clip", "check"]
+    enforcement: Literal["clip", "check", "each"]
     """`clip`: the gate scales a mean that is too long. `check`: shares were bounded where they were summed;
-    the gate refuses a sum that is longer than its number of shares allows."""
+    the gate refuses a sum that is longer than its number of shares allows. `each`: every row is one
+    contributor's share, and the gate scales each that is too long."""
     relation: Literal["add or remove one"] = "add or remove one"
     """Which two cohorts count as neighbours."""
     noise_in: Literal["nowhere"] = "nowhere"
@@ -45,7 +48,13 @@ class Promise:
         return math.inf
 
     def sentence(self) -> str:
-        """The promise in one plain sentence, for the journal and for people."""
+        """The promise in plain words, for the journal and for people."""
+        if self.enforcement == "each":
+            return (
+                f"Each {self.unit} leaves by itself, at most {self.bound:g} long (L2): patient data, "
+                f"from which the {self.unit} can be reconstructed. No sum hides it, so the minimum cohort "
+                "protects nobody; no noise is added, so epsilon is infinite."
+            )
         return (
             f"One {self.unit} moves this release by at most {self.bound:g} (L2, {self.relation}); "
             "no noise is added, so epsilon is infinite: bounded, not differentially private."

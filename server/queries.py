@@ -6,7 +6,7 @@ What this file does not do: it knows nothing of what is asked.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol, TypeVar
 
 from flwr.app import Message, RecordDict
@@ -45,15 +45,20 @@ def ask_sites(
     read: Callable[[RecordDict], Reply],
     check: Callable[[Reply], None],
     stops: bool = True,
+    only: Collection[str] | None = None,
 ) -> tuple[dict[str, Reply], dict[str, str]]:
     """Valid replies by site, in the plan's order, and who was put aside why.
 
     `read` and `check` raise `ValueError` on a reply that is not to be used. Raises `RoundFailed` below the
-    quorum; without `stops`, the run goes on with whoever answered.
+    quorum; without `stops`, the run goes on with whoever answered. With `only`, other sites that are known
+    are not asked.
     """
     settings = plan.aggregation
     least = needed(settings.quorum, len(roster.sites)) if stops else 1
     nodes = wait_for_nodes(grid, roster, least, settings.deadline_s)
+    if only is not None:
+        others = set(roster.sites) - set(only)
+        nodes = [node for node in nodes if roster.name(node) not in others]
     stream = StreamingGrid(grid)
     messages = [Message(question, node, message_type, ttl=settings.deadline_s) for node in nodes]
     replies: dict[str, Reply] = {}

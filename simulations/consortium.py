@@ -14,6 +14,7 @@ from typing import Any
 
 from flwr.app import Context
 
+from client.latent_release import RAW_CONSENT
 from client.latent_set import LatentSet
 from client.site import Site, SiteConfig, SiteProgress
 from federation.plan import RunPlan
@@ -101,7 +102,8 @@ def site_configs(
     state: Path,
     cache: Path | None = None,
 ) -> tuple[SiteConfig, ...]:
-    """The `site.yaml` that each hospital would have; every one agrees to releases that are not private.
+    """The `site.yaml` that each hospital would have; every one agrees to releases that are not private, and
+    to the release of latents where the plan asks for it.
 
     `cache`: folder of the hospitals' encodings where several runs share them; none: each in its state folder.
     """
@@ -117,6 +119,7 @@ def site_configs(
             split_fractions=settings.site.split_fractions,
             minimum_cohort=plan.style.minimum_cohort,
             allow_non_private=True,
+            latent_release=RAW_CONSENT if plan.diffusion and plan.diffusion.policy == "raw" else "",
             tokenizer=settings.tokenizer,
             device=settings.device,
             compile=settings.compile,

@@ -1,0 +1,67 @@
+"""What is in a latent bank, as plain values: for `meduet-server bank list` and the page.
+
+What this file does not do: change anything, or open a record.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from server.latent_bank import LatentBank
+from server.latent_index import STATES, Item, Origin
+
+_AT_ONCE = 500
+
+
+def summary(bank: LatentBank) -> dict[str, Any]:
+    """Counts per site, layout, models. Names no item."""
+    origins = bank.index.origins().values()
+    withdrawn = bank.index.withdrawn_sites()
+    layout = bank.index.meta("layout")
+    sites = {
+        site: {
+            **{state: bank.index.count(state, site) for state in STATES},
+            "withdrawn": bank.index.num_buried(site),
+            "site_withdrew": site in withdrawn,
+            "policies": sorted({origin.policy for origin in origins if origin.site == site}),
+            "plans": sorted({origin.plan for origin in origins if origin.site == site}),
+            "rounds": sorted({origin.round for origin in origins if origin.site == site}),
+        }
+        for site in sorted({origin.site for origin in origins})
+    }
+    return {
+        "folder": str(bank.folder),
+        "patient_data": bank.patient_data,
+        "items": len(bank),
+        "layout": None if layout is None else json.loads(layout),
+        "sites": sites,
+        "models": [dataclasses.asdict(model) for model in bank.models()],
+    }
+
+
+def items(bank: LatentBank) -> Iterator[dict[str, Any]]:
+    """Every item with where it comes from, in the order of training, those that are not kept last."""
+    for state in STATES:
+        for origin in bank.index.origins().values():
+            numbers = bank.index.numbers(origin.origin, state).tolist()
+            for first in range(0, len(numbers), _AT_ONCE):
+                some = numbers[first : first + _AT_ONCE]
+                found = bank.index.numbered(some)
+                yield from (_told(bank, found[number], origin) for number in some if number in found)
+
+
+def _told(bank: LatentBank, item: Item, origin: Origin) -> dict[str, Any]:
+    place = None if item.slot is None else bank.place(item.slot)
+    return {
+        "item": item.name,
+        "site": origin.site,
+        "round": origin.round,
+        "policy": origin.policy,
+        "plan": origin.plan,
+        "encoder": origin.encoder,
+        "sha256": item.sha256,
+        "shard": None if place is None else place[0],
+        "record": None if place is None else place[1],
+        "state": item.state,
+    }
