@@ -1,8 +1,8 @@
 """What a central diffusion model costs the rounds: wall time of a run with it and without, in turn.
 
 Simulated hospitals in this process, one thread each; the centre trains in a thread of its own. On a machine
-with a core to spare for it the rounds should hardly notice; what collecting latents takes,
-and what they wait for at the end of a round, is printed apart. A centre with a GPU of its own is not measured here.
+with a core to spare for it the rounds should hardly notice; what collecting latents takes, and what they wait
+for at the end of a round, is printed apart. A centre with a GPU of its own is not measured here.
 
     python bench/diffusion_overlap.py          about 3 minutes on 2 cores
 

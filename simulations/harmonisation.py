@@ -118,12 +118,10 @@ def measure_harmonisation(
     if not pairs or any(patients[a] != patients[b] for a, b in pairs):
         raise ValueError("Expected the same patients at two sites or more whose style is known; got others.")
     told: dict[str, dict[tuple[int, int], NDArray[np.float64]]] = {}
+    ways = _Ways(model, tokenizer, held, training, volumes, settings, swap_model, plan.seed)
     for done, (a, b) in enumerate(pairs, start=1):
-        truth = volumes[held.rows(b)]
-        for method, moved in _ways(
-            model, plan, tokenizer, held, training, volumes, settings, swap_model, a, b
-        ):
-            told.setdefault(method, {})[a, b] = fidelity(moved, truth)
+        for method, moved in ways.between(a, b):
+            told.setdefault(method, {})[a, b] = fidelity(moved, volumes[held.rows(b)])
         on_step(done, len(pairs))
     rows = [
         row
