@@ -49,7 +49,12 @@ def test_the_five_files_to_read_exist() -> None:
 
 @pytest.mark.parametrize(
     ("module", "command"),
-    [("client.cli", ("check",)), ("client.cli", ("prepare",)), ("server.cli", ("tokenizer", "train"))],
+    [
+        ("client.cli", ("check",)),
+        ("client.cli", ("prepare",)),
+        ("server.cli", ("tokenizer", "train")),
+        ("server.cli", ("bank", "forget")),
+    ],
 )
 def test_every_command_has_help(module: str, command: tuple[str, ...]) -> None:
     arguments = ["-c", f"import sys; from {module} import main; sys.exit(main([*{command!r}, '--help']))"]
