@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from simulations.generation import FOLDER
+from simulations.harmonisation import ALL
 
 _FIGURES = (
     (
@@ -54,6 +55,7 @@ def generation_part(folder: Path) -> dict[str, Any] | None:
             if name in pictures
         ],
         "rows": _rows(found["rows"]),
+        "harmonised": _harmonised(place),
         "steps": _steps(found["steps"]),
         "seconds": f"{found['seconds_per_volume']:.2g} s",
         "viewer": f"{FOLDER}/{viewer}" if viewer else "",
@@ -84,6 +86,25 @@ def _rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         )
         last = row["told"]
     return cells
+
+
+def _harmonised(place: Path) -> dict[str, Any] | None:
+    """Methods against the truth, mean over pairs of sites; none where no patient was seen by two scanners."""
+    if not (place / "harmonisation.json").is_file():
+        return None
+    found = json.loads((place / "harmonisation.json").read_text(encoding="utf-8"))["rows"]
+    mean = {(row["method"], row["measure"]): row for row in found if row["source"] == ALL}
+
+    def cell(method: str, measure: str, digits: int) -> str:
+        row = mean[method, measure]
+        return f"{row['value']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+
+    methods = list(dict.fromkeys(method for method, _ in mean))
+    return {
+        "figure": _embed(place / "harmonisation.png"),
+        "rows": [[method, cell(method, "psnr_db", 2), cell(method, "ssim", 3)] for method in methods],
+        "patients": next(iter(mean.values()))["patients"],
+    }
 
 
 def _steps(steps: Mapping[str, Any]) -> str:

@@ -24,10 +24,15 @@ from federation.finetuning import LocalFinetuning
 from federation.plan import RunPlan
 from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.diffusion.conditions import Examples
+from meduet_models.diffusion.sampling import SamplingSettings
+from meduet_models.meduet import MeDUET
 from meduet_models.tokenizer import Tokenizer
-from simulations.generation import evaluate_generation
+from simulations.generation import FOLDER, evaluate_generation
 from simulations.generation_settings import GenerationSettings
+from simulations.harmonisation import measure_harmonisation
 from simulations.held_out import Held
+
+_TRAINING_SCANS = 24
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,10 @@ class Bench:
         except NoLabels:
             return None
 
+    def training_latents(self) -> list[Tensor]:
+        """Some training latents of each site."""
+        return [scans.latents(scans.indices("train")[:_TRAINING_SCANS]) for scans in self.training]
+
 
 def judge(
     model: GenerativeModel,
@@ -80,9 +89,14 @@ def judge(
     folder: Path,
     settings: GenerationSettings,
     progress: Callable[[str, int, int], None],
+    swap_model: MeDUET | None = None,
 ) -> dict[str, Any]:
-    """Sample, measure and draw below `folder`; what `generation/quality.json` says."""
-    return evaluate_generation(
+    """Sample, measure and draw below `folder`; what `generation/quality.json` says.
+
+    Where the same patients were seen by several scanners, harmonisation is measured against the truth too.
+    """
+    volumes = bench.volumes()
+    told = evaluate_generation(
         model,
         bench.plan,
         bench.tokenizer,
@@ -90,10 +104,27 @@ def judge(
         bench.examples(),
         folder,
         settings,
-        volumes=bench.volumes(),
+        volumes=volumes,
         labelled=None if settings.use is None else bench.labelled(),
         progress=progress,
     )
+    conditions = model.transformer.config.sizes.names
+    if bench.held.paired and model.bank is not None and {"content", "style"} <= set(conditions):
+        measure_harmonisation(
+            model,
+            bench.plan,
+            bench.tokenizer,
+            bench.held,
+            bench.training_latents(),
+            folder / FOLDER,
+            volumes=volumes,
+            settings=SamplingSettings(
+                steps=settings.steps, solver=settings.solver, guidance=settings.guidance
+            ),
+            swap_model=swap_model,
+            on_step=lambda done, total: progress("harmonising", done, total),
+        )
+    return told
 
 
 def _labelled(parts: Sequence[tuple[LatentSet, Sequence[int]]], local: LocalFinetuning) -> LabelledScans:

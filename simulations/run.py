@@ -45,7 +45,7 @@ from simulations.generation_run import judge
 from simulations.hospital_plans import Hospital, HospitalsPlan, PhantomHospitals, SplitHospitals
 from simulations.hospitals import make_hospitals
 from simulations.in_process import FixedThreads, InProcessGrid, fixed_threads
-from simulations.observer import Witness
+from simulations.observer import Witness, site_models
 from simulations.page import write_page
 from simulations.progress import Live
 from simulations.settings import SimulationSettings, settings_from
@@ -193,7 +193,10 @@ def _judge(simulation: Simulation, result: RunResult, witness: Witness, live: Li
         live.say("No patient is kept for validation or test: the diffusion model is not judged.")
         return
     with live.reading("diffusion model") as progress:
-        judge(load_generative_model(result.diffusion), bench, simulation.folder, settings, progress)
+        plan = simulation.plan
+        swaps = site_models(plan, simulation.consortium, result.shared, plan.training.rounds)[0]
+        model = load_generative_model(result.diffusion)
+        judge(model, bench, simulation.folder, settings, progress, swaps)
 
 
 def versions(result: RunResult) -> dict[str, Any]:

@@ -56,6 +56,7 @@ def test_the_five_files_to_read_exist() -> None:
         ("client.cli", ("encode",)),
         ("server.cli", ("tokenizer", "train")),
         ("server.cli", ("synthesize",)),
+        ("server.cli", ("bank", "forget")),
     ],
 )
 def test_every_command_has_help(module: str, command: tuple[str, ...]) -> None:

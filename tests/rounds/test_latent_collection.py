@@ -1,0 +1,393 @@
+"""Latents through messages: the real client and its gate, the real bank, scans in memory."""
+
+import csv
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Context, Message
+
+from client.app import make_client_app
+from client.examples import examples_of
+from client.latent_release import KEY_NAME, RAW_CONSENT, TABLE_NAME, consent
+from client.volumes import Geometry
+from federation.diffusion_plan import DiffusionPlan
+from federation.journal import Journal
+from federation.latents import LatentsAsk, LatentsReply, latent_bound
+from federation.plan import ReleasePlan, RunPlan, StylePlan
+from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
+from privacy.ledger import Ledger
+from server.latent_bank import LatentBank
+from server.latent_collection import check_reply, collect
+from server.latent_listing import items
+from server.latent_records import Codes
+from simulations.in_process import InProcessGrid
+from strategies.aggregation import ReplyRefused
+from strategies.quorum import Roster
+
+
+class Scans:
+    """Twelve scans of a site, ten of them for training; the last ones have no label."""
+
+    def __init__(self, site: int, loud: float = 1.0) -> None:
+        draws = torch.Generator().manual_seed(site)
+        self.values = (torch.randn(12, 2, 4, 6, 4, generator=draws) + site) * loud
+        self.label = (torch.rand(12, 1, 16, 24, 16, generator=draws) > 0.7).long()
+        self.patients = [f"secret-{site}-{n}" for n in range(12)]
+        self.covariates: list[dict[str, str | float]] = [
+            {"sex": "FM"[n % 2], "body_part": "head"} for n in range(12)
+        ]
+        self.site_index = torch.full((12,), site)
+        self.has_label = [n < 6 for n in range(12)]
+        self.entries = [
+            SimpleNamespace(scan_id=f"{site}{n:063d}", path=f"/pacs/{site}/{n}.nii") for n in range(12)
+        ]
+        self.reads = 0
+
+    def indices(self, split: str) -> list[int]:
+        return list(range(10)) if split == "train" else [10, 11]
+
+    def latents(self, indices: Sequence[int], view: int = 0) -> torch.Tensor:
+        assert view == 0 and not {10, 11} & set(indices)
+        self.reads += 1
+        return self.values[list(indices)].clone()
+
+    def labels(self, indices: Sequence[int], view: int = 0) -> torch.Tensor:
+        return self.label[list(indices)]
+
+    def geometry(self, row: int, view: int = 0) -> Geometry:
+        return Geometry(np.diag([1.0, 1.5, 2.0 + row, 1.0]), (8, 8, 8), np.eye(4), (16, 24, 16))
+
+
+class Hospital:
+    """A site in a folder, with latents in memory and a site.yaml's sentence."""
+
+    def __init__(self, folder: Path, name: str, scans: Scans, sentence: str) -> None:
+        self.name, self.state_dir, self._scans, self._sentence = name, folder, scans, sentence
+        self.device, self.compile, self.minimum_cohort = torch.device("cpu"), False, 0
+        self.ledger, self.journal = Ledger(folder / "ledger.jsonl"), Journal(folder / "journal.jsonl")
+
+    def accept(self, plan: RunPlan) -> None:
+        consent(plan, self._sentence)
+
+    def scans(self, plan: RunPlan) -> Any:
+        return self._scans
+
+
+class Consortium:
+    """Sites whose questions are counted."""
+
+    def __init__(self, plan: RunPlan, folder: Path, silent: Sequence[str] = (), loud: float = 1.0) -> None:
+        self.folder = folder
+        self.scans = {site: Scans(number, loud) for number, site in enumerate(plan.sites)}
+        self.asked: list[str] = []
+
+        def open_site(context: Context) -> Hospital:
+            name = plan.sites[int(context.node_config["partition-id"])]
+            self.asked.append(name)
+            own = folder / "sites" / name
+            own.mkdir(parents=True, exist_ok=True)
+            return Hospital(own, name, self.scans[name], "" if name in silent else RAW_CONSENT)
+
+        self.grid = InProcessGrid(make_client_app(open_site), len(plan.sites), through_wire=True)
+        self.roster = Roster(plan.sites)
+        self.bank = LatentBank(folder / "bank")
+
+    def collect(self, plan: RunPlan, round: int, **more: Any) -> dict[str, Any]:
+        return collect(self.grid, self.roster, plan, round, self.bank, **more)
+
+
+@pytest.fixture
+def make_plan(miniature: Any) -> Callable[..., RunPlan]:
+    def plan(wire_dtype: Any = "float32", **changes: Any) -> RunPlan:
+        settings: dict[str, Any] = {
+            "policy": "raw",
+            "conditions": ("content", "category", "label_map", "body_part", "spacing"),
+            "category": "sex",
+            "categories": ("F", "M"),
+            "labels": 2,
+            **changes,
+        }
+        return dataclasses.replace(
+            miniature.plan(deadline_s=60.0),
+            release=ReleasePlan(wire_dtype=wire_dtype),
+            style=StylePlan(minimum_cohort=5, body_parts=("head",)),
+            diffusion=DiffusionPlan(
+                transformer=TransformerShape(patch_size=2, width=12, depth=1, heads=2),
+                training=DiffusionTraining(),
+                **settings,
+            ),
+        )
+
+    return plan
+
+
+def books(consortium: Consortium, site: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    folder = consortium.folder / "sites" / site
+    lines = [
+        [json.loads(line)["record"] for line in (folder / name).read_text().splitlines()]
+        for name in ("ledger.jsonl", "journal.jsonl")
+    ]
+    return lines[0], lines[1]
+
+
+def table_of(consortium: Consortium, site: str) -> list[dict[str, str]]:
+    """The site's own table of what left it."""
+    text = (consortium.folder / "sites" / site / TABLE_NAME).read_text(encoding="utf-8")
+    return list(csv.DictReader(text.splitlines()))
+
+
+def test_the_latents_in_the_bank_are_the_sites_and_everything_is_in_the_books(
+    make_plan: Callable[..., RunPlan], tmp_path: Path
+) -> None:
+    plan = make_plan()
+    consortium = Consortium(plan, tmp_path)
+    report = consortium.collect(plan, 1, count=4)
+    assert report["refused"] == {} and report["items"] == 30
+    assert all(site["kept"] == 10 for site in report["sites"].values())
+    source = consortium.bank.source(plan, 1)
+    told = source.read(torch.arange(30))
+    names = [one["item"] for one in items(consortium.bank)]
+    for number, site in enumerate(plan.sites):
+        row_of = {line["item"]: int(line["patient"].split("-")[2]) for line in table_of(consortium, site)}
+        rows = [row_of[name] for name in names[10 * number : 10 * number + 10]]
+        assert sorted(rows) == list(range(10))
+        truth = examples_of(consortium.scans[site], rows, plan)
+        mine = told.rows(torch.arange(10 * number, 10 * number + 10))
+        for name in ("latents", "site", "body_part", "spacing", "category", "label_map"):
+            torch.testing.assert_close(
+                getattr(mine, name), getattr(truth, name), rtol=0, atol=0, equal_nan=True
+            )
+        ledger, journal = books(consortium, site)
+        assert [line["event"] for line in ledger] == ["reserve", "settle", "settle", "settle"]
+        assert "can be reconstructed" in ledger[0]["promise"] and ledger[0]["epsilon"] == "inf"
+        assert [line["kind"] for line in journal] == ["latents"] * 3
+        assert [len(line["items"]) for line in journal] == [4, 4, 2]
+        promise = journal[0]["promise"]
+        assert "patient data" in promise and "minimum cohort protects nobody" in promise
+        assert journal[2]["counts"] == {"first_item": 8, "num_items": 10}
+        assert "secret" not in json.dumps(journal) and "pacs" not in json.dumps(journal)
+
+
+def test_a_site_that_has_not_agreed_releases_nothing_and_no_scan_is_read(
+    make_plan: Callable[..., RunPlan], tmp_path: Path
+) -> None:
+    plan = make_plan()
+    consortium = Consortium(plan, tmp_path, silent=["lyon"])
+    report = consortium.collect(plan, 1)
+    assert list(report["sites"]) == ["oslo", "turin"] and len(consortium.bank) == 20
+    assert "plan_not_accepted" in " ".join(report["refused"].values())
+    assert consortium.scans["lyon"].reads == 0
+    assert books(consortium, "lyon") == ([], [])
+    assert not (tmp_path / "sites" / "lyon" / KEY_NAME).exists()
+
+
+def test_asked_twice_a_site_says_the_same_and_the_bank_stays_as_it_is(
+    make_plan: Callable[..., RunPlan], tmp_path: Path
+) -> None:
+    plan = make_plan()
+    consortium = Consortium(plan, tmp_path)
+    consortium.collect(plan, 1)
+    before = list(items(consortium.bank))
+    asked = len(consortium.asked)
+    again = consortium.collect(plan, 1)
+    assert again["sites"] == {} and len(consortium.asked) == asked  # what is there is not asked for
+    other = Consortium(plan, tmp_path / "elsewhere")  # the same hospitals, another bank
+    for site in plan.sites:
+        own = tmp_path / "elsewhere" / "sites" / site
+        own.mkdir(parents=True)
+        (own / KEY_NAME).write_bytes((tmp_path / "sites" / site / KEY_NAME).read_bytes())
+    other.collect(plan, 1, count=3)
+    assert [(i["item"], i["sha256"]) for i in items(other.bank)] == [(i["item"], i["sha256"]) for i in before]
+
+
+def test_a_collection_that_is_cut_off_goes_on_where_the_bank_stands(
+    make_plan: Callable[..., RunPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan()
+    consortium = Consortium(plan, tmp_path)
+    add, added = LatentBank.add, []
+
+    def dies(self: LatentBank, reply: LatentsReply, *more: Any) -> Any:
+        if len(added) == 4:  # the second part of the second site
+            raise KeyboardInterrupt
+        added.append(reply.site)
+        return add(self, reply, *more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LatentBank, "add", dies)
+        with pytest.raises(KeyboardInterrupt):
+            consortium.collect(plan, 1, count=4)
+    assert len(consortium.bank) == 16
+    consortium.asked.clear()
+    report = consortium.collect(plan, 1, count=4)
+    # lyon and turin tell their second part, then all their last one
+    assert consortium.asked == ["lyon", "turin", "oslo", "lyon", "turin"]
+    assert {site: told["kept"] for site, told in report["sites"].items()} == {
+        "oslo": 2,
+        "lyon": 6,
+        "turin": 6,
+    }
+    whole = Consortium(plan, tmp_path / "whole")
+    whole.collect(plan, 1)
+    everything = torch.arange(30)
+    ours, theirs = (one.bank.source(plan, 1).read(everything) for one in (consortium, whole))
+    assert torch.equal(ours.latents, theirs.latents)
+
+
+def test_rounds_release_part_by_part_up_to_the_quota(
+    make_plan: Callable[..., RunPlan], tmp_path: Path
+) -> None:
+    plan = make_plan(items_per_round=3, items_per_site=7)
+    consortium = Consortium(plan, tmp_path)
+    kept = [consortium.collect(plan, round)["items"] for round in (1, 2, 3)]
+    assert kept == [9, 18, 21]
+    assert len(consortium.bank.source(plan, 2)) == 18
+    journal = books(consortium, "oslo")[1]
+    assert len({name for line in journal for name in line["items"]}) == 7
+
+
+def test_a_scan_that_is_too_long_is_clipped_at_the_gate_and_the_journal_says_so(
+    make_plan: Callable[..., RunPlan], tmp_path: Path
+) -> None:
+    plan = make_plan("bfloat16", latent_clip=2.0)
+    consortium = Consortium(plan, tmp_path, loud=9.0)
+    consortium.collect(plan, 1)
+    told = consortium.bank.source(plan, 1).read(torch.arange(30))
+    lengths = told.latents.flatten(1).norm(dim=1)
+    assert bool((lengths <= latent_bound(plan)).all()) and bool((lengths > 0.98 * latent_bound(plan)).all())
+    line = books(consortium, "oslo")[1][0]
+    assert line["clipped"] and line["norm_after"] <= line["bound"] == latent_bound(plan) < line["norm_before"]
+
+
+def test_an_item_that_a_patient_withdraws_leaves_the_bank_and_does_not_come_back(
+    make_plan: Callable[..., RunPlan], tmp_path: Path
+) -> None:
+    plan = make_plan(items_per_round=5)
+    consortium = Consortium(plan, tmp_path)
+    consortium.collect(plan, 1)
+    gone = table_of(consortium, "oslo")[0]["item"]
+    consortium.bank.forget(item=gone)
+    consortium.bank.forget(site="turin")
+    consortium.asked.clear()
+    report = consortium.collect(plan, 2)
+    assert consortium.asked == ["oslo", "lyon"] and report["items"] == 4 + 5 + 5 + 5
+    assert gone not in {one["item"] for one in items(consortium.bank)}
+    assert not any(one["site"] == "turin" for one in items(consortium.bank))
+
+
+def test_codes_made_at_the_centre_are_kept_with_the_latents(
+    make_plan: Callable[..., RunPlan], tmp_path: Path
+) -> None:
+    plan = make_plan()
+    consortium = Consortium(plan, tmp_path)
+
+    def encode(latents: torch.Tensor) -> Codes:
+        return Codes(
+            content=latents.mean((2, 3, 4)), style=latents.flatten(1)[:, :5], encoder_sha256="e" * 64
+        )
+
+    consortium.collect(plan, 1, encode=encode)
+    source = consortium.bank.source(plan, 1)
+    rows = torch.tensor([29, 3])
+    content, style = source.codes(rows)
+    assert torch.equal(content, encode(source.read(rows).latents).content) and style.shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda r: {"round": 2}, "items from 0 of round 1"),
+        (lambda r: {"total": 11}, "at most 10"),
+        (lambda r: {"total": 3}, "Expected 3 items; got 4"),
+        (lambda r: {"items": r.items[:3], "examples": r.examples.rows(torch.arange(3))}, "Expected 4 items"),
+        (lambda r: {"wire_dtype": "bfloat16"}, "values as float32"),
+        (lambda r: examples(r, latents=r.examples.latents * 100), "at most"),
+        (lambda r: examples(r, latents=r.examples.latents * torch.nan), "finite latents"),
+        (lambda r: examples(r, latents=r.examples.latents[:, :1]), "Expected latents of"),
+        (lambda r: examples(r, site=r.examples.site + 1), "items of oslo"),
+        (lambda r: examples(r, category=r.examples.category + 2), "category from -1 to 1"),
+        (lambda r: examples(r, body_part=r.examples.body_part - 2), "body_part from -1 to 0"),
+        (lambda r: examples(r, spacing=-r.examples.spacing), "spacings above 0"),
+        (lambda r: examples(r, label_map=r.examples.label_map * 0.5), "sum to one"),
+        (lambda r: examples(r, label_map=None), "Expected latents of"),
+    ],
+)
+def test_an_answer_that_is_not_one_is_put_aside(
+    make_plan: Callable[..., RunPlan], tmp_path: Path, change: Any, why: str
+) -> None:
+    plan = make_plan(items_per_round=10)
+    scans = Scans(0)
+    ask = LatentsAsk(plan_json=plan.to_json(), round=1, first=0, count=4)
+    reply = LatentsReply(
+        plan_sha256=plan.sha256,
+        site="oslo",
+        round=1,
+        first=0,
+        total=10,
+        items=tuple(f"{n:032x}" for n in range(4)),
+        examples=examples_of(scans, [0, 1, 2, 3], plan),
+    )
+    bank = LatentBank(tmp_path / "bank")
+    check_reply(reply, ask, plan, bank)
+    with pytest.raises(ReplyRefused, match=why) as refused:
+        check_reply(dataclasses.replace(reply, **change(reply)), ask, plan, bank)
+    assert "\n" not in str(refused.value)
+    bank.add(reply, plan)
+    with pytest.raises(ReplyRefused, match="10 items of this round as before"):
+        check_reply(dataclasses.replace(reply, total=9), ask, plan, bank)
+    bank.close()
+
+
+def examples(reply: LatentsReply, **changes: Any) -> dict[str, Any]:
+    return {"examples": dataclasses.replace(reply.examples, **changes)}
+
+
+@pytest.mark.parametrize(
+    ("ask", "word"),
+    [
+        ({"round": 0}, "malformed"),
+        ({"round": 9}, "malformed"),
+        ({"count": 0}, "malformed"),
+        ({"count": 10**9}, "malformed"),
+        ({"first": -1}, "malformed"),
+    ],
+)
+def test_a_question_for_what_is_not_released_is_refused_before_a_scan_is_read(
+    make_plan: Callable[..., RunPlan], tmp_path: Path, ask: dict[str, int], word: str
+) -> None:
+    plan = make_plan()
+    consortium = Consortium(plan, tmp_path)
+    question = LatentsAsk(plan_json=plan.to_json(), **{"round": 1, "first": 0, "count": 4, **ask})
+    (answer,) = consortium.grid.send_and_receive([Message(question.to_record(), 1000, "query.latents")])
+    assert answer.content["head"]["reason"] == word
+    assert consortium.scans["oslo"].reads == 0 and books(consortium, "oslo") == ([], [])
+
+
+def test_a_federated_plan_asks_for_no_consent_and_releases_no_latents(
+    make_plan: Callable[..., RunPlan], tmp_path: Path
+) -> None:
+    plan = make_plan(policy="federated", rounds=2)
+    assert "no latents leave" in consent(plan, "")
+    consortium = Consortium(plan, tmp_path, silent=plan.sites)
+    with pytest.raises(ValueError, match="its policy is federated"):
+        consortium.collect(plan, 1)
+
+
+def test_the_names_of_items_depend_on_a_secret_of_the_site(
+    make_plan: Callable[..., RunPlan], tmp_path: Path
+) -> None:
+    plan = make_plan()
+    told = []
+    for place in ("a", "b"):
+        consortium = Consortium(plan, tmp_path / place)
+        consortium.collect(plan, 1)
+        told.append(list(items(consortium.bank)))
+    assert not {one["item"] for one in told[0]} & {one["item"] for one in told[1]}
+    assert [one["sha256"] for one in told[0]] == [one["sha256"] for one in told[1]]  # the order does not
