@@ -30,6 +30,7 @@ from meduet_models.diffusion.transformer import DiffusionTransformer
 from meduet_models.meduet import FactorNetwork
 from server.diffusion_rounds import run_diffusion_rounds
 from simulations.finished_run import FinishedRun
+from simulations.generation_settings import GenerationSettings
 from simulations.in_process import FixedThreads, InProcessGrid
 from simulations.progress import Live
 from strategies.quorum import Roster
@@ -62,8 +63,8 @@ class StudySettings:
     """Who may see which latents."""
     rounds: int
     """Rounds of the federated model."""
-    samples: int
-    """Samples by which a model is judged."""
+    generation: GenerationSettings
+    """How much is sampled and measured of a source's model."""
     diffusion: DiffusionPlan
     """The model; its start and conditions are those of the study."""
 

@@ -28,7 +28,6 @@ from simulations.diffusion_study_report import Curve, write_study
 from simulations.finished_run import open_run
 from simulations.generation import evaluate_generation
 from simulations.generation_quality import averaged
-from simulations.generation_settings import GenerationSettings
 from simulations.held_out import join, own_scans
 from simulations.in_process import fixed_threads
 from simulations.progress import Live
@@ -139,7 +138,7 @@ def _judged(study: Study, source: Source, site: str | None, live: Live) -> dict[
         held,
         study.patients.train,
         folder,
-        GenerationSettings(samples=study.asked.samples, step_counts=(25, 50), use=None),
+        study.asked.generation,
     )
     conditioner = Conditioner(model.encoder, maps=plan.volumes.registered)
     losses = validation_loss(
@@ -158,7 +157,11 @@ def _once(study: Study, name: str, compute: Callable[[], dict[str, Any]]) -> dic
         "diffusion": dataclasses.asdict(asked.diffusion),
     }
     if name.startswith("sources/"):
-        settings |= {"samples": asked.samples, "rounds": asked.rounds, "seed": asked.seeds[0]}
+        settings |= {
+            "generation": dataclasses.asdict(asked.generation),
+            "rounds": asked.rounds,
+            "seed": asked.seeds[0],
+        }
     settings |= {name: sha256_of_tensors(study.encoder(name).state_dict()) for name in study.known}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     path = study.folder / f"{name}.json"
