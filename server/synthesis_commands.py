@@ -21,15 +21,14 @@ from meduet_models.diffusion.sampling_options import add_sampling_options, sampl
 
 if TYPE_CHECKING:
     from meduet_models.diffusion.artefact import GenerativeModel
-    from meduet_models.encoded_scan import EncodedScan
     from meduet_models.tokenizer import Tokenizer
 
 _ABOUT = """\
 Draw volumes from a generative model and write them as NIfTI. What is told decides what they show: nothing
 (any scan of the federation), --style (as scanned at a site), --content (the anatomy of a scan), both (that
 patient as scanned at that site), --between (the way from one anatomy to another), --along (an anatomy,
-changed in one covariate). The centre opens no scan: SCAN is a file made by `meduet-site encode`. An
-interrupted request goes on when the same command is given again, and ends in the same files.
+changed in one covariate). The centre opens no scan: SCAN is a file made by `meduet-site encode`, or
+bank:ITEM. An interrupted request goes on when the same command is given again, and ends in the same files.
 """
 _EXAMPLES = """\
 examples, each after `meduet-server synthesize --model diffusion.safetensors`:
@@ -71,10 +70,10 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("--style", default="", metavar="SITE", help="site whose style is worn")
     content = parser.add_mutually_exclusive_group()
-    content.add_argument("--content", type=Path, metavar="SCAN", help="encoded scan whose anatomy is shown")
-    content.add_argument(
-        "--between", type=Path, nargs=2, metavar=("SCAN_A", "SCAN_B"), help="two encoded scans"
-    )
+    content.add_argument("--content", metavar="SCAN", help="encoded scan whose anatomy is shown")
+    content.add_argument("--between", nargs=2, metavar=("SCAN_A", "SCAN_B"), help="two encoded scans")
+    parser.add_argument("--bank", type=Path, metavar="FOLDER", help="latent bank of SCANs named bank:ITEM")
+    parser.add_argument("--key", type=Path, metavar="FILE", help="the bank's key (default FOLDER.key)")
     parser.add_argument(
         "--interpolation",
         choices=("linear", "spherical"),
@@ -109,21 +108,19 @@ def add_to(commands: Any) -> None:
 
 def _synthesize(chosen: argparse.Namespace, console: Console) -> None:
     from meduet_models.diffusion.artefact import load_generative_model
-    from meduet_models.encoded_scan import load_encoded_scan
     from meduet_models.weights import sha256_of_file
+    from server.banked_scan import named_scan
     from server.synthesis import SynthesisRequest, synthesise
 
     way = bool(chosen.between or chosen.along)
     _refuse_without_effect(chosen, way)
     model = load_generative_model(chosen.model)
-    between = None
-    if chosen.between:
-        between = (load_encoded_scan(chosen.between[0]), load_encoded_scan(chosen.between[1]))
+    scans = [named_scan(name, chosen.bank, chosen.key) for name in _names(chosen)]
     request = SynthesisRequest(
         count=chosen.count if chosen.count is not None else 1 if way else 8,
         style=chosen.style,
-        content=None if chosen.content is None else _content(chosen.content),
-        between=between,
+        content=scans[0] if chosen.content else None,
+        between=(scans[0], scans[1]) if chosen.between else None,
         interpolation=chosen.interpolation or "spherical",
         along=chosen.along,
         amounts=(chosen.range[0], chosen.range[1]) if chosen.range else (0.0, 0.0),
@@ -160,14 +157,15 @@ def _refuse_without_effect(chosen: argparse.Namespace, way: bool) -> None:
         raise ValueError("--points has no effect without --between or --along: leave it out.")
     if bool(chosen.range) != bool(chosen.along):
         raise ValueError("Expected --along COVARIATE and --range FROM TO together; got one of them.")
+    if (chosen.bank or chosen.key) and not any(name.startswith("bank:") for name in _names(chosen)):
+        raise ValueError("--bank and --key have no effect without a SCAN named bank:ITEM: leave them out.")
     if chosen.window and not chosen.maisi and not chosen.tokenizer:
         raise ValueError("--window is of --tokenizer or --maisi; neither is given.")
 
 
-def _content(path: Path) -> "EncodedScan":
-    from meduet_models.encoded_scan import load_encoded_scan
-
-    return load_encoded_scan(path)
+def _names(chosen: argparse.Namespace) -> list[str]:
+    """The scans that are named, by file or bank item."""
+    return list(chosen.between or []) + ([chosen.content] if chosen.content else [])
 
 
 def _tokenizer(chosen: argparse.Namespace, model: "GenerativeModel") -> "Tokenizer":

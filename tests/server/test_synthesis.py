@@ -270,6 +270,8 @@ def test_the_command_draws_and_refuses_in_one_line(
     assert len(list((tmp_path / "out").glob("sample-*.nii.gz"))) == 3
     refused = {
         "--range": (*common, "-o", "@b", "--content", "@scan.safetensors", "--along", "age"),
+        "--bank and --key have no effect": (*common, "-o", "@b", "--bank", "@bank"),
+        "Expected --bank FOLDER": (*common, "-o", "@b", "--content", "bank:1234"),
         "--points has no effect": (*common, "-o", "@b", "--points", "3"),
         "--interpolation has no effect": (*common, "-o", "@b", "--interpolation", "linear"),
         "Expected a weights file": (*common[2:], "-o", "@b", "--model", "@none.safetensors"),
