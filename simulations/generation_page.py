@@ -21,8 +21,8 @@ _FIGURES = (
     (
         "grid",
         "Contents by styles",
-        "The content of held-out patients in the style of every site, from one noise per patient. Truth, where "
-        "it stands: the same phantom on that site's scanner.",
+        "The content of held-out patients in the style of every site, from one noise per patient. Truth, "
+        "where it stands: the same phantom on that site's scanner.",
     ),
     (
         "nearest",
@@ -33,8 +33,8 @@ _FIGURES = (
     ("steps", "Quality over solver steps", "The same noise, with more and more steps."),
 )
 _PATIENT_DATA = (
-    "Patient data: this model was trained on raw latents, from which scans can be decoded, and may repeat them. "
-    "Its samples are handled as the scans are."
+    "Patient data: this model was trained on raw latents, from which scans can be decoded, and may repeat "
+    "them. Its samples are handled as the scans are."
 )
 
 
