@@ -60,7 +60,7 @@ from simulations.held_out import Held
 from simulations.synthetic_use import use_rows
 
 FOLDER = "generation"
-_MOST_PAIRED = 10  # scans whose pairs are compared by MS-SSIM
+_MOST_PAIRED = 8  # scans whose pairs are compared by MS-SSIM
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def evaluate_generation(
         drawn[told] = _Drawn(request, scan_set(latents, request.patient, conditioner, tokenizer))
     progress("measuring", 0, 1)
     table = _distributions(drawn, real, known, settings, seed, model.encoder.latent_deviation.cpu())
-    table += _controls(model, held, learned, drawn, settings, seed)
+    table += _controls(model, tokenizer, held, learned, drawn, settings, seed)
     table += _fidelity(tokenizer, held, drawn, volumes, settings, seed)
     progress("measuring", 1, 1)
     steps = _over_steps(sampler, drawn, real, known, model, tokenizer, settings)
@@ -176,6 +176,7 @@ def _distributions(
 
 def _controls(
     model: GenerativeModel,
+    tokenizer: Tokenizer,
     held: Held,
     learned: Examples,
     drawn: dict[str, _Drawn],
@@ -189,10 +190,12 @@ def _controls(
     for told, one in drawn.items():
         request, latents = one.request, one.scans.latents
         source = held.latents[list(request.rows)] if request.rows else None
-        moved = None
+        moved = None  # the scans asked for, through the tokenizer once more; or moved to the style asked for
         if told == OTHER and model.bank is not None and source is not None:
             own = torch.tensor([held.site[i] for i in request.rows])
             moved = model.bank.restyle(source, own, torch.tensor(request.sites))
+        elif source is not None:
+            moved = torch.cat([tokenizer.encode(tokenizer.decode(x).clamp(0, 1)) for x in source.split(16)])
         if source is not None:
             rows += content_rows(conditioner, latents, source, moved, request.patient, told, **how)
         if request.sites:

@@ -24,7 +24,7 @@ from simulations.figures import (
 
 _DARK = "#10161d"
 _INCH = 3 / 66  # of a voxel
-_HEAD = 0.62
+_BETWEEN = 4  # voxels between two volumes
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,15 @@ def draw_gallery(rows: Mapping[str, Sequence[Cell]], path: Path) -> Path:
     cells = max(len(row) for row in rows.values())
     example = next(iter(rows.values()))[0].volume
     cuts = [middle_slice(example, plane).shape for plane in range(3)]
-    widths = [cut[1] for cut in cuts] * cells
+    widths = [width for _ in range(cells) for width in (*(cut[1] for cut in cuts), _BETWEEN)]
     height = max(cut[0] for cut in cuts)
-    figure, panels = _dark(len(rows), widths, [height] * len(rows), left=1.15)
+    figure, panels = _dark(len(rows), widths, [height] * len(rows), left=1.0, zoom=0.7)
     for line, (told, row) in enumerate(rows.items()):
         for place, cell in enumerate(row):
             for plane in range(3):
-                axes = panels[line][3 * place + plane]
+                axes = panels[line][4 * place + plane]
                 _show(axes, middle_slice(cell.volume, plane))
-            panels[line][3 * place + 1].set_title(
+            panels[line][4 * place + 1].set_title(
                 cell.caption, fontsize=9, color=KIND_COLOURS[cell.kind], pad=3
             )
         _label(panels[line][0], told)
@@ -63,7 +63,7 @@ def draw_grid(rows: Mapping[str, Sequence[Cell]], path: Path, plane: int = 1) ->
     """Draw a row per patient: the scan, then its content in the style of each site, truth beside it."""
     first = next(iter(rows.values()))
     cut = middle_slice(first[0].volume, plane).shape
-    figure, panels = _dark(len(rows), [cut[1]] * len(first), [cut[0]] * len(rows), left=0.75, zoom=1.5)
+    figure, panels = _dark(len(rows), [cut[1]] * len(first), [cut[0]] * len(rows), left=0.8, zoom=1.1)
     for line, (patient, row) in enumerate(rows.items()):
         for axes, cell in zip(panels[line], row, strict=True):
             _show(axes, middle_slice(cell.volume, plane))
@@ -111,17 +111,16 @@ def _dark(
     rows: int, widths: Sequence[int], heights: Sequence[int], *, left: float, zoom: float = 1.0
 ) -> tuple[Figure, list[list[Axes]]]:
     """A dark figure with a panel for each cut, in true proportions; `left`: inches for the rows' names."""
-    gap = 0.03
-    size = (
-        left + sum(widths) * _INCH * zoom + gap * len(widths),
-        _HEAD / 2 + sum(heights) * _INCH * zoom * 1.22,
-    )
+    gap, above = 0.03, 0.3  # of a panel's width; inches over each row
+    across, down = sum(widths) * _INCH * zoom, sum(heights) * _INCH * zoom
+    size = left + across * (1 + gap), down + above * rows + 0.1
     figure = Figure(figsize=size, facecolor=_DARK)
+    spaces = {"wspace": gap, "hspace": above * rows / down}
     panels = figure.subplots(
         rows, len(widths), squeeze=False,
-        gridspec_kw={"width_ratios": widths, "height_ratios": heights, "wspace": gap, "hspace": 0.2},
+        gridspec_kw={"width_ratios": widths, "height_ratios": heights, **spaces},
     )  # fmt: skip
-    figure.subplots_adjust(left=left / size[0], right=0.995, bottom=0.03, top=1 - _HEAD / 2 / size[1])
+    figure.subplots_adjust(left=left / size[0], right=0.995, bottom=0.1 / size[1], top=1 - above / size[1])
     for axes in panels.flat:
         axes.axis("off")
     return figure, [list(line) for line in panels]
@@ -133,9 +132,9 @@ def _show(axes: Axes, cut: Volume) -> None:
 
 def _label(axes: Axes, text: str) -> None:
     """The name of a row, left of its first panel."""
-    axes.text(
-        -0.08, 0.5, text.replace(", ", ",\n"), transform=axes.transAxes, ha="right", va="center",
-        fontsize=9, color="#c9d3dd",
+    axes.annotate(
+        text.replace(", ", ",\n"), (0, 0.5), (-6, 0), xycoords="axes fraction", textcoords="offset points",
+        ha="right", va="center", fontsize=9, color="#c9d3dd",
     )  # fmt: skip
 
 

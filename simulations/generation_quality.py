@@ -11,6 +11,7 @@ What this file does not do: it samples nothing (`generation.py`), and says nothi
 Axes: b = scans, k = features, c d h w = latents, D H W = voxels.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -152,9 +153,9 @@ def distribution_rows(
         reduce = principal_axes(fitted_on.features[features], min(_MOST_AXES, size // 2))
         known = reduce(real.features[features])
         sides = [(reduce(part.features[features]), part.patient) for part in (samples, others)]
-        for name, statistic in _TWO_SIDED.items():
+        for name, (statistic, least) in _TWO_SIDED.items():
             value, floor = (
-                two_sided(statistic, (known, real.patient), side, resamples, seed) for side in sides
+                two_sided(statistic, (known, real.patient), side, resamples, seed, least) for side in sides
             )
             found.append(
                 quality_row(name, features, told, value, floor, samples=size, real=size, axes=known.shape[1])
@@ -294,8 +295,9 @@ def two_sided(
     generated: tuple[Float[Tensor, "g k"], Sequence[str]],
     resamples: int,
     seed: int,
+    least: float = -math.inf,
 ) -> Interval:
-    """A distance of two sets, plus and minus 1.96 bootstrap standard errors.
+    """A distance of two sets, plus and minus 1.96 bootstrap standard errors, and not below `least`.
 
     Not percentiles: a resample repeats scans, which moves such a distance as a whole.
     """
@@ -308,7 +310,7 @@ def two_sided(
     )
     drawn = drawn[np.isfinite(drawn)]
     error = 1.96 * float(drawn.std(ddof=1)) if len(drawn) > 1 else float("nan")
-    return Interval(value, value - error, value + error)
+    return Interval(value, max(value - error, least), value + error)
 
 
 def _counts(names: Sequence[str], generator: np.random.Generator) -> Float64[Tensor, " b"]:
@@ -322,10 +324,13 @@ def _frechet(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> float:
     repeated = [part.repeat_interleave(weight.long(), dim=0) for part, weight in ((x, u), (y, v))]
     if min(len(part) for part in repeated) < 2:
         return float("nan")
-    return max(0.0, frechet_distance(*repeated))
+    return frechet_distance(*repeated)
 
 
-_TWO_SIDED: dict[str, Statistic] = {"Fréchet distance": _frechet, "kernel distance": kernel_distance}
+_TWO_SIDED: dict[str, tuple[Statistic, float]] = {
+    "Fréchet distance": (_frechet, 0.0),
+    "kernel distance": (kernel_distance, -math.inf),
+}
 _NEIGHBOURHOODS = {
     "precise": "precision", "recalled": "recall", "density": "density", "covered": "coverage",
 }  # fmt: skip

@@ -140,7 +140,9 @@ def test_table_and_json_agree(evaluated: tuple[Path, dict[str, Any]]) -> None:
     assert written["rows"] == told["rows"]
     with (folder / "quality.csv").open(encoding="utf-8", newline="") as stream:
         table = list(csv.DictReader(stream))
-    assert [row["value"] for row in table] == [str(row["value"]) for row in told["rows"]]
+    assert [row["value"] for row in table] == [
+        "" if row["value"] is None else str(row["value"]) for row in told["rows"]
+    ]
 
 
 def test_volumes_lie_on_the_plans_grid_and_are_marked(
