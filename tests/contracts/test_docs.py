@@ -12,7 +12,7 @@ from server.config import compose_config, plain, plan_from
 from simulations.settings import settings_from
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "docs/tutorial.md")
+PAGES = ("README.md", "docs/tutorial.md", "docs/generation.md")
 TEXT = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 COMMANDS = sorted(
     {
