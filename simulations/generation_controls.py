@@ -112,7 +112,8 @@ def style_gap_row(
     before = (_styles(conditioner, source) - asked.cpu()).norm(dim=1)
 
     def closed(latents: Tensor) -> Tensor:
-        return 1 - (_styles(conditioner, latents) - asked.cpu()).norm(dim=1) / before.clamp(min=1e-9)
+        left: Tensor = (_styles(conditioner, latents) - asked.cpu()).norm(dim=1) / before.clamp(min=1e-9)
+        return 1 - left
 
     value, floor = (
         UNKNOWN if part is None else averaged(closed(part).double(), patient, resamples, seed)
