@@ -195,7 +195,9 @@ def _controls(
             own = torch.tensor([held.site[i] for i in request.rows])
             moved = model.bank.restyle(source, own, torch.tensor(request.sites))
         elif source is not None:
-            moved = torch.cat([tokenizer.encode(tokenizer.decode(x).clamp(0, 1)) for x in source.split(16)])
+            moved = torch.cat(
+                [tokenizer.encode(tokenizer.decode(x).clamp(0, 1)) for x in torch.split(source, 16)]
+            )
         if source is not None:
             rows += content_rows(conditioner, latents, source, moved, request.patient, told, **how)
         if request.sites:

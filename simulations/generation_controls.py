@@ -84,13 +84,14 @@ def site_row(
         StandardScaler(), LogisticRegression(C=0.1, class_weight="balanced", max_iter=5000)
     ).fit(_styles(conditioner, latents).numpy(), np.asarray(sites))
 
-    def right(scans: Tensor, expected: Sequence[int]) -> Tensor:
+    def right(scans: Tensor, expected: Sequence[int]) -> list[float]:
         said = probe.predict(_styles(conditioner, scans).numpy())
-        hits: Tensor = torch.as_tensor(said == np.asarray(expected))
-        return hits
+        return [float(one == other) for one, other in zip(said, expected, strict=True)]
 
-    value = averaged(right(samples, asked).double(), patient, resamples, seed)
-    floor = averaged(right(held[0], held[1]).double(), held[2], resamples, seed)
+    value, floor = (
+        averaged(torch.tensor(right(scans, expected)), names, resamples, seed)
+        for scans, expected, names in ((samples, asked, patient), held)
+    )
     name = f"site asked for, by a probe (chance {1 / len(set(sites)):.0%})"
     return quality_row(name, ENCODER, told, value, floor, samples=len(samples), real=len(held[0]))
 
@@ -111,8 +112,7 @@ def style_gap_row(
     before = (_styles(conditioner, source) - asked.cpu()).norm(dim=1)
 
     def closed(latents: Tensor) -> Tensor:
-        after: Tensor = (_styles(conditioner, latents) - asked.cpu()).norm(dim=1)
-        left: Tensor = after / before.clamp(min=1e-9)
+        left: Tensor = (_styles(conditioner, latents) - asked.cpu()).norm(dim=1) / before.clamp(min=1e-9)
         return 1 - left
 
     value, floor = (

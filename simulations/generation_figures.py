@@ -70,7 +70,7 @@ def draw_grid(rows: Mapping[str, Sequence[Cell]], path: Path, plane: int = 1) ->
             if line == 0 or cell.kind == "original":
                 axes.set_title(cell.caption, fontsize=9, color=KIND_COLOURS[cell.kind], pad=3)
         _label(panels[line][0], patient)
-    figure.text(0.995, 0.008, f"{PLANES[plane]} slices", ha="right", va="bottom", fontsize=8, color="#6b7a89")
+    figure.text(0.008, 0.008, f"{PLANES[plane]} slices", ha="left", va="bottom", fontsize=8, color="#6b7a89")
     return _save_dark(figure, path)
 
 
