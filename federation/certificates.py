@@ -277,7 +277,7 @@ def key_pem(key: PrivateKey) -> bytes:
 
 
 def read_key(pem: bytes) -> PrivateKey:
-    """A private key from PKCS #8 or OpenSSH's format; raises `CertificateRefused` when it is not one on P-384."""
+    """A private key on P-384 from PKCS #8 or OpenSSH's format; raises `CertificateRefused`."""
     load = load_ssh_private_key if b"OPENSSH" in pem[:40] else load_pem_private_key
     try:
         key = load(pem, password=None)

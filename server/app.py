@@ -28,6 +28,7 @@ from federation.plan import RunPlan
 from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
 from server.checkpoints import Checkpoint, Checkpoints
 from server.model import MeduetModel, SharedModel
+from server.plans import plan_to_run
 from server.probing import FederatedProbes
 from server.queries import ask_sites
 from server.run_folder import claim, write_metrics
@@ -259,11 +260,12 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """A deployment: run configuration `plan` is the path of a plan's JSON, `folder` where the run goes."""
+    """A deployment: run configuration `plan` is the path of a plan (`meduet-server submit`), `folder` where
+    it goes."""
     plan, folder = (str(context.run_config.get(key, "")) for key in ("plan", "folder"))
     if not plan or not folder:
         raise ValueError(
             "Expected the run configuration to name plan=<path of plan.json> and folder=<folder of the run>, "
             "both on the centre's machine."
         )
-    run(grid, RunPlan.from_json(Path(plan).read_text(encoding="utf-8")), Path(folder))
+    run(grid, plan_to_run(Path(plan)), Path(folder))
