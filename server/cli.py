@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from server import plan_commands, provisioning_commands, tokenizer_commands
+from server import journal_commands, plan_commands, provisioning_commands, tokenizer_commands
 
 NOT_POSSIBLE = 2  # exit status when the arguments or a file are not what was expected
 INTERRUPTED = 130
@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokenizer_commands.add_to(commands)
     provisioning_commands.add_to(commands)
     plan_commands.add_to(commands)
+    journal_commands.add_to(commands)
     chosen = parser.parse_args(arguments)
     try:
         chosen.run(chosen, Console())
