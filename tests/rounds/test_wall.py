@@ -24,11 +24,11 @@ from server.app import run
 from server.finetuning import pretrained_sha256, run_finetuning
 from simulations.in_process import InProcessGrid
 
-SECRET = "Jane Doe 1961 /mnt/pacs/jane_doe.dcm"
+SECRET = "Mustermann born-1961-04-12 /mnt/pacs/mustermann.dcm"  # words that no hash spells by chance
 SITES = ("oslo", "lyon", "turin", "basel")
 
 
-class JaneDoeError(RuntimeError):
+class MustermannError(RuntimeError):
     """An exception whose very name is a patient's."""
 
 
@@ -68,7 +68,7 @@ class Hospital:
 
     def _fail(self, *given: object, **named: object) -> NoReturn:
         logging.getLogger("client.training").error("about to fail: %s", SECRET)
-        raise JaneDoeError(f"cannot read {SECRET}") from OSError(2, SECRET, SECRET)
+        raise MustermannError(f"cannot read {SECRET}") from OSError(2, SECRET, SECRET)
 
     def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
         if self._place == "accept":
@@ -128,15 +128,17 @@ def central(folder: Path, caplog: pytest.LogCaptureFixture) -> str:
 
 
 def assert_nothing_crossed(sites: Sites, text: str) -> None:
-    for word in (*SECRET.split(), "JaneDoe"):
+    for word in (*SECRET.split(), "MustermannError"):
         assert word not in sites.sent and word not in text
     told = [p.read_text() for p in (sites.folder / "sites").glob(f"*/{LOG_NAME}")]
-    assert any(SECRET in log and "JaneDoeError" in log for log in told)  # the hospital itself can find out
+    assert any(SECRET in log and "MustermannError" in log for log in told)  # the hospital itself can find out
 
 
 @pytest.fixture
 def plan(miniature: Any) -> RunPlan:
-    plan: RunPlan = miniature.plan(sites=SITES, deadline_s=300.0, quorum=0.5)
+    plan: RunPlan = miniature.plan(deadline_s=300.0, quorum=0.5)
+    network = dataclasses.replace(plan.network, width=16)  # room for a code of four sites
+    plan = dataclasses.replace(plan, sites=SITES, network=network)
     training = TrainingPlan(rounds=2, steps_per_round=1, batch_size=4, warmup=0.0)
     return dataclasses.replace(plan, training=training, probes=ProbePlan(every_rounds=1, folds=3))
 
