@@ -5,13 +5,14 @@ counts. The plans that somebody has looked at are kept beside it (`plans/`). Doe
 prove who approved it: whoever may write to the state folder may approve.
 """
 
-import getpass
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import time
 from pathlib import Path
 
+from federation.key_files import write_file
 from federation.published_plan import PublishedPlan
 from privacy.chain import Chain
 
@@ -29,7 +30,7 @@ class Approvals(Chain):
     def keep(self, published: PublishedPlan) -> None:
         """Keep a plan that was looked at, so that its hash can be approved."""
         self._plans.mkdir(parents=True, exist_ok=True)
-        (self._plans / published.file_name).write_text(published.to_json(), encoding="utf-8")
+        write_file(self._plans / published.file_name, published.to_json().encode())
 
     def kept(self) -> Iterator[PublishedPlan]:
         """The plans that were looked at, by hash."""
@@ -71,7 +72,7 @@ class Approvals(Chain):
                 "plan": published.sha256,
                 "bundle": published.bundle_sha256,
                 "name": published.plan.name,
-                "by": getpass.getuser(),
+                "uid": os.getuid(),
             }
         )
 

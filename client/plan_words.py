@@ -49,10 +49,9 @@ def _run(plan: RunPlan, site_minimum: int) -> Iterator[Line]:
         f"{training.rounds * aggregation.deadline_s / 3600:.1f} hours of waiting.",
     )
     least = smallest_cohort(plan, site_minimum)
-    yield (
-        "What leaves",
-        f"Sums over your patients, never of fewer than {least}; no scan, no file name, no label.",
-    )
+    raw = plan.diffusion is not None and plan.diffusion.policy == "raw"
+    beside = "AND LATENTS OF SINGLE SCANS, SEE BELOW" if raw else "no scan, no file name, no label"
+    yield "What leaves", f"Sums over your patients, never of fewer than {least}; {beside}."
     layout = survey_layout(plan)
     yield (
         "",

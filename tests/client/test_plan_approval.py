@@ -21,11 +21,13 @@ from client.approvals import AllowedHours, Approvals
 from client.plan_words import plan_settings, plan_words
 from client.site import Site, SiteConfig
 from federation.bundle import bundle_hash, running_bundle
+from federation.diffusion_plan import DiffusionPlan
 from federation.finetuning import FinetunePlan, LocalFinetuning
 from federation.messages import SURVEY, Refusal, SurveyAsk
 from federation.plan import ProbePlan, RunPlan
 from federation.published_plan import PublishedPlan
 from federation.wire import RefusalKind
+from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from privacy.chain import BrokenChain
 from server.plans import plan_to_run, publish
 
@@ -173,9 +175,23 @@ def test_the_words_say_every_bound_and_the_list_every_setting(plan: RunPlan) -> 
         assert said in text, said
     for said in ("at most 10 long", "3 rounds of 2 steps", "not differentially private", "Every 2 rounds"):
         assert said in text, said
+    assert "LATENTS" not in text
     listed = list(plan_settings(published(plan)))
     assert "plan.training.learning_rate = 0.002" in listed
     assert len(listed) == sum(1 for _ in _leaves(dataclasses.asdict(plan)))
+
+
+def test_raw_latents_are_said_to_leave_and_what_a_latent_is(plan: RunPlan) -> None:
+    diffusion = DiffusionPlan(
+        policy="raw",
+        transformer=TransformerShape(patch_size=2, width=12, depth=1, heads=2),
+        training=DiffusionTraining(),
+        items_per_site=5,
+    )
+    words = plan_words(published(dataclasses.replace(plan, diffusion=diffusion)))
+    text = " ".join(sentence for _, sentence in words)
+    assert "LATENTS OF at most 5 of your training scans" in text and "can see the scan" in text
+    assert "no scan, no file name" not in text
 
 
 def test_a_plan_is_submitted_shown_approved_and_withdrawn_by_typing(
