@@ -16,13 +16,16 @@ from typing import Literal
 import torch
 
 from client.answers import AskRefused
+from client.certificate_checks import certificate_check
 from client.cohort import SPLITS, Cohort
 from client.latent_release import RAW_CONSENT, consent
 from client.layouts import LayoutRules, survey
 from client.scans import Reason
 from client.site import Site, SiteConfig, SiteProgress, resolve_device
+from federation.certificates import utc_now
 from federation.plan import RunPlan
 from federation.survey import smallest_cohort
+from federation.wire import RefusalKind
 from privacy.chain import BrokenChain
 
 Verdict = Literal["ok", "look", "failed"]
@@ -57,6 +60,8 @@ def run_checks(
     else:
         advice = "This version adds no noise: set allow_non_private: true in site.yaml, or take no part."
         yield Check("consent", "failed", "nothing may leave without differential privacy", advice)
+    if config.keys_dir is not None:
+        yield Check("certificate", *certificate_check(config.keys_dir, config.name, utc_now()))
     data = _data(config)
     yield data
     if "failed" in (data.verdict, device.verdict):
@@ -75,12 +80,13 @@ def run_checks(
     if plan is None:
         return
     try:
-        site.accept(plan)
+        site.fits(plan)
         yield Check("plan", "ok", f"{plan.name}, {plan.sha256[:12]}…, lists {site.name}, same tokenizer")
     except AskRefused as error:
         yield Check("plan", "failed", str(error), _advice(plan, config))
         return
     yield Check("latents", "ok", consent(plan, config.latent_release))
+    yield _approval(site, plan)
     try:
         cohort = site.cohort(plan.volumes, progress)
     except ValueError as error:
@@ -97,6 +103,17 @@ def _advice(plan: RunPlan, config: SiteConfig) -> str:
     except AskRefused:
         return f"If your hospital agrees, set in site.yaml latent_release: {RAW_CONSENT!r}"
     return "Ask the centre for the plan of your consortium."
+
+
+def _approval(site: Site, plan: RunPlan) -> Check:
+    try:
+        site.accept(plan)
+    except AskRefused as error:
+        if error.kind is RefusalKind.OUTSIDE_HOURS:
+            return Check("approval", "ok", f"approved; questions wait for {site.config.allowed_hours}")
+        return Check("approval", "look", str(error), "Read it: meduet-site plan show; then plan approve.")
+    implied = site.config.plan_approval == "implied"
+    return Check("approval", "ok", "implied by site.yaml" if implied else "approved, with this code")
 
 
 def _device(config: SiteConfig) -> Check:

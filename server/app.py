@@ -28,10 +28,12 @@ from flwr.serverapp import Grid, ServerApp
 from federation.journal import Journal
 from federation.messages import ERASURE, SURVEY, ErasureAsk, ErasureReply, SurveyAsk, SurveyReply, Tensors
 from federation.plan import RunPlan
+from federation.reply_book import ReplyBook
 from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
 from server.checkpoints import Checkpoint, Checkpoints
 from server.diffusion import diffusion_of, save_diffusion
 from server.model import MeduetModel, SharedModel
+from server.plans import plan_to_run
 from server.probing import FederatedProbes
 from server.queries import ask_sites
 from server.run_folder import claim, write_metrics
@@ -117,10 +119,12 @@ class _Run:
         self.grid, self.plan, self.folder, self.model, self.observer = grid, plan, folder, model, observer
         self.roster = Roster(plan.participants)
         self.checkpoints = Checkpoints(folder / "checkpoints", plan.sha256)
-        self.probes = FederatedProbes(grid, self.roster, plan)
+        self.book = ReplyBook()
+        self.probes = FederatedProbes(grid, self.roster, plan, self.book)
 
     def complete(self, resume: bool, device: torch.device, bank_key: Path) -> RunResult:
         claim(self.folder, self.plan)
+        self.journal = self.book.journal = Journal(self.folder / "journal.jsonl")
         self.diffusion = diffusion_of(
             self.grid,
             self.roster,
@@ -128,9 +132,9 @@ class _Run:
             self.folder / "diffusion",
             device,
             bank_key,
+            self.book,
             self.observer.on_diffusion,
         )
-        self.journal = Journal(self.folder / "journal.jsonl")
         last = self.checkpoints.latest()
         if last is not None and not resume:
             raise ValueError(
@@ -161,6 +165,7 @@ class _Run:
                 ask,
                 SurveyReply.from_record,
                 self.model.check_survey,
+                self.book,
             )
             surveyed = self.model.after_survey(shared, replies)
             shared, bank = surveyed.shared, surveyed.bank
@@ -180,6 +185,7 @@ class _Run:
             pretraining(self.plan, last.bank, self.model.start()[1]),
             roster=self.roster,
             folder=self.folder,
+            book=self.book,
             on_reply=self.observer.on_site_reply,
         )
         strategy.optimiser.load(last.optimiser)
@@ -225,6 +231,7 @@ class _Run:
                 ask,
                 ErasureReply.from_record,
                 self.model.check_erasure,
+                self.book,
             )
             shared, summary = self.model.after_erasure(shared, replies)
             erasure = {**summary, "refused": refused}
@@ -303,8 +310,9 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """A deployment, as the run configuration says: `plan` is the path of a plan's JSON, `folder` where the
-    run goes, both on the centre's machine; `device` (cpu if not given) and `bank_key` as in `run`.
+    """A deployment, as the run configuration says: `plan` is the path of a plan (`meduet-server submit`),
+    `folder` where the run goes, both on the centre's machine; `device` (cpu if not given) and `bank_key` as
+    in `run`.
     """
     plan, folder, device, key = (
         str(context.run_config.get(name, "")) for name in ("plan", "folder", "device", "bank_key")
@@ -316,7 +324,7 @@ def main(grid: Grid, context: Context) -> None:
         )
     run(
         grid,
-        RunPlan.from_json(Path(plan).read_text(encoding="utf-8")),
+        plan_to_run(Path(plan)),
         Path(folder),
         device=torch.device(device or "cpu"),
         bank_key=Path(key) if key else None,

@@ -10,7 +10,14 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from server import bank_commands, synthesis_commands, tokenizer_commands
+from server import (
+    bank_commands,
+    journal_commands,
+    plan_commands,
+    provisioning_commands,
+    synthesis_commands,
+    tokenizer_commands,
+)
 
 NOT_POSSIBLE = 2  # exit status when the arguments or a file are not what was expected
 INTERRUPTED = 130
@@ -25,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokenizer_commands.add_to(commands)
     synthesis_commands.add_to(commands)
     bank_commands.add_to(commands)
+    provisioning_commands.add_to(commands)
+    plan_commands.add_to(commands)
+    journal_commands.add_to(commands)
     chosen = parser.parse_args(arguments)
     try:
         chosen.run(chosen, Console())

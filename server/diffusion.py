@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from federation.diffusion import encoder_of
 from federation.messages import Tensors
 from federation.plan import RunPlan
+from federation.reply_book import ReplyBook
 from meduet_models.bank import StyleBank
 from meduet_models.diffusion.artefact import GenerativeModel, save_generative_model
 from meduet_models.weights import sha256_of_tensors
@@ -67,10 +68,16 @@ class FederatedDiffusion(NoDiffusion):
     """A diffusion model that is trained at the sites, after the pretraining."""
 
     def __init__(
-        self, grid: Grid, roster: Roster, plan: RunPlan, folder: Path, on_diffusion: OnDiffusion
+        self,
+        grid: Grid,
+        roster: Roster,
+        plan: RunPlan,
+        folder: Path,
+        book: ReplyBook,
+        on_diffusion: OnDiffusion,
     ) -> None:
         self._run = (grid, roster, plan)
-        self._folder, self._on_diffusion = folder, on_diffusion
+        self._folder, self._book, self._on_diffusion = folder, book, on_diffusion
 
     def finish(self, shared: Tensors, bank: Tensors) -> FinishedDiffusion:
         """Its rounds."""
@@ -80,7 +87,7 @@ class FederatedDiffusion(NoDiffusion):
         def on_round(round: int, report: Mapping[str, Any]) -> None:
             self._on_diffusion(round, diffusion.rounds, report["loss"]["total"])
 
-        return run_diffusion_rounds(*self._run, shared, bank, self._folder, on_round)
+        return run_diffusion_rounds(*self._run, shared, bank, self._folder, self._book, on_round)
 
 
 def diffusion_of(
@@ -90,6 +97,7 @@ def diffusion_of(
     folder: Path,
     device: torch.device,
     bank_key: Path,
+    book: ReplyBook,
     on_diffusion: OnDiffusion,
 ) -> DiffusionPhase:
     """The kind that the plan asks for. Raises `ValueError` when a latent bank that is there cannot be
@@ -98,10 +106,10 @@ def diffusion_of(
         case None:
             return NoDiffusion()
         case "federated":
-            return FederatedDiffusion(grid, roster, plan, folder, on_diffusion)
+            return FederatedDiffusion(grid, roster, plan, folder, book, on_diffusion)
         case "raw":
             bank = LatentBank(folder / "latents", bank_key)
-            return CentralDiffusion(grid, roster, plan, folder, bank, device, on_diffusion)
+            return CentralDiffusion(grid, roster, plan, folder, bank, device, book, on_diffusion)
 
 
 def save_diffusion(

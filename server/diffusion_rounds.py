@@ -19,6 +19,7 @@ from federation.diffusion import DIFFUSION, DiffusionAsk, encoder_keys, encoder_
 from federation.diffusion_plan import Policy
 from federation.messages import Tensors
 from federation.plan import RunPlan
+from federation.reply_book import ReplyBook
 from meduet_models.diffusion.transformer import DiffusionTransformer
 from server.checkpoints import Checkpoint, Checkpoints
 from strategies.content_share import ContentShare, Task
@@ -49,6 +50,7 @@ def run_diffusion_rounds(
     shared: Tensors,
     bank: Tensors,
     folder: Path,
+    book: ReplyBook,
     on_round: OnRound = lambda round, report: None,
 ) -> FinishedDiffusion:
     """The averaged model after the plan's rounds, and a report per round.
@@ -79,7 +81,7 @@ def run_diffusion_rounds(
     last = checkpoints.latest() or Checkpoint(
         plan_sha256=plan.sha256, round=0, shared=start, optimiser={}, average=start, metrics={"rounds": []}
     )
-    strategy = ContentShare(plan, last.shared, task, roster=roster, folder=folder)
+    strategy = ContentShare(plan, last.shared, task, roster=roster, folder=folder, book=book)
     strategy.optimiser.load(last.optimiser)
     rounds = strategy.rounds(grid, done=last.round)
     for round in range(last.round + 1, diffusion.rounds + 1):

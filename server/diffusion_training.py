@@ -21,6 +21,7 @@ from torch import Tensor
 from federation.diffusion import encoder_of, transformer_of
 from federation.messages import Tensors
 from federation.plan import RunPlan
+from federation.reply_book import ReplyBook
 from meduet_models.bank import StyleBank
 from meduet_models.diffusion.conditioner import Conditioner
 from meduet_models.diffusion.training import DiffusionTrainee
@@ -48,13 +49,15 @@ class CentralDiffusion:
         folder: Path,
         bank: LatentBank,
         device: torch.device,
+        book: ReplyBook,
         on_step: OnStep = lambda done, total, loss: None,
     ) -> None:
         if plan.diffusion is None or plan.diffusion.policy != "raw":
             raise ValueError("Expected a plan with diffusion.policy=raw.")
         self.plan, self.diffusion = plan, plan.diffusion
         self.latents = bank
-        self._grid, self._roster, self._device, self._on_step = grid, roster, device, on_step
+        self._grid, self._roster, self._book = grid, roster, book
+        self._device, self._on_step = device, on_step
         self._checkpoints = Checkpoints(folder / "checkpoints", plan.sha256)
         self._last = self._checkpoints.latest()
         self._trainee: DiffusionTrainee | None = None
@@ -72,7 +75,9 @@ class CentralDiffusion:
         """
         if round < self.diffusion.begin_round:
             return {}
-        told = collect(self._grid, self._roster, self.plan, round, self.latents, encode=self._coder(shared))
+        told = collect(
+            self._grid, self._roster, self.plan, round, self.latents, self._book, encode=self._coder(shared)
+        )
         target = (round - self.diffusion.begin_round + 1) * self.diffusion.steps_per_round
         if self._done < target:
             self._work = self._start(self._ready(shared, bank), round, range(self._done, target))

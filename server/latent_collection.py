@@ -28,6 +28,7 @@ from federation.latents import (
     told_shapes,
 )
 from federation.plan import RunPlan
+from federation.reply_book import ReplyBook
 from meduet_models.diffusion.conditions import UNKNOWN
 from server.latent_bank import LatentBank
 from server.latent_records import Codes
@@ -48,6 +49,7 @@ def collect(
     plan: RunPlan,
     round: int,
     bank: LatentBank,
+    book: ReplyBook,
     *,
     encode: Callable[[Tensor], Codes] | None = None,
     count: int | None = None,
@@ -80,6 +82,7 @@ def collect(
             ask.to_record(),
             LatentsReply.from_record,
             check,
+            book,
             stops=False,
             only=asked,
         )

@@ -34,10 +34,10 @@ class PooledSite(Site):
         super().__init__(config, tokenizer)
         self._hospitals = hospitals
 
-    def accept(self, plan: RunPlan) -> None:
+    def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
         """As each of the hospitals would."""
         for hospital in self._hospitals:
-            hospital.accept(plan)
+            hospital.accept(plan, finetuning_sha256)
 
     def scans(self, plan: RunPlan, progress: SiteProgress | None = None) -> LatentSet:
         """All hospitals' scans; a scan's site label is its hospital's."""
@@ -120,6 +120,7 @@ def site_configs(
             minimum_cohort=plan.style.minimum_cohort,
             allow_non_private=True,
             latent_release=RAW_CONSENT if plan.diffusion and plan.diffusion.policy == "raw" else "",
+            plan_approval="implied",
             tokenizer=settings.tokenizer,
             device=settings.device,
             compile=settings.compile,

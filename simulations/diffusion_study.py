@@ -22,7 +22,9 @@ from client.app import make_client_app
 from client.examples import examples_of
 from federation.diffusion import encoder_of, transformer_of
 from federation.diffusion_plan import DiffusionPlan
+from federation.journal import Journal
 from federation.plan import RunPlan
+from federation.reply_book import ReplyBook
 from meduet_models.diffusion.conditioner import Conditioner
 from meduet_models.diffusion.conditions import Condition, Examples
 from meduet_models.diffusion.training import DiffusionTrainee, validation_loss
@@ -226,6 +228,7 @@ class Study:
                 self.opened.pretrained.state_dict(),
                 self.bank.to_tensors(),
                 self.folder / "federated",
+                ReplyBook(Journal(self.folder / "federated" / "journal.jsonl")),
                 lambda round, report: count(round, diffusion.rounds),
             )
         return finished.transformer

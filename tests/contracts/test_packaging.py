@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from federation.bundle import bundle_hash, running_bundle
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("meduet_models", "privacy", "federation", "strategies", "client", "server", "simulations")
 BUNDLED = ("meduet_models", "privacy", "federation", "strategies", "client", "server")
@@ -51,6 +53,8 @@ def test_the_bundle_holds_exactly_the_shipped_modules(tmp_path: Path) -> None:
     (bundle,) = tmp_path.glob("*.fab")
     with zipfile.ZipFile(bundle) as archive:
         inside = {name for name in archive.namelist() if name.endswith(".py")}
+        archive.extractall(tmp_path / "unpacked")
+    assert bundle_hash(tmp_path / "unpacked") == running_bundle()  # what a site approved is what arrives
     shipped = {str(p.relative_to(ROOT)) for package in BUNDLED for p in (ROOT / package).rglob("*.py")}
     assert inside == shipped
 

@@ -18,6 +18,7 @@ from federation.diffusion import encoder_of, transformer_of
 from federation.diffusion_plan import DiffusionPlan
 from federation.journal import Journal
 from federation.plan import RunPlan
+from federation.reply_book import ReplyBook
 from meduet_models.bank import StyleBank
 from meduet_models.diffusion.conditioner import Conditioner
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
@@ -119,8 +120,13 @@ def grid_of(
 
 def run(plan: RunPlan, folder: Path, **on: Any) -> Any:
     grid = grid_of(plan, folder, **on)
+    return ask(grid, plan, shared(plan), bank(plan), folder)
+
+
+def ask(grid: InProcessGrid, plan: RunPlan, shared: Any, bank: Any, folder: Path) -> Any:
+    book = ReplyBook(Journal(folder / "diffusion" / "journal.jsonl"))
     return run_diffusion_rounds(
-        grid, Roster(plan.participants), plan, shared(plan), bank(plan), folder / "diffusion"
+        grid, Roster(plan.participants), plan, shared, bank, folder / "diffusion", book
     )
 
 
@@ -203,15 +209,11 @@ def test_the_average_follows_every_step_of_a_round() -> None:
 def test_a_plan_without_it_is_refused_at_the_site(plan: RunPlan, tmp_path: Path) -> None:
     grid = grid_of(dataclasses.replace(plan, diffusion=None), tmp_path)
     with pytest.raises(ValueError, match="policy=federated"):
-        run_diffusion_rounds(
-            grid, Roster(plan.participants), dataclasses.replace(plan, diffusion=None), {}, {}, tmp_path
-        )
+        ask(grid, dataclasses.replace(plan, diffusion=None), {}, {}, tmp_path)
     tampered = shared(plan)
     tampered["embed.weight"] = torch.zeros(3, 3)
     with pytest.raises(ValueError, match=r"embed\.weight"):
-        run_diffusion_rounds(
-            grid, Roster(plan.participants), plan, tampered, bank(plan), tmp_path / "diffusion"
-        )
+        ask(grid, plan, tampered, bank(plan), tmp_path)
 
 
 def test_an_encoder_of_another_size_is_malformed_at_the_site(

@@ -21,6 +21,7 @@ from federation.diffusion_plan import DiffusionPlan
 from federation.journal import Journal
 from federation.latents import LatentsAsk, LatentsReply, latent_bound
 from federation.plan import ReleasePlan, RunPlan, StylePlan
+from federation.reply_book import ReplyBook
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from privacy.ledger import Ledger
 from server.latent_bank import LatentBank
@@ -98,9 +99,10 @@ class Consortium:
         self.grid = InProcessGrid(make_client_app(open_site), len(plan.sites), through_wire=True)
         self.roster = Roster(plan.sites)
         self.bank = LatentBank(folder / "bank")
+        self.book = ReplyBook(Journal(folder / "journal.jsonl"))
 
     def collect(self, plan: RunPlan, round: int, **more: Any) -> dict[str, Any]:
-        return collect(self.grid, self.roster, plan, round, self.bank, **more)
+        return collect(self.grid, self.roster, plan, round, self.bank, self.book, **more)
 
 
 @pytest.fixture
