@@ -217,9 +217,11 @@ def _summary(
 def _tiles(
     plan: RunPlan, rounds: list[dict[str, Any]], hospitals: list[dict[str, Any]], last: Mapping[str, float]
 ) -> list[dict[str, str]]:
+    released = plan.diffusion is not None and plan.diffusion.policy == "raw"
+    moved = "scans; latents of those for training left" if released else "scans, none of which moved"
     tiles = [
         (str(len(plan.sites)), "hospitals"),
-        (str(sum(h["scans"] for h in hospitals)), "scans, none of which moved"),
+        (str(sum(h["scans"] for h in hospitals)), moved),
         (str(len(rounds)), "rounds"),
     ]
     if "site_from_content" in last:
