@@ -86,5 +86,8 @@ def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
         title = json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode()
         digest.update(len(title).to_bytes(8, "little"))  # lengths first: no two lists of tensors look alike
         digest.update(title)
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        flat = tensor.reshape(-1)
+        if flat.stride(0) != 1:  # at most one value, expanded: contiguous, and yet without bytes of its own
+            flat = flat.clone(memory_format=torch.contiguous_format)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -124,3 +124,9 @@ def test_the_hash_does_not_see_the_memory_layout() -> None:
     assert sha256_of_tensors({"a": TENSORS["wide"].T}) == sha256_of_tensors(
         {"a": TENSORS["wide"].T.contiguous()}
     )
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_the_hash_reads_expanded_values(count: int) -> None:
+    expanded = torch.tensor([1.5], dtype=torch.float64).expand(count)
+    assert sha256_of_tensors({"a": expanded}) == sha256_of_tensors({"a": torch.full((count,), 1.5).double()})
