@@ -52,13 +52,14 @@ def _run(plan: RunPlan, site_minimum: int) -> Iterator[Line]:
     raw = plan.diffusion is not None and plan.diffusion.policy == "raw"
     beside = "AND LATENTS OF SINGLE SCANS, SEE BELOW" if raw else "no scan, no file name, no label"
     yield "What leaves", f"Sums over your patients, never of fewer than {least}; {beside}."
-    layout = survey_layout(plan)
-    yield (
-        "",
-        f"Once before round 1: {_numbers(layout.shapes())} numbers that describe appearance (means and "
-        f"spreads of latents); one patient's share is at most {layout.bound:g} long; and how many patients "
-        "and scans.",
-    )
+    if aggregation.method != "alone":
+        layout = survey_layout(plan)
+        yield (
+            "",
+            f"Once before round 1: {_numbers(layout.shapes())} numbers that describe appearance (means and "
+            f"spreads of latents); one patient's share is at most {layout.bound:g} long; and how many "
+            "patients and scans.",
+        )
     yield from _round(plan)
     if plan.probes.every_rounds:
         yield (
