@@ -21,6 +21,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.answers import AskRefused, Site, answer_erasure, answer_probe, answer_round, answer_survey
+from client.connection import SITE_CONFIG
 from client.finetuning_round import answer_finetuning
 from client.labelled_scans import NoLabels
 from client.release import GateRefusal, Released
@@ -28,6 +29,7 @@ from client.site import open_site
 from client.site_state import StateMissing
 from client.trainee import WrongWeights
 from client.training import NotFinite
+from client.watchdog import Watch, unwatched, watchdog
 from federation.finetuning import FinetuneAsk, FinetuneReply
 from federation.messages import (
     Ask,
@@ -48,8 +50,6 @@ from meduet_models.style import CohortTooSmall
 from privacy.ledger import LedgerRefusal
 
 LOG_NAME = "site.log"
-SITE_CONFIG = "site-config"
-"""Key of the SuperNode's `--node-config` that says where this hospital's site.yaml is."""
 _log = logging.getLogger(__name__)
 
 AskKind = TypeVar("AskKind", bound=Ask)
@@ -58,10 +58,12 @@ OnStep = Callable[[str, int, float], None]
 
 
 def make_client_app(
-    open_the_site: Callable[[Context], Site], on_step: OnStep = lambda site, step, loss: None
+    open_the_site: Callable[[Context], Site],
+    on_step: OnStep = lambda site, step, loss: None,
+    watch: Watch = unwatched,
 ) -> ClientApp:
     """A Flower ClientApp that answers "query.survey", "train.round", "query.probe", "query.erasure" and
-    "train.finetune" for the site that `open_the_site` opens.
+    "train.finetune" for the site that `open_the_site` opens; `watch` is put around the work.
     """
     client_app = ClientApp()
 
@@ -73,7 +75,9 @@ def make_client_app(
     ) -> Message:
         def answer(site: Site, content: RecordDict) -> RecordDict:
             ask = read(content)
-            return _mail(work(site, ask, _plan(ask)), ask.plan_sha256, site.name)
+            plan = _plan(ask)
+            with watch(site.state_dir / LOG_NAME, plan.aggregation.deadline_s):
+                return _mail(work(site, ask, plan), ask.plan_sha256, site.name)
 
         return _behind_the_wall(message, context, open_the_site, answer)
 
@@ -232,4 +236,4 @@ def open_site_from_context(context: Context) -> Site:
     return open_site(Path(path))
 
 
-app = make_client_app(open_site_from_context)
+app = make_client_app(open_site_from_context, watch=watchdog)

@@ -22,6 +22,7 @@ import yaml
 from client.answers import AskRefused
 from client.cohort import Cohort, open_cohort
 from client.cohort_memo import remembered
+from client.connection import CentreConnection, resolve_paths
 from client.latent_cache import LatentCache
 from client.latent_set import LatentSet
 from client.layouts import LayoutRules
@@ -74,6 +75,8 @@ class SiteConfig:
     """CPU threads for tensor arithmetic; 0 leaves PyTorch's choice."""
     compile: bool = False
     """Whether the network is compiled before training."""
+    centre: CentreConnection | None = None
+    """How the centre is reached; none: this site is not connected to one."""
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be meant."""
@@ -116,6 +119,7 @@ def load_site_config(path: Path) -> SiteConfig:
     for name in ("data_root", "state_dir", "cache_dir"):
         if isinstance(values.get(name), str):
             values[name] = folder / Path(values[name]).expanduser()
+    resolve_paths(values.get("centre"), folder)
     spec = values.get("tokenizer")
     if isinstance(spec, dict) and isinstance(spec.get("path"), str):
         spec["path"] = str(folder / Path(spec["path"]).expanduser())

@@ -10,6 +10,7 @@ Does not do: know Flower, read the children's logs, or decide what a child's end
 """
 
 import ctypes
+import dataclasses
 import fcntl
 import json
 import os
@@ -22,10 +23,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 STATE_NAME = "processes.json"
 LOCK_NAME = "supervisor.lock"
+SPEC_NAME = "supervisor.json"
 PAUSES_S = (1.0, 2.0, 5.0, 10.0)
 """Seconds before the first, second, ... restart in a row; the last repeats."""
 STEADY_S = 60.0
@@ -160,6 +162,12 @@ class Supervisor:
             running.process = None
         self._write(stopped=True)
 
+    def signal_child(self, name: str, number: signal.Signals) -> None:
+        """Send a signal to a child that runs; one that does not is left alone."""
+        (running,) = [one for one in self._all if one.child.name == name]
+        if running.process is not None:
+            _signal_group(running, number, whole=False)
+
     def _start(self, running: _Running) -> None:
         child = running.child
         with (self.folder / f"{child.name}.log").open("ab") as log:
@@ -209,6 +217,41 @@ class Supervisor:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._asked_to_stop = True
+
+
+def become_supervisor(children: Iterable[ChildProcess], folder: Path) -> NoReturn:
+    """Replace this program by a supervisor of `children` in `folder`, which knows this file only.
+
+    Whoever prepared the children may have loaded hundreds of megabytes; what stays for months is small.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    spec = folder / SPEC_NAME
+    spec.write_text(json.dumps([dataclasses.asdict(child) for child in children], indent=1), encoding="utf-8")
+    os.execv(sys.executable, [sys.executable, "-P", __file__, str(spec)])
+
+
+def main() -> int:
+    """Supervise the children in the file that the first argument names, until SIGTERM or SIGINT."""
+    spec = Path(sys.argv[1])
+
+    def say(line: str) -> None:
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+    children = []
+    for values in json.loads(spec.read_text(encoding="utf-8")):
+        meanings = {int(status): words for status, words in values.pop("meanings").items()}
+        command = tuple(values.pop("command"))
+        children.append(ChildProcess(command=command, meanings=meanings, **values))
+    try:
+        with Supervisor(children, spec.parent, say) as supervisor:
+            say(f"running: {', '.join(child.name for child in children)}; logs in {spec.parent}")
+            supervisor.run()
+    except AlreadySupervised as error:
+        say(str(error))
+        return 2
+    say("stopped")
+    return 0
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:
@@ -262,3 +305,7 @@ def _die_with_parent() -> Callable[[], None]:
             os._exit(1)
 
     return ask
+
+
+if __name__ == "__main__":
+    sys.exit(main())
