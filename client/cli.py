@@ -1,7 +1,7 @@
 """`meduet-site`: what a hospital types. Prepare the scans, check the site; one line per error.
 
-What it does not do: decide anything (`client/site.py`, `client/site_checks.py` do), or send anything: joining
-a federation is Flower's `flower-supernode`. Heavy modules are imported inside the commands: --help is
+What it does not do: decide anything (`client/site.py`, `client/site_checks.py` do), or send anything: what
+joins a federation is started by `client/supernode.py`. Heavy modules are imported inside the commands: --help is
 immediate.
 """
 
@@ -17,11 +17,13 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from client import service_commands
+
 DONE, FAILED, NOT_POSSIBLE, INTERRUPTED = 0, 1, 2, 130
 
 _ABOUT = """\
-One hospital's side of FedMeDUET. Nothing here sends anything: scans are read where they lie, and everything
-written goes to the site's own folder (state_dir).
+One hospital's side of FedMeDUET. Only `start` connects to the centre: scans are read where they lie, and
+everything written goes to the site's own folder (state_dir).
 
 A site is described in site.yaml:
 
@@ -38,6 +40,7 @@ examples:
   meduet-site check   --config site.yaml                    is everything in its place?
   meduet-site check   --config site.yaml --plan plan.json   ... and are the scans fit for this plan?
   meduet-site prepare --config site.yaml --plan plan.json   encode the scans; Ctrl-C and again goes on
+  meduet-site start   --config site.yaml                    take part, until SIGTERM or Ctrl-C
 
 exit status: 0 done, all checks passed; 1 a check failed, or scans could not be encoded;
              2 wrong usage, settings or plan; 130 interrupted
@@ -72,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    service_commands.add_to(commands)
     prepare = commands.add_parser(
         "prepare",
         help="encode the site's scans once, before the first round",

@@ -8,7 +8,7 @@ before anything else is asked. A run that is started again goes on after its las
 round that is asked twice in the same way, so on one kind of machine the final weights are the same bits.
 What this file does not do: it trains nothing, sees no scan, and averages nothing itself.
 
-`run` takes any Flower grid; `app` is the ServerApp of a deployment.
+`run` takes any Flower grid; `server/server_app.py` is the ServerApp of a deployment.
 """
 
 import dataclasses
@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context
-from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp import Grid
 
 from federation.journal import Journal
 from federation.messages import ERASURE, SURVEY, ErasureAsk, ErasureReply, SurveyAsk, SurveyReply, Tensors
@@ -252,18 +251,3 @@ class _Run:
 
     def _note(self, kind: str, **what: Any) -> None:
         self.journal.append({"kind": kind, "plan": self.plan.sha256, **what})
-
-
-app = ServerApp()
-
-
-@app.main()
-def main(grid: Grid, context: Context) -> None:
-    """A deployment: run configuration `plan` is the path of a plan's JSON, `folder` where the run goes."""
-    plan, folder = (str(context.run_config.get(key, "")) for key in ("plan", "folder"))
-    if not plan or not folder:
-        raise ValueError(
-            "Expected the run configuration to name plan=<path of plan.json> and folder=<folder of the run>, "
-            "both on the centre's machine."
-        )
-    run(grid, RunPlan.from_json(Path(plan).read_text(encoding="utf-8")), Path(folder))

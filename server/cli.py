@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from server import tokenizer_commands
+from server import service_commands, tokenizer_commands
 
 NOT_POSSIBLE = 2  # exit status when the arguments or a file are not what was expected
 INTERRUPTED = 130
@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="meduet-server", description="The coordinating centre of a FedMeDUET federation."
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    service_commands.add_to(commands)
     tokenizer_commands.add_to(commands)
     chosen = parser.parse_args(arguments)
     try:

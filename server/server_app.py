@@ -1,0 +1,47 @@
+"""The ServerApp of a deployment: reads the plan, holds the run's folder, keeps its status, runs.
+
+Run configuration: `plan` is the path of a plan's JSON, `folder` where the run goes, both on this machine. What
+ends it is written to `status.json`, so that whoever submits it (`server/submission.py`) knows whether to submit
+it again.
+
+Does not do: a round; `server/app.py` does, for every engine.
+"""
+
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from federation.plan import RunPlan
+from server.app import run
+from server.run_folder import held
+from server.status import StatusFile
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the plan that the run configuration names, or go on with it."""
+    plan_path, folder = (str(context.run_config.get(key, "")) for key in ("plan", "folder"))
+    if not plan_path or not folder:
+        raise ValueError(
+            "Expected the run configuration to name plan=<path of plan.json> and folder=<folder of the run>, "
+            "both on the centre's machine."
+        )
+    plan = RunPlan.from_json(Path(plan_path).read_text(encoding="utf-8"))
+    run_in_folder(grid, plan, Path(folder))
+
+
+def run_in_folder(grid: Grid, plan: RunPlan, folder: Path) -> None:
+    """Run `plan` in `folder`, which nobody else may write meanwhile, and leave in `status.json` how it ended.
+
+    Raises what `run` raises, and `FolderBusy`.
+    """
+    with held(folder):
+        status = StatusFile(plan, folder)
+        try:
+            run(grid, plan, folder, observer=status)
+        except Exception as error:
+            status.failed(" ".join(str(error).split()), final=isinstance(error, ValueError))
+            raise
