@@ -22,7 +22,6 @@ from flwr.clientapp import ClientApp
 
 from client.answers import AskRefused, Site, answer_erasure, answer_probe, answer_round, answer_survey
 from client.connection import SITE_CONFIG
-from client.finetuning_round import answer_finetuning
 from client.labelled_scans import NoLabels
 from client.release import GateRefusal, Released
 from client.site import open_site
@@ -97,6 +96,8 @@ def make_client_app(
 
     @client_app.train("finetune")
     def finetune(message: Message, context: Context) -> Message:
+        from client.finetuning_round import answer_finetuning  # MONAI takes seconds to import
+
         def work(site: Site, ask: FinetuneAsk, plan: RunPlan) -> Released:
             return answer_finetuning(site, ask, plan, steps_of(site))
 

@@ -1,8 +1,8 @@
 """`meduet-site`: what a hospital types. Prepare the scans, check the site; one line per error.
 
 What it does not do: decide anything (`client/site.py`, `client/site_checks.py` do), or send anything: what
-joins a federation is started by `client/supernode.py`. Heavy modules are imported inside the commands: --help is
-immediate.
+joins a federation is started by `client/supernode.py`. Heavy modules are imported inside the commands: --help
+is immediate.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """How a site reaches the centre: the section `centre` of site.yaml.
 
-Files are named, never their content. One key pair serves twice: as TLS client certificate at the centre's proxy,
-and, written in another format, as Flower's node key.
+Files are named, never their content. One key pair serves twice: as TLS client certificate at the centre's
+proxy, and, written in another format, as Flower's node key.
 
 Does not do: connect (`client/supernode.py`), or make keys.
 """

@@ -1,8 +1,8 @@
 """Flower's SuperNode with a client certificate: the site shows who it is before it says a word.
 
-Flower 1.41 speaks TLS to the centre without showing a certificate of its own, so the centre's proxy would refuse
-it. This program is `flower-supernode`, with one class changed: connections to the centre carry the site's
-certificate. It is run as a program (`client/supernode.py`), with the same arguments.
+Flower 1.41 speaks TLS to the centre without showing a certificate of its own, so the centre's proxy would
+refuse it. This program is `flower-supernode`, with one class changed: connections to the centre carry the
+site's certificate. It is run as a program (`client/supernode.py`), with the same arguments.
 
 Does not do: anything else; Flower's own checks of the server's certificate and name hold.
 Source: flwr 1.41, `flwr/supernode/fleet_http_connection.py`; a private class, pinned with Flower.
@@ -53,7 +53,7 @@ class MutualTls(FleetHttpClient):
 
 def main() -> None:
     """`flower-supernode`, with the same arguments."""
-    fleet_http_connection.FleetHttpClient = MutualTls  # type: ignore[misc]
+    fleet_http_connection.FleetHttpClient = MutualTls  # type: ignore[attr-defined]
     flower_supernode()
 
 

@@ -1,8 +1,8 @@
 """Flower's side of a site: SuperNode and SuperExec as children of one supervisor.
 
-SuperNode fetches questions from the centre and brings answers back; it only calls out. SuperExec starts a process
-per question (`client/app.py`), and the two share a secret, so that no other user of the machine can hand in an
-answer. A SuperNode that was killed is refused for up to 66 s (exit 305): the supervisor tries on.
+SuperNode fetches questions from the centre and brings answers back; it only calls out. SuperExec starts a
+process per question (`client/app.py`), and the two share a secret, so that no other user of the machine can
+hand in an answer. A SuperNode that was killed is refused for up to 66 s (exit 305): the supervisor tries on.
 
 Does not do: answer anything, or read a scan.
 Source: flwr 1.41, `flower-supernode --help`.
@@ -28,8 +28,8 @@ FOLDER = "processes"
 def supernode_processes(config: SiteConfig, config_path: Path) -> tuple[ChildProcess, ...]:
     """SuperNode and SuperExec of the site that `config_path` describes, in the order of their start.
 
-    Raises `ValueError` when site.yaml does not say where the centre is, a file is absent or readable by others,
-    or the tokenizer would not be found by the application.
+    Raises `ValueError` when site.yaml does not say where the centre is, a file is absent or readable by
+    others, or the tokenizer would not be found by the application.
     """
     centre = _usable(config)
     folder = config.state_dir / FOLDER
@@ -86,7 +86,7 @@ def _usable(config: SiteConfig) -> CentreConnection:
             f"tokenizer_{config.tokenizer.channels}ch.safetensors"
         )
         raise ValueError(
-            "Expected a tokenizer file in site.yaml: the application that the centre sends carries code only. "
+            "Expected a tokenizer file in site.yaml: the application that the centre sends is code only. "
             f"Write: tokenizer: {{kind: file, path: {here}, channels: {config.tokenizer.channels}}}"
         )
     return centre

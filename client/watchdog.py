@@ -1,9 +1,11 @@
-"""The watchdog: a process that hangs past the plan's deadline ends, so that the site is there for the next round.
+"""The watchdog: a process that hangs past the plan's deadline ends, so that the site is there for the next
+round.
 
-Flower hands a site one question at a time and waits for the answer without limit: one hung process would leave
-the hospital out for ever. A round of training looks at the clock after each step (`client/answers.py`); this is
-for what never comes to look: a disk that does not answer, a library that waits for a lock. The clock is a C
-thread that needs nothing of Python's, and what it leaves in the site's log is where every thread stood.
+Flower hands a site one question at a time and waits for the answer without limit: one hung process would
+leave the hospital out for ever. A round of training looks at the clock after each step (`client/answers.py`);
+this is for what never comes to look: a disk that does not answer, a library that waits for a lock. The clock
+is a C thread that needs nothing of Python's, and what it leaves in the site's log is where every thread
+stood.
 
 Does not do: answer. The centre gave up at the deadline; it reads the next reply, not this one.
 """
@@ -18,7 +20,6 @@ GRACE_S = 30.0
 
 Watch = Callable[[Path, float], AbstractContextManager[None]]
 """Called with the site's log file and the plan's deadline in seconds; around the work of an answer."""
-
 
 
 @contextmanager

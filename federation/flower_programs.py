@@ -1,7 +1,7 @@
 """Flower's programs: where they are, and the environment in which both sides run them.
 
-Telemetry, the update check and the installation of dependencies at run time are off, everywhere. Each side has
-a FLWR_HOME of its own. Programs are those of this Python environment, never whatever PATH holds.
+Telemetry, the update check and the installation of dependencies at run time are off, everywhere. Each side
+has a FLWR_HOME of its own. Programs are those of this Python environment, never whatever PATH holds.
 
 Does not do: start anything (`processes.py`).
 Source: flwr 1.41, environment variables read at import.

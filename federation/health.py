@@ -1,7 +1,8 @@
 """Is the other side up? One question to Flower's gRPC health service, with TLS through the proxy or without.
 
-A valid answer through the proxy says at once: the network lets us out, the names and certificates on both sides
-hold, and SuperLink runs. Does not do: say whether this site is registered; only Flower's node key shows that.
+A valid answer through the proxy says at once: the network lets us out, the names and certificates on both
+sides hold, and SuperLink runs. Does not do: say whether this site is registered; only Flower's node key shows
+that.
 """
 
 import grpc
@@ -23,8 +24,8 @@ def check_health(
 ) -> None:
     """Raise `NotServing` unless the health service at `address` (host:port) says that it serves.
 
-    `ca`, `certificate`, `key`: PEM; with `ca`, over TLS, with the others, showing them. Without `ca` in clear, which
-    is for this machine only.
+    `ca`, `certificate`, `key`: PEM; with `ca`, over TLS, with the others, showing them. Without `ca` in
+    clear, which is for this machine only.
     """
     if ca is None:
         channel = grpc.insecure_channel(address)

@@ -3,8 +3,8 @@
 Each child has a name, a command, a log file, and pauses that grow from restart to restart (Flower's SuperLink
 refuses a SuperNode that was killed for up to 66 s, so giving up early would leave a hospital out). One
 supervisor per folder: the second is refused. Its state (`processes.json`) is rewritten whole at every change,
-for `status`. Children get SIGTERM when the supervisor dies, however it dies (Linux), and sit in process groups
-of their own, so that what they started dies with them.
+for `status`. Children get SIGTERM when the supervisor dies, however it dies (Linux), and sit in process
+groups of their own, so that what they started dies with them.
 
 Does not do: know Flower, read the children's logs, or decide what a child's end means.
 """
@@ -255,7 +255,8 @@ def main() -> int:
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:
-    """What the supervisor of `folder` wrote last, None if there never was one; `pid` is None unless it lives."""
+    """What the supervisor of `folder` wrote last, None if there never was one; `pid` is None unless it
+    lives."""
     path = folder / STATE_NAME
     if not path.is_file():
         return None

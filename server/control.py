@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from federation.flower_programs import environment, program
+from federation.health import NotServing, check_health
 from server.deployment import ServerConfig
 from server.run_folder import write_whole
 from server.superlink import address, home
@@ -55,14 +56,6 @@ class Control:
             f'address = "{address(config)}"\nroot-certificates = {quoted}\n',
         )
 
-    def is_up(self) -> bool:
-        """Whether SuperLink answers."""
-        try:
-            self.runs()
-        except ControlFailed:
-            return False
-        return True
-
     def runs(self) -> list[FlowerRun]:
         """Every run that SuperLink remembers."""
         told = self._flwr("list", _CONNECTION)
@@ -101,8 +94,7 @@ class Control:
 
     def log(self, run: str) -> str:
         """What the server application said so far."""
-        done = self._call("log", run, _CONNECTION, "--show")
-        return done.stdout
+        return self._call("log", run, _CONNECTION, "--show").stdout
 
     def _nodes(self) -> list[dict[str, Any]]:
         nodes: list[dict[str, Any]] = self._flwr("supernode", "list", _CONNECTION, "--verbose")["nodes"]
@@ -122,6 +114,10 @@ class Control:
         return told
 
     def _call(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        try:
+            check_health(f"127.0.0.1:{self._config.health_port}", timeout_s=2.0)
+        except NotServing:
+            raise ControlFailed("Expected SuperLink to be up; it is not (yet).") from None
         try:
             return subprocess.run(
                 [program("flwr"), *arguments],

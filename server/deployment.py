@@ -1,7 +1,7 @@
 """`server.yaml`: what the centre's own machine needs to know to run a consortium, and nothing about any run.
 
-Read strictly, as `site.yaml` is. Everything Flower starts listens on loopback only; what the network reaches is
-the proxy (`server/proxy.py`), and of that only what sites need.
+Read strictly, as `site.yaml` is. Everything Flower starts listens on loopback only; what the network reaches
+is the proxy (`server/proxy.py`), and of that only what sites need.
 
 Does not do: start anything (`server/superlink.py`), or hold a secret: keys are named by their files.
 """
@@ -30,8 +30,8 @@ class ServerConfig:
     key: Path
     """Its private key, PEM, mode 0600."""
     sites: dict[str, Path] = field(default_factory=dict)
-    """Public key of each site, OpenSSH format, as `flwr supernode register` takes it; a site that is taken out
-    here is shut out at the next start."""
+    """Public key of each site, OpenSSH format, as `flwr supernode register` takes it; a site that is taken
+    out here is shut out at the next start."""
     revoked: Path | None = None
     """The authority's list of revoked certificates, PEM; none: nobody was revoked."""
     port: int = 8443
@@ -56,8 +56,8 @@ class ServerConfig:
 def load_server_config(path: Path) -> ServerConfig:
     """Read `server.yaml`, strictly.
 
-    Raises `ValueError` naming the file, and the setting that is unknown, missing or ill-typed, or the file that
-    is not there.
+    Raises `ValueError` naming the file, and the setting that is unknown, missing or ill-typed, or the file
+    that is not there.
     """
     try:
         values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))

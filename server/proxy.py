@@ -2,7 +2,8 @@
 
 nginx with mutual TLS in front of SuperLink: the fleet routes and the health service for machines with a
 certificate of the consortium's authority that was not revoked; nothing else. Flower itself asks for no client
-certificate, and its control routes start code at every site for whoever reaches them, so this is not optional.
+certificate, and its control routes start code at every site for whoever reaches them, so this is not
+optional.
 
 Does not do: authenticate a site (SuperLink does, by the site's key), or read what passes.
 """

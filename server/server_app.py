@@ -1,8 +1,8 @@
 """The ServerApp of a deployment: reads the plan, holds the run's folder, keeps its status, runs.
 
-Run configuration: `plan` is the path of a plan's JSON, `folder` where the run goes, both on this machine. What
-ends it is written to `status.json`, so that whoever submits it (`server/submission.py`) knows whether to submit
-it again.
+Run configuration: `plan` is the path of a plan's JSON, `folder` where the run goes, both on this machine.
+What ends it is written to `status.json`, so that whoever submits it (`server/submission.py`) knows whether to
+submit it again.
 
 Does not do: a round; `server/app.py` does, for every engine.
 """

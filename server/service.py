@@ -10,7 +10,6 @@ import signal
 import time
 from pathlib import Path
 
-from federation.health import NotServing, check_health
 from federation.processes import Say, Supervisor
 from server.control import Control, ControlFailed
 from server.deployment import ServerConfig
@@ -53,9 +52,8 @@ class Service:
         if pid is None or pid == self._registered_at:
             return
         try:
-            check_health(f"127.0.0.1:{self._config.health_port}", timeout_s=1.0)
             sites = self._control.register_sites()
-        except (NotServing, ControlFailed):
+        except ControlFailed:
             return  # not yet; asked again at the next look
         self._registered_at = pid
         self._say(f"up; sites that may take part: {', '.join(sites) or 'none'}")

@@ -17,8 +17,8 @@ def add_to(commands: Any) -> None:
     start = commands.add_parser(
         "start",
         help="run Flower's SuperLink and SuperExec and the proxy, until SIGTERM or Ctrl-C",
-        description="Start and supervise everything the centre needs; what ends is started again. Sites named "
-        "in server.yaml are registered, others shut out.",
+        description="Start and supervise everything the centre needs; what ends is started again. Sites "
+        "named in server.yaml are registered, others shut out.",
     )
     _config(start)
     start.set_defaults(run=_start)
@@ -37,7 +37,7 @@ def add_to(commands: Any) -> None:
     status = commands.add_parser(
         "status",
         help="a run's rounds, sites, traffic, losses and refused replies; live in a terminal",
-        description="Show a run as it is now; in a terminal until it is over (Ctrl-C leaves it running).",
+        description="Show a run as it is now; in a terminal until it is over. Ctrl-C leaves it running.",
     )
     status.add_argument("folder", type=Path, metavar="FOLDER", help="the run's folder")
     status.add_argument("--config", type=Path, metavar="FILE", help="server.yaml: also show its processes")
@@ -107,7 +107,7 @@ def _proxy(chosen: argparse.Namespace, console: Console) -> None:
 
 
 def _poc(chosen: argparse.Namespace, console: Console) -> None:
-    # Both sides meet in `simulations` only, which the centre's code never imports: this program becomes that one.
+    # Both sides meet in `simulations` only, which the centre's code never imports: it becomes that program.
     command = [sys.executable, "-m", "simulations.poc", str(chosen.sites), str(chosen.folder)]
     os.execv(sys.executable, command)
 

@@ -1,7 +1,7 @@
 """What is going on in a run, in one small file: `status.json`, rewritten whole whenever something happens.
 
-The server application writes it (`StatusFile`), `meduet-server status` and the supervisor of the run read it. It
-repeats nothing that `metrics.json` keeps for good: this is the present, that is the record.
+The server application writes it (`StatusFile`), `meduet-server status` and the supervisor of the run read it.
+It repeats nothing that `metrics.json` keeps for good: this is the present, that is the record.
 
 Does not do: decide anything; a run goes on if nobody reads it.
 """

@@ -1,9 +1,9 @@
 """Submission: a run is submitted, watched, and submitted again until its own checkpoints say it is complete.
 
 Flower does not resume: a server application that dies, or a SuperLink that is away for a minute, ends a run.
-Ours goes on after its last checkpoint when it is submitted again, and sites answer a round that is asked twice
-in the same way; so all that is missing is somebody who submits it. The same command, given twice, watches the
-run that is under way.
+Ours goes on after its last checkpoint when it is submitted again, and sites answer a round that is asked
+twice in the same way; so all that is missing is somebody who submits it. The same command, given twice,
+watches the run that is under way.
 
 A run that died is noticed by the lock on its folder, which goes with the process, and not a minute later by
 Flower's heartbeat. A run that an operator stopped (`flwr stop`) stays stopped; one that would end in the same
@@ -55,6 +55,7 @@ class Submission:
 
     def __init__(self, control: Control, plan_path: Path, folder: Path, say: Say = lambda line: None) -> None:
         self._control, self._say, self._fresh = control, say, True
+        self._trouble = ""
         self._plan_path, self.folder = plan_path.resolve(), folder.resolve()
         try:
             self.plan = RunPlan.from_json(plan_path.read_text(encoding="utf-8"))
@@ -98,12 +99,17 @@ class Submission:
                 settings = {"plan": str(self._plan_path), "folder": str(self.folder)}
                 record.run = self._control.start(app, settings)
         except ControlFailed as error:
-            self._say(f"SuperLink does not answer; asked again in {PAUSE_S:g} s. {error}")
+            if (words := str(error)) != self._trouble:
+                self._say(f"{words} Asked again every {PAUSE_S:g} s.")
+            self._trouble = words
             return
+        self._trouble = ""
         record.submissions += 1
         self._write(record)
         again = "" if record.submissions == 1 else f" again ({record.submissions})"
-        self._say(f"submitted{again}: {self.plan.name}, plan {self.plan.sha256[:12]}, Flower's run {record.run}")
+        self._say(
+            f"submitted{again}: {self.plan.name}, plan {self.plan.sha256[:12]}, Flower's run {record.run}"
+        )
 
     def _after_an_end(self, record: _Record, run: FlowerRun | None, died: bool) -> None:
         """Decide whether a run that ended is to be submitted again; raises `RunGivenUp` if not."""
