@@ -37,7 +37,7 @@ def add_to(commands: Any) -> None:
     status = commands.add_parser(
         "status",
         help="a run's rounds, sites, traffic, losses and refused replies; live in a terminal",
-        description="Show a run as it is now; in a terminal until it is over. Ctrl-C leaves it running.",
+        description="Show a run as it is now; in a terminal until it is over.",
     )
     status.add_argument("folder", type=Path, metavar="FOLDER", help="the run's folder")
     status.add_argument("--config", type=Path, metavar="FILE", help="server.yaml: also show its processes")

@@ -129,8 +129,8 @@ class Submission:
         self._say(f"the run ended after {progress}: {what}")
         if record.failures >= ATTEMPTS:
             raise RunGivenUp(
-                f"The run ended {record.failures} times after {progress} without getting further. Last: {what} "
-                "Put this right and give the same command again."
+                f"The run ended {record.failures} times after {progress} without getting further. Last: "
+                f"{what} Put this right and give the same command again."
             )
         if run is not None and not run.finished:
             self._control.stop(run.identity)  # the application is gone, SuperLink does not know yet
