@@ -10,11 +10,8 @@ Source: flwr 1.41, `flwr/supernode/fleet_http_connection.py`; a private class, p
 
 import os
 import ssl
-from collections.abc import Sequence
-from typing import Self
+from typing import Any
 
-from flwr.supercore.protobuf.client import ProtobufClientInterceptor
-from flwr.supercore.retry import RetryInvoker
 from flwr.supernode import fleet_http_connection
 from flwr.supernode.cli.flower_supernode import flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -26,29 +23,13 @@ CERTIFICATE, KEY = "MEDUET_CLIENT_CERTIFICATE", "MEDUET_CLIENT_KEY"
 class MutualTls(FleetHttpClient):
     """Flower's client of the fleet routes, with the site's certificate."""
 
-    @classmethod
-    def from_server_address(
-        cls,
-        server_address: str,
-        insecure: bool,
-        root_certificates: bytes | str | None,
-        interceptors: Sequence[ProtobufClientInterceptor],
-        *,
-        retry_invoker: RetryInvoker | None = None,
-    ) -> Self:
-        """A client over TLS 1.3 that trusts `root_certificates` and nobody else."""
-        if insecure or not isinstance(root_certificates, bytes):
+    def __init__(self, base_url: str, *, verify: Any, **settings: Any) -> None:
+        """`verify`: Flower's TLS context, which trusts the consortium's authority and nobody else."""
+        if not isinstance(verify, ssl.SSLContext):
             raise ValueError("Expected TLS and the consortium's own root certificate.")
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.load_verify_locations(cadata=root_certificates.decode("ascii"))
-        context.load_cert_chain(os.environ[CERTIFICATE], os.environ[KEY])
-        return cls(
-            f"https://{server_address}",
-            interceptors=interceptors,
-            verify=context,
-            retry_invoker=retry_invoker,
-        )
+        verify.minimum_version = ssl.TLSVersion.TLSv1_3
+        verify.load_cert_chain(os.environ[CERTIFICATE], os.environ[KEY])
+        super().__init__(base_url, verify=verify, **settings)
 
 
 def main() -> None:

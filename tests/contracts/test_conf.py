@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hydra.errors import ConfigCompositionException
 
+from client.connection import CentreConnection
 from federation.diffusion_plan import DiffusionPlan
 from federation.finetuning import FinetunePlan, LocalFinetuning
 from federation.plan import (
@@ -22,6 +23,7 @@ from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.meduet import NetworkConfig
 from meduet_models.objective import LossWeights, ObjectiveConfig
 from server.config import CONF, compose_config, plain, plan_from
+from server.deployment import ServerConfig
 from simulations.downstream import DownstreamSettings
 from simulations.downstream_run import DownstreamRunSettings
 from simulations.settings import SimulationSettings
@@ -120,7 +122,7 @@ def test_yaml_never_names_python() -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [*PLANS, SimulationSettings, DownstreamSettings, DownstreamRunSettings],
+    [*PLANS, SimulationSettings, DownstreamSettings, DownstreamRunSettings, ServerConfig, CentreConnection],
     ids=lambda kind: kind.__name__,
 )
 def test_every_setting_has_a_sentence_and_a_reader(kind: type) -> None:

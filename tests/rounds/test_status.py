@@ -1,4 +1,4 @@
-"""The status of a run is what happened: who answered, what crossed, whose reply did not count, how it ended."""
+"""The status of a run is what happened: who answered, what crossed, whose reply was put aside, how it ended."""
 
 import io
 import json
