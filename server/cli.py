@@ -17,7 +17,7 @@ INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status (0: done, 2: refused with a line that says why)."""
+    """Run one command; returns the exit status (0: done, 1: given up, 2: refused, with a line that says why)."""
     parser = argparse.ArgumentParser(
         prog="meduet-server", description="The coordinating centre of a FedMeDUET federation."
     )
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokenizer_commands.add_to(commands)
     chosen = parser.parse_args(arguments)
     try:
-        chosen.run(chosen, Console())
+        status: int | None = chosen.run(chosen, Console())
     except ValueError as error:
         Console(stderr=True, soft_wrap=True).print(str(error), markup=False, highlight=False)
         return NOT_POSSIBLE
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "Interrupted. The same command goes on from the last checkpoint, if it made one."
         )
         return INTERRUPTED
-    return 0
+    return status or 0
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
+GIVEN_UP = 1
+"""Exit status of a run that is not complete and not submitted again: a person has to look."""
+
 
 def add_to(commands: Any) -> None:
     """Add these commands to `meduet-server`'s parser."""
@@ -75,7 +78,7 @@ def _start(chosen: argparse.Namespace, console: Console) -> None:
     Service(load_server_config(chosen.config), lambda line: _say(console, line)).run()
 
 
-def _run(chosen: argparse.Namespace, console: Console) -> None:
+def _run(chosen: argparse.Namespace, console: Console) -> int:
     from server.control import Control
     from server.deployment import load_server_config
     from server.submission import RunGivenUp, Submission
@@ -85,7 +88,9 @@ def _run(chosen: argparse.Namespace, console: Console) -> None:
     try:
         submission.see_through()
     except RunGivenUp as error:
-        raise ValueError(str(error)) from None
+        _say(console, str(error))
+        return GIVEN_UP
+    return 0
 
 
 def _status(chosen: argparse.Namespace, console: Console) -> None:

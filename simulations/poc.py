@@ -45,7 +45,7 @@ from server.run_folder import write_whole
 from server.status import read_status
 from server.submission import RunGivenUp, Submission
 from simulations.progress import Live
-from simulations.run import Simulation, prepare
+from simulations.run import Made, Simulation, prepare
 
 VALID = timedelta(days=30)
 SMALL = (
@@ -116,10 +116,13 @@ class Poc:
         return Supervisor(self.processes(), self.folder / "processes", say)
 
 
-def provision(folder: Path, overrides: Sequence[str], live: Live) -> Poc:
-    """Make hospitals, certificates and settings in `folder`. Raises `ValueError` for settings that are
-    wrong."""
-    simulation = prepare(plain(compose_config([*SMALL, *overrides, f"folder={folder / 'simulated'}"])), live)
+def provision(folder: Path, overrides: Sequence[str], live: Live, made: Made | None = None) -> Poc:
+    """Make hospitals (unless they are `made`), certificates and settings in `folder`.
+
+    Raises `ValueError` for settings that are wrong.
+    """
+    settings = compose_config([*SMALL, *overrides, f"folder={folder / 'simulated'}"])
+    simulation = prepare(plain(settings), live, made)
     plan, configs = simulation.plan, simulation.consortium.configs
     proxy = _proxy_kind()
     ports = _free_ports(3 + len(configs))
