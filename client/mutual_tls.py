@@ -34,7 +34,7 @@ class MutualTls(FleetHttpClient):
 
 def main() -> None:
     """`flower-supernode`, with the same arguments."""
-    fleet_http_connection.FleetHttpClient = MutualTls  # type: ignore[attr-defined]
+    fleet_http_connection.FleetHttpClient = MutualTls  # type: ignore[attr-defined,assignment]
     flower_supernode()
 
 

@@ -17,7 +17,7 @@ INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status (0: done, 1: given up, 2: refused, with a line that says why)."""
+    """Run one command; returns the exit status (0: done, 1: given up, 2: refused; a line says why)."""
     parser = argparse.ArgumentParser(
         prog="meduet-server", description="The coordinating centre of a FedMeDUET federation."
     )

@@ -33,8 +33,11 @@ def test_systemd_accepts_the_unit(unit: Path, tmp_path: Path) -> None:
     (tmp_path / unit.name).write_text(text)
     done = subprocess.run(
         ["systemd-analyze", "verify", str(tmp_path / unit.name)],
-        capture_output=True, text=True, check=False, env={"SYSTEMD_UNIT_PATH": f"{tmp_path}:", "PATH": "/usr/bin:/bin"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"SYSTEMD_UNIT_PATH": f"{tmp_path}:", "PATH": "/usr/bin:/bin"},
+    )
     assert done.returncode == 0, done.stderr
     ours = [line for line in done.stderr.splitlines() if "meduet" in line and unit.name in line]
     assert ours == []

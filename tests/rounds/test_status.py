@@ -1,4 +1,4 @@
-"""The status of a run is what happened: who answered, what crossed, whose reply was put aside, how it ended."""
+"""The status of a run is what happened: who answered, what crossed, who was put aside, how it ended."""
 
 import io
 import json
