@@ -58,9 +58,9 @@ def add_to(commands: Any) -> None:
 
     poc = commands.add_parser(
         "poc",
-        help="a whole consortium on this machine: real processes, TLS, simulated scans, about a minute",
-        description="Make certificates, a centre and simulated hospitals, start all of them as real processes "
-        "that talk over TLS on loopback, run a small plan, and stop. Nothing leaves this machine.",
+        help="a whole consortium on this machine: real processes, TLS, simulated scans; a minute",
+        description="Make certificates, a centre and simulated hospitals, start all of them as real "
+        "processes that talk over TLS on loopback, run a small plan, and stop. Nothing leaves this machine.",
     )
     poc.add_argument("--sites", type=int, default=3, help="number of hospitals, at least 2 (default 3)")
     poc.add_argument("--folder", type=Path, default=Path("runs/poc"), help="where it goes (runs/poc)")
