@@ -82,9 +82,9 @@ class Site(Protocol):
     def journal(self) -> Journal:
         """What left it."""
 
-    def accept(self, plan: RunPlan) -> None:
-        """Raise `AskRefused` unless this site takes part in `plan`, with the plan's tokenizer. Opens no
-        scan."""
+    def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
+        """Raise `AskRefused` unless this site takes part in `plan` now, with the plan's tokenizer; when a
+        fine-tuning is asked for, in that one. Opens no scan."""
 
     def scans(self, plan: RunPlan) -> TrainingScans:
         """The site's latents, encoding what is not cached yet."""

@@ -21,7 +21,6 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.answers import AskRefused, Site, answer_erasure, answer_probe, answer_round, answer_survey
-from client.connection import SITE_CONFIG
 from client.labelled_scans import NoLabels
 from client.release import GateRefusal, Released
 from client.site import open_site
@@ -49,6 +48,8 @@ from meduet_models.style import CohortTooSmall
 from privacy.ledger import LedgerRefusal
 
 LOG_NAME = "site.log"
+SITE_CONFIG = "site-config"
+"""Key of the SuperNode's `--node-config` that says where this hospital's site.yaml is."""
 _log = logging.getLogger(__name__)
 
 AskKind = TypeVar("AskKind", bound=Ask)

@@ -17,7 +17,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from client import service_commands
+from client import journal_commands, key_commands, plan_commands, service_commands
 
 DONE, FAILED, NOT_POSSIBLE, INTERRUPTED = 0, 1, 2, 130
 
@@ -95,6 +95,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Look at everything a run needs and encode nothing. With --plan, every scan is read.",
     )
     check.set_defaults(run=_check)
+    key_commands.add_to(commands)
+    plan_commands.add_to(commands)
+    journal_commands.add_to(commands)
     for command, needed in ((prepare, True), (check, False)):
         command.add_argument(
             "--config", type=Path, required=True, metavar="FILE", help="the site's site.yaml"

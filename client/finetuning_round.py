@@ -42,8 +42,8 @@ def answer_finetuning(
     Raises `AskRefused` when the round or a label is not one of the plan's, `WrongWeights` for another
     pretrained encoder, `NoLabels`, and `CohortTooSmall` below four labelled patients.
     """
-    site.accept(plan)
     finetuning = ask.finetuning(plan)
+    site.accept(plan, finetuning.sha256)
     if not 1 <= ask.round <= finetuning.rounds:
         raise AskRefused(
             f"Expected a round from 1 to {finetuning.rounds}; got round {ask.round}.", RefusalKind.MALFORMED

@@ -12,6 +12,7 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -20,14 +21,16 @@ import torch
 import yaml
 
 from client.answers import AskRefused
+from client.approvals import AllowedHours, Approvals
 from client.cohort import Cohort, open_cohort
 from client.cohort_memo import remembered
-from client.connection import CentreConnection, resolve_paths
 from client.latent_cache import LatentCache
 from client.latent_set import LatentSet
 from client.layouts import LayoutRules
+from federation.bundle import running_bundle
 from federation.journal import Journal
 from federation.plan import WIRE_VERSION, RunPlan, VolumePlan, build
+from federation.published_plan import plan_of
 from federation.wire import RefusalKind
 from meduet_models.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
 from privacy.ledger import Ledger
@@ -67,6 +70,13 @@ class SiteConfig:
     allow_non_private: bool = False
     """This site agrees that bounded sums without differential privacy leave it. Without this consent it takes
     part in no plan of this version, which adds no noise."""
+    plan_approval: Literal["required", "implied"] = "required"
+    """`required`: a plan runs here only after `meduet-site plan approve`, in the code it was approved with;
+    `implied`: any plan that lists this site (simulated hospitals)."""
+    allowed_hours: str = ""
+    """Hours in which an answer may begin, local time ("18:00-06:00"); empty: always."""
+    keys_dir: Path | None = None
+    """Folder of keys and certificates that `meduet-site install` wrote; none: this site does not connect."""
     tokenizer: TokenizerSpec = field(default_factory=TokenizerSpec)
     """Which tokenizer; its hash must be the plan's."""
     device: DeviceChoice = "auto"
@@ -75,8 +85,8 @@ class SiteConfig:
     """CPU threads for tensor arithmetic; 0 leaves PyTorch's choice."""
     compile: bool = False
     """Whether the network is compiled before training."""
-    centre: CentreConnection | None = None
-    """How the centre is reached; none: this site is not connected to one."""
+    port: int = 9094
+    """Port on this machine's loopback where the parts of this site talk to each other."""
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be meant."""
@@ -97,8 +107,12 @@ class SiteConfig:
             )
         if self.minimum_cohort < 1:
             raise ValueError(f"Expected minimum_cohort to be at least 1; got {self.minimum_cohort}.")
+        if not 0 < self.port < 65536:
+            raise ValueError(f"Expected port from 1 to 65535; got {self.port}.")
         if self.threads < 0:
             raise ValueError(f"Expected threads to be at least 0; got {self.threads}.")
+        if self.allowed_hours:
+            AllowedHours.parse(self.allowed_hours)
 
 
 def load_site_config(path: Path) -> SiteConfig:
@@ -116,10 +130,9 @@ def load_site_config(path: Path) -> SiteConfig:
     if not isinstance(values, dict):
         raise ValueError(f"Expected {path} to hold settings (name: value); got {values!r}.")
     folder = path.resolve().parent
-    for name in ("data_root", "state_dir", "cache_dir"):
+    for name in ("data_root", "state_dir", "cache_dir", "keys_dir"):
         if isinstance(values.get(name), str):
             values[name] = folder / Path(values[name]).expanduser()
-    resolve_paths(values.get("centre"), folder)
     spec = values.get("tokenizer")
     if isinstance(spec, dict) and isinstance(spec.get("path"), str):
         spec["path"] = str(folder / Path(spec["path"]).expanduser())
@@ -130,9 +143,10 @@ def load_site_config(path: Path) -> SiteConfig:
 
 
 def load_plan(path: Path) -> RunPlan:
-    """Read plan.json, which the centre gives to every site. Raises `ValueError` naming the file."""
+    """Read plan.json or a published plan, which the centre gives to every site. Raises `ValueError` naming
+    the file."""
     try:
-        return RunPlan.from_json(path.read_text(encoding="utf-8"))
+        return plan_of(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(
             f"Expected the plan at {path}; {error.strerror}. Ask the centre for plan.json."
@@ -187,10 +201,41 @@ class Site:
         """The site's frozen tokenizer. Raises `ValueError` when its file is absent or damaged."""
         return self._given if self._given is not None else load_tokenizer(self.config.tokenizer)
 
-    def accept(self, plan: RunPlan) -> None:
-        """Raise `AskRefused` unless the plan lists this site and was made for its tokenizer.
+    def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
+        """Raise `AskRefused` unless the plan fits this site, its people have approved it (or the fine-tuning
+        of that hash) with the code that is running, and it is an hour at which work may begin.
 
         Reads no scan.
+        """
+        self.fits(plan)
+        if self.config.plan_approval == "required":
+            self._approved(finetuning_sha256 or plan.sha256)
+        hours = self.config.allowed_hours
+        if hours and not AllowedHours.parse(hours).contain(datetime.now().time()):
+            raise AskRefused(
+                f"Expected to be asked between {hours} (site.yaml: allowed_hours). Nothing was read.",
+                RefusalKind.OUTSIDE_HOURS,
+            )
+
+    def _approved(self, sha256: str) -> None:
+        bundle = Approvals(self.state_dir).approved_bundle(sha256)
+        if bundle is None:
+            raise AskRefused(
+                f"Expected a plan that this hospital approved; nobody approved {sha256[:12]}…: meduet-site "
+                "plan show, plan approve. Nothing was read.",
+                RefusalKind.PLAN_NOT_ACCEPTED,
+            )
+        if bundle != running_bundle():
+            raise AskRefused(
+                f"Plan {sha256[:12]}… was approved with code {bundle[:12]}…; the code that runs is "
+                f"{running_bundle()[:12]}…. Nothing was read.",
+                RefusalKind.PLAN_NOT_ACCEPTED,
+            )
+
+    def fits(self, plan: RunPlan) -> None:
+        """Raise `AskRefused` unless the plan lists this site and was made for its tokenizer.
+
+        What the site does for itself (encoding, checks) needs no more. Reads no scan.
         """
         if self.name not in plan.sites:
             raise AskRefused(
@@ -258,10 +303,11 @@ class Site:
     def scans(self, plan: RunPlan, progress: SiteProgress | None = None) -> LatentSet:
         """This site's encoded scans under `plan`: opened once, encoding what is not cached.
 
-        Scans that could not be encoded join exclusions.csv. Raises `AskRefused`, before any scan is read;
+        Scans that could not be encoded join exclusions.csv. Raises `AskRefused`, before any scan is read,
+        when the plan does not fit (whether it was approved is asked by `accept`, before anything leaves);
         `ValueError` when no scan is usable; and what `cohort` and `LatentCache.encode` raise.
         """
-        self.accept(plan)
+        self.fits(plan)
         label = plan.sites.index(self.name)
         key = (plan.volumes, label)
         if key not in self._opened:

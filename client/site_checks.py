@@ -16,12 +16,15 @@ from typing import Literal
 import torch
 
 from client.answers import AskRefused
+from client.certificate_checks import certificate_check
 from client.cohort import SPLITS, Cohort
 from client.layouts import LayoutRules, survey
 from client.scans import Reason
 from client.site import Site, SiteConfig, SiteProgress, resolve_device
+from federation.certificates import utc_now
 from federation.plan import RunPlan
 from federation.survey import smallest_cohort
+from federation.wire import RefusalKind
 from privacy.chain import BrokenChain
 
 Verdict = Literal["ok", "look", "failed"]
@@ -56,6 +59,8 @@ def run_checks(
     else:
         advice = "This version adds no noise: set allow_non_private: true in site.yaml, or take no part."
         yield Check("consent", "failed", "nothing may leave without differential privacy", advice)
+    if config.keys_dir is not None:
+        yield Check("certificate", *certificate_check(config.keys_dir, config.name, utc_now()))
     data = _data(config)
     yield data
     if "failed" in (data.verdict, device.verdict):
@@ -74,11 +79,12 @@ def run_checks(
     if plan is None:
         return
     try:
-        site.accept(plan)
+        site.fits(plan)
         yield Check("plan", "ok", f"{plan.name}, {plan.sha256[:12]}…, lists {site.name}, same tokenizer")
     except AskRefused as error:
         yield Check("plan", "failed", str(error), "Ask the centre for the plan of your consortium.")
         return
+    yield _approval(site, plan)
     try:
         cohort = site.cohort(plan.volumes, progress)
     except ValueError as error:
@@ -86,6 +92,17 @@ def run_checks(
         return
     yield from _cohort(cohort, plan, config)
     yield from _cache(site, cohort, plan)
+
+
+def _approval(site: Site, plan: RunPlan) -> Check:
+    try:
+        site.accept(plan)
+    except AskRefused as error:
+        if error.kind is RefusalKind.OUTSIDE_HOURS:
+            return Check("approval", "ok", f"approved; questions wait for {site.config.allowed_hours}")
+        return Check("approval", "look", str(error), "Read it: meduet-site plan show; then plan approve.")
+    implied = site.config.plan_approval == "implied"
+    return Check("approval", "ok", "implied by site.yaml" if implied else "approved, with this code")
 
 
 def _device(config: SiteConfig) -> Check:

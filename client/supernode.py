@@ -9,16 +9,18 @@ Source: flwr 1.41, `flower-supernode --help`.
 """
 
 import json
-import os
 import stat
 import sys
 from pathlib import Path
 
+import meduet_models.tokenizer
 from client import mutual_tls
-from client.connection import SITE_CONFIG, CentreConnection
+from client.app import SITE_CONFIG
+from client.keys import NODE_KEY, SiteKeys
 from client.site import SiteConfig
-from federation.certificates import node_key, read_key
-from federation.flower_programs import EXIT_MEANINGS, environment, program, secret_file
+from federation.certificates import utc_now
+from federation.flower_programs import EXIT_MEANINGS, EXIT_PATTERN, environment, program, secret_file
+from federation.kits import AUTHORITY, CERTIFICATE, KEY
 from federation.processes import ChildProcess
 
 SUPERNODE, SUPEREXEC = "supernode", "superexec"
@@ -28,75 +30,72 @@ FOLDER = "processes"
 def supernode_processes(config: SiteConfig, config_path: Path) -> tuple[ChildProcess, ...]:
     """SuperNode and SuperExec of the site that `config_path` describes, in the order of their start.
 
-    Raises `ValueError` when site.yaml does not say where the centre is, a file is absent or readable by
-    others, or the tokenizer would not be found by the application.
+    Raises `ValueError` when there are no keys, they do not belong together, are not valid now or can be read
+    by others, or when the application would not find the tokenizer.
     """
-    centre = _usable(config)
+    keys = _usable_keys(config)
+    _check_tokenizer(config)
     folder = config.state_dir / FOLDER
     variables = environment(folder / "flower")
     secret = str(secret_file(folder / "superexec.secret"))
-    runtime = f"127.0.0.1:{centre.port}"
     supernode = ChildProcess(
         name=SUPERNODE,
         # -P: this file's folder must not be searched for modules; it has names that others use
         command=(
             *(sys.executable, "-P", mutual_tls.__file__),
-            *("--superlink", centre.address, "--root-certificates", str(centre.ca)),
-            *("--auth-supernode-private-key", str(_node_key_file(centre, folder))),
+            *("--superlink", keys.connection.server),
+            *("--root-certificates", str(keys.folder / AUTHORITY)),
+            *("--auth-supernode-private-key", str(keys.folder / NODE_KEY)),
             *("--node-config", f"{SITE_CONFIG}={json.dumps(str(config_path.resolve()))}"),
             *("--isolation", "process", "--superexec-auth-secret-file", secret),
-            *("--host", "127.0.0.1", "--port", str(centre.port)),
+            *("--host", "127.0.0.1", "--port", str(config.port)),
         ),
         environment={
             **variables,
-            mutual_tls.CERTIFICATE: str(centre.certificate),
-            mutual_tls.KEY: str(centre.key),
+            mutual_tls.CERTIFICATE: str(keys.folder / CERTIFICATE),
+            mutual_tls.KEY: str(keys.folder / KEY),
         },
         meanings=EXIT_MEANINGS,
+        exit_pattern=EXIT_PATTERN,
     )
     superexec = ChildProcess(
         name=SUPEREXEC,
         command=(
             program("flower-superexec"),
-            *("--runtime-api-address", runtime, "--insecure"),  # loopback, and with the secret
+            *("--runtime-api-address", f"127.0.0.1:{config.port}", "--insecure"),  # loopback, and the secret
             *("--superexec-auth-secret-file", secret),
         ),
         environment=variables,
         meanings=EXIT_MEANINGS,
+        exit_pattern=EXIT_PATTERN,
     )
     return supernode, superexec
 
 
-def _usable(config: SiteConfig) -> CentreConnection:
-    centre = config.centre
-    if centre is None:
+def _usable_keys(config: SiteConfig) -> SiteKeys:
+    if config.keys_dir is None:
         raise ValueError(
-            "Expected a section `centre` in site.yaml (address, ca, certificate, key); there is none. "
-            "The start-up kit has it."
+            "Expected keys_dir in site.yaml; there is none. `meduet-site install` makes it from the start-up "
+            "kit."
         )
-    for name, path in (("ca", centre.ca), ("certificate", centre.certificate), ("key", centre.key)):
-        if not path.is_file():
-            raise ValueError(f"Expected centre.{name} in site.yaml to name a file; nothing is at {path}.")
-    if stat.S_IMODE(centre.key.stat().st_mode) & 0o077:
-        raise ValueError(f"Expected {centre.key} to be its owner's alone; do: chmod 600 {centre.key}")
-    if config.tokenizer.kind == "shipped":
-        import meduet_models.tokenizer
+    keys = SiteKeys.open(config.keys_dir)
+    keys.check(utc_now())
+    if keys.connection.site != config.name:
+        raise ValueError(
+            f"Expected keys of {config.name!r} (site.yaml: name) in {config.keys_dir}; they are of "
+            f"{keys.connection.site!r}."
+        )
+    for name in (KEY, NODE_KEY):
+        if stat.S_IMODE((path := keys.folder / name).stat().st_mode) & 0o077:
+            raise ValueError(f"Expected {path} to be its owner's alone; do: chmod 600 {path}")
+    return keys
 
-        here = Path(meduet_models.tokenizer.__file__).with_name(
-            f"tokenizer_{config.tokenizer.channels}ch.safetensors"
-        )
+
+def _check_tokenizer(config: SiteConfig) -> None:
+    spec = config.tokenizer
+    if spec.kind == "shipped":
+        here = Path(meduet_models.tokenizer.__file__).with_name(f"tokenizer_{spec.channels}ch.safetensors")
         raise ValueError(
             "Expected a tokenizer file in site.yaml: the application that the centre sends is code only. "
-            f"Write: tokenizer: {{kind: file, path: {here}, channels: {config.tokenizer.channels}}}"
+            f"Write: tokenizer: {{kind: file, path: {here}, channels: {spec.channels}}}"
         )
-    return centre
-
-
-def _node_key_file(centre: CentreConnection, folder: Path) -> Path:
-    """The site's key in Flower's format, written anew at every start."""
-    path = folder / "node.key"
-    path.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(node_key(read_key(centre.key.read_bytes())))
-    return path

@@ -1,11 +1,11 @@
-"""Certificates of a consortium: one authority of its own, one certificate per machine, ECDSA P-384 throughout.
+"""Certificates of a consortium: one authority of its own, a certificate per machine, ECDSA P-384 throughout.
 
 The authority signs the server's certificate (names and addresses it is reached by) and one client certificate
 per site (its name in plans), which the reverse proxy asks for (mutual TLS). A site has one key pair, in two
 encodings: PKCS #8 for TLS, OpenSSH for Flower's node authentication. One, not two, because then a signing
-request carries everything the centre has to know, one fingerprint is compared over the telephone, the key that
-Flower registers is the key of the certificate by construction, and revoking the site revokes both. The two
-uses cannot be confused: TLS 1.3 signs under its own context string, Flower a bare time stamp.
+request carries everything the centre has to know, one fingerprint is compared over the telephone, the key
+that Flower registers is the key of the certificate by construction, and revoking the site revokes both. The
+two uses cannot be confused: TLS 1.3 signs under its own context string, Flower a bare time stamp.
 
 Does not do: read or write files (`federation/key_files.py`), keep books (`server/provisioning.py`), or use
 any trust root but the consortium's own. Renewing keeps the key and the authority; a new key needs a request.
@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
     load_pem_private_key,
+    load_ssh_private_key,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
@@ -64,7 +65,7 @@ class Authority:
 
     @staticmethod
     def create(consortium: str, days: int, now: datetime) -> "Authority":
-        """A new trust root for `consortium`, valid for `days`. It may sign leaves only, no other authority."""
+        """A new trust root for `consortium`, valid for `days`. It may sign no other authority."""
         key = new_key()
         name = _common_name(checked_name(consortium))
         builder = _builder(name, key.public_key(), now, now + timedelta(days=days)).issuer_name(name)
@@ -94,8 +95,8 @@ class Authority:
     ) -> x509.CertificateRevocationList:
         """The list of revoked serial numbers, each with when it was revoked.
 
-        It is read from the centre's own disk and written anew with each revocation, so it lasts as long as the
-        authority: a list that lapsed would lock every site out.
+        It is read from the centre's own disk and written anew with each revocation, so it lasts as long as
+        the authority: a list that lapsed would lock every site out.
         """
         builder = (
             x509.CertificateRevocationListBuilder()
@@ -120,7 +121,8 @@ class Authority:
         not_after: datetime,
         now: datetime,
     ) -> x509.Certificate:
-        if not now < not_after <= (last := expiry(self.certificate)):
+        last = expiry(self.certificate)
+        if not now < not_after <= last:
             raise CertificateRefused(
                 f"Expected the certificate of {subject!r} to end after now and not after its authority "
                 f"({last:%Y-%m-%d}); got {not_after:%Y-%m-%d}."
@@ -201,8 +203,8 @@ def check_certificate(
         )
     if now > ends:
         raise CertificateRefused(
-            f"Expected a certificate that is valid now; it ended {ends:%Y-%m-%d %H:%M} UTC. Ask the centre to "
-            "renew it."
+            f"Expected a certificate that is valid now; it ended {ends:%Y-%m-%d %H:%M} UTC. Ask the "
+            "centre to renew it."
         )
     builder = PolicyBuilder().store(Store([authority])).time(now)
     try:
@@ -275,9 +277,10 @@ def key_pem(key: PrivateKey) -> bytes:
 
 
 def read_key(pem: bytes) -> PrivateKey:
-    """A private key from PKCS #8; raises `CertificateRefused` when it is not one on P-384."""
+    """A private key on P-384 from PKCS #8 or OpenSSH's format; raises `CertificateRefused`."""
+    load = load_ssh_private_key if b"OPENSSH" in pem[:40] else load_pem_private_key
     try:
-        key = load_pem_private_key(pem, password=None)
+        key = load(pem, password=None)
     except (ValueError, TypeError) as error:
         raise CertificateRefused(f"Expected a private key in PEM; {_line(error)}.") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):

@@ -17,7 +17,9 @@ EXIT_MEANINGS = {
     305: "the centre refuses this site: not registered, revoked, wrong certificates, or still seen as online "
     "(up to 66 s after a crash)",
 }
-"""Flower's exit statuses that an operator meets, in words; https://flower.ai/docs, exit codes."""
+"""Flower's exit codes that an operator meets, in words; https://flower.ai/docs, exit codes."""
+EXIT_PATTERN = r"Exit Code: (\d+)"
+"""How Flower's programs tell their exit code: in words; the status that the system sees is 1 for all."""
 
 
 def program(name: str) -> str:

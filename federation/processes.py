@@ -6,7 +6,7 @@ supervisor per folder: the second is refused. Its state (`processes.json`) is re
 for `status`. Children get SIGTERM when the supervisor dies, however it dies (Linux), and sit in process
 groups of their own, so that what they started dies with them.
 
-Does not do: know Flower, read the children's logs, or decide what a child's end means.
+Does not do: know Flower, or decide what a child's end means.
 """
 
 import ctypes
@@ -14,6 +14,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,6 +36,7 @@ STEADY_S = 60.0
 GRACE_S = 10.0
 """Seconds between SIGTERM and SIGKILL."""
 _TICK_S = 0.2
+_TAIL_BYTES = 20_000
 _PR_SET_PDEATHSIG = 1
 
 Say = Callable[[str], None]
@@ -56,6 +58,9 @@ class ChildProcess:
     """Variables on top of the supervisor's own."""
     meanings: Mapping[int, str] = field(default_factory=dict)
     """What this program's exit statuses mean, in the reader's words."""
+    exit_pattern: str = ""
+    """Regular expression for the exit status in what the program wrote, for one that tells it there; group 1
+    is the number. Empty: the status that the system sees."""
 
 
 @dataclass
@@ -64,6 +69,7 @@ class _Running:
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
     next_start: float = 0.0
+    log_start: int = 0
     restarts: int = 0
     in_a_row: int = 0
     last_exit: int | None = None
@@ -170,7 +176,8 @@ class Supervisor:
 
     def _start(self, running: _Running) -> None:
         child = running.child
-        with (self.folder / f"{child.name}.log").open("ab") as log:
+        with self._log(running).open("ab") as log:
+            running.log_start = log.tell()
             running.process = subprocess.Popen(
                 child.command,
                 stdin=subprocess.DEVNULL,
@@ -187,6 +194,7 @@ class Supervisor:
         _signal_group(running, signal.SIGKILL, whole=True)  # what it started and left behind
         if now - running.started >= STEADY_S:
             running.in_a_row = 0
+        status = self._told_status(running, status)
         pause = self._pauses_s[min(running.in_a_row, len(self._pauses_s) - 1)]
         running.process, running.last_exit, running.next_start = None, status, now + pause
         meaning = running.child.meanings.get(status, "")
@@ -194,6 +202,18 @@ class Supervisor:
             f"{running.child.name} ended ({_status_words(status)}{': ' if meaning else ''}{meaning}); "
             f"again in {pause:g} s, see {running.child.name}.log"
         )
+
+    def _told_status(self, running: _Running, status: int) -> int:
+        """The status that the program told in words, if it tells one and did, else the system's."""
+        if not running.child.exit_pattern or status <= 0:
+            return status
+        with self._log(running).open("rb") as log:
+            log.seek(max(running.log_start, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            told = re.findall(running.child.exit_pattern, log.read().decode("utf-8", "replace"))
+        return int(told[-1]) if told else status
+
+    def _log(self, running: _Running) -> Path:
+        return self.folder / f"{running.child.name}.log"
 
     def _write(self, stopped: bool = False) -> None:
         processes = {

@@ -24,6 +24,7 @@ class RefusalKind(StrEnum):
     """Why a site does not answer. Closed: an exception's own words never leave the site."""
 
     PLAN_NOT_ACCEPTED = "plan_not_accepted"
+    OUTSIDE_HOURS = "outside_hours"
     WRONG_VERSION = "wrong_version"
     MALFORMED = "malformed"
     WRONG_TOKENIZER = "wrong_tokenizer"

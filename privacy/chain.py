@@ -13,7 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -54,7 +54,7 @@ class Chain:
 
     def __init__(self, path: Path, purpose: str) -> None:
         self.path = path
-        self._genesis = hashlib.sha256(f"fedmeduet {purpose}".encode()).hexdigest()
+        self._genesis = _genesis(purpose)
         self._head = self._genesis
         self._count = 0
         self._stamp = (-1, -1)  # size and time of the file when last read; -1: not read yet
@@ -81,7 +81,7 @@ class Chain:
         """All lines, in order, verified; raises `BrokenChain` naming the line."""
         with self._locked() as descriptor:
             content = _read(descriptor)
-        return self._parse(content)
+        return _parse(content, self.path, self._genesis)
 
     def verify(self, head: str | None = None) -> int:
         """Check every line and return their number; with `head`, also that the chain still holds that line.
@@ -89,11 +89,8 @@ class Chain:
         Raises `BrokenChain` naming the first bad line.
         """
         entries = self.entries()
-        if head is not None and head not in {entry.sha256 for entry in entries}:
-            raise BrokenChain(
-                f"{self.path}: expected a line with hash {head[:12]}…, found none in {len(entries)} lines; "
-                "lines were cut off the end or the file was rewritten."
-            )
+        if head is not None:
+            held(self.path, entries, head)
         return len(entries)
 
     @contextmanager
@@ -111,7 +108,7 @@ class Chain:
             return
         content = _read(descriptor)
         whole = content[: content.rfind(b"\n") + 1]
-        entries = self._parse(whole)
+        entries = _parse(whole, self.path, self._genesis)
         self._count = len(entries)
         self._head = entries[-1].sha256 if entries else self._genesis
         self._stamp = _stamp(descriptor)
@@ -137,24 +134,51 @@ class Chain:
         self._head, self._count, self._stamp = sha256, self._count + 1, _stamp(descriptor)
         return sha256
 
-    def _parse(self, content: bytes) -> list[Entry]:
-        entries: list[Entry] = []
-        previous = self._genesis
-        lines = content.split(b"\n")
-        if lines.pop():
-            raise self._broken(len(lines), "is cut off")
-        for index, line in enumerate(lines):
-            entry = _entry(line)
-            if entry is None:
-                raise self._broken(index, "is not an entry or was edited")
-            if entry.previous != previous or entry.index != index:
-                raise self._broken(index, f"does not follow line {index}; lines were removed or moved")
-            entries.append(entry)
-            previous = entry.sha256
-        return entries
 
-    def _broken(self, index: int, what: str) -> BrokenChain:
-        return BrokenChain(f"{self.path}: line {index + 1} {what}. Keep it as evidence and restore a backup.")
+def read_chain(path: Path, purpose: str) -> list[Entry]:
+    """All lines of the chain at `path`, verified; nothing is written, and a torn last line is not repaired.
+
+    Raises `BrokenChain` naming the line, and `ValueError` when there is no such file.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"Expected a {purpose} at {path}; {error.strerror}.") from None
+    return _parse(content, path, _genesis(purpose))
+
+
+def held(path: Path, entries: Sequence[Entry], head: str) -> None:
+    """Raise `BrokenChain` unless the line with hash `head` is among the `entries` of the file `path`."""
+    if head not in {entry.sha256 for entry in entries}:
+        raise BrokenChain(
+            f"{path}: expected a line with hash {head[:12]}…, found none in {len(entries)} lines; "
+            "lines were cut off the end or the file was rewritten."
+        )
+
+
+def _genesis(purpose: str) -> str:
+    return hashlib.sha256(f"fedmeduet {purpose}".encode()).hexdigest()
+
+
+def _parse(content: bytes, path: Path, genesis: str) -> list[Entry]:
+    entries: list[Entry] = []
+    previous = genesis
+    lines = content.split(b"\n")
+    if lines.pop():
+        raise _broken(path, len(lines), "is cut off")
+    for index, line in enumerate(lines):
+        entry = _entry(line)
+        if entry is None:
+            raise _broken(path, index, "is not an entry or was edited")
+        if entry.previous != previous or entry.index != index:
+            raise _broken(path, index, f"does not follow line {index}; lines were removed or moved")
+        entries.append(entry)
+        previous = entry.sha256
+    return entries
+
+
+def _broken(path: Path, index: int, what: str) -> BrokenChain:
+    return BrokenChain(f"{path}: line {index + 1} {what}. Keep it as evidence and restore a backup.")
 
 
 def _read(descriptor: int) -> bytes:

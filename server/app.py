@@ -24,6 +24,7 @@ from flwr.serverapp import Grid
 from federation.journal import Journal
 from federation.messages import ERASURE, SURVEY, ErasureAsk, ErasureReply, SurveyAsk, SurveyReply, Tensors
 from federation.plan import RunPlan
+from federation.reply_book import ReplyBook
 from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
 from server.checkpoints import Checkpoint, Checkpoints
 from server.model import MeduetModel, SharedModel
@@ -100,11 +101,12 @@ class _Run:
         self.grid, self.plan, self.folder, self.model, self.observer = grid, plan, folder, model, observer
         self.roster = Roster(plan.participants)
         self.checkpoints = Checkpoints(folder / "checkpoints", plan.sha256)
-        self.probes = FederatedProbes(grid, self.roster, plan)
+        self.book = ReplyBook()
+        self.probes = FederatedProbes(grid, self.roster, plan, self.book)
 
     def complete(self, resume: bool) -> RunResult:
         claim(self.folder, self.plan)
-        self.journal = Journal(self.folder / "journal.jsonl")
+        self.journal = self.book.journal = Journal(self.folder / "journal.jsonl")
         last = self.checkpoints.latest()
         if last is not None and not resume:
             raise ValueError(
@@ -135,6 +137,7 @@ class _Run:
                 ask,
                 SurveyReply.from_record,
                 self.model.check_survey,
+                self.book,
             )
             surveyed = self.model.after_survey(shared, replies)
             shared, bank = surveyed.shared, surveyed.bank
@@ -155,6 +158,7 @@ class _Run:
             home=self.model.start()[1],
             roster=self.roster,
             folder=self.folder,
+            book=self.book,
             on_reply=self.observer.on_site_reply,
         )
         strategy.optimiser.load(last.optimiser)
@@ -196,6 +200,7 @@ class _Run:
                 ask,
                 ErasureReply.from_record,
                 self.model.check_erasure,
+                self.book,
             )
             shared, summary = self.model.after_erasure(shared, replies)
             erasure = {**summary, "refused": refused}

@@ -10,7 +10,13 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from server import service_commands, tokenizer_commands
+from server import (
+    journal_commands,
+    plan_commands,
+    provisioning_commands,
+    service_commands,
+    tokenizer_commands,
+)
 
 NOT_POSSIBLE = 2  # exit status when the arguments or a file are not what was expected
 INTERRUPTED = 130
@@ -24,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     service_commands.add_to(commands)
     tokenizer_commands.add_to(commands)
+    provisioning_commands.add_to(commands)
+    plan_commands.add_to(commands)
+    journal_commands.add_to(commands)
     chosen = parser.parse_args(arguments)
     try:
         status: int | None = chosen.run(chosen, Console())

@@ -62,22 +62,21 @@ class Control:
         return [FlowerRun(str(run["run-id"]), str(run["status"])) for run in told["runs"]]
 
     def register_sites(self) -> dict[str, str]:
-        """Make the sites that may take part those of the settings, whoever was before; node id by site.
+        """Make the sites that may take part those of the consortium's folder; node id by site.
 
-        A site whose key is another is registered anew, one that is no longer named is shut out.
+        A site whose key is another is registered anew, one that was revoked or is gone is shut out.
         """
         path = self._config.state_dir / _NODES
         known: dict[str, dict[str, str]] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
         listed = {str(node["node-id"]): str(node["status"]) for node in self._nodes()}
         known = {n: e for n, e in known.items() if listed.get(e["node"], "unregistered") != "unregistered"}
-        keys = {name: file.read_text(encoding="utf-8").strip() for name, file in self._config.sites.items()}
+        files = self._config.site_keys()
+        keys = {name: file.read_text(encoding="utf-8").strip() for name, file in files.items()}
         for name in [name for name, entry in known.items() if keys.get(name) != entry["key"]]:
             self._flwr("supernode", "unregister", known.pop(name)["node"], _CONNECTION)
         for name, key in keys.items():
             if name not in known:
-                told = self._flwr(
-                    "supernode", "register", str(self._config.sites[name]), _CONNECTION, "--name", name
-                )
+                told = self._flwr("supernode", "register", str(files[name]), _CONNECTION, "--name", name)
                 known[name] = {"node": str(told["node-id"]), "key": key}
         write_whole(path, json.dumps(known, indent=1) + "\n")
         return {name: entry["node"] for name, entry in known.items()}

@@ -19,6 +19,7 @@ from federation.finetuning import FINETUNE, FinetuneAsk, FinetunePlan, FinetuneR
 from federation.journal import Journal
 from federation.messages import Tensors
 from federation.plan import RunPlan
+from federation.reply_book import ReplyBook
 from meduet_models.downstream import (
     ClassificationNetwork,
     SegmentationNetwork,
@@ -86,6 +87,7 @@ def run_finetuning(
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(folder / "checkpoints", finetuning.sha256)
     journal = Journal(folder / "journal.jsonl")
+    book = ReplyBook(journal)
     last = checkpoints.latest() or Checkpoint(
         plan_sha256=finetuning.sha256,
         round=0,
@@ -99,7 +101,7 @@ def run_finetuning(
     write_whole(folder / "finetuning.json", finetuning.to_json())
     roster = Roster(plan.participants)
     for round in range(last.round + 1, finetuning.rounds + 1):
-        trained, report = _round(grid, roster, plan, finetuning, round, last.shared, fixed)
+        trained, report = _round(grid, roster, book, plan, finetuning, round, last.shared, fixed)
         metrics = {"rounds": [*last.metrics["rounds"], report]}
         last = Checkpoint(
             plan_sha256=finetuning.sha256,
@@ -127,6 +129,7 @@ def run_finetuning(
 def _round(
     grid: Grid,
     roster: Roster,
+    book: ReplyBook,
     plan: RunPlan,
     finetuning: FinetunePlan,
     round: int,
@@ -151,7 +154,7 @@ def _round(
         fixed=fixed,
     )
     replies, refused = ask_sites(
-        grid, roster, plan, FINETUNE, ask.to_record(), FinetuneReply.from_record, fold
+        grid, roster, plan, FINETUNE, ask.to_record(), FinetuneReply.from_record, fold, book
     )
     mean = total.mean()
     sites = {site: {"examples": reply.examples, **reply.metrics} for site, reply in replies.items()}

@@ -42,6 +42,7 @@ from federation.probing import (
     sums_bound,
     sums_shapes,
 )
+from federation.reply_book import ReplyBook
 from federation.survey import smallest_cohort
 from meduet_models.bank import StyleBank
 from meduet_models.probe_sums import explained_from_sums, pooled_folds, site_probes_by_fold
@@ -58,8 +59,8 @@ _ROUNDING = 1 + 1e-6
 class FederatedProbes:
     """Asks the sites of a run, every few rounds."""
 
-    def __init__(self, grid: Grid, roster: Roster, plan: RunPlan) -> None:
-        self._grid, self._roster, self._plan = grid, roster, plan
+    def __init__(self, grid: Grid, roster: Roster, plan: RunPlan, book: ReplyBook) -> None:
+        self._grid, self._roster, self._plan, self._book = grid, roster, plan, book
 
     def due(self, round: int) -> bool:
         """Whether a round is followed by probes."""
@@ -102,6 +103,7 @@ class FederatedProbes:
             ask.to_record(),
             ProbeReply.from_record,
             check,
+            self._book,
             stops=False,
         )
 

@@ -52,6 +52,15 @@ def nginx() -> str:
     return found
 
 
+def nginx_is_there() -> bool:
+    """Whether nginx is installed here."""
+    try:
+        nginx()
+    except ValueError:
+        return False
+    return True
+
+
 def proxy_process(config: ServerConfig) -> ChildProcess:
     """nginx for this centre, its configuration written to the state folder. Raises `ValueError`."""
     path = config.state_dir / "nginx.conf"
@@ -62,5 +71,4 @@ def proxy_process(config: ServerConfig) -> ChildProcess:
 
 def watched_files(config: ServerConfig) -> tuple[Path, ...]:
     """Files that nginx reads when it starts, and must read again when they change."""
-    files = (config.ca, config.certificate, config.key)
-    return files if config.revoked is None else (*files, config.revoked)
+    return config.ca, config.certificate, config.key, config.revoked

@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 
 from federation.messages import MessageError, Refusal, kind_of
 from federation.plan import RunPlan
+from federation.reply_book import ReplyBook
 from strategies.aggregation import ReplyRefused
 from strategies.quorum import Roster, check_quorum, needed, wait_for_nodes
 from strategies.streaming_grid import StreamingGrid
@@ -44,12 +45,13 @@ def ask_sites(
     question: RecordDict,
     read: Callable[[RecordDict], Reply],
     check: Callable[[Reply], None],
+    book: ReplyBook,
     stops: bool = True,
 ) -> tuple[dict[str, Reply], dict[str, str]]:
     """Valid replies by site, in the plan's order, and who was put aside why.
 
-    `read` and `check` raise `ValueError` on a reply that is not to be used. Raises `RoundFailed` below the
-    quorum; without `stops`, the run goes on with whoever answered.
+    `read` and `check` raise `ValueError` on a reply that is not to be used; the others are entered in `book`.
+    Raises `RoundFailed` below the quorum; without `stops`, the run goes on with whoever answered.
     """
     settings = plan.aggregation
     least = needed(settings.quorum, len(roster.sites)) if stops else 1
@@ -64,7 +66,9 @@ def ask_sites(
             reply = _read(message, node, roster, plan, read)
             if reply.site in replies:
                 raise ReplyRefused(f"Expected one reply of {reply.site!r}; got a second.")
+            draft = book.draft(message_type, reply)
             check(reply)
+            book.enter(draft)
             replies[reply.site] = reply
         except ValueError as error:
             refused[roster.name(node)] = str(error)

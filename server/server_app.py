@@ -1,6 +1,6 @@
 """The ServerApp of a deployment: reads the plan, holds the run's folder, keeps its status, runs.
 
-Run configuration: `plan` is the path of a plan's JSON, `folder` where the run goes, both on this machine.
+Run configuration: `plan` is the path of a plan, `folder` where the run goes, both on this machine.
 What ends it is written to `status.json`, so that whoever submits it (`server/submission.py`) knows whether to
 submit it again.
 
@@ -14,6 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from federation.plan import RunPlan
 from server.app import run
+from server.plans import plan_to_run
 from server.run_folder import held
 from server.status import StatusFile
 
@@ -29,8 +30,7 @@ def main(grid: Grid, context: Context) -> None:
             "Expected the run configuration to name plan=<path of plan.json> and folder=<folder of the run>, "
             "both on the centre's machine."
         )
-    plan = RunPlan.from_json(Path(plan_path).read_text(encoding="utf-8"))
-    run_in_folder(grid, plan, Path(folder))
+    run_in_folder(grid, plan_to_run(Path(plan_path)), Path(folder))
 
 
 def run_in_folder(grid: Grid, plan: RunPlan, folder: Path) -> None:

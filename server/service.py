@@ -1,7 +1,8 @@
 """The centre as a service: SuperLink, SuperExec and the proxy under one supervisor, until it is told to stop.
 
-Whenever SuperLink has come up, the sites of `server.yaml` are registered. When a certificate or the list of
-revoked ones changes on disk, the proxy reads it again; nobody has to restart anything.
+Whenever SuperLink has come up, or a certificate, a site or the list of revoked ones has changed on disk, the
+sites that may take part are registered and others shut out, and the proxy reads its files again. Nobody has
+to restart anything, but for a new certificate of the server itself, which SuperLink reads when it starts.
 
 Does not do: start a run (`server/submission.py`).
 """
@@ -17,6 +18,7 @@ from server.proxy import PROXY, proxy_process, watched_files
 from server.superlink import SUPERLINK, superlink_processes
 
 _LOOK_S = 1.0
+Times = dict[Path, int]
 
 
 class Service:
@@ -29,36 +31,40 @@ class Service:
             children = (*children, proxy_process(config))
         self._supervisor = Supervisor(children, config.state_dir, say)
         self._control = Control(config)
-        self._registered_at: int | None = None
-        self._seen = self._times()
+        self._registered: tuple[int, Times] | None = None
+        self._proxied = _times(watched_files(config))
         self._next_look = 0.0
 
     def run(self) -> None:
         """Run until SIGTERM or SIGINT. Raises `AlreadySupervised`."""
         with self._supervisor:
             self._say(f"starting; logs in {self._config.state_dir}")
-            self._supervisor.run(self._on_tick)
+            self._supervisor.run(self.look)
             self._say("stopping")
 
-    def _on_tick(self) -> None:
+    def look(self) -> None:
+        """Do what a change on disk, or of SuperLink, asks for; at most once a second."""
         if time.monotonic() < self._next_look:
             return
         self._next_look = time.monotonic() + _LOOK_S
-        if self._config.proxy == "nginx" and (times := self._times()) != self._seen:
-            self._seen = times
+        if self._config.proxy == "nginx" and (now := _times(watched_files(self._config))) != self._proxied:
+            self._proxied = now
             self._supervisor.signal_child(PROXY, signal.SIGHUP)
             self._say("certificates changed on disk; the proxy reads them again")
         pid = self._supervisor.pid(SUPERLINK)
-        if pid is None or pid == self._registered_at:
+        if pid is None:
+            return
+        sites = _times([*self._config.consortium.glob("sites/*/*"), self._config.revoked])
+        if (pid, sites) == self._registered:
             return
         try:
-            sites = self._control.register_sites()
+            names = self._control.register_sites()
         except ControlFailed:
             return  # not yet; asked again at the next look
-        self._registered_at = pid
-        self._say(f"up; sites that may take part: {', '.join(sites) or 'none'}")
+        self._registered = (pid, sites)
+        self._say(f"up; sites that may take part: {', '.join(names) or 'none'}")
 
-    def _times(self) -> dict[Path, int]:
-        return {
-            path: path.stat().st_mtime_ns if path.is_file() else 0 for path in watched_files(self._config)
-        }
+
+def _times(paths: "list[Path] | tuple[Path, ...]") -> Times:
+    """When each of the files was written last; 0 for one that is not there."""
+    return {path: path.stat().st_mtime_ns if path.is_file() else 0 for path in paths}

@@ -63,7 +63,10 @@ def add_to(commands: Any) -> None:
         "processes that talk over TLS on loopback, run a small plan, and stop. Nothing leaves this machine.",
     )
     poc.add_argument("--sites", type=int, default=3, help="number of hospitals, at least 2 (default 3)")
-    poc.add_argument("--folder", type=Path, default=Path("runs/poc"), help="where it goes (runs/poc)")
+    poc.add_argument(
+        "--folder", type=Path, default=Path("~/meduet-poc"), metavar="DIR",
+        help="where it goes (~/meduet-poc); not in a git work tree, because it gets keys",
+    )  # fmt: skip
     poc.set_defaults(run=_poc)
 
 
@@ -113,7 +116,7 @@ def _proxy(chosen: argparse.Namespace, console: Console) -> None:
 
 def _poc(chosen: argparse.Namespace, console: Console) -> None:
     # Both sides meet in `simulations` only, which the centre's code never imports: it becomes that program.
-    command = [sys.executable, "-m", "simulations.poc", str(chosen.sites), str(chosen.folder)]
+    command = [sys.executable, "-m", "simulations.poc", str(chosen.sites), str(chosen.folder.expanduser())]
     os.execv(sys.executable, command)
 
 

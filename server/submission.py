@@ -20,11 +20,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from federation.plan import RunPlan
 from federation.processes import Say
 from server.app_folder import write_app_folder
 from server.checkpoints import Checkpoints
 from server.control import Control, ControlFailed, FlowerRun
+from server.plans import plan_to_run
 from server.run_folder import is_complete, is_held, write_whole
 from server.status import read_status
 
@@ -57,10 +57,7 @@ class Submission:
         self._control, self._say, self._fresh = control, say, True
         self._trouble = ""
         self._plan_path, self.folder = plan_path.resolve(), folder.resolve()
-        try:
-            self.plan = RunPlan.from_json(plan_path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"Expected a plan at {plan_path}; {error.strerror}.") from None
+        self.plan = plan_to_run(plan_path)
 
     def see_through(self, while_waiting: Callable[[], None] = lambda: None) -> None:
         """Return when the run is complete; `while_waiting` is called twice a second.

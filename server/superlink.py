@@ -11,7 +11,7 @@ Source: flwr 1.41, `flower-superlink --help`; measured outages in docs/runbook.m
 
 from pathlib import Path
 
-from federation.flower_programs import EXIT_MEANINGS, environment, program, secret_file
+from federation.flower_programs import EXIT_MEANINGS, EXIT_PATTERN, environment, program, secret_file
 from federation.processes import ChildProcess
 from server.deployment import ServerConfig
 
@@ -48,6 +48,7 @@ def superlink_processes(config: ServerConfig) -> tuple[ChildProcess, ...]:
         ),
         environment=variables,
         meanings=EXIT_MEANINGS,
+        exit_pattern=EXIT_PATTERN,
     )
     superexec = ChildProcess(
         name=SUPEREXEC,
@@ -59,5 +60,6 @@ def superlink_processes(config: ServerConfig) -> tuple[ChildProcess, ...]:
         ),
         environment=variables,
         meanings=EXIT_MEANINGS,
+        exit_pattern=EXIT_PATTERN,
     )
     return superlink, superexec

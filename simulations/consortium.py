@@ -33,10 +33,10 @@ class PooledSite(Site):
         super().__init__(config, tokenizer)
         self._hospitals = hospitals
 
-    def accept(self, plan: RunPlan) -> None:
+    def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
         """As each of the hospitals would."""
         for hospital in self._hospitals:
-            hospital.accept(plan)
+            hospital.accept(plan, finetuning_sha256)
 
     def scans(self, plan: RunPlan, progress: SiteProgress | None = None) -> LatentSet:
         """All hospitals' scans; a scan's site label is its hospital's."""
@@ -117,6 +117,7 @@ def site_configs(
             split_fractions=settings.site.split_fractions,
             minimum_cohort=plan.style.minimum_cohort,
             allow_non_private=True,
+            plan_approval="implied",
             tokenizer=settings.tokenizer,
             device=settings.device,
             compile=settings.compile,

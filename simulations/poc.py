@@ -10,44 +10,37 @@ Does not do: anything that a deployment would not do in the same way; its files 
 """
 
 import dataclasses
-import os
 import socket
 import sys
 import time
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.console import Console
 
-from client.connection import CentreConnection
+from client.keys import install
 from client.site import SiteConfig
-from federation.certificates import (
-    Authority,
-    certificate_pem,
-    crl_pem,
-    fingerprint,
-    key_pem,
-    new_key,
-    node_public_key,
-    utc_now,
-)
+from federation.certificates import utc_now
+from federation.key_files import refuse_work_tree
+from federation.kits import SETTINGS
 from federation.plan import RunPlan
 from federation.processes import ChildProcess, Say, Supervisor
 from server.app_folder import ROOT
 from server.config import compose_config, plain
 from server.control import Control
 from server.deployment import ServerConfig, load_server_config
-from server.proxy import nginx
+from server.plans import publish
+from server.provisioning import ConsortiumSettings, SiteEntry
+from server.provisioning import provision as make_consortium
+from server.proxy import nginx_is_there
 from server.run_folder import write_whole
 from server.status import read_status
 from server.submission import RunGivenUp, Submission
 from simulations.progress import Live
 from simulations.run import Made, Simulation, prepare
 
-VALID = timedelta(days=30)
 SMALL = (
     "name=poc",
     "hospitals.patients=12",
@@ -72,6 +65,8 @@ class Poc:
     simulation: Simulation
     server_yaml: Path
     site_yamls: dict[str, Path]
+    plan_path: Path
+    """The plan as the centre publishes it; these hospitals' people said in advance that they agree."""
     fingerprint: str
     """Of the authority's certificate."""
 
@@ -79,11 +74,6 @@ class Poc:
     def plan(self) -> RunPlan:
         """What is going to run."""
         return self.simulation.plan
-
-    @property
-    def plan_path(self) -> Path:
-        """The plan as the centre submits it."""
-        return self.folder / "plan.json"
 
     @property
     def run_folder(self) -> Path:
@@ -124,38 +114,22 @@ def provision(folder: Path, overrides: Sequence[str], live: Live, made: Made | N
     settings = compose_config([*SMALL, *overrides, f"folder={folder / 'simulated'}"])
     simulation = prepare(plain(settings), live, made)
     plan, configs = simulation.plan, simulation.consortium.configs
-    proxy = _proxy_kind()
+    proxy = "nginx" if nginx_is_there() else "none"
     ports = _free_ports(3 + len(configs))
-    keys = folder / "certificates"
-    keys.mkdir(parents=True, exist_ok=True, mode=0o700)
-    now = utc_now()
-    authority = Authority.create("poc", VALID.days, now)
-    end = now + VALID
-    server_key = new_key()
-    _write(keys / "ca.crt", certificate_pem(authority.certificate))
-    _write(keys / "server.key", key_pem(server_key))
-    _write(keys / "server.crt", certificate_pem(authority.server(server_key.public_key(), [], end, now)))
-    _write(keys / "revoked.crl", crl_pem(authority.revocation_list({}, now)))
     address = f"localhost:{ports[2] if proxy == 'nginx' else ports[0]}"
+    sites = tuple(SiteEntry(name=config.name) for config in configs)
+    consortium = ConsortiumSettings(name="poc", server=address, sites=sites, valid_days=30)
+    done = make_consortium(consortium, folder / "consortium")
     site_yamls = {}
-    for config, port in zip(configs, ports[3:], strict=True):
-        key, name = new_key(), config.name
-        _write(keys / f"{name}.key", key_pem(key))
-        _write(keys / f"{name}.pub", node_public_key(key.public_key()))
-        _write(keys / f"{name}.crt", certificate_pem(authority.site(name, key.public_key(), end, now)))
-        centre = CentreConnection(
-            address=address, ca=keys / "ca.crt", certificate=keys / f"{name}.crt", key=keys / f"{name}.key",
-            port=port,
-        )  # fmt: skip
-        site_yamls[name] = folder / f"site-{name}.yaml"
-        write_whole(site_yamls[name], _site_yaml(config, centre))
+    for config, kit, port in zip(configs, done.kits, ports[3:], strict=True):
+        home = folder / config.name
+        keys = install(kit, home, utc_now())
+        site_yamls[config.name] = home / SETTINGS
+        own = dataclasses.replace(config, keys_dir=keys.folder, port=port, threads=1)
+        write_whole(home / SETTINGS, _site_yaml(own))
     server = {
         "state_dir": "centre",
-        "ca": "certificates/ca.crt",
-        "certificate": "certificates/server.crt",
-        "key": "certificates/server.key",
-        "revoked": "certificates/revoked.crl",
-        "sites": {name: f"certificates/{name}.pub" for name in site_yamls},
+        "consortium": "consortium",
         "port": ports[0],
         "health_port": ports[1],
         "proxy": proxy,
@@ -164,11 +138,13 @@ def provision(folder: Path, overrides: Sequence[str], live: Live, made: Made | N
     }
     write_whole(folder / "server.yaml", yaml.safe_dump(server, sort_keys=False))
     write_whole(folder / "plan.json", plan.to_json())
-    return Poc(folder, simulation, folder / "server.yaml", site_yamls, fingerprint(authority.certificate))
+    published, _ = publish(folder / "plan.json", folder / "plans")
+    return Poc(folder, simulation, folder / "server.yaml", site_yamls, published, done.office.fingerprint)
 
 
 def run_poc(num_sites: int, folder: Path, say: Say) -> Path:
     """Provision, start, run, stop; the folder of the run. Raises `ValueError` and `RunGivenUp`."""
+    refuse_work_tree(folder)
     if num_sites < 2:
         raise ValueError(f"Expected at least 2 sites; got {num_sites}.")
     folder = folder.resolve()
@@ -215,17 +191,16 @@ class _Teller:
             self._last = words
 
 
-def _site_yaml(config: SiteConfig, centre: CentreConnection) -> str:
+def _site_yaml(config: SiteConfig) -> str:
     """The site.yaml of a simulated hospital, as its people would write it: only what is not as it comes."""
-    shipped = Path(ROOT / "meduet_models" / f"tokenizer_{config.tokenizer.channels}ch.safetensors")
-    tokenizer = config.tokenizer
-    if tokenizer.kind == "shipped":  # the application that travels carries code only
-        tokenizer = dataclasses.replace(tokenizer, kind="file", path=str(shipped))
-    full = dataclasses.replace(config, threads=1, tokenizer=tokenizer, centre=centre)
+    if config.tokenizer.kind == "shipped":  # the application that travels carries code only
+        shipped = ROOT / "meduet_models" / f"tokenizer_{config.tokenizer.channels}ch.safetensors"
+        as_file = dataclasses.replace(config.tokenizer, kind="file", path=str(shipped))
+        config = dataclasses.replace(config, tokenizer=as_file)
     values = {
-        field.name: _plain(getattr(full, field.name))
-        for field in dataclasses.fields(full)
-        if getattr(full, field.name) != _default(field)
+        field.name: _plain(getattr(config, field.name))
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != _default(field)
     }
     return yaml.safe_dump(values, sort_keys=False)
 
@@ -249,14 +224,6 @@ def _plain(value: Any) -> Any:
             return value
 
 
-def _proxy_kind() -> str:
-    try:
-        nginx()
-    except ValueError:
-        return "none"
-    return "nginx"
-
-
 def _free_ports(count: int) -> list[int]:
     """Ports that are free now."""
     sockets = [socket.socket() for _ in range(count)]
@@ -267,12 +234,6 @@ def _free_ports(count: int) -> list[int]:
     finally:
         for one in sockets:
             one.close()
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(content)
 
 
 def main() -> int:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from federation.messages import TRAIN, MessageError, Refusal, TrainAsk, TrainReply, kind_of
 from federation.plan import RunPlan
+from federation.reply_book import ReplyBook
 from federation.wire import array_record
 from strategies.aggregation import Bounds, ReplyRefused, StreamingSum
 from strategies.quorum import Roster, RoundFailed, check_quorum, needed, wait_for_nodes
@@ -51,7 +52,8 @@ class RoundReport:
 
 
 class ContentShare(Strategy):
-    """The strategy of one run. `shared` names and shapes what is averaged, by its tensors."""
+    """The strategy of one run. `shared` names and shapes what is averaged, by its tensors; valid replies are
+    entered in `book`."""
 
     def __init__(
         self,
@@ -62,6 +64,7 @@ class ContentShare(Strategy):
         home: Mapping[str, Tensor],
         roster: Roster,
         folder: Path,
+        book: ReplyBook,
         on_reply: OnReply = lambda round, site, report: None,
     ) -> None:
         self.plan, self.bank, self.home, self.roster = plan, dict(bank), dict(home), roster
@@ -70,7 +73,7 @@ class ContentShare(Strategy):
         self.optimiser = ServerOptimiser(settings.optimiser, settings.learning_rate, settings.momentum)
         self.report = RoundReport(0)
         self._plan_json, self._plan_sha256 = plan.to_json(), plan.sha256
-        self._folder, self._on_reply = folder, on_reply
+        self._folder, self._book, self._on_reply = folder, book, on_reply
         self._bytes_down = 0
         self._stream: StreamingGrid | None = None
         self._bounds = Bounds(num_replies=len(roster.sites), max_norm=plan.release.update_clip_norm)
@@ -178,7 +181,9 @@ class ContentShare(Strategy):
             raise ReplyRefused(f"Expected a reply to round {round}; got one to round {reply.round}.")
         if reply.site in self.report.sites:
             raise ReplyRefused(f"Expected one reply of {reply.site!r}; got a second.")
+        draft = self._book.draft(TRAIN, reply)
         fold.fold(reply.site, reply.update, reply.examples)
+        self._book.enter(draft)
         report = site_report(reply, bytes_down=self._bytes_down, bytes_up=size)
         self.report.sites[reply.site] = report
         self._on_reply(round, reply.site, report)

@@ -16,9 +16,12 @@ import torch
 from rich.console import Console
 
 import client.latent_cache
+from client.approvals import Approvals
 from client.cli import main
 from client.cohort import split_of
+from federation.bundle import running_bundle
 from federation.plan import RunPlan, VolumePlan
+from federation.published_plan import PublishedPlan
 from meduet_models.patch_pca import PatchMoments
 from meduet_models.tokenizer import pca_tokenizer, save_tokenizer
 
@@ -46,6 +49,7 @@ class Hospital:
             "state_dir": "state",
             "device": "cpu",
             "minimum_cohort": "3",
+            "plan_approval": "implied",
             "tokenizer": "{kind: file, path: tokenizer.safetensors, channels: 2}",
             **changes,
         }
@@ -203,6 +207,15 @@ def test_check_without_a_plan_reads_no_scan_and_says_so(hospital: Hospital) -> N
     assert status == 0 and "Scans were not read" in screen
     assert verdict(screen, "data folder") == "ok: 8 files or series that may be scans"
     assert not (hospital.state / "cohort.csv").exists()
+
+
+def test_check_says_when_a_plan_is_not_approved_yet(hospital: Hospital) -> None:
+    hospital.settings(allow_non_private="true", plan_approval="required")
+    status, screen = hospital.run("check")
+    assert status == 0 and verdict(screen, "approval").startswith("look: Expected a plan that this hospital")
+    Approvals(hospital.state).approve(PublishedPlan(plan=hospital.plan, bundle_sha256=running_bundle()))
+    status, screen = hospital.run("check")
+    assert status == 0 and verdict(screen, "approval") == "ok: approved, with this code"
 
 
 FAULTS: dict[str, tuple[Callable[[Hospital], object], str, str]] = {

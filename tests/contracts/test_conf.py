@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from hydra.errors import ConfigCompositionException
 
-from client.connection import CentreConnection
 from federation.diffusion_plan import DiffusionPlan
 from federation.finetuning import FinetunePlan, LocalFinetuning
 from federation.plan import (
@@ -122,7 +121,7 @@ def test_yaml_never_names_python() -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [*PLANS, SimulationSettings, DownstreamSettings, DownstreamRunSettings, ServerConfig, CentreConnection],
+    [*PLANS, SimulationSettings, DownstreamSettings, DownstreamRunSettings, ServerConfig],
     ids=lambda kind: kind.__name__,
 )
 def test_every_setting_has_a_sentence_and_a_reader(kind: type) -> None:

@@ -34,7 +34,9 @@ def test_there_are_commands_to_check() -> None:
     assert len(COMMANDS) >= 6
 
 
-@pytest.mark.parametrize("page", [*PAGES, "docs/architecture.md", "docs/log.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "page", [*PAGES, "docs/architecture.md", "docs/log.md", "docs/runbook.md", "CHANGELOG.md"]
+)
 def test_every_link_between_documents_leads_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
@@ -49,13 +51,31 @@ def test_the_five_files_to_read_exist() -> None:
 
 @pytest.mark.parametrize(
     ("module", "command"),
-    [("client.cli", ("check",)), ("client.cli", ("prepare",)), ("server.cli", ("tokenizer", "train"))],
+    [("client.cli", ("check",)), ("client.cli", ("plan", "show")), ("server.cli", ("tokenizer", "train"))],
 )
 def test_every_command_has_help(module: str, command: tuple[str, ...]) -> None:
     arguments = ["-c", f"import sys; from {module} import main; sys.exit(main([*{command!r}, '--help']))"]
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "usage:" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(
+            f"meduet-server {c}"
+            for c in ("provision", "approve", "renew", "revoke", "certificates", "submit")
+        ),
+        *(f"meduet-site {c}" for c in ("request", "install", "check", "plan list", "plan withdraw")),
+        *(f"meduet-site {c}" for c in ("plan show", "plan approve", "journal show", "journal verify")),
+        *(f"meduet-server {c}" for c in ("journal show", "journal verify")),
+    ],
+)
+def test_the_runbook_shows_every_command_for_hospital_it(command: str) -> None:
+    assert re.search(
+        rf"^{command}\b", (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
 
 
 def test_the_architecture_names_every_module() -> None:

@@ -53,7 +53,7 @@ def test_a_sites_certificate_is_its_own_under_its_consortium_and_for_its_time(au
     assert site_of(certificate) == "north" and expiry(certificate) == NOW + YEAR
     check_certificate(certificate, authority.certificate, "site", NOW)
     check_certificate(certificate, authority.certificate, "site", NOW - timedelta(minutes=10))
-    with pytest.raises(CertificateRefused, match="it ended .* renew"):
+    with pytest.raises(CertificateRefused, match=r"it ended .* renew"):
         check_certificate(certificate, authority.certificate, "site", NOW + YEAR + timedelta(seconds=1))
     with pytest.raises(CertificateRefused, match="clock"):
         check_certificate(certificate, authority.certificate, "site", NOW - timedelta(days=1))

@@ -77,6 +77,24 @@ def test_the_pauses_grow_and_a_steady_child_begins_again_with_the_first(
         assert "again in 0.1 s" in said[-1]
 
 
+def test_an_exit_status_that_is_told_in_words_is_read_from_what_was_written_since_the_start(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "one.log").write_text("Exit Code: 200\n")  # of another life
+    said: list[str] = []
+    child = ChildProcess(
+        name="one",
+        command=(sys.executable, "-c", "print('Exit Code: 305'); raise SystemExit(1)"),
+        meanings={305: "the centre refuses", 200: "wrong"},
+        exit_pattern=r"Exit Code: (\d+)",
+    )
+    with Supervisor([child], tmp_path, said.append, pauses_s=(60.0,)) as supervisor:
+        until(lambda: supervisor.poll() is None and len(said) == 1)
+        state = read_state(tmp_path)
+        assert state is not None and state["processes"]["one"]["last_exit"] == 305
+    assert "exit 305: the centre refuses" in said[0]
+
+
 def test_stopping_ends_children_and_what_they_started(tmp_path: Path) -> None:
     with Supervisor([ChildProcess(name="one", command=PARENT_OF_ONE)], tmp_path) as supervisor:
         until(lambda: (tmp_path / "grandchild").is_file() and (tmp_path / "grandchild").read_text() != "")

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from federation.journal import Journal
+from federation.reply_book import ReplyBook
 from federation.wire import array_record
 from meduet_models.weights import load_weights
 from server.app import run
@@ -60,8 +62,9 @@ def test_flowers_own_loop_can_drive_the_strategy(miniature: Any, tmp_path: Path)
     shared, home = model.start()
     shared["constant"] = torch.tensor([1.5, -0.25]) * 6 / 33  # what the survey makes of it
     bank = {"entries": torch.tensor([[1.5, -0.25]]) * 6}
+    book = ReplyBook(Journal(tmp_path / "flower" / "journal.jsonl"))
     strategy = ContentShare(
-        plan, shared, bank=bank, home=home, roster=Roster(plan.sites), folder=tmp_path / "flower"
+        plan, shared, bank=bank, home=home, roster=Roster(plan.sites), folder=tmp_path / "flower", book=book
     )
     grid = InProcessGrid(miniature.client(tmp_path / "flower"), 3)
     result = strategy.start(grid, array_record(shared), num_rounds=2)

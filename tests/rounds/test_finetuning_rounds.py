@@ -63,7 +63,7 @@ class Hospital:
         self.device, self.compile, self.minimum_cohort = torch.device("cpu"), False, 0
         self.ledger, self.journal = Ledger(folder / "ledger.jsonl"), Journal(folder / "journal.jsonl")
 
-    def accept(self, plan: RunPlan) -> None:
+    def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
         """Every plan."""
 
     def scans(self, plan: RunPlan) -> Any:

@@ -5,38 +5,35 @@ from pathlib import Path
 
 import pytest
 
+from federation.certificates import utc_now
 from server.deployment import load_server_config
+from server.provisioning import ConsortiumSettings, SiteEntry, open_office, provision
 from server.superlink import superlink_processes
 
 FULL = """\
 state_dir: state
-ca: ca.crt
-certificate: server.crt
-key: server.key
-sites: {north: north.pub}
-revoked: revoked.crl
+consortium: consortium
 port: 18443
 health_port: 18444
 public_port: 18445
 """
 BAD = {
     FULL + "prot: 1\n": "server has no setting 'prot'",
-    FULL.replace("ca: ca.crt\n", ""): "server lacks ca",
+    FULL.replace("consortium: consortium\n", ""): "server lacks consortium",
     FULL.replace("18444", "18443"): "Expected different ports",
     FULL.replace("18445", "70000"): "Expected different ports from 1 to 65535",
     FULL + "proxy: apache\n": "to be one of nginx, none",
-    FULL.replace("north.pub", "south.pub"): "expected north to name a file",
-    FULL.replace("revoked.crl", "gone.crl"): "expected revoked to name a file",
-    FULL.replace("{north: north.pub}", "[north]"): "server.sites to be a mapping",
+    FULL.replace("consortium\n", "elsewhere\n"): "expected server/ca.pem in",
     "- a list\n": "to hold settings",
-    "ca: [": "to be a readable YAML file",
+    "state_dir: [": "to be a readable YAML file",
 }
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name in ("ca.crt", "server.crt", "server.key", "north.pub", "revoked.crl"):
-        (tmp_path / name).write_text(name)
+    sites = (SiteEntry(name="north"), SiteEntry(name="south"))
+    settings = ConsortiumSettings(name="test", server="centre.example:443", sites=sites)
+    provision(settings, tmp_path / "consortium")
     return tmp_path
 
 
@@ -48,8 +45,16 @@ def written(folder: Path, text: str) -> Path:
 
 def test_paths_in_the_settings_start_at_their_own_folder(folder: Path) -> None:
     config = load_server_config(written(folder, FULL))
-    assert config.state_dir == folder / "state" and config.sites == {"north": folder / "north.pub"}
-    assert (config.ca, config.revoked, config.proxy) == (folder / "ca.crt", folder / "revoked.crl", "nginx")
+    assert (config.state_dir, config.proxy) == (folder / "state", "nginx")
+    assert config.certificate == folder / "consortium" / "server" / "server.pem"
+
+
+def test_the_sites_that_may_take_part_are_those_that_were_not_revoked(folder: Path) -> None:
+    config = load_server_config(written(folder, FULL))
+    assert list(config.site_keys()) == ["north", "south"]
+    assert config.site_keys()["north"].read_text().startswith("ecdsa-sha2-nistp384 ")
+    open_office(folder / "consortium").revoke("north", utc_now())
+    assert list(config.site_keys()) == ["south"]
 
 
 @pytest.mark.parametrize("text", BAD)

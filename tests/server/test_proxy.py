@@ -78,20 +78,17 @@ def authority() -> Authority:
 
 @pytest.fixture(scope="module")
 def config(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> ServerConfig:
-    folder = tmp_path_factory.mktemp("centre")
-    key = new_key()
-    (folder / "ca.crt").write_bytes(certificate_pem(authority.certificate))
-    (folder / "server.key").write_bytes(key_pem(key))
-    (folder / "server.crt").write_bytes(
-        certificate_pem(authority.server(key.public_key(), [], NOW + DAY, NOW))
-    )
-    (folder / "revoked.crl").write_bytes(crl_pem(authority.revocation_list({}, NOW)))
+    folder, key = tmp_path_factory.mktemp("centre"), new_key()
+    own = folder / "consortium" / "server"
+    own.mkdir(parents=True)
+    (own / "ca.pem").write_bytes(certificate_pem(authority.certificate))
+    (own / "server.key").write_bytes(key_pem(key))
+    certificate = authority.server(key.public_key(), [], NOW + DAY, NOW)
+    (own / "server.pem").write_bytes(certificate_pem(certificate))
+    (folder / "consortium" / "crl.pem").write_bytes(crl_pem(authority.revocation_list({}, NOW)))
     return ServerConfig(
         state_dir=folder / "state",
-        ca=folder / "ca.crt",
-        certificate=folder / "server.crt",
-        key=folder / "server.key",
-        revoked=folder / "revoked.crl",
+        consortium=folder / "consortium",
         port=free_port(),
         health_port=free_port(),
         public_host="127.0.0.1",
@@ -201,7 +198,6 @@ def test_older_tls_is_refused(
 def test_a_revoked_site_is_out_as_soon_as_the_proxy_reads_the_list_again(
     config: ServerConfig, authority: Authority, proxy: Supervisor, tmp_path: Path
 ) -> None:
-    assert config.revoked is not None
     certificate = client_certificate(authority, tmp_path, "east")
     other = client_certificate(authority, tmp_path, "west")
     assert post(config, "/v1/fleet/x", certificate)[0] == 200
@@ -232,18 +228,17 @@ def test_a_change_of_the_certificates_is_seen(
     monkeypatch.setattr("server.service._LOOK_S", 0.0)
     sent: list[str] = []
     monkeypatch.setattr(service._supervisor, "signal_child", lambda name, number: sent.append(name))
-    service._on_tick()
+    service.look()
     assert sent == []
     os.utime(config.certificate, (1, 1))
-    service._on_tick()
-    service._on_tick()
+    service.look()
+    service.look()
     assert sent == ["nginx"] and len(said) == 1
 
 
-def test_without_a_list_of_revoked_ones_the_configuration_names_none(config: ServerConfig) -> None:
-    assert "ssl_crl" in proxy_configuration(config)
-    text = proxy_configuration(dataclasses.replace(config, revoked=None))
-    assert "ssl_crl" not in text and "ssl_verify_client on;" in text
+def test_the_configuration_names_the_list_of_revoked_ones(config: ServerConfig) -> None:
+    text = proxy_configuration(config)
+    assert f"ssl_crl {config.revoked};" in text and "ssl_verify_client on;" in text
 
 
 def can_connect(port: int) -> bool:

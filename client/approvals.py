@@ -1,0 +1,102 @@
+"""What this hospital has agreed to: plans, by their hash and the hash of their code, and at which hours.
+
+Approvals are lines of a hash-chained file (`approvals.jsonl` in the state folder); the last line about a plan
+counts. The plans that somebody has looked at are kept beside it (`plans/`). Does not do: judge a plan, or
+prove who approved it: whoever may write to the state folder may approve.
+"""
+
+import getpass
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import time
+from pathlib import Path
+
+from federation.published_plan import PublishedPlan
+from privacy.chain import Chain
+
+SHORTEST = 12
+"""Hex digits of a plan's hash that name it, at least."""
+
+
+class Approvals(Chain):
+    """The book of approvals, and the published plans it speaks of."""
+
+    def __init__(self, state_dir: Path) -> None:
+        super().__init__(state_dir / "approvals.jsonl", purpose="approvals")
+        self._plans = state_dir / "plans"
+
+    def keep(self, published: PublishedPlan) -> None:
+        """Keep a plan that was looked at, so that its hash can be approved."""
+        self._plans.mkdir(parents=True, exist_ok=True)
+        (self._plans / published.file_name).write_text(published.to_json(), encoding="utf-8")
+
+    def kept(self) -> Iterator[PublishedPlan]:
+        """The plans that were looked at, by hash."""
+        for path in sorted(self._plans.glob("*.plan.json")):
+            yield PublishedPlan.from_json(path.read_text(encoding="utf-8"))
+
+    def find(self, sha256: str) -> PublishedPlan:
+        """The kept plan of a hash, or of its first digits; raises `ValueError`."""
+        if not re.fullmatch(rf"[0-9a-f]{{{SHORTEST},64}}", sha256):
+            raise ValueError(f"Expected a plan's hash, {SHORTEST} to 64 hex digits; got {sha256[:80]!r}.")
+        found = [one for one in self.kept() if one.sha256.startswith(sha256)]
+        if len(found) != 1:
+            raise ValueError(
+                f"Expected one plan that was looked at with hash {sha256[:12]}…; there are {len(found)}. "
+                "Look at it first: meduet-site plan show FILE."
+            )
+        return found[0]
+
+    def approve(self, published: PublishedPlan) -> None:
+        """Note that this hospital agrees to `published`."""
+        self._note("approval", published)
+
+    def withdraw(self, published: PublishedPlan) -> None:
+        """Note that it no longer does; a round that has begun is not stopped."""
+        self._note("withdrawal", published)
+
+    def approved_bundle(self, sha256: str) -> str | None:
+        """Hash of the code with which the plan of this hash is approved; None when it is not."""
+        last = None
+        for record in (entry.record for entry in self.entries()):
+            if record.get("plan") == sha256:
+                last = record["bundle"] if record["kind"] == "approval" else None
+        return last
+
+    def _note(self, kind: str, published: PublishedPlan) -> None:
+        self.append(
+            {
+                "kind": kind,
+                "plan": published.sha256,
+                "bundle": published.bundle_sha256,
+                "name": published.plan.name,
+                "by": getpass.getuser(),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class AllowedHours:
+    """Hours of the day, local time, in which work may begin; `end` before `begin` passes midnight."""
+
+    begin: time
+    end: time
+
+    @staticmethod
+    def parse(text: str) -> "AllowedHours":
+        """From "18:00-06:00"; raises `ValueError`."""
+        match = re.fullmatch(r"([0-2]\d:[0-5]\d)-([0-2]\d:[0-5]\d)", text)
+        try:
+            begin, end = (time.fromisoformat(part) for part in match.groups()) if match else (None, None)
+        except ValueError:
+            begin = end = None
+        if begin is None or end is None or begin == end:
+            raise ValueError(f'Expected allowed_hours as "18:00-06:00", or "" for always; got {text!r}.')
+        return AllowedHours(begin, end)
+
+    def contain(self, now: time) -> bool:
+        """Whether work may begin at `now`."""
+        if self.begin < self.end:
+            return self.begin <= now < self.end
+        return now >= self.begin or now < self.end

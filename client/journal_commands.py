@@ -1,0 +1,82 @@
+"""`meduet-site journal show | verify`: what left this hospital, and whether the record of it is whole.
+
+What it does not do: any of the work; see `federation/journal_reading.py`.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+DONE, BROKEN, NOT_POSSIBLE = 0, 1, 2
+
+
+def add_to(commands: Any) -> None:
+    """Add `journal` and its own commands to the parser of `meduet-site`."""
+    about = "read what left this site, and check that nobody changed the record"
+    journal = commands.add_parser("journal", help=about, description=about.capitalize() + ".")
+    actions = journal.add_subparsers(title="what to do", metavar="ACTION", required=True)
+    show = actions.add_parser("show", help="one line per release", description="One line per release.")
+    show.add_argument("--full", action="store_true", help="every field")
+    show.set_defaults(run=_show)
+    about = "find any edit, removal or reordering of journal, ledger and approvals"
+    verify = actions.add_parser(
+        "verify", help=about, description=about.capitalize() + ". Exit status 1 then."
+    )
+    verify.add_argument(
+        "--head", default="", metavar="HASH", help="hash of a line, kept elsewhere, that must still be there"
+    )
+    verify.set_defaults(run=_verify)
+    for action in (show, verify):
+        action.add_argument("--config", type=Path, required=True, metavar="FILE", help="the site's site.yaml")
+
+
+def _show(chosen: argparse.Namespace, console: Console) -> int:
+    from client.site import load_site_config
+    from federation.journal_reading import journal_lines, read_journal
+
+    try:
+        entries = read_journal(load_site_config(chosen.config).state_dir / "journal.jsonl")
+    except ValueError as error:
+        _say(console, str(error))
+        return NOT_POSSIBLE
+    for line in journal_lines(entries, chosen.full):
+        _say(console, line)
+    return DONE
+
+
+def _verify(chosen: argparse.Namespace, console: Console) -> int:
+    from client.site import load_site_config
+    from federation.journal_reading import journal_verdict, read_journal
+    from privacy.chain import BrokenChain, read_chain
+
+    try:
+        state = load_site_config(chosen.config).state_dir
+        path = state / "journal.jsonl"
+        entries = read_journal(path, chosen.head)
+        charged = {one.sha256 for one in read_chain(state / "ledger.jsonl", "ledger")}
+        for entry in entries:
+            if "ledger" in entry.record and entry.record["ledger"] not in charged:
+                raise BrokenChain(
+                    f"{state / 'ledger.jsonl'}: expected the line that journal line {entry.index + 1} names; "
+                    "it is not there. Lines were cut off. Keep both files as evidence."
+                )
+        if (state / "approvals.jsonl").exists():
+            read_chain(state / "approvals.jsonl", "approvals")
+    except BrokenChain as error:
+        _say(console, str(error))
+        return BROKEN
+    except ValueError as error:
+        _say(console, str(error))
+        return NOT_POSSIBLE
+    for line in [
+        *journal_verdict(path, entries, chosen.head),
+        "The ledger holds every release; approvals are whole.",
+    ]:
+        _say(console, line)
+    return DONE
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

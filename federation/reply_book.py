@@ -1,0 +1,53 @@
+"""The centre's half of the journal: one line per valid reply, saying what crossed, how large, its hash and
+norm.
+
+The hash is that of the tensors as the gate of the site hashed them: the line of the centre and the line of
+the site name the same release. A draft is made when a reply is read and entered once it was found valid, as
+folding may take the tensors away. Does not do: judge a reply, or keep its values.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from federation.journal import Journal
+from meduet_models.weights import sha256_of_tensors
+
+_NAMES = ("site", "finetuning_sha256")
+
+
+class ReplyBook:
+    """Writes drafts of replies into a journal, which is opened once the folder of the run is claimed."""
+
+    def __init__(self, journal: Journal | None = None) -> None:
+        self.journal = journal
+
+    def draft(self, kind: str, reply: Any) -> dict[str, Any]:
+        """What is to be noted of `reply` (a message's dataclass), which answers a question of `kind`."""
+        values = {f.name: getattr(reply, f.name) for f in dataclasses.fields(reply)}
+        tensors: dict[str, Tensor] = {}
+        for value in values.values():
+            if isinstance(value, dict) and all(isinstance(v, Tensor) for v in value.values()):
+                tensors |= value
+        numbers = {n: v for n, v in values.items() if isinstance(v, int) and not isinstance(v, bool)}
+        size = {"float32": 4, "bfloat16": 2}[values.get("wire_dtype", "float32")]
+        norm = math.hypot(*(float(torch.linalg.vector_norm(t)) for t in tensors.values()))
+        return {
+            "kind": "reply",
+            "to": kind,
+            "plan": values["plan_sha256"],
+            **{name: values[name] for name in _NAMES if name in values},
+            **numbers,
+            "tensors": len(tensors),
+            "bytes": sum(t.numel() * (size if t.dtype == torch.float32 else 8) for t in tensors.values()),
+            "sha256": sha256_of_tensors(tensors),
+            "norm": norm if math.isfinite(norm) else str(norm),
+        }
+
+    def enter(self, draft: dict[str, Any]) -> None:
+        """Write a draft down; on the disk when this returns."""
+        assert self.journal is not None, "the journal is opened before anybody is asked"
+        self.journal.append(draft)
