@@ -9,13 +9,13 @@ Source: flwr 1.41, `flower-supernode --help`.
 """
 
 import json
-import stat
 import sys
 from pathlib import Path
 
 import meduet_models.tokenizer
 from client import mutual_tls
 from client.app import SITE_CONFIG
+from client.certificate_checks import certificate_check
 from client.keys import NODE_KEY, SiteKeys
 from client.site import SiteConfig
 from federation.certificates import utc_now
@@ -78,17 +78,10 @@ def _usable_keys(config: SiteConfig) -> SiteKeys:
             "Expected keys_dir in site.yaml; there is none. `meduet-site install` makes it from the start-up "
             "kit."
         )
-    keys = SiteKeys.open(config.keys_dir)
-    keys.check(utc_now())
-    if keys.connection.site != config.name:
-        raise ValueError(
-            f"Expected keys of {config.name!r} (site.yaml: name) in {config.keys_dir}; they are of "
-            f"{keys.connection.site!r}."
-        )
-    for name in (KEY, NODE_KEY):
-        if stat.S_IMODE((path := keys.folder / name).stat().st_mode) & 0o077:
-            raise ValueError(f"Expected {path} to be its owner's alone; do: chmod 600 {path}")
-    return keys
+    verdict, found, advice = certificate_check(config.keys_dir, config.name, utc_now())
+    if verdict == "failed":
+        raise ValueError(f"{found}. {advice}")
+    return SiteKeys.open(config.keys_dir)
 
 
 def _check_tokenizer(config: SiteConfig) -> None:

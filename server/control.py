@@ -73,7 +73,11 @@ class Control:
         files = self._config.site_keys()
         keys = {name: file.read_text(encoding="utf-8").strip() for name, file in files.items()}
         for name in [name for name, entry in known.items() if keys.get(name) != entry["key"]]:
-            self._flwr("supernode", "unregister", known.pop(name)["node"], _CONNECTION)
+            known.pop(name)
+        ours = {entry["node"] for entry in known.values()}
+        for node, status in listed.items():  # also what nobody remembers: a key is registered once only
+            if node not in ours and status != "unregistered":
+                self._flwr("supernode", "unregister", node, _CONNECTION)
         for name, key in keys.items():
             if name not in known:
                 told = self._flwr("supernode", "register", str(files[name]), _CONNECTION, "--name", name)

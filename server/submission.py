@@ -91,6 +91,8 @@ class Submission:
             if record.run:
                 self._after_an_end(record, ours[0] if ours else None, died)
             self._fresh = False
+            record.run = ""  # its end is reckoned once, whatever comes of the next submission
+            self._write(record)
             with tempfile.TemporaryDirectory(prefix="meduet-app-") as parent:
                 app = write_app_folder(Path(parent))
                 settings = {"plan": str(self._plan_path), "folder": str(self.folder)}

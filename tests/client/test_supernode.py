@@ -73,7 +73,7 @@ def test_a_key_that_others_may_read_is_refused_with_the_command_that_helps(
 
 
 def test_what_is_missing_or_does_not_belong_is_named(config: SiteConfig, site_yaml: Path) -> None:
-    with pytest.raises(ValueError, match="they are of 'north'"):
+    with pytest.raises(ValueError, match="the keys are of 'north'"):
         supernode_processes(dataclasses.replace(config, name="south"), site_yaml)
     with pytest.raises(ValueError, match=r"Expected keys_dir in site\.yaml"):
         supernode_processes(dataclasses.replace(config, keys_dir=None), site_yaml)

@@ -22,6 +22,8 @@ import httpx
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from client.centre_checks import centre_check, clock_check
+from client.keys import SiteKeys
 from federation.certificates import (
     Authority,
     certificate_pem,
@@ -32,6 +34,7 @@ from federation.certificates import (
     utc_now,
 )
 from federation.health import NotServing, check_health
+from federation.kits import Connection
 from federation.processes import Supervisor
 from server.deployment import ServerConfig
 from server.proxy import proxy_configuration, proxy_process
@@ -155,6 +158,28 @@ def test_a_site_with_a_certificate_reaches_the_fleet_routes_and_the_health_servi
     assert (status, text) == (200, "/v1/fleet/pull-messages")
     shown = {"ca": config.ca.read_bytes(), "certificate": certificate.read_bytes(), "key": key.read_bytes()}
     check_health(f"localhost:{config.public_port}", **shown)
+
+
+def test_a_site_that_checks_learns_whether_the_centre_answers_and_whose_clock_is_wrong(
+    config: ServerConfig, authority: Authority, proxy: Supervisor, tmp_path: Path
+) -> None:
+    certificate, key = client_certificate(authority, tmp_path, "north")
+    connection = Connection(consortium="test", site="north", server=f"localhost:{config.public_port}")
+    (tmp_path / "site.pem").write_bytes(certificate.read_bytes())
+    (tmp_path / "site.key").write_bytes(key.read_bytes())
+    (tmp_path / "ca.pem").write_bytes(config.ca.read_bytes())
+    keys = SiteKeys(tmp_path, connection, authority.certificate, read_certificate(certificate.read_bytes()))
+    assert centre_check(keys)[0] == "ok"
+    assert clock_check(keys, utc_now)[0] == "ok"
+    for shift_s, verdict in ((-200, "ok"), (-400, "failed"), (30, "failed")):
+        shift = timedelta(seconds=shift_s)
+        assert clock_check(keys, lambda shift=shift: utc_now() + shift)[0] == verdict
+    away = dataclasses.replace(connection, server=f"localhost:{free_port()}")
+    for check in (
+        centre_check(dataclasses.replace(keys, connection=away)),
+        clock_check(dataclasses.replace(keys, connection=away), utc_now),
+    ):
+        assert check[0] == "failed" and "firewall" in check[2]
 
 
 @pytest.mark.parametrize(
