@@ -22,7 +22,6 @@ from flwr.clientapp import ClientApp
 
 from client.answers import AskRefused, Site, answer_erasure, answer_probe, answer_round, answer_survey
 from client.diffusion_round import answer_diffusion
-from client.finetuning_round import answer_finetuning
 from client.labelled_scans import NoLabels
 from client.latent_release import answer_latents
 from client.release import GateRefusal, Released
@@ -30,6 +29,7 @@ from client.site import open_site
 from client.site_state import StateMissing
 from client.trainee import WrongWeights
 from client.training import NotFinite
+from client.watchdog import Watch, unwatched, watchdog
 from federation.diffusion import DiffusionAsk
 from federation.finetuning import FinetuneAsk, FinetuneReply
 from federation.latents import LatentsAsk, LatentsReply, from_tensors
@@ -63,10 +63,14 @@ OnStep = Callable[[str, int, float], None]
 
 
 def make_client_app(
-    open_the_site: Callable[[Context], Site], on_step: OnStep = lambda site, step, loss: None
+    open_the_site: Callable[[Context], Site],
+    on_step: OnStep = lambda site, step, loss: None,
+    watch: Watch = unwatched,
 ) -> ClientApp:
     """A Flower ClientApp that answers "query.survey", "train.round", "query.probe", "query.erasure",
     "train.finetune", "train.diffusion" and "query.latents" for the site that `open_the_site` opens.
+
+    `watch` is put around the work.
     """
     client_app = ClientApp()
 
@@ -78,7 +82,9 @@ def make_client_app(
     ) -> Message:
         def answer(site: Site, content: RecordDict) -> RecordDict:
             ask = read(content)
-            return _mail(work(site, ask, _plan(ask)), ask.plan_sha256, site.name)
+            plan = _plan(ask)
+            with watch(site.state_dir / LOG_NAME, plan.aggregation.deadline_s):
+                return _mail(work(site, ask, plan), ask.plan_sha256, site.name)
 
         return _behind_the_wall(message, context, open_the_site, answer)
 
@@ -98,6 +104,8 @@ def make_client_app(
 
     @client_app.train("finetune")
     def finetune(message: Message, context: Context) -> Message:
+        from client.finetuning_round import answer_finetuning  # MONAI takes seconds to import
+
         def work(site: Site, ask: FinetuneAsk, plan: RunPlan) -> Released:
             return answer_finetuning(site, ask, plan, steps_of(site))
 
@@ -259,4 +267,4 @@ def open_site_from_context(context: Context) -> Site:
     return open_site(Path(path))
 
 
-app = make_client_app(open_site_from_context)
+app = make_client_app(open_site_from_context, watch=watchdog)

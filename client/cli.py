@@ -1,8 +1,8 @@
 """`meduet-site`: what a hospital types. Prepare the scans, check the site, harmonise; one line per error.
 
-What it does not do: decide anything (`client/site.py`, `client/site_checks.py` do), or send anything: joining
-a federation is Flower's `flower-supernode`. Heavy modules are imported inside the commands: --help is
-immediate.
+What it does not do: decide anything (`client/site.py`, `client/site_checks.py` do), or send anything: what
+joins a federation is started by `client/supernode.py`. Heavy modules are imported inside the commands: --help
+is immediate.
 """
 
 import argparse
@@ -17,13 +17,19 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from client import harmonisation_commands, journal_commands, key_commands, plan_commands
+from client import (
+    harmonisation_commands,
+    journal_commands,
+    key_commands,
+    plan_commands,
+    service_commands,
+)
 
 DONE, FAILED, NOT_POSSIBLE, INTERRUPTED = 0, 1, 2, 130
 
 _ABOUT = """\
-One hospital's side of FedMeDUET. Nothing here sends anything: scans are read where they lie, and everything
-written goes to the site's own folder (state_dir).
+One hospital's side of FedMeDUET. Only `start` connects to the centre: scans are read where they lie, and
+everything written goes to the site's own folder (state_dir).
 
 A site is described in site.yaml:
 
@@ -42,6 +48,7 @@ examples:
   meduet-site prepare --config site.yaml --plan plan.json   encode the scans; Ctrl-C and again goes on
   meduet-site harmonise scan.nii.gz --model diffusion.safetensors --style north -o as-north.nii.gz
                                                             the same patient, as scanned at north
+  meduet-site start   --config site.yaml                    take part, until SIGTERM or Ctrl-C
 
 exit status: 0 done, all checks passed; 1 a check failed, or scans could not be encoded or harmonised;
              2 wrong usage, settings or plan; 130 interrupted
@@ -76,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    service_commands.add_to(commands)
     prepare = commands.add_parser(
         "prepare",
         help="encode the site's scans once, before the first round",

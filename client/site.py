@@ -89,6 +89,8 @@ class SiteConfig:
     """CPU threads for tensor arithmetic; 0 leaves PyTorch's choice."""
     compile: bool = False
     """Whether the network is compiled before training."""
+    port: int = 9094
+    """Port on this machine's loopback where the parts of this site talk to each other."""
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be meant."""
@@ -110,6 +112,8 @@ class SiteConfig:
         check_sentence(self.latent_release)
         if self.minimum_cohort < 1:
             raise ValueError(f"Expected minimum_cohort to be at least 1; got {self.minimum_cohort}.")
+        if not 0 < self.port < 65536:
+            raise ValueError(f"Expected port from 1 to 65535; got {self.port}.")
         if self.threads < 0:
             raise ValueError(f"Expected threads to be at least 0; got {self.threads}.")
         if self.allowed_hours:

@@ -16,8 +16,10 @@ from typing import Literal
 import torch
 
 from client.answers import AskRefused
+from client.centre_checks import centre_check, clock_check
 from client.certificate_checks import certificate_check
 from client.cohort import SPLITS, Cohort
+from client.keys import SiteKeys
 from client.latent_release import RAW_CONSENT, consent
 from client.layouts import LayoutRules, survey
 from client.scans import Reason
@@ -61,7 +63,12 @@ def run_checks(
         advice = "This version adds no noise: set allow_non_private: true in site.yaml, or take no part."
         yield Check("consent", "failed", "nothing may leave without differential privacy", advice)
     if config.keys_dir is not None:
-        yield Check("certificate", *certificate_check(config.keys_dir, config.name, utc_now()))
+        certificate = Check("certificate", *certificate_check(config.keys_dir, config.name, utc_now()))
+        yield certificate
+        if certificate.verdict != "failed":
+            keys = SiteKeys.open(config.keys_dir)
+            yield Check("centre", *centre_check(keys))
+            yield Check("clock", *clock_check(keys, utc_now))
     data = _data(config)
     yield data
     if "failed" in (data.verdict, device.verdict):

@@ -25,9 +25,6 @@ import nibabel as nib
 import numpy as np
 import torch
 from jaxtyping import Float32, Float64, Int16, Shaped
-from monai.data import MetaTensor
-from monai.data.utils import compute_shape_offset, zoom_affine
-from monai.transforms import ScaleIntensityRange, SpatialResample
 from torch import Tensor
 
 from client.dicom import find_series, read_series
@@ -171,6 +168,8 @@ def prepare(scan: Scan, plan: VolumePlan, view: int = 0, label: Scan | None = No
     Linear interpolation for the scan, nearest for the label, both by world coordinates: shear is resampled
     away, an oblique scan keeps its rotation (its axes become the nearest of right, anterior, superior).
     """
+    from monai.transforms import ScaleIntensityRange  # seconds to import; a cached scan needs none of it
+
     affine = _prepared_affine(scan, plan, draw_view(scan.scan_id, view))
     window = ScaleIntensityRange(*intensity_range(scan.array, plan), b_min=0.0, b_max=1.0, clip=True)
     volume = _resample(window(_part(scan, affine, plan.shape)), affine, plan.shape, "bilinear").clamp(
@@ -208,6 +207,8 @@ def intensity_range(array: Float32[np.ndarray, "x y z"], plan: VolumePlan) -> tu
 
 def _prepared_affine(scan: Scan, plan: VolumePlan, view: View) -> Float64[np.ndarray, "4 4"]:
     """Prepared voxel indices to world: the grid of `Spacing` then `ResizeWithPadOrCrop`, seen by `view`."""
+    from monai.data.utils import compute_shape_offset, zoom_affine
+
     shape, affine = _ras_order(scan.array.shape, scan.affine)
     spaced = zoom_affine(affine, plan.spacing_mm, diagonal=False)
     spaced_shape, spaced[:3, 3] = compute_shape_offset(shape, affine, spaced)
@@ -237,7 +238,7 @@ def _translation(by: np.ndarray) -> np.ndarray:
     return matrix
 
 
-def _part(scan: Scan, affine: np.ndarray, shape: Sequence[int]) -> MetaTensor:
+def _part(scan: Scan, affine: np.ndarray, shape: Sequence[int]) -> Tensor:
     """The part of a scan that lies within the grid of this affine and shape, and one voxel around it."""
     corners = _world(np.linalg.inv(scan.affine) @ affine, _CORNERS * (np.array(shape) - 1))
     sizes = np.array(scan.array.shape)
@@ -247,13 +248,21 @@ def _part(scan: Scan, affine: np.ndarray, shape: Sequence[int]) -> MetaTensor:
     return _meta(part, scan.affine @ _translation(first))
 
 
-def _meta(array: np.ndarray, affine: np.ndarray) -> MetaTensor:
-    return MetaTensor(torch.from_numpy(np.array(array, np.float32))[None], affine=torch.from_numpy(affine))
+def _meta(array: np.ndarray, affine: np.ndarray) -> Tensor:
+    from monai.data import MetaTensor
+
+    image: Tensor = MetaTensor(
+        torch.from_numpy(np.array(array, np.float32))[None], affine=torch.from_numpy(affine)
+    )
+    return image
 
 
 def _resample(
-    image: MetaTensor, affine: np.ndarray, shape: Sequence[int], mode: str
+    image: Tensor, affine: np.ndarray, shape: Sequence[int], mode: str
 ) -> Float32[Tensor, "1 d h w"]:
+    """`image`: a MONAI MetaTensor, which knows its own affine."""
+    from monai.transforms import SpatialResample
+
     resample = SpatialResample(mode=mode, padding_mode="zeros", dtype=torch.float64)
     placed: Tensor = resample(
         image, dst_affine=torch.from_numpy(affine), spatial_size=tuple(shape)

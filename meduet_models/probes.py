@@ -22,9 +22,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import balanced_accuracy_score
-from sklearn.model_selection import GroupKFold
 from torch import Tensor
 
 FOLDS = 5
@@ -53,6 +50,9 @@ def site_probe(
     Folds are made of patients, so two views of a patient (or the same anatomy on two scanners) never sit on
     both sides. Chance is 1 / sites. Raises `ValueError` with fewer than two sites or two patients.
     """
+    from sklearn.metrics import balanced_accuracy_score  # seconds to import, and sites never come here
+    from sklearn.model_selection import GroupKFold
+
     labels, groups = np.asarray(sites), np.asarray(patients)
     names, labels = np.unique(labels, return_inverse=True)
     num_patients = len(np.unique(groups))
@@ -71,6 +71,8 @@ def site_probe(
 def _fit_predict(
     x: NDArray[np.float64], y: NDArray[np.int64], unseen: NDArray[np.float64], probe: str, seed: int
 ) -> NDArray[np.int64]:
+    from sklearn.linear_model import LogisticRegression
+
     if len(np.unique(y)) == 1:
         return np.full(len(unseen), y[0])
     mean, deviation = x.mean(0), x.std(0)

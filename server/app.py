@@ -10,7 +10,7 @@ goes on after its last checkpoint; sites answer a round that is asked twice in t
 machine the final weights are the same bits. What this file does not do: it trains nothing itself, sees no
 scan, and averages nothing.
 
-`run` takes any Flower grid; `app` is the ServerApp of a deployment.
+`run` takes any Flower grid; `server/server_app.py` is the ServerApp of a deployment.
 """
 
 import dataclasses
@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import Context
-from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp import Grid
 
 from federation.journal import Journal
 from federation.messages import ERASURE, SURVEY, ErasureAsk, ErasureReply, SurveyAsk, SurveyReply, Tensors
@@ -33,7 +32,6 @@ from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
 from server.checkpoints import Checkpoint, Checkpoints
 from server.diffusion import diffusion_of, save_diffusion
 from server.model import MeduetModel, SharedModel
-from server.plans import plan_to_run
 from server.probing import FederatedProbes
 from server.queries import ask_sites
 from server.run_folder import claim, write_metrics
@@ -303,29 +301,3 @@ class _Run:
 
     def _note(self, kind: str, **what: Any) -> None:
         self.journal.append({"kind": kind, "plan": self.plan.sha256, **what})
-
-
-app = ServerApp()
-
-
-@app.main()
-def main(grid: Grid, context: Context) -> None:
-    """A deployment, as the run configuration says: `plan` is the path of a plan (`meduet-server submit`),
-    `folder` where the run goes, both on the centre's machine; `device` (cpu if not given) and `bank_key` as
-    in `run`.
-    """
-    plan, folder, device, key = (
-        str(context.run_config.get(name, "")) for name in ("plan", "folder", "device", "bank_key")
-    )
-    if not plan or not folder:
-        raise ValueError(
-            "Expected the run configuration to name plan=<path of plan.json> and folder=<folder of the run>, "
-            "both on the centre's machine."
-        )
-    run(
-        grid,
-        plan_to_run(Path(plan)),
-        Path(folder),
-        device=torch.device(device or "cpu"),
-        bank_key=Path(key) if key else None,
-    )

@@ -15,6 +15,7 @@ from server import (
     journal_commands,
     plan_commands,
     provisioning_commands,
+    service_commands,
     synthesis_commands,
     tokenizer_commands,
 )
@@ -24,11 +25,12 @@ INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status (0: done, 2: refused with a line that says why)."""
+    """Run one command; returns the exit status (0: done, 1: given up, 2: refused; a line says why)."""
     parser = argparse.ArgumentParser(
         prog="meduet-server", description="The coordinating centre of a FedMeDUET federation."
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    service_commands.add_to(commands)
     tokenizer_commands.add_to(commands)
     synthesis_commands.add_to(commands)
     bank_commands.add_to(commands)
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     journal_commands.add_to(commands)
     chosen = parser.parse_args(arguments)
     try:
-        chosen.run(chosen, Console())
+        status: int | None = chosen.run(chosen, Console())
     except ValueError as error:
         Console(stderr=True, soft_wrap=True).print(str(error), markup=False, highlight=False)
         return NOT_POSSIBLE
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "Interrupted. The same command goes on from the last checkpoint, if it made one."
         )
         return INTERRUPTED
-    return 0
+    return status or 0
 
 
 if __name__ == "__main__":

@@ -79,14 +79,14 @@ def _approve(chosen: argparse.Namespace, console: Console) -> None:
     office = open_office(chosen.folder)
     kit = office.approve(pem, chosen.fingerprint, utc_now())
     _say(console, f"Signed. Send {kit} to {request.site}: it holds no secret.")
-    _say(console, _register(office.folder, request.site))
+    _say(console, "A running `meduet-server start` lets it in by itself.")
 
 
 def _renew(chosen: argparse.Namespace, console: Console) -> None:
     office = open_office(chosen.folder)
     if chosen.site == SERVER:
         path = office.renew_server(utc_now())
-        _say(console, f"{path} and server.key are new. Restart: meduet-server start, and reload the proxy.")
+        _say(console, f"{path} and server.key are new. Restart `meduet-server start`.")
         return
     path = office.renew_site(chosen.site, utc_now())
     _say(console, f"{path} is new, for the same key. Send it to {chosen.site}: it holds no secret. There:")
@@ -96,8 +96,8 @@ def _renew(chosen: argparse.Namespace, console: Console) -> None:
 def _revoke(chosen: argparse.Namespace, console: Console) -> None:
     office = open_office(chosen.folder)
     path = office.revoke(chosen.site, utc_now())
-    _say(console, f"Revoked. {path} lists it: reload the proxy now (nginx -s reload).")
-    _say(console, "Then take the key from Flower: flwr supernode list, flwr supernode unregister NODE_ID.")
+    _say(console, f"Revoked. {path} lists it; a running `meduet-server start` shuts the site out at once.")
+    _say(console, "With a proxy of your own: reload that now (nginx -s reload).")
 
 
 def _certificates(chosen: argparse.Namespace, console: Console) -> None:
@@ -111,10 +111,6 @@ def _certificates(chosen: argparse.Namespace, console: Console) -> None:
         )
     console.print(table)
     _say(console, f"Authority: {office.fingerprint}")
-
-
-def _register(folder: Path, site: str) -> str:
-    return f"Let Flower know the key: flwr supernode register {folder / 'sites' / site / 'node.pub'}"
 
 
 def _say(console: Console, text: str) -> None:

@@ -6,18 +6,25 @@ What this file does not do: weights (`server/checkpoints.py`), pages and figures
 """
 
 import csv
+import fcntl
 import io
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from federation.plan import RunPlan
 from server.checkpoints import OtherPlan
 
+LOCK_NAME = "run.lock"
 _FIRST = ("round", "site", "examples", "seconds")
+
+
+class FolderBusy(RuntimeError):
+    """Another process writes this run."""
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -45,6 +52,46 @@ def claim(folder: Path, plan: RunPlan) -> None:
         )
     if not path.is_file():
         write_whole(path, plan.to_json())
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process, which dies with it; raises `FolderBusy` when another holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_NAME).open("a", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise FolderBusy(
+                f"Expected nobody to write {folder}; another process does. It goes on; this one stops."
+            ) from None
+        yield
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process writes this run now."""
+    if not (folder / LOCK_NAME).is_file():
+        return False
+    try:
+        with held(folder):
+            return False
+    except FolderBusy:
+        return True
+
+
+def is_complete(folder: Path, plan_sha256: str) -> bool:
+    """Whether the folder holds the end of a run of this plan. Raises `OtherPlan` when it holds another's."""
+    path = folder / "plan.json"
+    if not path.is_file():
+        return False
+    plan = RunPlan.from_json(path.read_text(encoding="utf-8"))
+    if plan.sha256 != plan_sha256:
+        raise OtherPlan(
+            f"Expected {folder} to be empty or of plan {plan_sha256[:12]}; it is of {plan.sha256[:12]}. Give "
+            "the run another folder."
+        )
+    metrics = folder / "metrics.json"
+    return metrics.is_file() and "final" in json.loads(metrics.read_text(encoding="utf-8"))
 
 
 def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:

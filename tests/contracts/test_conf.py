@@ -22,6 +22,7 @@ from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.meduet import NetworkConfig
 from meduet_models.objective import LossWeights, ObjectiveConfig
 from server.config import CONF, compose_config, plain, plan_from
+from server.deployment import ServerConfig
 from simulations.downstream import DownstreamSettings
 from simulations.downstream_run import DownstreamRunSettings
 from simulations.settings import SimulationSettings
@@ -130,7 +131,7 @@ def test_yaml_never_names_python() -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [*PLANS, SimulationSettings, DownstreamSettings, DownstreamRunSettings],
+    [*PLANS, SimulationSettings, DownstreamSettings, DownstreamRunSettings, ServerConfig],
     ids=lambda kind: kind.__name__,
 )
 def test_every_setting_has_a_sentence_and_a_reader(kind: type) -> None:

@@ -74,9 +74,19 @@ def test_every_command_has_help(module: str, command: tuple[str, ...]) -> None:
     [
         *(
             f"meduet-server {c}"
-            for c in ("provision", "approve", "renew", "revoke", "certificates", "submit")
+            for c in (
+                "provision",
+                "approve",
+                "renew",
+                "revoke",
+                "certificates",
+                "submit",
+                "start",
+                "run",
+                "status",
+            )
         ),
-        *(f"meduet-site {c}" for c in ("request", "install", "check", "plan list", "plan withdraw")),
+        *(f"meduet-site {c}" for c in ("request", "install", "check", "start", "plan list", "plan withdraw")),
         *(f"meduet-site {c}" for c in ("plan show", "plan approve", "journal show", "journal verify")),
         *(f"meduet-server {c}" for c in ("journal show", "journal verify")),
     ],

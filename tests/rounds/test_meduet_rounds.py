@@ -16,7 +16,8 @@ from federation.plan import RunPlan, TrainingPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.weights import load_weights
 from privacy.ledger import Ledger
-from server.app import app, run
+from server.app import run
+from server.server_app import app
 from simulations.in_process import InProcessGrid
 
 

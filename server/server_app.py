@@ -1,0 +1,64 @@
+"""The ServerApp of a deployment: reads the plan, holds the run's folder, keeps its status, runs.
+
+Run configuration: `plan` is the path of a plan, `folder` where the run goes, both on this machine; `device`
+(cpu if not given) and `bank_key` as in `server.app.run`, for a central diffusion model.
+What ends it is written to `status.json`, so that whoever submits it (`server/submission.py`) knows whether to
+submit it again.
+
+Does not do: a round; `server/app.py` does, for every engine.
+"""
+
+from pathlib import Path
+
+import torch
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from federation.plan import RunPlan
+from server.app import run
+from server.plans import plan_to_run
+from server.run_folder import held
+from server.status import StatusFile
+
+app = ServerApp()
+_CPU = torch.device("cpu")
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the plan that the run configuration names, or go on with it."""
+    plan_path, folder, device, key = (
+        str(context.run_config.get(name, "")) for name in ("plan", "folder", "device", "bank_key")
+    )
+    if not plan_path or not folder:
+        raise ValueError(
+            "Expected the run configuration to name plan=<path of plan.json> and folder=<folder of the run>, "
+            "both on the centre's machine."
+        )
+    run_in_folder(
+        grid,
+        plan_to_run(Path(plan_path)),
+        Path(folder),
+        torch.device(device or "cpu"),
+        Path(key) if key else None,
+    )
+
+
+def run_in_folder(
+    grid: Grid,
+    plan: RunPlan,
+    folder: Path,
+    device: torch.device = _CPU,
+    bank_key: Path | None = None,
+) -> None:
+    """Run `plan` in `folder`, which nobody else may write meanwhile, and leave in `status.json` how it ended.
+
+    Raises what `run` raises, and `FolderBusy`.
+    """
+    with held(folder):
+        status = StatusFile(plan, folder)
+        try:
+            run(grid, plan, folder, observer=status, device=device, bank_key=bank_key)
+        except Exception as error:
+            status.failed(" ".join(str(error).split()), final=isinstance(error, ValueError))
+            raise

@@ -1,0 +1,120 @@
+"""What is going on in a run, in one small file: `status.json`, rewritten whole whenever something happens.
+
+The server application writes it (`StatusFile`), `meduet-server status` and the supervisor of the run read it.
+It repeats nothing that `metrics.json` keeps for good: this is the present, that is the record.
+
+Does not do: decide anything; a run goes on if nobody reads it.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from federation.plan import RunPlan
+from server.app import RunObserver, RunResult
+from server.run_folder import write_whole
+
+STATUS_NAME = "status.json"
+_KEPT = 50
+_SUMS = ("bytes_up", "bytes_down")
+
+
+class StatusFile(RunObserver):
+    """Writes `status.json` in the run's folder; picks up what an earlier process of the run left there."""
+
+    def __init__(self, plan: RunPlan, folder: Path) -> None:
+        self._path = folder / STATUS_NAME
+        before = read_status(folder) or {}
+        if before.get("plan") != plan.sha256:
+            before = {}
+        blank = {"state": "not asked yet", "last_seen": None, "round": 0, **dict.fromkeys(_SUMS, 0)}
+        sites = before.get("sites", {})
+        self._status: dict[str, Any] = {
+            "plan": plan.sha256,
+            "name": plan.name,
+            "state": "survey",
+            "reason": "",
+            "round": before.get("round", 0),
+            "rounds": plan.training.rounds,
+            "started": before.get("started", _now()),
+            "resumed": before.get("resumed", -1) + 1,
+            "pid": os.getpid(),
+            "loss": before.get("loss", {}),
+            "sites": {name: sites.get(name, dict(blank)) for name in plan.participants},
+            "quarantined": before.get("quarantined", []),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        self._write()
+
+    def on_survey(self, summary: Mapping[str, Any], bank: Mapping[str, Any]) -> None:
+        """The survey is done: who was put aside."""
+        refused = summary.get("refused", {})
+        for site in self._status["sites"].values():
+            site |= {"state": "surveyed", "last_seen": _now()}
+        self._put_aside(0, refused)
+        self._write()
+
+    def on_round_start(self, round: int, num_rounds: int) -> None:
+        """A round begins: every site is being asked."""
+        self._status |= {"state": "round", "round": round}
+        for site in self._status["sites"].values():
+            site["state"] = "asked"
+        self._write()
+
+    def on_site_reply(self, round: int, site: str, report: Mapping[str, Any]) -> None:
+        """A site's valid reply is in."""
+        entry = self._status["sites"][site]
+        for name in _SUMS:
+            entry[name] += int(report.get(name, 0))
+        told = {name: value for name, value in report.items() if name in ("examples", "seconds", "loss")}
+        entry |= {"state": "answered", "last_seen": _now(), "round": round, **told}
+        self._write()
+
+    def on_round_end(
+        self, round: int, shared: Mapping[str, Any], metrics: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """A round is aggregated: its mean losses, and whose reply did not count."""
+        self._status["loss"] = dict(metrics["loss"])
+        self._put_aside(round, metrics["refused"])
+        if round == self._status["rounds"]:
+            self._status["state"] = "erasure"
+        self._write()
+        return {}
+
+    def on_end(self, result: RunResult) -> Mapping[str, Any]:
+        """The run is complete."""
+        self._status |= {"state": "complete", "reason": "", "pid": None}
+        self._write()
+        return {}
+
+    def failed(self, reason: str, final: bool) -> None:
+        """The run stopped; `final`: it would stop in the same way again."""
+        self._status |= {"state": "refused" if final else "failed", "reason": reason, "pid": None}
+        self._write()
+
+    def _put_aside(self, round: int, refused: Mapping[str, str]) -> None:
+        for who, why in refused.items():
+            self._status["quarantined"].append({"round": round, "site": who, "why": why, "when": _now()})
+            if who in self._status["sites"]:
+                self._status["sites"][who]["state"] = "put aside"
+        self._status["quarantined"] = self._status["quarantined"][-_KEPT:]
+
+    def _write(self) -> None:
+        self._status["written"] = _now()
+        write_whole(self._path, json.dumps(self._status, indent=1, allow_nan=False) + "\n")
+
+
+def read_status(folder: Path) -> dict[str, Any] | None:
+    """What `status.json` in `folder` says; None when there is none."""
+    path = folder / STATUS_NAME
+    if not path.is_file():
+        return None
+    status: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return status
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,255 @@
+"""A consortium on one machine, for real: certificates, TLS, processes, a plan; `meduet-server poc`.
+
+Everything a deployment has, on loopback: an authority and a certificate for everyone, the proxy with mutual
+TLS, SuperLink, SuperExec, a SuperNode per hospital, the application as Flower ships it, a process per
+question. Only the hospitals' scans are simulated. For people who want to see it before they trust it, and for
+the tests that kill its parts. It takes about a minute, most of it Python loading libraries anew for each
+question.
+
+Does not do: anything that a deployment would not do in the same way; its files are examples of a real one's.
+"""
+
+import dataclasses
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from client.keys import install
+from client.site import SiteConfig
+from federation.certificates import utc_now
+from federation.key_files import refuse_work_tree
+from federation.kits import SETTINGS
+from federation.plan import RunPlan
+from federation.processes import ChildProcess, Say, Supervisor
+from server.app_folder import ROOT
+from server.config import compose_config, plain
+from server.control import Control
+from server.deployment import ServerConfig, load_server_config
+from server.plans import publish
+from server.provisioning import ConsortiumSettings, SiteEntry
+from server.provisioning import provision as make_consortium
+from server.proxy import nginx_is_there
+from server.run_folder import write_whole
+from server.status import read_status
+from server.submission import RunGivenUp, Submission
+from simulations.progress import Live
+from simulations.run import Made, Simulation, prepare
+
+SMALL = (
+    "name=poc",
+    "hospitals.patients=12",
+    "hospitals.paired=0",
+    "hospitals.resolution_mm=4",
+    "style.minimum_cohort=5",
+    "training.rounds=2",
+    "training.steps_per_round=4",
+    "training.batch_size=4",
+    "aggregation.deadline_s=300",
+    "device=cpu",
+    "engine.cpus_per_site=1",
+)
+"""The plan: a small network, two short rounds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Poc:
+    """The files of a consortium on this machine; nothing runs yet."""
+
+    folder: Path
+    simulation: Simulation
+    server_yaml: Path
+    site_yamls: dict[str, Path]
+    plan_path: Path
+    """The plan as the centre publishes it; these hospitals' people said in advance that they agree."""
+    fingerprint: str
+    """Of the authority's certificate."""
+
+    @property
+    def plan(self) -> RunPlan:
+        """What is going to run."""
+        return self.simulation.plan
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run goes."""
+        return self.folder / "run"
+
+    @property
+    def config(self) -> ServerConfig:
+        """The centre's settings."""
+        return load_server_config(self.server_yaml)
+
+    def processes(self) -> tuple[ChildProcess, ...]:
+        """The centre and the sites, each as its people would start it."""
+        # many processes share the cores of one machine; sums of floats depend on the number of threads
+        variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        commands = {"centre": ("server.cli", self.server_yaml)} | {
+            site: ("client.cli", path) for site, path in self.site_yamls.items()
+        }
+        return tuple(
+            ChildProcess(
+                name=name,
+                command=(sys.executable, "-m", module, "start", "--config", str(path)),
+                environment=variables,
+            )
+            for name, (module, path) in commands.items()
+        )
+
+    def running(self, say: Say = lambda line: None) -> Supervisor:
+        """A supervisor of all of them; its end is theirs."""
+        return Supervisor(self.processes(), self.folder / "processes", say)
+
+
+def provision(folder: Path, overrides: Sequence[str], live: Live, made: Made | None = None) -> Poc:
+    """Make hospitals (unless they are `made`), certificates and settings in `folder`.
+
+    Raises `ValueError` for settings that are wrong.
+    """
+    settings = compose_config([*SMALL, *overrides, f"folder={folder / 'simulated'}"])
+    simulation = prepare(plain(settings), live, made)
+    plan, configs = simulation.plan, simulation.consortium.configs
+    proxy = "nginx" if nginx_is_there() else "none"
+    ports = _free_ports(3 + len(configs))
+    address = f"localhost:{ports[2] if proxy == 'nginx' else ports[0]}"
+    sites = tuple(SiteEntry(name=config.name) for config in configs)
+    consortium = ConsortiumSettings(name="poc", server=address, sites=sites, valid_days=30)
+    done = make_consortium(consortium, folder / "consortium")
+    site_yamls = {}
+    for config, kit, port in zip(configs, done.kits, ports[3:], strict=True):
+        home = folder / config.name
+        keys = install(kit, home, utc_now())
+        site_yamls[config.name] = home / SETTINGS
+        own = dataclasses.replace(config, keys_dir=keys.folder, port=port, threads=1)
+        write_whole(home / SETTINGS, _site_yaml(own))
+    server = {
+        "state_dir": "centre",
+        "consortium": "consortium",
+        "port": ports[0],
+        "health_port": ports[1],
+        "proxy": proxy,
+        "public_host": "127.0.0.1",
+        "public_port": ports[2],
+    }
+    write_whole(folder / "server.yaml", yaml.safe_dump(server, sort_keys=False))
+    write_whole(folder / "plan.json", plan.to_json())
+    published, _ = publish(folder / "plan.json", folder / "plans")
+    return Poc(folder, simulation, folder / "server.yaml", site_yamls, published, done.office.fingerprint)
+
+
+def run_poc(num_sites: int, folder: Path, say: Say) -> Path:
+    """Provision, start, run, stop; the folder of the run. Raises `ValueError` and `RunGivenUp`."""
+    refuse_work_tree(folder)
+    if num_sites < 2:
+        raise ValueError(f"Expected at least 2 sites; got {num_sites}.")
+    folder = folder.resolve()
+    if (folder / "server.yaml").is_file():
+        raise ValueError(f"Expected {folder} to be new; it holds a consortium. Remove it, or name another.")
+    begun = time.monotonic()
+    with Live() as live:
+        poc = provision(folder, [f"hospitals.num_hospitals={num_sites}"], live)
+    say(f"authority, certificates, settings and {num_sites} simulated hospitals: {folder}")
+    say(f"fingerprint of the authority: {poc.fingerprint}")
+    if poc.config.proxy == "none":
+        say("nginx is not installed: sites reach SuperLink directly over TLS, without the proxy's mutual TLS")
+    with poc.running(say) as supervisor:
+        say(f"starting the centre and {', '.join(poc.site_yamls)} as processes; logs in {folder}/processes")
+        told = _Teller(poc, say)
+
+        def tick() -> None:
+            supervisor.poll()
+            told.tell()
+
+        Submission(Control(poc.config), poc.plan_path, poc.run_folder, say).see_through(tick)
+        told.tell()
+    say(f"all processes stopped, {time.monotonic() - begun:.0f} s after the start")
+    return poc.run_folder
+
+
+class _Teller:
+    """Says once what the run's status says."""
+
+    def __init__(self, poc: Poc, say: Say) -> None:
+        self._folder, self._say, self._last = poc.run_folder, say, ""
+
+    def tell(self) -> None:
+        status = read_status(self._folder)
+        if status is None:
+            return
+        answered = [name for name, site in status["sites"].items() if site["state"] == "answered"]
+        words = status["state"]
+        if status["state"] == "round":
+            words = f"round {status['round']} of {status['rounds']}"
+            words += f": {', '.join(answered)} answered" if answered else ""
+        if words != self._last:
+            self._say(words)
+            self._last = words
+
+
+def _site_yaml(config: SiteConfig) -> str:
+    """The site.yaml of a simulated hospital, as its people would write it: only what is not as it comes."""
+    if config.tokenizer.kind == "shipped":  # the application that travels carries code only
+        shipped = ROOT / "meduet_models" / f"tokenizer_{config.tokenizer.channels}ch.safetensors"
+        as_file = dataclasses.replace(config.tokenizer, kind="file", path=str(shipped))
+        config = dataclasses.replace(config, tokenizer=as_file)
+    values = {
+        field.name: _plain(getattr(config, field.name))
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != _default(field)
+    }
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def _default(field: "dataclasses.Field[Any]") -> Any:
+    factory = field.default_factory
+    return field.default if factory is dataclasses.MISSING else factory()
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case Path():
+            return str(value.resolve())
+        case tuple() | list():
+            return [_plain(item) for item in value]
+        case dict():
+            return {key: _plain(item) for key, item in value.items()}
+        case _ if dataclasses.is_dataclass(value):
+            return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        case _:
+            return value
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that are free now."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def main() -> int:
+    """`python -m simulations.poc SITES FOLDER`; what `meduet-server poc` becomes."""
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        folder = run_poc(int(sys.argv[1]), Path(sys.argv[2]), lambda line: console.print(line, markup=False))
+    except (ValueError, RunGivenUp) as error:
+        console.print(str(error), markup=False)
+        return 2
+    except KeyboardInterrupt:
+        console.print("Interrupted; every process was stopped.")
+        return 130
+    console.print(f"Done. The run: {folder} (model.safetensors, metrics.json, journal.jsonl, status.json)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
