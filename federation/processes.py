@@ -34,7 +34,7 @@ PAUSES_S = (1.0, 2.0, 5.0, 10.0)
 STEADY_S = 60.0
 """A child that ran this long begins again with the first pause."""
 GRACE_S = 10.0
-"""Seconds between SIGTERM and SIGKILL."""
+"""Seconds between SIGTERM and SIGKILL; a supervisor of supervisors needs more than its children."""
 _TICK_S = 0.2
 _TAIL_BYTES = 20_000
 _PR_SET_PDEATHSIG = 1
@@ -84,8 +84,9 @@ class Supervisor:
         folder: Path,
         say: Say = lambda line: None,
         pauses_s: tuple[float, ...] = PAUSES_S,
+        grace_s: float = GRACE_S,
     ) -> None:
-        self.folder, self._say, self._pauses_s = folder, say, pauses_s
+        self.folder, self._say, self._pauses_s, self._grace_s = folder, say, pauses_s, grace_s
         self._all = [_Running(child) for child in children]
         self._lock: TextIO | None = None
         self._asked_to_stop = False
@@ -156,7 +157,7 @@ class Supervisor:
         alive = [running for running in reversed(self._all) if running.process is not None]
         for running in alive:
             _signal_group(running, signal.SIGTERM, whole=False)
-        end = time.monotonic() + GRACE_S
+        end = time.monotonic() + self._grace_s
         for running in alive:
             assert running.process is not None
             try:

@@ -26,7 +26,7 @@ from federation.certificates import utc_now
 from federation.key_files import refuse_work_tree
 from federation.kits import SETTINGS
 from federation.plan import RunPlan
-from federation.processes import ChildProcess, Say, Supervisor
+from federation.processes import GRACE_S, ChildProcess, Say, Supervisor
 from server.app_folder import ROOT
 from server.config import compose_config, plain
 from server.control import Control
@@ -103,7 +103,7 @@ class Poc:
 
     def running(self, say: Say = lambda line: None) -> Supervisor:
         """A supervisor of all of them; its end is theirs."""
-        return Supervisor(self.processes(), self.folder / "processes", say)
+        return Supervisor(self.processes(), self.folder / "processes", say, grace_s=3 * GRACE_S)
 
 
 def provision(folder: Path, overrides: Sequence[str], live: Live, made: Made | None = None) -> Poc:

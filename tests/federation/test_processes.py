@@ -105,16 +105,14 @@ def test_stopping_ends_children_and_what_they_started(tmp_path: Path) -> None:
     assert state["processes"]["one"]["state"] == "stopped"
 
 
-def test_a_child_that_ignores_the_request_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "GRACE_S", 0.3)
+def test_a_child_that_ignores_the_request_is_killed(tmp_path: Path) -> None:
     deaf = (
         "import pathlib, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
         "pathlib.Path('deaf').touch(); time.sleep(60)"
     )
     said: list[str] = []
-    with Supervisor(
-        [ChildProcess(name="one", command=(sys.executable, "-c", deaf))], tmp_path, said.append
-    ) as supervisor:
+    child = ChildProcess(name="one", command=(sys.executable, "-c", deaf))
+    with Supervisor([child], tmp_path, said.append, grace_s=0.3) as supervisor:
         until((tmp_path / "deaf").is_file)
         pid = supervisor.pid("one")
     assert pid is not None and not alive(pid)

@@ -50,7 +50,7 @@ class Echo(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.path.encode()
-        self.rfile.read(int(self.headers["content-length"] or 0))
+        body += b" %d" % len(self.rfile.read(int(self.headers["content-length"] or 0)))
         self.send_response(200)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
@@ -139,14 +139,18 @@ def proxy(config: ServerConfig, behind: None) -> Iterator[Supervisor]:
 
 
 def post(
-    config: ServerConfig, path: str, certificate: tuple[Path, Path] | None, version: str = "TLSv1_3"
+    config: ServerConfig,
+    path: str,
+    certificate: tuple[Path, Path] | None,
+    version: str = "TLSv1_3",
+    content: bytes = b"x",
 ) -> tuple[int, str]:
     context = ssl.create_default_context(cafile=str(config.ca))
     context.maximum_version = ssl.TLSVersion[version]
     if certificate:
         context.load_cert_chain(*certificate)
     with httpx.Client(verify=context) as client:
-        reply = client.post(f"https://localhost:{config.public_port}{path}", content=b"x")
+        reply = client.post(f"https://localhost:{config.public_port}{path}", content=content)
     return reply.status_code, reply.text
 
 
@@ -155,9 +159,21 @@ def test_a_site_with_a_certificate_reaches_the_fleet_routes_and_the_health_servi
 ) -> None:
     certificate, key = client_certificate(authority, tmp_path, "north")
     status, text = post(config, "/v1/fleet/pull-messages", (certificate, key))
-    assert (status, text) == (200, "/v1/fleet/pull-messages")
+    assert (status, text) == (200, "/v1/fleet/pull-messages 1")
     shown = {"ca": config.ca.read_bytes(), "certificate": certificate.read_bytes(), "key": key.read_bytes()}
     check_health(f"localhost:{config.public_port}", **shown)
+
+
+def test_a_large_piece_passes_and_is_not_written_to_disk(
+    config: ServerConfig, authority: Authority, proxy: Supervisor, tmp_path: Path
+) -> None:
+    certificate = client_certificate(authority, tmp_path, "north")
+    status, text = post(config, "/v1/fleet/push-object", certificate, content=bytes(6_000_000))
+    assert (status, text) == (200, "/v1/fleet/push-object 6000000")
+    assert not [
+        path for path in config.state_dir.rglob("*") if path.is_file() and path.stat().st_size > 10_000
+    ]
+    assert "temporary file" not in (config.state_dir / "nginx.log").read_text()
 
 
 def test_a_site_that_checks_learns_whether_the_centre_answers_and_whose_clock_is_wrong(
