@@ -43,7 +43,7 @@ class DiffusionTraining:
     """Probability that a sample is not told a condition, for each condition by itself."""
     site_style: float = 0.5
     """Share of samples that are told their site's style instead of their own."""
-    start: Literal["scratch", "encoder"] = "encoder"
+    start: Literal["scratch", "encoder"] = "scratch"
     """Whether the transformer starts from the pretrained encoder's blocks."""
     alignment: float = 0.0
     """Weight of the alignment of a middle layer to the frozen encoder's content tokens (REPA); 0: none."""

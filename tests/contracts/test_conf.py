@@ -102,7 +102,10 @@ def test_an_unknown_setting_is_an_error() -> None:
         (["+probes.anatomy.age=[90,20]"], "probes.anatomy.age"),
         (["training.batch_size=5"], "training.batch_size"),
         (["volumes.shape=[41,48,40]"], "volumes.shape"),
-        (["diffusion=raw", "diffusion.transformer.width=48"], "diffusion.training.start=scratch"),
+        (
+            ["diffusion=raw", "diffusion.training.start=encoder", "diffusion.transformer.width=48"],
+            "diffusion.training.start=scratch",
+        ),
         (
             [
                 "diffusion=raw",

@@ -45,7 +45,7 @@ def test_the_blocks_compute_what_the_encoders_blocks_computed() -> None:
 def test_the_whole_stack_reads_standardised_latents_as_the_encoder_does() -> None:
     encoder = trained_encoder(factor_paths="joint")
     encoder.set_latent_scale(small_encoder().latent_mean, small_encoder().latent_deviation)
-    transformer = first_transformer(small_config(), encoder, DiffusionTraining(), seed=5)
+    transformer = first_transformer(small_config(), encoder, DiffusionTraining(start="encoder"), seed=5)
     examples = small_examples(2)
     told = small_conditioner().conditions(examples, ("content", "style"))
     states = encoder.encoder.hidden_states(encoder.embed_latents(examples.latents))
@@ -59,7 +59,7 @@ def test_split_encoders_see_about_what_they_saw() -> None:
     encoder = trained_encoder()
     mean = torch.randn(2, 4, 6, 4, generator=generator(1))
     encoder.set_latent_scale(mean, torch.tensor([0.5, 2.0]))
-    transformer = first_transformer(small_config(), encoder, DiffusionTraining(), seed=5)
+    transformer = first_transformer(small_config(), encoder, DiffusionTraining(start="encoder"), seed=5)
     noise = torch.randn(200, 2, 4, 6, 4, generator=generator(2))
     latents = mean + noise * torch.tensor([0.5, 2.0]).reshape(-1, 1, 1, 1)
     seen = encoder.embed_latents(latents) - encoder.embed.bias
