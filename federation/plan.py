@@ -255,15 +255,13 @@ def _contradictions(plan: RunPlan) -> Iterator[str]:
             yield f"Expected probes.anatomy.{name} to be a range [low, high]; got [{low:g}, {high:g}]."
     if plan.diffusion is not None:
         yield from contradictions(plan.diffusion, training.rounds, style.body_parts, network)
-        if (
-            "style" in plan.diffusion.conditions
-            and plan.diffusion.training.site_style > 0
-            and style.exchange == "none"
-        ):
-            yield (
-                "diffusion.training.site_style tells samples their site's style; with style.exchange=none "
-                "there are none: set it to 0."
-            )
+        for setting, told in (("site_style", "style"), ("restyled_content", "content")):
+            used = told in plan.diffusion.conditions and getattr(plan.diffusion.training, setting) > 0
+            if used and style.exchange == "none":
+                yield (
+                    f"diffusion.training.{setting} needs the styles of the sites; with style.exchange=none "
+                    "there are none: set it to 0."
+                )
         if aggregation.method == "alone":
             yield "aggregation.method=alone shares no encoder for a diffusion model: set diffusion=none."
     defaults = AggregationPlan()

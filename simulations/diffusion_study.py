@@ -202,7 +202,7 @@ class Study:
             plan.diffusion.training,
             total_steps=self.asked.steps,
             seed=plan.seed,
-            bank=self.bank if "style" in plan.diffusion.conditions else None,
+            bank=self.bank,
         )
 
     def _federated(self, plan: RunPlan, live: Live) -> DiffusionTransformer:

@@ -42,6 +42,10 @@ class StepDraw:
     """Who is told the style of its site."""
     dropped: dict[Condition, Bool[Tensor, " b"]]
     """Who is not told what."""
+    restyled: Bool[Tensor, " b"]
+    """Whose content is told from the scan in another site's style."""
+    outfit: Float[Tensor, " b"]
+    """In whose, as a place in [0, 1) among the sites that can be worn."""
 
 
 def draw_step(
@@ -62,4 +66,6 @@ def draw_step(
         time = torch.special.ndtri(time).sigmoid()
     as_site = torch.rand(size, generator=generator) < settings.site_style
     dropped = {name: torch.rand(size, generator=generator) < settings.drop for name in names}
-    return StepDraw(torch.from_numpy(rows), time, noise_seed, as_site, dropped)
+    restyled = torch.rand(size, generator=generator) < settings.restyled_content
+    outfit = torch.rand(size, generator=generator)
+    return StepDraw(torch.from_numpy(rows), time, noise_seed, as_site, dropped, restyled, outfit)

@@ -1,9 +1,10 @@
-"""Style codes of the sites, beside those of the scans: who is told which.
+"""Styles of the sites, beside those of the scans: who is told which, and whose content is seen in whose.
 
 A scan can be told its own style or that of its site. Both are codes of one meaning (`conditioner.py`); here
-they are chosen between, sample by sample. What this file does not do: draw who is told which.
+they are chosen between, sample by sample. And the content of a scan can be told from the scan dressed in
+another site's style. What this file does not do: draw who is told what.
 
-Axes: b = samples, s = numbers in a style code.
+Axes: b = samples, s = numbers in a style code, c d h w = latents.
 """
 
 from dataclasses import dataclass
@@ -45,3 +46,27 @@ class SiteStyles:
         place = (site * known, part * known)
         worn = as_site & known & self.present[place]
         return torch.where(worn.unsqueeze(1).to(own.device), self.table[place].to(own.device), own)
+
+
+def dressed(
+    bank: StyleBank,
+    examples: Examples,
+    who: Bool[Tensor, " b"],
+    outfit: Float[Tensor, " b"],
+) -> Float[Tensor, "b c d h w"]:
+    """The raw latents, those of `who` moved to the style of another site that has one for their body part.
+
+    `outfit` in [0, 1) says which of those sites. A scan whose own site told no style stays as it is.
+    """
+    present = bank.count.cpu() > 0  # sites, body parts
+    site = examples.site.cpu()
+    part = examples.body_part.cpu() if present.shape[1] > 1 else torch.zeros_like(site)
+    target = site.clone()
+    for row in who.nonzero()[:, 0].tolist():
+        own, its = int(site[row]), int(part[row])
+        if its < 0 or not 0 <= own < len(present) or not present[own, its]:
+            continue
+        others = [other for other in present[:, its].nonzero()[:, 0].tolist() if other != own]
+        if others:
+            target[row] = others[int(float(outfit[row]) * len(others))]
+    return bank.restyle(examples.latents, site, target, part)

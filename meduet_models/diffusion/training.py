@@ -6,8 +6,9 @@ site, on its own. Every draw depends on seed and step alone, and `state` holds a
 trainee that was put away and loaded again goes on as if nothing had happened.
 
 What a sample is told: each condition is dropped by itself; a share of the samples is told the style of its
-site instead of its own, so that a site's style can be asked for later. With `alignment`, tokens after the
-first half of the blocks are brought near the frozen encoder's content tokens through a small network that is
+site instead of its own, so that a site's style can be asked for later; and another share is told the content
+of its scan dressed in another site's style, so that style cannot be read from content. With `alignment`,
+tokens after the first half of the blocks are brought near the frozen encoder's content tokens through a small network that is
 not part of the model (REPA); told content makes that task easier, not void, since it is asked at all times.
 
 What this file does not do: start the transformer (`initialisation.py`), or keep examples.
@@ -17,6 +18,7 @@ Source: SiT (arXiv:2401.08740), REPA (arXiv:2410.06940).
 """
 
 import copy
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -31,7 +33,7 @@ from meduet_models.diffusion.conditions import Condition, Conditions, Examples, 
 from meduet_models.diffusion.draws import StepDraw, draw_step, generator_of
 from meduet_models.diffusion.path import Path
 from meduet_models.diffusion.settings import DiffusionTraining
-from meduet_models.diffusion.site_styles import SiteStyles
+from meduet_models.diffusion.site_styles import SiteStyles, dressed
 from meduet_models.diffusion.transformer import DiffusionTransformer, regrid
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -57,9 +59,9 @@ class DiffusionTrainee:
         seed: int,
         bank: StyleBank | None,
     ) -> None:
-        """`bank`: the sites' styles, for `settings.site_style`; none where no style is told.
+        """`bank`: the sites' styles, for `settings.site_style` and `settings.restyled_content`.
 
-        Raises `ValueError` when samples are to be told their site's style and no site has told one.
+        Raises `ValueError` when samples need sites' styles and too few sites have told one.
         """
         self.transformer, self.settings, self.seed, self.bank = transformer, settings, seed, bank
         self.names = transformer.config.sizes.names
@@ -67,6 +69,15 @@ class DiffusionTrainee:
             raise ValueError(
                 "diffusion.training.site_style needs the styles of the sites, and none told one: "
                 "set it to 0, or exchange styles."
+            )
+        if (
+            "content" in self.names
+            and settings.restyled_content > 0
+            and (bank is None or len(bank.present) < 2)
+        ):
+            raise ValueError(
+                "diffusion.training.restyled_content needs the styles of two sites or more, and fewer told "
+                "one: set it to 0, or exchange styles."
             )
         self._warmup = round(settings.warmup * total_steps)
         self._path = Path(transformer.config.path)
@@ -186,7 +197,11 @@ class DiffusionTrainee:
 
     def _told(self, examples: Examples, draw: StepDraw, device: torch.device) -> Conditions:
         codes = None if self._styles is None else self._styles.codes(examples, draw.as_site)
-        told = self.conditioner.conditions(examples, self.names, codes).each(lambda t: t.to(device))
+        told = self.conditioner.conditions(examples, self.names, codes)
+        if "content" in self.names and bool(draw.restyled.any()) and self.bank is not None:
+            seen = dressed(self.bank, examples, draw.restyled, draw.outfit)
+            told = dataclasses.replace(told, content=self.conditioner.content(seen))
+        told = told.each(lambda t: t.to(device))
         dropped = {name: mask.to(device) for name, mask in draw.dropped.items()}
         return Conditions(**{name: getattr(told, name) for name in self.names}, dropped=dropped)
 

@@ -12,7 +12,7 @@ from meduet_models.diffusion.draws import draw_step
 from meduet_models.diffusion.initialisation import first_transformer
 from meduet_models.diffusion.path import PathName
 from meduet_models.diffusion.settings import DiffusionTraining
-from meduet_models.diffusion.site_styles import SiteStyles
+from meduet_models.diffusion.site_styles import SiteStyles, dressed
 from meduet_models.diffusion.training import DiffusionTrainee, LossNotFinite, validation_loss
 from meduet_models.style import StyleLayout, StyleMoments
 from tests.meduet_models.diffusion.small_models import (
@@ -182,6 +182,34 @@ def test_sites_styles_without_a_bank_are_refused() -> None:
         )
     alone = dataclasses.replace(SETTINGS, site_style=0.0)
     DiffusionTrainee(awake_transformer(BOTH), small_conditioner(), alone, total_steps=1, seed=0, bank=None)
+
+
+def test_content_is_told_from_the_scan_in_another_sites_style_and_the_scan_stays() -> None:
+    conditioner, examples, styles = small_conditioner(), small_examples(3), bank()  # c told no style
+    everyone, outfit = torch.ones(3, dtype=torch.bool), torch.tensor([0.0, 0.99, 0.5])
+    worn = dressed(styles, examples, everyone, outfit)
+    others = styles.restyle(examples.latents, torch.tensor([0, 1, 2]), torch.tensor([1, 0, 2]))
+    assert torch.equal(worn, others) and torch.equal(worn[2], examples.latents[2])
+    assert torch.equal(dressed(styles, examples, ~everyone, outfit), examples.latents)
+    settings = dataclasses.replace(SETTINGS, restyled_content=1.0)
+    mine = DiffusionTrainee(
+        awake_transformer(BOTH), conditioner, settings, total_steps=1, seed=0, bank=styles
+    )
+    draw = draw_step(settings, BOTH, 3, 0, 0)
+    chosen = small_examples(3).rows(draw.rows)
+    told = mine._told(chosen, draw, torch.device("cpu"))
+    seen = dressed(styles, chosen, draw.restyled, draw.outfit)
+    assert told.content is not None and bool(draw.restyled.all())
+    torch.testing.assert_close(told.content, conditioner.content(seen))
+    assert not torch.equal(told.content, conditioner.content(chosen.latents))
+
+
+def test_restyled_content_without_styles_to_wear_is_refused() -> None:
+    settings = dataclasses.replace(SETTINGS, restyled_content=0.5, site_style=0.0)
+    with pytest.raises(ValueError, match="restyled_content needs the styles of two sites"):
+        DiffusionTrainee(
+            awake_transformer(BOTH), small_conditioner(), settings, total_steps=1, seed=0, bank=None
+        )
 
 
 def test_an_empty_source_is_refused() -> None:
