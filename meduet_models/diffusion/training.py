@@ -8,8 +8,9 @@ trainee that was put away and loaded again goes on as if nothing had happened.
 What a sample is told: each condition is dropped by itself; a share of the samples is told the style of its
 site instead of its own, so that a site's style can be asked for later; and another share is told the content
 of its scan dressed in another site's style, so that style cannot be read from content. With `alignment`,
-tokens after the first half of the blocks are brought near the frozen encoder's content tokens through a small network that is
-not part of the model (REPA); told content makes that task easier, not void, since it is asked at all times.
+tokens after the first half of the blocks are brought near the frozen encoder's content tokens through a small
+network that is not part of the model (REPA); told content makes that task easier, not void, since it is asked
+at all times.
 
 What this file does not do: start the transformer (`initialisation.py`), or keep examples.
 
