@@ -72,7 +72,8 @@ def site_yaml(folder: Path, sentence: str = "") -> Path:
     path = folder / "site.yaml"
     lines = [
         "name: north", "data_root: scans", "state_dir: state", "device: cpu", "minimum_cohort: 3",
-        "allow_non_private: true", "tokenizer: {kind: file, path: tokenizer.safetensors, channels: 2}",
+        "allow_non_private: true", "plan_approval: implied",
+        "tokenizer: {kind: file, path: tokenizer.safetensors, channels: 2}",
     ]  # fmt: skip
     if sentence:
         lines.append(f"latent_release: {json.dumps(sentence)}")
