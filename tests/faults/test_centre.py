@@ -22,15 +22,18 @@ def test_the_server_application_is_killed_in_round_2(consortium: Any, undisturbe
         if not killed and consortium.in_round(2):
             os.kill(consortium.status()["pid"], signal.SIGKILL)
             killed.append(time.monotonic())
-        if len(killed) == 1 and consortium.status().get("resumed") == 1:
+        if len(killed) == 1 and consortium.status().get("resumed", 0) > 0:
             killed.append(time.monotonic())
 
     consortium.see_through(kill)
     assert len(killed) == 2
     assert consortium.is_as(undisturbed)
     assert [line["round"] for line in consortium.noted("round")] == [1, 2]  # none was lost, none done twice
-    assert [line["round"] for line in consortium.noted("resume")] == [1]
-    assert sum("submitted" in line for line in consortium.said) == 2
+    resumed = [line["round"] for line in consortium.noted("resume")]
+    assert resumed and set(resumed) == {
+        1
+    }  # more than once on a machine so busy that Flower's heartbeats fail
+    assert sum("submitted" in line for line in consortium.said) == 1 + len(resumed)
     tell(f"server application killed: running again after {killed[1] - killed[0]:.0f} s")
 
 
