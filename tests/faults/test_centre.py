@@ -33,7 +33,7 @@ def test_the_server_application_is_killed_in_round_2(consortium: Any, undisturbe
     assert resumed and set(resumed) == {
         1
     }  # more than once on a machine so busy that Flower's heartbeats fail
-    assert sum("submitted" in line for line in consortium.said) == 1 + len(resumed)
+    assert sum("submitted" in line for line in consortium.said) >= 2
     tell(f"server application killed: running again after {killed[1] - killed[0]:.0f} s")
 
 
