@@ -36,6 +36,7 @@ STEADY_S = 60.0
 GRACE_S = 10.0
 """Seconds between SIGTERM and SIGKILL; a supervisor of supervisors needs more than its children."""
 _TICK_S = 0.2
+_LOOK_S = 2.0  # looking whether the lock is held takes it for a moment
 _TAIL_BYTES = 20_000
 _PR_SET_PDEATHSIG = 1
 
@@ -97,14 +98,14 @@ class Supervisor:
         """Take the folder and start every child. Raises `AlreadySupervised`."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = (self.folder / LOCK_NAME).open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise AlreadySupervised(
-                f"Expected nothing to run in {self.folder}; a supervisor does. Stop it first, or look at it "
-                "with `status`."
-            ) from None
+        end = time.monotonic() + _LOOK_S
+        while not _locks(self._lock):
+            if time.monotonic() > end:
+                self._lock.close()
+                raise AlreadySupervised(
+                    f"Expected nothing to run in {self.folder}; a supervisor does. Stop it first."
+                )
+            time.sleep(_TICK_S)
         for running in self._all:
             self._start(running)
         self._write()
@@ -293,11 +294,15 @@ def _is_locked(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open("a+", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
+        return not _locks(lock)
+
+
+def _locks(lock: TextIO) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
         return False
+    return True
 
 
 def _signal_group(running: _Running, number: signal.Signals, whole: bool) -> None:

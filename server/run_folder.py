@@ -11,15 +11,18 @@ import io
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from federation.plan import RunPlan
 from server.checkpoints import OtherPlan
 
 LOCK_NAME = "run.lock"
+_LOOK_S = 2.0
+"""Looking whether the lock is held takes it for a moment; on a busy machine, for a long one."""
 _FIRST = ("round", "site", "examples", "seconds")
 
 
@@ -56,15 +59,19 @@ def claim(folder: Path, plan: RunPlan) -> None:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process, which dies with it; raises `FolderBusy` when another holds it."""
+    """Hold the folder for this process: the lock goes when the process does, however it ends.
+
+    Raises `FolderBusy` when another process holds it for longer than somebody who only looks.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK_NAME).open("a", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise FolderBusy(
-                f"Expected nobody to write {folder}; another process does. It goes on; this one stops."
-            ) from None
+        end = time.monotonic() + _LOOK_S
+        while not _locks(lock):
+            if time.monotonic() > end:
+                raise FolderBusy(
+                    f"Expected nobody to write {folder}; another process does. It goes on; this one stops."
+                )
+            time.sleep(_LOOK_S / 20)
         yield
 
 
@@ -72,11 +79,16 @@ def is_held(folder: Path) -> bool:
     """Whether a process writes this run now."""
     if not (folder / LOCK_NAME).is_file():
         return False
+    with (folder / LOCK_NAME).open("a", encoding="utf-8") as lock:
+        return not _locks(lock)
+
+
+def _locks(lock: TextIO) -> bool:
     try:
-        with held(folder):
-            return False
-    except FolderBusy:
-        return True
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def is_complete(folder: Path, plan_sha256: str) -> bool:
