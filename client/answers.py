@@ -35,6 +35,7 @@ from meduet_models.content_code import RenderingMoments
 from meduet_models.erasure import ErasureMoments
 from meduet_models.style import CohortTooSmall
 from meduet_models.weights import sha256_of_tensors
+from privacy.clipping import clip_factor
 from privacy.ledger import Ledger
 from privacy.promise import Promise
 
@@ -149,14 +150,13 @@ def answer_round(
         before_deadline(time.monotonic() + plan.aggregation.deadline_s, on_step),
     )
     norm = result.metrics["update_norm"]
-    clip_factor = min(1.0, promise.bound / norm) if norm > 0 else 1.0
     released = Gate(site.ledger, site.journal).release(
         reservation,
         result.update,
         {name: tuple(tensor.shape) for name, tensor in ask.shared.items()},
         weight=float(result.examples),
         counts={"examples": result.examples},
-        metrics=result.metrics | {"clip_factor": clip_factor},
+        metrics=result.metrics | {"clip_factor": clip_factor(norm, promise.bound)},
         wire_dtype=plan.release.wire_dtype,
     )
     states.save(trainee.state(plan, ask.round, kept.round), sha256_of_tensors(ask.shared))

@@ -20,7 +20,7 @@ from federation.wire import RefusalKind
 from meduet_models.diffusion.conditioner import Conditioner
 from meduet_models.diffusion.training import DiffusionTrainee
 from meduet_models.weights import sha256_of_tensors
-from privacy.clipping import joint_norm
+from privacy.clipping import clip_factor, joint_norm
 from privacy.promise import Promise
 
 _METRICS = {
@@ -107,7 +107,7 @@ def answer_diffusion(
             "seconds": time.perf_counter() - began,
             "steps": float(len(taken)),
             "update_norm": norm,
-            "clip_factor": min(1.0, promise.bound / norm) if norm > 0 else 1.0,
+            "clip_factor": clip_factor(norm, promise.bound),
         },
         wire_dtype=plan.release.wire_dtype,
     )

@@ -27,7 +27,7 @@ from meduet_models.downstream import (
 from meduet_models.meduet import FactorNetwork
 from meduet_models.style import CohortTooSmall
 from meduet_models.weights import sha256_of_tensors
-from privacy.clipping import joint_norm
+from privacy.clipping import clip_factor, joint_norm
 from privacy.promise import Promise
 
 
@@ -93,7 +93,7 @@ def answer_finetuning(
             "seconds": done.seconds,
             "steps": float(local.steps),
             "update_norm": norm,
-            "clip_factor": min(1.0, promise.bound / norm) if norm > 0 else 1.0,
+            "clip_factor": clip_factor(norm, promise.bound),
         },
     )
 

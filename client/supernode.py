@@ -19,11 +19,17 @@ from client.certificate_checks import certificate_check
 from client.keys import NODE_KEY, SiteKeys
 from client.site import SiteConfig
 from federation.certificates import utc_now
-from federation.flower_programs import EXIT_MEANINGS, EXIT_PATTERN, environment, program, secret_file
+from federation.flower_programs import (
+    EXIT_MEANINGS,
+    EXIT_PATTERN,
+    environment,
+    secret_file,
+    superexec_process,
+)
 from federation.kits import AUTHORITY, CERTIFICATE, KEY
 from federation.processes import ChildProcess
 
-SUPERNODE, SUPEREXEC = "supernode", "superexec"
+SUPERNODE = "supernode"
 FOLDER = "processes"
 
 
@@ -58,17 +64,8 @@ def supernode_processes(config: SiteConfig, config_path: Path) -> tuple[ChildPro
         meanings=EXIT_MEANINGS,
         exit_pattern=EXIT_PATTERN,
     )
-    superexec = ChildProcess(
-        name=SUPEREXEC,
-        command=(
-            program("flower-superexec"),
-            *("--runtime-api-address", f"127.0.0.1:{config.port}", "--insecure"),  # loopback, and the secret
-            *("--superexec-auth-secret-file", secret),
-        ),
-        environment=variables,
-        meanings=EXIT_MEANINGS,
-        exit_pattern=EXIT_PATTERN,
-    )
+    runtime_api = (f"127.0.0.1:{config.port}", "--insecure")  # loopback, and the secret
+    superexec = superexec_process(secret, variables, runtime_api)
     return supernode, superexec
 
 

@@ -18,6 +18,7 @@ from meduet_models.diffusion.conditioner import condition_sizes
 from meduet_models.diffusion.initialisation import first_transformer
 from meduet_models.diffusion.transformer import DiffusionConfig, DiffusionTransformer
 from meduet_models.meduet import FactorNetwork
+from meduet_models.sharing import encoder_keys
 
 DIFFUSION = "train.diffusion"
 
@@ -51,12 +52,6 @@ class DiffusionAsk(Ask):
                 bank=head.tensors("bank"),
             )
         )
-
-
-def encoder_keys(network: FactorNetwork) -> list[str]:
-    """Tensors of the content branch and the constants: what conditioning reads."""
-    parts = (*network.CONTENT_PARTS, *network.CONSTANTS)
-    return [name for name in network.state_dict() if name.split(".", 1)[0] in parts]
 
 
 def encoder_of(plan: RunPlan, tensors: Mapping[str, Tensor]) -> FactorNetwork:

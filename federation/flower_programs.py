@@ -10,8 +10,12 @@ Source: flwr 1.41, environment variables read at import.
 import os
 import secrets
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from federation.processes import ChildProcess
+
+SUPEREXEC = "superexec"
 EXIT_MEANINGS = {
     200: "the server application failed; see the run's status",
     305: "the centre refuses this site: not registered, revoked, wrong certificates, or still seen as online "
@@ -40,6 +44,22 @@ def environment(home: Path) -> dict[str, str]:
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
     }
+
+
+def superexec_process(secret: str, variables: Mapping[str, str], runtime_api: Sequence[str]) -> ChildProcess:
+    """SuperExec of either side; `runtime_api` says where that is and how it is trusted."""
+    return ChildProcess(
+        name=SUPEREXEC,
+        command=(
+            program("flower-superexec"),
+            "--runtime-api-address",
+            *runtime_api,
+            *("--superexec-auth-secret-file", secret),
+        ),
+        environment=variables,
+        meanings=EXIT_MEANINGS,
+        exit_pattern=EXIT_PATTERN,
+    )
 
 
 def secret_file(path: Path) -> Path:

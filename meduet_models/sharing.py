@@ -34,6 +34,11 @@ def constant_keys(model: FactorNetwork) -> tuple[str, ...]:
     return _of_parts(model, model.CONSTANTS)
 
 
+def encoder_keys(model: FactorNetwork) -> tuple[str, ...]:
+    """Content branch and constants together: all that reading content takes."""
+    return _of_parts(model, (*model.CONTENT_PARTS, *model.CONSTANTS))
+
+
 def norm_keys(model: FactorNetwork) -> tuple[str, ...]:
     """Weights and biases of the norm layers."""
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]

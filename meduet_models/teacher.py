@@ -46,3 +46,11 @@ class Teacher(nn.Module):
         torch._foreach_lerp_(list(ours), [theirs[name] for name in names], 1.0 - momentum)
         for name in FactorNetwork.CONSTANTS:
             getattr(self.network, name).copy_(getattr(student, name))
+
+
+def early_momentum(most: float, step: int) -> float:
+    """Momentum, at step number `step` (from 0), of a moving average that soon forgets where it began.
+
+    At most `most`; early (1 + step) / (10 + step).
+    """
+    return min(most, (1 + step) / (10 + step))

@@ -39,6 +39,12 @@ def joint_norm(tensors: Mapping[str, Tensor]) -> float:
     return peak * math.sqrt(total)
 
 
+def clip_factor(norm: float, bound: float) -> float:
+    """By what a vector of this L2 norm is multiplied to obey `bound`, at most 1; what a site tells of its
+    clipping."""
+    return min(1.0, bound / norm) if norm > 0 else 1.0
+
+
 def clip(tensors: Mapping[str, Tensor], norm: float) -> Bounded:
     """Scale all tensors by one factor so that their joint L2 norm is at most `norm`; leave shorter ones.
 

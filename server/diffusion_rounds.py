@@ -15,12 +15,14 @@ from typing import Any
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
-from federation.diffusion import DIFFUSION, DiffusionAsk, encoder_keys, encoder_of, transformer_of
+from federation.diffusion import DIFFUSION, DiffusionAsk, encoder_of, transformer_of
 from federation.diffusion_plan import Policy
 from federation.messages import Tensors
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
 from meduet_models.diffusion.transformer import DiffusionTransformer
+from meduet_models.sharing import encoder_keys
+from meduet_models.teacher import early_momentum
 from server.checkpoints import Checkpoint, Checkpoints
 from strategies.content_share import ContentShare, Task
 from strategies.quorum import Roster
@@ -108,5 +110,5 @@ def round_momentum(ema: float, round: int, steps: int) -> float:
     first = (round - 1) * steps
     product = 1.0
     for step in range(first, first + steps):
-        product *= min(ema, (1 + step) / (10 + step))
+        product *= early_momentum(ema, step)
     return product

@@ -127,16 +127,19 @@ class CentralDiffusion:
         """Steps that are written down; checkpoints are numbered by them."""
         return 0 if self._last is None else self._last.round
 
+    def _conditioner(self, shared: Tensors) -> Conditioner:
+        encoder = encoder_of(self.plan, shared).to(self._device)
+        return Conditioner(encoder, maps=self.plan.volumes.registered)
+
     def _coder(self, shared: Tensors) -> Callable[[Tensor], Codes]:
         """What makes the codes that are kept with a round's latents."""
-        encoder = encoder_of(self.plan, shared).to(self._device)
-        conditioner = Conditioner(encoder, maps=self.plan.volumes.registered)
+        conditioner = self._conditioner(shared)
         sha256 = sha256_of_tensors(shared)
 
         @torch.no_grad()
         def encode(latents: Tensor) -> Codes:
             if not len(latents):  # a site that has told everything answers with nothing
-                numbers = conditioner.style(encoder.latent_mean[None]).shape[1]
+                numbers = conditioner.style(conditioner.encoder.latent_mean[None]).shape[1]
                 return Codes(
                     content=torch.zeros(0, self.plan.network.width),
                     style=torch.zeros(0, numbers),
@@ -151,14 +154,13 @@ class CentralDiffusion:
 
     def _ready(self, shared: Tensors, bank: Tensors) -> DiffusionTrainee:
         """The trainee, conditioned by these weights; built from the last checkpoint, or from the encoder."""
-        encoder = encoder_of(self.plan, shared).to(self._device)
-        conditioner = Conditioner(encoder, maps=self.plan.volumes.registered)
+        conditioner = self._conditioner(shared)
         if self._trainee is not None:
             self._trainee.replace_conditioner(conditioner)
             return self._trainee
         styles = StyleBank.from_tensors(bank, self.plan.sites) if bank else None
         self._trainee = DiffusionTrainee(
-            transformer_of(self.plan, encoder).to(self._device),
+            transformer_of(self.plan, conditioner.encoder).to(self._device),
             conditioner,
             self.diffusion.training,
             total_steps=self.num_steps,

@@ -11,11 +11,18 @@ Source: flwr 1.41, `flower-superlink --help`; measured outages in docs/runbook.m
 
 from pathlib import Path
 
-from federation.flower_programs import EXIT_MEANINGS, EXIT_PATTERN, environment, program, secret_file
+from federation.flower_programs import (
+    EXIT_MEANINGS,
+    EXIT_PATTERN,
+    environment,
+    program,
+    secret_file,
+    superexec_process,
+)
 from federation.processes import ChildProcess
 from server.deployment import ServerConfig
 
-SUPERLINK, SUPEREXEC = "superlink", "superexec"
+SUPERLINK = "superlink"
 
 
 def home(config: ServerConfig) -> Path:
@@ -50,16 +57,6 @@ def superlink_processes(config: ServerConfig) -> tuple[ChildProcess, ...]:
         meanings=EXIT_MEANINGS,
         exit_pattern=EXIT_PATTERN,
     )
-    superexec = ChildProcess(
-        name=SUPEREXEC,
-        command=(
-            program("flower-superexec"),
-            *("--runtime-api-address", address(config)),
-            *("--root-certificates", str(config.ca)),
-            *("--superexec-auth-secret-file", secret),
-        ),
-        environment=variables,
-        meanings=EXIT_MEANINGS,
-        exit_pattern=EXIT_PATTERN,
-    )
+    runtime_api = (address(config), "--root-certificates", str(config.ca))
+    superexec = superexec_process(secret, variables, runtime_api)
     return superlink, superexec

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from meduet_models.patch_pca import PatchMoments, principal_components
 from meduet_models.patch_vae import PatchVAE, PatchVAEConfig
+from meduet_models.teacher import early_momentum
 from meduet_models.tokenizer import Tokenizer, save_tokenizer, vae_tokenizer
 from meduet_models.weights import load_weights, save_weights
 from server.random_phantoms import Recipe, draw_recipe, make_phantom
@@ -155,7 +156,7 @@ class _Run:
         nn.utils.clip_grad_norm_(self.vae.parameters(), CLIP_NORM)
         self.optimiser.step()
         # An average of few steps forgets the start quickly; of many, it is long.
-        momentum = min(settings.average_momentum, (1 + step) / (10 + step))
+        momentum = early_momentum(settings.average_momentum, step)
         for name, value in self.vae.state_dict().items():
             self.average[name].lerp_(value, 1 - momentum)
         self.step = step + 1

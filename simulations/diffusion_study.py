@@ -12,8 +12,9 @@ What this file does not do: pretrain, choose any setting on what it reports.
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from jaxtyping import Int
 from torch import Tensor
@@ -30,6 +31,7 @@ from meduet_models.diffusion.conditions import Condition, Examples
 from meduet_models.diffusion.training import DiffusionTrainee, validation_loss
 from meduet_models.diffusion.transformer import DiffusionTransformer
 from meduet_models.meduet import FactorNetwork
+from meduet_models.weights import sha256_of_tensors
 from server.diffusion_rounds import run_diffusion_rounds
 from simulations.finished_run import FinishedRun
 from simulations.generation_settings import GenerationSettings
@@ -38,6 +40,7 @@ from simulations.progress import Live
 from strategies.quorum import Roster
 
 Start = Literal["scratch", "encoder", "pooled"]
+EncoderName = Literal["encoder", "pooled"]
 Source = Literal["raw", "federated", "pooled", "site"]
 
 
@@ -141,10 +144,14 @@ class Study:
                 raise ValueError("Expected the pooled run to have the same tokenizer; it has another.")
             self._encoders["pooled"] = pooled.pretrained
 
-    @property
-    def known(self) -> list[Literal["encoder", "pooled"]]:
-        """The encoders there are."""
-        return ["encoder", *(["pooled"] if "pooled" in self._encoders else [])]  # type: ignore[list-item]
+    @cached_property
+    def encoder_hashes(self) -> dict[str, str]:
+        """Hashes of the encoders there are, by name."""
+        return {
+            name: sha256_of_tensors(self.encoder(name).state_dict())
+            for name in get_args(EncoderName)
+            if name in self._encoders
+        }
 
     def plan(self, told: tuple[Condition, ...], start: Start, seed: int) -> RunPlan:
         """The run's plan with the diffusion model of a cell."""
@@ -156,7 +163,7 @@ class Study:
         )
         return dataclasses.replace(self.opened.plan, diffusion=diffusion, seed=seed)
 
-    def encoder(self, which: Literal["encoder", "pooled"]) -> FactorNetwork:
+    def encoder(self, which: EncoderName) -> FactorNetwork:
         """The federated run's frozen encoder, or the pooled run's."""
         plan = self.plan(("content", "style"), "encoder", 0)
         return encoder_of(plan, self._encoders[which].state_dict())

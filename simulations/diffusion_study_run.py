@@ -15,10 +15,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from federation.diffusion import encoder_of
 from federation.plan import build
 from meduet_models.diffusion.artefact import GenerativeModel, save_generative_model
-from meduet_models.diffusion.conditioner import Conditioner
 from meduet_models.diffusion.training import validation_loss
 from meduet_models.weights import sha256_of_tensors
 from server.config import plain
@@ -102,10 +100,9 @@ def _best_site(study: Study, live: Live) -> str:
 
 def _model(study: Study, source: Source, site: str | None, live: Live) -> GenerativeModel:
     transformer, plan = study.trained(source, site, live)
-    encoder = study.encoder("pooled" if source == "pooled" else "encoder")
     return GenerativeModel(
         transformer=transformer,
-        encoder=encoder_of(plan, encoder.state_dict()),
+        encoder=study.encoder("pooled" if source == "pooled" else "encoder"),
         bank=study.bank,
         sites=plan.sites,
         directions={},
@@ -140,9 +137,8 @@ def _judged(study: Study, source: Source, site: str | None, live: Live) -> dict[
         folder,
         study.asked.generation,
     )
-    conditioner = Conditioner(model.encoder, maps=plan.volumes.registered)
     losses = validation_loss(
-        model.transformer, conditioner, study.patients.test, ("content", "style"), bank=study.bank
+        model.transformer, model.conditioner, study.patients.test, ("content", "style"), bank=study.bank
     )
     loss = averaged(losses.double(), [str(i) for i in range(len(losses))], _RESAMPLES, plan.seed)
     return {"rows": told["rows"], "loss": loss.value, "loss_low": loss.low, "loss_high": loss.high}
@@ -162,7 +158,7 @@ def _once(study: Study, name: str, compute: Callable[[], dict[str, Any]]) -> dic
             "rounds": asked.rounds,
             "seed": asked.seeds[0],
         }
-    settings |= {name: sha256_of_tensors(study.encoder(name).state_dict()) for name in study.known}
+    settings |= study.encoder_hashes
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     path = study.folder / f"{name}.json"
     if path.is_file():

@@ -45,13 +45,13 @@ def content_rows(
     centre = gallery.mean(0)
     chance = float(np.mean([np.mean([other == name for other in patient]) for name in patient]))
     rows = []
+    contents = [None if part is None else _pooled(conditioner, part) for part in (samples, stand_in)]
     for measure in ("found", "cosine"):
         told_of = []
-        for latents in (samples, stand_in):
-            if latents is None:
+        for content in contents:
+            if content is None:
                 told_of.append(UNKNOWN)
                 continue
-            content = _pooled(conditioner, latents)
             if measure == "found":
                 values = recognised(content - centre, gallery - centre, patient, patient).double()
             else:

@@ -24,9 +24,6 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from client.cohort import read_entry
-from client.latent_set import LatentSet
-from client.volumes import prepare
 from federation.plan import RunPlan
 from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.diffusion.harmonisation import HarmonisationSettings, Method, harmonise
@@ -74,19 +71,6 @@ class HarmonisationRow:
     """Patients behind it."""
 
 
-def paired_volumes(plan: RunPlan, sets: Sequence[LatentSet]) -> Float[Tensor, "b 1 D H W"]:
-    """The prepared scans of the paired patients, in the order of `held_out.join` of their sites.
-
-    `sets` are the sites' `held_out.paired_set`, in the order of the sites.
-    """
-    volumes = []
-    for scans in sets:
-        for entry in scans.entries:
-            scan, _ = read_entry(entry, plan.volumes)
-            volumes.append(prepare(scan, plan.volumes).volume)
-    return torch.stack(volumes)
-
-
 def measure_harmonisation(
     model: GenerativeModel,
     plan: RunPlan,
@@ -102,8 +86,8 @@ def measure_harmonisation(
 ) -> list[HarmonisationRow]:
     """Measure every way on every ordered pair of sites; write `harmonisation.csv`, `.json` and `.png`.
 
-    `held` are the paired patients of all sites and `volumes` the prepared scans behind its rows
-    (`paired_volumes`); `training[i]` are training latents of site i, for histograms and the swap's style.
+    `held` are the paired patients of all sites and `volumes` the prepared scans behind its rows;
+    `training[i]` are training latents of site i, for histograms and the swap's style.
     `on_step(done, total)` counts pairs of sites. Raises `ValueError` when patients are not paired.
     """
     if len(volumes) != len(held.site):

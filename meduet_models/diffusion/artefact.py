@@ -26,6 +26,7 @@ from meduet_models.bank import StyleBank
 from meduet_models.diffusion.conditioner import Conditioner
 from meduet_models.diffusion.transformer import DiffusionConfig, DiffusionTransformer
 from meduet_models.meduet import FactorNetwork, NetworkConfig
+from meduet_models.sharing import encoder_keys
 from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
 
 KIND = "FedMeDUET generative model, version 1"
@@ -150,8 +151,8 @@ def load_generative_model(path: str | Path) -> GenerativeModel:
 
 
 def _content_branch(encoder: FactorNetwork) -> dict[str, Tensor]:
-    kept = {*encoder.CONTENT_PARTS, *encoder.CONSTANTS}
-    return {name: t for name, t in encoder.state_dict().items() if name.split(".", 1)[0] in kept}
+    weights = encoder.state_dict()
+    return {name: weights[name] for name in encoder_keys(encoder)}
 
 
 def _fit(came: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:

@@ -36,6 +36,7 @@ from meduet_models.diffusion.path import Path
 from meduet_models.diffusion.settings import DiffusionTraining
 from meduet_models.diffusion.site_styles import SiteStyles, dressed
 from meduet_models.diffusion.transformer import DiffusionTransformer, regrid
+from meduet_models.teacher import early_momentum
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -138,7 +139,7 @@ class DiffusionTrainee:
         for group in self._optimiser.param_groups:
             group["lr"] = self.learning_rate_at(step)
         self._optimiser.step()
-        self._follow(min(settings.ema, (1 + step) / (10 + step)))
+        self._follow(early_momentum(settings.ema, step))
 
         values = {"loss": loss, "velocity": velocity, "gradient_norm": norm}
         values |= {} if aligned is None else {"alignment": aligned}
@@ -198,9 +199,12 @@ class DiffusionTrainee:
 
     def _told(self, examples: Examples, draw: StepDraw, device: torch.device) -> Conditions:
         codes = None if self._styles is None else self._styles.codes(examples, draw.as_site)
-        told = self.conditioner.conditions(examples, self.names, codes)
-        if "content" in self.names and bool(draw.restyled.any()) and self.bank is not None:
-            seen = dressed(self.bank, examples, draw.restyled, draw.outfit)
+        others = [name for name in self.names if name != "content"]
+        told = self.conditioner.conditions(examples, others, codes)
+        if "content" in self.names:
+            seen = examples.latents
+            if bool(draw.restyled.any()) and self.bank is not None:
+                seen = dressed(self.bank, examples, draw.restyled, draw.outfit)
             told = dataclasses.replace(told, content=self.conditioner.content(seen))
         told = told.each(lambda t: t.to(device))
         dropped = {name: mask.to(device) for name, mask in draw.dropped.items()}
