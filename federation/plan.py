@@ -115,6 +115,9 @@ class AggregationPlan:
     """Share of sites whose valid reply a round needs."""
     deadline_s: float = 3600.0
     """Seconds a round waits for replies."""
+    norm_tolerance: float = 5.0
+    """A reply whose mean update is longer than this many times the median of the round's is put aside (with
+    three replies or more); 0: none is."""
 
 
 @dataclass(frozen=True, kw_only=True)

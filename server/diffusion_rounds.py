@@ -68,7 +68,7 @@ def run_diffusion_rounds(
     fixed = {name: shared[name] for name in encoder_keys(encoder)}
     plan_json = plan.to_json()
 
-    def question(round: int) -> RecordDict:
+    def question(round: int, start: bool) -> RecordDict:
         ask = DiffusionAsk(plan_json=plan_json, round=round, shared={}, encoder=fixed, bank=bank)
         return ask.to_record()
 

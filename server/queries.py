@@ -17,7 +17,7 @@ from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
 from strategies.aggregation import ReplyRefused
 from strategies.quorum import Roster, check_quorum, needed, wait_for_nodes
-from strategies.streaming_grid import StreamingGrid
+from strategies.streaming_grid import Late, StreamingGrid
 
 _log = logging.getLogger(__name__)
 
@@ -58,14 +58,19 @@ def ask_sites(
     settings = plan.aggregation
     least = needed(settings.quorum, len(roster.sites)) if stops else 1
     nodes = wait_for_nodes(grid, roster, least, settings.deadline_s)
-    if only is not None:
-        others = set(roster.sites) - set(only)
-        nodes = [node for node in nodes if roster.name(node) not in others]
+    nodes = _of(nodes, roster, only)
     stream = StreamingGrid(grid)
-    messages = [Message(question, node, message_type, ttl=settings.deadline_s) for node in nodes]
     replies: dict[str, Reply] = {}
     refused: dict[str, str] = {}
-    for message in stream.send_and_receive(messages, timeout=settings.deadline_s):
+
+    def ask(node: int) -> Message:
+        return Message(question, node, message_type, ttl=settings.deadline_s)
+
+    for message in stream.send_and_receive(
+        [ask(node) for node in nodes],
+        timeout=settings.deadline_s,
+        late=Late(ask, lambda: _to_ask(grid, roster, only), lambda: not stops or len(replies) >= least),
+    ):
         node = stream.node_of(message)
         try:
             reply = _read(message, node, roster, plan, read)
@@ -83,6 +88,16 @@ def ask_sites(
     if stops:
         check_quorum(f"{message_type!r}", len(replies), settings.quorum, len(roster.sites), refused)
     return {site: replies[site] for site in roster.sites if site in replies}, refused
+
+
+def _to_ask(grid: Grid, roster: Roster, only: Collection[str] | None) -> list[int]:
+    return _of(roster.asked(list(grid.get_node_ids())), roster, only)
+
+
+def _of(nodes: list[int], roster: Roster, only: Collection[str] | None) -> list[int]:
+    """The nodes without sites that are known and not among `only`."""
+    others = set(roster.sites) - set(only) if only is not None else set()
+    return [node for node in nodes if roster.name(node) not in others]
 
 
 def _read(

@@ -4,6 +4,7 @@ The sum is exact. Values become integers on a grid of 2^-q (q from the declared 
 possible), and integers add in any order, in any grouping and on any number of threads to the same bits. A
 block of the sum is kept in int32 as long as what was folded cannot overflow it, then in int64: which of the
 two has no influence on the sum. Memory: four bytes per value of the model, however many sites reply.
+A reply that turns out to be far longer than the round's others is taken out again, exactly (`screen`).
 Robust rules, which need all replies at once, are in `strategies/robust.py`.
 What this file does not do: it knows no message, no round and no Flower.
 
@@ -12,9 +13,11 @@ Flower's FedAvg for comparison: bench/aggregation.py.
 """
 
 import math
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -31,6 +34,7 @@ _FINEST_GRID_BITS = 26  # 1.5e-8 of a weighted sum: below float32 for weights of
 _COARSEST_GRID_BITS = 20
 _INT32_REACH = 2.0**31 - 1
 _LARGEST = 2.0**62
+_FEWEST_TO_SCREEN = 3  # of two replies nobody can say which one is the odd one
 _ROUNDING = 1 + 2**-10  # a norm computed in float32 at the site and again here
 
 
@@ -90,8 +94,8 @@ class Validation:
                 raise ReplyRefused(f"Expected {name!r} to be float32; got {update[name].dtype}.")
         return [_flat(update[name]) for name in self.shapes]
 
-    def check_norm(self, values: list[Floats], squares: float, examples: int) -> None:
-        """Refuse NaN, infinity, and an update longer than `examples * max_norm`."""
+    def norm(self, values: list[Floats], squares: float, examples: int) -> float:
+        """L2 norm of the mean update; refuses NaN, infinity, and more than `max_norm`."""
         limit = examples * self.bounds.max_norm * _ROUNDING
         if not math.isfinite(squares) and not all(np.isfinite(v).all() for v in values):
             raise ReplyRefused("Expected finite values; got NaN or infinity.")
@@ -100,6 +104,7 @@ class Validation:
                 f"Expected an update of L2 norm at most {self.bounds.max_norm:g} per example; got "
                 f"{math.sqrt(squares) / examples:g}."
             )
+        return math.sqrt(squares) / examples
 
     def unflat(self, values: Floats) -> dict[str, Tensor]:
         """One flat array as the tensors of the reference, sharing its memory."""
@@ -109,6 +114,22 @@ class Validation:
             tensors[name] = torch.from_numpy(values[start:stop].reshape(shape))
             start = stop
         return tensors
+
+
+def outliers(norms: Mapping[str, float], tolerance: float) -> dict[str, str]:
+    """Sites whose mean update is longer than `tolerance` times the (lower) median of the round's, and why.
+
+    Nobody with fewer than three replies, when the median is 0, or when `tolerance` is 0.
+    """
+    ordered = sorted(norms.values())
+    median = ordered[(len(ordered) - 1) // 2] if len(ordered) >= _FEWEST_TO_SCREEN else 0.0
+    limit = tolerance * median
+    return {
+        site: f"Expected an update of L2 norm at most {tolerance:g} times the round's median, {median:.3g}; "
+        f"got {norm:.3g}."
+        for site, norm in norms.items()
+        if 0.0 < limit < norm
+    }
 
 
 class _BlockSum:
@@ -150,14 +171,31 @@ class _BlockSum:
 _Piece = tuple[_BlockSum, Floats]
 
 
-class StreamingSum:
-    """Weighted mean over sites: sum of (examples · update) over sum of examples, exactly and in any order."""
+@dataclass(frozen=True)
+class _Kept:
+    """A folded reply that may be taken out again."""
 
-    def __init__(self, reference: Mapping[str, Tensor], bounds: Bounds, threads: int = 1) -> None:
+    path: Path
+    examples: int
+    norm: float
+
+
+class StreamingSum:
+    """Weighted mean over sites: sum of (examples · update) over sum of examples, exactly and in any order.
+
+    `spill` is a folder of this sum's own in which replies wait on disk until the round is screened; without
+    it, or with fewer than three replies in all, nothing is kept and `screen` finds nobody.
+    """
+
+    def __init__(
+        self, reference: Mapping[str, Tensor], bounds: Bounds, threads: int = 1, spill: Path | None = None
+    ) -> None:
         self.validation = Validation(reference, bounds)
         self.examples = 0
         self.num_replies = 0
         self._threads = threads
+        self._spill = spill if bounds.num_replies >= _FEWEST_TO_SCREEN else None
+        self._kept: dict[str, _Kept] = {}
         self._scale = np.float32(2.0**bounds.grid_bits)
         self._memory: list[NDArray[np.int32]] = []
         self.reset()
@@ -170,13 +208,29 @@ class StreamingSum:
             self._begin()
         squares = math.fsum(self._each(self._add, values))
         try:
-            self.validation.check_norm(values, squares, examples)
+            norm = self.validation.norm(values, squares, examples)
         except ReplyRefused:
             if self.num_replies:  # else the next reply begins anew
                 self._each(self._subtract, values)  # integers: what was added leaves no trace
             raise
+        if self._spill is not None:
+            path = self._spill / f"{self.num_replies}.float32"
+            with path.open("wb") as file:
+                for value in values:
+                    file.write(value.data)
+            self._kept[site] = _Kept(path, examples, norm)
         self.examples += examples
         self.num_replies += 1
+
+    def screen(self, tolerance: float) -> dict[str, str]:
+        """Take out who is an outlier among the replies so far (`outliers`); sites and reasons."""
+        found = outliers({site: kept.norm for site, kept in self._kept.items()}, tolerance)
+        for site in found:
+            kept = self._kept.pop(site)
+            self._each(self._subtract, list(self._read(kept.path)))
+            self.examples -= kept.examples
+            self.num_replies -= 1
+        return found
 
     def mean(self) -> dict[str, Tensor]:
         """Sum over examples; raises `ReplyRefused` when nothing was folded.
@@ -198,6 +252,17 @@ class StreamingSum:
         """Begin a new sum."""
         self.examples = self.num_replies = 0
         self._sum: list[_BlockSum] = []
+        self._kept = {}
+        if self._spill is not None:
+            shutil.rmtree(self._spill, ignore_errors=True)  # what this round, or an interrupted one, left
+            self._spill.mkdir(parents=True)
+
+    def _read(self, path: Path) -> Iterator[Floats]:
+        start = 0
+        for shape in self.validation.shapes.values():
+            size = math.prod(shape)
+            yield np.fromfile(path, dtype=np.float32, count=size, offset=4 * start)
+            start += size
 
     def _begin(self) -> None:
         if not self._memory:

@@ -24,7 +24,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from federation.messages import TRAIN, MessageError, Refusal, TrainAsk, TrainReply, kind_of
+from federation.messages import TRAIN, MessageError, Refusal, RefusalKind, TrainAsk, TrainReply, kind_of
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
 from federation.wire import array_record
@@ -32,7 +32,7 @@ from strategies.aggregation import Bounds, ReplyRefused, StreamingSum
 from strategies.quorum import Roster, RoundFailed, check_quorum, needed, wait_for_nodes
 from strategies.robust import SpilledReplies
 from strategies.server_optimisers import ServerOptimiser
-from strategies.streaming_grid import StreamingGrid
+from strategies.streaming_grid import Late, StreamingGrid
 
 _log = logging.getLogger(__name__)
 
@@ -62,17 +62,18 @@ class Task:
     """Rounds."""
     max_norm: float
     """L2 norm of a site's mean update, at most."""
-    question: Callable[[int], RecordDict]
-    """The question of a round; the strategy puts the record "shared" into it."""
+    question: Callable[[int, bool], RecordDict]
+    """The question of a round, with the start for a site that missed it or without; the strategy puts the
+    record "shared" into it."""
 
 
 def pretraining(plan: RunPlan, bank: Mapping[str, Tensor], home: Mapping[str, Tensor]) -> Task:
     """The task of the run itself; `home` is the common start of what stays at the sites."""
     plan_json, bank, home = plan.to_json(), dict(bank), dict(home)
 
-    def question(round: int) -> RecordDict:
-        start = home if round == 1 else None
-        return TrainAsk(plan_json=plan_json, round=round, shared={}, bank=bank, home=start).to_record()
+    def question(round: int, start: bool) -> RecordDict:
+        begun = home if start or round == 1 else None
+        return TrainAsk(plan_json=plan_json, round=round, shared={}, bank=bank, home=begun).to_record()
 
     return Task(
         message_type=TRAIN,
@@ -100,16 +101,22 @@ class ContentShare(Strategy):
         self.plan, self.task, self.roster = plan, task, roster
         self.shared = {name: tensor.detach().clone() for name, tensor in shared.items()}
         settings = plan.aggregation
+        if 0 < settings.norm_tolerance <= 1 or settings.norm_tolerance < 0:
+            raise ValueError(
+                f"Expected aggregation.norm_tolerance to be 0 or above 1; got {settings.norm_tolerance:g}."
+            )
         self.optimiser = ServerOptimiser(settings.optimiser, settings.learning_rate, settings.momentum)
         self.report = RoundReport(0)
         self._plan_sha256 = plan.sha256
         self._folder, self._book, self._on_reply = folder, book, on_reply
         self._bytes_down = 0
+        self._behind: set[int] = set()
         self._stream: StreamingGrid | None = None
         self._bounds = Bounds(num_replies=len(roster.sites), max_norm=task.max_norm)
         self._sum: StreamingSum | None = None
         if settings.rule == "mean":
-            self._sum = StreamingSum(self.shared, self._bounds, threads=torch.get_num_threads())
+            spill = folder / "replies" if settings.norm_tolerance else None
+            self._sum = StreamingSum(self.shared, self._bounds, torch.get_num_threads(), spill)
 
     def rounds(self, grid: Grid, done: int = 0) -> Iterator[RoundReport]:
         """Run the rounds after `done`; after each, `shared` and `optimiser` are those of the next round.
@@ -121,7 +128,9 @@ class ContentShare(Strategy):
         stream = StreamingGrid(grid)
         for round in range(done + 1, self.task.rounds + 1):
             messages = self.configure_train(round, array_record(self.shared), ConfigRecord(), stream)
-            replies = stream.send_and_receive(messages, timeout=self.plan.aggregation.deadline_s)
+            replies = stream.send_and_receive(
+                messages, timeout=self.plan.aggregation.deadline_s, late=self._late(round, grid)
+            )
             del messages  # the grid holds what it still has to send
             self._stream = stream
             self._aggregate(round, replies)
@@ -133,15 +142,33 @@ class ContentShare(Strategy):
         """The round's question to every site that can be asked; waits for them until the deadline."""
         settings = self.plan.aggregation
         self.report = RoundReport(server_round, seconds=-time.monotonic())
-        record = self.task.question(server_round)
-        record["shared"] = arrays
-        self._bytes_down = sum(part.count_bytes() for part in record.array_records.values())
         least = needed(settings.quorum, len(self.roster.sites))
         nodes = wait_for_nodes(grid, self.roster, least, settings.deadline_s)
-        return [
-            Message(record, node, self.task.message_type, ttl=settings.deadline_s, group_id=str(server_round))
-            for node in nodes
-        ]
+        behind = self._behind.intersection(nodes)
+        records = {start: self._record(server_round, arrays, start) for start in {n in behind for n in nodes}}
+        self._bytes_down = min(_num_bytes(record) for record in records.values())
+        return [self._message(server_round, node, records[node in behind]) for node in nodes]
+
+    def _record(self, round: int, arrays: ArrayRecord, start: bool) -> RecordDict:
+        record = self.task.question(round, start)
+        record["shared"] = arrays
+        return record
+
+    def _message(self, round: int, node: int, record: RecordDict) -> Message:
+        deadline_s = self.plan.aggregation.deadline_s
+        return Message(record, node, self.task.message_type, ttl=deadline_s, group_id=str(round))
+
+    def _late(self, round: int, grid: Grid) -> Late:
+        def question(node: int) -> Message:
+            record = self._record(round, array_record(self.shared), node in self._behind)
+            return self._message(round, node, record)
+
+        least = needed(self.plan.aggregation.quorum, len(self.roster.sites))
+        return Late(
+            question,
+            nodes=lambda: self.roster.asked(list(grid.get_node_ids())),
+            enough=lambda: len(self.report.sites) >= least,
+        )
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -166,6 +193,9 @@ class ContentShare(Strategy):
             self._put_aside(node, f"no reply within {self.plan.aggregation.deadline_s:g} s")
         sites = self.roster.sites
         quorum = self.plan.aggregation.quorum
+        for site, why in fold.screen(self.plan.aggregation.norm_tolerance).items():
+            del self.report.sites[site]
+            self._refuse(site, why)
         self.report.sites = {s: self.report.sites[s] for s in sites if s in self.report.sites}
         check_quorum(f"round {server_round}", len(self.report.sites), quorum, len(sites), self.report.refused)
         try:
@@ -193,8 +223,10 @@ class ContentShare(Strategy):
         if kind_of(message.content) == "refusal":
             refusal = Refusal.from_record(message.content)
             self.roster.bind(node, refusal.site)
+            if refusal.kind is RefusalKind.OUT_OF_ORDER:
+                self._behind.add(node)  # it missed the round that brought the start: the next one brings it
             raise ReplyRefused(f"refused: {refusal.kind.value}")
-        size = sum(part.count_bytes() for part in message.content.array_records.values())
+        size = _num_bytes(message.content)
         reply = TrainReply.from_record(message.content, copy=False)
         if problem := self.roster.bind(node, reply.site):
             raise ReplyRefused(problem)
@@ -212,8 +244,11 @@ class ContentShare(Strategy):
         self._on_reply(round, reply.site, report)
 
     def _put_aside(self, node: int, why: str) -> None:
-        self.report.refused[self.roster.name(node)] = why
-        _log.warning("Round %d goes on without %s: %s", self.report.round, self.roster.name(node), why)
+        self._refuse(self.roster.name(node), why)
+
+    def _refuse(self, who: str, why: str) -> None:
+        self.report.refused[who] = why
+        _log.warning("Round %d goes on without %s: %s", self.report.round, who, why)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -236,6 +271,10 @@ class ContentShare(Strategy):
             values,
             self.plan.aggregation.rule,
         )
+
+
+def _num_bytes(record: RecordDict) -> int:
+    return sum(part.count_bytes() for part in record.array_records.values())
 
 
 def site_report(reply: TrainReply, *, bytes_down: int, bytes_up: int) -> SiteReport:

@@ -1,9 +1,11 @@
 """Quorum: who is asked, how many must answer, what a straggler costs.
 
 Asked are all connected nodes that are a site of the plan, or may be one. A phase needs valid replies of
-ceil(quorum · sites). Everything is bounded: nodes are awaited until the deadline, replies too; a reply after
-the deadline is never read, and one of another round is refused. Below the quorum the run stops with its last
-checkpoint intact; the reasons say who and why.
+ceil(quorum · sites). Everything is bounded: nodes are awaited until the deadline, and for little over a
+minute when the quorum is there; replies are awaited until the deadline; a reply after it is never read, and
+one of another round is refused. A site that is lost (its process died, its network is gone) is asked again
+in the same round while the round waits anyway, and in the next one. Below the quorum the run stops with its
+last checkpoint intact; the reasons say who and why.
 What this file does not do: it reads no weights (`strategies/aggregation.py`).
 """
 
@@ -12,6 +14,10 @@ import time
 from collections.abc import Mapping
 
 from flwr.serverapp import Grid
+
+PATIENCE_S = 90.0
+"""How long a round waits for more than the quorum to connect: a SuperNode that was killed is let in again
+after 66 s."""
 
 
 class RoundFailed(RuntimeError):
@@ -78,22 +84,23 @@ class Roster:
         return first + sorted(set(connected) - set(self._site_of) - self._strangers)
 
 
-def wait_for_nodes(grid: Grid, roster: Roster, least: int, deadline_s: float) -> list[int]:
-    """Nodes to ask, as soon as all sites can be asked, or at the deadline if at least `least` can.
+def wait_for_nodes(
+    grid: Grid, roster: Roster, least: int, deadline_s: float, patience_s: float = PATIENCE_S
+) -> list[int]:
+    """Nodes to ask, as soon as all sites can be asked, or after `patience_s` if at least `least` can.
 
     Raises `RoundFailed` at the deadline when fewer are connected.
     """
-    end, pause_s = time.monotonic() + deadline_s, 0.05
+    start = time.monotonic()
+    end, patient, pause_s = start + deadline_s, start + min(patience_s, deadline_s), 0.05
     while True:
         asked = roster.asked(list(grid.get_node_ids()))
-        if len(asked) >= len(roster.sites):
+        if len(asked) >= len(roster.sites) or (len(asked) >= least and time.monotonic() >= patient):
             return asked
         if time.monotonic() >= end:
             break
         time.sleep(min(pause_s, max(0.0, end - time.monotonic())))
         pause_s = min(2 * pause_s, 2.0)
-    if len(asked) >= least:
-        return asked
     raise RoundFailed(
         f"Expected at least {least} connected sites within {deadline_s:g} s; got {len(asked)}. "
         "Start the sites, then run again.",

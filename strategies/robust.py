@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from strategies.aggregation import Bounds, Floats, ReplyRefused, Validation
+from strategies.aggregation import Bounds, Floats, ReplyRefused, Validation, outliers
 
 Rule = Literal["trimmed_mean", "median", "krum"]
 
@@ -39,6 +39,7 @@ class SpilledReplies:
         self.validation = Validation(reference, bounds)
         self._folder, self._rule, self._trim = folder, rule, trim
         self._files: dict[str, Path] = {}
+        self._norms: dict[str, float] = {}
         shutil.rmtree(folder, ignore_errors=True)  # what an interrupted round left
         folder.mkdir(parents=True)
 
@@ -49,12 +50,19 @@ class SpilledReplies:
         values = self.validation.flat(update, examples)
         pieces = [v[i : i + _PIECE] for v in values for i in range(0, len(v), _PIECE)]
         squares = math.fsum(float(np.dot(piece, piece)) for piece in pieces)
-        self.validation.check_norm(values, squares, examples)
-        path = self._folder / f"{len(self._files)}.float32"
+        self._norms[site] = self.validation.norm(values, squares, examples)
+        path = self._folder / f"{len(self._norms)}.float32"
         with path.open("wb") as file:
             for piece in pieces:
                 file.write((piece / np.float32(examples)).data)
         self._files[site] = path
+
+    def screen(self, tolerance: float) -> dict[str, str]:
+        """Leave out who is an outlier among the replies so far (`outliers`); sites and reasons."""
+        found = outliers({site: self._norms[site] for site in self._files}, tolerance)
+        for site in found:
+            self._files.pop(site).unlink()
+        return found
 
     def mean(self) -> dict[str, Tensor]:
         """The rule's aggregate; the files are removed. Raises `ReplyRefused` with too few replies."""

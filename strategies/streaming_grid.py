@@ -6,15 +6,34 @@ SuperLink's node id, so replies are told apart by the question they answer.
 What this file does not do: it judges no reply. `unanswered` says who was silent at the deadline.
 """
 
+import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from flwr.app import Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
+ASKS = 4
+"""How often a site is asked in a round, at most."""
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 0.5
+_LOOK_S = 1.0  # between two looks at who is connected
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Late:
+    """How nodes are asked after the others."""
+
+    question: Callable[[int], Message]
+    """The question, made anew for a node."""
+    nodes: Callable[[], Iterable[int]]
+    """Who may be asked now."""
+    enough: Callable[[], bool]
+    """Whether the replies so far will do."""
 
 
 class StreamingGrid(Grid):
@@ -31,33 +50,61 @@ class StreamingGrid(Grid):
         return self._node_of.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
 
     def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
+        self,
+        messages: Iterable[Message],
+        *,
+        timeout: float | None = None,
+        late: Late | None = None,
     ) -> Iterable[Message]:
-        """Send now; replies come from the iterator, as they arrive, until all are in or `timeout`."""
+        """Send now; replies come from the iterator, as they arrive, until all are in or `timeout`.
+
+        `late`: how nodes are asked that were lost, or were not there yet; without it nobody is.
+        """
         self._node_of, self.unanswered = {}, {}
         for message in messages:
-            # one by one: a list that comes back shorter would not say whose message was not taken
-            taken = list(self._inner.push_messages([message]))
-            if taken and taken[0]:
-                self._node_of[taken[0]] = message.metadata.dst_node_id
-                self.unanswered[message.metadata.dst_node_id] = taken[0]
-        return self._replies(None if timeout is None else time.monotonic() + timeout)
+            self._push(message)  # one by one: a shorter list would not say whose message was not taken
+        end = None if timeout is None else time.monotonic() + timeout
+        return self._replies(end, late)
 
-    def _replies(self, end: float | None) -> Iterator[Message]:
-        pause_s = _SHORTEST_PAUSE_S
-        while self.unanswered:
+    def _push(self, message: Message) -> bool:
+        taken = list(self._inner.push_messages([message]))
+        if not taken or not taken[0]:
+            return False
+        self._node_of[taken[0]] = message.metadata.dst_node_id
+        self.unanswered[message.metadata.dst_node_id] = taken[0]
+        return True
+
+    def _replies(self, end: float | None, late: Late | None) -> Iterator[Message]:
+        pause_s, next_look = _SHORTEST_PAUSE_S, time.monotonic() + _LOOK_S
+        asked = dict.fromkeys(self.unanswered, 1)
+        lost: dict[int, Message] = {}  # Flower's last error for each
+        while self.unanswered or lost:
             answered = False
             for node, identity in list(self.unanswered.items()):
                 for reply in self._inner.pull_messages([identity]):
                     self.unanswered.pop(node, None)
                     answered = True
-                    yield reply
+                    if late is not None and reply.has_error() and asked[node] < ASKS:
+                        lost[node] = reply
+                    else:
+                        yield reply
                     del reply
             if end is not None and time.monotonic() >= end:
-                return
-            if self.unanswered and not answered:
+                break
+            if late is not None:
+                if lost and not self.unanswered and late.enough():
+                    break
+                if time.monotonic() >= next_look:
+                    for node in late.nodes():
+                        if (node in lost or node not in asked) and self._push(late.question(node)):
+                            lost.pop(node, None)
+                            asked[node] = asked.get(node, 0) + 1
+                            _log.warning("Node %d is asked, for time %d of %d.", node, asked[node], ASKS)
+                    next_look = time.monotonic() + _LOOK_S
+            if not answered:
                 time.sleep(pause_s if end is None else min(pause_s, max(0.0, end - time.monotonic())))
             pause_s = _SHORTEST_PAUSE_S if answered else min(1.5 * pause_s, _LONGEST_PAUSE_S)
+        yield from lost.values()
 
     def set_run(self, run: Run) -> None:
         """As `inner`."""

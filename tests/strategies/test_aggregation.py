@@ -1,6 +1,7 @@
 import itertools
 import math
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from strategies import aggregation
-from strategies.aggregation import Bounds, ReplyRefused, StreamingSum
+from strategies.aggregation import Bounds, ReplyRefused, StreamingSum, outliers
 
 REFERENCE = {"matrix": torch.zeros(5, 7), "vector": torch.zeros(140_001), "scalar": torch.zeros(())}
 BOUNDS = Bounds(num_replies=6, max_norm=10_000.0)
@@ -155,3 +156,30 @@ def test_memory_does_not_grow_with_the_number_of_replies() -> None:
 
     assert peak(16) < 1.05 * peak(2)
     assert peak(16) < 4 * 1_000_000 + 16 * aggregation._BLOCK
+
+
+def test_an_update_far_longer_than_the_rounds_others_is_taken_out_to_the_last_bit(tmp_path: Path) -> None:
+    total = StreamingSum(REFERENCE, BOUNDS, 1, tmp_path / "spill")
+    for seed in (0, 1, 2, 3):
+        total.fold(f"site {seed}", update(seed, 1.0 if seed == 1 else 1e-2), examples=seed + 1)
+    found = total.screen(5.0)
+    assert list(found) == ["site 1"]
+    assert "5 times the round's median" in found["site 1"]
+    without = StreamingSum(REFERENCE, BOUNDS)
+    for seed in (3, 0, 2):
+        without.fold(f"site {seed}", update(seed), examples=seed + 1)
+    assert bits(total.mean()) == bits(without.mean())
+    assert not list((tmp_path / "spill").iterdir())
+
+
+def test_nobody_is_an_outlier_of_two_or_of_replies_of_one_size(tmp_path: Path) -> None:
+    assert outliers({"a": 1.0, "b": 1000.0}, 5.0) == {}
+    assert outliers({"a": 1.0, "b": 4.9, "c": 1.0}, 5.0) == {}
+    assert outliers({"a": 0.0, "b": 0.0, "c": 1.0}, 5.0) == {}
+    assert outliers({"a": 1.0, "b": 1000.0, "c": 1.0}, 0.0) == {}
+    assert list(outliers({"a": 1.0, "b": 5.1, "c": 1.0, "d": 900.0}, 5.0)) == ["b", "d"]
+    total = StreamingSum(REFERENCE, BOUNDS, 1, tmp_path / "spill")
+    for seed in (0, 1, 2):
+        total.fold(f"site {seed}", update(seed), examples=1)
+    assert total.screen(5.0) == {}
+    assert total.num_replies == 3

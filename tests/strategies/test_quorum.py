@@ -1,6 +1,10 @@
-import pytest
+import time
 
-from strategies.quorum import Roster, RoundFailed, check_quorum, needed
+import pytest
+from flwr.clientapp import ClientApp
+
+from simulations.in_process import InProcessGrid
+from strategies.quorum import Roster, RoundFailed, check_quorum, needed, wait_for_nodes
 
 
 @pytest.mark.parametrize(
@@ -46,3 +50,13 @@ def test_known_sites_are_asked_in_the_plans_order_and_strangers_never_again() ->
     roster.bind(5, "lyon")
     assert roster.asked([2, 9, 3, 5]) == [9, 5, 3]
     assert roster.asked([3, 5]) == [5, 3]
+
+
+def test_who_is_not_there_is_awaited_for_a_while_and_not_until_the_deadline() -> None:
+    grid = InProcessGrid(ClientApp(), 2)
+    roster = Roster(("oslo", "lyon", "turin"))
+    start = time.monotonic()
+    assert wait_for_nodes(grid, roster, 2, 60.0, patience_s=0.3) == [1000, 1001]
+    assert 0.3 <= time.monotonic() - start < 30.0
+    with pytest.raises(RoundFailed, match="at least 3 connected sites within 0.3 s; got 2"):
+        wait_for_nodes(grid, roster, 3, 0.3, patience_s=0.1)

@@ -111,3 +111,14 @@ def test_a_rule_without_enough_replies_is_refused_at_the_start(
 def test_bad_sites_are_rounded_down_but_not_by_a_floating_point_hair() -> None:
     assert [bad_sites(0.2, n) for n in (3, 4, 5, 9, 10)] == [0, 0, 1, 1, 2]
     assert bad_sites(0.3, 10) == 3  # 0.3 · 10 is 3.0000000000000004 or 2.9999999999999996
+
+
+def test_an_outlier_is_left_out_before_the_rule(tmp_path: Path) -> None:
+    told = replies(4)
+    spilled = SpilledReplies(REFERENCE, BOUNDS, tmp_path / "spill", "median", trim=0.2)
+    for site, tensors in told.items():
+        size = 50.0 if site == "site 2" else 1.0
+        spilled.fold(site, {name: size * tensor for name, tensor in tensors.items()}, 1)
+    assert list(spilled.screen(5.0)) == ["site 2"]
+    others = [told[f"site {i}"]["a"] for i in (0, 1, 3)]
+    assert torch.equal(spilled.mean()["a"], torch.stack(others).median(dim=0).values)

@@ -6,7 +6,7 @@ from flwr.app import Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from simulations.in_process import InProcessGrid
-from strategies.streaming_grid import StreamingGrid
+from strategies.streaming_grid import ASKS, Late, StreamingGrid
 
 
 class Silent(InProcessGrid):
@@ -82,3 +82,72 @@ def test_an_error_made_by_the_superlink_is_that_of_the_node_that_was_asked(app: 
     error = Message(Error(code=3, reason="Node Unavailable"), reply_to=ask)
     assert error.metadata.src_node_id == 1
     assert stream.node_of(error) == 1001
+
+
+class Losing(InProcessGrid):
+    """Node 1000 is lost `times` times, with the error that Flower makes; node 1001 connects late."""
+
+    def __init__(self, app: ClientApp, times: int, connected: tuple[int, ...] = (1000, 1001)) -> None:
+        super().__init__(app, 2)
+        self.times, self.connected, self.pushed = times, connected, list[int]()
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self.connected
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        messages = list(messages)
+        self.pushed += [message.metadata.dst_node_id for message in messages]
+        return super().push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        (identity,) = message_ids
+        ask = self._waiting[identity]
+        if ask.metadata.dst_node_id == 1000 and self.times:
+            self.times -= 1
+            del self._waiting[identity]
+            return [Message(Error(code=5, reason="Node Unavailable"), reply_to=ask)]
+        return super().pull_messages([identity])
+
+
+def late(grid: Losing, enough: bool) -> Late:
+    return Late(
+        lambda node: Message(RecordDict(), node, "query.survey"),
+        nodes=grid.get_node_ids,
+        enough=lambda: enough,
+    )
+
+
+def test_a_lost_site_is_asked_again_while_too_few_have_answered(app: ClientApp) -> None:
+    inner = Losing(app, times=2)
+    stream = StreamingGrid(inner)
+    replies = list(stream.send_and_receive(asks(inner), timeout=30.0, late=late(inner, enough=False)))
+    assert [reply.has_error() for reply in replies] == [False, False]
+    assert inner.pushed == [1000, 1001, 1000, 1000]
+
+
+def test_a_lost_site_is_asked_a_few_times_and_no_more(app: ClientApp) -> None:
+    inner = Losing(app, times=100)
+    stream = StreamingGrid(inner)
+    replies = list(stream.send_and_receive(asks(inner), timeout=60.0, late=late(inner, enough=False)))
+    assert [reply.has_error() for reply in replies] == [False, True]
+    assert inner.pushed.count(1000) == ASKS
+
+
+def test_for_a_lost_site_alone_nobody_waits_when_the_others_are_enough(app: ClientApp) -> None:
+    inner = Losing(app, times=100)
+    stream = StreamingGrid(inner)
+    start = time.monotonic()
+    replies = list(stream.send_and_receive(asks(inner), timeout=60.0, late=late(inner, enough=True)))
+    assert sorted(reply.has_error() for reply in replies) == [False, True]
+    assert inner.pushed == [1000, 1001]
+    assert time.monotonic() - start < 30.0
+
+
+def test_a_lost_site_that_does_not_come_back_is_named_at_the_deadline_with_its_error(app: ClientApp) -> None:
+    inner = Losing(app, times=1, connected=(1001,))
+    stream = StreamingGrid(inner)
+    first = Message(RecordDict(), 1000, "query.survey")
+    replies = list(stream.send_and_receive([first], timeout=2.5, late=late(inner, enough=False)))
+    assert [stream.node_of(reply) for reply in replies if reply.has_error()] == [1000]
+    assert [stream.node_of(reply) for reply in replies if not reply.has_error()] == [1001]  # it came late
+    assert inner.pushed == [1000, 1001]
