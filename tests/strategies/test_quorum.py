@@ -58,5 +58,5 @@ def test_who_is_not_there_is_awaited_for_a_while_and_not_until_the_deadline() ->
     start = time.monotonic()
     assert wait_for_nodes(grid, roster, 2, 60.0, patience_s=0.3) == [1000, 1001]
     assert 0.3 <= time.monotonic() - start < 30.0
-    with pytest.raises(RoundFailed, match="at least 3 connected sites within 0.3 s; got 2"):
+    with pytest.raises(RoundFailed, match=r"at least 3 connected sites within 0\.3 s; got 2"):
         wait_for_nodes(grid, roster, 3, 0.3, patience_s=0.1)
