@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
 
-.PHONY: help demo test check slow clean
+.PHONY: help demo test faults check clean
 help:            ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
 
@@ -19,6 +19,9 @@ demo: .venv/.installed   ## three simulated hospitals pretrain together; ends wi
 
 test: .venv/.installed   ## the tests (minutes on 2 cores)
 	$(BIN)/python -m pytest -q
+
+faults: .venv/.installed  ## kill, cut and lie to a consortium of real processes (15 minutes, an idle machine); writes docs/faults.md
+	$(BIN)/python -m pytest -q -s -m faults tests/faults --faults-page docs/faults.md
 
 check: .venv/.installed  ## ruff, mypy, import contracts
 	$(BIN)/ruff check .

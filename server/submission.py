@@ -56,6 +56,7 @@ class Submission:
     def __init__(self, control: Control, plan_path: Path, folder: Path, say: Say = lambda line: None) -> None:
         self._control, self._say, self._fresh = control, say, True
         self._trouble = ""
+        self._lived = self._died = False  # was the application of the last submission seen at work, and gone?
         self._plan_path, self.folder = plan_path.resolve(), folder.resolve()
         self.plan = plan_to_run(plan_path)
 
@@ -64,33 +65,34 @@ class Submission:
 
         Raises `RunGivenUp`, and `ValueError` when the folder is another plan's.
         """
-        lived = False
         next_look = 0.0
         while not is_complete(self.folder, self.plan.sha256):
             while_waiting()
             lives = is_held(self.folder)
-            died = lived and not lives
-            lived = lives
+            died = self._lived and not lives
+            self._lived, self._died = lives, (self._died or died) and not lives
             if died or time.monotonic() >= next_look:
                 if died:
                     time.sleep(_TICK_S)  # an end in good order shows in the folder by now
                     if is_complete(self.folder, self.plan.sha256):
                         break
-                self._look(died)
+                self._look()
                 next_look = time.monotonic() + PAUSE_S
             time.sleep(_TICK_S)
         self._say(f"complete: {self.folder}")
 
-    def _look(self, died: bool) -> None:
+    def _look(self) -> None:
         """Ask SuperLink about our run, and submit it unless it is under way."""
         record = self._read()
         try:
+            if is_held(self.folder):
+                return  # at work, or it lost its SuperLink and has not noticed yet
             ours = [run for run in self._control.runs() if run.identity == record.run]
-            if (ours and not ours[0].finished and not died) or is_held(self.folder):
-                return  # under way, or an application that lost its SuperLink and has not noticed yet
+            if (ours and not ours[0].finished and not self._died) or is_held(self.folder):
+                return  # on its way
             if record.run:
-                self._after_an_end(record, ours[0] if ours else None, died)
-            self._fresh = False
+                self._after_an_end(record, ours[0] if ours else None)
+            self._fresh = self._lived = self._died = False
             record.run = ""  # its end is reckoned once, whatever comes of the next submission
             self._write(record)
             with tempfile.TemporaryDirectory(prefix="meduet-app-") as parent:
@@ -110,13 +112,13 @@ class Submission:
             f"submitted{again}: {self.plan.name}, plan {self.plan.sha256[:12]}, Flower's run {record.run}"
         )
 
-    def _after_an_end(self, record: _Record, run: FlowerRun | None, died: bool) -> None:
+    def _after_an_end(self, record: _Record, run: FlowerRun | None) -> None:
         """Decide whether a run that ended is to be submitted again; raises `RunGivenUp` if not."""
         status = read_status(self.folder) or {}
         reason = status.get("reason", "")
         if self._fresh:  # whoever gives the command again has put right what there was
             record.failures = 0
-        elif run is not None and run.status == "finished:stopped" and not died:
+        elif run is not None and run.status == "finished:stopped":
             raise RunGivenUp("An operator stopped the run. The same command goes on with it.")
         elif status.get("state") == "refused":
             raise RunGivenUp(f"The run cannot go on: {reason}")

@@ -172,6 +172,31 @@ def test_an_application_that_died_is_noticed_by_its_lock_and_replaced_at_once(
     assert len(centre.statuses) == 2
 
 
+def test_the_end_of_an_application_is_not_taken_for_that_of_the_next(
+    tmp_path: Path, tiny_plan: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submission, "PAUSE_S", 0.0)
+    monkeypatch.setattr(submission, "_TICK_S", 0.01)
+    (tmp_path / "plan.json").write_text(tiny_plan.to_json())
+    folder = tmp_path / "run"
+    centre, ticks = Centre(lambda n: "running"), 0
+    looks: list[bool] = []
+
+    def later() -> None:
+        nonlocal ticks
+        ticks += 1
+        if ticks == 2:  # it lost its SuperLink a minute ago, and gives up between two looks at its lock
+            centre.statuses["1"] = "finished:failed"
+            looks.extend([True, False, False])
+        if ticks == 30:
+            complete(folder, tiny_plan)
+
+    monkeypatch.setattr(submission, "is_held", lambda folder: looks.pop(0) if looks else False)
+    Submission(centre, tmp_path / "plan.json", folder).see_through(later)  # type: ignore[arg-type]
+    assert centre.stopped == []
+    assert list(centre.statuses) == ["1", "2"]
+
+
 def test_a_folder_of_another_plan_is_refused_before_anything_is_submitted(
     tmp_path: Path, tiny_plan: Any, seen_through: Callable[[Centre], list[str]]
 ) -> None:

@@ -1,0 +1,124 @@
+"""A hospital whose replies are wrong in every way we could think of, one way per round: each is put aside
+with its reason, the round goes on, and the final weights are those of a run in which it kept silent."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import client.app
+from client.answers import AskRefused
+from federation.wire import RefusalKind
+from tests.faults.consortium import Consortium, Weights, consortium, same_bits, undisturbed
+from tests.faults.page import Book
+
+pytestmark = pytest.mark.faults
+
+WAYS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "NaN in an update": ({"reply": "nan"}, "Expected finite values", "put aside"),
+    "infinite value": ({"reply": "infinite"}, "Expected finite values", "put aside"),
+    "wrong shape": ({"reply": "shape"}, "of shape", "put aside; nothing is broadcast"),
+    "extra keys": ({"reply": "extra"}, "Expected no tensor 'stray'", "put aside"),
+    "missing keys": ({"reply": "missing"}, "it is missing", "put aside"),
+    "negative weight": ({"reply": "negative"}, "examples; got -5", "put aside"),
+    "weight zero": ({"reply": "zero"}, "examples; got 0", "put aside"),
+    "enormous weight": ({"reply": "heavy"}, "examples; got 1000000000", "put aside"),
+    "enormous norm": ({"reply": "huge"}, "L2 norm at most 20 per", "put aside: over the plan's bound"),
+    "norm within the bound, unlike the others'": (
+        {"reply": "long"},
+        "times the round's median",
+        "taken out of the sum again, exactly",
+    ),
+    "truncated message": ({"reply": "truncated"}, "bytes", "put aside"),
+    "replayed message": (
+        {"reply": "replayed"},
+        "round 13; got one to round 12",
+        "put aside: another round's",
+    ),
+    "a site raises (with a patient's name in the text)": (
+        {"do": "raise", "at_step": 1},
+        "refused: internal",
+        "one word crosses: `internal`; the text stays in the site's log",
+    ),
+    "a site runs out of memory": (
+        {"do": "memory", "at_step": 1},
+        "refused: out_of_memory",
+        "the site says so: `out_of_memory`",
+    ),
+    "a site hangs": (
+        {"do": "hang", "at_step": 1},
+        "refused: deadline",
+        "its watchdog says `deadline` at nine tenths of it, and ends the process",
+    ),
+}
+FIRST = 2
+"""In round 1 it is honest."""
+ROUNDS = FIRST + len(WAYS)
+DEADLINE_S = 60
+PLAN = (
+    "hospitals.num_hospitals=3",
+    f"training.rounds={ROUNDS}",
+    f"aggregation.deadline_s={DEADLINE_S}",
+    "aggregation.quorum=0.6",
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Consortium, str, Weights]]:
+    folder = tmp_path_factory.mktemp("bad")
+    answer_round, silent = client.app.answer_round, range(FIRST, FIRST + len(WAYS))
+
+    def absent(site: Any, ask: Any, *rest: Any) -> Any:
+        if site.name == bad and ask.round in silent:
+            raise AskRefused("absent", RefusalKind.INTERNAL)
+        return answer_round(site, ask, *rest)
+
+    bad = "north"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client.app, "answer_round", absent)
+        made, expected = undisturbed(folder / "undisturbed", PLAN)
+    bad = made.hospitals[0].name
+    steps = {FIRST + number: way[0] for number, way in enumerate(WAYS.values())}
+    whole = consortium(folder, PLAN, made, {bad: steps})
+    with whole.supervisor:
+        whole.until(lambda: whole.status().get("state") == "complete", "the end", 900.0)
+        yield whole, bad, expected
+
+
+@pytest.mark.parametrize("fault", WAYS)
+def test_it_is_put_aside_with_its_reason_and_the_round_goes_on(run: Any, book: Book, fault: str) -> None:
+    whole, bad, _ = run
+    round = FIRST + list(WAYS).index(fault)
+    (line,) = [line for line in whole.journal("round") if line["round"] == round]
+    _, reason, happens = WAYS[fault]
+    assert list(line["refused"]) == [bad]
+    assert reason in line["refused"][bad]
+    assert len(line["sites"]) == 2
+    seconds = float(DEADLINE_S) if "hangs" in fault else None
+    lost = "that site's share of the round; otherwise same bits"
+    book.note(fault, happens, lost, seconds)
+    assert any(one["round"] == round and one["site"] == bad for one in whole.status()["quarantined"])
+
+
+def test_in_the_rounds_without_a_fault_everybody_counts(run: Any) -> None:
+    whole, _, _ = run
+    assert [line["round"] for line in whole.journal("round") if not line["refused"]] == [1, ROUNDS]
+    assert len(whole.journal("resume")) == 0
+
+
+def test_the_final_weights_are_those_of_a_run_in_which_it_kept_silent(run: Any) -> None:
+    whole, _, expected = run
+    assert same_bits(whole.weights(), expected)
+
+
+def test_what_the_site_said_in_its_exception_stays_at_the_site(run: Any) -> None:
+    whole, bad, _ = run
+    secret = re.compile(rb"Anna|/data/secret")
+    centre = [*whole.poc.config.state_dir.rglob("*"), *whole.poc.run_folder.rglob("*")]
+    told = [path for path in centre if path.is_file() and secret.search(path.read_bytes())]
+    assert told == []
+    assert "Anna Smith" in whole.site_log(bad)
+    supernode = whole.config(bad).state_dir / "processes"
+    assert Path(supernode / "supernode.log").is_file()
