@@ -4,20 +4,29 @@ Flower 1.41 speaks TLS to the centre without showing a certificate of its own, s
 refuse it. This program is `flower-supernode`, with one class changed: connections to the centre carry the
 site's certificate. It is run as a program (`client/supernode.py`), with the same arguments.
 
+Two more things a hospital needs, both met with a network that drops packets for two minutes: Flower takes a
+TLS handshake that nobody answers for a wrong certificate and gives up for good; here it is a connection that
+failed, and tried again. And a SuperNode that gave up stays as a process that does nothing, since one of its
+threads never ends; here the process ends, and its supervisor starts it again.
+
 Does not do: anything else; Flower's own checks of the server's certificate and name hold.
 Source: flwr 1.41, `flwr/supernode/fleet_http_connection.py`; a private class, pinned with Flower.
 """
 
+import logging
 import os
 import ssl
-from typing import Any
+from typing import Any, NoReturn
 
+import httpx
 from flwr.supernode import fleet_http_connection
 from flwr.supernode.cli.flower_supernode import flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 CERTIFICATE, KEY = "MEDUET_CLIENT_CERTIFICATE", "MEDUET_CLIENT_KEY"
 """Environment variables with the paths of the site's certificate and key, PEM."""
+LOST = 1
+"""Exit status of a SuperNode that lost the centre."""
 
 
 class MutualTls(FleetHttpClient):
@@ -31,11 +40,27 @@ class MutualTls(FleetHttpClient):
         verify.load_cert_chain(os.environ[CERTIFICATE], os.environ[KEY])
         super().__init__(base_url, verify=verify, **settings)
 
+    def _unary_unary(self, **call: Any) -> Any:
+        """As Flower's; raises `httpx.ConnectTimeout` where a handshake was not answered in time."""
+        try:
+            return super()._unary_unary(**call)
+        except httpx.TransportError as error:
+            if "timed out" not in str(error):
+                raise
+            raise httpx.ConnectTimeout("the centre did not answer in time") from None
 
-def main() -> None:
-    """`flower-supernode`, with the same arguments."""
+
+def main() -> NoReturn:
+    """`flower-supernode`, with the same arguments; ends this process, whatever its threads do."""
     fleet_http_connection.FleetHttpClient = MutualTls  # type: ignore[attr-defined,assignment]
-    flower_supernode()
+    try:
+        flower_supernode()
+    except SystemExit:
+        raise
+    except BaseException:
+        logging.getLogger("flwr").exception("SuperNode failed.")
+    logging.shutdown()
+    os._exit(LOST)
 
 
 if __name__ == "__main__":
