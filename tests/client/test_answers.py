@@ -37,6 +37,7 @@ class ToySite:
     minimum_cohort: int = 0
     epsilon_ceiling: float | None = None
     compile: bool = False
+    progress_every_s: float = 30.0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     opened: int = 0
     refuses: bool = False
