@@ -6,14 +6,18 @@ this is for what never comes to look: a disk that does not answer, a library tha
 is done in a thread of its own, and the main thread waits for nine tenths of the plan's deadline; then the
 site says `deadline` while the centre still listens, and its log says where every thread stood. A C-level
 clock, which needs nothing of Python's, ends the process in any case: when the hang holds Python's global
-lock, or lets no process exit.
+lock, or lets no process exit. A process that exits with its answer still at work does so at once: Python's
+own ending would abort it in the middle of PyTorch, and a core dump holds patients' latents.
 
 An answer that was given up can no longer leave: whoever lets something out asks `may_leave` first
 (`client/release.py`), and from then on the main thread waits for it to the end. Does not do: send the
 refusal (`client/app.py`), or guard the reading of site.yaml, before which no deadline is known.
 """
 
+import atexit
 import faulthandler
+import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextvars import ContextVar, copy_context
@@ -88,9 +92,10 @@ def watchdog(log: Path, deadline_s: float, work: Callable[[], Answer], /, grace_
         except BaseException as error:  # noqa: BLE001, it is raised again in the thread that waits
             done.set_exception(error)
 
-    file = log.open("a", encoding="utf-8")  # stays open as long as the clock runs
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)  # open as long as the clock runs
     faulthandler.dump_traceback_later(deadline_s + grace_s, exit=True, file=file)
-    Thread(target=copy_context().run, args=(answer,), name="answer", daemon=True).start()
+    thread = Thread(target=copy_context().run, args=(answer,), name="answer", daemon=True)
+    thread.start()
     try:
         wait([done], DEADLINE_SHARE * deadline_s)
         if not done.done() and turn.give_up():
@@ -102,11 +107,21 @@ def watchdog(log: Path, deadline_s: float, work: Callable[[], Answer], /, grace_
         return done.result()
     except BaseException:
         turn.give_up()  # an interrupt, too
+        if not done.done():
+            atexit.register(_end_with, thread)
         raise
     finally:
         if done.done():
             faulthandler.cancel_dump_traceback_later()
-            file.close()
+            os.close(file)
+
+
+def _end_with(thread: Thread) -> None:
+    """End the process now if `thread` is still at work."""
+    if thread.is_alive():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def unwatched(log: Path, deadline_s: float, work: Callable[[], Answer], /) -> Answer:
