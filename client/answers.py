@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from client.batches import Batches, TrainingScans
+from client.partial_round import cohort_sha256
 from client.probing import probe_hits, probe_sums, probed_patients
 from client.release import Gate, Released
 from client.site_state import StateFolder
 from client.style_survey import own_moments, survey
 from client.trainee import Trainee, student_of
 from client.training import train_round
+from client.watchdog import DEADLINE_SHARE
 from federation.erasure import content_bound, erasure_shapes, erasure_tensors, renders, share_bound
 from federation.journal import Journal
 from federation.messages import ErasureAsk, ProbeAsk, SurveyAsk, TrainAsk
@@ -76,6 +78,10 @@ class Site(Protocol):
         """The site's own smallest cohort; the stricter of it and the plan's wins."""
 
     @property
+    def progress_every_s(self) -> float:
+        """Seconds between two writes of a round under way; 0: after each step."""
+
+    @property
     def ledger(self) -> Ledger:
         """What its patients have been charged."""
 
@@ -117,9 +123,11 @@ def answer_round(
 ) -> Released:
     """Train a round and release examples · (shared weights after - before).
 
-    The state that the round began from is never changed: asked again, the site answers the same. Raises
-    `AskRefused` when the round is not one of the plan's or took longer than the plan's deadline.
+    The state that the round began from is never changed: asked again, the site answers the same, and goes on
+    where a process that was killed left the round. Raises `AskRefused` when the round is not one of the
+    plan's or does not end within `DEADLINE_SHARE` of the plan's deadline.
     """
+    on_step = before_deadline(plan.aggregation.deadline_s, on_step)
     site.accept(plan)
     if not 1 <= ask.round <= plan.training.rounds or (ask.home is not None and ask.round != 1):
         raise AskRefused(
@@ -139,15 +147,21 @@ def answer_round(
     kept = states.before(ask.round)
     trainee = Trainee.of(plan, ask.shared, kept, site.device, site.compile)
 
-    batches = Batches(site.scans(plan), plan, bank_of(plan, ask.bank))
+    scans, shared_sha256 = site.scans(plan), sha256_of_tensors(ask.shared)
+    question = {
+        "shared_sha256": shared_sha256,
+        "bank_sha256": sha256_of_tensors(ask.bank),
+        "cohort_sha256": cohort_sha256(scans),
+    }
     result = train_round(
         trainee,
-        batches,
+        Batches(scans, plan, bank_of(plan, ask.bank)),
         plan,
         ask.round,
         plan.participants.index(site.name),
         states.start().home,
-        before_deadline(time.monotonic() + plan.aggregation.deadline_s, on_step),
+        on_step,
+        states.partial(ask.round, kept, question, site.progress_every_s),
     )
     norm = result.metrics["update_norm"]
     released = Gate(site.ledger, site.journal).release(
@@ -159,7 +173,7 @@ def answer_round(
         metrics=result.metrics | {"clip_factor": clip_factor(norm, promise.bound)},
         wire_dtype=plan.release.wire_dtype,
     )
-    states.save(trainee.state(plan, ask.round, kept.round), sha256_of_tensors(ask.shared))
+    states.save(trainee.state(plan, ask.round, kept.round), shared_sha256)
     return released
 
 
@@ -260,13 +274,16 @@ def bank_of(plan: RunPlan, tensors: dict[str, Tensor]) -> StyleBank | None:
         raise AskRefused(str(error), RefusalKind.MALFORMED) from error
 
 
-def before_deadline(deadline: float, on_step: Callable[[int, float], None]) -> Callable[[int, float], None]:
-    """Call `on_step` until the deadline; after it the centre no longer waits, and the round is given up."""
+def before_deadline(deadline_s: float, on_step: Callable[[int, float], None]) -> Callable[[int, float], None]:
+    """Call `on_step` until `DEADLINE_SHARE` of the deadline has passed from now; then the round is given up,
+    in time to say so."""
+    end = time.monotonic() + DEADLINE_SHARE * deadline_s
 
     def checked(step: int, loss: float) -> None:
-        if time.monotonic() > deadline:
+        if time.monotonic() > end:
             raise AskRefused(
-                f"Expected the round to end within aggregation.deadline_s; it was at step {step}.",
+                f"Expected the round to end within {DEADLINE_SHARE:g} of aggregation.deadline_s "
+                f"({deadline_s:g} s); it was at step {step}.",
                 RefusalKind.DEADLINE,
             )
         on_step(step, loss)

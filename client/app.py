@@ -10,9 +10,9 @@ passes.
 """
 
 import logging
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,7 +29,7 @@ from client.site import open_site
 from client.site_state import StateMissing
 from client.trainee import WrongWeights
 from client.training import NotFinite
-from client.watchdog import Watch, unwatched, watchdog
+from client.watchdog import DeadlineMissed, Watch, unwatched, watchdog
 from federation.diffusion import DiffusionAsk
 from federation.finetuning import FinetuneAsk, FinetuneReply
 from federation.latents import LatentsAsk, LatentsReply, from_tensors
@@ -57,6 +57,9 @@ SITE_CONFIG = "site-config"
 """Key of the SuperNode's `--node-config` that says where this hospital's site.yaml is."""
 _log = logging.getLogger(__name__)
 
+_answering: ContextVar[object] = ContextVar("_answering", default=None)
+"""Which message this thread is answering."""
+
 AskKind = TypeVar("AskKind", bound=Ask)
 OnStep = Callable[[str, int, float], None]
 """Called after each training step with site, step and loss; for a progress bar at the site."""
@@ -83,8 +86,9 @@ def make_client_app(
         def answer(site: Site, content: RecordDict) -> RecordDict:
             ask = read(content)
             plan = _plan(ask)
-            with watch(site.state_dir / LOG_NAME, plan.aggregation.deadline_s):
-                return _mail(work(site, ask, plan), ask.plan_sha256, site.name)
+            log, deadline_s = site.state_dir / LOG_NAME, plan.aggregation.deadline_s
+            released = watch(log, deadline_s, lambda: work(site, ask, plan))
+            return _mail(released, ask.plan_sha256, site.name)
 
         return _behind_the_wall(message, context, open_the_site, answer)
 
@@ -234,6 +238,8 @@ def _kind(error: Exception) -> RefusalKind:
             return RefusalKind.MALFORMED
         case NotFinite() | LossNotFinite():
             return RefusalKind.NON_FINITE
+        case DeadlineMissed():
+            return RefusalKind.DEADLINE
         case MemoryError() | torch.OutOfMemoryError():
             return RefusalKind.OUT_OF_MEMORY
         case _:
@@ -242,17 +248,20 @@ def _kind(error: Exception) -> RefusalKind:
 
 @contextmanager
 def _site_log(path: Path) -> Iterator[None]:
-    """Write what this thread logs to the site's own file, for as long as a message is answered."""
+    """Write what is logged while a message is answered, in this thread or in the watchdog's, to the site's
+    own file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    mine = threading.get_ident()
+    mine = object()  # sites may share a process, but not a context
+    token = _answering.set(mine)
     handler = logging.FileHandler(path, delay=True, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    handler.addFilter(lambda record: record.thread == mine)
+    handler.addFilter(lambda record: _answering.get() is mine)
     root = logging.getLogger("client")
     root.addHandler(handler)
     try:
         yield
     finally:
+        _answering.reset(token)
         root.removeHandler(handler)
         handler.close()
 

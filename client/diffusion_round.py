@@ -2,15 +2,20 @@
 
 In the order of every answer: accept, a place in the ledger, then the first scan; what leaves passes the gate.
 AdamW's moments (and the alignment's projector, which never travels) stay at the site between rounds, one
-state per round, so a round that is asked twice is answered the same. Does not do: know Flower's messages,
+state per round, so a round that is asked twice is answered the same; one that was cut short goes on where it
+was (`client/partial_round.py`). Does not do: know Flower's messages,
 catch anything, release a latent (`client/latent_release.py`), use held-out patients.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
 
 from client.answers import AskRefused, Site, bank_of, before_deadline
 from client.examples import ScansWithGeometry, SiteExamples
+from client.partial_round import cohort_sha256
 from client.release import Gate, Released
 from client.site_state import SiteState, StateFolder
 from client.trainee import WrongWeights
@@ -32,6 +37,8 @@ _METRICS = {
 }
 """What a step tells, and what it is called on the wire."""
 
+_TOLD = "told/"
+
 
 def answer_diffusion(
     site: Site,
@@ -44,6 +51,7 @@ def answer_diffusion(
     Raises `AskRefused` when the plan has no federated diffusion model, the round is not one of its, or took
     longer than the plan's deadline, and `WrongWeights` for another model or encoder.
     """
+    on_step = before_deadline(plan.aggregation.deadline_s, on_step)
     site.accept(plan)
     diffusion = plan.diffusion
     if diffusion is None or diffusion.policy != "federated" or not 1 <= ask.round <= diffusion.rounds:
@@ -87,12 +95,32 @@ def answer_diffusion(
     if not isinstance(scans, ScansWithGeometry):
         raise AskRefused("Expected a site that keeps the geometry of its scans.", RefusalKind.MALFORMED)
     source = SiteExamples(scans, plan)
-    on_step = before_deadline(time.monotonic() + plan.aggregation.deadline_s, on_step)
-    began, taken = time.perf_counter(), list[dict[str, float]]()
+    shared_sha256 = sha256_of_tensors(ask.shared)
+    question = {
+        "shared_sha256": shared_sha256,
+        "encoder_sha256": sha256_of_tensors(ask.encoder),
+        "bank_sha256": sha256_of_tensors(ask.bank),
+        "cohort_sha256": cohort_sha256(scans),
+    }
+    partial = states.partial(ask.round, kept, question, site.progress_every_s)
+    told: dict[str, list[float]] = {}
+
+    def load(tensors: Mapping[str, Tensor]) -> None:
+        trainee.load({name: t for name, t in tensors.items() if not name.startswith(_TOLD)})
+        told.update({n.removeprefix(_TOLD): t.tolist() for n, t in tensors.items() if n.startswith(_TOLD)})
+
+    def tensors() -> dict[str, Tensor]:
+        lists = {f"{_TOLD}{name}": torch.tensor(values, dtype=torch.float64) for name, values in told.items()}
+        return trainee.state() | lists
+
+    done, spent = partial.resume(load)
+    began = time.perf_counter() - spent
     first = (ask.round - 1) * diffusion.steps_per_round
-    for step in range(first, first + diffusion.steps_per_round):
-        taken.append(trainee.step(source, step))
-        on_step(step - first + 1, taken[-1]["loss"])
+    for step in range(done, diffusion.steps_per_round):
+        for name, value in trainee.step(source, first + step).items():
+            told.setdefault(name, []).append(value)
+        partial.offer(step + 1, time.perf_counter() - began, tensors)
+        on_step(step + 1, told["loss"][-1])
 
     update = {name: p.detach().cpu() - ask.shared[name] for name, p in parameters.items()}
     norm = joint_norm(update)
@@ -103,16 +131,16 @@ def answer_diffusion(
         weight=float(len(source)),
         counts={"examples": len(source)},
         metrics={
-            **{_METRICS[name]: sum(step[name] for step in taken) / len(taken) for name in taken[0]},
+            **{_METRICS[name]: sum(values) / len(values) for name, values in told.items()},
             "seconds": time.perf_counter() - began,
-            "steps": float(len(taken)),
+            "steps": float(diffusion.steps_per_round),
             "update_norm": norm,
             "clip_factor": clip_factor(norm, promise.bound),
         },
         wire_dtype=plan.release.wire_dtype,
     )
     after = SiteState(round=ask.round, began_from=kept.round, home={}, optimiser=trainee.state())
-    states.save(after, sha256_of_tensors(ask.shared))
+    states.save(after, shared_sha256)
     return released
 
 

@@ -1,11 +1,11 @@
 """The fourth answer of a site: a round of federated fine-tuning with its own labels.
 
 In the order of every answer: accept, a place in the ledger, then the first scan; what leaves passes the gate.
-Nothing is kept between rounds: the weights come with the question, and AdamW starts anew, so a round that is
-asked twice is answered the same. Does not do: know Flower's messages, catch anything, use held-out patients.
+Nothing is kept between rounds, nor within one (they are short): the weights come with the question, and AdamW
+starts anew, so a round that is asked twice is answered the same. Does not do: know Flower's messages, catch
+anything, use held-out patients.
 """
 
-import time
 from collections.abc import Callable
 
 from client.answers import AskRefused, Site, before_deadline
@@ -42,6 +42,7 @@ def answer_finetuning(
     Raises `AskRefused` when the round or a label is not one of the plan's, `WrongWeights` for another
     pretrained encoder, `NoLabels`, and `CohortTooSmall` below four labelled patients.
     """
+    on_step = before_deadline(plan.aggregation.deadline_s, on_step)
     finetuning = ask.finetuning(plan)
     site.accept(plan, finetuning.sha256)
     if not 1 <= ask.round <= finetuning.rounds:
@@ -77,7 +78,7 @@ def answer_finetuning(
         site=plan.participants.index(site.name),
         first_step=(ask.round - 1) * local.steps,
         total_steps=finetuning.rounds * local.steps,
-        on_step=before_deadline(time.monotonic() + plan.aggregation.deadline_s, on_step),
+        on_step=on_step,
     )
     after = dict(network.named_parameters())
     update = {name: after[name].detach().cpu() - before for name, before in ask.trained.items()}

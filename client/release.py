@@ -1,9 +1,9 @@
 """The gate: the only way out of a site.
 
 Every tensor and every number that leaves passes `Gate.release`, in this order: a place in the ledger, exactly
-the declared tensors, finite, bounded, noise as promised, wire dtype, charge in the ledger, line in the
-journal. Whatever fails, nothing is returned. Replies are built from `Released` values alone, and only the
-gate makes one.
+the declared tensors, finite, bounded, noise as promised, wire dtype, still waited for
+(`client/watchdog.py`), charge in the ledger, line in the journal. Whatever fails, nothing is returned.
+Replies are built from `Released` values alone, and only the gate makes one.
 
 Does not do: decide what is shared (`meduet_models/sharing.py`) or bound one patient's share of a sum: that
 happens where the sum is made; the gate checks that the sum is no longer than that allows. Noise enters
@@ -18,6 +18,7 @@ from typing import Any, Final, NoReturn, final
 import torch
 from torch import Tensor
 
+from client.watchdog import may_leave
 from federation.journal import Journal
 from federation.latents import is_item
 from federation.messages import METRIC_NAMES
@@ -161,6 +162,11 @@ class Gate:
             "metrics": real,
             **({"items": list(items)} if each else {}),
         }
+        if not may_leave():
+            raise GateRefusal(
+                "Expected to be in time; the site has answered `deadline`. Nothing is released.",
+                RefusalKind.DEADLINE,
+            )
         record["ledger"] = self._ledger.settle(reservation, weight, sha256)
         self._journal.append(record)
         return Released(

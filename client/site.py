@@ -9,6 +9,7 @@ ledger has reserved. Does not do: answer messages (`client/answers.py`), or let 
 
 import dataclasses
 import hashlib
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -89,6 +90,9 @@ class SiteConfig:
     """CPU threads for tensor arithmetic; 0 leaves PyTorch's choice."""
     compile: bool = False
     """Whether the network is compiled before training."""
+    progress_every_s: float = 30.0
+    """Seconds between two writes of a round under way, from which a killed round goes on; 0: after each step.
+    A shorter round writes nothing."""
     port: int = 9094
     """Port on this machine's loopback where the parts of this site talk to each other."""
 
@@ -114,6 +118,8 @@ class SiteConfig:
             raise ValueError(f"Expected minimum_cohort to be at least 1; got {self.minimum_cohort}.")
         if not 0 < self.port < 65536:
             raise ValueError(f"Expected port from 1 to 65535; got {self.port}.")
+        if not 0 <= self.progress_every_s < math.inf:
+            raise ValueError(f"Expected progress_every_s of at least 0; got {self.progress_every_s}.")
         if self.threads < 0:
             raise ValueError(f"Expected threads to be at least 0; got {self.threads}.")
         if self.allowed_hours:
@@ -187,6 +193,7 @@ class Site:
         self.state_dir = config.state_dir
         self.compile = config.compile
         self.minimum_cohort = config.minimum_cohort
+        self.progress_every_s = config.progress_every_s
         self.device = resolve_device(config.device)
         """Where scans are encoded and the network is trained."""
         config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -6,8 +6,9 @@ from the state after round r - 1 and never changes it, so a round delivered twic
 back to its last checkpoint, gives the same answer. Kept are the last round and the one it began from: the
 centre may go back by one.
 
-A site that sat out a round goes on from the last state it has. Does not do: leave the site, ever. AdamW's
-moments of the shared weights stay here, too (`client/trainee.py` says why).
+A site that sat out a round goes on from the last state it has. A round under way lies beside the states
+(`client/partial_round.py`). Does not do: leave the site, ever. AdamW's moments of the shared weights stay
+here, too (`client/trainee.py` says why).
 """
 
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from client.partial_round import SUFFIX, PartialRound
 from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
 
 _PARTS = ("home", "teacher", "optimiser")
@@ -43,6 +45,8 @@ class SiteState:
     """The moving-average teacher; empty at the start, where it equals the student."""
     optimiser: dict[str, Tensor] = field(default_factory=dict)
     """AdamW's moments and step counts, `<moment>/<parameter>`; empty at the start."""
+    sha256: str = ""
+    """Hash of all its tensors, as they were read from disk; empty before."""
 
 
 class StateFolder:
@@ -85,20 +89,34 @@ class StateFolder:
         return self._read(earlier[-1])
 
     def save(self, state: SiteState, shared_sha256: str) -> None:
-        """Keep the state after a round; later rounds (of a run that went back) and old ones go.
+        """Keep the state after a round; later rounds (of a run that went back) and old ones go, and so does
+        what any round left behind on its way.
 
         `shared_sha256`: hash of the shared weights with which the round began.
         """
         self._write(state, shared_sha256)
+        for left in (*self._folder.glob(f"round-*{SUFFIX}"), *self._folder.glob(".round-*")):
+            left.unlink(missing_ok=True)  # the latter: a write that a kill cut short
         for round in self.rounds():
             if round not in (0, state.began_from, state.round):
                 self._path(round).unlink()
 
+    def partial(
+        self, round: int, began_from: SiteState, question: Mapping[str, str], every_s: float
+    ) -> PartialRound:
+        """The round under way that begins from `began_from`; `question` names whatever else it depends on."""
+        whole = {
+            "plan_sha256": self._plan_sha256,
+            "round": str(round),
+            "began_from": f"{began_from.round} {began_from.sha256}",
+            **question,
+        }
+        return PartialRound(self._path(round).with_suffix(SUFFIX), whole, every_s)
+
     def rounds(self) -> list[int]:
         """Rounds whose state is on disk, ascending."""
-        return sorted(
-            int(path.stem.removeprefix("round-")) for path in self._folder.glob("round-*.safetensors")
-        )
+        names = (path.stem.removeprefix("round-") for path in self._folder.glob("round-*.safetensors"))
+        return sorted(int(name) for name in names if name.isdigit())  # others are rounds under way
 
     def _path(self, round: int) -> Path:
         return self._folder / f"round-{round:04d}.safetensors"
@@ -136,4 +154,9 @@ class StateFolder:
         for name, tensor in tensors.items():
             part, _, key = name.partition(":")
             parts[part][key] = tensor
-        return SiteState(round=round, began_from=int(provenance["began_from"]), **parts)
+        return SiteState(
+            round=round,
+            began_from=int(provenance["began_from"]),
+            sha256=provenance["tensors_sha256"],
+            **parts,
+        )

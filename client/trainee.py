@@ -22,6 +22,7 @@ from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.teacher import Teacher
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_NETWORKS = ("student", "teacher")
 
 
 class WrongWeights(ValueError):
@@ -64,26 +65,62 @@ class Trainee:
             betas=plan.training.betas,
             fused=True,
         )
-        for name, parameter in student.named_parameters():
-            if f"step/{name}" in kept.optimiser:
-                optimiser.state[parameter] = {
-                    moment: kept.optimiser[f"{moment}/{name}"].to(device, copy=True) for moment in _MOMENTS
-                }
+        trainee = Trainee(student, teacher, optimiser)
+        trainee._load_moments(kept.optimiser)
         if compile:
             for network in (student, teacher.network):
                 network.encoder.compile()
                 network.decoder.compile()
-        return Trainee(student, teacher, optimiser)
+        return trainee
 
-    def state(self, plan: RunPlan, round: int, began_from: int) -> SiteState:
-        """What the site keeps after a round, on the CPU."""
-        mine = self.student.state_dict()
-        moments = {
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a step changes, on the CPU: `student/…`, `teacher/…`, `<moment>/<parameter>`."""
+        networks = zip(_NETWORKS, (self.student, self.teacher.network), strict=True)
+        whole = {
+            f"{kind}/{n}": t.cpu() for kind, network in networks for n, t in network.state_dict().items()
+        }
+        return whole | self._moments()
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Become what `tensors` were taken from; raises `WrongWeights` before anything has changed."""
+        parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in (*_NETWORKS, *_MOMENTS)}
+        for name, tensor in tensors.items():
+            kind, _, key = name.partition("/")
+            if kind not in parts:
+                raise WrongWeights(f"Expected student, teacher and moments; got {name!r}.")
+            parts[kind][key] = tensor
+        networks = dict(zip(_NETWORKS, (self.student, self.teacher.network), strict=True))
+        for kind, network in networks.items():
+            _check(network, parts[kind], f"the {kind} of a round under way")
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.student.named_parameters()}
+        for moment in _MOMENTS:
+            came = {name: tuple(tensor.shape) for name, tensor in parts[moment].items()}
+            wanted = {n: () if moment == "step" else shapes.get(n) for n in parts["step"]}
+            if came != wanted:
+                raise WrongWeights(f"Expected AdamW's {moment!r} of this network; others came.")
+        for kind, network in networks.items():
+            network.load_state_dict(parts[kind])
+        self._load_moments(tensors)
+
+    def _moments(self) -> dict[str, Tensor]:
+        return {
             f"{moment}/{name}": self.optimiser.state[parameter][moment].detach().cpu()
             for name, parameter in self.student.named_parameters()
             if parameter in self.optimiser.state
             for moment in _MOMENTS
         }
+
+    def _load_moments(self, tensors: Mapping[str, Tensor]) -> None:
+        self.optimiser.state.clear()
+        for name, parameter in self.student.named_parameters():
+            if f"step/{name}" in tensors:
+                self.optimiser.state[parameter] = {
+                    moment: tensors[f"{moment}/{name}"].to(parameter.device, copy=True) for moment in _MOMENTS
+                }
+
+    def state(self, plan: RunPlan, round: int, began_from: int) -> SiteState:
+        """What the site keeps after a round, on the CPU."""
+        mine = self.student.state_dict()
         return SiteState(
             round=round,
             began_from=began_from,
@@ -91,7 +128,7 @@ class Trainee:
                 n: mine[n].cpu() for n in home_keys(self.student, plan.style.head, plan.aggregation.method)
             },
             teacher={name: tensor.cpu() for name, tensor in self.teacher.network.state_dict().items()},
-            optimiser=moments,
+            optimiser=self._moments(),
         )
 
 
@@ -108,6 +145,11 @@ def student_of(plan: RunPlan, shared: Mapping[str, Tensor], kept: SiteState) -> 
 
 
 def _load(network: torch.nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+    _check(network, tensors, what)
+    network.load_state_dict(tensors)
+
+
+def _check(network: torch.nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     came = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if wrong := sorted(name for name in {*expected, *came} if expected.get(name) != came.get(name)):
@@ -115,4 +157,3 @@ def _load(network: torch.nn.Module, tensors: Mapping[str, Tensor], what: str) ->
             f"Expected {what} to be those of the plan's network; {wrong[0]!r} is "
             f"{came.get(wrong[0], 'missing')} and should be {expected.get(wrong[0], 'absent')}."
         )
-    network.load_state_dict(tensors)

@@ -4,7 +4,8 @@ A round starts from the shared weights that came and from what this site kept (h
 moments), takes the plan's number of steps, and gives back the difference of the shared weights. Schedules run
 over all steps of the run and depend on round and step alone, so a run that was resumed never notices. No draw
 touches a global generator. What stays here: everything in `SiteState`; AdamW's moments of the shared weights
-too.
+too. A round that was cut short by the end of its process goes on after the last step that was written
+(`client/partial_round.py`), to the same bits.
 
 Does not do: read scans (`client/batches.py`), bound or send anything (`client/release.py`), show progress.
 Source: MeDUET (arXiv:2602.17901), section "Implementation": AdamW, warm-up and cosine, clipping, cosine EMA
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from client.batches import Batches, step_generator
+from client.partial_round import PartialRound
 from client.trainee import Trainee
 from federation.plan import RunPlan
 from meduet_models.meduet import MeDUET
@@ -30,6 +32,7 @@ from meduet_models.teacher import momentum_at
 from privacy.clipping import joint_norm
 
 _log = logging.getLogger(__name__)
+_MEANS = "means/"
 
 
 class NotFinite(ValueError):
@@ -43,7 +46,8 @@ class RoundResult:
     update: dict[str, Tensor]
     """Shared weights after minus before, by name; float32 on the CPU."""
     metrics: dict[str, float]
-    """Loss terms and gradient norm averaged over the steps, last learning rate and momentum, seconds."""
+    """Loss terms and gradient norm averaged over the steps, last learning rate and momentum, seconds (those
+    before an interruption, as far as they were written down, included)."""
     examples: int
     """Training scans of this site: the weight of its update."""
 
@@ -56,14 +60,15 @@ def train_round(
     site_index: int,
     start: Mapping[str, Tensor],
     on_step: Callable[[int, float], None] = lambda step, loss: None,
+    partial: PartialRound | None = None,
 ) -> RoundResult:
     """Train `plan.training.steps_per_round` steps and give back what changed in the shared weights.
 
-    `round` counts from 1. `start` is the common start of the style branch, its anchor when it stays home.
-    `on_step` is called after each step with its number (from 1) and loss. Raises `NotFinite` before the
-    weights are touched.
+    `round` counts from 1; `trainee` is as the round begins. `start` is the common start of the style branch,
+    its anchor when it stays home. `on_step` is called after each step with its number (from 1) and loss.
+    `partial` is where the round under way is kept; without, it begins at its first step. Raises `NotFinite`
+    before the weights are touched.
     """
-    began = time.perf_counter()
     student, teacher, optimiser = trainee.student, trainee.teacher, trainee.optimiser
     training, device = plan.training, student.latent_mean.device
     objective = MeduetObjective(plan.objective)
@@ -71,14 +76,22 @@ def train_round(
     shared = shared_keys(student, plan.style.head, plan.aggregation.method)
     before = {name: weights[name].clone() for name in shared}
     tethers = _tethers(student, plan, before, start)
-    means = _Means()
+    means = _Means(device)
+
+    def load(tensors: Mapping[str, Tensor]) -> None:
+        trainee.load({name: t for name, t in tensors.items() if not name.startswith(_MEANS)})
+        means.load({name: t for name, t in tensors.items() if name.startswith(_MEANS)})
+
+    done, spent = (0, 0.0) if partial is None else partial.resume(load)
+    began = time.perf_counter() - spent
     if batches.is_small:
         _log.warning(
             "%d training scans fill batches of %d: scans repeat.", batches.num_scans, training.batch_size
         )
 
-    for step in range(training.steps_per_round):
-        number = (round - 1) * training.steps_per_round + step
+    first = (round - 1) * training.steps_per_round
+    for step in range(done, training.steps_per_round):
+        number = first + step
         progress = number / plan.total_steps
 
         draw = batches.draw(step_generator(plan.seed, site_index, round, step))
@@ -100,16 +113,20 @@ def train_round(
 
         means.add({"loss.total": losses.total, "grad_norm": norm})
         means.add({f"loss.{name}": term for name, term in losses.terms.items()})
+        if partial is not None:
+            seconds = time.perf_counter() - began
+            partial.offer(step + 1, seconds, lambda: trainee.tensors() | means.tensors())
         on_step(step + 1, loss)
 
+    last = first + training.steps_per_round - 1
     weights = student.state_dict()
     update = {name: (weights[name] - before[name]).cpu() for name in shared}
     return RoundResult(
         update=update,
         metrics=means.values()
         | {
-            "learning_rate": learning_rate_at(number, plan),
-            "teacher_momentum": momentum_at(progress, *training.teacher_momentum),
+            "learning_rate": learning_rate_at(last, plan),
+            "teacher_momentum": momentum_at(last / plan.total_steps, *training.teacher_momentum),
             "update_norm": joint_norm(update),
             "steps": float(training.steps_per_round),
             "seconds": time.perf_counter() - began,
@@ -179,7 +196,8 @@ def _finite(value: Tensor, what: str, number: int) -> float:
 class _Means:
     """Averages over the steps in which a value was computed; kept on the device until asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
@@ -191,3 +209,13 @@ class _Means:
 
     def values(self) -> dict[str, float]:
         return {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{_MEANS}{name}": torch.stack([total.cpu(), torch.tensor(float(self._counts[name])).double()])
+            for name, total in self._sums.items()
+        }
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, (total, count) in ((n.removeprefix(_MEANS), t) for n, t in tensors.items()):
+            self._sums[name], self._counts[name] = total.to(self._device), int(count)

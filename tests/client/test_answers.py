@@ -37,6 +37,7 @@ class ToySite:
     minimum_cohort: int = 0
     epsilon_ceiling: float | None = None
     compile: bool = False
+    progress_every_s: float = 30.0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     opened: int = 0
     refuses: bool = False
@@ -304,6 +305,19 @@ def test_a_round_that_outlives_the_plans_deadline_is_given_up(
     assert refusal.value.kind is RefusalKind.DEADLINE
     assert site.journal.verify() == 0
     assert [o.round for o in site.ledger.open_reservations()] == [1]
+
+
+def test_a_round_gives_up_while_there_is_time_to_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [50.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    seen: list[int] = []
+    on_step = answers.before_deadline(10.0, lambda step, loss: seen.append(step))
+    now[0] = 59.0
+    on_step(1, 0.0)
+    now[0] = 59.1
+    with pytest.raises(AskRefused, match=r"0\.9 of aggregation\.deadline_s \(10 s\); it was at step 2"):
+        on_step(2, 0.0)
+    assert seen == [1]
 
 
 def test_when_the_gate_stays_shut_no_state_is_kept_and_the_round_can_be_asked_again(

@@ -1,4 +1,6 @@
+import faulthandler
 import logging
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from client.release import GateRefusal
 from client.site_state import StateDamaged, StateFolder, StateMissing
 from client.trainee import WrongWeights
 from client.training import NotFinite
+from client.watchdog import DeadlineMissed, watchdog
 from federation.journal import Journal
 from federation.messages import (
     ERASURE,
@@ -32,7 +35,7 @@ from federation.messages import (
     TrainReply,
     kind_of,
 )
-from federation.plan import RunPlan
+from federation.plan import AggregationPlan, RunPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.style import CohortTooSmall
@@ -49,6 +52,7 @@ class ToySite:
     def __init__(self, folder: Path, held: Any) -> None:
         self.name, self.state_dir, self.held = "south", folder, held
         self.device, self.compile, self.minimum_cohort = torch.device("cpu"), False, 0
+        self.progress_every_s = 30.0
         self.ledger = Ledger(folder / "ledger.jsonl")
         self.journal = Journal(folder / "journal.jsonl")
 
@@ -162,6 +166,7 @@ def test_a_patient_name_in_an_exception_does_not_reach_the_server(
         (AskRefused(SECRET, RefusalKind.WRONG_TOKENIZER), RefusalKind.WRONG_TOKENIZER),
         (MemoryError(SECRET), RefusalKind.OUT_OF_MEMORY),
         (torch.OutOfMemoryError(SECRET), RefusalKind.OUT_OF_MEMORY),
+        (DeadlineMissed(SECRET), RefusalKind.DEADLINE),
         (KeyError(SECRET), RefusalKind.INTERNAL),
     ],
 )
@@ -247,6 +252,60 @@ def test_the_sites_log_holds_what_this_site_logged_and_not_its_neighbours(
     logger.warning("after")
     text = (folder / LOG_NAME).read_text()
     assert "from the inside" in text and "before" not in text and "after" not in text
+
+
+def test_under_the_watchdog_a_site_answers_the_same_and_logs_in_its_own_file(
+    app: ClientApp, asks: dict[str, RecordDict], tmp_path: Path, toy_scans: Any
+) -> None:
+    site = ToySite(tmp_path / "watched", toy_scans(PATIENTS[:5], 1))
+    scans = site.scans
+
+    def logged(plan: RunPlan) -> Any:
+        logging.getLogger("client.training").warning("from the answer's thread")
+        return scans(plan)
+
+    site.scans = logged  # type: ignore[method-assign]
+    watched = make_client_app(lambda context: site, watch=watchdog)
+    unwatched = make_client_app(lambda context: ToySite(tmp_path / "other", toy_scans(PATIENTS[:5], 1)))
+    one, other = (TrainReply.from_record(send(a, TRAIN, asks[TRAIN])) for a in (watched, unwatched))
+    assert one.examples == other.examples == 5
+    assert all(torch.equal(one.update[name], other.update[name]) for name in other.update)
+    assert "from the answer's thread" in (tmp_path / "watched" / LOG_NAME).read_text()
+
+    def fail(plan: RunPlan) -> Any:
+        raise CohortTooSmall(SECRET)
+
+    site.scans = fail  # type: ignore[method-assign]
+    assert Refusal.from_record(send(watched, TRAIN, asks[TRAIN])).kind is RefusalKind.COHORT_TOO_SMALL
+    assert SECRET in (tmp_path / "watched" / LOG_NAME).read_text()
+
+
+def test_a_site_that_hangs_says_deadline_and_where_it_stood_stays_at_the_site(
+    toy_plan: Callable[..., RunPlan], folder: Path, toy_scans: Any
+) -> None:
+    plan = toy_plan(aggregation=AggregationPlan(deadline_s=1.0))
+    site, never = ToySite(folder, toy_scans(PATIENTS)), threading.Event()
+
+    def a_share_that_is_gone(plan: RunPlan) -> Any:
+        never.wait(60)
+        return site.held
+
+    site.scans = a_share_that_is_gone  # type: ignore[method-assign]
+    try:
+        app = make_client_app(lambda context: site, watch=watchdog)
+        reply = send(app, SURVEY, SurveyAsk(plan_json=plan.to_json()).to_record())
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    refusal = Refusal.from_record(reply)
+    assert (refusal.kind, refusal.site) == (RefusalKind.DEADLINE, "south")
+    assert "a_share_that_is_gone" not in everything(reply)
+    text = (folder / LOG_NAME).read_text()
+    assert "a_share_that_is_gone" in text and "Refused query.survey: deadline" in text
+    never.set()  # what comes now is too late
+    (late,) = (thread for thread in threading.enumerate() if thread.name == "answer")
+    late.join(60)
+    assert not late.is_alive()
+    assert site.journal.verify() == 0 and len(site.ledger.open_reservations()) == 1
 
 
 def test_each_step_is_reported_with_its_sites_name(

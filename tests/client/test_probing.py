@@ -46,6 +46,7 @@ class ToySite:
     name: str = "south"
     minimum_cohort: int = 0
     compile: bool = False
+    progress_every_s: float = 30.0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property

@@ -98,6 +98,8 @@ BAD = {
     MINIMAL + "allow_non_private: 'yes'\n": "Expected site.allow_non_private to be bool",
     MINIMAL + "split_fractions: [0.8, 0.1, 0.2]\n": "Expected split_fractions of at least 0 that sum to 1",
     MINIMAL + "minimum_cohort: 0\n": "Expected minimum_cohort to be at least 1",
+    MINIMAL + "progress_every_s: -1\n": "Expected progress_every_s of at least 0; got -1",
+    MINIMAL + "progress_every_s: .inf\n": "Expected progress_every_s of at least 0; got inf",
     MINIMAL + "tokenizer: {kind: magic}\n": "Expected site.tokenizer.kind to be one of",
     MINIMAL.replace("north", "'../north'"): "Expected name to be letters",
     MINIMAL.replace(

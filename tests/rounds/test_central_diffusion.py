@@ -67,6 +67,7 @@ class Hospital:
         folder.mkdir(parents=True, exist_ok=True)
         self.name, self.state_dir, self._scans, self._sentence = name, folder, scans, sentence
         self.device, self.compile, self.minimum_cohort = torch.device("cpu"), False, 0
+        self.progress_every_s = 30.0
         self.ledger, self.journal = Ledger(folder / "ledger.jsonl"), Journal(folder / "journal.jsonl")
 
     def accept(self, plan: RunPlan) -> None:

@@ -64,6 +64,8 @@ class Scans:
 class Hospital:
     """A site in a folder, with latents in memory."""
 
+    progress_every_s = 30.0
+
     def __init__(self, folder: Path, name: str, scans: Scans) -> None:
         self.name, self.state_dir, self._scans = name, folder, scans
         self.device, self.compile, self.minimum_cohort = torch.device("cpu"), False, 0
@@ -196,6 +198,37 @@ def test_stopped_anywhere_and_resumed_is_never_stopped(plan: RunPlan, tmp_path: 
         assert torch.equal(tensor, resumed.state_dict()[name])
         assert torch.equal(tensor, again.state_dict()[name])
     assert len(reports) == 3
+
+
+def test_killed_after_any_step_a_site_goes_on_where_it_was(
+    plan: RunPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Hospital, "progress_every_s", 0.0)
+    alone = dataclasses.replace(with_diffusion(plan, rounds=2, steps_per_round=3), sites=("oslo",))
+    expected = run(alone, tmp_path / "a")
+    steps: list[int] = []
+
+    def kill(site: str, step: int, loss: float) -> None:
+        steps.append(step)
+        if len(steps) <= 3:
+            raise Killed
+
+    for _ in range(3):
+        with pytest.raises(Killed):
+            run(alone, tmp_path / "b", on_step=kill)
+    done = run(alone, tmp_path / "b", on_step=kill)
+    assert steps == [1, 2, 3, 1, 2, 3]  # each once, though the process ended after each of the first three
+    for name, tensor in expected.transformer.state_dict().items():
+        assert torch.equal(tensor, done.transformer.state_dict()[name])
+    books, kept = [], []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        own = folder / "sites" / "oslo"
+        records = [entry.record for entry in Journal(own / "journal.jsonl").entries()]
+        books.append([(r["sha256"], {**r["metrics"], "seconds": 0.0}) for r in records])
+        states = sorted((own / "diffusion").rglob("*.*"))
+        kept.append({path.name: path.read_bytes() for path in states})
+    assert books[0] == books[1] and len(books[0]) == 2  # the gate was passed once a round
+    assert kept[0] == kept[1] and set(kept[0]) == {f"round-000{n}.safetensors" for n in (0, 1, 2)}
 
 
 def test_the_average_follows_every_step_of_a_round() -> None:

@@ -49,6 +49,7 @@ class Hospital:
     def __init__(self, folder: Path, name: str, scans: Latents) -> None:
         self.name, self.state_dir, self._scans = name, folder, scans
         self.device, self.compile, self.minimum_cohort = torch.device("cpu"), False, 0
+        self.progress_every_s = 30.0
         self.ledger = Ledger(folder / "ledger.jsonl")
         self.journal = Journal(folder / "journal.jsonl")
 
