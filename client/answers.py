@@ -129,10 +129,9 @@ def answer_round(
     """
     on_step = before_deadline(plan.aggregation.deadline_s, on_step)
     site.accept(plan)
-    if not 1 <= ask.round <= plan.training.rounds or (ask.home is not None and ask.round != 1):
+    if not 1 <= ask.round <= plan.training.rounds:
         raise AskRefused(
-            f"Expected a round from 1 to {plan.training.rounds}, home weights with round 1 only; got round "
-            f"{ask.round}.",
+            f"Expected a round from 1 to {plan.training.rounds}; got round {ask.round}.",
             RefusalKind.MALFORMED,
         )
     promise = Promise(
@@ -141,7 +140,7 @@ def answer_round(
     reservation = site.ledger.reserve(ask.plan_sha256, ask.round, promise)
 
     states = StateFolder(site.state_dir / "state", ask.plan_sha256)
-    if ask.home is not None:
+    if ask.home is not None and (ask.round == 1 or not states.rounds()):  # else it is old news
         alone = plan.aggregation.method == "alone"
         states.begin(_own_scale(ask.home, site.scans(plan), plan) if alone else ask.home)
     kept = states.before(ask.round)

@@ -242,6 +242,8 @@ def _kind(error: Exception) -> RefusalKind:
             return RefusalKind.DEADLINE
         case MemoryError() | torch.OutOfMemoryError():
             return RefusalKind.OUT_OF_MEMORY
+        case RuntimeError() if "can't allocate memory" in str(error):  # as PyTorch says it on a CPU
+            return RefusalKind.OUT_OF_MEMORY
         case _:
             return RefusalKind.INTERNAL
 

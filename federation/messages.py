@@ -139,7 +139,8 @@ class SurveyReply:
 class TrainAsk(Ask):
     """One round: train from these shared weights, with this style bank.
 
-    `home` is the common start of what stays at the sites; it comes with round 1 only, and a site keeps it.
+    `home` is the common start of what stays at the sites; it comes with round 1, or later to a
+    site that missed it, and the site keeps it.
     """
 
     round: int

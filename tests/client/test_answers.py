@@ -268,14 +268,23 @@ def test_a_round_outside_the_plan_is_malformed(
     assert site.opened == 0
 
 
-def test_home_weights_in_a_later_round_are_refused_and_do_not_replace_the_anchor(
+def test_home_weights_in_a_later_round_do_not_replace_the_anchor(
     site: ToySite, plan: RunPlan, toy_bank: Any
 ) -> None:
     answer_round(site, ask(plan, toy_bank(plan)), plan)
-    smuggled = replace(ask(plan, toy_bank(plan), 2), home=weights(plan)[1])
-    with pytest.raises(AskRefused, match="round 1 only"):
-        answer_round(site, smuggled, plan)
-    assert answers.StateFolder(site.state_dir / "state", plan.sha256).rounds() == [0, 1]
+    states = answers.StateFolder(site.state_dir / "state", plan.sha256)
+    other = {name: tensor + 1 for name, tensor in weights(plan)[1].items()}
+    answer_round(site, replace(ask(plan, toy_bank(plan), 2), home=other), plan)
+    assert states.rounds() == [0, 1, 2]
+    start = states.start().home
+    assert all(torch.equal(start[name], tensor) for name, tensor in weights(plan)[1].items())
+
+
+def test_a_site_that_missed_round_1_begins_from_the_start_that_comes_later(
+    site: ToySite, plan: RunPlan, toy_bank: Any
+) -> None:
+    answer_round(site, replace(ask(plan, toy_bank(plan), 2), home=weights(plan)[1]), plan)
+    assert answers.StateFolder(site.state_dir / "state", plan.sha256).rounds() == [0, 2]
 
 
 def test_a_site_that_never_had_a_start_is_out_of_order(site: ToySite, plan: RunPlan, toy_bank: Any) -> None:

@@ -173,6 +173,8 @@ def consortium(
     for site, path in poc.site_yamls.items():
         wires[site] = Wire(public)
         reroute(path.parent / "keys" / "connection.yaml", wires[site].port)
+        values = yaml.safe_load(path.read_text()) | {"progress_every_s": 0.0}
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
         (sabotage / site).mkdir(parents=True)
     children = processes(poc, sabotage)
     supervisor = Supervisor(children if runs else children[:-1], folder / "processes")

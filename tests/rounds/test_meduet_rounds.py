@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 
 from client.app import make_client_app
 from federation.journal import Journal
@@ -114,6 +114,36 @@ def test_a_run_killed_within_a_step_ends_in_the_same_bits(miniature: Any, tmp_pa
         run(federation(plan, folder, dies), plan, folder)
     resumed = run(federation(plan, folder), plan, folder).shared
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_site_that_missed_the_first_rounds_joins_in_later(miniature: Any, tmp_path: Path) -> None:
+    class Missing(InProcessGrid):
+        """The last site is lost in round 1."""
+
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            (identity,) = message_ids
+            asked = self._waiting[identity]
+            first = asked.metadata.message_type == "train.round" and asked.metadata.group_id == "1"
+            if not first or asked.metadata.dst_node_id != max(self.get_node_ids()):
+                return super().pull_messages([identity])
+            del self._waiting[identity]
+            return [Message(Error(code=5, reason="Node Unavailable"), reply_to=asked)]
+
+    plan = small(miniature, quorum=0.6)
+    plan = dataclasses.replace(plan, training=dataclasses.replace(plan.training, rounds=4))
+    whole = federation(plan, tmp_path)
+    grid = Missing(whole._client_app, len(plan.participants))
+    metrics = run(grid, plan, tmp_path / "run").metrics
+    last = plan.participants[-1]
+    assert [round["refused"] for round in metrics["rounds"]] == [
+        {last: "Flower error 5"},
+        {last: "refused: out_of_order"},  # it never received the start; the next question brings it
+        {},
+        {},
+    ]
+    assert set(metrics["rounds"][2]["sites"]) == set(plan.participants)
+    own = metrics["rounds"][3]["sites"]
+    assert own[last]["bytes_down"] == own[plan.participants[0]]["bytes_down"]
 
 
 def deployment(**run_config: str) -> Context:
