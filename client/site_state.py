@@ -3,8 +3,8 @@
 One file per round, `state/<plan>/round-0003.safetensors`, written whole or not at all; round 0 is the common
 start that came with the first round and stays for good: the style branch is anchored to it. Round r starts
 from the state after round r - 1 and never changes it, so a round delivered twice, or after the centre went
-back to its last checkpoint, gives the same answer. Kept are the last round and the one it began from: the
-centre may go back by one.
+back to its last checkpoint, gives the same answer. Kept are the last three: a site may be done with a round
+that the centre never counted, and the centre may then find its last checkpoint damaged and go back by one.
 
 A site that sat out a round goes on from the last state it has. A round under way lies beside the states
 (`client/partial_round.py`). Does not do: leave the site, ever. AdamW's moments of the shared weights stay
@@ -20,6 +20,8 @@ from torch import Tensor
 from client.partial_round import SUFFIX, PartialRound
 from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
 
+KEPT = 3
+"""States of rounds that a site keeps, beside the common start."""
 _PARTS = ("home", "teacher", "optimiser")
 
 
@@ -97,9 +99,10 @@ class StateFolder:
         self._write(state, shared_sha256)
         for left in (*self._folder.glob(f"round-*{SUFFIX}"), *self._folder.glob(".round-*")):
             left.unlink(missing_ok=True)  # the latter: a write that a kill cut short
-        for round in self.rounds():
-            if round not in (0, state.began_from, state.round):
-                self._path(round).unlink()
+        rounds = self.rounds()
+        kept = {0, *[round for round in rounds if round <= state.round][-KEPT:]}
+        for round in set(rounds) - kept:
+            self._path(round).unlink()
 
     def partial(
         self, round: int, began_from: SiteState, question: Mapping[str, str], every_s: float

@@ -153,10 +153,9 @@ def test_a_centre_that_goes_back_a_round_gets_the_same_answer_as_the_first_time(
     for round in (1, 2, 3):
         first.append(answer_round(site, ask(plan, toy_bank(plan), round, shared[-1]), plan))
         shared.append(add(shared[-1], first[-1]))
-    again = answer_round(site, ask(plan, toy_bank(plan), 3, shared[2]), plan)
-    assert same(again.tensors, first[2].tensors)
-    with pytest.raises(StateMissing, match="after round 1"):
-        answer_round(site, ask(plan, toy_bank(plan), 2, shared[1]), plan)
+    for round in (3, 2, 3):  # one round back, another one, and forward again
+        again = answer_round(site, ask(plan, toy_bank(plan), round, shared[round - 1]), plan)
+        assert same(again.tensors, first[round - 1].tensors)
     restarted = answer_round(site, ask(plan, toy_bank(plan), 1, shared[0]), plan)
     assert same(restarted.tensors, first[0].tensors)
 
