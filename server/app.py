@@ -139,7 +139,8 @@ class _Run:
                 f"Expected no checkpoints in {self.folder}; it holds a run up to round {last.round}. "
                 "Resume it, or remove the folder."
             )
-        self._note("start" if last is None else "resume", round=0 if last is None else last.round)
+        damaged = {"damaged_checkpoints": self.checkpoints.damaged} if self.checkpoints.damaged else {}
+        self._note("start" if last is None else "resume", round=0 if last is None else last.round, **damaged)
         if last is None:
             last = self._survey()
         last = self._rounds(last)

@@ -3,7 +3,7 @@
 `checkpoints/round-0003.safetensors` holds the shared weights after round 3, the server optimiser's moments,
 the style bank and, where one is kept, the weights' moving average; its header holds the round, the hash of
 the plan, the run's metrics so far, and a hash of the tensors. Round 0 is the state after the survey. The last
-three are kept. A damaged file is said aloud and the one before it is taken: sites keep enough of the past to
+three are kept. A damaged file is said aloud (the run's journal has it, too) and the one before it is taken: sites keep enough of the past to
 repeat a round. What this file does not do: it keeps nothing of a site's.
 """
 
@@ -48,6 +48,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, plan_sha256: str) -> None:
         self._folder, self._plan_sha256 = folder, plan_sha256
+        self.damaged: list[int] = []
+        """Rounds whose file the last look at the folder found damaged."""
 
     def save(self, checkpoint: Checkpoint) -> Path:
         """Write a checkpoint (temporary file, fsync, rename, fsync of the folder) and drop old ones."""
@@ -80,13 +82,14 @@ class Checkpoints:
         Raises `OtherPlan` for a checkpoint of another plan, and `ValueError` when there are checkpoints and
         none of them is whole.
         """
-        rounds = self.rounds()
+        rounds, self.damaged = self.rounds(), []
         for round in reversed(rounds):
             try:
                 return self._load(round)
             except OtherPlan:
                 raise
             except ValueError as error:
+                self.damaged.append(round)
                 _log.warning(
                     "Checkpoint of round %d is damaged; the one before it is taken. %s", round, error
                 )

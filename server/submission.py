@@ -99,9 +99,9 @@ class Submission:
                 app = write_app_folder(Path(parent))
                 settings = {"plan": str(self._plan_path), "folder": str(self.folder)}
                 record.run = self._control.start(app, settings)
-        except ControlFailed as error:
+        except (ControlFailed, OSError) as error:  # SuperLink is away, or the disk takes nothing
             if (words := str(error)) != self._trouble:
-                self._say(f"{words} Asked again every {PAUSE_S:g} s.")
+                self._say(f"{words} Tried again every {PAUSE_S:g} s.")
             self._trouble = words
             return
         self._trouble = ""

@@ -132,10 +132,6 @@ class Consortium:
         path = self.poc.folder / "processes" / f"{name}.log"
         return path.read_text(errors="replace") if path.is_file() else ""
 
-    def centre_log(self) -> str:
-        """What SuperExec and the server applications it started wrote."""
-        return (self.poc.config.state_dir / "superexec.log").read_text(errors="replace")
-
     def centre_child(self, name: str) -> int:
         """Process id of SuperLink, SuperExec or nginx."""
         state = read_state(self.poc.config.state_dir)

@@ -237,13 +237,13 @@ def test_a_checkpoint_is_damaged_while_the_application_is_down(day: Day, book: B
     day.run.until(lambda: day.run.rounds_done() == done, "the round that was lost")
     day.run.until(lambda: day.run.rounds_done() == [*done, lost + 1], "the round after it")
     seconds = time.monotonic() - begun
-    assert f"Checkpoint of round {lost} is damaged" in day.run.centre_log()
+    assert day.run.journal("resume")[-1]["damaged_checkpoints"] == [lost]
     day.run.until(lambda: day.run.held(day.site) is not None, f"round {day.round + 1}")
     day.redone.append(lost)
     day.round += 1
     book.note(
         "a bit of the last checkpoint flips while the server application is down",
-        "its hash finds it; the log says so; the checkpoint before it is taken and the round is done again",
+        "its hash finds it; the journal says so; the checkpoint before it is taken and the round is done again",
         "one round's work; same bits",
         seconds - 2 * book.round_s,
     )
