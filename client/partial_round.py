@@ -26,6 +26,9 @@ from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
 
 SUFFIX = ".partial.safetensors"
 
+SHARE_OF_TIME = 0.05
+"""Of a round's time, the most that is spent writing it down; a large network is written less often."""
+
 _STEPS, _SECONDS = "partial/steps", "partial/seconds"
 _log = logging.getLogger(__name__)
 
@@ -38,7 +41,8 @@ class PartialRound:
     """One round under way at one site.
 
     `question`: everything on which the round depends, by name, as short texts (hashes); kept in the file's
-    header. `every_s`: seconds between two writes, 0 for after each step; a shorter round writes nothing.
+    header. `every_s`: seconds between two writes, or more if writing takes long (`SHARE_OF_TIME`); 0 for
+    after each step, whatever that takes. A shorter round writes nothing.
     """
 
     def __init__(
@@ -49,7 +53,7 @@ class PartialRound:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._path, self._question, self._every_s, self._clock = path, dict(question), every_s, clock
-        self._last = clock()
+        self._last, self._pause_s = clock(), every_s
 
     def resume(self, load: Callable[[Mapping[str, Tensor]], None]) -> tuple[int, float]:
         """Steps already done and seconds already spent, once `load` took the tensors; (0, 0.0) when there is
@@ -76,7 +80,8 @@ class PartialRound:
 
         A disk that takes nothing costs this safety, not the round: it is said in the log.
         """
-        if self._clock() - self._last < self._every_s:
+        began = self._clock()
+        if began - self._last < self._pause_s:
             return
         counted = {_STEPS: torch.tensor(steps), _SECONDS: torch.tensor(seconds, dtype=torch.float64)}
         whole = {**tensors(), **counted}
@@ -85,6 +90,8 @@ class PartialRound:
         except OSError as error:
             _log.warning("%s could not be written after step %d: %s", self._path.name, steps, error)
         self._last = self._clock()
+        if self._every_s > 0:
+            self._pause_s = max(self._every_s, (self._last - began) / SHARE_OF_TIME)
 
     def _read(self) -> dict[str, Tensor]:
         tensors, provenance = load_weights(self._path)

@@ -91,8 +91,9 @@ class SiteConfig:
     compile: bool = False
     """Whether the network is compiled before training."""
     progress_every_s: float = 30.0
-    """Seconds between two writes of a round under way, from which a killed round goes on; 0: after each step.
-    A shorter round writes nothing."""
+    """Seconds between two writes of a round under way, from which a killed round goes on; more where writing
+    would take over a twentieth of the time. 0: after each step, whatever it takes. A shorter round writes
+    nothing."""
     port: int = 9094
     """Port on this machine's loopback where the parts of this site talk to each other."""
 

@@ -262,6 +262,25 @@ def test_it_is_written_when_the_interval_has_passed_since_the_last_write(tmp_pat
     assert written == [3, 6]
 
 
+@pytest.mark.parametrize(("every_s", "writes"), [(30.0, [3, 15]), (0.0, list(range(1, 21)))])
+def test_a_write_that_takes_long_is_made_less_often_unless_each_step_was_asked_for(
+    tmp_path: Path, every_s: float, writes: list[int]
+) -> None:
+    clock, written = Clock(), list[int]()
+    partial = PartialRound(tmp_path / "round-0001.partial.safetensors", {"round": "1"}, every_s, clock)
+
+    def slow(step: int) -> Tensors:
+        clock.now += 6.0
+        written.append(step)
+        return tensors()
+
+    for step in range(1, 21):
+        clock.now += 10.0
+        partial.offer(step, 0.0, lambda step=step: slow(step))  # type: ignore[misc]
+    # step 3 is at 30 s, and steps follow in 10 s: the next write is 6 s / 0.05 = 120 s later
+    assert written == writes
+
+
 def test_seconds_before_an_interruption_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "round-0001.partial.safetensors"
     PartialRound(path, {"round": "1"}, 0.0).offer(5, 12.5, tensors)
