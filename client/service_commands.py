@@ -25,6 +25,7 @@ def add_to(commands: Any) -> None:
 
 
 def _start(chosen: argparse.Namespace, console: Console) -> int:
+    from client.books import open_books
     from client.site import load_site_config
     from client.supernode import FOLDER, supernode_processes
     from federation.processes import become_supervisor
@@ -32,6 +33,7 @@ def _start(chosen: argparse.Namespace, console: Console) -> int:
     try:
         config = load_site_config(chosen.config)
         children = supernode_processes(config, chosen.config)
+        open_books(config.state_dir)
     except ValueError as error:
         console.print(str(error), markup=False, highlight=False)
         return _NOT_POSSIBLE

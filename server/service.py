@@ -86,7 +86,9 @@ class Service:
             fit = False
         if not fit:  # one of the two is written already, or somebody copied only one
             if pair != self._complained:
-                self._say("server.pem and server.key do not belong together; SuperLink keeps the earlier ones")
+                self._say(
+                    "server.pem and server.key do not belong together; SuperLink keeps the earlier ones"
+                )
             self._complained = pair
             return
         self._served, self._next_restart = pair, time.monotonic() + RESTARTS_APART_S
