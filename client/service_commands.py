@@ -32,6 +32,7 @@ def _start(chosen: argparse.Namespace, console: Console) -> int:
 
     try:
         config = load_site_config(chosen.config)
+        config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         children = supernode_processes(config, chosen.config)
         open_books(config.state_dir)
     except ValueError as error:
