@@ -21,8 +21,9 @@ from server import (
 )
 
 _STATUS = (
-    "exit status: 0 done, or stopped in good order; 1 a run was given up: a person has to look; 2 refused: wrong "
-    "usage, settings, plan or folder, a record that was tampered with, or it runs already; 130 interrupted"
+    "exit status: 0 done, or stopped in good order; 1 a run was given up: a person has to look; 2 refused: "
+    "wrong usage, settings, plan or folder, a record that was tampered with, or it runs already; 130 "
+    "interrupted"
 )
 NOT_POSSIBLE = 2  # exit status when the arguments or a file are not what was expected
 INTERRUPTED = 130

@@ -61,8 +61,8 @@ def add_to(commands: Any) -> None:
         help="a whole consortium on this machine: real processes, TLS, simulated scans; two minutes",
         description="Make certificates, a centre and simulated hospitals, start all of them as real "
         "processes that talk over TLS on loopback, run a small plan, and stop: about two minutes on two idle "
-        "cores, and 2 GB of memory. Nothing leaves this machine. nginx is needed for the whole of it (apt-get "
-        "install nginx); without it, the sites reach SuperLink directly.",
+        "cores, and 4 GB of memory. Nothing leaves this machine. nginx is needed for the whole of it "
+        "(apt-get install nginx); without it, the sites reach SuperLink directly.",
     )
     poc.add_argument("--sites", type=int, default=3, help="number of hospitals, at least 2 (default 3)")
     poc.add_argument(
