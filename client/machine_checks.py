@@ -14,7 +14,8 @@ from client.certificate_checks import Finding
 from client.site import SiteConfig, resolve_device
 
 LEAST_MEMORY_BYTES = 2 * 2**30
-"""Free memory below which a person should look: a process that answers, with a small network, takes half."""
+"""Free memory below which a person should look: a process that answers takes 0.5 GB before its
+network and batches (measured), what connects the site 0.3."""
 RESERVE_BYTES = 1_000_000_000
 """Free disk space asked for besides encodings: states of a run, logs, Flower's files."""
 _MEMINFO = Path("/proc/meminfo")
@@ -45,7 +46,7 @@ def memory_check() -> Finding:
         return "look", "the memory of this machine cannot be read", "FedMeDUET runs on Linux."
     found = f"{_gib(free)} of {_gib(total)} GiB free"
     if free < LEAST_MEMORY_BYTES:
-        advice = f"A process that answers takes 1 GiB and more; leave {_gib(LEAST_MEMORY_BYTES)} GiB free."
+        advice = f"A process that answers takes 0.5 GB before its network; leave {_gib(LEAST_MEMORY_BYTES)} GiB free."
         return "look", found, advice
     return "ok", found, ""
 
