@@ -46,7 +46,9 @@ def memory_check() -> Finding:
         return "look", "the memory of this machine cannot be read", "FedMeDUET runs on Linux."
     found = f"{_gib(free)} of {_gib(total)} GiB free"
     if free < LEAST_MEMORY_BYTES:
-        advice = f"A process that answers takes 0.5 GB before its network; leave {_gib(LEAST_MEMORY_BYTES)} GiB free."
+        advice = (
+            f"A process that answers takes 0.5 GB and its network; leave {_gib(LEAST_MEMORY_BYTES)} GiB free."
+        )
         return "look", found, advice
     return "ok", found, ""
 
