@@ -54,7 +54,7 @@ def clock_check(keys: SiteKeys, now: Callable[[], datetime]) -> Finding:
     if date is None:
         return "look", "the centre's proxy does not tell the time", "Ask the centre which proxy it has."
     ahead_s = (now() - parsedate_to_datetime(date)).total_seconds()
-    found = f"{abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} the centre's"
+    found = f"{abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} the centre's (its proxy's Date)"
     if ahead_s > AHEAD_S or ahead_s < -BEHIND_S:
         advice = "The centre refuses every request until this clock is set right (chrony, timesyncd)."
         return "failed", found, advice

@@ -54,6 +54,10 @@ exit status: 0 done, all checks passed; 1 a check failed, or scans could not be 
              2 wrong usage, settings or plan; 130 interrupted
 """
 
+_CHECK_STATUS = """\
+exit status: 0 every check is ok or look; 1 a check failed; 2 wrong usage, settings or plan; 130 interrupted
+"""
+
 
 def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
     """Run one command; returns the exit status (see `meduet-site --help`)."""
@@ -99,8 +103,11 @@ def _parser() -> argparse.ArgumentParser:
     prepare.set_defaults(run=_prepare)
     check = commands.add_parser(
         "check",
-        help="look at settings, data, cohort, disk, device, tokenizer and cache; say what to do",
-        description="Look at everything a run needs and encode nothing. With --plan, every scan is read.",
+        help="look at device, memory, disk, keys, centre, clock, data, books, plans; say what to do",
+        description="Look at everything a run needs and encode nothing. With --plan, every scan is read, "
+        "too: counts, exclusions, duplicates, patients in two splits. Each line is ok, look (a person should "
+        "decide) or failed (a run will not work), and says what to do.",
+        epilog=_CHECK_STATUS,
     )
     check.set_defaults(run=_check)
     key_commands.add_to(commands)
@@ -154,19 +161,18 @@ def _check(chosen: argparse.Namespace, console: Console) -> int:
         _say(console, str(error))
         return NOT_POSSIBLE
     colours = {"ok": "green", "look": "yellow", "failed": "red"}
-    num_failed = 0
+    counts = dict.fromkeys(colours, 0)
     with _Bars(console) as bars:
         for check in run_checks(config, plan, bars):
-            num_failed += check.verdict == "failed"
+            counts[check.verdict] += 1
             console.print(f"[{colours[check.verdict]}]{check.verdict:>6}[/]  [bold]{check.what}[/]: ", end="")
             _say(console, check.found)
             if check.advice:
                 _say(console, f"        {check.advice}")
-    if num_failed:
-        _say(console, f"{num_failed} checks failed.")
-    elif plan is None:
+    _say(console, f"{counts['ok']} ok, {counts['look']} to look at, {counts['failed']} failed.")
+    if plan is None:
         _say(console, "Scans were not read: give --plan plan.json to look at them, too.")
-    return FAILED if num_failed else DONE
+    return FAILED if counts["failed"] else DONE
 
 
 def _summary(console: Console, counts: Mapping[str, Any], num_cached: int) -> None:

@@ -33,11 +33,12 @@ def add_to(commands: Any) -> None:
 
 
 def _show(chosen: argparse.Namespace, console: Console) -> int:
+    from client.books import JOURNAL
     from client.site import load_site_config
     from federation.journal_reading import journal_lines, read_journal
 
     try:
-        entries = read_journal(load_site_config(chosen.config).state_dir / "journal.jsonl")
+        entries = read_journal(load_site_config(chosen.config).state_dir / JOURNAL)
     except ValueError as error:
         _say(console, str(error))
         return NOT_POSSIBLE
@@ -47,34 +48,26 @@ def _show(chosen: argparse.Namespace, console: Console) -> int:
 
 
 def _verify(chosen: argparse.Namespace, console: Console) -> int:
+    from client.books import JOURNAL, read_books
     from client.site import load_site_config
-    from federation.journal_reading import journal_verdict, read_journal
-    from privacy.chain import BrokenChain, read_chain
+    from federation.journal_reading import journal_verdict
+    from privacy.chain import BrokenChain
 
     try:
         state = load_site_config(chosen.config).state_dir
-        path = state / "journal.jsonl"
-        entries = read_journal(path, chosen.head)
-        charged = {one.sha256 for one in read_chain(state / "ledger.jsonl", "ledger")}
-        for entry in entries:
-            if "ledger" in entry.record and entry.record["ledger"] not in charged:
-                raise BrokenChain(
-                    f"{state / 'ledger.jsonl'}: expected the line that journal line {entry.index + 1} names; "
-                    "it is not there. Lines were cut off. Keep both files as evidence."
-                )
-        if (state / "approvals.jsonl").exists():
-            read_chain(state / "approvals.jsonl", "approvals")
+        books = read_books(state, chosen.head)
     except BrokenChain as error:
         _say(console, str(error))
         return BROKEN
     except ValueError as error:
         _say(console, str(error))
         return NOT_POSSIBLE
-    for line in [
-        *journal_verdict(path, entries, chosen.head),
-        "The ledger holds every release; approvals are whole.",
-    ]:
+    for line in journal_verdict(state / JOURNAL, list(books.journal), chosen.head):
         _say(console, line)
+    _say(console, "The ledger holds every release and every round trained here; approvals are whole.")
+    if books.unnamed:
+        _say(console, f"{books.unnamed} charges are not in the journal: the site was killed just then, or an")
+        _say(console, "older journal was put back. Compare with the centre's: meduet-server journal show.")
     return DONE
 
 

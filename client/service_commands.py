@@ -25,13 +25,16 @@ def add_to(commands: Any) -> None:
 
 
 def _start(chosen: argparse.Namespace, console: Console) -> int:
+    from client.books import open_books
     from client.site import load_site_config
     from client.supernode import FOLDER, supernode_processes
     from federation.processes import become_supervisor
 
     try:
         config = load_site_config(chosen.config)
+        config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         children = supernode_processes(config, chosen.config)
+        open_books(config.state_dir)
     except ValueError as error:
         console.print(str(error), markup=False, highlight=False)
         return _NOT_POSSIBLE

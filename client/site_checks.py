@@ -5,25 +5,25 @@ exclusions.csv), which name patients; what is said here are counts and row numbe
 others see.
 """
 
-import os
 import re
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from client.answers import AskRefused
+from client.approvals import Approvals
+from client.books import open_books
 from client.centre_checks import centre_check, clock_check
 from client.certificate_checks import certificate_check
 from client.cohort import SPLITS, Cohort
 from client.keys import SiteKeys
 from client.latent_release import RAW_CONSENT, consent
 from client.layouts import LayoutRules, survey
+from client.machine_checks import device_check, disk_check, folder_check, memory_check
 from client.scans import Reason
-from client.site import Site, SiteConfig, SiteProgress, resolve_device
+from client.site import Site, SiteConfig, SiteProgress
+from federation.bundle import running_bundle
 from federation.certificates import utc_now
 from federation.plan import RunPlan
 from federation.survey import smallest_cohort
@@ -51,31 +51,26 @@ class Check:
 def run_checks(
     config: SiteConfig, plan: RunPlan | None = None, progress: SiteProgress | None = None
 ) -> Iterator[Check]:
-    """Look at a site, one check after another; with `plan`, also at every scan, as that plan would.
-
-    Raises `OSError` when the state folder cannot be written.
-    """
-    device = _device(config)
+    """Look at a site, one check after another; with `plan`, also at every scan, as that plan would."""
+    device, folder = Check("device", *device_check(config)), Check("folder", *folder_check(config.state_dir))
     yield device
+    yield Check("memory", *memory_check())
+    yield folder
+    if folder.verdict != "failed" and plan is None:  # with a plan, when it is known what is to be encoded
+        yield Check("disk space", *disk_check(config.state_dir))
     if config.allow_non_private:
         yield Check("consent", "ok", "bounded sums without differential privacy may leave")
     else:
         advice = "This version adds no noise: set allow_non_private: true in site.yaml, or take no part."
         yield Check("consent", "failed", "nothing may leave without differential privacy", advice)
-    if config.keys_dir is not None:
-        certificate = Check("certificate", *certificate_check(config.keys_dir, config.name, utc_now()))
-        yield certificate
-        if certificate.verdict != "failed":
-            keys = SiteKeys.open(config.keys_dir)
-            yield Check("centre", *centre_check(keys))
-            yield Check("clock", *clock_check(keys, utc_now))
+    yield from _connection(config)
     data = _data(config)
     yield data
-    if "failed" in (data.verdict, device.verdict):
+    if "failed" in (data.verdict, device.verdict, folder.verdict):
         return
     try:
         site = Site(config)
-        yield Check("ledger and journal", "ok", f"{site.ledger.verify()} and {site.journal.verify()} lines")
+        yield _books(config)
     except BrokenChain as error:
         yield Check("ledger and journal", "failed", str(error), "Do not delete it: ask who changed it.")
         return
@@ -85,6 +80,7 @@ def run_checks(
         yield Check("tokenizer", "failed", str(error), "Correct tokenizer in site.yaml.")
         return
     if plan is None:
+        yield _approvals(config)
         return
     try:
         site.fits(plan)
@@ -123,17 +119,49 @@ def _approval(site: Site, plan: RunPlan) -> Check:
     return Check("approval", "ok", "implied by site.yaml" if implied else "approved, with this code")
 
 
-def _device(config: SiteConfig) -> Check:
-    try:
-        device = resolve_device(config.device)
-    except ValueError as error:
-        return Check("device", "failed", str(error), "Set device: auto or cpu in site.yaml.")
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        name = torch.cuda.get_device_name(device)
-        return Check("device", "ok", f"{name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free")
-    threads = config.threads or torch.get_num_threads()
-    return Check("device", "ok", f"CPU, {threads} of {os.cpu_count()} threads")
+def _connection(config: SiteConfig) -> Iterator[Check]:
+    """Keys, the way to the centre, and its clock."""
+    if config.keys_dir is None:
+        if config.plan_approval == "implied":
+            yield Check("certificate", "ok", "none (no keys_dir): this site connects to no centre")
+            return
+        advice = "Install the start-up kit (meduet-site install) and set keys_dir in site.yaml."
+        yield Check("certificate", "look", "site.yaml names no keys_dir: this site cannot connect", advice)
+        return
+    certificate = Check("certificate", *certificate_check(config.keys_dir, config.name, utc_now()))
+    yield certificate
+    if certificate.verdict != "failed":
+        keys = SiteKeys.open(config.keys_dir)
+        yield Check("centre", *centre_check(keys))
+        yield Check("clock", *clock_check(keys, utc_now))
+
+
+def _books(config: SiteConfig) -> Check:
+    """Ledger and journal, each whole and neither older than the other. Raises `BrokenChain`."""
+    books = open_books(config.state_dir)
+    found = f"{len(books.ledger)} and {len(books.journal)} lines"
+    if books.unnamed > 1:
+        found += f"; {books.unnamed} charges of the ledger are not in the journal"
+        advice = "Was an older journal put back? Compare with the centre's: meduet-server journal show."
+        return Check("ledger and journal", "look", found, advice)
+    return Check("ledger and journal", "ok", f"{found}, and they agree")
+
+
+def _approvals(config: SiteConfig) -> Check:
+    """Which plans this hospital has approved with the code of this machine."""
+    if config.plan_approval == "implied":
+        return Check("approved plans", "ok", "every plan that lists this site (site.yaml: plan_approval)")
+    book = Approvals(config.state_dir)
+    bundles = {one.sha256[:12]: book.approved_bundle(one.sha256) for one in book.kept()}
+    approved = [sha256 for sha256, bundle in bundles.items() if bundle == running_bundle()]
+    other = [sha256 for sha256, bundle in bundles.items() if bundle not in (None, running_bundle())]
+    found = f"{len(approved)} with this machine's code" + "".join(f", {sha256}…" for sha256 in approved)
+    if other:
+        found += f"; {len(other)} with other code" + "".join(f", {sha256}…" for sha256 in other)
+    if not approved:
+        advice = "Ask the centre for the plan; then meduet-site plan show and plan approve."
+        return Check("approved plans", "look", found, advice)
+    return Check("approved plans", "ok", found)
 
 
 def _data(config: SiteConfig) -> Check:
@@ -228,11 +256,4 @@ def _cache(site: Site, cohort: Cohort, plan: RunPlan) -> Iterator[Check]:
     if state.unused:
         advice.append("`meduet-site prepare --prune` removes what is not used.")
     yield Check("cache", "look" if advice else "ok", found, " ".join(advice))
-    free, needed = shutil.disk_usage(site.state_dir).free, HEADROOM * state.bytes_to_write
-    found = (
-        f"{free / 1e9:.1f} GB free, {needed / 1e9:.2g} GB needed" if needed else f"{free / 1e9:.1f} GB free"
-    )
-    if free < needed:
-        yield Check("disk space", "failed", found, "Free space, or move state_dir to a larger disk.")
-    else:
-        yield Check("disk space", "ok", found)
+    yield Check("disk space", *disk_check(site.state_dir, round(HEADROOM * state.bytes_to_write)))

@@ -36,7 +36,8 @@ def program(name: str) -> str:
 
 def environment(home: Path) -> dict[str, str]:
     """Variables for every program of Flower's, with `home` as its FLWR_HOME."""
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    home.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # `mode` is not for the parents of a folder
+    home.mkdir(exist_ok=True, mode=0o700)
     return {
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",

@@ -74,6 +74,7 @@ class _Running:
     restarts: int = 0
     in_a_row: int = 0
     last_exit: int | None = None
+    kill_at: float | None = None  # asked to end, in order to be started again; killed at that time
 
 
 class Supervisor:
@@ -140,9 +141,10 @@ class Supervisor:
             if running.process is not None and (status := running.process.poll()) is not None:
                 self._note_end(running, status, now)
                 changed = True
+            if running.kill_at is not None and now >= running.kill_at:
+                _signal_group(running, signal.SIGKILL, whole=True)
             if running.process is None and now >= running.next_start:
                 running.restarts += 1
-                running.in_a_row += 1
                 self._start(running)
                 changed = True
         if changed:
@@ -176,6 +178,16 @@ class Supervisor:
         if running.process is not None:
             _signal_group(running, number, whole=False)
 
+    def restart(self, name: str) -> None:
+        """Ask a child that runs to end (SIGTERM, SIGKILL after the grace); `poll` starts it again at once.
+
+        Does not wait. One that is not running, or was asked before, is left alone.
+        """
+        (running,) = [one for one in self._all if one.child.name == name]
+        if running.process is not None and running.kill_at is None:
+            running.kill_at = time.monotonic() + self._grace_s
+            _signal_group(running, signal.SIGTERM, whole=False)
+
     def _start(self, running: _Running) -> None:
         child = running.child
         with self._log(running).open("ab") as log:
@@ -197,8 +209,14 @@ class Supervisor:
         if now - running.started >= STEADY_S:
             running.in_a_row = 0
         status = self._told_status(running, status)
+        running.process, running.last_exit = None, status
+        if running.kill_at is not None:  # as asked: no failure, and no pause
+            running.kill_at, running.next_start = None, now
+            self._say(f"{running.child.name} ended as asked, and is started again")
+            return
         pause = self._pauses_s[min(running.in_a_row, len(self._pauses_s) - 1)]
-        running.process, running.last_exit, running.next_start = None, status, now + pause
+        running.next_start = now + pause
+        running.in_a_row += 1
         meaning = running.child.meanings.get(status, "")
         self._say(
             f"{running.child.name} ended ({_status_words(status)}{': ' if meaning else ''}{meaning}); "

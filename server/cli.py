@@ -20,6 +20,11 @@ from server import (
     tokenizer_commands,
 )
 
+_STATUS = (
+    "exit status: 0 done, or stopped in good order; 1 a run was given up: a person has to look; 2 refused: "
+    "wrong usage, settings, plan or folder, a record that was tampered with, or it runs already; 130 "
+    "interrupted"
+)
 NOT_POSSIBLE = 2  # exit status when the arguments or a file are not what was expected
 INTERRUPTED = 130
 
@@ -27,7 +32,9 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (0: done, 1: given up, 2: refused; a line says why)."""
     parser = argparse.ArgumentParser(
-        prog="meduet-server", description="The coordinating centre of a FedMeDUET federation."
+        prog="meduet-server",
+        description="The coordinating centre of a FedMeDUET federation.",
+        epilog=_STATUS,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     service_commands.add_to(commands)

@@ -40,6 +40,7 @@ class StatusFile(RunObserver):
             "round": before.get("round", 0),
             "rounds": plan.training.rounds,
             "started": before.get("started", _now()),
+            "since": _now(),
             "resumed": before.get("resumed", -1) + 1,
             "pid": os.getpid(),
             "loss": before.get("loss", {}),
@@ -52,14 +53,15 @@ class StatusFile(RunObserver):
     def on_survey(self, summary: Mapping[str, Any], bank: Mapping[str, Any]) -> None:
         """The survey is done: who was put aside."""
         refused = summary.get("refused", {})
-        for site in self._status["sites"].values():
-            site |= {"state": "surveyed", "last_seen": _now()}
+        for name, site in self._status["sites"].items():
+            if name not in refused:
+                site |= {"state": "surveyed", "last_seen": _now()}
         self._put_aside(0, refused)
         self._write()
 
     def on_round_start(self, round: int, num_rounds: int) -> None:
         """A round begins: every site is being asked."""
-        self._status |= {"state": "round", "round": round}
+        self._status |= {"state": "round", "round": round, "since": _now()}
         for site in self._status["sites"].values():
             site["state"] = "asked"
         self._write()
@@ -80,19 +82,20 @@ class StatusFile(RunObserver):
         self._status["loss"] = dict(metrics["loss"])
         self._put_aside(round, metrics["refused"])
         if round == self._status["rounds"]:
-            self._status["state"] = "erasure"
+            self._status |= {"state": "erasure", "since": _now()}
         self._write()
         return {}
 
     def on_end(self, result: RunResult) -> Mapping[str, Any]:
         """The run is complete."""
-        self._status |= {"state": "complete", "reason": "", "pid": None}
+        self._status |= {"state": "complete", "reason": "", "pid": None, "since": _now()}
         self._write()
         return {}
 
     def failed(self, reason: str, final: bool) -> None:
         """The run stopped; `final`: it would stop in the same way again."""
-        self._status |= {"state": "refused" if final else "failed", "reason": reason, "pid": None}
+        ended = "refused" if final else "failed"
+        self._status |= {"state": ended, "reason": reason, "pid": None, "since": _now()}
         self._write()
 
     def _put_aside(self, round: int, refused: Mapping[str, str]) -> None:

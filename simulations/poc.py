@@ -3,7 +3,7 @@
 Everything a deployment has, on loopback: an authority and a certificate for everyone, the proxy with mutual
 TLS, SuperLink, SuperExec, a SuperNode per hospital, the application as Flower ships it, a process per
 question. Only the hospitals' scans are simulated. For people who want to see it before they trust it, and for
-the tests that kill its parts. It takes about a minute, most of it Python loading libraries anew for each
+the tests that kill its parts. It takes about two minutes, most of it Python loading libraries anew for each
 question.
 
 Does not do: anything that a deployment would not do in the same way; its files are examples of a real one's.
@@ -36,6 +36,7 @@ from server.provisioning import ConsortiumSettings, SiteEntry
 from server.provisioning import provision as make_consortium
 from server.proxy import nginx_is_there
 from server.run_folder import write_whole
+from server.service_commands import GIVEN_UP
 from server.status import read_status
 from server.submission import RunGivenUp, Submission
 from simulations.progress import Live
@@ -118,7 +119,7 @@ def provision(folder: Path, overrides: Sequence[str], live: Live, made: Made | N
     ports = _free_ports(3 + len(configs))
     address = f"localhost:{ports[2] if proxy == 'nginx' else ports[0]}"
     sites = tuple(SiteEntry(name=config.name) for config in configs)
-    consortium = ConsortiumSettings(name="poc", server=address, sites=sites, valid_days=30)
+    consortium = ConsortiumSettings(name="poc", server=address, sites=sites, valid_days=90)
     done = make_consortium(consortium, folder / "consortium")
     site_yamls = {}
     for config, kit, port in zip(configs, done.kits, ports[3:], strict=True):
@@ -149,7 +150,10 @@ def run_poc(num_sites: int, folder: Path, say: Say) -> Path:
         raise ValueError(f"Expected at least 2 sites; got {num_sites}.")
     folder = folder.resolve()
     if (folder / "server.yaml").is_file():
-        raise ValueError(f"Expected {folder} to be new; it holds a consortium. Remove it, or name another.")
+        raise ValueError(
+            f"Expected {folder} to be new; it holds a consortium. Remove it, or name another (--folder)."
+        )
+    say(f"everything goes to {folder}; about two minutes on two idle cores")
     begun = time.monotonic()
     with Live() as live:
         poc = provision(folder, [f"hospitals.num_hospitals={num_sites}"], live)
@@ -157,6 +161,7 @@ def run_poc(num_sites: int, folder: Path, say: Say) -> Path:
     say(f"fingerprint of the authority: {poc.fingerprint}")
     if poc.config.proxy == "none":
         say("nginx is not installed: sites reach SuperLink directly over TLS, without the proxy's mutual TLS")
+        say("to see that, too: apt-get install nginx, and the same command with another --folder")
     with poc.running(say) as supervisor:
         say(f"starting the centre and {', '.join(poc.site_yamls)} as processes; logs in {folder}/processes")
         told = _Teller(poc, say)
@@ -241,13 +246,20 @@ def main() -> int:
     console = Console(highlight=False, soft_wrap=True)
     try:
         folder = run_poc(int(sys.argv[1]), Path(sys.argv[2]), lambda line: console.print(line, markup=False))
-    except (ValueError, RunGivenUp) as error:
+    except ValueError as error:
         console.print(str(error), markup=False)
         return 2
+    except RunGivenUp as error:
+        console.print(f"{error} Logs: {sys.argv[2]}/processes and {sys.argv[2]}/centre.", markup=False)
+        return GIVEN_UP
     except KeyboardInterrupt:
         console.print("Interrupted; every process was stopped.")
         return 130
     console.print(f"Done. The run: {folder} (model.safetensors, metrics.json, journal.jsonl, status.json)")
+    console.print(f"Look at it: meduet-server status {folder}; meduet-server journal show {folder}")
+    console.print(
+        f"Logs: {folder.parent}/processes and {folder.parent}/centre; remove {folder.parent} when done."
+    )
     return 0
 
 

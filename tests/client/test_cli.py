@@ -196,7 +196,8 @@ def test_a_ready_site_passes_every_check(hospital: Hospital) -> None:
     hospital.run("prepare")
     status, screen = hospital.run("check")
     assert status == 0
-    assert "failed" not in screen and "look" not in screen
+    assert re.search(r"^\d+ ok, 0 to look at, 0 failed\.$", screen, re.MULTILINE)
+    assert not re.search(r"^ *(failed|look) ", screen, re.MULTILINE)
     assert verdict(screen, "scans").startswith("ok: 20 scans (0 labelled) of 20 patients")
     assert verdict(screen, "cache") == "ok: 20 scans encoded, 0 to do"
     assert not any(name in screen for name in NAMES)
@@ -207,6 +208,36 @@ def test_check_without_a_plan_reads_no_scan_and_says_so(hospital: Hospital) -> N
     assert status == 0 and "Scans were not read" in screen
     assert verdict(screen, "data folder") == "ok: 8 files or series that may be scans"
     assert not (hospital.state / "cohort.csv").exists()
+
+
+def test_check_without_a_plan_lists_the_plans_that_were_approved_with_this_code(hospital: Hospital) -> None:
+    hospital.settings(allow_non_private="true", plan_approval="required")
+    status, screen = hospital.run("check", plan=False)
+    assert status == 0 and verdict(screen, "certificate").startswith("look: site.yaml names no keys_dir")
+    assert verdict(screen, "approved plans") == "look: 0 with this machine's code"
+    book, mine = Approvals(hospital.state), hospital.plan.sha256[:12]
+    for bundle, said in (
+        ("0" * 64, f"look: 0 with this machine's code; 1 with other code, {mine}…"),
+        (running_bundle(), f"ok: 1 with this machine's code, {mine}…"),
+    ):
+        published = PublishedPlan(plan=hospital.plan, bundle_sha256=bundle)
+        book.keep(published)
+        book.approve(published)
+        _, screen = hospital.run("check", plan=False)
+        assert verdict(screen, "approved plans") == said
+
+
+def test_check_says_in_its_help_what_its_exit_statuses_mean(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["check", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "exit status: 0 every check is ok or look; 1 a check failed; 2 wrong usage" in said
+
+
+def test_wrong_usage_exits_2() -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["check"])
+    assert done.value.code == 2
 
 
 def test_check_says_when_a_plan_is_not_approved_yet(hospital: Hospital) -> None:

@@ -95,6 +95,52 @@ def test_an_exit_status_that_is_told_in_words_is_read_from_what_was_written_sinc
     assert "exit 305: the centre refuses" in said[0]
 
 
+def test_a_child_is_started_again_as_asked_without_a_pause_and_without_counting_as_a_failure(
+    tmp_path: Path,
+) -> None:
+    said: list[str] = []
+    child = ChildProcess(name="one", command=SLEEPS)
+    with Supervisor([child], tmp_path, said.append, pauses_s=(60.0,)) as supervisor:
+        first = supervisor.pid("one")
+        supervisor.restart("one")
+        supervisor.restart("one")  # asked twice, ended once
+
+        def again() -> bool:
+            supervisor.poll()
+            return supervisor.pid("one") not in (None, first)
+
+        until(again)
+        state = read_state(tmp_path)
+        assert state is not None and state["processes"]["one"]["restarts"] == 1
+        second = supervisor.pid("one")
+        time.sleep(0.1)
+        supervisor.poll()
+        assert supervisor.pid("one") == second
+        assert said == ["one ended as asked, and is started again"]
+        assert second is not None
+        os.kill(second, signal.SIGKILL)  # an end that nobody asked for has its pause
+        until(lambda: supervisor.poll() is None and len(said) == 2)
+        assert "again in 60 s" in said[1]
+        supervisor.restart("one")  # waits already: left alone
+        supervisor.poll()
+        assert supervisor.pid("one") is None
+
+
+def test_a_child_that_does_not_end_when_asked_is_killed_and_started_again(tmp_path: Path) -> None:
+    deaf = (
+        "import pathlib, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "pathlib.Path('ready').touch(); time.sleep(60)"
+    )
+    child = ChildProcess(name="one", command=(sys.executable, "-c", deaf))
+    with Supervisor([child], tmp_path, grace_s=0.3) as supervisor:
+        until((tmp_path / "ready").is_file)
+        first = supervisor.pid("one")
+        supervisor.restart("one")
+        until(lambda: supervisor.poll() is None and supervisor.pid("one") not in (None, first))
+        state = read_state(tmp_path)
+        assert state is not None and state["processes"]["one"]["last_exit"] == -signal.SIGKILL
+
+
 def test_stopping_ends_children_and_what_they_started(tmp_path: Path) -> None:
     with Supervisor([ChildProcess(name="one", command=PARENT_OF_ONE)], tmp_path) as supervisor:
         until(lambda: (tmp_path / "grandchild").is_file() and (tmp_path / "grandchild").read_text() != "")

@@ -15,7 +15,7 @@ from server.checkpoints import OtherPlan
 from server.run_folder import FolderBusy, held, is_complete, is_held
 from server.server_app import run_in_folder
 from server.status import StatusFile, read_status
-from server.status_screen import as_json, gather, picture
+from server.status_screen import as_json, gather, picture, show
 from simulations.in_process import InProcessGrid
 
 
@@ -106,6 +106,72 @@ def test_two_applications_never_write_one_run(miniature: Any, tmp_path: Path) ->
             run_in_folder(InProcessGrid(miniature.client(tmp_path), 0), miniature.plan(), tmp_path)
     assert not is_held(tmp_path)
     assert read_status(tmp_path) is None
+
+
+def test_in_the_middle_of_a_round_the_screen_says_who_is_awaited_what_crossed_and_what_the_rounds_cost(
+    miniature: Any, tmp_path: Path
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    seen: list[str] = []
+
+    def look(site: str, kind: str, reply: Any) -> Any:
+        if (site, kind) == ("lyon", "train") and reply.round == 2:
+            return Refusal(kind=RefusalKind.BUDGET, site=site)
+        if (site, kind) == ("lyon", "train") and reply.round == 3:
+            with held(tmp_path):
+                seen.append(text(tmp_path))
+            raise Killed
+        return reply
+
+    with pytest.raises(Killed):
+        run_with_status(miniature, tmp_path, miniature.plan(quorum=0.6), look)
+    (shown,) = seen
+    assert "round 3 of 3" in shown and "round for" in shown
+    others = [line for line in shown.splitlines() if "asked" in line or "answered" in line]
+    assert any("lyon" in line and "asked" in line for line in others)
+    rounds = gather(tmp_path)["rounds"]
+    metrics = json.loads((tmp_path / "metrics.json").read_text())["rounds"]
+    assert [one["round"] for one in rounds] == [1, 2]
+    assert rounds[1]["refused"] == {"lyon": "refused: budget"} and "lyon" not in rounds[1]["answered"]
+    assert [one["loss"] for one in rounds] == [one["loss"] for one in metrics]
+    assert f"{metrics[1]['loss']['total']:.3f}" in shown
+    assert f"{len(rounds[1]['answered'])} of {len(rounds[0]['answered'])}" in shown
+
+
+def test_a_site_that_did_not_answer_the_survey_was_not_seen(miniature: Any, tmp_path: Path) -> None:
+    status = StatusFile(miniature.plan(), tmp_path)
+    status.on_survey({"refused": {"lyon": "no reply before the deadline"}}, {})
+    told = read_status(tmp_path)
+    assert told is not None
+    assert (told["sites"]["lyon"]["state"], told["sites"]["lyon"]["last_seen"]) == ("put aside", None)
+    assert told["sites"]["oslo"]["state"] == "surveyed" and told["sites"]["oslo"]["last_seen"]
+    assert "never" in text(tmp_path) and "no reply before the deadline" in text(tmp_path)
+
+
+def test_the_live_screen_stays_until_the_run_is_over_and_ctrl_c_ends_only_the_looking(
+    miniature: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = StatusFile(miniature.plan(), tmp_path)
+    looks: list[float] = []
+
+    def next_look(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 2:
+            status.failed("the disk is full", final=True)
+
+    monkeypatch.setattr("server.status_screen.time.sleep", next_look)
+    terminal = Console(width=120, file=io.StringIO(), force_terminal=True, record=True)
+    show(terminal, tmp_path)
+    assert len(looks) == 2 and "the disk is full" in terminal.export_text()
+    status.on_round_start(1, 3)
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("server.status_screen.time.sleep", interrupt)
+    show(terminal, tmp_path)  # returns
 
 
 def test_a_folder_without_a_run_says_so(tmp_path: Path) -> None:

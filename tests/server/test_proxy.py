@@ -277,6 +277,45 @@ def test_a_change_of_the_certificates_is_seen(
     assert sent == ["nginx"] and len(said) == 1
 
 
+def test_another_certificate_of_the_server_restarts_superlink_once_it_fits_its_key(
+    config: ServerConfig, authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    office = tmp_path / "consortium"
+    shutil.copytree(config.consortium, office)
+    own = dataclasses.replace(config, state_dir=tmp_path / "state", consortium=office, proxy="none")
+    said: list[str] = []
+    service = Service(own, said.append)
+    asked: list[str] = []
+    monkeypatch.setattr(service._supervisor, "restart", asked.append)
+    monkeypatch.setattr("server.service._LOOK_S", 0.0)
+
+    def renew(key_too: bool = True) -> None:
+        key = new_key()
+        ends = NOW + 2 * DAY
+        own.certificate.write_bytes(certificate_pem(authority.server(key.public_key(), [], ends, NOW)))
+        if key_too:
+            own.key.write_bytes(key_pem(key))
+
+    service.look()
+    os.utime(own.certificate)  # touched, and the same
+    service.look()
+    assert asked == [] and said == []
+    renew(key_too=False)  # half of it
+    service.look()
+    service.look()
+    assert asked == [] and len(said) == 1 and "do not belong together" in said[0]
+    renew()
+    service.look()
+    service.look()
+    assert asked == ["superlink"] and f"until {NOW + 2 * DAY:%Y-%m-%d}" in said[1]
+    renew()
+    service.look()
+    assert asked == ["superlink"]  # a minute has to pass first
+    monkeypatch.setattr(service, "_next_restart", 0.0)
+    service.look()
+    assert asked == ["superlink", "superlink"] and len(said) == 3
+
+
 def test_the_configuration_names_the_list_of_revoked_ones(config: ServerConfig) -> None:
     text = proxy_configuration(config)
     assert f"ssl_crl {config.revoked};" in text and "ssl_verify_client on;" in text
