@@ -85,8 +85,9 @@ def test_a_damaged_checkpoint_is_said_aloud_and_the_one_before_is_taken(
     latest.write_bytes(bytes(content))
     assert same(weights(miniature, tmp_path / "killed", plan), undisturbed)
     assert "damaged" in caplog.text
-    resumed = [one.record for one in Journal(tmp_path / "journal.jsonl").entries() if one.record["kind"] == "resume"]
-    assert resumed[-1]["damaged_checkpoints"]
+    entries = Journal(tmp_path / "killed" / "journal.jsonl").entries()
+    (resumed,) = [entry.record for entry in entries if entry.record["kind"] == "resume"]
+    assert resumed["damaged_checkpoints"] == [resumed["round"] + 1]
 
 
 def test_a_complete_run_asks_nobody_again(miniature: Any, tmp_path: Path) -> None:
