@@ -79,17 +79,19 @@ def write_replies(folder: Path, millions: int) -> None:
             np.save(folder / str(reply) / f"{name}.npy", values)
 
 
-def replies(folder: Path, millions: int, num: int) -> Iterator[Message]:
-    """`num` messages, each as received: arrays still serialised."""
+def replies(folder: Path, millions: int, num: int, packed: bool) -> Iterator[Message]:
+    """`num` messages, each as received: arrays still serialised; one per tensor, or `packed` as ours."""
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
     ask = Message(RecordDict(), 2, "train.round")
     for number in range(num):
-        arrays = {
-            name: Array(
-                "float32", shape, "numpy.ndarray", (folder / str(number % 3) / f"{name}.npy").read_bytes()
-            )
-            for name, shape in shapes(millions).items()
-        }
+        files = {name: folder / str(number % 3) / f"{name}.npy" for name in shapes(millions)}
+        if packed:
+            arrays = dict(array_record({name: torch.from_numpy(np.load(f)) for name, f in files.items()}))
+        else:
+            arrays = {
+                name: Array("float32", shape, "numpy.ndarray", files[name].read_bytes())
+                for name, shape in shapes(millions).items()
+            }
         record = TrainReply(
             plan_sha256="", site=str(number), round=1, examples=number + 1, update={}
         ).to_record()
@@ -139,7 +141,7 @@ def flower(folder: Path, millions: int, num: int) -> tuple[list[Stopwatch], floa
         for server_round in range(ROUNDS):
             times.append(Stopwatch())
             result = None
-            received = list(replies(folder, millions, num))
+            received = list(replies(folder, millions, num, packed=False))
             with times[-1].running():
                 result, _ = strategy.aggregate_train(server_round, received)
             assert result is not None
@@ -156,7 +158,7 @@ def ours(folder: Path, millions: int, num: int, threads: int) -> tuple[list[Stop
         for _ in range(ROUNDS):
             times.append(Stopwatch())
             result = None
-            for message in replies(folder, millions, num):
+            for message in replies(folder, millions, num, packed=True):
                 message.content["metrics"] = MetricRecord({})
                 with times[-1].running():
                     reply = TrainReply.from_record(message.content, copy=False)
@@ -164,7 +166,7 @@ def ours(folder: Path, millions: int, num: int, threads: int) -> tuple[list[Stop
                 del message, reply
             with times[-1].running():
                 result = array_record(total.mean())
-            assert len(result) == len(reference)
+            assert len(result) == 2  # an index and a row
             gc.collect()
     return times, peak.above
 

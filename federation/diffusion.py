@@ -13,7 +13,7 @@ from torch import Tensor
 
 from federation.messages import Ask, Head, ask_head
 from federation.plan import RunPlan
-from federation.wire import Tensors, array_record
+from federation.wire import Tensors, WireDtype, array_record
 from meduet_models.diffusion.conditioner import condition_sizes
 from meduet_models.diffusion.initialisation import first_transformer
 from meduet_models.diffusion.transformer import DiffusionConfig, DiffusionTransformer
@@ -31,25 +31,32 @@ class DiffusionAsk(Ask):
     shared: Tensors
     encoder: Tensors
     bank: Tensors
+    wire_dtype: WireDtype = "float32"
+    """How the diffusion model's weights travel."""
 
     def to_record(self) -> RecordDict:
         """As Flower records."""
         head = ask_head("diffusion_ask", self)
-        head["round"] = self.round
-        tensors = {"shared": self.shared, "encoder": self.encoder, "bank": self.bank}
-        return RecordDict({"head": head, **{name: array_record(t) for name, t in tensors.items()}})
+        head["round"], head["wire_dtype"] = self.round, self.wire_dtype
+        tensors = {"encoder": self.encoder, "bank": self.bank}
+        shared = array_record(self.shared, self.wire_dtype)
+        return RecordDict(
+            {"head": head, "shared": shared, **{name: array_record(t) for name, t in tensors.items()}}
+        )
 
     @staticmethod
     def from_record(record: RecordDict) -> "DiffusionAsk":
         """Back from Flower records; raises `MessageError`."""
         head = Head(record, "diffusion_ask", ("head", "shared", "encoder", "bank"))
+        wire_dtype = head.wire_dtype()
         return head.close(
             DiffusionAsk(
                 plan_json=head.plan_json(),
                 round=head.take("round", int),
-                shared=head.tensors("shared"),
+                shared=head.tensors("shared", wire_dtype),
                 encoder=head.tensors("encoder"),
                 bank=head.tensors("bank"),
+                wire_dtype=wire_dtype,
             )
         )
 

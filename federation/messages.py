@@ -139,22 +139,22 @@ class SurveyReply:
 class TrainAsk(Ask):
     """One round: train from these shared weights, with this style bank.
 
-    `home` is the common start of what stays at the sites; it comes with round 1, or later to a
-    site that missed it, and the site keeps it.
+    `home` is the common start of what stays at the sites; it comes with round 1, or later to a site that
+    missed it, and the site keeps it. `wire_dtype` is how the shared weights travel.
     """
 
     round: int
     shared: Tensors
     bank: Tensors
     home: Tensors | None = None
+    wire_dtype: WireDtype = "float32"
 
     def to_record(self) -> RecordDict:
         """As Flower records. Build it once a round: Flower sends equal arrays once."""
         head = ask_head("train_ask", self)
-        head["round"] = self.round
-        record = RecordDict(
-            {"head": head, "shared": array_record(self.shared), "bank": array_record(self.bank)}
-        )
+        head["round"], head["wire_dtype"] = self.round, self.wire_dtype
+        shared = array_record(self.shared, self.wire_dtype)
+        record = RecordDict({"head": head, "shared": shared, "bank": array_record(self.bank)})
         if self.home is not None:
             record["home"] = array_record(self.home)
         return record
@@ -163,13 +163,15 @@ class TrainAsk(Ask):
     def from_record(record: RecordDict) -> "TrainAsk":
         """Back from Flower records; raises `MessageError`."""
         head = Head(record, "train_ask", ("head", "shared", "bank"), optional=("home",))
+        wire_dtype = head.wire_dtype()
         return head.close(
             TrainAsk(
                 plan_json=head.plan_json(),
                 round=head.take("round", int),
-                shared=head.tensors("shared"),
+                shared=head.tensors("shared", wire_dtype),
                 bank=head.tensors("bank"),
                 home=head.tensors("home") if "home" in record else None,
+                wire_dtype=wire_dtype,
             )
         )
 

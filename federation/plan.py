@@ -17,7 +17,7 @@ from federation.diffusion_plan import DiffusionPlan, contradictions
 from meduet_models.meduet import NetworkConfig
 from meduet_models.objective import ObjectiveConfig
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,7 @@ class ReleasePlan:
     style_clip: float = 10.0
     """L2 norm to which one patient's latent statistics are clipped before they are summed."""
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the values that travel."""
+    """Type in which weights and updates travel, both ways."""
 
 
 @dataclass(frozen=True, kw_only=True)

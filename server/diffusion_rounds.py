@@ -69,7 +69,14 @@ def run_diffusion_rounds(
     plan_json = plan.to_json()
 
     def question(round: int, start: bool) -> RecordDict:
-        ask = DiffusionAsk(plan_json=plan_json, round=round, shared={}, encoder=fixed, bank=bank)
+        ask = DiffusionAsk(
+            plan_json=plan_json,
+            round=round,
+            shared={},
+            encoder=fixed,
+            bank=bank,
+            wire_dtype=plan.release.wire_dtype,
+        )
         return ask.to_record()
 
     task = Task(

@@ -69,11 +69,14 @@ class Task:
 
 def pretraining(plan: RunPlan, bank: Mapping[str, Tensor], home: Mapping[str, Tensor]) -> Task:
     """The task of the run itself; `home` is the common start of what stays at the sites."""
-    plan_json, bank, home = plan.to_json(), dict(bank), dict(home)
+    plan_json, bank, home, wire_dtype = plan.to_json(), dict(bank), dict(home), plan.release.wire_dtype
 
     def question(round: int, start: bool) -> RecordDict:
         begun = home if start or round == 1 else None
-        return TrainAsk(plan_json=plan_json, round=round, shared={}, bank=bank, home=begun).to_record()
+        ask = TrainAsk(
+            plan_json=plan_json, round=round, shared={}, bank=bank, home=begun, wire_dtype=wire_dtype
+        )
+        return ask.to_record()
 
     return Task(
         message_type=TRAIN,
@@ -127,7 +130,7 @@ class ContentShare(Strategy):
         """
         stream = StreamingGrid(grid)
         for round in range(done + 1, self.task.rounds + 1):
-            messages = self.configure_train(round, array_record(self.shared), ConfigRecord(), stream)
+            messages = self.configure_train(round, self._arrays(), ConfigRecord(), stream)
             replies = stream.send_and_receive(
                 messages, timeout=self.plan.aggregation.deadline_s, late=self._late(round, grid)
             )
@@ -149,6 +152,9 @@ class ContentShare(Strategy):
         self._bytes_down = min(_num_bytes(record) for record in records.values())
         return [self._message(server_round, node, records[node in behind]) for node in nodes]
 
+    def _arrays(self) -> ArrayRecord:
+        return array_record(self.shared, self.plan.release.wire_dtype)
+
     def _record(self, round: int, arrays: ArrayRecord, start: bool) -> RecordDict:
         record = self.task.question(round, start)
         record["shared"] = arrays
@@ -160,7 +166,7 @@ class ContentShare(Strategy):
 
     def _late(self, round: int, grid: Grid) -> Late:
         def question(node: int) -> Message:
-            record = self._record(round, array_record(self.shared), node in self._behind)
+            record = self._record(round, self._arrays(), node in self._behind)
             return self._message(round, node, record)
 
         least = needed(self.plan.aggregation.quorum, len(self.roster.sites))
@@ -178,7 +184,7 @@ class ContentShare(Strategy):
         Raises `RoundFailed` when fewer than the quorum are valid.
         """
         self._aggregate(server_round, replies)
-        return array_record(self.shared), MetricRecord(dict(self.report.loss))
+        return self._arrays(), MetricRecord(dict(self.report.loss))
 
     def _aggregate(self, server_round: int, replies: Iterable[Message]) -> None:
         fold = self._fold(server_round)

@@ -160,7 +160,7 @@ def test_without_consent_the_ledger_refuses_before_any_scan(
     ("change", "kind"),
     [
         ({"tokenizer_sha256": "f" * 64}, RefusalKind.WRONG_TOKENIZER),
-        ({"wire_version": 2}, RefusalKind.WRONG_VERSION),
+        ({"wire_version": 99}, RefusalKind.WRONG_VERSION),
         ({"sites": ("north", "west")}, RefusalKind.PLAN_NOT_ACCEPTED),
     ],
 )

@@ -243,7 +243,7 @@ def test_a_checkpoint_is_damaged_while_the_application_is_down(day: Day, book: B
     day.round += 1
     book.note(
         "a bit of the last checkpoint flips while the server application is down",
-        "its hash finds it; the journal says so; the checkpoint before it is taken and the round is done again",
+        "its hash finds it, the journal says so; the one before it is taken and the round is done again",
         "one round's work; same bits",
         seconds - 2 * book.round_s,
     )
@@ -271,12 +271,11 @@ def test_the_disk_is_full_when_a_checkpoint_is_written(day: Day, book: Book) -> 
 
 def fill(path: Path) -> None:
     """Write until nothing more fits."""
-    with path.open("wb") as file:
-        for size in (1 << 20, 1 << 12, 1 << 8):
+    with path.open("wb", buffering=0) as file:
+        for size in (1 << 20, 1 << 12, 1):
             try:
-                while True:
-                    file.write(os.urandom(size))
-                    file.flush()
+                while file.write(bytes(size)):
+                    pass
             except OSError:
                 continue
 

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 from typing import Any
 
 import numpy as np
@@ -89,8 +90,8 @@ def test_nothing_may_be_missing_added_or_of_another_version(message: Any) -> Non
         read(lambda record: record.__setitem__("stray", ConfigRecord({})))
     with pytest.raises(MessageError, match="'stray'"):
         read(lambda record: record[head].__setitem__("stray", 1))
-    with pytest.raises(MessageError, match="wire version 1; got 2") as error:
-        read(lambda record: record[head].__setitem__("wire_version", 2))
+    with pytest.raises(MessageError, match="wire version 2; got 99") as error:
+        read(lambda record: record[head].__setitem__("wire_version", 99))
     assert error.value.kind is RefusalKind.WRONG_VERSION
     with pytest.raises(MessageError, match="got 'other'"):
         read(lambda record: record[head].__setitem__("kind", "other"))
@@ -109,28 +110,89 @@ def test_counts_and_flags_do_not_travel(tensor: torch.Tensor) -> None:
         array_record({"steps": tensor})
 
 
-def _with_array(array: Array) -> RecordDict:
+def _told(index: object, **rows: Any) -> RecordDict:
+    """A reply with these arrays."""
+    text = index if isinstance(index, bytes) else json.dumps(index).encode()
     record = MESSAGES[4].to_record()
-    record["update"] = ArrayRecord({"weight": array})
+    arrays = {kind: row if isinstance(row, Array) else Array(row) for kind, row in rows.items()}
+    record["update"] = ArrayRecord({"index": Array(np.frombuffer(text, dtype=np.uint8)), **arrays})
     return record
 
 
+ROW = np.ones(3, dtype=np.float32)
+WEIGHT = ["weight", "float32", [3]]
+
+
+def test_a_reply_made_by_hand_is_read() -> None:
+    update = TrainReply.from_record(_told([WEIGHT], float32=ROW)).update
+    assert torch.equal(update["weight"], torch.ones(3))
+
+
 @pytest.mark.parametrize(
-    "array",
+    "record",
     [
-        Array(np.ones(3, dtype=np.int64)),
-        Array(np.ones(3, dtype=np.uint16)),
-        Array(np.ones((2, 3), order="F", dtype=np.float32)),
-        Array("float32", (3,), "numpy.ndarray", Array(np.ones(3, dtype=np.float32)).data[:-1]),
-        Array("float32", (300,), "numpy.ndarray", Array(np.ones(3, dtype=np.float32)).data),
-        Array("float32", (3,), "numpy.ndarray", b"no array at all"),
-        Array("float32", (3,), "pickle", b"cbuiltins\neval\n."),
+        _told([WEIGHT], float32=ROW.astype(np.int64)),
+        _told([["weight", "bfloat16", [3]]], bfloat16=np.ones(3, dtype=np.uint16)),
+        _told([WEIGHT], float32=np.ones((3, 1), dtype=np.float32)),
+        _told([WEIGHT], float32=Array("float32", (3,), "numpy.ndarray", Array(ROW).data[:-1])),
+        _told([WEIGHT], float32=Array("float32", (300,), "numpy.ndarray", Array(ROW).data)),
+        _told([WEIGHT], float32=Array("float32", (3,), "numpy.ndarray", b"no array at all")),
+        _told([WEIGHT], float32=Array("float32", (3,), "pickle", b"cbuiltins\neval\n.")),
+        _told([["weight", "float32", [2]]], float32=ROW),
+        _told([["weight", "float32", [4]]], float32=ROW),
+        _told([["weight", "float32", [-3]]], float32=ROW),
+        _told([["weight", "float32", [True, 3]]], float32=ROW),
+        _told([["weight", "float32", [1 << 60, 1 << 60]]], float32=ROW),
+        _told([WEIGHT, WEIGHT], float32=np.ones(6, dtype=np.float32)),
+        _told([WEIGHT], float32=ROW, float64=np.ones(1)),
+        _told([["weight", "float16", [3]]], float16=ROW),
+        _told([], float32=ROW),
+        _told({"weight": 3}, float32=ROW),
+        _told(b"not JSON", float32=ROW),
+        _told(b"[" * 100_000, float32=ROW),
+        _told(b"\xff\xfe", float32=ROW),
     ],
-    ids=["int64", "bfloat16 unsaid", "fortran", "cut", "shape", "foreign", "pickle"],
+    ids=[
+        *(
+            "int64",
+            "bfloat16 unsaid",
+            "not a row",
+            "cut",
+            "shape",
+            "foreign",
+            "pickle",
+            "too many",
+            "too few",
+        ),
+        *("negative", "boolean", "endless", "twice", "unasked", "unknown type", "not in the index"),
+        *("no list", "no JSON", "too deep", "no text"),
+    ],
 )
-def test_arrays_that_are_not_what_they_say_are_refused(array: Array) -> None:
+def test_arrays_that_are_not_what_they_say_are_refused(record: RecordDict) -> None:
     with pytest.raises(MessageError):
-        TrainReply.from_record(_with_array(array))
+        TrainReply.from_record(record)
+
+
+def test_arrays_without_an_index_are_refused() -> None:
+    record = MESSAGES[4].to_record()
+    record["update"] = ArrayRecord({"float32": Array(ROW)})
+    with pytest.raises(MessageError, match="Expected an array 'index'"):
+        TrainReply.from_record(record)
+
+
+def test_a_model_is_a_few_arrays_and_comes_back_whole() -> None:
+    tensors = {f"layer {n}": torch.randn(n % 4, 5) for n in range(80)} | {
+        "scalar": torch.tensor(2.5),
+        "sum": torch.randn(3, dtype=torch.float64),
+    }
+    record = array_record(tensors)
+    assert set(record) == {"index", "float32", "float64"}
+    for copy in (True, False):
+        back = tensors_of(record, copy=copy)
+        assert list(back) == list(tensors)
+        for name, tensor in tensors.items():
+            assert back[name].dtype == tensor.dtype and torch.equal(back[name], tensor)
+    assert tensors_of(array_record({})) == {}
 
 
 @pytest.mark.parametrize("metrics", [{"patient_age": 1.0}, {"loss.total": float("nan")}, {"seconds": 3}])
@@ -156,7 +218,7 @@ def test_bfloat16_keeps_the_relative_precision_of_the_weighted_update(
         plan_sha256=HASH, site="oslo", round=1, examples=examples, update=update, wire_dtype="bfloat16"
     )
     record = carried(reply.to_record())
-    assert record.array_records["update"]["weight"].dtype == "uint16"
+    assert record.array_records["update"]["bfloat16"].dtype == "uint16"
     back = TrainReply.from_record(record, copy=False).update["weight"]
     assert back.dtype == torch.float32
     assert ((back - update["weight"]).abs() <= update["weight"].abs() * 2**-8).all()
@@ -165,9 +227,10 @@ def test_bfloat16_keeps_the_relative_precision_of_the_weighted_update(
 def test_without_copy_the_tensors_are_the_received_bytes() -> None:
     record = array_record({"weight": torch.arange(4.0)})
     copied, viewed = tensors_of(record)["weight"], tensors_of(record, copy=False)["weight"]
-    start = np.frombuffer(record["weight"].data, dtype=np.uint8).ctypes.data
-    assert start <= viewed.data_ptr() < start + len(record["weight"].data)
-    assert not start <= copied.data_ptr() < start + len(record["weight"].data)
+    received = record["float32"].data
+    start = np.frombuffer(received, dtype=np.uint8).ctypes.data
+    assert start <= viewed.data_ptr() < start + len(received)
+    assert not start <= copied.data_ptr() < start + len(received)
     assert torch.equal(copied, viewed)
 
 
