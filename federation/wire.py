@@ -69,6 +69,8 @@ def array_record(tensors: Mapping[str, Tensor], wire_dtype: WireDtype = "float32
         kind: str = "float64" if tensor.dtype == torch.float64 else wire_dtype
         index.append([name, kind, list(tensor.shape)])
         rows.setdefault(kind, []).append(tensor)
+    if not index:
+        return ArrayRecord()
     text = json.dumps(index, separators=(",", ":")).encode()
     arrays = {INDEX: Array(np.frombuffer(text, dtype=np.uint8))}
     for kind, row in rows.items():
@@ -81,6 +83,8 @@ def tensors_of(record: ArrayRecord, wire_dtype: WireDtype = "float32", copy: boo
 
     Without `copy`, float32 tensors are views of the received bytes: nothing is allocated, nothing may write.
     """
+    if not record:
+        return {}
     index = _index(record)
     wanted = {INDEX, *(kind for _, kind, _ in index)}
     if unwanted := sorted(set(record) ^ wanted):

@@ -9,7 +9,7 @@ import torch
 
 from federation.journal import Journal
 from federation.reply_book import ReplyBook
-from federation.wire import array_record
+from federation.wire import array_record, tensors_of
 from meduet_models.weights import load_weights
 from server.app import run
 from simulations.in_process import FixedThreads, InProcessGrid
@@ -73,7 +73,7 @@ def test_flowers_own_loop_can_drive_the_strategy(miniature: Any, tmp_path: Path)
     )
     grid = InProcessGrid(miniature.client(tmp_path / "flower"), 3)
     result = strategy.start(grid, array_record(shared), num_rounds=2)
-    assert torch.equal(result.arrays.to_torch_state_dict()["weight"], ours.shared["weight"])
+    assert torch.equal(tensors_of(result.arrays)["weight"], ours.shared["weight"])
 
 
 ON_RAY = """
