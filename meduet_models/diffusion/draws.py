@@ -46,6 +46,10 @@ class StepDraw:
     """Whose content is told from the scan in another site's style."""
     outfit: Float[Tensor, " b"]
     """In whose, as a place in [0, 1) among the sites that can be worn."""
+    moved: Bool[Tensor, " b"]
+    """Who is learned as dressed in another site's style."""
+    costume: Float[Tensor, " b"]
+    """In whose, likewise."""
 
 
 def draw_step(
@@ -68,4 +72,8 @@ def draw_step(
     dropped = {name: torch.rand(size, generator=generator) < settings.drop for name in names}
     restyled = torch.rand(size, generator=generator) < settings.restyled_content
     outfit = torch.rand(size, generator=generator)
-    return StepDraw(torch.from_numpy(rows), time, noise_seed, as_site, dropped, restyled, outfit)
+    moved = torch.rand(size, generator=generator) < settings.restyled_scans
+    costume = torch.rand(size, generator=generator)
+    return StepDraw(
+        torch.from_numpy(rows), time, noise_seed, as_site, dropped, restyled, outfit, moved, costume
+    )

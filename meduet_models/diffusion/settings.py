@@ -46,6 +46,9 @@ class DiffusionTraining:
     restyled_content: float = 0.0
     """Share of samples that are told the content of their scan dressed in another site's style (style bank),
     while they stay what they are: style is then learned from the style code, not from traces in content."""
+    restyled_scans: float = 0.0
+    """Share of samples that are learned as their scan dressed in another site's style (style bank), and told
+    that style: a site that trains alone holds one style, and could not learn what a style does."""
     start: Literal["scratch", "encoder"] = "scratch"
     """Whether the transformer starts from the pretrained encoder's blocks."""
     alignment: float = 0.0
@@ -60,7 +63,7 @@ class DiffusionTraining:
         for name in ("batch_size", "learning_rate", "gradient_clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Expected diffusion.training.{name} above 0; got {getattr(self, name)}.")
-        for name in ("warmup", "ema", "drop", "site_style", "restyled_content"):
+        for name in ("warmup", "ema", "drop", "site_style", "restyled_content", "restyled_scans"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(
                     f"Expected diffusion.training.{name} between 0 and 1; got {getattr(self, name)}."

@@ -1,12 +1,13 @@
 """Styles of the sites, beside those of the scans: who is told which, and whose content is seen in whose.
 
 A scan can be told its own style or that of its site. Both are codes of one meaning (`conditioner.py`); here
-they are chosen between, sample by sample. And the content of a scan can be told from the scan dressed in
-another site's style. What this file does not do: draw who is told what.
+they are chosen between, sample by sample. And a scan can be dressed in another site's style, to tell its
+content from that, or to be learned so. What this file does not do: draw who is told what.
 
 Axes: b = samples, s = numbers in a style code, c d h w = latents.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -53,8 +54,9 @@ def dressed(
     examples: Examples,
     who: Bool[Tensor, " b"],
     outfit: Float[Tensor, " b"],
-) -> Float[Tensor, "b c d h w"]:
-    """The raw latents, those of `who` moved to the style of another site that has one for their body part.
+) -> Examples:
+    """The examples, those of `who` moved to the style of another site that has one for their body part, and
+    said to be that site's.
 
     `outfit` in [0, 1) says which of those sites. A scan whose own site told no style stays as it is.
     """
@@ -69,4 +71,5 @@ def dressed(
         others = [other for other in present[:, its].nonzero()[:, 0].tolist() if other != own]
         if others:
             target[row] = others[int(float(outfit[row]) * len(others))]
-    return bank.restyle(examples.latents, site, target, part)
+    latents = bank.restyle(examples.latents, site, target, part)
+    return dataclasses.replace(examples, latents=latents, site=target.to(examples.site.device))

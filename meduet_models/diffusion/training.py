@@ -61,7 +61,7 @@ class DiffusionTrainee:
         seed: int,
         bank: StyleBank | None,
     ) -> None:
-        """`bank`: the sites' styles, for `settings.site_style` and `settings.restyled_content`.
+        """`bank`: the sites' styles, for `site_style`, `restyled_content` and `restyled_scans`.
 
         Raises `ValueError` when samples need sites' styles and too few sites have told one.
         """
@@ -72,15 +72,13 @@ class DiffusionTrainee:
                 "diffusion.training.site_style needs the styles of the sites, and none told one: "
                 "set it to 0, or exchange styles."
             )
-        if (
-            "content" in self.names
-            and settings.restyled_content > 0
-            and (bank is None or len(bank.present) < 2)
-        ):
-            raise ValueError(
-                "diffusion.training.restyled_content needs the styles of two sites or more, and fewer told "
-                "one: set it to 0, or exchange styles."
-            )
+        wearing = {"restyled_content": "content" in self.names, "restyled_scans": True}
+        for name, used in wearing.items():
+            if used and getattr(settings, name) > 0 and (bank is None or len(bank.present) < 2):
+                raise ValueError(
+                    f"diffusion.training.{name} needs the styles of two sites or more, and fewer told one: "
+                    "set it to 0, or exchange styles."
+                )
         self._warmup = round(settings.warmup * total_steps)
         self._path = Path(transformer.config.path)
         transformer.checkpoint_blocks = settings.checkpoint_blocks
@@ -118,6 +116,8 @@ class DiffusionTrainee:
         device = transformer.latent_mean.device
         draw = draw_step(settings, self.names, len(source), self.seed, step)
         examples = source.read(draw.rows)
+        if bool(draw.moved.any()) and self.bank is not None:
+            examples = dressed(self.bank, examples, draw.moved, draw.costume)
         told = self._told(examples, draw, device)
         data = transformer.standardise(examples.latents.to(device))
         noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(draw.noise_seed)).to(device)
@@ -204,7 +204,7 @@ class DiffusionTrainee:
         if "content" in self.names:
             seen = examples.latents
             if bool(draw.restyled.any()) and self.bank is not None:
-                seen = dressed(self.bank, examples, draw.restyled, draw.outfit)
+                seen = dressed(self.bank, examples, draw.restyled, draw.outfit).latents
             told = dataclasses.replace(told, content=self.conditioner.content(seen))
         told = told.each(lambda t: t.to(device))
         dropped = {name: mask.to(device) for name, mask in draw.dropped.items()}

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -189,8 +190,9 @@ def test_content_is_told_from_the_scan_in_another_sites_style_and_the_scan_stays
     everyone, outfit = torch.ones(3, dtype=torch.bool), torch.tensor([0.0, 0.99, 0.5])
     worn = dressed(styles, examples, everyone, outfit)
     others = styles.restyle(examples.latents, torch.tensor([0, 1, 2]), torch.tensor([1, 0, 2]))
-    assert torch.equal(worn, others) and torch.equal(worn[2], examples.latents[2])
-    assert torch.equal(dressed(styles, examples, ~everyone, outfit), examples.latents)
+    assert torch.equal(worn.latents, others) and torch.equal(worn.latents[2], examples.latents[2])
+    assert worn.site.tolist() == [1, 0, 2]
+    assert torch.equal(dressed(styles, examples, ~everyone, outfit).latents, examples.latents)
     settings = dataclasses.replace(SETTINGS, restyled_content=1.0)
     mine = DiffusionTrainee(
         awake_transformer(BOTH), conditioner, settings, total_steps=1, seed=0, bank=styles
@@ -198,15 +200,37 @@ def test_content_is_told_from_the_scan_in_another_sites_style_and_the_scan_stays
     draw = draw_step(settings, BOTH, 3, 0, 0)
     chosen = small_examples(3).rows(draw.rows)
     told = mine._told(chosen, draw, torch.device("cpu"))
-    seen = dressed(styles, chosen, draw.restyled, draw.outfit)
+    seen = dressed(styles, chosen, draw.restyled, draw.outfit).latents
     assert told.content is not None and bool(draw.restyled.all())
     torch.testing.assert_close(told.content, conditioner.content(seen))
     assert not torch.equal(told.content, conditioner.content(chosen.latents))
 
 
-def test_restyled_content_without_styles_to_wear_is_refused() -> None:
-    settings = dataclasses.replace(SETTINGS, restyled_content=0.5, site_style=0.0)
-    with pytest.raises(ValueError, match="restyled_content needs the styles of two sites"):
+def test_a_scan_is_learned_as_another_site_would_render_it_and_told_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = dataclasses.replace(SETTINGS, restyled_scans=1.0, site_style=1.0)
+    mine, learned = trainee(settings), list[Examples]()
+    told = mine._told
+
+    def noted(examples: Examples, draw: Any, device: torch.device) -> Any:
+        learned.append(examples)
+        return told(examples, draw, device)
+
+    monkeypatch.setattr(mine, "_told", noted)
+    mine.step(Held(small_examples(3)), 0)
+    draw = draw_step(settings, BOTH, 3, mine.seed, 0)
+    chosen = small_examples(3).rows(draw.rows)
+    expected = dressed(bank(), chosen, draw.moved, draw.costume)
+    assert bool(draw.moved.all()) and not torch.equal(expected.latents, chosen.latents)
+    assert torch.equal(learned[0].latents, expected.latents)
+    assert torch.equal(learned[0].site, expected.site) and not torch.equal(expected.site, chosen.site)
+
+
+@pytest.mark.parametrize("name", ["restyled_content", "restyled_scans"])
+def test_restyling_without_styles_to_wear_is_refused(name: str) -> None:
+    settings = dataclasses.replace(SETTINGS, **{name: 0.5}, site_style=0.0)
+    with pytest.raises(ValueError, match=f"{name} needs the styles of two sites"):
         DiffusionTrainee(
             awake_transformer(BOTH), small_conditioner(), settings, total_steps=1, seed=0, bank=None
         )
