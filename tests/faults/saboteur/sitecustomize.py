@@ -129,8 +129,8 @@ def tampered(reply: Any, how: str) -> Any:
         case "truncated":
             record = reply.to_record()
             arrays = record["update"]
-            whole = arrays[name]
-            arrays[name] = Array(whole.dtype, whole.shape, whole.stype, whole.data[:-7])
+            whole = arrays["float32"]
+            arrays["float32"] = Array(whole.dtype, whole.shape, whole.stype, whole.data[:-7])
             return record
     raise ValueError(how)
 
