@@ -1,21 +1,21 @@
 """What a federated round costs over TLS: FedMeDUET against Flower's own FedAvg, real processes on loopback.
 
-    python bench/round_overhead.py cell --megabytes 1 --sites 3               FedMeDUET, Flower's state in sqlite
-    python bench/round_overhead.py cell --megabytes 1 --sites 3 --baseline    FedAvg, the same network, the same way
-    python bench/round_overhead.py cell --megabytes 20 --sites 3 --memory     Flower's state in memory
-    python bench/round_overhead.py all [--megabytes 1 20] [--sites 3]         every cell not there yet (22; an hour)
-    python bench/round_overhead.py table                                      the results so far, with ratios
+    python bench/round_overhead.py cell --megabytes 1 --sites 3              FedMeDUET, Flower's state in sqlite
+    python bench/round_overhead.py cell --megabytes 1 --sites 3 --baseline   FedAvg, all else the same
+    python bench/round_overhead.py cell --megabytes 20 --sites 3 --memory    Flower's state in memory
+    python bench/round_overhead.py all [--megabytes 1 20] [--sites 3]        every cell that is not there yet
+    python bench/round_overhead.py table                                     the results so far, with ratios
 
-Overhead: from the end of a round to the end of the next, minus the slowest site's training (FedMeDUET: forward,
-backward, AdamW, as the sites report it; FedAvg: the little noise that stands for training). So everything else
-counts: starting a process for the question, loading libraries, reading and writing what the site keeps,
+Overhead: from the end of a round to the end of the next, minus the slowest site's training (FedMeDUET:
+forward, backward, AdamW, as the sites report it; FedAvg: the little noise that stands for training). So all
+else counts: starting a process for the question, loading libraries, reading and writing what the site keeps,
 bounding, journal, TLS, waiting, averaging, the checkpoint. Rounds from the second on; median and range.
 
-Same for both: machine, processes, TLS, proxy, SuperLink's settings, polling, one thread for each process, the
-network. What differs: FedMeDUET sends the content branch (float32 down, bfloat16 up), keeps teacher and
-optimiser at the site's disk, a journal, a ledger and a checkpoint, and validates; FedAvg (fraction_evaluate=0, as
-it comes from Flower 1.41) sends the whole network as float32 both ways and does none of that. FedAvg's own
-waiting is Flower's (3 s), ours is our own (`strategies/streaming_grid.py`): that is part of the difference.
+Same for both: machine, processes, TLS, proxy, SuperLink's settings, one thread for each process, the network.
+What differs: FedMeDUET sends the content branch (float32 down, bfloat16 up), keeps teacher and optimiser at
+the site's disk, a journal, a ledger and a checkpoint, and validates; FedAvg (fraction_evaluate=0, as it comes
+from Flower 1.41) sends the whole network as float32 both ways and does none of that. How the server
+application waits for replies is part of the difference: FedAvg looks every 3 s, ours every .01 to .5 s.
 
 Memory: VmHWM of each process. Not importable; not shipped. Keys and logs are in --work, outside of git.
 """
@@ -130,9 +130,7 @@ def table(results: Path) -> None:
     """Print what was measured, FedMeDUET beside FedAvg, with ratios; the latest of each cell."""
     latest = {_cell(told): told for told in read(results) if "failed" not in told}
     failed = {_cell(told): told["failed"] for told in read(results) if _cell(told) not in latest}
-    print(
-        "| payload | sites | state | overhead of a round, s | FedAvg's | ratio | MB down+up | FedAvg's | ratio |"
-    )
+    print("| payload | sites | state | overhead, s | FedAvg's | ratio | MB down+up | FedAvg's | ratio |")
     print("|---|---|---|---|---|---|---|---|---|")
     pairs = [(cell, latest.get(Cell("fedavg", *_rest(cell)))) for cell in cells() if cell.program == "ours"]
     for cell, theirs in pairs:

@@ -3,8 +3,9 @@
 The consortium is that of `meduet-server poc`: authority, certificates, nginx with mutual TLS, SuperLink,
 SuperExec, a SuperNode and a SuperExec per site, a process per question; new ones for every cell, because a
 process's high-water mark never falls. FedMeDUET and FedAvg are submitted to it in the same way and watched in
-the same way, by asking Flower for its runs every 5 s as `meduet-server run` does. Nothing is submitted again:
-a run that fails is a cell that failed.
+the same way: by files, and by asking Flower for its runs twice a minute (`meduet-server run` asks every 5 s;
+each question is a program that takes more than a second of CPU, which would be measured, too). Nothing is
+submitted again: a run that fails is a cell that failed.
 """
 
 import json
@@ -42,7 +43,7 @@ NETWORKS = {
 180 is ViT-B with width 720 in place of 768, which would be 204."""
 IN_MEMORY = ":flwr-in-memory:"
 """Flower's name for a state that is no file."""
-_LOOK_S = 5.0
+_LOOK_S = 30.0
 _APP = Path(__file__).with_name("round_overhead_app")
 
 
@@ -90,6 +91,7 @@ def measure(cell: Cell, rounds: int, limit_s: float, work: Path) -> dict[str, An
         "processes": watcher.peaks_mb(),
         "together_mb": watcher.together_mb,
         "left_over": left,
+        "locked": _locked(folder / "centre" / "superlink.log"),
         "database_mb": sum(p.stat().st_size for p in folder.glob("centre/superlink.db*")) / 1e6,
     }
     if "failed" not in told:
@@ -179,6 +181,11 @@ def _see_through(cell: Cell, poc: Poc, supervisor: Supervisor, end: float) -> di
         # what Flower counted on the fleet routes, of the whole run
         (told,) = [one for one in control._flwr("list", "centre")["runs"] if one["run-id"] == run]
     return {"rounds": rounds, "traffic": told["network-traffic"]}
+
+
+def _locked(log: Path) -> int:
+    """How often SuperLink answered 500 because its database was locked for 5 s; each may cost a reply."""
+    return log.read_text("utf-8", "replace").count("database is locked") if log.is_file() else 0
 
 
 def _baseline(parent: Path) -> Path:

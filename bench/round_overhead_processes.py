@@ -1,8 +1,8 @@
-"""What a cell of bench/round_overhead.py started: every process below this one, its peak memory, its CPU time.
+"""What a cell of bench/round_overhead.py started: each process below this one, its peak memory, its CPU time.
 
-Read from /proc four times a second: VmHWM is the kernel's own high-water mark, so nothing between two looks is
-missed but the last quarter of a second of a process. Orphans are adopted (`prctl`), so that nothing that was
-started can hide; at the end what still lives is ended by its id, and told.
+Read from /proc four times a second: VmHWM is the kernel's own high-water mark, so nothing between two looks
+is missed but the last quarter of a second of a process. Orphans are adopted (`prctl`), so that nothing that
+was started can hide; at the end what still lives is ended by its id, and told.
 """
 
 import ctypes
@@ -76,8 +76,7 @@ class Watcher(threading.Thread):
         return named
 
     def peaks_mb(self) -> dict[str, dict[str, float]]:
-        """By role: the largest peak of one process, the sum of the peaks of processes of the same time is
-        not known, their number, and CPU seconds of all of them."""
+        """By role: the largest peak of a process, how many there were, and the CPU seconds of all of them."""
         found: dict[str, dict[str, float]] = defaultdict(
             lambda: {"peak_mb": 0.0, "processes": 0, "cpu_s": 0.0}
         )

@@ -1,7 +1,7 @@
 """Flower's FedAvg, as it comes, on the whole float32 network of a FedMeDUET plan; it only looks at the clock.
 
-Run configuration: `plan` and `folder`, paths on this machine. Leaves `rounds.json` in the folder: begin and end
-of each round, what crossed, what the sites said of their seconds.
+Run configuration: `plan` and `folder`, paths on this machine. Leaves `rounds.json` in the folder: begin and
+end of each round, what crossed, what the sites said of their seconds.
 """
 
 import json
