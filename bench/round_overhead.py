@@ -1,6 +1,6 @@
 """What a federated round costs over TLS: FedMeDUET against Flower's own FedAvg, real processes on loopback.
 
-    python bench/round_overhead.py cell --megabytes 1 --sites 3              FedMeDUET, Flower's state in sqlite
+    python bench/round_overhead.py cell --megabytes 1 --sites 3              FedMeDUET, state in sqlite
     python bench/round_overhead.py cell --megabytes 1 --sites 3 --baseline   FedAvg, all else the same
     python bench/round_overhead.py cell --megabytes 20 --sites 3 --memory    Flower's state in memory
     python bench/round_overhead.py all [--megabytes 1 20] [--sites 3]        every cell that is not there yet
@@ -37,7 +37,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read when Flower is impo
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from round_overhead_cell import NETWORKS, Cell, measure, serve_in_memory
+from round_overhead_cell import NETWORKS, Cell, measure
 from round_overhead_processes import CENTRE
 
 ROUNDS = {1: 5, 20: 4, 180: 3}
@@ -58,6 +58,7 @@ def cells() -> list[Cell]:
 
 def run_cell(cell: Cell, rounds: int | None, limit_s: float | None, work: Path, results: Path) -> None:
     """Measure a cell in this process, and append it to the results."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # as an exception: all is stopped
     slower = 2 if cell.sites > 4 else 1
     limit_s = limit_s or slower * LIMIT_S[cell.megabytes]
     print(f"{cell}: at most {limit_s:.0f} s", flush=True)
@@ -84,11 +85,23 @@ def run_all(asked: argparse.Namespace) -> None:
         process = subprocess.Popen(command, start_new_session=True)
         try:
             process.wait(3 * LIMIT_S[cell.megabytes] + 120)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            os.killpg(process.pid, signal.SIGTERM)  # those that it started end with it
-            process.wait()
-            raise
+        except subprocess.TimeoutExpired:
+            print(f"{cell}: hangs, and is stopped", flush=True)
+        finally:
+            _stop(process)
     table(asked.results)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End a cell that still runs: it stops what it started; what outlives it is ended by the kernel."""
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(90)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def read(results: Path) -> list[dict[str, Any]]:
@@ -128,13 +141,14 @@ def centre_mb(told: dict[str, Any]) -> float:
 
 def table(results: Path) -> None:
     """Print what was measured, FedMeDUET beside FedAvg, with ratios; the latest of each cell."""
-    latest = {_cell(told): told for told in read(results) if "failed" not in told}
+    done = [told for told in read(results) if "failed" not in told]
+    latest = {_cell(told): told for told in sorted(done, key=lambda one: (one["megabytes"], one["sites"]))}
     failed = {_cell(told): told["failed"] for told in read(results) if _cell(told) not in latest}
     print("| payload | sites | state | overhead, s | FedAvg's | ratio | MB down+up | FedAvg's | ratio |")
     print("|---|---|---|---|---|---|---|---|---|")
-    pairs = [(cell, latest.get(Cell("fedavg", *_rest(cell)))) for cell in cells() if cell.program == "ours"]
-    for cell, theirs in pairs:
-        if (ours := latest.get(cell)) is None or theirs is None:
+    for cell, ours in latest.items():
+        theirs = latest.get(Cell("fedavg", *_rest(cell)))
+        if cell.program == "fedavg" or theirs is None:
             continue
         words = (
             f"| {_megabytes(ours)} MB | {cell.sites} | {cell.state} | {_spread(ours)} | {_spread(theirs)} "
@@ -145,14 +159,13 @@ def table(results: Path) -> None:
         print(words + f"| {sum(mine) / sum(yours):.2f} |")
     print("\nPeak memory, MB (largest process of its kind); CPU seconds of all of its kind over the run\n")
     roles = sorted({role for told in latest.values() for role in told["processes"]} - {"other"})
-    print("| cell | " + " | ".join(roles) + " | centre | everybody at once | load before |")
-    print("|---" * (len(roles) + 4) + "|")
-    for cell in cells():
-        if (told := latest.get(cell)) is None:
-            continue
+    print("| cell | " + " | ".join(roles) + " | centre | everybody at once | load before | locks |")
+    print("|---" * (len(roles) + 5) + "|")
+    for cell, told in latest.items():
         found = [told["processes"].get(role, {"peak_mb": 0.0, "cpu_s": 0.0}) for role in roles]
         words = " | ".join(f"{one['peak_mb']:.0f}; {one['cpu_s']:.0f} s" for one in found)
-        words += f" | {centre_mb(told):.0f} | {told['together_mb']:.0f} | {told['load_before']:.1f} |"
+        words += f" | {centre_mb(told):.0f} | {told['together_mb']:.0f} | {told['load_before']:.1f} "
+        words += f"| {told['locked']} |"
         print(f"| {cell} | {words}")
     for failure, why in failed.items():
         print(f"\nfailed: {failure}: {why}")
@@ -194,8 +207,6 @@ def main() -> None:
         one.add_argument("--work", type=Path, default=WORK, help="where keys, hospitals and logs go")
     for one in (cell, every, told):
         one.add_argument("--results", type=Path, default=Path("runs/round_overhead.json"))
-    centre = commands.add_parser("centre", help="not for people: the centre with its state in memory")
-    centre.add_argument("--config", type=Path, required=True)
     asked = parser.parse_args()
     match asked.command:
         case "cell":
@@ -206,8 +217,6 @@ def main() -> None:
             run_all(asked)
         case "table":
             table(asked.results)
-        case "centre":
-            serve_in_memory(asked.config)
 
 
 if __name__ == "__main__":

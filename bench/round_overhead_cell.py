@@ -41,8 +41,6 @@ NETWORKS = {
 }
 """Megabytes of the content branch in bfloat16 (real ones: 0.94, 19.97, 182.18) and the network that has them;
 180 is ViT-B with width 720 in place of 768, which would be 204."""
-IN_MEMORY = ":flwr-in-memory:"
-"""Flower's name for a state that is no file."""
 _LOOK_S = 30.0
 _APP = Path(__file__).with_name("round_overhead_app")
 
@@ -129,30 +127,12 @@ def _sizes(poc: Poc) -> dict[str, Any]:
 
 
 def _processes(poc: Poc, cell: Cell) -> Sequence[ChildProcess]:
-    """Those of the consortium; with the state in memory, the centre is this program's `centre` command."""
+    """Those of the consortium; with the state in memory, the centre is `round_overhead_centre.py`."""
     if cell.state == "sqlite":
         return poc.processes()
-    program = str(Path(__file__).with_name("round_overhead.py"))
-    command = (sys.executable, program, "centre", "--config", str(poc.server_yaml))
+    program = str(Path(__file__).with_name("round_overhead_centre.py"))
+    command = (sys.executable, program, str(poc.server_yaml))
     return [replace(child, command=command) if child.name == "centre" else child for child in poc.processes()]
-
-
-def serve_in_memory(server_yaml: Path) -> None:
-    """`meduet-server start` with Flower's state in memory; until SIGTERM."""
-    from server import service
-    from server.deployment import ServerConfig, load_server_config
-
-    with_file = service.superlink_processes
-
-    def without_file(config: ServerConfig) -> tuple[ChildProcess, ...]:
-        file = str(config.state_dir / "superlink.db")
-        return tuple(
-            replace(child, command=tuple(IN_MEMORY if part == file else part for part in child.command))
-            for child in with_file(config)
-        )
-
-    service.superlink_processes = without_file
-    service.Service(load_server_config(server_yaml), _say).run()
 
 
 def _see_through(cell: Cell, poc: Poc, supervisor: Supervisor, end: float) -> dict[str, Any]:

@@ -26,7 +26,7 @@ ROLES = (
     ("flower-superexec", "SuperExec"),
     ("processes.py", "site's supervisor"),
     ("server.cli", "centre's supervisor"),
-    ("round_overhead.py", "centre's supervisor"),
+    ("round_overhead_centre.py", "centre's supervisor"),
 )
 """Which command is which, first match; what is none of these (Flower's command line, mostly) is "other"."""
 CENTRE = ("SuperLink", "centre's SuperExec", "ServerApp", "nginx", "centre's supervisor")
