@@ -136,7 +136,7 @@ def summary(told: dict[str, Any]) -> str:
 
 def centre_mb(told: dict[str, Any]) -> float:
     """Sum of the largest peaks at the centre."""
-    return sum(told["processes"].get(role, {"peak_mb": 0.0})["peak_mb"] for role in CENTRE)
+    return float(sum(told["processes"].get(role, {"peak_mb": 0.0})["peak_mb"] for role in CENTRE))
 
 
 def table(results: Path) -> None:

@@ -42,6 +42,7 @@ NETWORKS = {
 """Megabytes of the content branch in bfloat16 (real ones: 0.94, 19.97, 182.18) and the network that has them;
 180 is ViT-B with width 720 in place of 768, which would be 204."""
 _LOOK_S = 30.0
+_LEAST_MB = 1500.0
 _APP = Path(__file__).with_name("round_overhead_app")
 
 
@@ -146,6 +147,8 @@ def _see_through(cell: Cell, poc: Poc, supervisor: Supervisor, end: float) -> di
             supervisor.poll()
             if time.monotonic() > end:
                 raise CellFailed("not done within the time limit")
+            if (left := _available_mb()) < _LEAST_MB:
+                raise CellFailed(f"stopped, as the machine had {left:.0f} MB of memory left")
             if time.monotonic() >= next_look:
                 try:
                     run = run or control.start(app, settings)
@@ -161,6 +164,11 @@ def _see_through(cell: Cell, poc: Poc, supervisor: Supervisor, end: float) -> di
         # what Flower counted on the fleet routes, of the whole run
         (told,) = [one for one in control._flwr("list", "centre")["runs"] if one["run-id"] == run]
     return {"rounds": rounds, "traffic": told["network-traffic"]}
+
+
+def _available_mb() -> float:
+    lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
+    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith("MemAvailable"))
 
 
 def _locked(log: Path) -> int:
