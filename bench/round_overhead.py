@@ -12,7 +12,7 @@ else counts: starting a process for the question, loading libraries, reading and
 bounding, journal, TLS, waiting, averaging, the checkpoint. Rounds from the second on; median and range.
 
 Same for both: machine, processes, TLS, proxy, SuperLink's settings, one thread for each process, the network.
-What differs: FedMeDUET sends the content branch (float32 down, bfloat16 up), keeps teacher and optimiser at
+What differs: FedMeDUET sends the content branch as bfloat16 both ways, keeps teacher and optimiser at
 the site's disk, a journal, a ledger and a checkpoint, and validates; FedAvg (fraction_evaluate=0, as it comes
 from Flower 1.41) sends the whole network as float32 both ways and does none of that. How the server
 application waits for replies is part of the difference: FedAvg looks every 3 s, ours every .01 to .5 s.

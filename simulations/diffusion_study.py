@@ -36,6 +36,7 @@ from server.diffusion_rounds import run_diffusion_rounds
 from simulations.finished_run import FinishedRun
 from simulations.generation_settings import GenerationSettings
 from simulations.in_process import FixedThreads, InProcessGrid
+from simulations.labelled_hospitals import labels_for_segmenters
 from simulations.progress import Live
 from strategies.quorum import Roster
 
@@ -143,6 +144,17 @@ class Study:
             if pooled.plan.tokenizer_sha256 != opened.plan.tokenizer_sha256:
                 raise ValueError("Expected the pooled run to have the same tokenizer; it has another.")
             self._encoders["pooled"] = pooled.pretrained
+        self.labelled = None
+        if asked.generation.use is not None:
+            train, test = (
+                [(name, opened.scans[name], opened.scans[name].indices(which)) for name in opened.plan.sites]
+                for which in ("train", "test")
+            )
+            self.labelled = labels_for_segmenters(train, test)
+            if self.labelled is None:
+                raise ValueError(
+                    "generation.use needs label maps of training and test patients: set it to null."
+                )
 
     @cached_property
     def encoder_hashes(self) -> dict[str, str]:

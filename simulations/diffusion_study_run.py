@@ -136,6 +136,7 @@ def _judged(study: Study, source: Source, site: str | None, live: Live) -> dict[
         study.patients.train,
         folder,
         study.asked.generation,
+        labelled=study.labelled,
     )
     losses = validation_loss(
         model.transformer, model.conditioner, study.patients.test, ("content", "style"), bank=study.bank

@@ -16,8 +16,7 @@ from typing import Any, Literal
 from omegaconf import DictConfig
 
 from client.app import make_client_app
-from client.labelled_scans import LabelledScans, NoLabels, join, labelled_scans
-from client.latent_set import LatentSet
+from client.labelled_scans import LabelledScans, NoLabels
 from federation.finetuning import FinetunePlan, LocalFinetuning, check_target
 from federation.plan import build
 from server.config import plain
@@ -31,6 +30,7 @@ from simulations.downstream import (
 from simulations.downstream_report import write_downstream
 from simulations.finished_run import FinishedRun, open_run
 from simulations.in_process import FixedThreads, InProcessGrid, fixed_threads
+from simulations.labelled_hospitals import known_answers, num_classes
 from simulations.progress import Live
 
 _ROUNDS, _CLIP = 5, 20.0
@@ -119,7 +119,7 @@ def _evaluate(asked: DownstreamRunSettings, opened: FinishedRun, live: Live) -> 
 
     def split(names: Sequence[str], which: str) -> LabelledScans | None:
         scans = [(name, opened.scans[name], opened.scans[name].indices(which)) for name in names]
-        return _known(asked, local, scans)
+        return known_answers(scans, local, asked.target, asked.target_values)
 
     train, validation = split(with_labels, "train"), split(with_labels, "validation")
     if train is None:
@@ -128,7 +128,9 @@ def _evaluate(asked: DownstreamRunSettings, opened: FinishedRun, live: Live) -> 
     found = {
         "seen": split(with_labels, "test"),
         "unlabelled": split(without, "test"),
-        "held_out": _known(asked, local, [(name, s, range(s.num_scans)) for name, s in outside]),
+        "held_out": known_answers(
+            [(name, s, range(s.num_scans)) for name, s in outside], local, asked.target, asked.target_values
+        ),
     }
     tests = {name: scans for name, scans in found.items() if scans is not None}
     if not tests:
@@ -185,15 +187,9 @@ def _local(asked: DownstreamRunSettings, opened: FinishedRun) -> LocalFinetuning
     """The local loop; classes are counted where they were not given."""
     classes = asked.classes or len(asked.target_values)
     if not classes:
-        highest = [
-            int(labels.max())
-            for scans in opened.scans.values()
-            if (rows := [row for row in scans.indices("train") if scans.has_label[row]])
-            and (labels := scans.labels(rows)) is not None
-        ]
-        if not highest:
+        classes = num_classes(opened.scans.values())
+        if not classes:
             raise NoLabels("Expected training patients with labels; no hospital has any.")
-        classes = max(highest) + 1
     local = LocalFinetuning(
         task=asked.task,
         classes=classes,
@@ -204,22 +200,6 @@ def _local(asked: DownstreamRunSettings, opened: FinishedRun) -> LocalFinetuning
     )
     check_target(local, asked.target, asked.target_values)
     return local
-
-
-def _known(
-    asked: DownstreamRunSettings,
-    local: LocalFinetuning,
-    parts: Sequence[tuple[str, LatentSet, Sequence[int]]],
-) -> LabelledScans | None:
-    """Those scans whose answer is known, patients named apart by hospital; None where there is none."""
-    found = []
-    for name, scans, rows in parts:
-        try:
-            own = labelled_scans(scans, rows, local, asked.target, asked.target_values)
-        except NoLabels:
-            continue
-        found.append(dataclasses.replace(own, patient=tuple(f"{name}/{patient}" for patient in own.patient)))
-    return join(found) if found else None
 
 
 def _federate(

@@ -16,11 +16,9 @@ from torch import Tensor
 
 from client.cohort import read_entry
 from client.examples import examples_of
-from client.labelled_scans import LabelledScans, NoLabels, labelled_scans
-from client.labelled_scans import join as join_labelled
+from client.labelled_scans import LabelledScans
 from client.latent_set import LatentSet
 from client.volumes import prepare
-from federation.finetuning import LocalFinetuning
 from federation.plan import RunPlan
 from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.diffusion.conditions import Examples
@@ -31,6 +29,7 @@ from simulations.generation import FOLDER, evaluate_generation
 from simulations.generation_settings import GenerationSettings
 from simulations.harmonisation import measure_harmonisation
 from simulations.held_out import Held
+from simulations.labelled_hospitals import labels_for_segmenters
 
 _TRAINING_SCANS = 24
 
@@ -63,20 +62,9 @@ class Bench:
 
     def labelled(self) -> tuple[LabelledScans, LabelledScans] | None:
         """Training scans with labels, and held-out ones; none where either has none."""
-        own = [(scans, list(scans.indices("train"))) for scans in self.training]
-        highest = [
-            int(labels.max())
-            for scans, rows in own
-            if (known := [row for row in rows if scans.has_label[row]])
-            and (labels := scans.labels(known)) is not None
-        ]
-        if not highest or max(highest) < 1:
-            return None
-        local = LocalFinetuning(task="segmentation", classes=max(highest) + 1)
-        try:
-            return _labelled(own, local), _labelled(self.held_scans, local)
-        except NoLabels:
-            return None
+        own = [(name, s, s.indices("train")) for name, s in zip(self.plan.sites, self.training, strict=True)]
+        held = [(str(place), scans, rows) for place, (scans, rows) in enumerate(self.held_scans)]
+        return labels_for_segmenters(own, held)
 
     def training_latents(self) -> list[Tensor]:
         """Some training latents of each site."""
@@ -125,20 +113,3 @@ def judge(
             on_step=lambda done, total: progress("harmonising", done, total),
         )
     return told
-
-
-def _labelled(parts: Sequence[tuple[LatentSet, Sequence[int]]], local: LocalFinetuning) -> LabelledScans:
-    found = []
-    for place, (scans, rows) in enumerate(parts):
-        try:
-            own = labelled_scans(scans, rows, local)
-        except NoLabels:
-            continue
-        found.append(
-            LabelledScans(
-                own.latents, own.labels, own.target, tuple(f"{place}/{p}" for p in own.patient), own.site
-            )
-        )
-    if not found:
-        raise NoLabels("Expected scans with a label; no hospital has any.")
-    return join_labelled(found)
