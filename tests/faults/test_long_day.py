@@ -34,7 +34,7 @@ from tests.faults.page import Book
 
 pytestmark = pytest.mark.faults
 
-ROUNDS = 12
+ROUNDS = 13
 PLAN = ("hospitals.num_hospitals=2", f"training.rounds={ROUNDS}", "aggregation.deadline_s=600")
 
 
