@@ -64,12 +64,12 @@ def write_study(
             for step, loss in curve.points
         )
     write_whole(folder / "study.csv", table.getvalue())
-    figure = draw_curves(curves, folder / "figures" / "convergence.png")
+    figure = draw_curves(curves, folder / "figures" / "convergence.png").read_bytes() if curves else b""
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATE.parent), autoescape=True, undefined=StrictUndefined
     )
     page = environment.get_template(_TEMPLATE.name).render(
-        figure="data:image/png;base64," + base64.b64encode(figure.read_bytes()).decode(),
+        figure="data:image/png;base64," + base64.b64encode(figure).decode(),
         rows=rows,
         starts=_STARTS,
         sources=[_title(name, told) for name, told in sources.items()],

@@ -9,6 +9,7 @@ import pytest
 
 from meduet_models.diffusion.artefact import load_generative_model
 from server.config import compose_config
+from simulations.diffusion_study_report import write_study
 from simulations.diffusion_study_run import run_generation
 from simulations.run import run
 from simulations.settings import settings_from
@@ -95,3 +96,9 @@ def test_the_study_compares_starts_and_sources_and_is_done_once(released: Path, 
 def test_what_has_no_effect_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="generation has no effect"):
         settings_from({**compose_config([f"folder={tmp_path}"]), "generation": {}})
+
+
+def test_a_study_of_sources_alone_has_a_page_too(tmp_path: Path) -> None:
+    page = write_study(tmp_path, [], {}, {"settings": {}})
+    assert "How fast it learns" not in page.read_text()
+    assert json.loads((tmp_path / "study.json").read_text())["curves"] == []
