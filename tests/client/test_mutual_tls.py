@@ -50,3 +50,21 @@ def test_a_supernode_that_gave_up_ends_whatever_its_threads_do() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], timeout=120, check=False)
     assert done.returncode == LOST
+
+
+def test_a_signature_that_is_not_accepted_is_said_and_ends_the_process() -> None:
+    program = (
+        "import httpx\n"
+        "import client.mutual_tls as program\n"
+        "from flwr.supernode.fleet_http_client import FleetHttpClient\n"
+        "def refused(self, **call):\n"
+        "    request = httpx.Request('POST', 'https://centre/v1/fleet/pull-messages')\n"
+        "    raise httpx.HTTPStatusError('no', request=request, response=httpx.Response(401, request=request))\n"
+        "FleetHttpClient._unary_unary = refused\n"
+        "program.MutualTls.PullMessages(program.MutualTls.__new__(program.MutualTls), None)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], timeout=120, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == LOST
+    assert "does not accept this site's signature. Exit Code: 401" in done.stdout + done.stderr

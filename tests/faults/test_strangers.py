@@ -18,7 +18,7 @@ import yaml
 
 from client.keys import install
 from federation.certificates import certificate_pem, key_pem, new_key, utc_now
-from federation.kits import AUTHORITY, CERTIFICATE, CONNECTION, KEY, SETTINGS, Connection, pack_kit
+from federation.kits import AUTHORITY, CERTIFICATE, CONNECTION, KEY, README, SETTINGS, Connection, pack_kit
 from federation.published_plan import PublishedPlan
 from server.app_folder import ROOT
 from server.control import Control
@@ -76,6 +76,7 @@ def stranger(up: Consortium, name: str, office: Office, *, days: float = 30.0) -
         CONNECTION: connection.to_yaml(),
         KEY: key_pem(key),
         SETTINGS: b"",
+        README: b"",
     }
     (home / "kit.zip").write_bytes(pack_kit(files))
     install(home / "kit.zip", home, begun)
