@@ -44,8 +44,8 @@ class MutualTls(FleetHttpClient):
         super().__init__(base_url, verify=verify, **settings)
 
     def _unary_unary(self, **call: Any) -> Any:
-        """As Flower's; raises `httpx.ConnectTimeout` where a handshake was not answered in time, and ends this
-        process where the centre does not accept the site's signature."""
+        """As Flower's; raises `httpx.ConnectTimeout` where a handshake was not answered in time, and ends
+        this process where the centre does not accept the site's signature."""
         try:
             return super()._unary_unary(**call)
         except httpx.HTTPStatusError as error:

@@ -18,8 +18,8 @@ from federation.processes import ChildProcess
 SUPEREXEC = "superexec"
 EXIT_MEANINGS = {
     200: "the server application failed; see the run's status",
-    401: "the centre does not accept this site's signature: is its clock right (5 s ahead or 5 minutes behind "
-    "is too much), its key registered?",
+    401: "the centre does not accept this site's signature: is its clock right (5 s ahead or 5 minutes "
+    "behind is too much), its key registered?",
     305: "the centre refuses this site: not registered, revoked, wrong certificates, or still seen as online "
     "(up to 66 s after a crash)",
 }

@@ -59,7 +59,8 @@ def test_a_signature_that_is_not_accepted_is_said_and_ends_the_process() -> None
         "from flwr.supernode.fleet_http_client import FleetHttpClient\n"
         "def refused(self, **call):\n"
         "    request = httpx.Request('POST', 'https://centre/v1/fleet/pull-messages')\n"
-        "    raise httpx.HTTPStatusError('no', request=request, response=httpx.Response(401, request=request))\n"
+        "    response = httpx.Response(401, request=request)\n"
+        "    raise httpx.HTTPStatusError('no', request=request, response=response)\n"
         "FleetHttpClient._unary_unary = refused\n"
         "program.MutualTls.PullMessages(program.MutualTls.__new__(program.MutualTls), None)\n"
     )
