@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from client.batches import TrainingScans
-from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
+from meduet_models.weights import StoredWeights, open_weights, save_weights, sha256_of_tensors
 
 SUFFIX = ".partial.safetensors"
 
 SHARE_OF_TIME = 0.05
 """Of a round's time, the most that is spent writing it down; a large network is written less often."""
 
-_STEPS, _SECONDS = "partial/steps", "partial/seconds"
+_STEPS, _SECONDS, _ROUND = "partial/steps", "partial/seconds", "round/"
 _log = logging.getLogger(__name__)
 
 
@@ -55,7 +55,7 @@ class PartialRound:
         self._path, self._question, self._every_s, self._clock = path, dict(question), every_s, clock
         self._last, self._pause_s = clock(), every_s
 
-    def resume(self, load: Callable[[Mapping[str, Tensor]], None]) -> tuple[int, float]:
+    def resume(self, load: Callable[[StoredWeights], None]) -> tuple[int, float]:
         """Steps already done and seconds already spent, once `load` took the tensors; (0, 0.0) when there is
         nothing that this question could go on from.
 
@@ -66,8 +66,8 @@ class PartialRound:
             return 0, 0.0
         try:
             tensors = self._read()
-            steps, seconds = int(tensors.pop(_STEPS)), float(tensors.pop(_SECONDS))
-            load(tensors)
+            steps, seconds = int(tensors[_STEPS]), float(tensors[_SECONDS])
+            load(tensors.part(_ROUND))
         except (ValueError, KeyError) as error:
             self._path.unlink(missing_ok=True)
             _log.warning("%s is removed, and the round begins anew: %s", self._path.name, error)
@@ -84,7 +84,7 @@ class PartialRound:
         if began - self._last < self._pause_s:
             return
         counted = {_STEPS: torch.tensor(steps), _SECONDS: torch.tensor(seconds, dtype=torch.float64)}
-        whole = {**tensors(), **counted}
+        whole = {f"{_ROUND}{name}": tensor for name, tensor in tensors().items()} | counted
         try:
             save_weights(self._path, whole, {**self._question, "tensors_sha256": sha256_of_tensors(whole)})
         except OSError as error:
@@ -93,8 +93,8 @@ class PartialRound:
         if self._every_s > 0:
             self._pause_s = max(self._every_s, (self._last - began) / SHARE_OF_TIME)
 
-    def _read(self) -> dict[str, Tensor]:
-        tensors, provenance = load_weights(self._path)
+    def _read(self) -> StoredWeights:
+        tensors, provenance = open_weights(self._path)
         expected = self._question | {"tensors_sha256": sha256_of_tensors(tensors)}
         if wrong := sorted(name for name, value in expected.items() if provenance.get(name) != value):
             raise _Unusable(f"its {wrong[0]} is another.")

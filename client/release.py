@@ -128,7 +128,10 @@ class Gate:
         before = _longest_row(covered) if each else _finite_norm(covered)
         bounded = _bound(covered, promise, weight, wire_dtype)
         noised, noise = _noise(bounded, promise)
-        leaving = {name: _cast(noised.get(name, tensor), wire_dtype) for name, tensor in tensors.items()}
+        leaving = {
+            name: _cast(noised.pop(name) if name in noised else tensor.detach().clone(), wire_dtype)
+            for name, tensor in tensors.items()
+        }
         left = {name: leaving[name] for name in covered}
         after = _longest_row(left) if each else _finite_norm(left)
         allowed = promise.bound * (1 if each else weight)
@@ -242,18 +245,22 @@ def _longest_row(tensors: Mapping[str, Tensor]) -> float:
 def _bound(
     tensors: Mapping[str, Tensor], promise: Promise, weight: float, wire_dtype: WireDtype
 ) -> dict[str, Tensor]:
-    """The weighted sum, of a clipped mean (with head-room for rounding) or as it was; or clipped rows."""
+    """The weighted sum, of a clipped mean (with head-room for rounding) or as it was; or clipped rows. In
+    memory of its own."""
     if promise.enforcement == "check":
-        return dict(tensors)
+        return {name: tensor.detach().clone() for name, tensor in tensors.items()}
     bound = promise.bound * (1 - _HEAD_ROOM[wire_dtype])
     if promise.enforcement == "each":
         rows = [
             clip(dict(zip(tensors, row, strict=True)), bound).value
             for row in zip(*tensors.values(), strict=True)
         ]
-        return {name: torch.stack([row[name] for row in rows]) if rows else t for name, t in tensors.items()}
-    mean = clip(tensors, bound).value
-    return {name: tensor * weight for name, tensor in mean.items()}
+        return {
+            name: torch.stack([row[name] for row in rows]) if rows else t.detach().clone()
+            for name, t in tensors.items()
+        }
+    mean = clip(tensors, bound).value  # a copy
+    return {name: tensor.mul_(weight) for name, tensor in mean.items()}
 
 
 def _noise(tensors: dict[str, Tensor], promise: Promise) -> tuple[dict[str, Tensor], str]:
@@ -262,8 +269,9 @@ def _noise(tensors: dict[str, Tensor], promise: Promise) -> tuple[dict[str, Tens
 
 
 def _cast(tensor: Tensor, wire_dtype: WireDtype) -> Tensor:
-    """CPU values that the wire carries exactly: float32, or float32 with bfloat16's eight bits."""
-    tensor = tensor.detach().to("cpu", copy=True)
+    """CPU values that the wire carries exactly: float32, or float32 with bfloat16's eight bits. Not a copy
+    where they are that already."""
+    tensor = tensor.detach().to("cpu")
     if wire_dtype == "bfloat16" and tensor.dtype == torch.float32:
         return tensor.to(torch.bfloat16).to(torch.float32)
     return tensor

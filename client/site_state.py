@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from client.partial_round import SUFFIX, PartialRound
-from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
+from meduet_models.weights import open_weights, save_weights, sha256_of_tensors
 
 KEPT = 3
 """States of rounds that a site keeps, beside the common start."""
@@ -35,17 +35,17 @@ class StateDamaged(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class SiteState:
-    """A site after a round. Tensors on the CPU, by name."""
+    """A site after a round: tensors by name. As read from disk, each is read when it is asked for."""
 
     round: int
     """After which round; 0 is the common start."""
     began_from: int = 0
     """From the state after which round it began: the one before, unless the site sat out rounds."""
-    home: dict[str, Tensor]
+    home: Mapping[str, Tensor]
     """Weights that stay at the site."""
-    teacher: dict[str, Tensor] = field(default_factory=dict)
+    teacher: Mapping[str, Tensor] = field(default_factory=dict)
     """The moving-average teacher; empty at the start, where it equals the student."""
-    optimiser: dict[str, Tensor] = field(default_factory=dict)
+    optimiser: Mapping[str, Tensor] = field(default_factory=dict)
     """AdamW's moments and step counts, `<moment>/<parameter>`; empty at the start."""
     sha256: str = ""
     """Hash of all its tensors, as they were read from disk; empty before."""
@@ -141,25 +141,21 @@ class StateFolder:
     def _read(self, round: int) -> SiteState:
         path = self._path(round)
         try:
-            tensors, provenance = load_weights(path)
+            tensors, provenance = open_weights(path)
+            expected = {
+                "plan_sha256": self._plan_sha256,
+                "round": str(round),
+                "tensors_sha256": sha256_of_tensors(tensors),
+            }
         except ValueError as error:
             raise StateDamaged(str(error)) from error
-        expected = {
-            "plan_sha256": self._plan_sha256,
-            "round": str(round),
-            "tensors_sha256": sha256_of_tensors(tensors),
-        }
         if wrong := [name for name, value in expected.items() if provenance.get(name) != value]:
             raise StateDamaged(
                 f"Expected {path} to be as it was written; its {wrong[0]} is another. Restart the run."
             )
-        parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
-        for name, tensor in tensors.items():
-            part, _, key = name.partition(":")
-            parts[part][key] = tensor
         return SiteState(
             round=round,
             began_from=int(provenance["began_from"]),
             sha256=provenance["tensors_sha256"],
-            **parts,
+            **{part: tensors.part(f"{part}:") for part in _PARTS},
         )

@@ -20,6 +20,7 @@ from federation.plan import RunPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.teacher import Teacher
+from meduet_models.weights import StoredWeights, shapes_of
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _NETWORKS = ("student", "teacher")
@@ -36,6 +37,8 @@ class Trainee:
     student: MeDUET
     teacher: Teacher
     optimiser: torch.optim.AdamW
+    shared: Mapping[str, Tensor]
+    """The shared weights as they came; nothing writes to them."""
 
     @staticmethod
     def of(
@@ -65,7 +68,7 @@ class Trainee:
             betas=plan.training.betas,
             fused=True,
         )
-        trainee = Trainee(student, teacher, optimiser)
+        trainee = Trainee(student, teacher, optimiser, shared)
         trainee._load_moments(kept.optimiser)
         if compile:
             for network in (student, teacher.network):
@@ -74,29 +77,24 @@ class Trainee:
         return trainee
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that a step changes, on the CPU: `student/…`, `teacher/…`, `<moment>/<parameter>`."""
+        """All that a step changes, where it is: `student/…`, `teacher/…`, `<moment>/<parameter>`; not
+        copied."""
         networks = zip(_NETWORKS, (self.student, self.teacher.network), strict=True)
-        whole = {
-            f"{kind}/{n}": t.cpu() for kind, network in networks for n, t in network.state_dict().items()
-        }
+        whole = {f"{kind}/{n}": t for kind, network in networks for n, t in network.state_dict().items()}
         return whole | self._moments()
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, tensors: StoredWeights) -> None:
         """Become what `tensors` were taken from; raises `WrongWeights` before anything has changed."""
-        parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in (*_NETWORKS, *_MOMENTS)}
-        for name, tensor in tensors.items():
-            kind, _, key = name.partition("/")
-            if kind not in parts:
-                raise WrongWeights(f"Expected student, teacher and moments; got {name!r}.")
-            parts[kind][key] = tensor
+        parts = {kind: tensors.part(f"{kind}/") for kind in (*_NETWORKS, *_MOMENTS)}
+        if len(tensors) != sum(map(len, parts.values())):
+            raise WrongWeights("Expected student, teacher and moments; there is more.")
         networks = dict(zip(_NETWORKS, (self.student, self.teacher.network), strict=True))
         for kind, network in networks.items():
             _check(network, parts[kind], f"the {kind} of a round under way")
         shapes = {name: tuple(parameter.shape) for name, parameter in self.student.named_parameters()}
         for moment in _MOMENTS:
-            came = {name: tuple(tensor.shape) for name, tensor in parts[moment].items()}
             wanted = {n: () if moment == "step" else shapes.get(n) for n in parts["step"]}
-            if came != wanted:
+            if parts[moment].shapes() != wanted:
                 raise WrongWeights(f"Expected AdamW's {moment!r} of this network; others came.")
         for kind, network in networks.items():
             network.load_state_dict(parts[kind])
@@ -104,7 +102,7 @@ class Trainee:
 
     def _moments(self) -> dict[str, Tensor]:
         return {
-            f"{moment}/{name}": self.optimiser.state[parameter][moment].detach().cpu()
+            f"{moment}/{name}": self.optimiser.state[parameter][moment].detach()
             for name, parameter in self.student.named_parameters()
             if parameter in self.optimiser.state
             for moment in _MOMENTS
@@ -119,15 +117,13 @@ class Trainee:
                 }
 
     def state(self, plan: RunPlan, round: int, began_from: int) -> SiteState:
-        """What the site keeps after a round, on the CPU."""
+        """What the site keeps after a round, where it is; not copied."""
         mine = self.student.state_dict()
         return SiteState(
             round=round,
             began_from=began_from,
-            home={
-                n: mine[n].cpu() for n in home_keys(self.student, plan.style.head, plan.aggregation.method)
-            },
-            teacher={name: tensor.cpu() for name, tensor in self.teacher.network.state_dict().items()},
+            home={n: mine[n] for n in home_keys(self.student, plan.style.head, plan.aggregation.method)},
+            teacher=self.teacher.network.state_dict(),
             optimiser=self._moments(),
         )
 
@@ -150,8 +146,7 @@ def _load(network: torch.nn.Module, tensors: Mapping[str, Tensor], what: str) ->
 
 
 def _check(network: torch.nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    came = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    expected, came = shapes_of(network.state_dict()), shapes_of(tensors)
     if wrong := sorted(name for name in {*expected, *came} if expected.get(name) != came.get(name)):
         raise WrongWeights(
             f"Expected {what} to be those of the plan's network; {wrong[0]!r} is "

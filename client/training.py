@@ -29,10 +29,11 @@ from meduet_models.meduet import MeDUET
 from meduet_models.objective import Losses, MeduetObjective
 from meduet_models.sharing import shared_keys, style_keys
 from meduet_models.teacher import momentum_at
+from meduet_models.weights import StoredWeights
 from privacy.clipping import joint_norm
 
 _log = logging.getLogger(__name__)
-_MEANS = "means/"
+_TRAINEE, _MEANS = "trainee/", "means/"
 
 
 class NotFinite(ValueError):
@@ -72,15 +73,16 @@ def train_round(
     student, teacher, optimiser = trainee.student, trainee.teacher, trainee.optimiser
     training, device = plan.training, student.latent_mean.device
     objective = MeduetObjective(plan.objective)
-    weights = student.state_dict()
-    shared = shared_keys(student, plan.style.head, plan.aggregation.method)
-    before = {name: weights[name].clone() for name in shared}
-    tethers = _tethers(student, plan, before, start)
+    tethers = _tethers(student, plan, trainee.shared, start)
     means = _Means(device)
 
-    def load(tensors: Mapping[str, Tensor]) -> None:
-        trainee.load({name: t for name, t in tensors.items() if not name.startswith(_MEANS)})
-        means.load({name: t for name, t in tensors.items() if name.startswith(_MEANS)})
+    def load(tensors: StoredWeights) -> None:
+        trainee.load(tensors.part(_TRAINEE))
+        means.load(tensors.part(_MEANS))
+
+    def under_way() -> dict[str, Tensor]:
+        whole = {f"{_TRAINEE}{name}": tensor for name, tensor in trainee.tensors().items()}
+        return whole | {f"{_MEANS}{name}": tensor for name, tensor in means.tensors().items()}
 
     done, spent = (0, 0.0) if partial is None else partial.resume(load)
     began = time.perf_counter() - spent
@@ -101,7 +103,6 @@ def train_round(
         losses = _with_tethers(losses, tethers)
         loss = _finite(losses.total, "loss", number)
 
-        optimiser.zero_grad()
         losses.total.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), training.gradient_clip_norm)
         _finite(norm, "gradient", number)
@@ -109,18 +110,20 @@ def train_round(
         for group in optimiser.param_groups:
             group["lr"] = learning_rate_at(number, plan)
         optimiser.step()
+        optimiser.zero_grad()  # here, so that no gradient is held through a forward pass or a write
         teacher.update(student, momentum_at(progress, *training.teacher_momentum))
 
         means.add({"loss.total": losses.total, "grad_norm": norm})
         means.add({f"loss.{name}": term for name, term in losses.terms.items()})
         if partial is not None:
             seconds = time.perf_counter() - began
-            partial.offer(step + 1, seconds, lambda: trainee.tensors() | means.tensors())
+            partial.offer(step + 1, seconds, under_way)
         on_step(step + 1, loss)
 
     last = first + training.steps_per_round - 1
     weights = student.state_dict()
-    update = {name: (weights[name] - before[name]).cpu() for name in shared}
+    names = shared_keys(student, plan.style.head, plan.aggregation.method)
+    update = {name: weights[name].cpu() - trainee.shared[name].to(weights[name].dtype) for name in names}
     return RoundResult(
         update=update,
         metrics=means.values()
@@ -167,7 +170,7 @@ def _tethers(
     parameters = dict(student.named_parameters())
     tethers = []
     if plan.training.proximal > 0:
-        pairs = [(parameters[name], then) for name, then in before.items() if name in parameters]
+        pairs = [(now, before[name].to(now)) for name, now in parameters.items() if name in before]
         tethers.append(_Tether("proximal", plan.training.proximal, 0.5, pairs))
     if plan.style.head == "local" and plan.style.anchor > 0:
         mine = [name for name in style_keys(student) if name in parameters]
@@ -212,10 +215,10 @@ class _Means:
 
     def tensors(self) -> dict[str, Tensor]:
         return {
-            f"{_MEANS}{name}": torch.stack([total.cpu(), torch.tensor(float(self._counts[name])).double()])
+            name: torch.stack([total.cpu(), torch.tensor(float(self._counts[name])).double()])
             for name, total in self._sums.items()
         }
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, (total, count) in ((n.removeprefix(_MEANS), t) for n, t in tensors.items()):
+        for name, (total, count) in tensors.items():
             self._sums[name], self._counts[name] = total.to(self._device), int(count)

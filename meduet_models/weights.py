@@ -2,40 +2,79 @@
 
 What it does not do: know any network, or read pickle. Where a tensor came from travels with it, in the
 header, as one canonical JSON text, so that the same tensors and the same provenance give the same bytes.
-Format: https://huggingface.co/docs/safetensors.
+Written, hashed and (`open_weights`) read one tensor at a time: a large network is never in memory twice for
+that. Format: https://huggingface.co/docs/safetensors.
 """
 
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError, TensorSpec, safe_open
 from torch import Tensor
 
 HEADER_KEY = "provenance"
 
 
+class StoredWeights(Mapping[str, Tensor]):
+    """Tensors of a file, each read from it whenever it is asked for (CPU, stored dtype, memory of its own).
+
+    The file stays open, so these are its tensors even when another takes its place.
+    """
+
+    def __init__(self, file: Any, names: Mapping[str, str]) -> None:
+        self._file, self._names = file, dict(names)  # a safe_open, whose stubs leave out the types
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read one tensor; raises `KeyError`, and `ValueError` when the file was cut short meanwhile."""
+        try:
+            tensor: Tensor = self._file.get_tensor(self._names[name])
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"Expected to read {name!r} from a weights file; got {error}.") from None
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        """Names; nothing is read."""
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        """How many tensors; nothing is read."""
+        return len(self._names)
+
+    def part(self, prefix: str) -> "StoredWeights":
+        """Those whose names begin with `prefix`, under the rest of their names; nothing is read."""
+        names = {name.removeprefix(prefix): n for name, n in self._names.items() if name.startswith(prefix)}
+        return StoredWeights(self._file, names)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape by name; no values are read."""
+        return {name: tuple(self._file.get_slice(n).get_shape()) for name, n in self._names.items()}
+
+
 def save_weights(path: str | Path, tensors: Mapping[str, Tensor], provenance: Mapping[str, str]) -> None:
     """Write `tensors` and `provenance` to `path` atomically: a reader sees the old or the new, never half.
 
-    Tensors keep their dtype. Only the owner may read the file: latents and states of a site are written with
-    this too. The folder must exist (`ValueError` otherwise).
+    Tensors keep their dtype; those on another device come to the CPU one by one. Only the owner may read the
+    file: latents and states of a site are written with this too. The folder must exist (`ValueError`
+    otherwise).
     """
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"Expected the folder {path.parent} to exist; create it, then save {path.name}.")
-    header = {HEADER_KEY: json.dumps(dict(provenance), sort_keys=True)}  # one key: safetensors shuffles many
-    # cloned: a view into a larger storage would be written, or refused, with all of it
-    content = save({k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}, header)
+    names = sorted(
+        tensors, key=lambda name: (-tensors[name].element_size(), name)
+    )  # each aligned to its size
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # 0600
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            file.write(_header({name: tensors[name] for name in names}, provenance))
+            for name in names:
+                file.write(_values(tensors[name]))
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).replace(path)
@@ -54,22 +93,35 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Raises `ValueError` when the file is absent, truncated, or not safetensors.
     """
+    stored, provenance = open_weights(path)
+    return dict(stored), provenance
+
+
+def open_weights(path: str | Path) -> tuple[StoredWeights, dict[str, str]]:
+    """As `load_weights`, but each tensor is read when it is asked for: what is large is never held whole."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"Expected a weights file at {path}; there is none. Check the path.")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = dict(file.metadata() or {})
-            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}
+        opened: Any = safe_open(path, framework="pt", backend="pread")
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"Expected {path} to be a whole safetensors file; got a truncated or foreign one ({error}). "
             "Copy or download it again."
         ) from None
+    stored = StoredWeights(opened, {name: name for name in opened.keys()})
+    metadata: dict[str, str] = dict(opened.metadata() or {})
     if HEADER_KEY not in metadata:
-        return tensors, metadata
+        return stored, metadata
     provenance: dict[str, str] = json.loads(metadata[HEADER_KEY])
-    return tensors, provenance
+    return stored, provenance
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shape by name; of stored weights no values are read."""
+    if isinstance(tensors, StoredWeights):
+        return tensors.shapes()
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def sha256_of_file(path: str | Path) -> str:
@@ -82,12 +134,37 @@ def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
     """Hash names, dtypes, shapes and bytes, in the order of the names; 64 hex digits."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().to("cpu").contiguous()
+        tensor = tensors[name]
         title = json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode()
         digest.update(len(title).to_bytes(8, "little"))  # lengths first: no two lists of tensors look alike
         digest.update(title)
-        flat = tensor.reshape(-1)
-        if flat.stride(0) != 1:  # at most one value, expanded: contiguous, and yet without bytes of its own
-            flat = flat.clone(memory_format=torch.contiguous_format)
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
+        digest.update(_values(tensor))
     return digest.hexdigest()
+
+
+def _values(tensor: Tensor) -> memoryview:
+    """The bytes of its values in row order: its own memory where that is possible."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    if flat.stride(0) != 1:  # at most one value, expanded: contiguous, and yet without bytes of its own
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _header(tensors: Mapping[str, Tensor], provenance: Mapping[str, str]) -> bytes:
+    """What safetensors puts before the values: its length in eight bytes, then JSON and spaces."""
+    header: dict[str, object] = {
+        "__metadata__": {HEADER_KEY: json.dumps(dict(provenance), sort_keys=True)}
+    }  # one key: the order of many is not defined
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        spec = TensorSpec(
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            shape=tensor.shape,
+            data_ptr=0,
+            data_len=end - begin,
+        )
+        header[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

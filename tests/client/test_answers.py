@@ -237,7 +237,7 @@ def test_erasure_sums_are_those_of_the_final_network_before_any_erasure(
     moments, renderings = erasure_moments(answer_erasure(site, question, plan).tensors, plan)
     student = MeDUET(plan.network, 3)
     state = answers.StateFolder(site.state_dir / "state", plan.sha256).before(4)
-    student.load_state_dict(state.home | shared)
+    student.load_state_dict({**state.home, **shared})
     with torch.no_grad():
         content = student.pooled_content(site.held.values[:, 0]).double().reshape(6, 2, 16).mean(1)
     assert float(moments.count) == 6

@@ -80,6 +80,25 @@ def test_a_short_update_leaves_as_examples_times_itself(door: Door) -> None:
     assert released.counts == {"examples": 20}
 
 
+@pytest.mark.parametrize(
+    ("enforcement", "not_covered"),
+    [("clip", frozenset[str]()), ("check", frozenset[str]()), ("check", frozenset({"encoder.bias"}))],
+)
+@pytest.mark.parametrize("bound", [1e-3, 1e6])
+def test_what_was_handed_in_is_neither_changed_nor_what_leaves(
+    door: Door, enforcement: str, not_covered: frozenset[str], bound: float
+) -> None:
+    handed = update() if enforcement == "clip" else update(scale=1e-6)
+    before = {name: tensor.clone() for name, tensor in handed.items()}
+    released = door.gate.release(
+        door.reserve(bound, enforcement), handed, SHAPES, weight=3.0, not_covered=not_covered
+    )
+    for name, tensor in handed.items():
+        assert torch.equal(tensor, before[name])
+        assert released.tensors[name].data_ptr() != tensor.data_ptr()
+    assert released.record["sha256"] == sha256_of_tensors(released.tensors)
+
+
 def test_what_leaves_in_bfloat16_is_what_the_wire_can_carry(door: Door) -> None:
     released = door.gate.release(door.reserve(), update(), SHAPES, weight=7.0, wire_dtype="bfloat16")
     for tensor in released.tensors.values():

@@ -206,12 +206,33 @@ def test_the_last_step_has_the_scheduled_rate_and_a_clipped_gradient(site: Calla
     training = TrainingPlan(rounds=3, steps_per_round=2, batch_size=4, gradient_clip_norm=0.01)
     one = site(training=training)
     trainee = Trainee.of(one.plan, one.shared, one.kept, CPU)
+    norms: list[float] = []
+
+    def measure(*given: Any) -> None:
+        gradients = {n: p.grad for n, p in trainee.student.named_parameters() if p.grad is not None}
+        norms.append(joint_norm(gradients))
+
+    trainee.optimiser.register_step_pre_hook(measure)
     result = train_round(trainee, one.batches, one.plan, 2, 0, one.start)
     rates = {group["lr"] for group in trainee.optimiser.param_groups}
     assert rates == {learning_rate_at(3, one.plan)} == {result.metrics["learning_rate"]}
-    gradients = {n: p.grad for n, p in trainee.student.named_parameters() if p.grad is not None}
-    assert joint_norm(gradients) == pytest.approx(0.01, rel=1e-3)
+    assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
     assert result.metrics["grad_norm"] > 0.1  # what came, before it was cut
+
+
+def test_no_gradient_is_held_through_a_forward_pass_or_after_the_round(site: Callable[..., Site]) -> None:
+    one = site()
+    trainee, held = Trainee.of(one.plan, one.shared, one.kept, CPU), list[bool]()
+    came = {name: tensor.clone() for name, tensor in one.shared.items()}
+
+    def look(*given: Any) -> None:
+        held.append(any(p.grad is not None for p in trainee.student.parameters()))
+
+    trainee.student.encoder.register_forward_pre_hook(look)
+    train_round(trainee, one.batches, one.plan, 1, 0, one.start, lambda step, loss: look())
+    look()
+    assert len(held) > 5 and not any(held)
+    assert same(came, dict(trainee.shared)) and all(trainee.shared[n] is one.shared[n] for n in came)
 
 
 def test_a_round_begins_with_the_teacher_that_was_kept(site: Callable[..., Site]) -> None:

@@ -1,5 +1,6 @@
 """Weights on disk: whole or not at all, named by what they hold."""
 
+import json
 import stat
 from pathlib import Path
 
@@ -7,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
+from meduet_models.weights import load_weights, open_weights, save_weights, sha256_of_tensors, shapes_of
 
 TENSORS = {
     "wide": torch.arange(12, dtype=torch.float32).reshape(3, 4),
@@ -44,6 +45,61 @@ def test_a_slice_of_a_large_tensor_is_saved_without_the_rest_of_it(tmp_path: Pat
     large = torch.zeros(100_000)
     save_weights(tmp_path / "a.safetensors", {"first": large[:10], "second": large[10:20]}, {})
     assert (tmp_path / "a.safetensors").stat().st_size < 1000
+
+
+def test_the_file_is_byte_for_byte_the_librarys(tmp_path: Path) -> None:
+    tensors = {
+        **TENSORS,
+        "flags": torch.tensor([True, False, True]),
+        "turned": TENSORS["wide"].T,
+        "nothing": torch.empty(0, 4),
+        "naïve “name”\n": torch.tensor([2.5]).expand(1, 1),
+    }
+    save_weights(tmp_path / "a.safetensors", tensors, {"seed": "3", "é": "ü"})
+    plain = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    expected = save(plain, {"provenance": json.dumps({"seed": "3", "é": "ü"}, sort_keys=True)})
+    assert (tmp_path / "a.safetensors").read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.float64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.float16]
+)
+def test_every_dtype_comes_back_beside_others_of_its_size(tmp_path: Path, kind: torch.dtype) -> None:
+    tensors = {
+        **TENSORS,
+        "a": torch.tensor([[1], [0], [1]], dtype=kind),
+        "z": torch.ones(1, dtype=torch.uint8),
+    }
+    save_weights(tmp_path / "a.safetensors", tensors, {})
+    came = load_file(tmp_path / "a.safetensors")  # the library's own reading
+    assert sha256_of_tensors(came) == sha256_of_tensors(tensors)
+
+
+def test_stored_weights_are_read_from_the_file_that_was_opened_and_when_they_are_asked_for(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.safetensors"
+    save_weights(path, {"x:a": torch.ones(2, 3), "x:b": torch.tensor(1.0), "y:a": torch.zeros(4)}, {})
+    stored, provenance = open_weights(path)
+    part = stored.part("x:")
+    save_weights(path, {"x:a": torch.zeros(2, 3)}, {"later": "yes"})
+    path.unlink()
+    assert provenance == {} and set(stored) == {"x:a", "x:b", "y:a"} and part.keys() == {"a", "b"}
+    assert shapes_of(part) == {"a": (2, 3), "b": ()} == shapes_of(dict(part))
+    part["a"].add_(1.0)
+    assert torch.equal(part["a"], torch.ones(2, 3))  # nobody's memory but the asker's
+    with pytest.raises(KeyError):
+        part["y:a"]
+
+
+def test_stored_weights_that_are_cut_short_after_they_were_opened_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_weights(path, TENSORS, {})
+    stored, _ = open_weights(path)
+    with path.open("r+b") as file:
+        file.truncate(16)
+    with pytest.raises(ValueError, match="Expected to read 'wide'"):
+        stored["wide"]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
