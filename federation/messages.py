@@ -161,14 +161,17 @@ class TrainAsk(Ask):
 
     @staticmethod
     def from_record(record: RecordDict) -> "TrainAsk":
-        """Back from Flower records; raises `MessageError`."""
+        """Back from Flower records; raises `MessageError`.
+
+        float32 shared weights are a view of the received bytes, which nothing may write.
+        """
         head = Head(record, "train_ask", ("head", "shared", "bank"), optional=("home",))
         wire_dtype = head.wire_dtype()
         return head.close(
             TrainAsk(
                 plan_json=head.plan_json(),
                 round=head.take("round", int),
-                shared=head.tensors("shared", wire_dtype),
+                shared=head.tensors("shared", wire_dtype, copy=False),
                 bank=head.tensors("bank"),
                 home=head.tensors("home") if "home" in record else None,
                 wire_dtype=wire_dtype,
