@@ -135,6 +135,9 @@ def draw_curves(curves: Sequence[Curve], path: Path) -> Path:
                 steps, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.18
             )
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:.1f}")
+        axes.yaxis.set_minor_formatter("{x:.1f}")
+        axes.tick_params(which="both", labelsize=7, labelcolor=INK)
     panels[0].legend(fontsize=7, frameon=False)
     return save(figure, path)
 
