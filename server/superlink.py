@@ -3,7 +3,8 @@
 Process isolation: SuperLink keeps messages and starts nothing; SuperExec starts the server application and
 shares a secret with it, so that a SuperLink that dies for seconds takes no run with it (measured: 8 s down,
 the run goes on; 75 s, it fails and is submitted again, `server/submission.py`). The state is a database file,
-which keeps the sites' registrations and whatever is under way over such a restart.
+which keeps the sites' registrations and whatever is under way over such a restart, and is no slower than
+memory (docs/log.md, "What a round costs over TLS").
 
 Does not do: let anybody in from outside: that is the proxy's (`server/proxy.py`).
 Source: flwr 1.41, `flower-superlink --help`; measured outages in docs/runbook.md.
