@@ -161,10 +161,7 @@ class TrainAsk(Ask):
 
     @staticmethod
     def from_record(record: RecordDict) -> "TrainAsk":
-        """Back from Flower records; raises `MessageError`.
-
-        float32 shared weights are a view of the received bytes, which nothing may write.
-        """
+        """Back from Flower records; raises `MessageError`. float32 weights are views: nothing may write."""
         head = Head(record, "train_ask", ("head", "shared", "bank"), optional=("home",))
         wire_dtype = head.wire_dtype()
         return head.close(

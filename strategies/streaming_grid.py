@@ -3,6 +3,11 @@
 Flower's grids return all replies of a round in a list. This one wraps a grid, asks for one message id at a
 time, and remembers which node each question went to: an error reply made by Flower itself carries the
 SuperLink's node id, so replies are told apart by the question they answer.
+
+Such an error means that a site's process or its SuperNode died, or that the network was gone: nobody has
+answered. While others are awaited anyway, or too few have answered, a lost site, or one that was not there
+when the round began, is asked as soon as it is connected, a few times at most; it goes on from what it has on
+disk. For such a site alone nobody waits.
 What this file does not do: it judges no reply. `unanswered` says who was silent at the deadline.
 """
 
