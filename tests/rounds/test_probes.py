@@ -122,7 +122,7 @@ def test_the_readings_are_those_of_everybodys_factors_in_one_place(probed: Any) 
         state = StateFolder(folder / "sites" / name / "state", plan.sha256).before(3)
         model = MeDUET(plan.network, 3).eval()
         unerased = {"erasure_mean": torch.zeros(12), "erasure_matrix": torch.eye(12)}
-        model.load_state_dict(state.home | result.shared | unerased)
+        model.load_state_dict({**state.home, **result.shared, **unerased})
         scans = Latents(index, 18)
         with torch.no_grad():
             own = torch.cat([model.pooled_content(scans.values), model.pooled_style(scans.values)], 1)
