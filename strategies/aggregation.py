@@ -214,6 +214,7 @@ class StreamingSum:
                 self._each(self._subtract, values)  # integers: what was added leaves no trace
             raise
         if self._spill is not None:
+            self._spill.mkdir(parents=True, exist_ok=True)
             path = self._spill / f"{self.num_replies}.float32"
             with path.open("wb") as file:
                 for value in values:
@@ -255,7 +256,6 @@ class StreamingSum:
         self._kept = {}
         if self._spill is not None:
             shutil.rmtree(self._spill, ignore_errors=True)  # what this round, or an interrupted one, left
-            self._spill.mkdir(parents=True)
 
     def _read(self, path: Path) -> Iterator[Floats]:
         start = 0

@@ -169,7 +169,7 @@ def test_an_update_far_longer_than_the_rounds_others_is_taken_out_to_the_last_bi
     for seed in (3, 0, 2):
         without.fold(f"site {seed}", update(seed), examples=seed + 1)
     assert bits(total.mean()) == bits(without.mean())
-    assert not list((tmp_path / "spill").iterdir())
+    assert not (tmp_path / "spill").exists()
 
 
 def test_nobody_is_an_outlier_of_two_or_of_replies_of_one_size(tmp_path: Path) -> None:
