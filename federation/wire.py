@@ -9,7 +9,7 @@ each piece of one by itself, so 80 tensors were 164 requests. What this file doe
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -91,7 +91,7 @@ def tensors_of(record: ArrayRecord, wire_dtype: WireDtype = "float32", copy: boo
         raise MessageError(f"Expected arrays {', '.join(sorted(wanted))}; {unwanted[0][:40]!r} is not so.")
     if wrong := sorted(wanted - {INDEX, wire_dtype, "float64"}):
         raise MessageError(f"Expected values as {wire_dtype} or float64; got {wrong[0]}.")
-    rows = {kind: _row(record[kind], kind) for kind in wanted - {INDEX}}
+    rows = {kind: _values(record[kind], kind, _NUMPY[kind]) for kind in wanted - {INDEX}}
     tensors, taken = Tensors(), dict.fromkeys(rows, 0)
     for name, kind, shape in index:
         start, taken[kind] = taken[kind], taken[kind] + math.prod(shape)
@@ -105,9 +105,8 @@ def tensors_of(record: ArrayRecord, wire_dtype: WireDtype = "float32", copy: boo
     return tensors
 
 
-def _array(kind: str, tensors: Iterable[Tensor]) -> Array:
+def _array(kind: str, tensors: Sequence[Tensor]) -> Array:
     """Values one after the other, in numpy's format, written once."""
-    tensors = list(tensors)
     size = sum(tensor.numel() for tensor in tensors)
     stream = io.BytesIO()
     header = {"descr": _NUMPY[kind], "fortran_order": False, "shape": (size,)}
@@ -141,10 +140,6 @@ def _index(record: ArrayRecord) -> list[tuple[str, str, tuple[int, ...]]]:
     if len(names) < len(index):
         raise MessageError("Expected each tensor once in the index; one is there twice.")
     return index
-
-
-def _row(array: Array, kind: str) -> NDArray[Any]:
-    return _values(array, kind, _NUMPY[kind])
 
 
 def _values(array: Array, name: str, descr: str) -> NDArray[Any]:

@@ -36,18 +36,11 @@ from simulations.poc import SMALL, Poc, provision
 from simulations.progress import Live
 from simulations.run import Made, prepare, simulate
 from tests.faults.network import Wire
+from tests.small_simulation import SMALL_NETWORK
 
 TINY = (
     "hospitals.patients=9",
-    "volumes.spacing_mm=[6,8,8]",
-    "volumes.shape=[32,24,24]",
-    "style.minimum_cohort=2",
-    "network.width=24",
-    "network.depth=1",
-    "network.heads=2",
-    "network.decoder_width=12",
-    "network.decoder_depth=1",
-    "network.decoder_heads=2",
+    *SMALL_NETWORK,
     "training.steps_per_round=2",
 )
 SABOTEUR = Path(__file__).with_name("saboteur")

@@ -22,14 +22,13 @@ from simulations.benchmark_cell import Instruments, make_data_set, run_cell
 from simulations.benchmark_settings import Cell, Task, benchmark_settings, cells_of
 from simulations.downstream import DownstreamRow, DownstreamSettings, LabelledScans
 from simulations.held_out import Held
+from tests.small_simulation import SMALL_NETWORK
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
     "hospitals.num_hospitals=3", "held_out=[valley]", "hospitals.patients=12", "hospitals.paired=3",
-    "hospitals.resolution_mm=4", "volumes.spacing_mm=[6,8,8]", "volumes.shape=[32,24,24]",
-    "style.minimum_cohort=2", "network.width=24", "network.depth=1", "network.heads=2",
-    "network.decoder_width=12", "network.decoder_depth=1", "network.decoder_heads=2", "training.rounds=2",
-    "training.steps_per_round=2", "training.batch_size=4",
+    "hospitals.resolution_mm=4", *SMALL_NETWORK, "training.rounds=2", "training.steps_per_round=2",
+    "training.batch_size=4",
 )  # fmt: skip
 BENCHMARK = ("data=[phantoms]", "device=cpu", "sizes.small.phantoms.tasks=[]")
 

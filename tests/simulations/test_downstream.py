@@ -19,6 +19,7 @@ from simulations import downstream
 from simulations.downstream import DownstreamSettings, evaluate_downstream
 from simulations.downstream_run import run_downstream
 from simulations.run import run
+from tests.small_simulation import SMALL_NETWORK
 
 GRID = (4, 6, 4)
 CONFIG = NetworkConfig(
@@ -143,16 +144,8 @@ SMALL = [
     "hospitals.patients=16",
     "hospitals.paired=0",
     "hospitals.resolution_mm=4",
-    "volumes.spacing_mm=[6,8,8]",
-    "volumes.shape=[32,24,24]",
+    *SMALL_NETWORK,
     "site.split_fractions=[0.5,0.2,0.3]",
-    "style.minimum_cohort=2",
-    "network.width=24",
-    "network.depth=1",
-    "network.heads=2",
-    "network.decoder_width=12",
-    "network.decoder_depth=1",
-    "network.decoder_heads=2",
     "training.rounds=1",
     "training.steps_per_round=2",
     "training.batch_size=4",

@@ -13,12 +13,11 @@ from simulations.diffusion_study_report import write_study
 from simulations.diffusion_study_run import run_generation
 from simulations.run import run
 from simulations.settings import settings_from
+from tests.small_simulation import SMALL_NETWORK
 
 SMALL = [
     "hospitals.num_hospitals=2", "hospitals.patients=12", "hospitals.paired=4", "hospitals.resolution_mm=4",
-    "volumes.spacing_mm=[6,8,8]", "volumes.shape=[32,24,24]", "style.minimum_cohort=2",
-    "network.width=24", "network.depth=1", "network.heads=2", "network.decoder_width=12",
-    "network.decoder_depth=1", "network.decoder_heads=2",
+    *SMALL_NETWORK,
     "training.rounds=2", "training.steps_per_round=2", "training.batch_size=4",
     "site.split_fractions=[0.5,0.25,0.25]", "device=cpu", "engine.cpus_per_site=1",
     "diffusion.transformer.width=24", "diffusion.transformer.depth=1", "diffusion.transformer.heads=2",

@@ -19,21 +19,14 @@ from meduet_models.weights import load_weights
 from server.config import compose_config
 from simulations import observer
 from simulations.run import run
+from tests.small_simulation import SMALL_NETWORK
 
 SMALL = [
     "hospitals.num_hospitals=2",
     "hospitals.patients=9",
     "hospitals.paired=3",
     "hospitals.resolution_mm=4",
-    "volumes.spacing_mm=[6,8,8]",
-    "volumes.shape=[32,24,24]",
-    "style.minimum_cohort=2",
-    "network.width=24",
-    "network.depth=1",
-    "network.heads=2",
-    "network.decoder_width=12",
-    "network.decoder_depth=1",
-    "network.decoder_heads=2",
+    *SMALL_NETWORK,
     "training.rounds=3",
     "training.steps_per_round=2",
     "training.batch_size=4",
