@@ -124,7 +124,7 @@ def answer_latents(site: Site, ask: LatentsAsk, plan: RunPlan) -> Released:
         counts={"first_item": ask.first, "num_items": len(released)},
         not_covered=frozenset(tensors) - {BOUNDED},
         items=names,
-        wire_dtype=plan.release.wire_dtype,
+        wire_dtype=plan.release.latent_dtype,
     )
 
 

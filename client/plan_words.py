@@ -15,6 +15,7 @@ from federation.plan import RunPlan
 from federation.probing import sums_bound, sums_shapes
 from federation.published_plan import PublishedPlan
 from federation.survey import smallest_cohort, survey_layout
+from federation.wire import num_bytes
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import shared_keys
 
@@ -90,9 +91,10 @@ def _round(plan: RunPlan) -> Iterator[Line]:
         yield "", "Each round: no weights; losses, seconds, and how many scans were trained on."
         return
     network = MeDUET(plan.network, len(plan.sites), seed=0)
-    names = shared_keys(network, plan.style.head, method)
-    values = sum(network.state_dict()[name].numel() for name in names)
-    size = values * (2 if plan.release.wire_dtype == "bfloat16" else 4)
+    whole = network.state_dict()
+    shared = {name: whole[name] for name in shared_keys(network, plan.style.head, method)}
+    values = sum(tensor.numel() for tensor in shared.values())
+    size = num_bytes(shared, plan.release.wire_dtype)
     what = "of the content branch" if method == "content_share" else "of the network"
     what += "; your style branch stays here" if plan.style.head == "local" else ", style branch included"
     yield (

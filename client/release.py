@@ -22,7 +22,7 @@ from client.watchdog import may_leave
 from federation.journal import Journal
 from federation.latents import is_item
 from federation.messages import METRIC_NAMES
-from federation.wire import RefusalKind, WireDtype
+from federation.wire import GROWTH, RefusalKind, WireDtype, num_bytes, rounded
 from meduet_models.weights import sha256_of_tensors
 from privacy.clipping import clip, joint_norm
 from privacy.ledger import Ledger, Reservation
@@ -30,9 +30,6 @@ from privacy.promise import Promise
 
 COUNT_NAMES: Final = frozenset({"examples", "num_patients", "num_scans", "first_item", "num_items"})
 """Every whole number that may leave a site."""
-
-_HEAD_ROOM: Final[dict[WireDtype, float]] = {"float32": 2.0**-20, "bfloat16": 2.0**-8}
-"""Rounding to the wire's dtype lengthens a vector by less than this share; it is taken off the bound."""
 
 _ROUNDING_OF_SUMS: Final = 2.0**-20
 """By what share the float32 copy of a float64 sum may pass its bound."""
@@ -129,7 +126,7 @@ class Gate:
         bounded = _bound(covered, promise, weight, wire_dtype)
         noised, noise = _noise(bounded, promise)
         leaving = {
-            name: _cast(noised.pop(name) if name in noised else tensor.detach().clone(), wire_dtype)
+            name: rounded(noised.pop(name) if name in noised else tensor.detach().clone(), wire_dtype).cpu()
             for name, tensor in tensors.items()
         }
         left = {name: leaving[name] for name in covered}
@@ -143,13 +140,12 @@ class Gate:
             )
         _finite_norm(leaving)
         sha256 = sha256_of_tensors(leaving)
-        size = {"float32": 4, "bfloat16": 2}[wire_dtype]
         record: dict[str, Any] = {
             "kind": promise.kind,
             "plan": reservation.plan_sha256,
             "round": reservation.round,
             "tensors": len(leaving),
-            "bytes": sum(t.numel() * (size if t.dtype == torch.float32 else 8) for t in leaving.values()),
+            "bytes": num_bytes(leaving, wire_dtype),
             "sha256": sha256,
             "dtype": wire_dtype,
             "weight": weight,
@@ -249,7 +245,7 @@ def _bound(
     memory of its own."""
     if promise.enforcement == "check":
         return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    bound = promise.bound * (1 - _HEAD_ROOM[wire_dtype])
+    bound = promise.bound * (1 - GROWTH[wire_dtype])
     if promise.enforcement == "each":
         rows = [
             clip(dict(zip(tensors, row, strict=True)), bound).value
@@ -266,12 +262,3 @@ def _bound(
 def _noise(tensors: dict[str, Tensor], promise: Promise) -> tuple[dict[str, Tensor], str]:
     """The identity, and the sentence that says so."""
     return tensors, f"noise enters {promise.noise_in}: the values leave as they were bounded"
-
-
-def _cast(tensor: Tensor, wire_dtype: WireDtype) -> Tensor:
-    """CPU values that the wire carries exactly: float32, or float32 with bfloat16's eight bits. Not a copy
-    where they are that already."""
-    tensor = tensor.detach().to("cpu")
-    if wire_dtype == "bfloat16" and tensor.dtype == torch.float32:
-        return tensor.to(torch.bfloat16).to(torch.float32)
-    return tensor

@@ -20,7 +20,15 @@ from typing import TypeVar
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from federation.plan import WIRE_VERSION, RunPlan
-from federation.wire import MessageError, RefusalKind, Tensors, WireDtype, array_record, tensors_of
+from federation.wire import (
+    GROWTH,
+    MessageError,
+    RefusalKind,
+    Tensors,
+    WireDtype,
+    array_record,
+    tensors_of,
+)
 from meduet_models.objective import LossWeights
 
 __all__ = [
@@ -180,8 +188,8 @@ class TrainAsk(Ask):
 class TrainReply:
     """A site's round: `update` = examples · (weights after - weights before), a vector of sums.
 
-    `wire_dtype` is how the update travels; it is float32 on both ends. With bfloat16 each value keeps 8
-    significant bits whatever `examples` is, since a product only moves the exponent.
+    `wire_dtype` is how the update travels; it is float32 on both ends. What rounding takes away is a share of
+    each value (bfloat16) or of its block's largest (mxint8), whatever `examples` is.
     """
 
     plan_sha256: str
@@ -432,8 +440,10 @@ class Head:
                 return "float32"
             case "bfloat16":
                 return "bfloat16"
+            case "mxint8":
+                return "mxint8"
             case other:
-                raise MessageError(f"Expected wire_dtype float32 or bfloat16; got {other[:40]!r}.")
+                raise MessageError(f"Expected wire_dtype {', '.join(GROWTH)}; got {other[:40]!r}.")
 
     def tensors(self, name: str, wire_dtype: WireDtype = "float32", copy: bool = True) -> Tensors:
         """The arrays of a record, as tensors."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from federation.diffusion_plan import DiffusionPlan, contradictions
+from federation.wire import LatentDtype, WireDtype
 from meduet_models.meduet import NetworkConfig
 from meduet_models.objective import ObjectiveConfig
 
@@ -128,8 +129,14 @@ class ReleasePlan:
     """L2 norm to which a site's weighted mean update is clipped at the gate."""
     style_clip: float = 10.0
     """L2 norm to which one patient's latent statistics are clipped before they are summed."""
-    wire_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type in which weights and updates travel, both ways."""
+    wire_dtype: WireDtype = "float32"
+    """Type in which weights and updates travel, both ways: `float32`, `bfloat16`, or `mxint8`, a byte per
+    value (`federation/microscaling.py`)."""
+
+    @property
+    def latent_dtype(self) -> LatentDtype:
+        """Type in which latents travel: `mxint8` is for weights, latents are bfloat16 then."""
+        return "bfloat16" if self.wire_dtype == "mxint8" else self.wire_dtype
 
 
 @dataclass(frozen=True, kw_only=True)

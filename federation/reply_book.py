@@ -15,6 +15,7 @@ from torch import Tensor
 
 from federation.journal import Journal
 from federation.latents import to_tensors
+from federation.wire import num_bytes
 from meduet_models.diffusion.conditions import Examples
 from meduet_models.weights import sha256_of_tensors
 
@@ -37,7 +38,6 @@ class ReplyBook:
             if isinstance(value, Examples):
                 tensors |= to_tensors(value)
         numbers = {n: v for n, v in values.items() if isinstance(v, int) and not isinstance(v, bool)}
-        size = {"float32": 4, "bfloat16": 2}[values.get("wire_dtype", "float32")]
         norm = math.hypot(*(float(torch.linalg.vector_norm(t)) for t in tensors.values()))
         return {
             "kind": "reply",
@@ -46,7 +46,7 @@ class ReplyBook:
             **{name: values[name] for name in _NAMES if name in values},
             **numbers,
             "tensors": len(tensors),
-            "bytes": sum(t.numel() * (size if t.dtype == torch.float32 else 8) for t in tensors.values()),
+            "bytes": num_bytes(tensors, values.get("wire_dtype", "float32")),
             "sha256": sha256_of_tensors(tensors),
             "norm": norm if math.isfinite(norm) else str(norm),
         }

@@ -1,9 +1,9 @@
 """Tensors on the wire: named tensors as Flower arrays and back, and what can be wrong with a message.
 
-float32 and float64 travel as they are, bfloat16 as uint16 bits (numpy has no bfloat16); integers and booleans
-never travel. A model is a few arrays, not one per tensor: Flower asks for, sends and confirms each array and
-each piece of one by itself, so 80 tensors were 164 requests. What this file does not do: it knows no message
-(`federation/messages.py`).
+float32 and float64 travel as they are, bfloat16 as uint16 bits (numpy has no bfloat16), MXINT8 as whole
+numbers and exponents (`federation/microscaling.py`); integers and booleans never travel. A model is a few
+arrays, not one per tensor: Flower asks for, sends and confirms each array and each piece of one by itself, so
+80 tensors were 164 requests. What this file does not do: it knows no message (`federation/messages.py`).
 """
 
 import io
@@ -20,12 +20,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from federation import microscaling
+
 Tensors = dict[str, Tensor]
-WireDtype = Literal["float32", "bfloat16"]
+LatentDtype = Literal["float32", "bfloat16"]
+WireDtype = Literal["float32", "bfloat16", "mxint8"]
 
 INDEX = "index"
 """Name of the array that says which tensors the others hold."""
-_NUMPY = {"float32": "<f4", "bfloat16": "<u2", "float64": "<f8"}
+EXPONENTS = "mxint8_exponents"
+"""Name of the array of the exponents of what travels as MXINT8."""
+GROWTH: dict[WireDtype, float] = {
+    "float32": 2.0**-20,
+    "bfloat16": 2.0**-8,
+    "mxint8": microscaling.GROWTH,
+}
+"""Rounding to a wire type lengthens a vector by less than this share of its L2 norm."""
+_NUMPY = {"float32": "<f4", "bfloat16": "<u2", "mxint8": "|i1", EXPONENTS: "|u1", "float64": "<f8"}
+_KINDS = {"float32", "bfloat16", "mxint8", "float64"}
 _FORMAT = "numpy.ndarray"
 _LARGEST = 1 << 40  # a size beyond it is a lie
 
@@ -59,23 +71,56 @@ class MessageError(ValueError):
 def array_record(tensors: Mapping[str, Tensor], wire_dtype: WireDtype = "float32") -> ArrayRecord:
     """Named tensors as few Flower arrays: the values of one type in a row, and an index of names and shapes.
 
-    float32 travels as it is, or as bfloat16 bits if `wire_dtype` says so; float64 as it is. Raises
-    `MessageError` for any other dtype: a count or a flag is not a sum that may be averaged.
+    float32 travels as `wire_dtype` says (`travels_as`); float64 as it is. Raises `MessageError` for any
+    other dtype: a count or a flag is not a sum that may be averaged.
     """
     index, rows = [], dict[str, list[Tensor]]()
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float32, torch.float64):
             raise MessageError(f"Expected {name!r} to be float32 or float64; got {tensor.dtype}.")
-        kind: str = "float64" if tensor.dtype == torch.float64 else wire_dtype
+        kind = travels_as(tensor, wire_dtype)
         index.append([name, kind, list(tensor.shape)])
         rows.setdefault(kind, []).append(tensor)
     if not index:
         return ArrayRecord()
     text = json.dumps(index, separators=(",", ":")).encode()
     arrays = {INDEX: Array(np.frombuffer(text, dtype=np.uint8))}
+    if coded := [microscaling.encode(tensor) for tensor in rows.pop("mxint8", [])]:
+        rows |= {"mxint8": [values for values, _ in coded], EXPONENTS: [codes for _, codes in coded]}
     for kind, row in rows.items():
         arrays[kind] = _array(kind, row)
     return ArrayRecord(arrays)
+
+
+def travels_as(tensor: Tensor, wire_dtype: WireDtype) -> str:
+    """The type in which a float32 or float64 tensor travels: float64 as it is; as `mxint8` matrices and
+    more, while vectors (biases, gains: few, and unlike each other in size) stay float32."""
+    return "float64" if tensor.dtype == torch.float64 else _float32_as(tensor.ndim, wire_dtype)
+
+
+def _float32_as(dimensions: int, wire_dtype: WireDtype) -> WireDtype:
+    return "float32" if wire_dtype == "mxint8" and dimensions < 2 else wire_dtype
+
+
+def rounded(tensor: Tensor, wire_dtype: WireDtype) -> Tensor:
+    """The values that arrive when this tensor is sent; not a copy where they are these values."""
+    match travels_as(tensor, wire_dtype):
+        case "bfloat16":
+            return tensor.to(torch.bfloat16).float()
+        case "mxint8":
+            return microscaling.decode(*microscaling.encode(tensor)).view(tensor.shape)
+        case _:
+            return tensor
+
+
+def num_bytes(tensors: Mapping[str, Tensor], wire_dtype: WireDtype) -> int:
+    """Bytes of the values of these tensors on the wire, without index and headers."""
+    total = 0
+    for tensor in tensors.values():
+        kind = travels_as(tensor, wire_dtype)
+        total += tensor.numel() * np.dtype(_NUMPY[kind]).itemsize
+        total += microscaling.num_blocks(tensor.numel()) if kind == "mxint8" else 0
+    return total
 
 
 def tensors_of(record: ArrayRecord, wire_dtype: WireDtype = "float32", copy: bool = True) -> Tensors:
@@ -86,23 +131,36 @@ def tensors_of(record: ArrayRecord, wire_dtype: WireDtype = "float32", copy: boo
     if not record:
         return {}
     index = _index(record)
-    wanted = {INDEX, *(kind for _, kind, _ in index)}
+    sizes = dict[str, int]()
+    for name, kind, shape in index:
+        proper = _float32_as(len(shape), wire_dtype)
+        if kind not in ("float64", proper):
+            raise MessageError(f"Expected {name[:40]!r} as {proper} or float64; got {kind}.")
+        for row, size in _parts(kind, shape):
+            sizes[row] = sizes.get(row, 0) + size
+    wanted = {INDEX, *sizes}
     if unwanted := sorted(set(record) ^ wanted):
         raise MessageError(f"Expected arrays {', '.join(sorted(wanted))}; {unwanted[0][:40]!r} is not so.")
-    if wrong := sorted(wanted - {INDEX, wire_dtype, "float64"}):
-        raise MessageError(f"Expected values as {wire_dtype} or float64; got {wrong[0]}.")
-    rows = {kind: _values(record[kind], kind, _NUMPY[kind]) for kind in wanted - {INDEX}}
+    rows = {row: _values(record[row], row, _NUMPY[row]) for row in sizes}
+    for row, size in sizes.items():
+        if size != len(rows[row]):
+            raise MessageError(f"Expected {size} values as {row}; the array holds {len(rows[row])}.")
     tensors, taken = Tensors(), dict.fromkeys(rows, 0)
     for name, kind, shape in index:
-        start, taken[kind] = taken[kind], taken[kind] + math.prod(shape)
-        if taken[kind] > len(rows[kind]):
-            break
-        tensors[name] = _tensor(rows[kind][start : taken[kind]].reshape(shape), copy)
-    if short := [kind for kind in rows if taken[kind] != len(rows[kind])]:
-        raise MessageError(
-            f"Expected {taken[short[0]]} values as {short[0]}; the array holds {len(rows[short[0]])}."
-        )
+        parts = []
+        for row, size in _parts(kind, shape):
+            parts.append(rows[row][taken[row] : taken[row] + size])
+            taken[row] += size
+        tensors[name] = _tensor(kind, parts, copy).view(shape)
     return tensors
+
+
+def _parts(kind: str, shape: Sequence[int]) -> list[tuple[str, int]]:
+    """The arrays that hold a tensor, and how many of their values are its own."""
+    size = math.prod(shape)
+    if kind == "mxint8":
+        return [(kind, size), (EXPONENTS, microscaling.num_blocks(size))]
+    return [(kind, size)]
 
 
 def _array(kind: str, tensors: Sequence[Tensor]) -> Array:
@@ -130,7 +188,7 @@ def _index(record: ArrayRecord) -> list[tuple[str, str, tuple[int, ...]]]:
     index, names = [], set[str]()
     for entry in entries if isinstance(entries, list) else [None]:
         match entry:
-            case [str(name), str(kind), [*shape]] if kind in _NUMPY and all(
+            case [str(name), str(kind), [*shape]] if kind in _KINDS and all(
                 type(size) is int and 0 <= size <= _LARGEST for size in shape
             ):
                 index.append((name, kind, tuple(shape)))
@@ -160,7 +218,13 @@ def _values(array: Array, name: str, descr: str) -> NDArray[Any]:
     return np.frombuffer(array.data, dtype=dtype, offset=stream.tell())
 
 
-def _tensor(values: NDArray[Any], copy: bool) -> Tensor:
-    if values.dtype == np.uint16:
-        return from_dlpack(values).view(torch.bfloat16).float()
-    return torch.from_numpy(values.copy()) if copy else from_dlpack(values)
+def _tensor(kind: str, parts: Sequence[NDArray[Any]], copy: bool) -> Tensor:
+    """Values of one tensor in a row, from its parts of the arrays."""
+    match kind:
+        case "mxint8":
+            values, exponents = map(from_dlpack, parts)
+            return microscaling.decode(values, exponents)
+        case "bfloat16":
+            return from_dlpack(parts[0]).view(torch.bfloat16).float()
+        case _:
+            return torch.from_numpy(parts[0].copy()) if copy else from_dlpack(parts[0])

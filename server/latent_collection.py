@@ -132,8 +132,8 @@ def check_reply(reply: LatentsReply, ask: LatentsAsk, plan: RunPlan, bank: Laten
     shapes = {name: tuple(tensor.shape) for name, tensor in to_tensors(told).items()}
     if shapes != told_shapes(plan, expected):
         raise ReplyRefused(f"Expected latents of {told_shapes(plan, expected)}; got {shapes}.")
-    if reply.wire_dtype != plan.release.wire_dtype:
-        raise ReplyRefused(f"Expected values as {plan.release.wire_dtype}; got {reply.wire_dtype}.")
+    if reply.wire_dtype != plan.release.latent_dtype:
+        raise ReplyRefused(f"Expected values as {plan.release.latent_dtype}; got {reply.wire_dtype}.")
     lengths = told.latents.double().flatten(1).norm(dim=1)
     if not bool((lengths <= latent_bound(plan) * _ROUNDING).all()):  # NaN is not, either
         raise ReplyRefused(f"Expected finite latents of at most {latent_bound(plan):g}; got longer ones.")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from federation.latents import releasing
 from federation.plan import RunPlan, build
-from federation.wire import WireDtype
+from federation.wire import LatentDtype
 from meduet_models.diffusion.conditions import Examples
 
 
@@ -39,7 +39,7 @@ class RecordLayout:
 
     latents: tuple[int, int, int, int]
     """Channels and grid of the latents."""
-    dtype: WireDtype
+    dtype: LatentDtype
     """As they travelled."""
     labels: int = 0
     """Label values of the label map; 0: none."""
@@ -53,7 +53,7 @@ class RecordLayout:
         """The layout of what sites release under `plan`."""
         return RecordLayout(
             latents=(plan.network.latent_channels, *plan.network.latent_grid),
-            dtype=plan.release.wire_dtype,
+            dtype=plan.release.latent_dtype,
             labels=releasing(plan).labels,
             content=0 if codes is None else codes.content.shape[1],
             style=0 if codes is None else codes.style.shape[1],

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from client.release import Gate, GateRefusal, Released
 from federation.journal import Journal
-from federation.wire import RefusalKind
+from federation.wire import RefusalKind, array_record, tensors_of
 from meduet_models.weights import sha256_of_tensors
 from privacy.clipping import joint_norm
 from privacy.ledger import Ledger, Reservation
@@ -51,7 +51,7 @@ def update(seed: int = 0, scale: float = 1.0) -> dict[str, torch.Tensor]:
     scale=st.floats(1e-4, 1e6),
     bound=st.floats(1e-3, 1e3),
     weight=st.integers(1, 5000),
-    wire_dtype=st.sampled_from(["float32", "bfloat16"]),
+    wire_dtype=st.sampled_from(["float32", "bfloat16", "mxint8"]),
 )
 def test_nothing_longer_than_examples_times_the_bound_leaves(
     tmp_path: Path, seed: int, scale: float, bound: float, weight: int, wire_dtype: str
@@ -105,6 +105,13 @@ def test_what_leaves_in_bfloat16_is_what_the_wire_can_carry(door: Door) -> None:
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, tensor.bfloat16().float())
     assert released.record["bytes"] == 15 * 2
+
+
+def test_what_leaves_in_mxint8_is_hashed_as_it_will_be_read(door: Door) -> None:
+    released = door.gate.release(door.reserve(), update(), SHAPES, weight=7.0, wire_dtype="mxint8")
+    arrived = tensors_of(array_record(released.tensors, "mxint8"), "mxint8")
+    assert sha256_of_tensors(arrived) == released.record["sha256"]
+    assert released.record["bytes"] == 12 + 1 + 3 * 4
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

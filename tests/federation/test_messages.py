@@ -25,7 +25,7 @@ from federation.messages import (
     kind_of,
     plan_hash,
 )
-from federation.wire import array_record, tensors_of
+from federation.wire import array_record, num_bytes, rounded, tensors_of
 
 HASH = "a" * 64
 TENSORS = {"weight": torch.randn(3, 4), "scalar": torch.tensor(-0.0), "none": torch.zeros(0, 2)}
@@ -222,6 +222,61 @@ def test_bfloat16_keeps_the_relative_precision_of_the_weighted_update(
     back = TrainReply.from_record(record, copy=False).update["weight"]
     assert back.dtype == torch.float32
     assert ((back - update["weight"]).abs() <= update["weight"].abs() * 2**-8).all()
+
+
+def test_in_mxint8_matrices_take_a_byte_per_value_and_vectors_stay_as_they_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "matrix": torch.randn(40, 33, generator=generator),
+        "gain": 1 + 1e-4 * torch.randn(33, generator=generator),
+        "empty": torch.zeros(0, 4),
+        "kernel": 1e-3 * torch.randn(8, 2, 3, generator=generator),
+        "sum": torch.randn(5, dtype=torch.float64, generator=generator),
+    }
+    record = array_record(tensors, "mxint8")
+    assert set(record) == {"index", "mxint8", "mxint8_exponents", "float32", "float64"}
+    back = tensors_of(record, "mxint8")
+    assert list(back) == list(tensors)
+    for name, tensor in tensors.items():
+        assert back[name].shape == tensor.shape
+        assert torch.equal(back[name], rounded(tensor, "mxint8"))
+        assert torch.equal(back[name], tensor) == (name in ("gain", "sum", "empty"))
+        assert float((back[name] - tensor).norm()) <= 0.011 * float(tensor.norm())
+    assert num_bytes(tensors, "mxint8") == 40 * 33 + 42 + 33 * 4 + 48 + 2 + 5 * 8
+    again = tensors_of(array_record(back, "mxint8"), "mxint8")
+    assert all(torch.equal(again[name], tensor) for name, tensor in back.items())
+
+
+MATRIX = {"mxint8": np.ones(3, dtype=np.int8), "mxint8_exponents": np.full(1, 127, dtype=np.uint8)}
+
+
+@pytest.mark.parametrize(
+    ("index", "rows", "said", "why"),
+    [
+        ([["weight", "mxint8", [3]]], MATRIX, "mxint8", "'weight' as float32"),
+        ([["weight", "mxint8", [1, 3]]], MATRIX, "bfloat16", "'weight' as bfloat16"),
+        ([["weight", "float32", [1, 3]]], {"float32": ROW}, "mxint8", "'weight' as mxint8"),
+        ([["weight", "mxint8", [1, 3]]], {"mxint8": MATRIX["mxint8"]}, "mxint8", "'mxint8_exponents'"),
+        (
+            [["weight", "mxint8", [1, 3]]],
+            MATRIX | {"mxint8_exponents": np.full(2, 127, dtype=np.uint8)},
+            "mxint8",
+            "Expected 1 values as mxint8_exponents",
+        ),
+        ([["weight", "mxint8_exponents", [1, 3]]], MATRIX, "mxint8", "an index of"),
+    ],
+)
+def test_mxint8_that_is_not_what_it_says_is_refused(index: Any, rows: Any, said: str, why: str) -> None:
+    record = _told(index, **rows)
+    record.config_records["head"]["wire_dtype"] = said
+    with pytest.raises(MessageError, match=why):
+        TrainReply.from_record(record)
+
+
+def test_mxint8_made_by_hand_is_read() -> None:
+    record = _told([["weight", "mxint8", [1, 3]]], **MATRIX)
+    record.config_records["head"]["wire_dtype"] = "mxint8"
+    assert torch.equal(TrainReply.from_record(record).update["weight"], torch.full((1, 3), 1 / 64))
 
 
 def test_without_copy_the_tensors_are_the_received_bytes() -> None:

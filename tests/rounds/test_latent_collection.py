@@ -311,6 +311,7 @@ def test_codes_made_at_the_centre_are_kept_with_the_latents(
         (lambda r: {"total": 3}, "Expected 3 items; got 4"),
         (lambda r: {"items": r.items[:3], "examples": r.examples.rows(torch.arange(3))}, "Expected 4 items"),
         (lambda r: {"wire_dtype": "bfloat16"}, "values as float32"),
+        (lambda r: {"wire_dtype": "mxint8"}, "values as float32"),
         (lambda r: examples(r, latents=r.examples.latents * 100), "at most"),
         (lambda r: examples(r, latents=r.examples.latents * torch.nan), "finite latents"),
         (lambda r: examples(r, latents=r.examples.latents[:, :1]), "Expected latents of"),
