@@ -123,9 +123,9 @@ def answer_round(
 ) -> Released:
     """Train a round and release examples · (shared weights after - before).
 
-    The state that the round began from is never changed: asked again, the site answers the same, and goes on
-    where a process that was killed left the round. Raises `AskRefused` when the round is not one of the
-    plan's or does not end within `DEADLINE_SHARE` of the plan's deadline.
+    The state that the round began from is never changed: asked again, the site answers the same, from what it
+    kept if it was done, and goes on where a process that was killed left the round. Raises `AskRefused` when
+    the round is not one of the plan's or does not end within `DEADLINE_SHARE` of the plan's deadline.
     """
     on_step = before_deadline(plan.aggregation.deadline_s, on_step)
     site.accept(plan)
@@ -152,7 +152,9 @@ def answer_round(
         "bank_sha256": sha256_of_tensors(ask.bank),
         "cohort_sha256": cohort_sha256(scans),
     }
-    result = train_round(
+    keep = states.result(ask.round, kept, question)
+    before = keep.read()
+    result = before or train_round(
         trainee,
         Batches(scans, plan, bank_of(plan, ask.bank)),
         plan,
@@ -172,7 +174,9 @@ def answer_round(
         metrics=result.metrics | {"clip_factor": clip_factor(norm, promise.bound)},
         wire_dtype=plan.release.wire_dtype,
     )
-    states.save(trainee.state(plan, ask.round, kept.round), shared_sha256)
+    if before is None:
+        states.save(trainee.state(plan, ask.round, kept.round), shared_sha256)
+        keep.write(result)
     return released
 
 

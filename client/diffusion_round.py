@@ -2,9 +2,10 @@
 
 In the order of every answer: accept, a place in the ledger, then the first scan; what leaves passes the gate.
 AdamW's moments (and the alignment's projector, which never travels) stay at the site between rounds, one
-state per round, so a round that is asked twice is answered the same; one that was cut short goes on where it
-was (`client/partial_round.py`). Does not do: know Flower's messages,
-catch anything, release a latent (`client/latent_release.py`), use held-out patients.
+state per round, so a round that is asked twice is answered the same, without training if it was done
+(`client/round_result.py`); one that was cut short goes on where it was (`client/partial_round.py`). Does not
+do: know Flower's messages, catch anything, release a latent (`client/latent_release.py`), use held-out
+patients.
 """
 
 import time
@@ -15,11 +16,13 @@ from torch import Tensor
 
 from client.answers import AskRefused, Site, bank_of, before_deadline
 from client.examples import ScansWithGeometry, SiteExamples
-from client.partial_round import cohort_sha256
+from client.partial_round import PartialRound, cohort_sha256
 from client.release import Gate, Released
+from client.round_result import RoundResult
 from client.site_state import SiteState, StateFolder
 from client.trainee import WrongWeights
 from federation.diffusion import DiffusionAsk, encoder_of, transformer_of
+from federation.diffusion_plan import DiffusionPlan
 from federation.plan import RunPlan
 from federation.wire import RefusalKind
 from meduet_models.diffusion.conditioner import Conditioner
@@ -102,7 +105,42 @@ def answer_diffusion(
         "bank_sha256": sha256_of_tensors(ask.bank),
         "cohort_sha256": cohort_sha256(scans),
     }
-    partial = states.partial(ask.round, kept, question, site.progress_every_s)
+    keep = states.result(ask.round, kept, question)
+    before = keep.read()
+    result = before or _train(
+        trainee,
+        source,
+        diffusion,
+        ask,
+        states.partial(ask.round, kept, question, site.progress_every_s),
+        on_step,
+    )
+    norm = result.metrics["update_norm"]
+    released = Gate(site.ledger, site.journal).release(
+        reservation,
+        result.update,
+        mine,
+        weight=float(result.examples),
+        counts={"examples": result.examples},
+        metrics=result.metrics | {"clip_factor": clip_factor(norm, promise.bound)},
+        wire_dtype=plan.release.wire_dtype,
+    )
+    if before is None:
+        after = SiteState(round=ask.round, began_from=kept.round, home={}, optimiser=trainee.state())
+        states.save(after, shared_sha256)
+        keep.write(result)
+    return released
+
+
+def _train(
+    trainee: DiffusionTrainee,
+    source: SiteExamples,
+    diffusion: DiffusionPlan,
+    ask: DiffusionAsk,
+    partial: PartialRound,
+    on_step: Callable[[int, float], None],
+) -> RoundResult:
+    """The steps of a round, from wherever it is."""
     told: dict[str, list[float]] = {}
 
     def load(tensors: Mapping[str, Tensor]) -> None:
@@ -122,26 +160,18 @@ def answer_diffusion(
         partial.offer(step + 1, time.perf_counter() - began, tensors)
         on_step(step + 1, told["loss"][-1])
 
-    update = {name: p.detach().cpu() - ask.shared[name] for name, p in parameters.items()}
-    norm = joint_norm(update)
-    released = Gate(site.ledger, site.journal).release(
-        reservation,
-        update,
-        mine,
-        weight=float(len(source)),
-        counts={"examples": len(source)},
+    after = trainee.transformer.named_parameters()
+    update = {name: parameter.detach().cpu() - ask.shared[name] for name, parameter in after}
+    return RoundResult(
+        update=update,
         metrics={
             **{_METRICS[name]: sum(values) / len(values) for name, values in told.items()},
             "seconds": time.perf_counter() - began,
             "steps": float(diffusion.steps_per_round),
-            "update_norm": norm,
-            "clip_factor": clip_factor(norm, promise.bound),
+            "update_norm": joint_norm(update),
         },
-        wire_dtype=plan.release.wire_dtype,
+        examples=len(source),
     )
-    after = SiteState(round=ask.round, began_from=kept.round, home={}, optimiser=trainee.state())
-    states.save(after, shared_sha256)
-    return released
 
 
 def _seed(plan: RunPlan, site: Site) -> int:

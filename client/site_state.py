@@ -7,8 +7,8 @@ back to its last checkpoint, gives the same answer. Kept are the last three: a s
 that the centre never counted, and the centre may then find its last checkpoint damaged and go back by one.
 
 A site that sat out a round goes on from the last state it has. A round under way lies beside the states
-(`client/partial_round.py`). Does not do: leave the site, ever. AdamW's moments of the shared weights stay
-here, too (`client/trainee.py` says why).
+(`client/partial_round.py`), and so does the last round's result (`client/round_result.py`). Does not do:
+leave the site, ever. AdamW's moments of the shared weights stay here, too (`client/trainee.py` says why).
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from client.partial_round import SUFFIX, PartialRound
+from client.partial_round import SUFFIX as PARTIAL
+from client.partial_round import PartialRound
+from client.round_result import SUFFIX as RESULT
+from client.round_result import KeptResult
 from meduet_models.weights import open_weights, save_weights, sha256_of_tensors
 
 KEPT = 3
@@ -59,8 +62,11 @@ class StateFolder:
         self._plan_sha256 = plan_sha256
 
     def begin(self, home: Mapping[str, Tensor]) -> None:
-        """Keep the common start; states of an earlier attempt at the same plan go."""
+        """Keep the common start; states of an earlier attempt at the same plan go. When it is round 1 that is
+        asked again, all is there and stays."""
         self._folder.mkdir(parents=True, exist_ok=True)
+        if self.rounds() == [0, 1] and self._is_start(home):
+            return
         self._write(SiteState(round=0, home=dict(home)), shared_sha256="")
         for round in self.rounds():
             if round > 0:
@@ -97,24 +103,42 @@ class StateFolder:
         `shared_sha256`: hash of the shared weights with which the round began.
         """
         self._write(state, shared_sha256)
-        for left in (*self._folder.glob(f"round-*{SUFFIX}"), *self._folder.glob(".round-*")):
-            left.unlink(missing_ok=True)  # the latter: a write that a kill cut short
+        for left in (f"round-*{PARTIAL}", f"round-*{RESULT}", ".round-*"):  # a write that a kill cut short
+            for path in self._folder.glob(left):
+                path.unlink(missing_ok=True)
         rounds = self.rounds()
         kept = {0, *[round for round in rounds if round <= state.round][-KEPT:]}
         for round in set(rounds) - kept:
             self._path(round).unlink()
 
+    def result(self, round: int, began_from: SiteState, question: Mapping[str, str]) -> KeptResult:
+        """Where the result of a round that began from `began_from` is kept, once its state is; `question` as
+        in `partial`."""
+        if round not in self.rounds():  # a result whose state is gone is none
+            self._path(round).with_suffix(RESULT).unlink(missing_ok=True)
+        whole = self._question(round, began_from, question)
+        return KeptResult(self._path(round).with_suffix(RESULT), whole)
+
     def partial(
         self, round: int, began_from: SiteState, question: Mapping[str, str], every_s: float
     ) -> PartialRound:
         """The round under way that begins from `began_from`; `question` names whatever else it depends on."""
-        whole = {
+        whole = self._question(round, began_from, question)
+        return PartialRound(self._path(round).with_suffix(PARTIAL), whole, every_s)
+
+    def _question(self, round: int, began_from: SiteState, more: Mapping[str, str]) -> dict[str, str]:
+        return {
             "plan_sha256": self._plan_sha256,
             "round": str(round),
             "began_from": f"{began_from.round} {began_from.sha256}",
-            **question,
+            **more,
         }
-        return PartialRound(self._path(round).with_suffix(SUFFIX), whole, every_s)
+
+    def _is_start(self, home: Mapping[str, Tensor]) -> bool:
+        try:
+            return self._read(0).sha256 == sha256_of_tensors(_named(SiteState(round=0, home=home)))
+        except StateDamaged:
+            return False
 
     def rounds(self) -> list[int]:
         """Rounds whose state is on disk, ascending."""
@@ -125,10 +149,7 @@ class StateFolder:
         return self._folder / f"round-{round:04d}.safetensors"
 
     def _write(self, state: SiteState, shared_sha256: str) -> None:
-        parts = {"home": state.home, "teacher": state.teacher, "optimiser": state.optimiser}
-        tensors = {
-            f"{part}:{name}": tensor for part, named in parts.items() for name, tensor in named.items()
-        }
+        tensors = _named(state)
         provenance = {
             "plan_sha256": self._plan_sha256,
             "round": str(state.round),
@@ -159,3 +180,9 @@ class StateFolder:
             sha256=provenance["tensors_sha256"],
             **{part: tensors.part(f"{part}:") for part in _PARTS},
         )
+
+
+def _named(state: SiteState) -> dict[str, Tensor]:
+    """The tensors of a state, by part and name."""
+    parts = {"home": state.home, "teacher": state.teacher, "optimiser": state.optimiser}
+    return {f"{part}:{name}": tensor for part, named in parts.items() for name, tensor in named.items()}

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from client.batches import Batches, step_generator
 from client.partial_round import PartialRound
+from client.round_result import RoundResult
 from client.trainee import Trainee
 from federation.plan import RunPlan
 from meduet_models.meduet import MeDUET
@@ -38,19 +39,6 @@ _TRAINEE, _MEANS = "trainee/", "means/"
 
 class NotFinite(ValueError):
     """The loss or its gradient is NaN or infinite; the weights were not touched."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundResult:
-    """What a round gives: still inside the site."""
-
-    update: dict[str, Tensor]
-    """Shared weights after minus before, by name; float32 on the CPU."""
-    metrics: dict[str, float]
-    """Loss terms and gradient norm averaged over the steps, last learning rate and momentum, seconds (those
-    before an interruption, as far as they were written down, included)."""
-    examples: int
-    """Training scans of this site: the weight of its update."""
 
 
 def train_round(

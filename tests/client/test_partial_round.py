@@ -1,4 +1,5 @@
-"""A round that is killed in the middle: it goes on where it was, to the bits of one that never was."""
+"""A round that is killed in the middle goes on where it was, to the bits of one that never was; one that is
+asked again when it was done is answered from what was kept."""
 
 import logging
 from collections.abc import Callable
@@ -238,7 +239,8 @@ def test_what_a_kill_in_the_middle_of_a_write_leaves_goes_with_the_round(
     (state,) = one.state_dir.rglob("round-0001.safetensors")
     (state.parent / ".round-0002.partial.safetensors.x7").write_bytes(b"half")
     one.answer(ask(plan, 2), plan)
-    assert one.left() == [f"round-000{n}.safetensors" for n in (0, 1, 2)]
+    states = [f"round-000{n}.safetensors" for n in (0, 1, 2)]
+    assert one.left() == sorted([*states, "round-0002.result.safetensors"])
 
 
 class Clock:
@@ -335,3 +337,72 @@ def test_the_cohort_is_told_by_its_people_in_their_order(toy_scans: Any) -> None
     held_out = toy_scans(["a", "b", "c", "d"])
     held_out.train = [0, 1, 2]
     assert cohort_sha256(one) not in {cohort_sha256(s) for s in (*others, held_out)}
+
+
+@pytest.mark.parametrize("round", [1, 2])
+def test_asked_again_when_it_was_done_the_site_answers_the_same_without_a_step(
+    site: Callable[..., ToySite], ask: Callable[..., TrainAsk], plan: RunPlan, round: int
+) -> None:
+    first = site()
+    for number in range(1, round + 1):
+        expected = first.answer(ask(plan, number), plan)
+    left = {path: path.read_bytes() for path in (first.state_dir / "state").rglob("*") if path.is_file()}
+    charged = first.ledger.verify()
+    again = site()
+    came = again.answer(ask(plan, round), plan)
+    assert again.steps == []
+    assert same(came.tensors, expected.tensors) and came.metrics == expected.metrics
+    assert came.counts == expected.counts
+    assert again.ledger.verify() == charged
+    assert again.journal.verify() == round + 1  # what crossed twice is written twice
+    for path, content in left.items():
+        assert path.read_bytes() == content
+    whole, following = site("whole"), round + 1
+    for number in range(1, following + 1):
+        expected = whole.answer(ask(plan, number), plan)
+    assert alike(whole, again, plan, (expected, again.answer(ask(plan, following), plan)), following)
+
+
+@pytest.mark.parametrize("what", ["shared", "bank", "cohort", "damaged", "state"])
+def test_a_result_of_another_question_or_a_damaged_one_is_not_used(
+    site: Callable[..., ToySite], ask: Callable[..., TrainAsk], plan: RunPlan, what: str
+) -> None:
+    one, patients = site(), [*PATIENTS[:-1], "new"] if what == "cohort" else PATIENTS
+    whole = site("whole", patients)
+    for done in (one, whole):
+        done.answer(ask(plan), plan)
+    one.answer(ask(plan, 2), plan)
+    shared = dict(ask(plan).shared)
+    if what == "shared":
+        shared["embed.bias"] = shared["embed.bias"] + 1e-3
+    question = ask(plan, 2, shared, ("north", "south") if what == "bank" else None)
+    (path,) = one.state_dir.rglob("round-0002.result.safetensors")
+    if what == "damaged":
+        content = bytearray(path.read_bytes())
+        content[-2] ^= 1
+        path.write_bytes(content)
+    if what == "state":
+        path.with_name("round-0002.safetensors").unlink()
+    again = site("a", patients)
+    came = again.answer(question, plan)
+    assert again.steps == [1, 2, 3]
+    if what != "cohort":  # there the two began round 2 from other states
+        assert alike(whole, again, plan, (whole.answer(question, plan), came), 2)
+
+
+def test_a_result_that_finds_no_room_costs_no_round(
+    site: Callable[..., ToySite],
+    ask: Callable[..., TrainAsk],
+    plan: RunPlan,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full(*given: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("client.round_result.save_weights", full)
+    with caplog.at_level(logging.WARNING, "client"):
+        expected = site().answer(ask(plan), plan)
+    assert "round-0001.result.safetensors could not be written" in caplog.text
+    again = site()
+    assert same(again.answer(ask(plan), plan).tensors, expected.tensors) and again.steps == [1, 2, 3]

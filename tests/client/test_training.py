@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from client.batches import Batches, step_generator
+from client.round_result import RoundResult
 from client.site_state import SiteState, StateFolder
 from client.trainee import Trainee, WrongWeights, student_of
-from client.training import NotFinite, RoundResult, learning_rate_at, train_round
+from client.training import NotFinite, learning_rate_at, train_round
 from federation.messages import METRIC_NAMES
 from federation.plan import AggregationPlan, RunPlan, StylePlan, TrainingPlan
 from meduet_models.meduet import MeDUET

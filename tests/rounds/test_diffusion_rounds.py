@@ -25,6 +25,7 @@ from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.diffusion.training import DiffusionTrainee
 from meduet_models.meduet import FactorNetwork
 from meduet_models.style import StyleLayout, StyleMoments
+from meduet_models.weights import load_weights
 from privacy.ledger import Ledger
 from server.diffusion_rounds import round_momentum, run_diffusion_rounds
 from simulations.in_process import InProcessGrid
@@ -226,9 +227,30 @@ def test_killed_after_any_step_a_site_goes_on_where_it_was(
         records = [entry.record for entry in Journal(own / "journal.jsonl").entries()]
         books.append([(r["sha256"], {**r["metrics"], "seconds": 0.0}) for r in records])
         states = sorted((own / "diffusion").rglob("*.*"))
-        kept.append({path.name: path.read_bytes() for path in states})
+        kept.append({path.name: load_weights(path)[0] for path in states})
     assert books[0] == books[1] and len(books[0]) == 2  # the gate was passed once a round
-    assert kept[0] == kept[1] and set(kept[0]) == {f"round-000{n}.safetensors" for n in (0, 1, 2)}
+    names = [f"round-000{n}.safetensors" for n in (0, 1, 2)]
+    assert set(kept[0]) == set(kept[1]) == {*names, "round-0002.result.safetensors"}
+    for name, tensors in kept[0].items():
+        assert tensors.keys() == kept[1][name].keys()
+        assert all(torch.equal(tensor, kept[1][name][key]) for key, tensor in tensors.items())
+
+
+def test_asked_again_for_a_round_that_is_over_a_site_answers_without_training(
+    plan: RunPlan, tmp_path: Path
+) -> None:
+    alone = dataclasses.replace(with_diffusion(plan, rounds=2, steps_per_round=3), sites=("oslo",))
+    steps: list[int] = []
+    first = run(alone, tmp_path, on_step=lambda site, step, loss: steps.append(step))
+    own = tmp_path / "sites" / "oslo"
+    charged = Ledger(own / "ledger.jsonl").verify()
+    (last,) = [path for path in (tmp_path).rglob("round-0002.safetensors") if own not in path.parents]
+    last.unlink()  # the centre never had the answer to round 2
+    again = run(alone, tmp_path, on_step=lambda site, step, loss: steps.append(step))
+    assert steps == [1, 2, 3, 1, 2, 3]
+    assert Ledger(own / "ledger.jsonl").verify() == charged
+    for name, tensor in first.transformer.state_dict().items():
+        assert torch.equal(tensor, again.transformer.state_dict()[name])
 
 
 def test_the_average_follows_every_step_of_a_round() -> None:

@@ -15,6 +15,7 @@ from federation.journal import Journal
 from federation.plan import RunPlan, TrainingPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.weights import load_weights
+from privacy.clipping import joint_norm
 from privacy.ledger import Ledger
 from server.app import run
 from server.server_app import app
@@ -114,6 +115,29 @@ def test_a_run_killed_within_a_step_ends_in_the_same_bits(miniature: Any, tmp_pa
         run(federation(plan, folder, dies), plan, folder)
     resumed = run(federation(plan, folder), plan, folder).shared
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_in_mxint8_a_run_takes_fewer_bytes_and_both_sides_hash_the_same(
+    miniature: Any, tmp_path: Path
+) -> None:
+    sizes, shared = [], []
+    for wire_dtype in ("float32", "mxint8"):
+        plan, folder = small(miniature), tmp_path / wire_dtype
+        plan = dataclasses.replace(plan, release=dataclasses.replace(plan.release, wire_dtype=wire_dtype))
+        result = run(federation(plan, folder), plan, folder)
+        (last,) = [round for round in result.metrics["rounds"] if round["round"] == 2]
+        sizes.append([(s["bytes_down"], s["bytes_up"]) for s in last["sites"].values()])
+        shared.append(result.shared)
+        centre = [entry.record for entry in Journal(folder / "journal.jsonl").entries()]
+        told = {(r["site"], r["round"]): r["sha256"] for r in centre if r.get("to") == "train.round"}
+        for site in plan.participants:
+            own = [entry.record for entry in Journal(folder / "sites" / site / "journal.jsonl").entries()]
+            left = {(site, r["round"]): r["sha256"] for r in own if r["kind"] == "round"}
+            assert len(left) == 2 and left.items() <= told.items()
+    for (down, up), (whole_down, whole_up) in zip(sizes[1], sizes[0], strict=True):
+        assert down < 0.5 * whole_down and up < 0.5 * whole_up  # a network of a few thousand weights
+    apart = joint_norm({name: shared[1][name] - tensor for name, tensor in shared[0].items()})
+    assert 0 < apart < 0.02 * joint_norm(shared[0])
 
 
 def test_a_site_that_missed_the_first_rounds_joins_in_later(miniature: Any, tmp_path: Path) -> None:
