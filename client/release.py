@@ -22,7 +22,8 @@ from client.watchdog import may_leave
 from federation.journal import Journal
 from federation.latents import is_item
 from federation.messages import METRIC_NAMES
-from federation.wire import GROWTH, RefusalKind, WireDtype, num_bytes, rounded
+from federation.plan import WireDtype
+from federation.wire import GROWTH, RefusalKind, num_bytes, rounded
 from meduet_models.weights import sha256_of_tensors
 from privacy.clipping import clip, joint_norm
 from privacy.ledger import Ledger, Reservation

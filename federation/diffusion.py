@@ -12,8 +12,8 @@ from flwr.app import RecordDict
 from torch import Tensor
 
 from federation.messages import Ask, Head, ask_head
-from federation.plan import RunPlan
-from federation.wire import Tensors, WireDtype, array_record
+from federation.plan import RunPlan, WireDtype
+from federation.wire import Tensors, array_record
 from meduet_models.diffusion.conditioner import condition_sizes
 from meduet_models.diffusion.initialisation import first_transformer
 from meduet_models.diffusion.transformer import DiffusionConfig, DiffusionTransformer

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from federation.diffusion_plan import DiffusionPlan
 from federation.messages import Ask, Head, ask_head, new_head
-from federation.plan import RunPlan
-from federation.wire import MessageError, Tensors, WireDtype, array_record
+from federation.plan import RunPlan, WireDtype
+from federation.wire import MessageError, Tensors, array_record
 from meduet_models.diffusion.conditions import Examples
 
 LATENTS = "query.latents"

@@ -19,13 +19,12 @@ from typing import TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from federation.plan import WIRE_VERSION, RunPlan
+from federation.plan import WIRE_VERSION, RunPlan, WireDtype
 from federation.wire import (
     GROWTH,
     MessageError,
     RefusalKind,
     Tensors,
-    WireDtype,
     array_record,
     tensors_of,
 )

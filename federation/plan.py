@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from federation.diffusion_plan import DiffusionPlan, contradictions
-from federation.wire import LatentDtype, WireDtype
 from meduet_models.meduet import NetworkConfig
 from meduet_models.objective import ObjectiveConfig
 
 WIRE_VERSION = 2
+
+LatentDtype = Literal["float32", "bfloat16"]
+WireDtype = Literal["float32", "bfloat16", "mxint8"]
 
 
 @dataclass(frozen=True, kw_only=True)

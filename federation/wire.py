@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +21,9 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from federation import microscaling
+from federation.plan import WireDtype
 
 Tensors = dict[str, Tensor]
-LatentDtype = Literal["float32", "bfloat16"]
-WireDtype = Literal["float32", "bfloat16", "mxint8"]
 
 INDEX = "index"
 """Name of the array that says which tensors the others hold."""

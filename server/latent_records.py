@@ -16,8 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from federation.latents import releasing
-from federation.plan import RunPlan, build
-from federation.wire import LatentDtype
+from federation.plan import LatentDtype, RunPlan, build
 from meduet_models.diffusion.conditions import Examples
 
 
