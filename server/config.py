@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from federation.plan import RunPlan, build
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-_FROM_CONFIG = (
+FROM_CONFIG = (
     "name",
     "seed",
     "volumes",
@@ -26,6 +26,7 @@ _FROM_CONFIG = (
     "probes",
     "diffusion",
 )
+"""Parts of a plan that are settings of the same name."""
 
 
 def compose_config(overrides: Sequence[str] = (), name: str = "config") -> DictConfig:
@@ -65,7 +66,7 @@ def plan_from(
         "latent_grid": [size // stride for size in shape],
         "style_map_grid": settings["style"]["map_grid"],
     }
-    values = {key: settings[key] for key in _FROM_CONFIG}
+    values = {key: settings[key] for key in FROM_CONFIG}
     return build(
         RunPlan, {**values, "network": network, "sites": list(sites), "tokenizer_sha256": tokenizer_sha256}
     )

@@ -1,16 +1,54 @@
-"""Publishing a plan: the file that sites look at and approve, with the hash of the code it will run in.
+"""Making a consortium's plan, and publishing it: the file that sites look at and approve, with the hash of
+the code it will run in.
 
 Does not do: start a run (`server/app.py`), or send the file: it holds no secret, any way will do.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
 from federation.bundle import running_bundle
 from federation.finetuning import FinetunePlan
-from federation.plan import RunPlan
+from federation.plan import RunPlan, build
 from federation.published_plan import PublishedPlan, plan_of
+from meduet_models.tokenizer import TokenizerSpec, load_tokenizer
+from server.config import FROM_CONFIG, compose_config, plain, plan_from
+from server.provisioning import ConsortiumSettings
 from server.run_folder import write_whole
+
+_SETTINGS = ("network", "tokenizer", "hospitals", "experiment", "method")
+"""Settings and groups of settings that decide on a plan, beside its own parts."""
+
+
+def make_plan(consortium: ConsortiumSettings, overrides: Sequence[str] = ()) -> RunPlan:
+    """The plan of these hospitals, from `conf/` and `overrides` in Hydra's words (``training.rounds=20``).
+
+    The grid of volumes is that of `hospitals=folders` unless an override says otherwise; of a group
+    `hospitals` only that grid counts. Raises `ValueError` for a setting that is wrong, or has no effect on a
+    plan.
+    """
+    keys = [override.split("=")[0].lstrip("+~") for override in overrides]
+    for key, override in zip(keys, overrides, strict=True):
+        if key.split(".")[0] not in (*_SETTINGS, *FROM_CONFIG) or key.startswith("hospitals."):
+            raise ValueError(f"{override} has no effect on a plan: leave it out.")
+    given = [] if "name" in keys else [f"name={consortium.name}"]
+    given += [] if {"hospitals", "experiment"} & set(keys) else ["hospitals=folders"]
+    try:
+        settings = plain(compose_config([*given, *overrides]))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(f"Expected settings of conf/: {' '.join(str(error).split())}") from None
+    tokenizer = load_tokenizer(build(TokenizerSpec, settings["tokenizer"], "tokenizer"))
+    return plan_from(
+        settings,
+        sites=[site.name for site in consortium.sites],
+        tokenizer_sha256=tokenizer.sha256,
+        latent_channels=tokenizer.latent_channels,
+        stride=tokenizer.stride,
+    )
 
 
 def publish(plan: Path, folder: Path, finetuning: Path | None = None) -> tuple[Path, PublishedPlan]:
