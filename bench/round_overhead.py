@@ -1,6 +1,7 @@
 """What a federated round costs over TLS: FedMeDUET against Flower's own FedAvg, real processes on loopback.
 
     python bench/round_overhead.py cell --megabytes 1 --sites 3              FedMeDUET, state in sqlite
+    python bench/round_overhead.py cell --megabytes 1 --wire-dtype bfloat16  two bytes per value
     python bench/round_overhead.py cell --megabytes 1 --sites 3 --baseline   FedAvg, all else the same
     python bench/round_overhead.py cell --megabytes 20 --sites 3 --memory    Flower's state in memory
     python bench/round_overhead.py all [--megabytes 1 20] [--sites 3]        every cell that is not there yet
@@ -12,8 +13,8 @@ else counts: starting a process for the question, loading libraries, reading and
 bounding, journal, TLS, waiting, averaging, the checkpoint. Rounds from the second on; median and range.
 
 Same for both: machine, processes, TLS, proxy, SuperLink's settings, one thread for each process, the network.
-What differs: FedMeDUET sends the content branch as bfloat16 both ways, keeps teacher and optimiser at
-the site's disk, a journal, a ledger and a checkpoint, and validates; FedAvg (fraction_evaluate=0, as it comes
+What differs: FedMeDUET sends the content branch as MXINT8 (or bfloat16) both ways, keeps teacher and optimiser
+at the site's disk, a journal, a ledger and a checkpoint, and validates; FedAvg (fraction_evaluate=0, as it comes
 from Flower 1.41) sends the whole network as float32 both ways and does none of that. How the server
 application waits for replies is part of the difference: FedAvg looks every 3 s, ours every .01 to .5 s.
 
@@ -52,7 +53,8 @@ def cells() -> list[Cell]:
     asked += [(1, sites, "sqlite") for sites in (2, 4, 8)]
     asked += [(20, 3, "memory"), (180, 3, "memory")]
     asked += [(20, sites, "sqlite") for sites in (2, 4, 8)]
-    both = [Cell(who, size, n, state) for size, n, state in asked for who in ("ours", "fedavg")]  # type: ignore[arg-type]
+    whose = (("ours", "mxint8"), ("fedavg", "float32"))
+    both = [Cell(who, size, n, state, dtype) for size, n, state in asked for who, dtype in whose]  # type: ignore[arg-type]
     return sorted(both, key=lambda cell: (cell.megabytes, cell.sites))
 
 
@@ -144,14 +146,17 @@ def table(results: Path) -> None:
     done = [told for told in read(results) if "failed" not in told]
     latest = {_cell(told): told for told in sorted(done, key=lambda one: (one["megabytes"], one["sites"]))}
     failed = {_cell(told): told["failed"] for told in read(results) if _cell(told) not in latest}
-    print("| payload | sites | state | overhead, s | FedAvg's | ratio | MB down+up | FedAvg's | ratio |")
+    print(
+        "| size in bfloat16 | sites | state | overhead, s | FedAvg's | ratio | MB down+up | FedAvg's | ratio |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for cell, ours in latest.items():
-        theirs = latest.get(Cell("fedavg", *_rest(cell)))
+        theirs = latest.get(Cell("fedavg", cell.megabytes, cell.sites, cell.state, "float32"))
         if cell.program == "fedavg" or theirs is None:
             continue
         words = (
-            f"| {_megabytes(ours)} MB | {cell.sites} | {cell.state} | {_spread(ours)} | {_spread(theirs)} "
+            f"| {_megabytes(ours)} MB, {cell.wire_dtype} | {cell.sites} | {cell.state} | {_spread(ours)} "
+            f"| {_spread(theirs)} "
         )
         ratio = statistics.median(overheads(ours)) / statistics.median(overheads(theirs))
         mine, yours = bytes_a_round(ours), bytes_a_round(theirs)
@@ -181,11 +186,7 @@ def _megabytes(told: dict[str, Any]) -> str:
 
 
 def _cell(told: dict[str, Any]) -> Cell:
-    return Cell(told["program"], told["megabytes"], told["sites"], told["state"])
-
-
-def _rest(cell: Cell) -> tuple[Any, ...]:
-    return cell.megabytes, cell.sites, cell.state
+    return Cell(told["program"], told["megabytes"], told["sites"], told["state"], told["wire_dtype"])
 
 
 def main() -> None:
@@ -196,6 +197,7 @@ def main() -> None:
     cell.add_argument("--megabytes", type=int, choices=sorted(NETWORKS), default=1)
     cell.add_argument("--sites", type=int, default=3)
     cell.add_argument("--baseline", action="store_true", help="Flower's FedAvg in place of FedMeDUET")
+    cell.add_argument("--wire-dtype", choices=("float32", "bfloat16", "mxint8"), default="mxint8")
     cell.add_argument("--memory", action="store_true", help="Flower's state in memory in place of sqlite")
     cell.add_argument("--rounds", type=int, help="at least 2; the first is not counted")
     cell.add_argument("--limit-s", type=float, help="seconds after which it is stopped")
@@ -211,7 +213,8 @@ def main() -> None:
     match asked.command:
         case "cell":
             program, state = "fedavg" if asked.baseline else "ours", "memory" if asked.memory else "sqlite"
-            chosen = Cell(program, asked.megabytes, asked.sites, state)  # type: ignore[arg-type]
+            wire_dtype = "float32" if asked.baseline else asked.wire_dtype
+            chosen = Cell(program, asked.megabytes, asked.sites, state, wire_dtype)  # type: ignore[arg-type]
             run_cell(chosen, asked.rounds, asked.limit_s, asked.work.resolve(), asked.results)
         case "all":
             run_all(asked)

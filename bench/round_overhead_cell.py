@@ -58,10 +58,12 @@ class Cell:
     megabytes: int
     sites: int
     state: Literal["sqlite", "memory"]
+    wire_dtype: str = "mxint8"
+    """How FedMeDUET's weights and updates travel; FedAvg's are always float32."""
 
     def __str__(self) -> str:
         """In words, and as a folder's name."""
-        return f"{self.program}-{self.megabytes}MB-{self.sites}sites-{self.state}"
+        return f"{self.program}-{self.megabytes}MB-{self.sites}sites-{self.state}-{self.wire_dtype}"
 
 
 def measure(cell: Cell, rounds: int, limit_s: float, work: Path) -> dict[str, Any]:
@@ -102,7 +104,7 @@ def _provisioned(cell: Cell, rounds: int, work: Path, folder: Path) -> Poc:
     """Certificates, settings and plan of this cell; hospitals are made once for each number of them."""
     overrides = [
         f"hospitals.num_hospitals={cell.sites}", "hospitals.patients=9", "volumes.spacing_mm=[6,8,8]",
-        "volumes.shape=[32,24,24]", "style.minimum_cohort=2", "release.wire_dtype=bfloat16",
+        "volumes.shape=[32,24,24]", "style.minimum_cohort=2", f"release.wire_dtype={cell.wire_dtype}",
         *(f"network.{setting}" for setting in NETWORKS[cell.megabytes]),
         f"training.rounds={rounds}", "training.steps_per_round=1", "training.batch_size=4",
         "training.learning_rate=1e-4", "training.final_learning_rate=1e-4", "aggregation.deadline_s=900",
