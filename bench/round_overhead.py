@@ -13,10 +13,11 @@ else counts: starting a process for the question, loading libraries, reading and
 bounding, journal, TLS, waiting, averaging, the checkpoint. Rounds from the second on; median and range.
 
 Same for both: machine, processes, TLS, proxy, SuperLink's settings, one thread for each process, the network.
-What differs: FedMeDUET sends the content branch as MXINT8 (or bfloat16) both ways, keeps teacher and optimiser
-at the site's disk, a journal, a ledger and a checkpoint, and validates; FedAvg (fraction_evaluate=0, as it comes
-from Flower 1.41) sends the whole network as float32 both ways and does none of that. How the server
-application waits for replies is part of the difference: FedAvg looks every 3 s, ours every .01 to .5 s.
+What differs: FedMeDUET sends the content branch as MXINT8 (or bfloat16) both ways, keeps teacher and
+optimiser at the site's disk, a journal, a ledger and a checkpoint, and validates; FedAvg
+(fraction_evaluate=0, as it comes from Flower 1.41) sends the whole network as float32 both ways and does none
+of that. How the server application waits for replies is part of the difference: FedAvg looks every 3 s, ours
+every .01 to .5 s.
 
 Memory: VmHWM of each process. Not importable; not shipped. Keys and logs are in --work, outside of git.
 """
@@ -146,9 +147,7 @@ def table(results: Path) -> None:
     done = [told for told in read(results) if "failed" not in told]
     latest = {_cell(told): told for told in sorted(done, key=lambda one: (one["megabytes"], one["sites"]))}
     failed = {_cell(told): told["failed"] for told in read(results) if _cell(told) not in latest}
-    print(
-        "| size in bfloat16 | sites | state | overhead, s | FedAvg's | ratio | MB down+up | FedAvg's | ratio |"
-    )
+    print("| in bfloat16 | sites | state | overhead, s | FedAvg's | ratio | MB down+up | FedAvg's | ratio |")
     print("|---|---|---|---|---|---|---|---|---|")
     for cell, ours in latest.items():
         theirs = latest.get(Cell("fedavg", cell.megabytes, cell.sites, cell.state, "float32"))
