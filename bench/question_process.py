@@ -43,7 +43,7 @@ def cpu_s(who: int = resource.RUSAGE_SELF) -> float:
 
 
 def prepare(folder: Path) -> Path:
-    """Three simulated hospitals with encoded scans, and a question for round 1 and 2; one site's site.yaml."""
+    """Three simulated hospitals with encoded scans, and a question; a site's site.yaml."""
     from safetensors.torch import save_file
 
     from client.site import load_site_config, open_site

@@ -1,10 +1,10 @@
 """AdamW, as PyTorch has it, without loading PyTorch's compiler.
 
-A process that answers one question takes a few steps and ends. Of its processor time 1.5 s went into importing
-`torch._dynamo` and sympy: PyTorch 2.13 wraps an optimiser's methods for `torch.compile`, and each wrapper
-imports the compiler at its first call, although nothing is compiled. Here the same methods are called below
-their wrappers. Networks that a site compiles (site.yaml: compile) do not care: an optimiser is never in what
-is compiled.
+A process that answers one question takes a few steps and ends. Of its processor time 1.5 s went into
+importing `torch._dynamo` and sympy: PyTorch 2.13 wraps an optimiser's methods for `torch.compile`, and each
+wrapper imports the compiler at its first call, although nothing is compiled. Here the same methods are called
+below their wrappers. Networks that a site compiles (site.yaml: compile) do not care: an optimiser is never in
+what is compiled.
 
 Does not do: any arithmetic of its own; steps are PyTorch's, to the last bit. Were PyTorch to wrap its methods
 in another way, nothing would change but the seconds.
