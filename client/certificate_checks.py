@@ -5,11 +5,13 @@ Does not do: connect; whether the centre's proxy takes the certificate shows whe
 """
 
 import stat
+import sys
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
 from client.keys import NODE_KEY, SiteKeys
+from federation.certificates import utc_now
 from federation.kits import KEY
 
 SOON = timedelta(days=30)
@@ -42,3 +44,10 @@ def certificate_check(folder: Path, site: str, now: datetime) -> Finding:
     if ends - now < SOON:
         return "look", found, renew
     return "ok", found, ""
+
+
+def main() -> int:
+    """With the folder of keys and the site's name as arguments: 0 if SuperNode can be started with them."""
+    verdict, found, advice = certificate_check(Path(sys.argv[1]), sys.argv[2], utc_now())
+    sys.stdout.write(" ".join(f"{found}. {advice}".split()) + "\n")
+    return 1 if verdict == "failed" else 0

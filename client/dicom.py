@@ -12,7 +12,7 @@ Axes: x = columns of the image, y = rows, z = slices along row direction x colum
 """
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -255,10 +255,3 @@ def _pixels(frame: _Frame) -> np.ndarray:
     if values.shape != frame.size[::-1]:
         raise UnusableScan(Reason.CORRUPT, "the pixels have another shape than the header")
     return np.asarray(values * np.float64(frame.slope) + np.float64(frame.intercept), dtype=np.float32)
-
-
-def modality_of(names: Sequence[str], modality_names: Mapping[str, str]) -> str:
-    """The shared name of a scan with these local `names`: that of the first the map knows, else the last
-    itself."""
-    known = [modality_names[name] for name in names if name in modality_names]
-    return known[0] if known else (names[-1] if names else "")

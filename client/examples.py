@@ -9,7 +9,6 @@ Axes: b = scans, n = scans of the site, c d h w = latents, l = label values, D H
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-import nibabel as nib
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int, Int64
@@ -78,8 +77,10 @@ def ras_spacing(geometry: Geometry) -> Float32[np.ndarray, "3"]:
 
     An oblique scan's axes count as those they are nearest to.
     """
+    from nibabel.orientations import io_orientation  # imports all of nibabel
+
     edges_mm = np.linalg.norm(geometry.source_affine[:3, :3], axis=0)
-    nearest = nib.orientations.io_orientation(geometry.source_affine)[:, 0].astype(int)
+    nearest = io_orientation(geometry.source_affine)[:, 0].astype(int)
     return np.asarray(edges_mm[np.argsort(nearest)], np.float32)
 
 

@@ -11,12 +11,11 @@ The law: every file below the root is in exactly one candidate (as image or labe
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from client.dicom import find_series, modality_of
 from client.labels import IMAGE_FOLDERS, Offers, choose_labels, find_images, is_label_name, label_folder
 from client.nifti import is_nifti_name, nifti_stem
 from client.scans import Exclusion, FileKind, Reason, UnusableScan, file_kind
@@ -169,6 +168,13 @@ def _patient(path: Path, root: Path, rules: LayoutRules) -> str:
     return folders[-1] if folders else nifti_stem(path)
 
 
+def modality_of(names: Sequence[str], modality_names: Mapping[str, str]) -> str:
+    """The shared name of a scan with these local `names`: that of the first the map knows, else the last
+    itself."""
+    known = [modality_names[name] for name in names if name in modality_names]
+    return known[0] if known else (names[-1] if names else "")
+
+
 def _modality(local: str, rules: LayoutRules) -> str:
     """The shared name of a scan called `local`; what the plan asks for where nothing says and the map has no
     `*`."""
@@ -288,6 +294,8 @@ def _manifest(
 
 
 def _dicom(files: Mapping[Path, FileKind], exclusions: list[Exclusion], rules: LayoutRules) -> Found:
+    from client.dicom import find_series  # pydicom takes a fifth of a second to import
+
     for path, kind in files.items():
         if kind != "dicom":
             wrong = is_nifti_name(path) and kind in ("gzip", "nifti")

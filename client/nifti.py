@@ -17,13 +17,15 @@ import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import nibabel as nib
 import numpy as np
 from jaxtyping import Float32, Float64
-from nibabel.spatialimages import HeaderDataError
 
 from client.scans import FourD, Reason, UnusableScan, check_shape, combine, file_kind, has_nifti_magic
+
+if TYPE_CHECKING:
+    import nibabel as nib
 
 NIFTI_NAMES = (".nii", ".nii.gz")
 DEFLATE_LIMIT = 1032
@@ -86,6 +88,9 @@ def _check_name(path: Path) -> bool:
 def _read(
     stream: io.BufferedIOBase, num_file_bytes: int, gzipped: bool, four_d: FourD
 ) -> tuple[Float32[np.ndarray, "x y z"], Float64[np.ndarray, "4 4"], int]:
+    import nibabel as nib  # here and below: a quarter of a second, and most questions read no scan
+    from nibabel.spatialimages import HeaderDataError
+
     head = stream.read(540)
     if not has_nifti_magic(head):
         raise UnusableScan(Reason.NOT_A_SCAN if len(head) >= 348 else Reason.TRUNCATED)
@@ -126,6 +131,8 @@ def _read(
 
 
 def _affine(header: "nib.Nifti1Header") -> Float64[np.ndarray, "4 4"]:
+    from nibabel.spatialimages import HeaderDataError
+
     if int(header["sform_code"]) <= 0 and int(header["qform_code"]) <= 0:
         if (header["pixdim"][1:4] == 0).any():
             raise UnusableScan(Reason.ZERO_SPACING)

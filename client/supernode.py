@@ -3,6 +3,8 @@
 SuperNode fetches questions from the centre and brings answers back; it only calls out. SuperExec starts a
 process per question (`client/app.py`), and the two share a secret, so that no other user of the machine can
 hand in an answer. A SuperNode that was killed is refused for up to 66 s (exit 305): the supervisor tries on.
+SuperNode reads the site's certificate when it starts only: when another lies there that checks out, it is
+started again between two questions.
 
 Does not do: answer anything, or read a scan.
 Source: flwr 1.41, `flower-supernode --help`.
@@ -18,10 +20,12 @@ from client.app import SITE_CONFIG
 from client.certificate_checks import certificate_check
 from client.keys import NODE_KEY, SiteKeys
 from client.site import SiteConfig
+from federation.bundle import ROOT
 from federation.certificates import utc_now
 from federation.flower_programs import (
     EXIT_MEANINGS,
     EXIT_PATTERN,
+    SUPEREXEC,
     environment,
     secret_file,
     superexec_process,
@@ -31,6 +35,10 @@ from federation.processes import ChildProcess
 
 SUPERNODE = "supernode"
 FOLDER = "processes"
+_CHECK = (
+    "import sys; root = sys.argv.pop(1); root in sys.path or sys.path.insert(0, root); "  # this code's
+    "from client.certificate_checks import main; sys.exit(main())"
+)
 
 
 def supernode_processes(config: SiteConfig, config_path: Path) -> tuple[ChildProcess, ...]:
@@ -63,6 +71,9 @@ def supernode_processes(config: SiteConfig, config_path: Path) -> tuple[ChildPro
         },
         meanings=EXIT_MEANINGS,
         exit_pattern=EXIT_PATTERN,
+        reads_once=tuple(str(keys.folder / name) for name in (CERTIFICATE, KEY, NODE_KEY, AUTHORITY)),
+        check=(sys.executable, "-P", "-c", _CHECK, str(ROOT), str(keys.folder), config.name),
+        not_while=SUPEREXEC,
     )
     runtime_api = (f"127.0.0.1:{config.port}", "--insecure")  # loopback, and the secret
     superexec = superexec_process(secret, variables, runtime_api)

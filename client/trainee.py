@@ -17,6 +17,7 @@ from torch import Tensor
 
 from client.site_state import SiteState
 from federation.plan import RunPlan
+from meduet_models.adamw import AdamW
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.teacher import Teacher
@@ -36,7 +37,7 @@ class Trainee:
 
     student: MeDUET
     teacher: Teacher
-    optimiser: torch.optim.AdamW
+    optimiser: AdamW
     shared: Mapping[str, Tensor]
     """The shared weights as they came; nothing writes to them."""
 
@@ -59,7 +60,7 @@ class Trainee:
             _load(teacher.network, kept.teacher, "the teacher that was kept")
         # Norms, biases and the mask token are not decayed.
         groups = [[p for p in student.parameters() if (p.ndim < 2) is flat] for flat in (False, True)]
-        optimiser = torch.optim.AdamW(
+        optimiser = AdamW(
             [
                 {"params": groups[0], "weight_decay": plan.training.weight_decay},
                 {"params": groups[1], "weight_decay": 0.0},

@@ -21,13 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 from jaxtyping import Float32, Float64, Int16, Shaped
 from torch import Tensor
 
-from client.dicom import find_series, read_series
 from client.nifti import read_nifti
 from client.scans import FourD, Reason, Scan, UnusableScan, accept, accept_label, file_kind
 from federation.plan import VolumePlan
@@ -48,6 +46,8 @@ def read_scan(path: Path, four_d: FourD = "first") -> Scan:
     """
     if not path.is_dir():
         return read_files([path], four_d)
+    from client.dicom import find_series
+
     members = sorted(p for p in path.iterdir() if p.is_file() and file_kind(p) == "dicom")
     series, left_over = find_series(members)
     if not series:
@@ -62,7 +62,11 @@ def read_files(files: Sequence[Path], four_d: FourD = "first") -> Scan:
     dicom = len(files) > 1 or file_kind(files[0]) == "dicom"
     if dicom and files[0].name.lower().endswith((".nii", ".nii.gz")):
         raise UnusableScan(Reason.WRONG_EXTENSION, "dicom")
-    return accept(*(read_series(files, four_d) if dicom else read_nifti(files[0], four_d)))
+    if not dicom:
+        return accept(*read_nifti(files[0], four_d))
+    from client.dicom import read_series  # pydicom takes a fifth of a second to import
+
+    return accept(*read_series(files, four_d))
 
 
 def read_label(path: Path) -> Scan:
@@ -90,9 +94,11 @@ _CORNERS = np.array(list(np.ndindex(2, 2, 2)))
 
 def _ras_order(shape: Sequence[int], affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
     """Shape and affine of the same voxels, stored towards right, anterior, superior."""
-    to_ras = nib.orientations.io_orientation(affine)
+    from nibabel.orientations import inv_ornt_aff, io_orientation  # imports all of nibabel
+
+    to_ras = io_orientation(affine)
     turned = tuple(int(n) for n in np.array(shape)[np.argsort(to_ras[:, 0])])
-    return turned, affine @ nib.orientations.inv_ornt_aff(to_ras, shape)
+    return turned, affine @ inv_ornt_aff(to_ras, shape)
 
 
 def _world(affine: np.ndarray, indices: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ refusal (`client/app.py`), or guard the reading of site.yaml, before which no de
 
 import atexit
 import faulthandler
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -82,6 +83,7 @@ def watchdog(log: Path, deadline_s: float, work: Callable[[], Answer], /, grace_
     the process then ends (exit 1) at `deadline_s + grace_s`, if it has not by itself. One at a time per
     process: Python has one such clock.
     """
+    atexit.register(gc.freeze)  # .8 s of looking for cycles among what is given up with the process anyway
     turn, done, threads = _Turn(), Future[Answer](), torch.get_num_threads()
 
     def answer() -> None:

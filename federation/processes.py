@@ -4,7 +4,8 @@ Each child has a name, a command, a log file, and pauses that grow from restart 
 refuses a SuperNode that was killed for up to 66 s, so giving up early would leave a hospital out). One
 supervisor per folder: the second is refused. Its state (`processes.json`) is rewritten whole at every change,
 for `status`. Children get SIGTERM when the supervisor dies, however it dies (Linux), and sit in process
-groups of their own, so that what they started dies with them.
+groups of their own, so that what they started dies with them. A child that reads files when it starts only
+(certificates) is started again when they have changed, a check found them fit, and nobody is disturbed.
 
 Does not do: know Flower, or decide what a child's end means.
 """
@@ -37,6 +38,7 @@ GRACE_S = 10.0
 """Seconds between SIGTERM and SIGKILL; a supervisor of supervisors needs more than its children."""
 _TICK_S = 0.2
 _LOOK_S = 2.0  # looking whether the lock is held takes it for a moment
+_FILES_LOOK_S = 1.0
 _TAIL_BYTES = 20_000
 _PR_SET_PDEATHSIG = 1
 
@@ -62,6 +64,14 @@ class ChildProcess:
     exit_pattern: str = ""
     """Regular expression for the exit status in what the program wrote, for one that tells it there; group 1
     is the number. Empty: the status that the system sees."""
+    reads_once: tuple[str, ...] = ()
+    """Paths of files that the program reads when it starts only. When one has changed, it is started
+    again."""
+    check: tuple[str, ...] = ()
+    """A command that ends with 0 if the changed files are fit; otherwise its last line is said, and the
+    program goes on with what it read. Empty: they always are."""
+    not_while: str = ""
+    """Name of the child that must have no process below it at that moment; empty: at once."""
 
 
 @dataclass
@@ -75,6 +85,10 @@ class _Running:
     in_a_row: int = 0
     last_exit: int | None = None
     kill_at: float | None = None  # asked to end, in order to be started again; killed at that time
+    read: tuple[int, ...] = ()  # times of the files as it read them, or as they were found unfit
+    seen: tuple[int, ...] = ()  # ... at the last look: whoever writes several has finished when they stay
+    check: subprocess.Popen[str] | None = None
+    is_due: bool = False  # to be started again as soon as nobody is disturbed
 
 
 class Supervisor:
@@ -92,6 +106,7 @@ class Supervisor:
         self._all = [_Running(child) for child in children]
         self._lock: TextIO | None = None
         self._asked_to_stop = False
+        self._next_look = 0.0
         if len({running.child.name for running in self._all}) < len(self._all):
             raise ValueError("Expected every child process to have a name of its own.")
 
@@ -137,6 +152,8 @@ class Supervisor:
     def poll(self) -> None:
         """Note who ended, and start again whose pause is over."""
         changed, now = False, time.monotonic()
+        if look := now >= self._next_look:
+            self._next_look = now + _FILES_LOOK_S
         for running in self._all:
             if running.process is not None and (status := running.process.poll()) is not None:
                 self._note_end(running, status, now)
@@ -147,6 +164,8 @@ class Supervisor:
                 running.restarts += 1
                 self._start(running)
                 changed = True
+            if look and running.child.reads_once:
+                self._look_at_files(running)
         if changed:
             self._write()
 
@@ -157,6 +176,11 @@ class Supervisor:
 
     def stop(self) -> None:
         """SIGTERM to the children, the last started first; SIGKILL to whole groups after the grace."""
+        for running in self._all:
+            if running.check is not None:
+                running.check.kill()
+                running.check.communicate()
+                running.check = None
         alive = [running for running in reversed(self._all) if running.process is not None]
         for running in alive:
             _signal_group(running, signal.SIGTERM, whole=False)
@@ -188,8 +212,31 @@ class Supervisor:
             running.kill_at = time.monotonic() + self._grace_s
             _signal_group(running, signal.SIGTERM, whole=False)
 
+    def _look_at_files(self, running: _Running) -> None:
+        """Start a child again for the sake of files that have changed, stay as they are, and are fit."""
+        child, now = running.child, _times(running.child.reads_once)
+        settled, running.seen = now == running.seen, now
+        if settled and now != running.read and running.check is None:
+            running.read, running.is_due = now, not child.check
+            if child.check:
+                running.check = subprocess.Popen(
+                    child.check, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                    text=True, cwd=self.folder, env={**os.environ, **child.environment},
+                    preexec_fn=_die_with_parent(),
+                )  # fmt: skip
+        if running.check is not None and (status := running.check.poll()) is not None:
+            told = running.check.communicate()[0].strip().splitlines() or [""]
+            running.check, running.is_due = None, status == 0
+            verdict = "taken up" if status == 0 else "not taken up"
+            self._say(f"what {child.name} reads has changed, and is {verdict}: {told[-1]}")
+        if running.is_due and (not child.not_while or not _descendants(self.pid(child.not_while))):
+            running.is_due = False
+            self.restart(child.name)
+
     def _start(self, running: _Running) -> None:
         child = running.child
+        running.read = running.seen = _times(child.reads_once)
+        running.is_due = False
         with self._log(running).open("ab") as log:
             running.log_start = log.tell()
             running.process = subprocess.Popen(
@@ -281,8 +328,8 @@ def main() -> int:
     children = []
     for values in json.loads(spec.read_text(encoding="utf-8")):
         meanings = {int(status): words for status, words in values.pop("meanings").items()}
-        command = tuple(values.pop("command"))
-        children.append(ChildProcess(command=command, meanings=meanings, **values))
+        values |= {name: tuple(values[name]) for name in ("command", "reads_once", "check")}
+        children.append(ChildProcess(**{**values, "meanings": meanings}))
     try:
         with Supervisor(children, spec.parent, say) as supervisor:
             say(f"running: {', '.join(child.name for child in children)}; logs in {spec.parent}")
@@ -332,6 +379,25 @@ def _signal_group(running: _Running, number: signal.Signals, whole: bool) -> Non
             running.process.send_signal(number)
     except ProcessLookupError:
         return
+
+
+def _times(paths: Iterable[str]) -> tuple[int, ...]:
+    """When each of the files was written last, ns; 0 for one that is not there."""
+    return tuple(path.stat().st_mtime_ns if path.is_file() else 0 for path in map(Path, paths))
+
+
+def _descendants(pid: int | None) -> list[int]:
+    """Processes that `pid` started and that live; none of a process that does not run."""
+    found = []
+    for listed in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in listed.read_text(encoding="ascii").split():
+            try:
+                state = Path(f"/proc/{child}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if state != "Z":
+                found.append(int(child))
+    return found
 
 
 def _status_words(status: int) -> str:

@@ -28,6 +28,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from meduet_models.adamw import AdamW
 from meduet_models.bank import StyleBank
 from meduet_models.diffusion.conditioner import Conditioner
 from meduet_models.diffusion.conditions import Condition, Conditions, Examples, ExampleSource
@@ -85,7 +86,7 @@ class DiffusionTrainee:
         self.ema = copy.deepcopy(transformer).eval().requires_grad_(False)
         self.projector = _projector(transformer, conditioner, seed) if settings.alignment else None
         parameters = dict(self._parameters())
-        self._optimiser = torch.optim.AdamW(
+        self._optimiser = AdamW(
             [
                 {
                     "params": [p for p in parameters.values() if p.ndim > 1],

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
 
-from client.dicom import find_series, modality_of
+from client.dicom import find_series
+from client.layouts import modality_of
 from client.scans import Reason, UnusableScan
 from client.volumes import read_files, read_scan
 

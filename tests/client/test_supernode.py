@@ -2,6 +2,8 @@
 
 import dataclasses
 import stat
+import subprocess
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from client.site import SiteConfig, load_site_config
 from client.supernode import supernode_processes
 from federation.certificates import utc_now
 from meduet_models.tokenizer import TokenizerSpec
-from server.provisioning import ConsortiumSettings, SiteEntry, provision
+from server.provisioning import ConsortiumSettings, SiteEntry, open_office, provision
 
 YAML = """\
 name: north
@@ -61,6 +63,29 @@ def test_the_centre_is_reached_with_the_sites_certificate_and_loopback_with_a_se
     node_key = Path(told["--auth-supernode-private-key"])
     assert stat.S_IMODE(node_key.stat().st_mode) == 0o600
     load_ssh_private_key(node_key.read_bytes(), None)
+
+
+def test_a_renewed_certificate_is_watched_for_and_only_one_that_checks_out_is_taken_up(
+    config: SiteConfig, site_yaml: Path, tmp_path: Path
+) -> None:
+    supernode, superexec = supernode_processes(config, site_yaml)
+    keys = site_yaml.parent / "keys"
+    assert {str(keys / "site.pem"), str(keys / "site.key"), str(keys / "ca.pem")} <= {*supernode.reads_once}
+    assert supernode.not_while == superexec.name  # which starts a process for each question
+
+    def check() -> tuple[int, str]:
+        done = subprocess.run(supernode.check, capture_output=True, text=True, cwd=tmp_path, check=False)
+        return done.returncode, done.stdout
+
+    before = (keys / "site.pem").read_bytes()
+    renewed = open_office(tmp_path / "consortium").renew_site("north", utc_now() + timedelta(minutes=1))
+    install(renewed, tmp_path, utc_now() + timedelta(minutes=2))
+    assert (keys / "site.pem").read_bytes() != before
+    status, said = check()
+    assert (status, said.count("\n")) == (0, 1) and "of test, until" in said
+    (keys / "site.pem").write_bytes((keys / "ca.pem").read_bytes())
+    status, said = check()
+    assert (status, said.count("\n")) == (1, 1) and "for another" in said
 
 
 def test_a_key_that_others_may_read_is_refused_with_the_command_that_helps(

@@ -192,3 +192,57 @@ def test_a_second_supervisor_of_the_folder_is_refused(tmp_path: Path) -> None:
 
 def test_there_is_no_state_where_nothing_ever_ran(tmp_path: Path) -> None:
     assert read_state(tmp_path) is None
+
+
+def test_a_file_that_is_read_once_restarts_its_child_when_it_is_fit_and_nobody_is_disturbed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_FILES_LOOK_S", 0.05)
+    said: list[str] = []
+    read, busy = tmp_path / "certificate", tmp_path / "busy"
+    read.write_text("first")
+    check = f"import sys; text = open({str(read)!r}).read(); print('it is', text); sys.exit('bad' in text)"
+    works = (
+        "import pathlib, subprocess, sys, time\n"
+        f"busy = pathlib.Path({str(busy)!r})\n"
+        "while True:\n"
+        "    if busy.exists():\n"
+        "        child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "        while busy.exists(): time.sleep(0.02)\n"
+        "        child.kill()\n"  # and never waited for: what has ended does not count
+        "    time.sleep(0.02)\n"
+    )
+    children = (
+        ChildProcess(
+            name="node",
+            command=SLEEPS,
+            reads_once=(str(read), str(tmp_path / "key")),
+            check=(sys.executable, "-c", check),
+            not_while="worker",
+        ),
+        ChildProcess(name="worker", command=(sys.executable, "-c", works)),
+    )
+    with Supervisor(children, tmp_path / "state", said.append) as supervisor:
+        first, worker = supervisor.pid("node"), supervisor.pid("worker")
+
+        def says(words: str) -> Callable[[], bool]:
+            return lambda: supervisor.poll() is None and any(words in line for line in said)
+
+        read.write_text("bad one")
+        until(says("not taken up: it is bad one"))
+        busy.touch()
+        until(lambda: bool(processes._descendants(worker)))
+        read.write_text("good one")
+        until(says("is taken up: it is good one"))
+        for _ in range(20):
+            supervisor.poll()
+            time.sleep(0.02)
+        assert supervisor.pid("node") == first, "started again while a question was being answered"
+        busy.unlink()
+        until(says("node ended as asked"))
+        until(lambda: supervisor.poll() is None and supervisor.pid("node") not in (None, first))
+        assert supervisor.pid("worker") == worker
+        again = supervisor.pid("node")
+        (tmp_path / "key").write_text("a file that was not there")
+        until(lambda: supervisor.poll() is None and supervisor.pid("node") not in (None, again))
+    assert sum("taken up" in line for line in said) == 3

@@ -1,0 +1,28 @@
+"""AdamW, as PyTorch has it, without loading PyTorch's compiler.
+
+A process that answers one question takes a few steps and ends. Of its processor time 1.5 s went into
+importing `torch._dynamo` and sympy: PyTorch 2.13 wraps an optimiser's methods for `torch.compile`, and each
+wrapper imports the compiler at its first call, although nothing is compiled. Here the same methods are called
+below their wrappers. Networks that a site compiles (site.yaml: compile) do not care: an optimiser is never in
+what is compiled.
+
+Does not do: any arithmetic of its own; steps are PyTorch's, to the last bit. Were PyTorch to wrap its methods
+in another way, nothing would change but the seconds.
+Source: torch 2.13, `torch/_compile.py` and `_use_grad_for_differentiable` of `torch/optim/optimizer.py`.
+"""
+
+from inspect import unwrap
+
+import torch
+
+
+class AdamW(torch.optim.AdamW):
+    """`torch.optim.AdamW`, for steps without a closure that nobody differentiates or compiles."""
+
+    add_param_group = unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = unwrap(torch.optim.AdamW.zero_grad)
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        """Change the parameters by their gradients."""
+        unwrap(torch.optim.AdamW.step)(self)
