@@ -1,5 +1,5 @@
-"""Not collected unless asked for (`make faults`, which starts every file at once): minutes, gigabytes, and
-ports.
+"""Not collected unless asked for (`make faults`, which runs the files beside each other): minutes, gigabytes,
+and ports.
 
 With `--faults-page FILE`, what the tests saw is written there at the end, if all of them passed.
 """

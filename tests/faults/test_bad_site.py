@@ -17,7 +17,7 @@ from tests.faults.page import Book
 pytestmark = pytest.mark.faults
 
 WAYS: dict[str, tuple[dict[str, Any], str, str]] = {
-    # first: the other consortia of `make faults` need the processors most at the beginning
+    # first: it computes nothing while the other consortia of `make faults` begin
     "a site hangs": (
         {"do": "hang", "at_step": 1},
         "refused: deadline",
