@@ -247,7 +247,7 @@ class Supervisor:
                 env={**os.environ, **child.environment},
                 cwd=self.folder,
                 start_new_session=True,
-                preexec_fn=_die_with_parent(),  # the supervisor has one thread
+                preexec_fn=die_with_parent(),  # the supervisor has one thread
             )
         running.started = time.monotonic()
 
@@ -404,14 +404,15 @@ def _status_words(status: int) -> str:
     return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit {status}"
 
 
-def _die_with_parent() -> Callable[[], None]:
-    """A function for the child to call: the kernel sends it SIGTERM when its parent is gone."""
+def die_with_parent(number: signal.Signals = signal.SIGTERM) -> Callable[[], None]:
+    """A function for the child to call (`preexec_fn`): the kernel sends it this signal when its parent is
+    gone, to be exact the thread that started it. Raises `ValueError` where there is no Linux."""
     if not sys.platform.startswith("linux"):
         raise ValueError("Expected Linux: elsewhere children could outlive their supervisor.")
     prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
 
     def ask() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        prctl(_PR_SET_PDEATHSIG, number)
         if os.getppid() != parent:  # it died before we asked
             os._exit(1)
 

@@ -116,7 +116,7 @@ def provision(folder: Path, overrides: Sequence[str], live: Live, made: Made | N
     simulation = prepare(plain(settings), live, made)
     plan, configs = simulation.plan, simulation.consortium.configs
     proxy = "nginx" if nginx_is_there() else "none"
-    ports = _free_ports(3 + len(configs))
+    ports = reserve_ports(3 + len(configs))
     address = f"localhost:{ports[2] if proxy == 'nginx' else ports[0]}"
     sites = tuple(SiteEntry(name=config.name) for config in configs)
     consortium = ConsortiumSettings(name="poc", server=address, sites=sites, valid_days=90)
@@ -229,16 +229,20 @@ def _plain(value: Any) -> Any:
             return value
 
 
-def _free_ports(count: int) -> list[int]:
-    """Ports that are free now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
+def reserve_ports(count: int) -> list[int]:
+    """Ports that are free now, and that no other consortium is given as long as this program lives.
+
+    Each stays bound here without being listened on: servers that ask for an address that is in use
+    (SO_REUSEADDR), as all of ours do, may have it; whoever asks for any free port gets another.
+    """
+    ports = []
+    for _ in range(count):
+        with socket.socket() as one:
             one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            ports.append(one.getsockname()[1])
+            one.detach()  # stays open until this program ends
+    return ports
 
 
 def main() -> int:

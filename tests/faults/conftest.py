@@ -1,4 +1,5 @@
-"""Not collected unless asked for (`make faults`): minutes, gigabytes, and ports.
+"""Not collected unless asked for (`make faults`, which runs the files beside each other): minutes, gigabytes,
+and ports.
 
 With `--faults-page FILE`, what the tests saw is written there at the end, if all of them passed.
 """
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.page import Book
+from tests.faults.page import Book, write_page
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,4 +28,4 @@ def book(request: pytest.FixtureRequest) -> Iterator[Book]:
     yield book
     path = request.config.getoption("--faults-page")
     if path is not None and not request.session.testsfailed:
-        book.write(path, time.monotonic() - begun)
+        write_page(path, [book], time.monotonic() - begun)

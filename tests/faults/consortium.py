@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ import yaml
 from torch import Tensor
 
 from client.site import SiteConfig, load_site_config
-from federation.processes import ChildProcess, Supervisor, read_state
+from federation.processes import ChildProcess, Supervisor, die_with_parent, read_state
 from meduet_models.weights import load_weights
 from server.app import RunObserver
 from server.app_folder import ROOT
@@ -206,6 +205,7 @@ def beside(config: Path, more: Mapping[str, str] | None = None) -> Iterator[Call
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        preexec_fn=die_with_parent(),
     )
     path = load_site_config(config).state_dir / "processes" / "supernode.log"
     try:
@@ -230,14 +230,6 @@ def command(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         timeout=120,
         check=False,
     )
-
-
-def free_port() -> int:
-    """A port of this machine that nobody has now."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-    return port
 
 
 def family(pid: int) -> list[int]:

@@ -20,20 +20,20 @@ import yaml
 from client.keys import install
 from federation.certificates import certificate_pem, key_pem, new_key, utc_now
 from federation.kits import AUTHORITY, CERTIFICATE, CONNECTION, KEY, README, SETTINGS, Connection, pack_kit
+from federation.processes import die_with_parent
 from federation.published_plan import PublishedPlan
 from server.app_folder import ROOT
 from server.control import Control
 from server.plans import publish
 from server.provisioning import ConsortiumSettings, Office, SiteEntry, open_office, provision
 from server.status import read_status
-from simulations.poc import Poc
+from simulations.poc import Poc, reserve_ports
 from tests.faults.consortium import (
     SABOTEUR,
     Consortium,
     beside,
     command,
     consortium,
-    free_port,
     reroute,
     site_command,
     undisturbed,
@@ -90,7 +90,7 @@ def settled(up: Consortium, name: str, home: Path) -> Path:
         "name": name,
         "state_dir": str(home / "state"),
         "keys_dir": str(home / "keys"),
-        "port": free_port(),
+        "port": reserve_ports(1)[0],
     }
     (home / SETTINGS).write_text(yaml.safe_dump(yaml.safe_load(first.read_text()) | own, sort_keys=False))
     return home / SETTINGS
@@ -240,6 +240,7 @@ def running(up: Consortium, plan: Path, folder: Path) -> Iterator[Path]:
         [sys.executable, "-m", "server.cli", *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
+        preexec_fn=die_with_parent(),
     )
     try:
         yield folder

@@ -1,5 +1,6 @@
 """`meduet-server poc` says in one line what it cannot do; tests/faults run the whole of it."""
 
+import socket
 import sys
 from pathlib import Path
 
@@ -44,3 +45,16 @@ def test_it_says_where_how_long_and_where_to_look(
     assert typed(monkeypatch, "2", tmp_path / "new") == 0
     said = capsys.readouterr().out
     assert f"meduet-server status {tmp_path / 'new' / 'run'}" in said and "remove" in said
+
+
+def test_a_reserved_port_is_nobody_elses_until_the_server_it_is_for_listens_on_it() -> None:
+    ports = poc.reserve_ports(20)
+    assert len({*ports, *poc.reserve_ports(20)}) == 40
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("127.0.0.1", ports[0]))
+    for _ in range(2):  # and again, when it was restarted
+        with (
+            socket.create_server(("127.0.0.1", ports[0])) as server,
+            socket.create_connection(("127.0.0.1", ports[0])),
+        ):
+            server.accept()[0].close()
