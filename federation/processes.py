@@ -222,7 +222,7 @@ class Supervisor:
                 running.check = subprocess.Popen(
                     child.check, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                     text=True, cwd=self.folder, env={**os.environ, **child.environment},
-                    preexec_fn=_die_with_parent(),
+                    preexec_fn=die_with_parent(),
                 )  # fmt: skip
         if running.check is not None and (status := running.check.poll()) is not None:
             told = running.check.communicate()[0].strip().splitlines() or [""]
