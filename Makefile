@@ -20,7 +20,7 @@ demo: .venv/.installed   ## three simulated hospitals pretrain together; ends wi
 test: .venv/.installed   ## the tests (minutes on 2 cores)
 	$(BIN)/python -m pytest -q
 
-faults: .venv/.installed  ## kill, cut and lie to a consortium of real processes (under 15 minutes on 2 cores, 12 GB); writes docs/faults.md
+faults: .venv/.installed  ## kill, cut and lie to a consortium of real processes (under 15 minutes on 2 cores, 8 GB); writes docs/faults.md
 	$(BIN)/python -m tests.faults docs/faults.md
 
 check: .venv/.installed  ## ruff, mypy, import contracts
