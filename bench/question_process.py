@@ -14,9 +14,10 @@ The floor in the same run: a process that imports PyTorch and Flower's program f
 ends. A question can be below it: it leaves out some of Flower's program, and of Python's way out. Other code
 (MEASURED) is taken to start with Flower's program as it comes.
 
-Found, three of each on a busy machine: a question 2.57 s, the floor 3.78 s (.68). As it was before, 5.57 s and
-3.87 s (1.44): PyTorch's compiler 1.5 s, imported by its optimisers; at the way out 1.2 s for finding cycles among
-1,100 more modules; Flower's data base .5 s; nibabel and pydicom .2 s. What is left is importing PyTorch (1.4 s).
+Found, three of each on a busy machine: a question 2.57 s, the floor 3.78 s (.68). As it was before: 5.57 s
+and 3.87 s (1.44). Gone are PyTorch's compiler, imported by its optimisers (1.1 s), the search for cycles at
+the way out (1.2 s), SuperNode's libraries in Flower's program (.5 s), nibabel and pydicom. Most of what is
+left is the import of PyTorch.
 
 Not importable; not shipped.
 """
