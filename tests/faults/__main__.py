@@ -58,7 +58,7 @@ def relay(file: Path, tests: subprocess.Popen[str]) -> int:
 
 def main() -> int:
     """Run every file, write the page; 1 if a test failed."""
-    begun = time.monotonic()
+    begun, page = time.monotonic(), Path(sys.argv[1])
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
     folder = Path(tempfile.mkdtemp(prefix="meduet-faults-"))
     tests: list[subprocess.Popen[str]] = []
@@ -78,11 +78,15 @@ def main() -> int:
     if failed := [file.name for file, status in zip(FILES, statuses, strict=True) if status]:
         sys.stdout.write(f"failed after {took:.0f} s: {', '.join(failed)}; no page written. See {folder}\n")
         return 1
-    write_page(Path(sys.argv[1]), [Book.of_page(page_of(file, folder)) for file in FILES], took)
+    write_page(page, [Book.of_page(page_of(file, folder)) for file in FILES], took)
     shutil.rmtree(folder)
-    sys.stdout.write(f"all passed, {took:.0f} s: {sys.argv[1]}\n")
+    sys.stdout.write(f"all passed, {took:.0f} s: {page}\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.stdout.write("interrupted; every process was stopped\n")
+        sys.exit(130)
