@@ -10,6 +10,7 @@ passes.
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -86,8 +87,8 @@ def make_client_app(
         def answer(site: Site, content: RecordDict) -> RecordDict:
             ask = read(content)
             plan = _plan(ask)
-            log, deadline_s = site.state_dir / LOG_NAME, plan.aggregation.deadline_s
-            released = watch(log, deadline_s, lambda: work(site, ask, plan))
+            left_s = _left_s(message.metadata.created_at, plan.aggregation.deadline_s)
+            released = watch(site.state_dir / LOG_NAME, left_s, lambda: work(site, ask, plan))
             return _mail(released, ask.plan_sha256, site.name)
 
         return _behind_the_wall(message, context, open_the_site, answer)
@@ -219,6 +220,12 @@ def _plan(ask: Ask) -> RunPlan:
         text = "Expected the plan's canonical JSON; it says the same in other words, under another hash."
         raise AskRefused(text, RefusalKind.MALFORMED)
     return plan
+
+
+def _left_s(asked: float, deadline_s: float) -> float:
+    """Seconds left of the deadline of a question that was asked at this time (of the centre's clock):
+    fetching it and starting this process took some. A clock that is behind takes none."""
+    return deadline_s - min(max(time.time() - asked, 0.0), deadline_s)
 
 
 def _kind(error: Exception) -> RefusalKind:

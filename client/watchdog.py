@@ -46,7 +46,8 @@ class Watch(Protocol):
     """Around the work of an answer."""
 
     def __call__(self, log: Path, deadline_s: float, work: Callable[[], Answer], /) -> Answer:
-        """What `work` gives, or raises. `log`: the site's log file; `deadline_s`: the plan's, in seconds."""
+        """What `work` gives, or raises. `log`: the site's log file; `deadline_s`: seconds left of the
+        plan's."""
 
 
 class _Turn:
@@ -103,8 +104,8 @@ def watchdog(log: Path, deadline_s: float, work: Callable[[], Answer], /, grace_
         if not done.done() and turn.give_up():
             faulthandler.dump_traceback(file, all_threads=True)
             raise DeadlineMissed(
-                f"Expected an answer within {DEADLINE_SHARE:g} of aggregation.deadline_s ({deadline_s:g} s); "
-                "where every thread stood is above."
+                f"Expected an answer within {DEADLINE_SHARE:g} of what was left of aggregation.deadline_s "
+                f"({deadline_s:.1f} s); where every thread stood is above."
             )
         return done.result()
     except BaseException:

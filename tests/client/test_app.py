@@ -92,9 +92,9 @@ def asks(plan: RunPlan, toy_bank: Any) -> dict[str, RecordDict]:
     }
 
 
-def send(app: ClientApp, kind: str, content: RecordDict) -> RecordDict:
+def send(app: ClientApp, kind: str, content: RecordDict, ago_s: float = 0.0) -> RecordDict:
     context = Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={})
-    metadata = Metadata(1, "id", 1, 2, "", "", time.time(), 60.0, kind)
+    metadata = Metadata(1, "id", 1, 2, "", "", time.time() - ago_s, 60.0, kind)
     reply = app(Message(content=content, metadata=metadata), context)
     assert (reply.metadata.reply_to_message_id, reply.metadata.message_type) == ("id", kind)
     assert not reply.has_error()
@@ -278,6 +278,21 @@ def test_under_the_watchdog_a_site_answers_the_same_and_logs_in_its_own_file(
     site.scans = fail  # type: ignore[method-assign]
     assert Refusal.from_record(send(watched, TRAIN, asks[TRAIN])).kind is RefusalKind.COHORT_TOO_SMALL
     assert SECRET in (tmp_path / "watched" / LOG_NAME).read_text()
+
+
+@pytest.mark.parametrize(("ago_s", "taken_s"), [(0.0, 0.0), (25.0, 25.0), (-500.0, 0.0)])
+def test_what_passed_before_the_process_began_is_taken_off_the_deadline(
+    asks: dict[str, RecordDict], plan: RunPlan, folder: Path, toy_scans: Any, ago_s: float, taken_s: float
+) -> None:
+    left = []
+
+    def watch(log: Path, deadline_s: float, work: Callable[[], Any], /) -> Any:
+        left.append(plan.aggregation.deadline_s - deadline_s)
+        return work()
+
+    watched = make_client_app(lambda context: ToySite(folder, toy_scans(PATIENTS[:5])), watch=watch)
+    assert kind_of(send(watched, SURVEY, asks[SURVEY], ago_s)) == "survey_reply"
+    assert left == [pytest.approx(taken_s, abs=10.0)]
 
 
 def test_a_site_that_hangs_says_deadline_and_where_it_stood_stays_at_the_site(
