@@ -58,7 +58,7 @@ BAD = "north"
 FIRST = 2
 """In round 1 it is honest."""
 ROUNDS = FIRST + len(WAYS)
-DEADLINE_S = 240
+DEADLINE_S = 150
 """A tenth of it is for starting the process and for saying so, on cores that others use, too."""
 PLAN = (
     "hospitals.num_hospitals=3",
