@@ -14,6 +14,9 @@ from torch import Tensor
 _ROUNDING = 2.0**-20
 """Head-room for rounding of scaled float32 values: eight times half a unit in the last place."""
 
+_SMALLEST = 2.0**-500
+"""A shorter vector may be so because the squares of its values vanished."""
+
 
 @dataclass(frozen=True)
 class Bounded:
@@ -29,14 +32,18 @@ class Bounded:
 
 def joint_norm(tensors: Mapping[str, Tensor]) -> float:
     """L2 norm of all tensors as one vector, in float64 without overflow; NaN if any value is NaN."""
-    peaks = [float(t.detach().abs().max()) for t in tensors.values() if t.numel()]
-    if any(math.isnan(peak) for peak in peaks):
-        return math.nan
-    peak = max(peaks, default=0.0)
-    if peak == 0.0 or math.isinf(peak):
+    norms = [_norm(tensor.detach()) for tensor in tensors.values() if tensor.numel()]
+    return math.nan if any(map(math.isnan, norms)) else math.hypot(*norms)
+
+
+def _norm(tensor: Tensor) -> float:
+    norm = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+    if _SMALLEST < norm < math.inf or math.isnan(norm):
+        return norm
+    peak = float(tensor.abs().max())  # squares of float64 values may leave its range
+    if peak == 0.0 or not math.isfinite(peak):
         return peak
-    total = sum(float((t.detach().to(torch.float64) / peak).square().sum()) for t in tensors.values())
-    return peak * math.sqrt(total)
+    return peak * float(torch.linalg.vector_norm(tensor.double() / peak))
 
 
 def clip_factor(norm: float, bound: float) -> float:
