@@ -10,9 +10,8 @@ read from a file.
     MEASURED=/another/checkout python bench/question_process.py       the same of other code
 
 Seconds are user + system of the process, the median; they hold on a busy machine where elapsed ones do not.
-The floor in the same run: a process that imports PyTorch and Flower's program for a question as it comes, and
-ends. A question can be below it: it leaves out some of Flower's program, and of Python's way out. Other code
-(MEASURED) is taken to start with Flower's program as it comes.
+The floor in the same run: a process that imports PyTorch and Flower's program for a question, and ends. A
+question can be below it: it leaves out some of Python's way out.
 
 Found, three of each on a busy machine: a question 2.57 s, the floor 3.78 s (.68). As it was before: 5.57 s
 and 3.87 s (1.44). Gone are PyTorch's compiler, imported by its optimisers (1.1 s), the search for cycles at
@@ -94,10 +93,7 @@ def answer(folder: Path, site_yaml: str, round: int) -> None:
     """One process: floor, our imports, the question, the answer; prints what each stage took."""
     import torch  # noqa: F401
 
-    if round == 0 or os.environ.get("MEASURED"):
-        from flwr.supernode.cli import flwr_clientapp  # noqa: F401, Flower's program as it comes
-    else:
-        from flwr.supernode.runtime.run_clientapp import run_clientapp  # noqa: F401, as client/supernode.py has it
+    from flwr.supernode.cli import flwr_clientapp  # noqa: F401, Flower's program
 
     at = [cpu_s()]
     if round == 0:
