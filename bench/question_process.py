@@ -13,10 +13,9 @@ Seconds are user + system of the process, the median; they hold on a busy machin
 The floor in the same run: a process that imports PyTorch and Flower's program for a question, and ends. A
 question can be below it: it leaves out some of Python's way out.
 
-Found, three of each on a busy machine: a question 2.57 s, the floor 3.78 s (.68). As it was before: 5.57 s
+Found, three of each on a busy machine: a question 2.78 s, the floor 3.16 s (.88). As it was before: 5.57 s
 and 3.87 s (1.44). Gone are PyTorch's compiler, imported by its optimisers (1.1 s), the search for cycles at
-the way out (1.2 s), SuperNode's libraries in Flower's program (.5 s), nibabel and pydicom. Most of what is
-left is the import of PyTorch.
+the way out (1.2 s), nibabel and pydicom. What is left is the import of PyTorch and Flower.
 
 Not importable; not shipped.
 """
