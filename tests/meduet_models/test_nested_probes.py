@@ -102,7 +102,7 @@ def test_all_tokens_of_150_scans_take_seconds() -> None:
     nested_site_probe(
         token_features(tokens, "tokens"), [i % 4 for i in range(152)], [str(i // 4) for i in range(152)], 0
     )
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 20  # some 3 on an idle machine
 
 
 def test_a_reading_is_a_function_of_its_seed_and_leaves_the_global_draw_alone() -> None:
