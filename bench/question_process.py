@@ -91,7 +91,6 @@ def prepare(folder: Path) -> Path:
 def answer(folder: Path, site_yaml: str, round: int) -> None:
     """One process: floor, our imports, the question, the answer; prints what each stage took."""
     import torch  # noqa: F401
-
     from flwr.supernode.cli import flwr_clientapp  # noqa: F401, Flower's program
 
     at = [cpu_s()]
