@@ -20,14 +20,7 @@ from typing import TypeVar
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from federation.plan import WIRE_VERSION, RunPlan, WireDtype
-from federation.wire import (
-    GROWTH,
-    MessageError,
-    RefusalKind,
-    Tensors,
-    array_record,
-    tensors_of,
-)
+from federation.wire import GROWTH, MessageError, RefusalKind, Tensors, array_record, tensors_of
 from meduet_models.objective import LossWeights
 
 __all__ = [
@@ -434,15 +427,11 @@ class Head:
 
     def wire_dtype(self) -> WireDtype:
         """How the message's values travel."""
-        match self.take("wire_dtype", str):
-            case "float32":
-                return "float32"
-            case "bfloat16":
-                return "bfloat16"
-            case "mxint8":
-                return "mxint8"
-            case other:
-                raise MessageError(f"Expected wire_dtype {', '.join(GROWTH)}; got {other[:40]!r}.")
+        said = self.take("wire_dtype", str)
+        for wire_dtype in GROWTH:
+            if said == wire_dtype:
+                return wire_dtype
+        raise MessageError(f"Expected wire_dtype {', '.join(GROWTH)}; got {said[:40]!r}.")
 
     def tensors(self, name: str, wire_dtype: WireDtype = "float32", copy: bool = True) -> Tensors:
         """The arrays of a record, as tensors."""

@@ -63,27 +63,30 @@ def _plan(chosen: argparse.Namespace, console: Console) -> None:
             f"Expected no other plan at {chosen.out}; there is one. Name another file with --out."
         )
     write_whole(chosen.out, made.to_json())
-    lines = [
+    _say(
+        console,
         f"{chosen.out}",
         f"plan {made.sha256}",
         f"{len(made.sites)} sites, {made.training.rounds} rounds; publish it with:",
         f"  meduet-server submit {chosen.out}",
-    ]
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    )
 
 
 def _submit(chosen: argparse.Namespace, console: Console) -> None:
     from server.plans import publish
 
     path, published = publish(chosen.plan, chosen.out, chosen.finetuning)
-    lines = [
+    _say(
+        console,
         f"{path}",
         f"plan {published.sha256}",
         f"code {published.bundle_sha256}",
         f"Send the file to {', '.join(published.plan.sites)}; it holds no secret. There:",
         f"  meduet-site plan show {path.name} --config site.yaml",
         f"  meduet-site plan approve {published.sha256[:12]} --config site.yaml",
-    ]
+    )
+
+
+def _say(console: Console, *lines: str) -> None:
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
