@@ -184,5 +184,4 @@ class StateFolder:
 
 def _named(state: SiteState) -> dict[str, Tensor]:
     """The tensors of a state, by part and name."""
-    parts = {"home": state.home, "teacher": state.teacher, "optimiser": state.optimiser}
-    return {f"{part}:{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
+    return {f"{part}:{name}": tensor for part in _PARTS for name, tensor in getattr(state, part).items()}

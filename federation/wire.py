@@ -114,12 +114,11 @@ def rounded(tensor: Tensor, wire_dtype: WireDtype) -> Tensor:
 
 def num_bytes(tensors: Mapping[str, Tensor], wire_dtype: WireDtype) -> int:
     """Bytes of the values of these tensors on the wire, without index and headers."""
-    total = 0
-    for tensor in tensors.values():
-        kind = travels_as(tensor, wire_dtype)
-        total += tensor.numel() * np.dtype(_NUMPY[kind]).itemsize
-        total += microscaling.num_blocks(tensor.numel()) if kind == "mxint8" else 0
-    return total
+    return sum(
+        size * np.dtype(_NUMPY[row]).itemsize
+        for tensor in tensors.values()
+        for row, size in _parts(travels_as(tensor, wire_dtype), tensor.shape)
+    )
 
 
 def tensors_of(record: ArrayRecord, wire_dtype: WireDtype = "float32", copy: bool = True) -> Tensors:
