@@ -23,13 +23,13 @@ import torch
 from scipy.stats import t as student_t
 from torch import Tensor
 
-from meduet_models.bank import StyleBank
 from meduet_models.content_code import RenderingMoments, fit_content_code
 from meduet_models.erasure import ErasureMoments, erase, fit_erasure
 from meduet_models.meduet import MeDUET
-from meduet_models.probes import site_probe
-from meduet_models.recognition import retrieval_across_sites
-from meduet_models.style import StyleLayout, StyleMoments
+from meduet_models.probes.quick import site_probe
+from meduet_models.probes.recognition import retrieval_across_sites
+from meduet_models.style.bank import StyleBank
+from meduet_models.style.moments import StyleLayout, StyleMoments
 
 SITES = variants.SITES
 BOUND = 1e6

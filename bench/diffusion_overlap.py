@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from server.app import RunObserver
 from server.config import compose_config, plain
-from simulations.hospitals import make_hospitals
-from simulations.in_process import fixed_threads
+from simulations.engines.in_process import fixed_threads
+from simulations.hospitals.make import make_hospitals
 from simulations.progress import Live
 from simulations.run import Made, prepare, simulate
 from simulations.settings import settings_from

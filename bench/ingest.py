@@ -40,12 +40,12 @@ from monai.transforms import (
 from scipy.ndimage import gaussian_filter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from client.cohort import Cohort, open_cohort
-from client.cohort_memo import remembered
-from client.fingerprints import SETTLED_S
-from client.latent_cache import LatentCache
+from client.latents.cache import LatentCache
+from client.scans.cohort import Cohort, open_cohort
+from client.scans.cohort_memo import remembered
+from client.scans.fingerprints import SETTLED_S
 from federation.plan import VolumePlan
-from meduet_models.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
+from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
 
 
 class Seconds(NamedTuple):

@@ -23,14 +23,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from federation.diffusion_plan import DiffusionPlan
-from federation.latents import LatentsReply, items_per_chunk
+from federation.exchanges.latents import LatentsReply, items_per_chunk
 from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan, VolumePlan
 from meduet_models.diffusion.conditions import Examples
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.meduet import NetworkConfig
 from meduet_models.objective import ObjectiveConfig
-from server.latent_bank import LatentBank
-from server.latent_index import Item
+from server.latent_bank.bank import LatentBank
+from server.latent_bank.index import Item
 
 MEGABYTE = 2**20
 BATCH = 16

@@ -32,19 +32,19 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from meduet_models.bank import StyleBank
 from meduet_models.demixing import hidden_mean, mix_tokens, unmix_tokens
 from meduet_models.distillation import squared_distance
 from meduet_models.erasure import ErasureMoments, fit_erasure
 from meduet_models.factors import Factors
 from meduet_models.meduet import MeDUET, NetworkConfig
 from meduet_models.objective import LossWeights, MeduetObjective, ObjectiveConfig, StepBatch, draw_step
-from meduet_models.patch_pca import PatchMoments
-from meduet_models.probes import site_probe
-from meduet_models.recognition import retrieval_across_sites
-from meduet_models.style import StyleLayout, StyleMoments
+from meduet_models.probes.quick import site_probe
+from meduet_models.probes.recognition import retrieval_across_sites
+from meduet_models.style.bank import StyleBank
+from meduet_models.style.moments import StyleLayout, StyleMoments
 from meduet_models.teacher import Teacher, momentum_at
-from meduet_models.tokenizer import pca_tokenizer
+from meduet_models.tokenizer.patch_pca import PatchMoments
+from meduet_models.tokenizer.tokenizer import pca_tokenizer
 
 SHAPE, SITES, TRAINED, BATCH, PEAK = (32, 48, 32), ("plain", "curve", "coil", "noise"), 148, 8, 2e-3
 SIZE = dict(

@@ -20,19 +20,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from client.batches import Batches, step_generator
-from client.site_state import SiteState
-from client.trainee import Trainee
-from client.training import train_round
-from client.volumes import prepare, read_scan
+from client.latents.batches import Batches, step_generator
+from client.scans.volumes import prepare, read_scan
+from client.training.pretraining import train_round
+from client.training.site_state import SiteState
+from client.training.trainee import Trainee
 from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan, VolumePlan
 from federation.survey import survey_layout
-from meduet_models.bank import StyleBank
 from meduet_models.meduet import MeDUET, NetworkConfig
 from meduet_models.objective import LossWeights, MeduetObjective, ObjectiveConfig
 from meduet_models.sharing import home_keys, shared_keys
-from meduet_models.style import StyleMoments
-from meduet_models.tokenizer import TokenizerSpec, load_tokenizer
+from meduet_models.style.bank import StyleBank
+from meduet_models.style.moments import StyleMoments
+from meduet_models.tokenizer.tokenizer import TokenizerSpec, load_tokenizer
 
 SITES, PATIENTS, HELD_OUT = ("one", "two", "three"), 30, 10
 CPU = torch.device("cpu")

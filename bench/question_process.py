@@ -55,11 +55,11 @@ def prepare(folder: Path) -> Path:
     """Three simulated hospitals with encoded scans, and a question; a site's site.yaml."""
     from safetensors.torch import save_file
 
+    from client.latents.style_moments import survey
     from client.site import load_site_config, open_site
-    from client.style_survey import survey
-    from meduet_models.bank import StyleBank
     from meduet_models.meduet import MeDUET
     from meduet_models.sharing import home_keys, shared_keys
+    from meduet_models.style.bank import StyleBank
     from simulations.poc import provision
     from simulations.progress import Live
 

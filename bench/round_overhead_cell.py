@@ -26,9 +26,9 @@ from federation.journal import Journal
 from federation.processes import GRACE_S, ChildProcess, Supervisor
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import shared_keys
-from server.app_folder import ROOT, write_app_folder
 from server.config import compose_config, plain
-from server.control import Control, ControlFailed
+from server.deployment.app_folder import ROOT, write_app_folder
+from server.deployment.control import Control, ControlFailed
 from server.run_folder import is_complete
 from simulations.poc import SMALL, Poc, provision
 from simulations.progress import Live

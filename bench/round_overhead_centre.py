@@ -12,9 +12,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from federation.processes import ChildProcess
-from server import service
-from server.deployment import ServerConfig, load_server_config
-from server.superlink import superlink_processes
+from server.deployment import service
+from server.deployment.config import ServerConfig, load_server_config
+from server.deployment.superlink import superlink_processes
 
 IN_MEMORY = ":flwr-in-memory:"
 """Flower's name for a state that is no file."""

@@ -33,17 +33,17 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from client.answers import answer_round
 from client.app import make_client_app
+from client.exchanges.exchange import answer_round
 from federation.journal import Journal
 from federation.messages import TrainAsk, TrainReply
 from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan, VolumePlan
 from federation.survey import survey_layout
-from meduet_models.bank import StyleBank
 from meduet_models.meduet import MeDUET, NetworkConfig
 from meduet_models.objective import ObjectiveConfig
 from meduet_models.sharing import home_keys, shared_keys
-from meduet_models.style import StyleMoments
+from meduet_models.style.bank import StyleBank
+from meduet_models.style.moments import StyleMoments
 from privacy.ledger import Ledger
 
 SITES = ("north", "south", "west")

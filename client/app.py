@@ -4,9 +4,9 @@ Flower sends the text of a ClientApp's exception to the server, and that text ma
 everything is caught here, written to the site's own log, and answered with one word of a closed list. A reply
 is built from what passed the gate (`client/release.py`) and from nothing else.
 
-Does not do: decide or compute (`client/answers.py`). Whoever makes the app says how a site is opened, so
-nothing here asks whether it is simulated; `app` is the one of a deployment. An interrupt from the keyboard
-passes.
+Does not do: decide or compute (`client/exchanges/exchange.py`). Whoever makes the app says how a site is
+opened, so nothing here asks whether it is simulated; `app` is the one of a deployment. An interrupt from the
+keyboard passes.
 """
 
 import logging
@@ -21,19 +21,26 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.answers import AskRefused, Site, answer_erasure, answer_probe, answer_round, answer_survey
-from client.diffusion_round import answer_diffusion
-from client.labelled_scans import NoLabels
-from client.latent_release import answer_latents
+from client.exchanges.diffusion import answer_diffusion
+from client.exchanges.exchange import (
+    AskRefused,
+    Site,
+    answer_erasure,
+    answer_probe,
+    answer_round,
+    answer_survey,
+)
+from client.exchanges.latents import answer_latents
+from client.latents.labelled import NoLabels
 from client.release import GateRefusal, Released
 from client.site import open_site
-from client.site_state import StateMissing
-from client.trainee import WrongWeights
-from client.training import NotFinite
+from client.training.pretraining import NotFinite
+from client.training.site_state import StateMissing
+from client.training.trainee import WrongWeights
 from client.watchdog import DeadlineMissed, Watch, unwatched, watchdog
-from federation.diffusion import DiffusionAsk
-from federation.finetuning import FinetuneAsk, FinetuneReply
-from federation.latents import LatentsAsk, LatentsReply, from_tensors
+from federation.exchanges.diffusion import DiffusionAsk
+from federation.exchanges.finetuning import FinetuneAsk, FinetuneReply
+from federation.exchanges.latents import LatentsAsk, LatentsReply, from_tensors
 from federation.messages import (
     Ask,
     ErasureAsk,
@@ -50,7 +57,7 @@ from federation.messages import (
 )
 from federation.plan import RunPlan
 from meduet_models.diffusion.training import LossNotFinite
-from meduet_models.style import CohortTooSmall
+from meduet_models.style.moments import CohortTooSmall
 from privacy.ledger import LedgerRefusal
 
 LOG_NAME = "site.log"
@@ -109,7 +116,7 @@ def make_client_app(
 
     @client_app.train("finetune")
     def finetune(message: Message, context: Context) -> Message:
-        from client.finetuning_round import answer_finetuning  # MONAI takes seconds to import
+        from client.exchanges.finetuning import answer_finetuning  # MONAI takes seconds to import
 
         def work(site: Site, ask: FinetuneAsk, plan: RunPlan) -> Released:
             return answer_finetuning(site, ask, plan, steps_of(site))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import time
 from pathlib import Path
 
-from federation.key_files import write_file
+from federation.keys.key_files import write_file
 from federation.published_plan import PublishedPlan
 from privacy.chain import Chain
 

@@ -11,10 +11,10 @@ from datetime import datetime
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPSConnection
 
-from client.certificate_checks import Finding
-from client.keys import SiteKeys
+from client.connection.certificate_checks import Finding
+from client.connection.keys import SiteKeys
 from federation.health import NotServing, check_health
-from federation.kits import AUTHORITY, CERTIFICATE, KEY, host_and_port
+from federation.keys.kits import AUTHORITY, CERTIFICATE, KEY, host_and_port
 
 AHEAD_S, BEHIND_S = 5.0, 300.0
 """How far a site's clock may be ahead of or behind the centre's: Flower signs the time with every request."""

@@ -1,8 +1,8 @@
 """`meduet-site`: what a hospital types. Prepare the scans, check the site, harmonise; one line per error.
 
-What it does not do: decide anything (`client/site.py`, `client/site_checks.py` do), or send anything: what
-joins a federation is started by `client/supernode.py`. Heavy modules are imported inside the commands: --help
-is immediate.
+What it does not do: decide anything (`client/site.py`, `client/checks/site.py` do), or send anything: what
+joins a federation is started by `client/connection/supernode.py`. Heavy modules are imported inside the
+commands: --help is immediate.
 """
 
 import argparse
@@ -17,13 +17,11 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from client import (
-    harmonisation_commands,
-    journal_commands,
-    key_commands,
-    plan_commands,
-    service_commands,
-)
+from client.commands import harmonisation as harmonisation_commands
+from client.commands import journal as journal_commands
+from client.commands import key as key_commands
+from client.commands import plan as plan_commands
+from client.commands import service as service_commands
 
 DONE, FAILED, NOT_POSSIBLE, INTERRUPTED = 0, 1, 2, 130
 
@@ -125,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _prepare(chosen: argparse.Namespace, console: Console) -> int:
-    from client.answers import AskRefused
+    from client.exchanges.exchange import AskRefused
     from client.site import Site, load_plan, load_site_config
 
     try:
@@ -151,8 +149,8 @@ def _prepare(chosen: argparse.Namespace, console: Console) -> int:
 
 
 def _check(chosen: argparse.Namespace, console: Console) -> int:
+    from client.checks.site import run_checks
     from client.site import load_plan, load_site_config
-    from client.site_checks import run_checks
 
     try:
         config = load_site_config(chosen.config)

@@ -26,16 +26,16 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Float64
 
-from client.examples import ras_spacing
-from client.fingerprints import write_atomically
-from client.nifti import is_nifti_name, nifti_stem
-from client.scans import Scan, UnusableScan
-from client.volumes import intensity_range, lay_back, prepare, read_scan
+from client.latents.examples import ras_spacing
+from client.scans.fingerprints import write_atomically
+from client.scans.nifti import is_nifti_name, nifti_stem
+from client.scans.scans import Scan, UnusableScan
+from client.scans.volumes import intensity_range, lay_back, prepare, read_scan
 from federation.plan import VolumePlan, build
 from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.diffusion.harmonisation import HarmonisationSettings, check, harmonise
 from meduet_models.encoded_scan import EncodedScan
-from meduet_models.tokenizer import Tokenizer
+from meduet_models.tokenizer.tokenizer import Tokenizer
 
 OnStep = Callable[[int, int], None]
 _DESCRIPTION_BYTES = 79

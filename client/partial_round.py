@@ -5,10 +5,10 @@ While a round trains, all that its steps change is written every so often beside
 same question comes again (same plan, round, weights and bank that came, state and cohort to begin from), the
 round goes on after the last step that was written, and ends in the bits it would have had. Anything else that
 lies there is removed, with a line in the site's log, and the round begins anew. So is a partial round once
-the round's own state is kept (`client/site_state.py`).
+the round's own state is kept (`client/training/site_state.py`).
 
-Does not do: steps (`client/training.py`, `client/diffusion_round.py`), leave the site, or keep rounds of
-fine-tuning: they are short.
+Does not do: steps (`client/training/pretraining.py`, `client/exchanges/diffusion.py`), leave the site, or
+keep rounds of fine-tuning: they are short.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from client.batches import TrainingScans
+from client.latents.batches import TrainingScans
 from meduet_models.weights import StoredWeights, open_weights, save_weights, sha256_of_tensors
 
 SUFFIX = ".partial.safetensors"

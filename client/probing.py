@@ -5,10 +5,11 @@ is told. A patient is one vector, the mean over her scans. With a style bank her
 other site's style: is she recognised among this site's own patients, and do the swapped scans look like the
 other site's?
 
-What this file does not do: it sends nothing (`client/answers.py`, the gate), fits no probe and knows no other
-site's patients: recognition here is top-1 within a site, not among all patients of the federation. Fitted
-probes that come back are counted under whatever weights were sent: a count of hits answers a question of the
-centre's choosing about these patients, which the minimum cohort does not blunt; hence the ledger.
+What this file does not do: it sends nothing (`client/exchanges/exchange.py`, the gate), fits no probe and
+knows no other site's patients: recognition here is top-1 within a site, not among all patients of the
+federation. Fitted probes that come back are counted under whatever weights were sent: a count of hits answers
+a question of the centre's choosing about these patients, which the minimum cohort does not blunt; hence the
+ledger.
 
 Axes: b = scans, n = patients, k = content channels, s = style channels, t = targets, v = sums.
 """
@@ -24,7 +25,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from client.batches import TrainingScans
+from client.latents.batches import TrainingScans
 from federation.plan import RunPlan
 from federation.probing import (
     ANATOMY,
@@ -43,13 +44,13 @@ from federation.probing import (
     told_of_swaps,
 )
 from federation.survey import smallest_cohort, survey_layout
-from meduet_models.bank import StyleBank
 from meduet_models.erasure import ErasureMoments, patient_means
 from meduet_models.factors import Factors
 from meduet_models.meduet import MeDUET
-from meduet_models.probe_sums import site_hits
-from meduet_models.recognition import recognised
-from meduet_models.style import CohortTooSmall, StyleMoments
+from meduet_models.probes.recognition import recognised
+from meduet_models.probes.sums import site_hits
+from meduet_models.style.bank import StyleBank
+from meduet_models.style.moments import CohortTooSmall, StyleMoments
 
 _SCANS_AT_ONCE = 16
 _SEXES = {"F": 0.0, "M": 1.0}

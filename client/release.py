@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from client.watchdog import may_leave
+from federation.exchanges.latents import is_item
 from federation.journal import Journal
-from federation.latents import is_item
 from federation.messages import METRIC_NAMES
 from federation.plan import WireDtype
 from federation.wire import GROWTH, RefusalKind, num_bytes, rounded

@@ -3,7 +3,7 @@
 `SiteConfig` is the hospital's half of a run (`site.yaml`): its folders, device, smallest cohort and consent.
 It never leaves. The other half, `federation/plan.py`, is the same everywhere; the stricter of the two wins.
 Opening a site opens its books (ledger, journal), not its scans: those are read by `Site.scans`, after the
-ledger has reserved. Does not do: answer messages (`client/answers.py`), or let anything out
+ledger has reserved. Does not do: answer messages (`client/exchanges/exchange.py`), or let anything out
 (`client/release.py`).
 """
 
@@ -21,20 +21,20 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from client.answers import AskRefused
 from client.approvals import AllowedHours, Approvals
-from client.cohort import Cohort, open_cohort
-from client.cohort_memo import remembered
-from client.latent_cache import LatentCache
-from client.latent_release import check_sentence, consent
-from client.latent_set import LatentSet
-from client.layouts import LayoutRules
+from client.exchanges.exchange import AskRefused
+from client.exchanges.latents import check_sentence, consent
+from client.latents.cache import LatentCache
+from client.latents.latent_set import LatentSet
+from client.scans.cohort import Cohort, open_cohort
+from client.scans.cohort_memo import remembered
+from client.scans.layouts import LayoutRules
 from federation.bundle import running_bundle
 from federation.journal import Journal
 from federation.plan import WIRE_VERSION, RunPlan, VolumePlan, build
 from federation.published_plan import plan_of
 from federation.wire import RefusalKind
-from meduet_models.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
+from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
 from privacy.ledger import Ledger
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
@@ -73,7 +73,7 @@ class SiteConfig:
     """This site agrees that bounded sums without differential privacy leave it. Without this consent it takes
     part in no plan of this version, which adds no noise."""
     latent_release: str = ""
-    """Agreement that latents leave, as the full sentence of `client/latent_release.py`; empty: no latents
+    """Agreement that latents leave, as the full sentence of `client/exchanges/latents.py`; empty: no latents
     leave, and no plan that asks for them is accepted."""
     plan_approval: Literal["required", "implied"] = "required"
     """`required`: a plan runs here only after `meduet-site plan approve`, in the code it was approved with;

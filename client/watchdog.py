@@ -1,13 +1,14 @@
 """The watchdog: an answer that does not come in time is given up, and a process that hangs ends.
 
 Flower hands a site one question at a time and waits for the answer without limit: one hung process would
-leave the hospital out for ever. A round of training looks at the clock after each step (`client/answers.py`);
-this is for what never comes to look: a disk that does not answer, a library that waits for a lock. The work
-is done in a thread of its own, and the main thread waits for nine tenths of the plan's deadline; then the
-site says `deadline` while the centre still listens, and its log says where every thread stood. A C-level
-clock, which needs nothing of Python's, ends the process in any case: when the hang holds Python's global
-lock, or lets no process exit. A process that exits with its answer still at work does so at once: Python's
-own ending would abort it in the middle of PyTorch, and a core dump holds patients' latents.
+leave the hospital out for ever. A round of training looks at the clock after each step
+(`client/exchanges/exchange.py`); this is for what never comes to look: a disk that does not answer, a library
+that waits for a lock. The work is done in a thread of its own, and the main thread waits for nine tenths of
+the plan's deadline; then the site says `deadline` while the centre still listens, and its log says where
+every thread stood. A C-level clock, which needs nothing of Python's, ends the process in any case: when the
+hang holds Python's global lock, or lets no process exit. A process that exits with its answer still at work
+does so at once: Python's own ending would abort it in the middle of PyTorch, and a core dump holds patients'
+latents.
 
 An answer that was given up can no longer leave: whoever lets something out asks `may_leave` first
 (`client/release.py`), and from then on the main thread waits for it to the end. Does not do: send the

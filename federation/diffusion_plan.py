@@ -3,7 +3,7 @@
 Two policies. `raw`: sites release the latents of training scans, from which the scans can be decoded; each
 site must have said so in its own settings. `federated`: no latent leaves; the diffusion model is trained at
 the sites and its updates are averaged. What this file does not do: it decides nothing for a site
-(`client/latent_release.py`).
+(`client/exchanges/latents.py`).
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """Content sums on the wire, read from the plan: the one place where site and centre take their shape from.
 
-What this file does not do: it computes no sums (`client/answers.py`) and fits nothing
+What this file does not do: it computes no sums (`client/exchanges/exchange.py`) and fits nothing
 (`meduet_models/erasure.py`).
 """
 

@@ -6,7 +6,8 @@ where too few are); with a style bank also `swapped`, style sums of the scans sw
 style, and the counts `swapped_patients` and `recognition`. Second exchange: the fitted site probes go out,
 `hits` comes back.
 
-What this file does not do: it computes no sums (`client/probing.py`) and reads none (`server/probing.py`).
+What this file does not do: it computes no sums (`client/probing.py`) and reads none
+(`server/exchanges/probes.py`).
 
 Axes: f = folds, s = the plan's sites, v = sums.
 """
@@ -20,7 +21,7 @@ from torch import Tensor
 from federation.plan import RunPlan
 from federation.survey import survey_layout
 from meduet_models.erasure import ErasureMoments, erasure_length
-from meduet_models.style import StyleLayout, StyleMoments
+from meduet_models.style.moments import StyleLayout, StyleMoments
 
 FACTORS, ANATOMY, HITS = "factors", "anatomy", "hits"
 SWAPPED, SWAPPED_PATIENTS, RECOGNITION = "swapped", "swapped_patients", "recognition"

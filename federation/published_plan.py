@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from federation.finetuning import FinetunePlan
+from federation.exchanges.finetuning import FinetunePlan
 from federation.plan import RunPlan, build
 
 _HASH = re.compile(r"[0-9a-f]{64}")

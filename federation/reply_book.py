@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from federation.exchanges.latents import to_tensors
 from federation.journal import Journal
-from federation.latents import to_tensors
 from federation.wire import num_bytes
 from meduet_models.diffusion.conditions import Examples
 from meduet_models.weights import sha256_of_tensors

@@ -1,12 +1,12 @@
 """What a survey holds, read from the plan: the one place where site and centre take the layout of style sums
 from.
 
-What this file does not do: it computes no sums (`client/style_survey.py`) and judges none
+What this file does not do: it computes no sums (`client/latents/style_moments.py`) and judges none
 (`strategies/style_bank.py`).
 """
 
 from federation.plan import RunPlan
-from meduet_models.style import StyleLayout
+from meduet_models.style.moments import StyleLayout
 
 
 def survey_layout(plan: RunPlan) -> StyleLayout:

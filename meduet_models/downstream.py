@@ -9,8 +9,8 @@ without an encoder: a MONAI U-Net over the same latents, so that all networks se
 frozen tokenizer is everybody's stem. "From scratch" is the same network around an encoder that was not
 pretrained.
 
-Does not do: train (`client/finetuning.py`), measure (`simulations/downstream.py`), or read style: the
-fused decoder and the style branch of pretraining are left out.
+Does not do: train (`client/training/finetuning.py`), measure (`simulations/downstream/evaluate.py`), or read
+style: the fused decoder and the style branch of pretraining are left out.
 
 Axes: b = scans, c = latent channels, d h w = latent voxels, D H W = voxels, n = tokens, k = content channels.
 Source: UNETR (arXiv:2103.10504) for skips of hidden states; sub-pixel convolution (arXiv:1609.05158).
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from meduet_models.factors import normalise
 from meduet_models.meduet import FactorNetwork, layer_normed
-from meduet_models.tokenizer import STRIDE
+from meduet_models.tokenizer.tokenizer import STRIDE
 
 Task = Literal["segmentation", "classification"]
 

@@ -3,7 +3,7 @@
 Fréchet distance and kernel distance compare distributions; precision, recall, density and coverage say which
 side is missing something; distances to the nearest neighbour show copies. What this file does not do: it
 makes no features (`random_features.py`, or an encoder), draws nobody, and gives no interval
-(`simulations/generation_quality.py`).
+(`simulations/generation/quality.py`).
 
 Few scans: the Fréchet distance grows with features over scans, so use fewer features than half the scans
 (`principal_axes`) and read it beside the same distance between real scans; the kernel distance is unbiased.

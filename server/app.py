@@ -2,13 +2,13 @@
 
 Phases: (0) every site tells the sums that describe its scans' appearance, from which come the latent scale
 and the style bank; (1 to R) rounds of `strategies/content_share.py`, every few of them followed by federated
-probes (`server/probing.py`), which train nothing and stop nothing; (R + 1) every site tells the sums of its
-pooled content, from which comes the erasure of the site; (R + 2) the diffusion model is trained at the sites,
-or finished, where the centre has trained it on released latents while the rounds ran (`server/diffusion.py`).
-After each phase and round everything is on disk before anything else is asked. A run that is started again
-goes on after its last checkpoint; sites answer a round that is asked twice in the same way, so on one kind of
-machine the final weights are the same bits. What this file does not do: it trains nothing itself, sees no
-scan, and averages nothing.
+probes (`server/exchanges/probes.py`), which train nothing and stop nothing; (R + 1) every site tells the sums
+of its pooled content, from which comes the erasure of the site; (R + 2) the diffusion model is trained at the
+sites, or finished, where the centre has trained it on released latents while the rounds ran
+(`server/exchanges/diffusion.py`). After each phase and round everything is on disk before anything else is
+asked. A run that is started again goes on after its last checkpoint; sites answer a round that is asked twice
+in the same way, so on one kind of machine the final weights are the same bits. What this file does not do: it
+trains nothing itself, sees no scan, and averages nothing.
 
 `run` takes any Flower grid; `server/server_app.py` is the ServerApp of a deployment.
 """
@@ -30,10 +30,10 @@ from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
 from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
 from server.checkpoints import Checkpoint, Checkpoints
-from server.diffusion import diffusion_of, save_diffusion
+from server.exchanges.diffusion import diffusion_of, save_diffusion
+from server.exchanges.probes import FederatedProbes
+from server.exchanges.queries import ask_sites
 from server.model import MeduetModel, SharedModel
-from server.probing import FederatedProbes
-from server.queries import ask_sites
 from server.run_folder import claim, write_metrics
 from strategies.content_share import ContentShare, pretraining
 from strategies.quorum import Roster

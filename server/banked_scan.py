@@ -7,9 +7,9 @@
 import json
 from pathlib import Path
 
-from federation.latents import is_item
+from federation.exchanges.latents import is_item
 from meduet_models.encoded_scan import EncodedScan, load_encoded_scan
-from server.latent_bank import LatentBank
+from server.latent_bank.bank import LatentBank
 
 BANK = "bank:"
 

@@ -10,15 +10,13 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from server import (
-    bank_commands,
-    journal_commands,
-    plan_commands,
-    provisioning_commands,
-    service_commands,
-    synthesis_commands,
-    tokenizer_commands,
-)
+from server.commands import bank as bank_commands
+from server.commands import journal as journal_commands
+from server.commands import plan as plan_commands
+from server.commands import provisioning as provisioning_commands
+from server.commands import service as service_commands
+from server.commands import synthesis as synthesis_commands
+from server.commands import tokenizer as tokenizer_commands
 
 _STATUS = (
     "exit status: 0 done, or stopped in good order; 1 a run was given up: a person has to look; 2 refused: "

@@ -7,8 +7,8 @@ Only targets that the ridge reading finds in content on unseen patients get one.
 whatever goes with age at these sites. A site's mean is taken out first, so populations that differ between
 sites do not enter.
 
-What this file does not do: it asks nobody (`server/probing.py` does), and moves no content
-(`server/synthesis.py` does).
+What this file does not do: it asks nobody (`server/exchanges/probes.py` does), and moves no content
+(`server/synthesis/synthesis.py` does).
 
 Axes: k = content channels.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 from federation.messages import Tensors
 from federation.plan import RunPlan
 from federation.probing import ANATOMY, content_part, fold_moments, joint_width
-from meduet_models.probe_sums import all_but, explained_from_sums, pooled_folds
+from meduet_models.probes.sums import all_but, explained_from_sums, pooled_folds
 
 LEAST_READING = 0.1
 """Out-of-fold R² of the ridge reading from content below which a target has no direction."""

@@ -2,7 +2,7 @@
 
 from datetime import datetime
 
-from federation.kits import Connection
+from federation.keys.kits import Connection
 
 
 def readme_text(connection: Connection, fingerprint: str, ends: datetime, with_key: bool) -> str:

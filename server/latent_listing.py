@@ -8,8 +8,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from server.latent_bank import LatentBank
-from server.latent_index import STATES, Item, Origin
+from server.latent_bank.bank import LatentBank
+from server.latent_bank.index import STATES, Item, Origin
 
 _AT_ONCE = 500
 

@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from meduet_models.diffusion.conditions import Examples
-from server.latent_records import RecordLayout
+from server.latent_bank.records import RecordLayout
 
 
 class Records(Protocol):

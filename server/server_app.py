@@ -2,8 +2,8 @@
 
 Run configuration: `plan` is the path of a plan, `folder` where the run goes, both on this machine; `device`
 (cpu if not given) and `bank_key` as in `server.app.run`, for a central diffusion model.
-What ends it is written to `status.json`, so that whoever submits it (`server/submission.py`) knows whether to
-submit it again.
+What ends it is written to `status.json`, so that whoever submits it (`server/deployment/submission.py`) knows
+whether to submit it again.
 
 Does not do: a round; `server/app.py` does, for every engine.
 """
@@ -16,9 +16,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from federation.plan import RunPlan
 from server.app import run
-from server.plans import plan_to_run
+from server.consortium.plans import plan_to_run
+from server.deployment.status import StatusFile
 from server.run_folder import held
-from server.status import StatusFile
 
 app = ServerApp()
 _CPU = torch.device("cpu")

@@ -19,8 +19,8 @@ from jaxtyping import Float, Float64, Int
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from client.scans import Scan
-from client.volumes import intensity_range
+from client.scans.scans import Scan
+from client.scans.volumes import intensity_range
 from federation.plan import VolumePlan
 
 SMALLEST_SHARE = 0.5

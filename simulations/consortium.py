@@ -14,12 +14,12 @@ from typing import Any
 
 from flwr.app import Context
 
-from client.latent_release import RAW_CONSENT
-from client.latent_set import LatentSet
+from client.exchanges.latents import RAW_CONSENT
+from client.latents.latent_set import LatentSet
 from client.site import Site, SiteConfig, SiteProgress
 from federation.plan import RunPlan
-from meduet_models.tokenizer import Tokenizer, load_tokenizer
-from simulations.hospital_plans import Hospital
+from meduet_models.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from simulations.hospitals.plans import Hospital
 from simulations.settings import SimulationSettings
 
 MANIFEST = "manifest.csv"

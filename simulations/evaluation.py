@@ -5,7 +5,7 @@ trained nothing; where patients were rendered by every scanner (phantoms), again
 for tables: nested cross-validation with a permutation null, spatial features, anatomy, leakage.
 
 Does not do: train, or send anything. A consortium's own federated measures come from sums
-(`meduet_models/probe_sums.py`, `server/probing.py`).
+(`meduet_models/probes/sums.py`, `server/exchanges/probes.py`).
 
 Axes: b = scans, n = tokens, k = content channels, s = style channels, c d h w = latents.
 """
@@ -19,23 +19,23 @@ from torch import Tensor
 
 from federation.plan import RunPlan
 from federation.survey import survey_layout
-from meduet_models.anatomy_probes import anatomy_probe, content_through_style
 from meduet_models.content_code import erase_own_site
 from meduet_models.factors import Factors
 from meduet_models.meduet import MeDUET, layer_normed
-from meduet_models.nested_probes import nested_site_probe, token_features
-from meduet_models.probes import site_probe
-from meduet_models.recognition import recognition_among_all, retrieval_across_sites
-from meduet_models.style import StyleEntry, StyleMoments, restyle
-from meduet_models.swap_fidelity import (
+from meduet_models.probes.anatomy import anatomy_probe, content_through_style
+from meduet_models.probes.nested import nested_site_probe, token_features
+from meduet_models.probes.quick import site_probe
+from meduet_models.probes.recognition import recognition_among_all, retrieval_across_sites
+from meduet_models.probes.swap_fidelity import (
     counterfactual_ratio,
     match_histogram,
     psnr_db,
     quantiles,
     style_gap_closed,
 )
-from meduet_models.tokenizer import Tokenizer
-from simulations.held_out import Held
+from meduet_models.style.moments import StyleEntry, StyleMoments, restyle
+from meduet_models.tokenizer.tokenizer import Tokenizer
+from simulations.hospitals.held_out import Held
 
 _BATCH = 16
 _PROBES: tuple[Literal["linear", "mlp"], ...] = ("linear", "mlp")

@@ -10,17 +10,17 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from client.latent_set import LatentSet
+from client.latents.latent_set import LatentSet
 from federation.plan import RunPlan
-from meduet_models.bank import StyleBank
 from meduet_models.meduet import FactorNetwork
 from meduet_models.pretrained import load_pretrained
+from meduet_models.style.bank import StyleBank
 from server.app import MODEL
 from server.checkpoints import Checkpoints
 from server.config import plain
 from simulations.consortium import Consortium, site_configs
-from simulations.hospital_plans import Hospital
-from simulations.hospitals import make_hospitals
+from simulations.hospitals.make import make_hospitals
+from simulations.hospitals.plans import Hospital
 from simulations.progress import Live
 from simulations.settings import SimulationSettings, settings_from
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from simulations.figures import (
+from simulations.report.figures import (
     BAD,
     GOOD,
     KIND_COLOURS,

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from meduet_models.diffusion.conditions import Condition
 from meduet_models.diffusion.sampling import Solver
-from simulations.synthetic_use import UseSettings
+from simulations.generation.use import UseSettings
 
 
 @dataclass(frozen=True, kw_only=True)

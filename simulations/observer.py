@@ -11,23 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from client.cohort import read_entry
-from client.latent_set import LatentSet
-from client.site_state import StateFolder
-from client.style_survey import own_moments
-from client.volumes import prepare
+from client.latents.latent_set import LatentSet
+from client.latents.style_moments import own_moments
+from client.scans.cohort import read_entry
+from client.scans.volumes import prepare
+from client.training.site_state import StateFolder
 from federation.plan import RunPlan
-from meduet_models.alignment import check_alignment, style_tokens
-from meduet_models.bank import StyleBank
 from meduet_models.meduet import MeDUET
+from meduet_models.style.bank import StyleBank
+from meduet_models.style.head_alignment import check_alignment, style_tokens
 from server.app import RunObserver, RunResult
 from simulations.consortium import Consortium
 from simulations.evaluation import load_model, mean_style, measure, swap
-from simulations.figures import SwapRow, draw_swaps
-from simulations.generation_run import Bench
-from simulations.held_out import Held, join, own_scans, paired_scans, paired_set
-from simulations.hospital_plans import Hospital
+from simulations.generation.judge import Bench
+from simulations.hospitals.held_out import Held, join, own_scans, paired_scans, paired_set
+from simulations.hospitals.plans import Hospital
 from simulations.progress import Live
+from simulations.report.figures import SwapRow, draw_swaps
 from simulations.settings import SimulationSettings
 
 TRAINING_SCANS = 24

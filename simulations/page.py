@@ -15,8 +15,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from federation.plan import RunPlan
-from simulations.figures import draw_losses, draw_probes, draw_traffic, human_bytes
-from simulations.generation_page import generation_part
+from simulations.generation.page import generation_part
+from simulations.report.figures import draw_losses, draw_probes, draw_traffic, human_bytes
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _PROBES = (

@@ -20,25 +20,25 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from client.keys import install
+from client.connection.keys import install
 from client.site import SiteConfig
-from federation.certificates import utc_now
-from federation.key_files import refuse_work_tree
-from federation.kits import SETTINGS
+from federation.keys.certificates import utc_now
+from federation.keys.key_files import refuse_work_tree
+from federation.keys.kits import SETTINGS
 from federation.plan import RunPlan
 from federation.processes import GRACE_S, ChildProcess, Say, Supervisor
-from server.app_folder import ROOT
+from server.commands.service import GIVEN_UP
 from server.config import compose_config, plain
-from server.control import Control
-from server.deployment import ServerConfig, load_server_config
-from server.plans import publish
-from server.provisioning import ConsortiumSettings, SiteEntry
-from server.provisioning import provision as make_consortium
-from server.proxy import nginx_is_there
+from server.consortium.plans import publish
+from server.consortium.provisioning import ConsortiumSettings, SiteEntry
+from server.consortium.provisioning import provision as make_consortium
+from server.deployment.app_folder import ROOT
+from server.deployment.config import ServerConfig, load_server_config
+from server.deployment.control import Control
+from server.deployment.proxy import nginx_is_there
+from server.deployment.status import read_status
+from server.deployment.submission import RunGivenUp, Submission
 from server.run_folder import write_whole
-from server.service_commands import GIVEN_UP
-from server.status import read_status
-from server.submission import RunGivenUp, Submission
 from simulations.progress import Live
 from simulations.run import Made, Simulation, prepare
 
@@ -199,7 +199,9 @@ class _Teller:
 def _site_yaml(config: SiteConfig) -> str:
     """The site.yaml of a simulated hospital, as its people would write it: only what is not as it comes."""
     if config.tokenizer.kind == "shipped":  # the application that travels carries code only
-        shipped = ROOT / "meduet_models" / f"tokenizer_{config.tokenizer.channels}ch.safetensors"
+        shipped = (
+            ROOT / "meduet_models" / "tokenizer" / f"tokenizer_{config.tokenizer.channels}ch.safetensors"
+        )
         as_file = dataclasses.replace(config.tokenizer, kind="file", path=str(shipped))
         config = dataclasses.replace(config, tokenizer=as_file)
     values = {

@@ -18,7 +18,7 @@ from rich.progress import (
 
 from client.site import SiteProgress
 from federation.plan import RunPlan
-from simulations.phantom_hospitals import Progress as MakeProgress
+from simulations.hospitals.phantom import Progress as MakeProgress
 
 
 class Live:

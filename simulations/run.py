@@ -1,4 +1,4 @@
-"""`meduet-simulate`: several hospitals on one machine pretrain together.
+"""A simulated run: several hospitals on one machine pretrain together.
 
 Makes the hospitals, opens them as sites, runs the plan through the messages of a real federation, and leaves
 metrics, weights, figures and a page. What was interrupted goes on when the same command is given again.
@@ -6,7 +6,6 @@ metrics, weights, figures and a page. What was interrupted goes on when the same
 
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 import shutil
@@ -19,37 +18,28 @@ from typing import Any
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read when Flower is imported
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
-import hydra
 import torch
 from flwr.serverapp import Grid
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from client.app import make_client_app
 from client.site import resolve_device
 from federation.plan import RunPlan
 from meduet_models.diffusion.artefact import load_generative_model
-from meduet_models.tokenizer import load_tokenizer
+from meduet_models.tokenizer.tokenizer import load_tokenizer
 from server.app import RunObserver, RunResult
 from server.app import run as run_plan
-from server.checkpoints import OtherPlan
-from server.config import CONF, plain, plan_from
+from server.config import plain, plan_from
 from server.run_folder import write_whole
-from simulations.benchmark import CellsFailed, run_benchmark
 from simulations.consortium import Consortium, site_configs
-from simulations.diffusion_study_run import run_generation
-from simulations.downstream_run import run_downstream
-from simulations.generation_run import judge
-from simulations.hospital_plans import Hospital, HospitalsPlan, PhantomHospitals, SplitHospitals
-from simulations.hospitals import make_hospitals
-from simulations.in_process import FixedThreads, InProcessGrid, fixed_threads
+from simulations.engines.in_process import FixedThreads, InProcessGrid, fixed_threads
+from simulations.generation.judge import judge
+from simulations.hospitals.make import make_hospitals
+from simulations.hospitals.plans import Hospital, HospitalsPlan, PhantomHospitals, SplitHospitals
 from simulations.observer import Witness, site_models
 from simulations.page import write_page
 from simulations.progress import Live
 from simulations.settings import SimulationSettings, settings_from
-from strategies.quorum import RoundFailed
 
 _LIBRARIES = ("torch", "flwr", "monai", "nibabel", "numpy", "scipy", "safetensors", "hydra-core", "nilearn")
 
@@ -140,7 +130,7 @@ def simulate(simulation: Simulation, live: Live, observer: RunObserver) -> RunRe
             client_app = make_client_app(simulation.consortium.open_by_context, live.on_step)
             return serve(InProcessGrid(FixedThreads(client_app, engine.cpus_per_site), num_sites))
         case "ray":
-            from simulations.ray_engine import run_on_ray  # Ray takes seconds to import
+            from simulations.engines.ray_engine import run_on_ray  # Ray takes seconds to import
 
             gpus = (
                 0.0 if simulation.settings.device == "cpu" else float(torch.cuda.is_available()) / num_sites
@@ -224,44 +214,3 @@ def _origin(plan: HospitalsPlan, hospitals: list[Hospital]) -> str:
             return f"Real scans of one folder, divided among simulated hospitals ({by})."
         case _:
             return "Real scans of real hospitals."
-
-
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")  # type: ignore[untyped-decorator]
-def _main(config: DictConfig) -> None:
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    logging.getLogger("flwr").setLevel(logging.WARNING)
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        config.folder = HydraConfig.get().runtime.output_dir  # one folder per job
-    try:
-        match HydraConfig.get().job.config_name:
-            case "config":
-                page = run(config)
-            case "benchmark":
-                page = run_benchmark(config, console)
-            case "downstream":
-                page = run_downstream(config)
-            case "generation":
-                page = run_generation(config)
-            case unknown:
-                raise ValueError(
-                    f"Expected --config-name config, benchmark, downstream or generation; got {unknown!r}."
-                )
-    except (ValueError, OtherPlan, RoundFailed) as error:
-        console.print(f"[red]{type(error).__name__}[/]: {error}", markup=True)
-        sys.exit(2)
-    except CellsFailed as error:
-        console.print(f"[red]{type(error).__name__}[/]: {error}", markup=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        console.print("Interrupted. Nothing is lost: give the same command again to go on.")
-        sys.exit(130)
-    Console(highlight=False, soft_wrap=True).print(f"Done. The page: {page.resolve()}")
-
-
-def main() -> None:
-    """Entry point of `meduet-simulate`."""
-    _main()
-
-
-if __name__ == "__main__":
-    main()

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from federation.plan import build
-from meduet_models.tokenizer import TokenizerSpec
+from meduet_models.tokenizer.tokenizer import TokenizerSpec
 from simulations.generation_settings import GenerationSettings
-from simulations.hospital_plans import HospitalsPlan, hospitals_plan
+from simulations.hospitals.plans import HospitalsPlan, hospitals_plan
 
 
 @dataclass(frozen=True, kw_only=True)

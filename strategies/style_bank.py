@@ -12,8 +12,8 @@ from torch import Tensor
 
 from federation.plan import RunPlan
 from federation.survey import smallest_cohort, survey_layout
-from meduet_models.bank import StyleBank
-from meduet_models.style import StyleMoments
+from meduet_models.style.bank import StyleBank
+from meduet_models.style.moments import StyleMoments
 
 _ROUNDING = 1e-2
 """Head-room for sums that travelled in 8 significant bits."""

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from federation.plan import VolumePlan
-from meduet_models.bank import StyleBank
 from meduet_models.diffusion.artefact import GenerativeModel
-from meduet_models.patch_pca import PatchMoments
-from meduet_models.style import StyleLayout, StyleMoments
-from meduet_models.tokenizer import Tokenizer, pca_tokenizer
+from meduet_models.style.bank import StyleBank
+from meduet_models.style.moments import StyleLayout, StyleMoments
+from meduet_models.tokenizer.patch_pca import PatchMoments
+from meduet_models.tokenizer.tokenizer import Tokenizer, pca_tokenizer
 from tests.meduet_models.diffusion.small_models import (
     NETWORK,
     awake_transformer,

@@ -22,11 +22,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from meduet_models.bank import StyleBank
 from meduet_models.diffusion.conditioner import Conditioner
 from meduet_models.diffusion.transformer import DiffusionConfig, DiffusionTransformer
 from meduet_models.meduet import FactorNetwork, NetworkConfig
 from meduet_models.sharing import encoder_keys
+from meduet_models.style.bank import StyleBank
 from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
 
 KIND = "FedMeDUET generative model, version 1"

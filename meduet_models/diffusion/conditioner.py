@@ -19,7 +19,7 @@ from torch import Tensor
 
 from meduet_models.diffusion.conditions import Condition, Conditions, ConditionSizes, Examples
 from meduet_models.meduet import FactorNetwork, NetworkConfig
-from meduet_models.style import SMALLEST_DEVIATION, StyleEntry, coarse_map
+from meduet_models.style.moments import SMALLEST_DEVIATION, StyleEntry, coarse_map
 
 
 class Conditioner:

@@ -21,12 +21,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from meduet_models.bank import StyleBank
 from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.diffusion.conditioner import entries_of_scans
 from meduet_models.diffusion.conditions import UNKNOWN, Conditions, Examples
 from meduet_models.diffusion.sampling import SamplingSettings, invert, sample
-from meduet_models.style import StyleEntry, restyle
+from meduet_models.style.bank import StyleBank
+from meduet_models.style.moments import StyleEntry, restyle
 
 Method = Literal["sample", "invert", "restyle"]
 METHODS: tuple[Method, ...] = get_args(Method)

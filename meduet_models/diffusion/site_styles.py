@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from meduet_models.bank import StyleBank
 from meduet_models.diffusion.conditioner import Conditioner
 from meduet_models.diffusion.conditions import Examples
+from meduet_models.style.bank import StyleBank
 
 
 @dataclass(frozen=True)

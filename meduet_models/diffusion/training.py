@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from meduet_models.adamw import AdamW
-from meduet_models.bank import StyleBank
 from meduet_models.diffusion.conditioner import Conditioner
 from meduet_models.diffusion.conditions import Condition, Conditions, Examples, ExampleSource
 from meduet_models.diffusion.draws import StepDraw, draw_step, generator_of
@@ -37,6 +36,7 @@ from meduet_models.diffusion.path import Path
 from meduet_models.diffusion.settings import DiffusionTraining
 from meduet_models.diffusion.site_styles import SiteStyles, dressed
 from meduet_models.diffusion.transformer import DiffusionTransformer, regrid
+from meduet_models.style.bank import StyleBank
 from meduet_models.teacher import early_momentum
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")

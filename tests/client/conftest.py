@@ -9,10 +9,10 @@ import torch
 
 from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan, VolumePlan
 from federation.survey import survey_layout
-from meduet_models.bank import StyleBank
 from meduet_models.meduet import NetworkConfig
 from meduet_models.objective import LossWeights, ObjectiveConfig
-from meduet_models.style import StyleMoments
+from meduet_models.style.bank import StyleBank
+from meduet_models.style.moments import StyleMoments
 
 GRID = (4, 6, 4)
 

@@ -12,12 +12,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, Metadata, Metr
 from flwr.clientapp import ClientApp
 
 from client import app as wall
-from client.answers import AskRefused
 from client.app import LOG_NAME, make_client_app
+from client.exchanges.exchange import AskRefused
 from client.release import GateRefusal
-from client.site_state import StateDamaged, StateFolder, StateMissing
-from client.trainee import WrongWeights
-from client.training import NotFinite
+from client.training.pretraining import NotFinite
+from client.training.site_state import StateDamaged, StateFolder, StateMissing
+from client.training.trainee import WrongWeights
 from client.watchdog import DeadlineMissed, watchdog
 from federation.journal import Journal
 from federation.messages import (
@@ -38,7 +38,7 @@ from federation.messages import (
 from federation.plan import AggregationPlan, RunPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import home_keys, shared_keys
-from meduet_models.style import CohortTooSmall
+from meduet_models.style.moments import CohortTooSmall
 from meduet_models.weights import sha256_of_tensors
 from privacy.ledger import Ledger, LedgerRefusal
 
@@ -240,7 +240,7 @@ def test_the_sites_log_holds_what_this_site_logged_and_not_its_neighbours(
     asks: dict[str, RecordDict], folder: Path, tmp_path: Path, toy_scans: Any
 ) -> None:
     site = ToySite(folder, toy_scans(PATIENTS[:5]))
-    logger = logging.getLogger("client.training")
+    logger = logging.getLogger("client.training.pretraining")
 
     def scans(plan: RunPlan) -> Any:
         logger.warning("from the inside")
@@ -261,7 +261,7 @@ def test_under_the_watchdog_a_site_answers_the_same_and_logs_in_its_own_file(
     scans = site.scans
 
     def logged(plan: RunPlan) -> Any:
-        logging.getLogger("client.training").warning("from the answer's thread")
+        logging.getLogger("client.training.pretraining").warning("from the answer's thread")
         return scans(plan)
 
     site.scans = logged  # type: ignore[method-assign]

@@ -15,15 +15,15 @@ import pytest
 import torch
 from rich.console import Console
 
-import client.latent_cache
+import client.latents.cache
 from client.approvals import Approvals
 from client.cli import main
-from client.cohort import split_of
+from client.scans.cohort import split_of
 from federation.bundle import running_bundle
 from federation.plan import RunPlan, VolumePlan
 from federation.published_plan import PublishedPlan
-from meduet_models.patch_pca import PatchMoments
-from meduet_models.tokenizer import pca_tokenizer, save_tokenizer
+from meduet_models.tokenizer.patch_pca import PatchMoments
+from meduet_models.tokenizer.tokenizer import pca_tokenizer, save_tokenizer
 
 NAMES = [f"Mustermann{number}" for number in range(20)]
 
@@ -129,8 +129,8 @@ def test_prepare_encodes_says_what_takes_part_and_why_the_rest_does_not(hospital
 def test_an_interrupted_prepare_says_so_and_the_same_command_goes_on(
     hospital: Hospital, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client.latent_cache, "SCANS_AT_ONCE", 1)
-    saved, count = client.latent_cache.save_weights, 0
+    monkeypatch.setattr(client.latents.cache, "SCANS_AT_ONCE", 1)
+    saved, count = client.latents.cache.save_weights, 0
 
     def interrupted(path: Path, *rest: object) -> None:
         nonlocal count
@@ -139,7 +139,7 @@ def test_an_interrupted_prepare_says_so_and_the_same_command_goes_on(
             raise KeyboardInterrupt
         saved(path, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(client.latent_cache, "save_weights", interrupted)
+    monkeypatch.setattr(client.latents.cache, "save_weights", interrupted)
     status, screen = hospital.run("prepare")
     assert status == 130 and "Interrupted. What was encoded is kept" in screen
     status, screen = hospital.run("prepare")
@@ -152,7 +152,7 @@ def test_a_full_disk_is_said_in_words_and_exits_1(
     def full(path: Path, *rest: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(client.latent_cache, "save_weights", full)
+    monkeypatch.setattr(client.latents.cache, "save_weights", full)
     status, screen = hospital.run("prepare")
     assert status == 1 and "No space left on device" in screen and "run the same command again" in screen
 

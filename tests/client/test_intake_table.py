@@ -5,7 +5,7 @@
 
 from pathlib import Path
 
-from client.cohort import Cohort, open_cohort
+from client.scans.cohort import Cohort, open_cohort
 from federation.plan import VolumePlan
 
 NIFTI_ODD = {

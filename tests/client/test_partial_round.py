@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from client.answers import answer_round
+from client.exchanges.exchange import answer_round
 from client.partial_round import PartialRound, cohort_sha256
 from client.release import Released
-from client.site_state import SiteState, StateFolder
+from client.training.site_state import SiteState, StateFolder
 from federation.journal import Journal
 from federation.messages import TrainAsk
 from federation.plan import RunPlan, TrainingPlan

@@ -15,21 +15,21 @@ from rich.console import Console
 import client.cli
 import client.site
 import server.cli
-from client.answers import AskRefused
 from client.app import make_client_app
 from client.approvals import AllowedHours, Approvals
-from client.plan_words import plan_settings, plan_words
+from client.commands.plan_words import plan_settings, plan_words
+from client.exchanges.exchange import AskRefused
 from client.site import Site, SiteConfig
 from federation.bundle import bundle_hash, running_bundle
 from federation.diffusion_plan import DiffusionPlan
-from federation.finetuning import FinetunePlan, LocalFinetuning
+from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning
 from federation.messages import SURVEY, Refusal, SurveyAsk
 from federation.plan import ProbePlan, RunPlan
 from federation.published_plan import PublishedPlan
 from federation.wire import RefusalKind
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from privacy.chain import BrokenChain
-from server.plans import plan_to_run, publish
+from server.consortium.plans import plan_to_run, publish
 
 
 class Codec:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from client.answers import AskRefused, StateFolder, answer_probe
+from client.exchanges.exchange import AskRefused, StateFolder, answer_probe
 from client.probing import probe_hits, probe_sums, probed_patients
 from federation.journal import Journal
 from federation.messages import ProbeAsk
@@ -26,10 +26,10 @@ from federation.probing import (
     sums_shapes,
 )
 from federation.wire import RefusalKind
-from meduet_models.bank import StyleBank
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import home_keys, shared_keys
-from meduet_models.style import CohortTooSmall, StyleMoments
+from meduet_models.style.bank import StyleBank
+from meduet_models.style.moments import CohortTooSmall, StyleMoments
 from privacy.clipping import joint_norm
 from privacy.ledger import Ledger
 

@@ -12,18 +12,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import client.cohort_memo
+import client.scans.cohort_memo
 from client.site import open_site
 from federation.plan import RunPlan, VolumePlan
 from federation.survey import survey_layout
 from meduet_models.adamw import AdamW
-from meduet_models.bank import StyleBank
 from meduet_models.meduet import MeDUET, NetworkConfig
 from meduet_models.sharing import home_keys, shared_keys
-from meduet_models.style import StyleMoments
+from meduet_models.style.bank import StyleBank
+from meduet_models.style.moments import StyleMoments
 
 ROOT = Path(__file__).parents[2]
-TOKENIZER = ROOT / "meduet_models" / "tokenizer_4ch.safetensors"
+TOKENIZER = ROOT / "meduet_models" / "tokenizer" / "tokenizer_4ch.safetensors"
 YAML = f"""\
 name: north
 data_root: scans
@@ -94,7 +94,7 @@ def test_a_question_about_encoded_scans_loads_no_compiler_and_no_reader_of_scans
     (tmp_path / "site.yaml").write_text(YAML)
     site = open_site(tmp_path / "site.yaml")
     plan = RunPlan.from_json(plan.to_json().replace("0" * 64, site.tokenizer.sha256))
-    monkeypatch.setattr(client.cohort_memo, "SETTLED_S", -1.0)  # the scans were written just now
+    monkeypatch.setattr(client.scans.cohort_memo, "SETTLED_S", -1.0)  # the scans were written just now
     site.scans(plan)  # encodes
 
     model = MeDUET(plan.network, len(plan.sites), seed=plan.seed)

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import client.cohort_memo
+import client.scans.cohort_memo
 import client.site
-from client.answers import AskRefused
-from client.cohort import Cohort
+from client.exchanges.exchange import AskRefused
+from client.scans.cohort import Cohort
 from client.site import Site, SiteConfig, load_site_config, open_site, resolve_device
 from federation.plan import RunPlan, VolumePlan
 from federation.wire import RefusalKind
-from meduet_models.tokenizer import Tokenizer, TokenizerSpec
+from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec
 from privacy.ledger import LedgerRefusal
 from privacy.promise import Promise
 
@@ -191,7 +191,7 @@ def test_scans_are_encoded_once_for_all_messages_and_all_processes(config: SiteC
 def test_a_cache_of_its_own_folder_serves_several_states_and_several_data_roots(
     config: SiteConfig, plan: RunPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client.cohort_memo, "SETTLED_S", -1.0)  # files just written count as settled
+    monkeypatch.setattr(client.scans.cohort_memo, "SETTLED_S", -1.0)  # files just written count as settled
     codec, opened = Blocks(), client.site.open_cohort
     opens = []
     monkeypatch.setattr(client.site, "open_cohort", lambda *a, **k: opens.append(a) or opened(*a, **k))

@@ -8,7 +8,7 @@ import pytest
 from hydra.errors import ConfigCompositionException
 
 from federation.diffusion_plan import DiffusionPlan
-from federation.finetuning import FinetunePlan, LocalFinetuning
+from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning
 from federation.plan import (
     AggregationPlan,
     ProbePlan,
@@ -22,9 +22,9 @@ from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.meduet import NetworkConfig
 from meduet_models.objective import LossWeights, ObjectiveConfig
 from server.config import CONF, compose_config, plain, plan_from
-from server.deployment import ServerConfig
-from simulations.downstream import DownstreamSettings
-from simulations.downstream_run import DownstreamRunSettings
+from server.deployment.config import ServerConfig
+from simulations.downstream.evaluate import DownstreamSettings
+from simulations.downstream.run import DownstreamRunSettings
 from simulations.settings import SimulationSettings
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -29,7 +29,7 @@ def instructions(stage: str) -> list[tuple[str, str]]:
 def test_there_are_units_for_both_sides_and_a_run() -> None:
     assert [unit.name for unit in UNITS] == [
         "meduet-run@.service",
-        "meduet-server.service",
+        "meduet-server.deployment.service",
         "meduet-site.service",
     ]
 

@@ -27,10 +27,10 @@ from client.site import SiteConfig, load_site_config
 from federation.processes import ChildProcess, Supervisor, die_with_parent, read_state
 from meduet_models.weights import load_weights
 from server.app import RunObserver
-from server.app_folder import ROOT
 from server.config import compose_config, plain
-from server.status import read_status
-from simulations.in_process import fixed_threads
+from server.deployment.app_folder import ROOT
+from server.deployment.status import read_status
+from simulations.engines.in_process import fixed_threads
 from simulations.poc import SMALL, Poc, provision
 from simulations.progress import Live
 from simulations.run import Made, prepare, simulate

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import client.app
-from client.answers import AskRefused
+from client.exchanges.exchange import AskRefused
 from federation.wire import RefusalKind
 from tests.faults.consortium import Consortium, Weights, consortium, same_bits, undisturbed
 from tests.faults.page import Book

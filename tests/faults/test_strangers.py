@@ -17,16 +17,25 @@ from pathlib import Path
 import pytest
 import yaml
 
-from client.keys import install
-from federation.certificates import certificate_pem, key_pem, new_key, utc_now
-from federation.kits import AUTHORITY, CERTIFICATE, CONNECTION, KEY, README, SETTINGS, Connection, pack_kit
+from client.connection.keys import install
+from federation.keys.certificates import certificate_pem, key_pem, new_key, utc_now
+from federation.keys.kits import (
+    AUTHORITY,
+    CERTIFICATE,
+    CONNECTION,
+    KEY,
+    README,
+    SETTINGS,
+    Connection,
+    pack_kit,
+)
 from federation.processes import die_with_parent
 from federation.published_plan import PublishedPlan
-from server.app_folder import ROOT
-from server.control import Control
-from server.plans import publish
-from server.provisioning import ConsortiumSettings, Office, SiteEntry, open_office, provision
-from server.status import read_status
+from server.consortium.plans import publish
+from server.consortium.provisioning import ConsortiumSettings, Office, SiteEntry, open_office, provision
+from server.deployment.app_folder import ROOT
+from server.deployment.control import Control
+from server.deployment.status import read_status
 from simulations.poc import Poc, reserve_ports
 from tests.faults.consortium import (
     SABOTEUR,

@@ -9,8 +9,8 @@ from meduet_models.content_code import (
 )
 from meduet_models.erasure import ErasureMoments, erase, fit_erasure, triangle_length
 from meduet_models.meduet import MeDUET, NetworkConfig
-from meduet_models.probes import site_probe
-from meduet_models.recognition import retrieval_across_sites
+from meduet_models.probes.quick import site_probe
+from meduet_models.probes.recognition import retrieval_across_sites
 
 WIDTH, SIZE, SITES, PATIENTS = 48, 8, 3, 30
 BOUND = 1e3

@@ -7,7 +7,7 @@ import torch
 
 from federation.messages import Refusal, RefusalKind, TrainReply
 from server.app import run
-from simulations.in_process import InProcessGrid
+from simulations.engines.in_process import InProcessGrid
 from strategies.quorum import RoundFailed
 
 

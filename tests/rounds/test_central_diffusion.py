@@ -15,9 +15,9 @@ import torch
 from flwr.app import Context
 
 from client.app import make_client_app
-from client.examples import examples_of
-from client.latent_release import RAW_CONSENT, consent
-from client.volumes import Geometry
+from client.exchanges.latents import RAW_CONSENT, consent
+from client.latents.examples import examples_of
+from client.scans.volumes import Geometry
 from federation.diffusion_plan import DiffusionPlan
 from federation.journal import Journal
 from federation.plan import RunPlan, StylePlan, TrainingPlan
@@ -27,8 +27,8 @@ from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.diffusion.training import DiffusionTrainee
 from privacy.ledger import Ledger
 from server.app import run
-from server.latent_bank import LatentBank
-from simulations.in_process import InProcessGrid
+from server.latent_bank.bank import LatentBank
+from simulations.engines.in_process import InProcessGrid
 
 
 class Killed(BaseException):

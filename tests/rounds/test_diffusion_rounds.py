@@ -12,23 +12,23 @@ import torch
 from flwr.app import Context
 
 from client.app import make_client_app
-from client.examples import SiteExamples
-from client.volumes import Geometry
-from federation.diffusion import encoder_of, transformer_of
+from client.latents.examples import SiteExamples
+from client.scans.volumes import Geometry
 from federation.diffusion_plan import DiffusionPlan
+from federation.exchanges.diffusion import encoder_of, transformer_of
 from federation.journal import Journal
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
-from meduet_models.bank import StyleBank
 from meduet_models.diffusion.conditioner import Conditioner
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.diffusion.training import DiffusionTrainee
 from meduet_models.meduet import FactorNetwork
-from meduet_models.style import StyleLayout, StyleMoments
+from meduet_models.style.bank import StyleBank
+from meduet_models.style.moments import StyleLayout, StyleMoments
 from meduet_models.weights import load_weights
 from privacy.ledger import Ledger
-from server.diffusion_rounds import round_momentum, run_diffusion_rounds
-from simulations.in_process import InProcessGrid
+from server.exchanges.federated_diffusion import round_momentum, run_diffusion_rounds
+from simulations.engines.in_process import InProcessGrid
 from strategies.quorum import Roster, RoundFailed
 
 TRAINING = DiffusionTraining(batch_size=4, learning_rate=1e-3, ema=0.9, alignment=0.5)
@@ -274,7 +274,7 @@ def test_a_plan_without_it_is_refused_at_the_site(plan: RunPlan, tmp_path: Path)
 def test_an_encoder_of_another_size_is_malformed_at_the_site(
     plan: RunPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.diffusion_rounds.encoder_keys", lambda network: ["embed.bias"])
+    monkeypatch.setattr("server.exchanges.federated_diffusion.encoder_keys", lambda network: ["embed.bias"])
     with pytest.raises(RoundFailed, match="malformed"):
         run(plan, tmp_path)
     assert "among the encoder's weights" in (tmp_path / "sites" / "oslo" / "site.log").read_text()

@@ -12,7 +12,7 @@ from federation.reply_book import ReplyBook
 from federation.wire import array_record, tensors_of
 from meduet_models.weights import load_weights
 from server.app import run
-from simulations.in_process import FixedThreads, InProcessGrid
+from simulations.engines.in_process import FixedThreads, InProcessGrid
 from strategies.content_share import ContentShare, pretraining
 from strategies.quorum import Roster
 
@@ -86,7 +86,7 @@ sys.modules["miniature"] = miniature
 spec.loader.exec_module(miniature)
 
 from server.app import run
-from simulations.ray_engine import run_on_ray
+from simulations.engines.ray_engine import run_on_ray
 
 folder = Path(sys.argv[2])
 plan = miniature.a_plan(rounds=2, deadline_s=240.0)

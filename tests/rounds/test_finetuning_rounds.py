@@ -11,9 +11,9 @@ import torch
 from flwr.app import Context
 
 from client.app import make_client_app
-from client.finetuning import finetune
-from client.labelled_scans import labelled_scans
-from federation.finetuning import FinetuneAsk, FinetunePlan, LocalFinetuning
+from client.latents.labelled import labelled_scans
+from client.training.finetuning import finetune
+from federation.exchanges.finetuning import FinetuneAsk, FinetunePlan, LocalFinetuning
 from federation.journal import Journal
 from federation.messages import MessageError
 from federation.plan import RunPlan
@@ -22,8 +22,8 @@ from meduet_models.meduet import FactorNetwork
 from meduet_models.weights import load_weights
 from privacy.ledger import Ledger
 from server.checkpoints import OtherPlan
-from server.finetuning import FinetunedRun, pretrained_sha256, run_finetuning
-from simulations.in_process import InProcessGrid
+from server.exchanges.finetuning import FinetunedRun, pretrained_sha256, run_finetuning
+from simulations.engines.in_process import InProcessGrid
 from strategies.quorum import RoundFailed
 
 LOCAL = LocalFinetuning(task="segmentation", classes=2, steps=3, batch_size=4)
@@ -214,7 +214,9 @@ def test_other_pretrained_weights_are_refused_on_both_sides(
     finetuning = agreed(plan, other)
     with pytest.raises(ValueError, match="Expected the pretrained encoder"):
         run_finetuning(grid_of(plan, tmp_path), plan, finetuning, pretrained, tmp_path / "fine")
-    monkeypatch.setattr("server.finetuning.pretrained_sha256", lambda network: finetuning.pretrained_sha256)
+    monkeypatch.setattr(
+        "server.exchanges.finetuning.pretrained_sha256", lambda network: finetuning.pretrained_sha256
+    )
     with pytest.raises(RoundFailed, match="malformed"):
         run_finetuning(grid_of(plan, tmp_path), plan, finetuning, pretrained, tmp_path / "fine")
     log = (tmp_path / "sites" / "oslo" / "site.log").read_text()

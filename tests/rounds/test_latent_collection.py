@@ -14,21 +14,21 @@ import torch
 from flwr.app import Context, Message
 
 from client.app import make_client_app
-from client.examples import examples_of
-from client.latent_release import KEY_NAME, RAW_CONSENT, TABLE_NAME, consent
-from client.volumes import Geometry
+from client.exchanges.latents import KEY_NAME, RAW_CONSENT, TABLE_NAME, consent
+from client.latents.examples import examples_of
+from client.scans.volumes import Geometry
 from federation.diffusion_plan import DiffusionPlan
+from federation.exchanges.latents import LatentsAsk, LatentsReply, latent_bound
 from federation.journal import Journal
-from federation.latents import LatentsAsk, LatentsReply, latent_bound
 from federation.plan import ReleasePlan, RunPlan, StylePlan
 from federation.reply_book import ReplyBook
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from privacy.ledger import Ledger
-from server.latent_bank import LatentBank
-from server.latent_collection import check_reply, collect
+from server.exchanges.latents import check_reply, collect
+from server.latent_bank.bank import LatentBank
+from server.latent_bank.records import Codes
 from server.latent_listing import items
-from server.latent_records import Codes
-from simulations.in_process import InProcessGrid
+from simulations.engines.in_process import InProcessGrid
 from strategies.aggregation import ReplyRefused
 from strategies.quorum import Roster
 

@@ -19,7 +19,7 @@ from privacy.clipping import joint_norm
 from privacy.ledger import Ledger
 from server.app import run
 from server.server_app import app
-from simulations.in_process import InProcessGrid
+from simulations.engines.in_process import InProcessGrid
 
 
 class Killed(BaseException):

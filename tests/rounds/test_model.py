@@ -7,11 +7,11 @@ import torch
 from federation.erasure import content_bound, erasure_tensors, renders
 from federation.messages import ErasureReply, SurveyReply
 from federation.survey import survey_layout
-from meduet_models.bank import StyleBank
 from meduet_models.content_code import RenderingMoments
 from meduet_models.erasure import ErasureMoments
 from meduet_models.meduet import MeDUET
-from meduet_models.style import StyleMoments
+from meduet_models.style.bank import StyleBank
+from meduet_models.style.moments import StyleMoments
 from server.model import MeduetModel
 from strategies.aggregation import ReplyRefused
 

@@ -10,7 +10,7 @@ from federation.journal import Journal
 from meduet_models.weights import load_weights
 from server.app import RunObserver, run
 from server.checkpoints import OtherPlan
-from simulations.in_process import InProcessGrid
+from simulations.engines.in_process import InProcessGrid
 
 
 class Killed(BaseException):

@@ -12,11 +12,11 @@ from federation.messages import Refusal
 from federation.wire import RefusalKind
 from server.app import run
 from server.checkpoints import OtherPlan
+from server.deployment.status import StatusFile, read_status
+from server.deployment.status_screen import as_json, gather, picture, show
 from server.run_folder import FolderBusy, held, is_complete, is_held
 from server.server_app import run_in_folder
-from server.status import StatusFile, read_status
-from server.status_screen import as_json, gather, picture, show
-from simulations.in_process import InProcessGrid
+from simulations.engines.in_process import InProcessGrid
 
 
 def run_with_status(miniature: Any, folder: Path, plan: Any, tamper: Any = None) -> None:
@@ -161,7 +161,7 @@ def test_the_live_screen_stays_until_the_run_is_over_and_ctrl_c_ends_only_the_lo
         if len(looks) == 2:
             status.failed("the disk is full", final=True)
 
-    monkeypatch.setattr("server.status_screen.time.sleep", next_look)
+    monkeypatch.setattr("server.deployment.status_screen.time.sleep", next_look)
     terminal = Console(width=120, file=io.StringIO(), force_terminal=True, record=True)
     show(terminal, tmp_path)
     assert len(looks) == 2 and "the disk is full" in terminal.export_text()
@@ -170,7 +170,7 @@ def test_the_live_screen_stays_until_the_run_is_over_and_ctrl_c_ends_only_the_lo
     def interrupt(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("server.status_screen.time.sleep", interrupt)
+    monkeypatch.setattr("server.deployment.status_screen.time.sleep", interrupt)
     show(terminal, tmp_path)  # returns
 
 

@@ -14,15 +14,15 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.app import LOG_NAME, make_client_app
-from federation.finetuning import FINETUNE, FinetunePlan, LocalFinetuning
+from federation.exchanges.finetuning import FINETUNE, FinetunePlan, LocalFinetuning
 from federation.journal import Journal
 from federation.messages import ERASURE, PROBE, SURVEY, TRAIN
 from federation.plan import ProbePlan, RunPlan, TrainingPlan
 from meduet_models.meduet import FactorNetwork
 from privacy.ledger import Ledger
 from server.app import run
-from server.finetuning import pretrained_sha256, run_finetuning
-from simulations.in_process import InProcessGrid
+from server.exchanges.finetuning import pretrained_sha256, run_finetuning
+from simulations.engines.in_process import InProcessGrid
 
 SECRET = "Mustermann born-1961-04-12 /mnt/pacs/mustermann.dcm"  # words that no hash spells by chance
 SITES = ("oslo", "lyon", "turin", "basel")
@@ -68,7 +68,7 @@ class Hospital:
             self.journal.append = self._fail  # type: ignore[method-assign]
 
     def _fail(self, *given: object, **named: object) -> NoReturn:
-        logging.getLogger("client.training").error("about to fail: %s", SECRET)
+        logging.getLogger("client.training.pretraining").error("about to fail: %s", SECRET)
         raise MustermannError(f"cannot read {SECRET}") from OSError(2, SECRET, SECRET)
 
     def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:

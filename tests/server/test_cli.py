@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from server import service_commands
 from server.cli import main
-from server.submission import RunGivenUp
+from server.commands import service as service_commands
+from server.deployment.submission import RunGivenUp
 
 
 def test_help_says_what_the_exit_statuses_mean(capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,9 +39,9 @@ def test_a_run_that_was_given_up_refused_or_interrupted_exits_so(
     def see_through(self: object) -> None:
         raise raised
 
-    monkeypatch.setattr("server.submission.Submission.__init__", lambda self, *settings: None)
-    monkeypatch.setattr("server.submission.Submission.see_through", see_through)
-    monkeypatch.setattr("server.control.Control.__init__", lambda self, config: None)
-    monkeypatch.setattr("server.deployment.load_server_config", lambda path: None)
+    monkeypatch.setattr("server.deployment.submission.Submission.__init__", lambda self, *settings: None)
+    monkeypatch.setattr("server.deployment.submission.Submission.see_through", see_through)
+    monkeypatch.setattr("server.deployment.control.Control.__init__", lambda self, config: None)
+    monkeypatch.setattr("server.deployment.config.load_server_config", lambda path: None)
     assert service_commands.GIVEN_UP == 1
     assert main(["run", "plan.json", "--folder", "run", "--config", "server.yaml"]) == status

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client.scans import Scan
-from client.volumes import read_scan
+from client.scans.scans import Scan
+from client.scans.volumes import read_scan
 from simulations.appearance import appearance, by_appearance, constrained_k_means
-from simulations.hospitals import SplitHospitals, make_hospitals
+from simulations.hospitals.make import SplitHospitals, make_hospitals
 
 
 def blobs(sizes: tuple[int, ...], seed: int = 0) -> np.ndarray:

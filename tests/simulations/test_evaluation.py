@@ -11,11 +11,11 @@ import torch
 from client.site import Site, SiteConfig
 from federation.plan import RunPlan
 from meduet_models.meduet import MeDUET
-from meduet_models.tokenizer import TokenizerSpec, load_tokenizer
+from meduet_models.tokenizer.tokenizer import TokenizerSpec, load_tokenizer
 from server.config import compose_config, plain, plan_from
 from simulations.evaluation import _codes, measure
-from simulations.held_out import Held, join, own_scans, paired_scans
-from simulations.hospitals import PhantomHospitals, make_hospitals
+from simulations.hospitals.held_out import Held, join, own_scans, paired_scans
+from simulations.hospitals.make import PhantomHospitals, make_hospitals
 
 SITES = ("north", "harbour")
 NETWORK = ["width=24", "depth=1", "heads=2", "decoder_width=12", "decoder_depth=1", "decoder_heads=2"]

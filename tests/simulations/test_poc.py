@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from server.submission import RunGivenUp
+from server.deployment.submission import RunGivenUp
 from simulations import poc
 
 

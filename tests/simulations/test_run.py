@@ -95,7 +95,7 @@ def test_a_run_that_was_interrupted_ends_in_the_same_bits(
 
 def test_a_killed_process_goes_on_to_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "simulations.run", *SMALL, f"folder={folder}"]
+    command = [sys.executable, "-m", "simulations.cli", *SMALL, f"folder={folder}"]
     root = Path(__file__).resolve().parents[2]
     with (tmp_path / "out").open("w") as out:
         process = subprocess.Popen(command, cwd=root, stdout=out, stderr=out, env={**os.environ})
@@ -138,7 +138,7 @@ def test_every_baseline_runs_with_the_same_messages(tmp_path: Path, method: str)
 @pytest.mark.ray
 def test_ray_ends_in_the_same_bits_as_one_process(undisturbed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "ray"
-    command = [sys.executable, "-m", "simulations.run", *SMALL, "engine=ray", f"folder={folder}"]
+    command = [sys.executable, "-m", "simulations.cli", *SMALL, "engine=ray", f"folder={folder}"]
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -148,7 +148,7 @@ def test_ray_ends_in_the_same_bits_as_one_process(undisturbed: Path, tmp_path: P
 def test_several_runs_at_once_have_a_folder_each(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[2]
     more = ["training.rounds=1", f"hydra.sweep.dir={tmp_path}", "tensorboard=true", "seed=3,4"]
-    command = [sys.executable, "-m", "simulations.run", "--multirun", *SMALL, *more]
+    command = [sys.executable, "-m", "simulations.cli", "--multirun", *SMALL, *more]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     pages = sorted(tmp_path.rglob("report.html"))
@@ -159,7 +159,7 @@ def test_several_runs_at_once_have_a_folder_each(tmp_path: Path) -> None:
 
 def test_a_mistake_in_the_settings_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-m", "simulations.run", "root=/scans", f"folder={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "simulations.cli", "root=/scans", f"folder={tmp_path / 'run'}"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "root has no effect with hospitals=phantoms" in done.stderr

@@ -3,7 +3,7 @@ import time
 import pytest
 from flwr.clientapp import ClientApp
 
-from simulations.in_process import InProcessGrid
+from simulations.engines.in_process import InProcessGrid
 from strategies.quorum import Roster, RoundFailed, check_quorum, needed, wait_for_nodes
 
 

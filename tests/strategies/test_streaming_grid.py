@@ -5,7 +5,7 @@ import pytest
 from flwr.app import Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from simulations.in_process import InProcessGrid
+from simulations.engines.in_process import InProcessGrid
 from strategies.streaming_grid import ASKS, Late, StreamingGrid
 
 

@@ -15,7 +15,7 @@ from federation.plan import (
 from federation.survey import survey_layout
 from meduet_models.meduet import NetworkConfig
 from meduet_models.objective import LossWeights, ObjectiveConfig
-from meduet_models.style import CohortTooSmall, StyleMoments
+from meduet_models.style.moments import CohortTooSmall, StyleMoments
 from strategies.style_bank import StyleSurvey
 
 PLAN = RunPlan(

@@ -58,7 +58,7 @@ def in_training(round: int, at: int) -> None:
 
 
 def answers(module: ModuleType) -> None:
-    """`client.answers`: a place in the middle of training."""
+    """`client.exchanges.exchange`: a place in the middle of training."""
     inner = module.answer_round
 
     def answer_round(site: Any, ask: Any, plan: Any, on_step: Callable[[int, float], None]) -> Any:
@@ -144,7 +144,7 @@ def date(module: ModuleType) -> None:
     module.now = lambda: inner() + off
 
 
-PATCHES: dict[str, Callable[[ModuleType], None]] = {"client.answers": answers, "client.app": app}
+PATCHES: dict[str, Callable[[ModuleType], None]] = {"client.exchanges.exchange": answers, "client.app": app}
 if (FOLDER / "clock").is_file():
     PATCHES["flwr.supercore.date"] = date
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from meduet_models.bank import StyleBank
 from meduet_models.diffusion.artefact import GenerativeModel, load_generative_model, save_generative_model
 from meduet_models.diffusion.conditions import Conditions
-from meduet_models.style import StyleLayout, StyleMoments
+from meduet_models.style.bank import StyleBank
+from meduet_models.style.moments import StyleLayout, StyleMoments
 from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
 from tests.meduet_models.diffusion.small_models import (
     NETWORK,

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from meduet_models.bank import StyleBank
 from meduet_models.diffusion.conditioner import Conditioner, condition_sizes
 from meduet_models.diffusion.conditions import CONDITIONS
-from meduet_models.style import StyleLayout, StyleMoments
+from meduet_models.style.bank import StyleBank
+from meduet_models.style.moments import StyleLayout, StyleMoments
 from tests.meduet_models.diffusion.small_models import (
     NETWORK,
     small_conditioner,

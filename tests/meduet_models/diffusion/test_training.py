@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from meduet_models.bank import StyleBank
 from meduet_models.diffusion.conditions import Condition, Examples
 from meduet_models.diffusion.draws import draw_step
 from meduet_models.diffusion.initialisation import first_transformer
@@ -15,7 +14,8 @@ from meduet_models.diffusion.path import PathName
 from meduet_models.diffusion.settings import DiffusionTraining
 from meduet_models.diffusion.site_styles import SiteStyles, dressed
 from meduet_models.diffusion.training import DiffusionTrainee, LossNotFinite, validation_loss
-from meduet_models.style import StyleLayout, StyleMoments
+from meduet_models.style.bank import StyleBank
+from meduet_models.style.moments import StyleLayout, StyleMoments
 from tests.meduet_models.diffusion.small_models import (
     NETWORK,
     awake_transformer,

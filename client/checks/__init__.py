@@ -1,0 +1,1 @@
+"""What `meduet-site check` looks at."""

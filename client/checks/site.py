@@ -1,0 +1,259 @@
+"""What `meduet-site check` looks at: each check says what it found and, if that will not do, what to do.
+
+Checks read; they encode nothing and send nothing. They write the site's own tables (cohort.csv,
+exclusions.csv), which name patients; what is said here are counts and row numbers, fit for a screen that
+others see.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from client.approvals import Approvals
+from client.books import open_books
+from client.centre_checks import centre_check, clock_check
+from client.checks.machine import device_check, disk_check, folder_check, memory_check
+from client.connection.certificate_checks import certificate_check
+from client.connection.keys import SiteKeys
+from client.exchanges.exchange import AskRefused
+from client.exchanges.latents import RAW_CONSENT, consent
+from client.scans.cohort import SPLITS, Cohort
+from client.scans.layouts import LayoutRules, survey
+from client.scans.scans import Reason
+from client.site import Site, SiteConfig, SiteProgress
+from federation.bundle import running_bundle
+from federation.keys.certificates import utc_now
+from federation.plan import RunPlan
+from federation.survey import smallest_cohort
+from federation.wire import RefusalKind
+from privacy.chain import BrokenChain
+
+Verdict = Literal["ok", "look", "failed"]
+HEADROOM = 1.1
+"""Free disk space asked for, over what the encodings will take."""
+_VISIT = re.compile(r"(ses|session|visit|run|scan|tp)0*\d+$")
+_EXPECTED = frozenset({Reason.SIDECAR, Reason.HIDDEN, Reason.LABEL_NOT_CHOSEN, Reason.NO_SUCH_MODALITY})
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at. `look`: may be meant, a person should decide. `failed`: the run will not work."""
+
+    what: str
+    verdict: Verdict
+    found: str
+    advice: str = ""
+    """What to do; empty when it is fine."""
+
+
+def run_checks(
+    config: SiteConfig, plan: RunPlan | None = None, progress: SiteProgress | None = None
+) -> Iterator[Check]:
+    """Look at a site, one check after another; with `plan`, also at every scan, as that plan would."""
+    device, folder = Check("device", *device_check(config)), Check("folder", *folder_check(config.state_dir))
+    yield device
+    yield Check("memory", *memory_check())
+    yield folder
+    if folder.verdict != "failed" and plan is None:  # with a plan, when it is known what is to be encoded
+        yield Check("disk space", *disk_check(config.state_dir))
+    if config.allow_non_private:
+        yield Check("consent", "ok", "bounded sums without differential privacy may leave")
+    else:
+        advice = "This version adds no noise: set allow_non_private: true in site.yaml, or take no part."
+        yield Check("consent", "failed", "nothing may leave without differential privacy", advice)
+    yield from _connection(config)
+    data = _data(config)
+    yield data
+    if "failed" in (data.verdict, device.verdict, folder.verdict):
+        return
+    try:
+        site = Site(config)
+        yield _books(config)
+    except BrokenChain as error:
+        yield Check("ledger and journal", "failed", str(error), "Do not delete it: ask who changed it.")
+        return
+    try:
+        yield Check("tokenizer", "ok", f"{site.tokenizer.name}, {site.tokenizer.sha256[:12]}…")
+    except ValueError as error:
+        yield Check("tokenizer", "failed", str(error), "Correct tokenizer in site.yaml.")
+        return
+    if plan is None:
+        yield _approvals(config)
+        return
+    try:
+        site.fits(plan)
+        yield Check("plan", "ok", f"{plan.name}, {plan.sha256[:12]}…, lists {site.name}, same tokenizer")
+    except AskRefused as error:
+        yield Check("plan", "failed", str(error), _advice(plan, config))
+        return
+    yield Check("latents", "ok", consent(plan, config.latent_release))
+    yield _approval(site, plan)
+    try:
+        cohort = site.cohort(plan.volumes, progress)
+    except ValueError as error:
+        yield Check("scans", "failed", str(error), "Correct data_root, layout or modality_names.")
+        return
+    yield from _cohort(cohort, plan, config)
+    yield from _cache(site, cohort, plan)
+
+
+def _advice(plan: RunPlan, config: SiteConfig) -> str:
+    """What to do about a plan that this site does not accept."""
+    try:
+        consent(plan, config.latent_release)
+    except AskRefused:
+        return f"If your hospital agrees, set in site.yaml latent_release: {RAW_CONSENT!r}"
+    return "Ask the centre for the plan of your consortium."
+
+
+def _approval(site: Site, plan: RunPlan) -> Check:
+    try:
+        site.accept(plan)
+    except AskRefused as error:
+        if error.kind is RefusalKind.OUTSIDE_HOURS:
+            return Check("approval", "ok", f"approved; questions wait for {site.config.allowed_hours}")
+        return Check("approval", "look", str(error), "Read it: meduet-site plan show; then plan approve.")
+    implied = site.config.plan_approval == "implied"
+    return Check("approval", "ok", "implied by site.yaml" if implied else "approved, with this code")
+
+
+def _connection(config: SiteConfig) -> Iterator[Check]:
+    """Keys, the way to the centre, and its clock."""
+    if config.keys_dir is None:
+        if config.plan_approval == "implied":
+            yield Check("certificate", "ok", "none (no keys_dir): this site connects to no centre")
+            return
+        advice = "Install the start-up kit (meduet-site install) and set keys_dir in site.yaml."
+        yield Check("certificate", "look", "site.yaml names no keys_dir: this site cannot connect", advice)
+        return
+    certificate = Check("certificate", *certificate_check(config.keys_dir, config.name, utc_now()))
+    yield certificate
+    if certificate.verdict != "failed":
+        keys = SiteKeys.open(config.keys_dir)
+        yield Check("centre", *centre_check(keys))
+        yield Check("clock", *clock_check(keys, utc_now))
+
+
+def _books(config: SiteConfig) -> Check:
+    """Ledger and journal, each whole and neither older than the other. Raises `BrokenChain`."""
+    books = open_books(config.state_dir)
+    found = f"{len(books.ledger)} and {len(books.journal)} lines"
+    if books.unnamed > 1:
+        found += f"; {books.unnamed} charges of the ledger are not in the journal"
+        advice = "Was an older journal put back? Compare with the centre's: meduet-server journal show."
+        return Check("ledger and journal", "look", found, advice)
+    return Check("ledger and journal", "ok", f"{found}, and they agree")
+
+
+def _approvals(config: SiteConfig) -> Check:
+    """Which plans this hospital has approved with the code of this machine."""
+    if config.plan_approval == "implied":
+        return Check("approved plans", "ok", "every plan that lists this site (site.yaml: plan_approval)")
+    book = Approvals(config.state_dir)
+    bundles = {one.sha256[:12]: book.approved_bundle(one.sha256) for one in book.kept()}
+    approved = [sha256 for sha256, bundle in bundles.items() if bundle == running_bundle()]
+    other = [sha256 for sha256, bundle in bundles.items() if bundle not in (None, running_bundle())]
+    found = f"{len(approved)} with this machine's code" + "".join(f", {sha256}…" for sha256 in approved)
+    if other:
+        found += f"; {len(other)} with other code" + "".join(f", {sha256}…" for sha256 in other)
+    if not approved:
+        advice = "Ask the centre for the plan; then meduet-site plan show and plan approve."
+        return Check("approved plans", "look", found, advice)
+    return Check("approved plans", "ok", found)
+
+
+def _data(config: SiteConfig) -> Check:
+    """The data folder, by names and headers alone."""
+    rules = LayoutRules(
+        modality_names=config.modality_names,
+        patient_pattern=config.patient_pattern,
+        label_pattern=config.label_pattern,
+    )
+    try:
+        candidates, exclusions = survey(config.data_root, config.layout, rules)
+    except ValueError as error:
+        return Check("data folder", "failed", str(error), "Correct data_root, layout or the patterns.")
+    unreadable = sum(one.reason is Reason.UNREADABLE for one in exclusions)
+    found = f"{len(candidates)} files or series that may be scans"
+    if not candidates:
+        return Check("data folder", "failed", found, "Check data_root and layout; is the folder mounted?")
+    if unreadable:
+        advice = "Give this user the right to read them."
+        return Check("data folder", "look", f"{found}; {unreadable} files cannot be read", advice)
+    return Check("data folder", "ok", found)
+
+
+def _cohort(cohort: Cohort, plan: RunPlan, config: SiteConfig) -> Iterator[Check]:
+    counts = {split: len(cohort.patients(split)) for split in SPLITS}
+    labelled = sum(scan.label_path is not None for scan in cohort.scans)
+    found = (
+        f"{len(cohort.scans)} scans ({labelled} labelled) of {len(cohort.patients())} patients; "
+        + ", ".join(f"{split} {count}" for split, count in counts.items())
+    )
+    least = smallest_cohort(plan, config.minimum_cohort)
+    if counts["train"] < least:
+        advice = f"Statistics of fewer than {least} training patients may not leave (minimum_cohort)."
+        yield Check("scans", "failed", found, f"{advice} exclusions.csv says what was left out.")
+    else:
+        yield Check("scans", "ok", found)
+    reasons = Counter(one.reason for one in cohort.exclusions)
+    listed = ", ".join(f"{reason.value} {count}" for reason, count in reasons.most_common()) or "none"
+    if set(reasons) <= _EXPECTED:
+        yield Check("exclusions", "ok", listed)
+    else:
+        yield Check("exclusions", "look", listed, "Read exclusions.csv; correct what is a mistake.")
+    if duplicates := reasons[Reason.DUPLICATE]:
+        advice = "Find them in exclusions.csv; under two names they would be two patients."
+        yield Check("duplicates", "look", f"{duplicates} scans are copies of others, and excluded", advice)
+    else:
+        yield Check("duplicates", "ok", "none")
+    yield _leakage(cohort)
+
+
+def _leakage(cohort: Cohort) -> Check:
+    """Is a patient, or what may be the same patient under two names, in more than one split?"""
+    splits: dict[str, set[str]] = defaultdict(set)
+    alike: dict[str, dict[str, int]] = defaultdict(dict)  # plain name -> patient -> row of cohort.csv
+    for row, scan in enumerate(cohort.scans, start=2):  # row 1 is the header
+        splits[scan.patient].add(scan.split)
+        alike[_plain(scan.patient)].setdefault(scan.patient, row)
+    if several := sum(len(own) > 1 for own in splits.values()):
+        advice = "Do not train; report this with your version of FedMeDUET."
+        return Check("patients in one split", "failed", f"{several} patients are in two", advice)
+    suspects = [rows for rows in alike.values() if len({next(iter(splits[patient])) for patient in rows}) > 1]
+    if suspects:
+        pairs = "; ".join(" and ".join(map(str, rows.values())) for rows in suspects[:3])
+        return Check(
+            "patients in one split",
+            "look",
+            f"{len(suspects)} groups of names look like one patient and are in different splits "
+            f"(cohort.csv, rows {pairs})",
+            "If they are one, set patient_pattern so that group 1 is the same for both.",
+        )
+    return Check("patients in one split", "ok", "every patient is in one split only")
+
+
+def _plain(patient: str) -> str:
+    """A name without case, punctuation, leading zeros and visit: what two spellings of one patient share."""
+    letters = re.sub(r"[^a-z0-9]", "", patient.lower())
+    return re.sub(r"(?<!\d)0+(?=\d)", "", _VISIT.sub("", letters) or letters)
+
+
+def _cache(site: Site, cohort: Cohort, plan: RunPlan) -> Iterator[Check]:
+    try:
+        state = site.cache(plan.volumes).state(cohort)
+    except ValueError as error:
+        yield Check("cache", "failed", str(error), "Ask the centre: the plan does not fit its tokenizer.")
+        return
+    found = f"{state.complete} scans encoded, {state.missing} to do"
+    found += f", {state.damaged} files damaged" if state.damaged else ""
+    found += f", {state.unused} files that this plan does not use" if state.unused else ""
+    advice = []
+    if state.missing:
+        advice.append("`meduet-site prepare` encodes them now; otherwise the first round does.")
+    if state.unused:
+        advice.append("`meduet-site prepare --prune` removes what is not used.")
+    yield Check("cache", "look" if advice else "ok", found, " ".join(advice))
+    yield Check("disk space", *disk_check(site.state_dir, round(HEADROOM * state.bytes_to_write)))

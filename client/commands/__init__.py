@@ -1,0 +1,1 @@
+"""`meduet-site`, command by command."""

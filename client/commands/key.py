@@ -1,0 +1,76 @@
+"""`meduet-site request` and `install`: how a hospital gets its keys.
+
+What it does not do: any of the work; see `keys.py`.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+DONE, NOT_POSSIBLE = 0, 2
+
+
+def add_to(commands: Any) -> None:
+    """Add the commands to the parser of `meduet-site`."""
+    about = "make the site's key pair here and a signing request for the centre"
+    request = commands.add_parser(
+        "request",
+        help=about,
+        description=f"{about.capitalize()}. The private key never leaves this machine.",
+    )
+    request.add_argument("name", metavar="NAME", help="name of the site, as plans list it")
+    request.set_defaults(run=_request)
+    about = "install a start-up kit, or the certificate of a renewal"
+    install = commands.add_parser(
+        "install",
+        help=about,
+        description=f"{about.capitalize()}. Checksums and chain are verified before anything is written; the "
+        "fingerprint that is printed is to be compared with the centre's over the telephone.",
+    )
+    install.add_argument("source", type=Path, metavar="KIT.zip|CERTIFICATE.pem", help="from the centre")
+    install.set_defaults(run=_install)
+    for command in (request, install):
+        command.add_argument(
+            "--into", type=Path, default=Path("meduet-site"), metavar="DIR",
+            help="folder of site.yaml and keys/ (default: ./meduet-site); not in a git work tree",
+        )  # fmt: skip
+
+
+def _request(chosen: argparse.Namespace, console: Console) -> int:
+    from client.connection.keys import request_certificate
+
+    try:
+        path, fingerprint = request_certificate(chosen.name, chosen.into)
+    except ValueError as error:
+        _say(console, str(error))
+        return NOT_POSSIBLE
+    _say(console, f"Send {path} to the centre: it holds no secret. When they call, read out:")
+    _say(console, f"  {fingerprint}")
+    _say(console, f"Then install what they send: meduet-site install {chosen.name}.zip --into {chosen.into}")
+    return DONE
+
+
+def _install(chosen: argparse.Namespace, console: Console) -> int:
+    from client.connection.keys import install
+    from federation.keys.certificates import utc_now
+
+    try:
+        keys = install(chosen.source, chosen.into, utc_now())
+        ends = keys.check(utc_now())
+    except ValueError as error:
+        _say(console, f"{error} Nothing was installed.")
+        return NOT_POSSIBLE
+    _say(
+        console,
+        f"Installed: site {keys.connection.site} of {keys.connection.consortium}, until {ends:%Y-%m-%d}.",
+    )
+    _say(console, "Call the centre by a number that did not come with the kit, and compare its fingerprint:")
+    _say(console, f"  {keys.authority_fingerprint}")
+    _say(console, f"If it is another, delete {keys.folder}. Then fill in {chosen.into / 'site.yaml'}.")
+    return DONE
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

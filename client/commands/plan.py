@@ -1,0 +1,142 @@
+"""`meduet-site plan show | list | approve | withdraw`: a hospital reads a plan and says yes, or no longer.
+
+What it does not do: any of the work; see `plan_words.py` and `approvals.py`.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from client.approvals import Approvals
+    from client.site import SiteConfig
+
+DONE, NOT_POSSIBLE = 0, 2
+
+
+def add_to(commands: Any) -> None:
+    """Add `plan` and its own commands to the parser of `meduet-site`."""
+    about = "read a plan of the centre in plain words; approve it, or withdraw the approval"
+    plan = commands.add_parser("plan", help=about, description=about.capitalize() + ".")
+    actions = plan.add_subparsers(title="what to do", metavar="ACTION", required=True)
+    named = "a published plan's file, or the hash of one that was shown before"
+    for name, help, run, what in (
+        ("show", "what will run, on which data, what will leave, in which code", _show, named),
+        ("approve", "agree to a plan that was shown", _approve, "hash of the plan"),
+        ("withdraw", "no longer agree to it", _withdraw, "hash of the plan"),
+        ("list", "the plans that were shown, and which are approved", _list, ""),
+    ):
+        action = actions.add_parser(name, help=help, description=help.capitalize() + ".")
+        if what:
+            action.add_argument("plan", metavar="FILE|HASH" if name == "show" else "HASH", help=what)
+        if name == "show":
+            action.add_argument("--settings", action="store_true", help="also every setting, one per line")
+        action.add_argument("--config", type=Path, required=True, metavar="FILE", help="the site's site.yaml")
+        action.set_defaults(run=_behind_one_line, action=run)
+
+
+def _behind_one_line(chosen: argparse.Namespace, console: Console) -> int:
+    from client.approvals import Approvals
+    from client.site import load_site_config
+
+    try:
+        config = load_site_config(chosen.config)
+        config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status: int = chosen.action(chosen, console, config, Approvals(config.state_dir))
+    except ValueError as error:
+        _say(console, str(error))
+        return NOT_POSSIBLE
+    return status
+
+
+def _show(chosen: argparse.Namespace, console: Console, config: "SiteConfig", approvals: "Approvals") -> int:
+    from client.commands.plan_words import plan_settings, plan_words
+    from federation.bundle import running_bundle
+    from federation.published_plan import PublishedPlan
+
+    path = Path(chosen.plan)
+    if path.is_file():
+        try:
+            published = PublishedPlan.from_json(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"Expected {path} to be a published plan; {error}") from None
+        approvals.keep(published)
+    else:
+        published = approvals.find(chosen.plan)
+    for heading, sentence in plan_words(published, config.minimum_cohort):
+        if heading:
+            console.print(f"[bold]{heading}[/]")
+        _say(console, f"  {sentence}")
+    same = published.bundle_sha256 == running_bundle()
+    mine = "the same code" if same else f"OTHER code ({running_bundle()[:12]}…)"
+    _say(console, f"This machine has {mine}.")
+    if config.name not in published.plan.sites:
+        _say(console, f"It does not list this site ({config.name}).")
+    if chosen.settings:
+        for line in plan_settings(published):
+            _say(console, line)
+    if approvals.approved_bundle(published.sha256) is not None:
+        _say(console, "Approved here.")
+    else:
+        _say(
+            console,
+            f"Not approved here. To agree: meduet-site plan approve {published.sha256[:12]} --config …",
+        )
+    return DONE
+
+
+def _approve(
+    chosen: argparse.Namespace, console: Console, config: "SiteConfig", approvals: "Approvals"
+) -> int:
+    from federation.bundle import running_bundle
+
+    published = approvals.find(chosen.plan)
+    if config.name not in published.plan.sites:
+        raise ValueError(
+            f"Expected a plan that lists {config.name!r}; it lists {', '.join(published.plan.sites)}."
+        )
+    if published.bundle_sha256 != running_bundle():
+        raise ValueError(
+            f"Expected a plan for the code on this machine ({running_bundle()[:12]}…); it is for "
+            f"{published.bundle_sha256[:12]}…, which nobody here can have read. Install that version first."
+        )
+    approvals.approve(published)
+    _say(
+        console,
+        f"Approved: {published.plan.name}, {published.sha256}. The book's last line: {approvals.head}",
+    )
+    return DONE
+
+
+def _withdraw(
+    chosen: argparse.Namespace, console: Console, config: "SiteConfig", approvals: "Approvals"
+) -> int:
+    published = approvals.find(chosen.plan)
+    if approvals.approved_bundle(published.sha256) is None:
+        raise ValueError(f"Expected a plan that is approved; {published.sha256[:12]}… is not.")
+    approvals.withdraw(published)
+    _say(console, f"Withdrawn: {published.plan.name}, {published.sha256}. The next question is refused;")
+    _say(console, f"stop meduet-site start to end one that {config.name} is answering now.")
+    return DONE
+
+
+def _list(chosen: argparse.Namespace, console: Console, config: "SiteConfig", approvals: "Approvals") -> int:
+    from federation.bundle import running_bundle
+
+    shown = list(approvals.kept())
+    for published in shown:
+        bundle = approvals.approved_bundle(published.sha256)
+        state = "not approved" if bundle is None else "approved"
+        if bundle is not None and bundle != running_bundle():
+            state = "approved for other code than this machine's"
+        kind = "run" if published.finetuning is None else "fine-tuning"
+        _say(console, f"{published.sha256[:12]}  {state:<13} {kind} {published.plan.name}")
+    if not shown:
+        _say(console, f"No plan was shown yet at {config.name}: meduet-site plan show FILE --config …")
+    return DONE
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,41 @@
+"""`meduet-site start`: the site as something that runs.
+
+Does not do: more than read arguments and call the module that does the work; heavy ones are imported then.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+_NOT_POSSIBLE = 2
+
+
+def add_to(commands: Any) -> None:
+    """Add these commands to `meduet-site`'s parser."""
+    start = commands.add_parser(
+        "start",
+        help="join the federation: run Flower's SuperNode, until SIGTERM or Ctrl-C",
+        description="Start and supervise what connects this site to the centre. Only this machine calls out; "
+        "nothing listens but on loopback. What ends is started again.",
+    )
+    start.add_argument("--config", type=Path, required=True, metavar="FILE", help="the site's site.yaml")
+    start.set_defaults(run=_start)
+
+
+def _start(chosen: argparse.Namespace, console: Console) -> int:
+    from client.books import open_books
+    from client.connection.supernode import FOLDER, supernode_processes
+    from client.site import load_site_config
+    from federation.processes import become_supervisor
+
+    try:
+        config = load_site_config(chosen.config)
+        config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        children = supernode_processes(config, chosen.config)
+        open_books(config.state_dir)
+    except ValueError as error:
+        console.print(str(error), markup=False, highlight=False)
+        return _NOT_POSSIBLE
+    become_supervisor(children, config.state_dir / FOLDER)

@@ -1,0 +1,1 @@
+"""How a site reaches the centre: keys, certificates, SuperNode."""

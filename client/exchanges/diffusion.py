@@ -1,0 +1,179 @@
+"""The fifth answer of a site: a round of the federated diffusion model on its own latents.
+
+In the order of every answer: accept, a place in the ledger, then the first scan; what leaves passes the gate.
+AdamW's moments (and the alignment's projector, which never travels) stay at the site between rounds, one
+state per round, so a round that is asked twice is answered the same, without training if it was done
+(`client/round_result.py`); one that was cut short goes on where it was (`client/partial_round.py`). Does not
+do: know Flower's messages, catch anything, release a latent (`client/exchanges/latents.py`), use held-out
+patients.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from client.exchanges.exchange import AskRefused, Site, bank_of, before_deadline
+from client.latents.examples import ScansWithGeometry, SiteExamples
+from client.partial_round import PartialRound, cohort_sha256
+from client.release import Gate, Released
+from client.round_result import RoundResult
+from client.training.site_state import SiteState, StateFolder
+from client.training.trainee import WrongWeights
+from federation.diffusion_plan import DiffusionPlan
+from federation.exchanges.diffusion import DiffusionAsk, encoder_of, transformer_of
+from federation.plan import RunPlan
+from federation.wire import RefusalKind
+from meduet_models.diffusion.conditioner import Conditioner
+from meduet_models.diffusion.training import DiffusionTrainee
+from meduet_models.weights import sha256_of_tensors
+from privacy.clipping import clip_factor, joint_norm
+from privacy.promise import Promise
+
+_METRICS = {
+    "loss": "loss.total",
+    "velocity": "loss.velocity",
+    "alignment": "loss.alignment",
+    "gradient_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+}
+"""What a step tells, and what it is called on the wire."""
+
+_TOLD = "told/"
+
+
+def answer_diffusion(
+    site: Site,
+    ask: DiffusionAsk,
+    plan: RunPlan,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> Released:
+    """Train the diffusion model for a round and release examples · (weights after - before).
+
+    Raises `AskRefused` when the plan has no federated diffusion model, the round is not one of its, or took
+    longer than the plan's deadline, and `WrongWeights` for another model or encoder.
+    """
+    on_step = before_deadline(plan.aggregation.deadline_s, on_step)
+    site.accept(plan)
+    diffusion = plan.diffusion
+    if diffusion is None or diffusion.policy != "federated" or not 1 <= ask.round <= diffusion.rounds:
+        raise AskRefused(
+            f"Expected a plan with a federated diffusion model and one of its rounds; got round {ask.round}.",
+            RefusalKind.MALFORMED,
+        )
+    promise = Promise(
+        kind="diffusion", bound=diffusion.update_clip_norm, unit="site update", enforcement="clip"
+    )
+    reservation = site.ledger.reserve(ask.plan_sha256, ask.round, promise)
+
+    try:
+        encoder = encoder_of(plan, ask.encoder).to(site.device)
+    except ValueError as error:
+        raise WrongWeights(str(error)) from error
+    transformer = transformer_of(plan, encoder).to(site.device)
+    parameters = dict(transformer.named_parameters())
+    came = {name: tuple(tensor.shape) for name, tensor in ask.shared.items()}
+    if came != (mine := {name: tuple(p.shape) for name, p in parameters.items()}):
+        odd = min(name for name, _ in came.items() ^ mine.items())
+        raise WrongWeights(f"Expected the diffusion model of this plan; {odd!r} is another.")
+
+    states = StateFolder(site.state_dir / "diffusion", ask.plan_sha256)
+    if ask.round == 1:
+        states.begin({})
+    kept = states.before(ask.round)
+    trainee = DiffusionTrainee(
+        transformer,
+        Conditioner(encoder, maps=plan.volumes.registered),
+        diffusion.training,
+        total_steps=diffusion.steps(plan.training.rounds),
+        seed=_seed(plan, site),
+        bank=bank_of(plan, ask.bank),
+    )
+    if kept.optimiser:
+        trainee.load(kept.optimiser)
+    transformer.load_state_dict({**transformer.state_dict(), **ask.shared})
+
+    scans = site.scans(plan)
+    if not isinstance(scans, ScansWithGeometry):
+        raise AskRefused("Expected a site that keeps the geometry of its scans.", RefusalKind.MALFORMED)
+    source = SiteExamples(scans, plan)
+    shared_sha256 = sha256_of_tensors(ask.shared)
+    question = {
+        "shared_sha256": shared_sha256,
+        "encoder_sha256": sha256_of_tensors(ask.encoder),
+        "bank_sha256": sha256_of_tensors(ask.bank),
+        "cohort_sha256": cohort_sha256(scans),
+    }
+    keep = states.result(ask.round, kept, question)
+    before = keep.read()
+    result = before or _train(
+        trainee,
+        source,
+        diffusion,
+        ask,
+        states.partial(ask.round, kept, question, site.progress_every_s),
+        on_step,
+    )
+    norm = result.metrics["update_norm"]
+    released = Gate(site.ledger, site.journal).release(
+        reservation,
+        result.update,
+        mine,
+        weight=float(result.examples),
+        counts={"examples": result.examples},
+        metrics=result.metrics | {"clip_factor": clip_factor(norm, promise.bound)},
+        wire_dtype=plan.release.wire_dtype,
+    )
+    if before is None:
+        after = SiteState(round=ask.round, began_from=kept.round, home={}, optimiser=trainee.state())
+        states.save(after, shared_sha256)
+        keep.write(result)
+    return released
+
+
+def _train(
+    trainee: DiffusionTrainee,
+    source: SiteExamples,
+    diffusion: DiffusionPlan,
+    ask: DiffusionAsk,
+    partial: PartialRound,
+    on_step: Callable[[int, float], None],
+) -> RoundResult:
+    """The steps of a round, from wherever it is."""
+    told: dict[str, list[float]] = {}
+
+    def load(tensors: Mapping[str, Tensor]) -> None:
+        trainee.load({name: t for name, t in tensors.items() if not name.startswith(_TOLD)})
+        told.update({n.removeprefix(_TOLD): t.tolist() for n, t in tensors.items() if n.startswith(_TOLD)})
+
+    def tensors() -> dict[str, Tensor]:
+        lists = {f"{_TOLD}{name}": torch.tensor(values, dtype=torch.float64) for name, values in told.items()}
+        return trainee.state() | lists
+
+    done, spent = partial.resume(load)
+    began = time.perf_counter() - spent
+    first = (ask.round - 1) * diffusion.steps_per_round
+    for step in range(done, diffusion.steps_per_round):
+        for name, value in trainee.step(source, first + step).items():
+            told.setdefault(name, []).append(value)
+        partial.offer(step + 1, time.perf_counter() - began, tensors)
+        on_step(step + 1, told["loss"][-1])
+
+    after = trainee.transformer.named_parameters()
+    update = {name: parameter.detach().cpu() - ask.shared[name] for name, parameter in after}
+    return RoundResult(
+        update=update,
+        metrics={
+            **{_METRICS[name]: sum(values) / len(values) for name, values in told.items()},
+            "seconds": time.perf_counter() - began,
+            "steps": float(diffusion.steps_per_round),
+            "update_norm": joint_norm(update),
+        },
+        examples=len(source),
+    )
+
+
+def _seed(plan: RunPlan, site: Site) -> int:
+    """Another stream of draws at each site."""
+    return plan.seed * 1_000 + plan.participants.index(site.name)

@@ -1,0 +1,181 @@
+"""Released latents: the one place that decides whose latents leave a site, under which policy and names.
+
+`raw`: latents of training scans leave as they are, each scaled to the plan's bound. They are patient data:
+the decoder is public, so the scans can be reconstructed from them, and the minimum cohort, which is a rule
+about sums, protects no single item. A site takes part in such a plan only if its site.yaml says so in the
+words of `RAW_CONSENT`. `federated`: no latent leaves. A protected policy is a case of `consent` (may this
+site?) and of `answer_latents` (what of the scans, under which promise?).
+
+Items leave under opaque names: a keyed hash of the scan, whose key stays here. The site's own table
+released_latents.csv says which scan is which, so that a patient who withdraws can be taken out at the centre.
+Does not do: let anything out by itself (`client/release.py`), or touch validation and test patients.
+"""
+
+import csv
+import hashlib
+import hmac
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from client.exchanges.exchange import AskRefused, Site
+from client.latents.examples import ScansWithGeometry, examples_of
+from client.release import Gate, Released
+from client.scans.cohort import ScanEntry
+from federation.exchanges.latents import (
+    BOUNDED,
+    LatentsAsk,
+    items_per_chunk,
+    latent_bound,
+    nothing,
+    releases_of,
+    to_tensors,
+    told_shapes,
+)
+from federation.plan import RunPlan
+from federation.wire import RefusalKind
+from privacy.promise import Promise
+
+RAW_CONSENT = (
+    "We release raw latents, from which our patients' scans can be reconstructed, to the coordinating centre."
+)
+"""What site.yaml must say, in these words, before raw latents leave."""
+KEY_NAME = "latent-items.key"
+TABLE_NAME = "released_latents.csv"
+_KEY_BYTES = 32
+
+
+@runtime_checkable
+class ReleasableScans(ScansWithGeometry, Protocol):
+    """What a release needs of a site's latents (`client/latents/latent_set.py`)."""
+
+    @property
+    def entries(self) -> Sequence[ScanEntry]:
+        """The scan of each row."""
+
+
+def check_sentence(sentence: str) -> None:
+    """Raise `ValueError` unless site.yaml's `latent_release` is empty or the sentence of a policy."""
+    if sentence not in ("", RAW_CONSENT):
+        raise ValueError(
+            f"Expected latent_release to be left out, or to be, word for word: {RAW_CONSENT!r}; got "
+            f"{sentence[:60]!r}."
+        )
+
+
+def consent(plan: RunPlan, sentence: str) -> str:
+    """What the plan makes leave for its diffusion model, in words, where the site has agreed to it.
+
+    Raises `AskRefused` where it has not. Reads no scan.
+    """
+    policy = None if plan.diffusion is None else plan.diffusion.policy
+    match policy:
+        case None:
+            return "no diffusion model; no latents leave"
+        case "federated":
+            return "no latents leave; the diffusion model's updates do, bounded"
+        case "raw" if sentence == RAW_CONSENT:
+            return "raw latents leave: patient data, from which scans can be reconstructed; site.yaml agrees"
+    raise AskRefused(
+        f"Plan {plan.sha256[:8]}… makes sites release {policy} latents, from which scans can be "
+        "reconstructed; this site has not agreed to that (site.yaml: latent_release). Nothing was read.",
+        RefusalKind.PLAN_NOT_ACCEPTED,
+    )
+
+
+def answer_latents(site: Site, ask: LatentsAsk, plan: RunPlan) -> Released:
+    """Items `ask.first` to `ask.first + ask.count` of what this site releases in a round.
+
+    Guarantee: only training scans, each bounded by itself; nothing else. Raises `AskRefused` when the plan's
+    policy releases no latents, the round is not one of the release, or more is asked for than fits a message.
+    """
+    site.accept(plan)
+    try:
+        releases_of(plan, ask.round, 0)
+        most = items_per_chunk(plan)
+    except ValueError as error:
+        raise AskRefused(str(error), RefusalKind.MALFORMED) from error
+    if ask.first < 0 or not 1 <= ask.count <= most:
+        raise AskRefused(
+            f"Expected 1 to {most} items from the 0th or a later one; got {ask.count} from {ask.first}.",
+            RefusalKind.MALFORMED,
+        )
+    promise = Promise(kind="latents", bound=latent_bound(plan), unit="scan", enforcement="each")
+    reservation = site.ledger.reserve(ask.plan_sha256, ask.round, promise)
+    scans = site.scans(plan)
+    if not isinstance(scans, ReleasableScans):
+        raise AskRefused("Expected a site that knows the geometry of its scans.", RefusalKind.INTERNAL)
+    released = raw_items(scans, plan, ask.round)
+    rows = released[ask.first : ask.first + ask.count]
+    key = _key(site.state_dir / KEY_NAME)
+    names = [item_name(key, scans, row) for row in rows]
+    try:
+        tensors = to_tensors(examples_of(scans, rows, plan)) if rows else nothing(plan)
+    except ValueError as error:
+        raise AskRefused(str(error), RefusalKind.PLAN_NOT_ACCEPTED) from error
+    _note(site.state_dir / TABLE_NAME, scans, dict(zip(names, rows, strict=True)))
+    return Gate(site.ledger, site.journal).release(
+        reservation,
+        tensors,
+        told_shapes(plan, len(rows)),
+        weight=float(len(rows)),
+        counts={"first_item": ask.first, "num_items": len(released)},
+        not_covered=frozenset(tensors) - {BOUNDED},
+        items=names,
+        wire_dtype=plan.release.latent_dtype,
+    )
+
+
+def raw_items(scans: ReleasableScans, plan: RunPlan, round: int) -> list[int]:
+    """Rows that leave in a round, in the order in which they leave.
+
+    Training scans in an order fixed by the plan's seed and the scans' own hashes, so that neither file names
+    nor the order of the folder show. Raises `ValueError` as `releases_of`.
+    """
+
+    def place(row: int) -> bytes:
+        return hashlib.sha256(f"latents {plan.seed}\0{scans.entries[row].scan_id}".encode()).digest()
+
+    rows = sorted(scans.indices("train"), key=place)
+    return [rows[number] for number in releases_of(plan, round, len(rows))]
+
+
+def item_name(key: bytes, scans: ReleasableScans, row: int) -> str:
+    """The name under which a scan's latents leave, 32 hex digits: without the key it tells nothing."""
+    known = f"{int(scans.site_index[row])}\0{scans.entries[row].scan_id}"
+    return hmac.new(key, known.encode(), hashlib.sha256).hexdigest()[:32]
+
+
+def _key(path: Path) -> bytes:
+    """The site's secret for names, made when first needed."""
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        key = path.read_bytes()
+        if len(key) != _KEY_BYTES:
+            raise ValueError(f"Expected {_KEY_BYTES} bytes in {path}; got {len(key)}. Restore it.") from None
+        return key
+    key = secrets.token_bytes(_KEY_BYTES)
+    with os.fdopen(handle, "wb") as file:
+        file.write(key)
+        file.flush()
+        os.fsync(file.fileno())
+    return key
+
+
+def _note(path: Path, scans: ReleasableScans, rows: dict[str, int]) -> None:
+    """Say in the site's own table which scan is which item."""
+    known: set[str] = set()
+    if path.is_file():
+        with path.open(encoding="utf-8", newline="") as table:
+            known = {row["item"] for row in csv.DictReader(table)}
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    with os.fdopen(handle, "a", encoding="utf-8", newline="") as table:
+        writer = csv.writer(table)
+        if not known and not table.tell():
+            writer.writerow(("item", "patient", "scan"))
+        for name, row in rows.items():
+            if name not in known:
+                writer.writerow((name, scans.patients[row], scans.entries[row].path))

@@ -1,0 +1,1 @@
+"""Scans encoded once, and what is read from them."""

@@ -1,0 +1,224 @@
+"""The latent set: a site's encoded scans, read from the cache by number, mapped into memory.
+
+A row is a scan of the cohort. Rows know their patient, split, covariates, site label and geometry; latents
+and labels are read from disk when asked for, one small file each. Sets of several sites merge into one for
+the pooled baseline. Does not do: encode (`client/latents/cache.py`), or choose rows
+(`client/latents/batches.py`).
+
+Axes: b = rows asked for, n = rows of the set, c d h w = a latent volume, D H W = the volume it encodes.
+"""
+
+import dataclasses
+import json
+import mmap
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int, Int64
+from torch import Tensor
+
+from client.scans.cohort import Cohort, ScanEntry
+from client.scans.volumes import Geometry
+
+LATENTS, LABEL = "latents", "label"
+_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I16": np.dtype("<i2"), "U8": np.dtype("u1")}
+_LARGEST_HEADER = 2**20
+
+
+class DamagedEncoding(ValueError):
+    """A cached file is not what was written; encoding again repairs it."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an array lies in a file."""
+
+    offset: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StoredLatent:
+    """One encoded view on disk: its header, read; its arrays, not."""
+
+    path: Path
+    latents: _Place
+    label: _Place | None
+    geometry_json: str
+    """Geometry of the volume that was encoded."""
+
+    def read(self, place: _Place) -> np.ndarray:
+        """An array of the file, mapped read-only; pages come in as they are touched.
+
+        Raises `DamagedEncoding` when the file went, or became shorter, since its header was read.
+        """
+        count = int(np.prod(place.shape))
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise _damaged(self.path, "is gone") from error
+        try:
+            if os.fstat(descriptor).st_size < place.offset + count * place.dtype.itemsize:
+                raise _damaged(self.path, "was cut short")  # touching a page behind the end would be a SIGBUS
+            mapped = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        finally:
+            os.close(descriptor)
+        return np.frombuffer(mapped, place.dtype, count, place.offset).reshape(place.shape)
+
+
+def open_stored(path: Path) -> StoredLatent | None:
+    """Read the header of a cached file; None when there is no such file.
+
+    Raises `DamagedEncoding` when the file is shorter or longer than its header says, or has another header.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= min(size - 8, _LARGEST_HEADER):
+                raise _damaged(path, "has no header")
+            head = file.read(length)
+    except FileNotFoundError:
+        return None
+    try:
+        fields = json.loads(head)
+        geometry_json = json.loads(fields.pop("__metadata__")["provenance"])["geometry"]
+        ends = [field["data_offsets"][1] for field in fields.values()]
+        places = {
+            name: _Place(
+                8 + length + field["data_offsets"][0], _DTYPES[field["dtype"]], tuple(field["shape"])
+            )
+            for name, field in fields.items()
+        }
+        stored = StoredLatent(path, places[LATENTS], places.get(LABEL), geometry_json)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise _damaged(path, "has a header of another kind") from error
+    if 8 + length + max(ends) != size:
+        raise _damaged(path, "was cut short")
+    return stored
+
+
+def _damaged(path: Path, what: str) -> DamagedEncoding:
+    return DamagedEncoding(
+        f"Expected {path.name[:12]}… to be as it was written; it {what}. Run `meduet-site prepare` again."
+    )
+
+
+class LatentSet:
+    """Encoded scans, by row. Made by `LatentCache.encode` and by `merge`."""
+
+    def __init__(
+        self,
+        cohort: Cohort,
+        stored: Sequence[Sequence[StoredLatent]],
+        site_index: Sequence[int],
+        patients: Sequence[str] | None = None,
+    ) -> None:
+        """Row i is `cohort.scans[i]`, its views `stored[i]`, its site label `site_index[i]`.
+
+        `patients` replaces the cohort's names. Raises `ValueError` when rows differ in shape or views.
+        """
+        if not len(cohort.scans) == len(stored) == len(site_index):
+            raise ValueError(
+                f"Expected as many encodings and site labels as scans; got {len(stored)}, {len(site_index)} "
+                f"and {len(cohort.scans)}."
+            )
+        kinds = {(len(views), views[0].latents.shape) for views in stored}
+        if len(kinds) > 1:
+            raise ValueError(f"Expected rows of one shape and number of views; got {sorted(kinds)}.")
+        self.cohort = cohort
+        """The scans that take part and, with those that could not be encoded, all other files."""
+        self.patients = list(patients) if patients is not None else [scan.patient for scan in cohort.scans]
+        """Patient of each row."""
+        self.splits = [scan.split for scan in cohort.scans]
+        """Split of each row."""
+        self.covariates = [scan.covariates for scan in cohort.scans]
+        """What is known of each row."""
+        self.site_index: Int[Tensor, " n"] = torch.tensor(list(site_index), dtype=torch.long)
+        """Site label of each row."""
+        self.has_label = [views[0].label is not None for views in stored]
+        """Whether a row has a label."""
+        self.num_scans = len(stored)
+        self.num_views = len(stored[0]) if stored else 0
+        self._stored = [tuple(views) for views in stored]
+
+    def __len__(self) -> int:
+        """Rows."""
+        return self.num_scans
+
+    @property
+    def entries(self) -> Sequence[ScanEntry]:
+        """The scan of each row."""
+        return self.cohort.scans
+
+    def indices(self, split: str) -> list[int]:
+        """Rows of a split, in order."""
+        return [row for row, own in enumerate(self.splits) if own == split]
+
+    def latents(self, indices: Sequence[int], view: int = 0) -> Float32[Tensor, "b c d h w"]:
+        """Latents of these rows, a copy on the CPU. Raises `IndexError` and `DamagedEncoding`."""
+        stored = [self._at(row, view) for row in indices]
+        if not stored:
+            raise IndexError("Expected at least one row to read.")
+        batch = np.empty((len(stored), *stored[0].latents.shape), np.float32)
+        for place, one in zip(batch, stored, strict=True):
+            place[...] = one.read(one.latents)
+        return torch.from_numpy(batch)
+
+    def labels(self, indices: Sequence[int], view: int = 0) -> Int64[Tensor, "b 1 D H W"] | None:
+        """Labels of these rows, on the grid of the encoded volumes; None when none of them has one.
+
+        Raises `ValueError` when only some have: choose rows by `has_label`.
+        """
+        stored = [self._at(row, view) for row in indices]
+        labelled = [one.label for one in stored if one.label is not None]
+        if not labelled:
+            return None
+        if len(labelled) < len(stored):
+            raise ValueError(
+                f"Expected all or none of {len(stored)} rows to have a label; {len(labelled)} have. "
+                "Choose rows by has_label."
+            )
+        arrays = [one.read(place).astype(np.int64) for one, place in zip(stored, labelled, strict=True)]
+        return torch.from_numpy(np.stack(arrays))
+
+    def geometry(self, row: int, view: int = 0) -> Geometry:
+        """Where the volume of a row lies in the patient; `client.scans.volumes.lay_back` uses it."""
+        values: Mapping[str, Any] = json.loads(self._at(row, view).geometry_json)
+        return Geometry.from_dict(dict(values))
+
+    def files(self) -> set[Path]:
+        """Every file this set reads."""
+        return {one.path for views in self._stored for one in views}
+
+    @staticmethod
+    def merge(sets: Sequence["LatentSet"]) -> "LatentSet":
+        """All rows of several sites; `site_index` is a set's place in `sets`.
+
+        Patients are named `<place>/<name>`, as two hospitals may use one name for two people. For the pooled
+        baseline of a simulation: in a federation no place sees more than its own set.
+        """
+        if not sets:
+            raise ValueError("Expected at least one set to merge; got none.")
+        scans = tuple(scan for one in sets for scan in one.cohort.scans)
+        exclusions = tuple(exclusion for one in sets for exclusion in one.cohort.exclusions)
+        cohort = dataclasses.replace(sets[0].cohort, scans=scans, exclusions=exclusions)
+        return LatentSet(
+            cohort,
+            [views for one in sets for views in one._stored],
+            [place for place, one in enumerate(sets) for _ in range(one.num_scans)],
+            [f"{place}/{patient}" for place, one in enumerate(sets) for patient in one.patients],
+        )
+
+    def _at(self, row: int, view: int) -> StoredLatent:
+        if not (0 <= row < self.num_scans and 0 <= view < self.num_views):
+            raise IndexError(
+                f"Expected a row below {self.num_scans} and a view below {self.num_views}; got {row}, {view}."
+            )
+        return self._stored[row][view]

@@ -1,0 +1,102 @@
+"""The survey: what a site tells about the appearance of its scans, before the first round.
+
+Sums over the patients of the training split, a patient's scans averaged first and scaled to the plan's bound,
+and only if enough patients stand behind them. What this file does not do: it sends nothing
+(`client/release.py` is the only way out), and keeps no scan's statistics.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from federation.plan import RunPlan
+from federation.survey import smallest_cohort, survey_layout
+from meduet_models.style.moments import CohortTooSmall, StyleMoments
+
+_log = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class SurveyedScans(Protocol):
+    """What a survey needs of a site's latents (`client/latents/cache.py`)."""
+
+    @property
+    def patients(self) -> Sequence[str]:
+        """Patient of each scan."""
+
+    @property
+    def covariates(self) -> Sequence[Mapping[str, str | float]]:
+        """What is known of each scan."""
+
+    def indices(self, split: str) -> Sequence[int]:
+        """Scans of a split."""
+
+    def latents(self, indices: Sequence[int]) -> Float[Tensor, "m c d h w"]:
+        """Latents of these scans."""
+
+
+def survey(scans: SurveyedScans, plan: RunPlan, site_minimum: int = 0) -> StyleMoments:
+    """The style sums of a site that may leave it.
+
+    Training split only: patients kept for validation and test influence nothing. With body parts, a part with
+    too few patients is withheld (its sums are zero). Raises `CohortTooSmall` when nothing is left;
+    `site_minimum` is the site's own, and the stricter of it and the plan's wins.
+    """
+    moments = own_moments(scans, plan)
+    least = smallest_cohort(plan, site_minimum)
+    enough = moments.sums["count"] >= least
+    if not bool(enough.any()):
+        most = int(moments.sums["count"].max())
+        raise CohortTooSmall(
+            f"Expected at least {least} patients behind style sums; got {most}. Nothing is told."
+        )
+    kept = {n: s * enough.reshape(-1, *[1] * (s.ndim - 1)) for n, s in moments.sums.items()}
+    return StyleMoments(moments.layout, kept)
+
+
+def own_moments(scans: SurveyedScans, plan: RunPlan) -> StyleMoments:
+    """The style sums of a site for its own use, whatever its size: never to be sent.
+
+    With these a site that joined late, or that is too small to tell anything, knows its own style
+    (`StyleBank.joined_by`).
+    """
+    layout = survey_layout(plan)
+    parts = body_parts(scans, plan)
+    rows: dict[str, list[int]] = {}
+    for row in scans.indices("train"):
+        rows.setdefault(scans.patients[row], []).append(row)
+    total, num_scaled = StyleMoments.none(layout), 0
+    for mine in rows.values():
+        patient = StyleMoments.of_patient(scans.latents(mine), layout, parts[mine].tolist())
+        num_scaled += patient.norm() > layout.bound * (1 - 1e-9)
+        total += patient
+    if num_scaled:
+        _log.warning(
+            "The style statistics of %d of %d patients were scaled down to release.style_clip=%g.",
+            num_scaled,
+            len(rows),
+            layout.bound,
+        )
+    return total
+
+
+def body_parts(scans: SurveyedScans, plan: RunPlan) -> Int[Tensor, " b"]:
+    """Index of each scan's body part in `style.body_parts`; all 0 when the plan names none.
+
+    Raises `ValueError` when a scan's covariate `body_part` is missing or not in the plan: it would have no
+    style.
+    """
+    index = {name: i for i, name in enumerate(plan.style.body_parts)}
+    if not index:
+        return torch.zeros(len(scans.patients), dtype=torch.long)
+    told = [known.get("body_part") for known in scans.covariates]
+    if unknown := [part for part in told if part not in index]:
+        raise ValueError(
+            f"Expected covariate body_part to be one of {', '.join(index)}; got {unknown[0]!r} "
+            f"({len(unknown)} scans). Exclude these scans, or name the part in style.body_parts."
+        )
+    return torch.tensor([index[str(part)] for part in told])

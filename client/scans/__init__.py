@@ -1,0 +1,1 @@
+"""Files of a hospital as volumes of known patients."""

@@ -1,0 +1,223 @@
+"""The cohort: which scans take part, which do not, and why; and who is held out.
+
+Opening a cohort reads every scan once, keeps none of them, and leaves every file below the data root in
+exactly one place: a scan's entry (as image or label) or the exclusion table, with a reason. Both tables are
+patient data and stay at the site; `Cohort.summary` is counts. Where files come from is
+`client/scans/layouts.py`; what a scan must be is `client/scans/scans.py`.
+
+Splits are by patient, from a salted hash of the patient's name alone: not from the order of files, not from
+who else is there. A patient who arrives later moves nobody, and no patient is in two splits.
+"""
+
+import csv
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from client.scans.layouts import Candidate, Layout, LayoutRules, survey
+from client.scans.scans import Exclusion, Reason, Scan, UnusableScan
+from client.scans.tables import Covariates
+from client.scans.volumes import read_files, read_label, same_grid
+from federation.plan import VolumePlan
+
+__all__ = ["Cohort", "Exclusion", "ScanEntry", "Split", "open_cohort", "read_entry", "split_of"]
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, Split, Split] = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class ScanEntry:
+    """One usable scan."""
+
+    scan_id: str
+    """Hash of voxels and geometry, 64 hex digits."""
+    patient: str
+    path: Path
+    """The file, or the folder of a DICOM series."""
+    files: tuple[Path, ...]
+    """The file, or all files of the series."""
+    modality: str
+    """Shared name."""
+    split: Split
+    label_path: Path | None = None
+    covariates: Covariates = field(default_factory=dict)
+    num_volumes: int = 1
+    """Volumes in the file (4-D); the plan says which becomes the scan."""
+    num_repaired: int = 0
+    """NaN or infinite voxels that became the lowest finite value."""
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The scans that take part, and all other files with their reasons."""
+
+    root: Path
+    scans: tuple[ScanEntry, ...]
+    exclusions: tuple[Exclusion, ...]
+
+    def patients(self, split: Split | None = None) -> list[str]:
+        """The patients, of one split or of all, in alphabetical order."""
+        return sorted({scan.patient for scan in self.scans if split in (None, scan.split)})
+
+    def without(self, found: Mapping[str, UnusableScan]) -> "Cohort":
+        """The cohort less the scans (by id) that later proved unusable; each moves to the exclusion table."""
+        moved: list[Exclusion] = []
+        for scan in self.scans:
+            if scan.scan_id in found:
+                moved += _excluded(scan.path, scan.files, scan.label_path, found[scan.scan_id])
+        kept = tuple(scan for scan in self.scans if scan.scan_id not in found)
+        return dataclasses.replace(self, scans=kept, exclusions=(*self.exclusions, *moved))
+
+    def summary(self) -> dict[str, Any]:
+        """Counts only: scans, patients, labels, splits, exclusions by reason. Names nobody and no file."""
+        return {
+            "scans": len(self.scans),
+            "patients": len(self.patients()),
+            "labelled": sum(scan.label_path is not None for scan in self.scans),
+            "repaired": sum(scan.num_repaired > 0 for scan in self.scans),
+            "splits": {split: len(self.patients(split)) for split in SPLITS},
+            "exclusions": dict(sorted(Counter(e.reason.value for e in self.exclusions).items())),
+        }
+
+    def write_csv(self, folder: Path) -> None:
+        """Write cohort.csv and exclusions.csv, for the site's own eyes; paths are relative to the data
+        root."""
+        folder.mkdir(parents=True, exist_ok=True)
+        names = sorted({name for scan in self.scans for name in scan.covariates})
+        with (folder / "cohort.csv").open("w", newline="", encoding="utf-8") as stream:
+            table = csv.writer(stream)
+            fixed = ["scan_id", "patient", "split", "modality", "path", "label"]
+            table.writerow([*fixed, "num_files", "num_volumes", "num_repaired", *names])
+            for scan in self.scans:
+                label = self._below(scan.label_path) if scan.label_path else ""
+                table.writerow(
+                    [scan.scan_id, scan.patient, scan.split, scan.modality, self._below(scan.path), label,
+                     len(scan.files), scan.num_volumes, scan.num_repaired,
+                     *(scan.covariates.get(name, "") for name in names)]
+                )  # fmt: skip
+        with (folder / "exclusions.csv").open("w", newline="", encoding="utf-8") as stream:
+            table = csv.writer(stream)
+            table.writerow(["path", "reason", "detail", "num_files"])
+            for exclusion in self.exclusions:
+                table.writerow(
+                    [
+                        self._below(exclusion.path),
+                        exclusion.reason.value,
+                        exclusion.detail,
+                        len(exclusion.all_files),
+                    ]
+                )
+
+    def _below(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
+
+
+def split_of(patient: str, fractions: tuple[float, float, float], salt: str) -> Split:
+    """The split of a patient: from a salted hash of the name, so that it depends on nobody else."""
+    digest = hashlib.sha256(f"{salt}\0{patient}".encode()).digest()
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    return (
+        "train" if place < fractions[0] else "validation" if place < fractions[0] + fractions[1] else "test"
+    )
+
+
+def read_entry(entry: ScanEntry, plan: VolumePlan) -> tuple[Scan, Scan | None]:
+    """The scan of an entry and its label, read again. Raises `UnusableScan` when a file changed since."""
+    scan = read_files(entry.files, plan.four_d)
+    if scan.scan_id != entry.scan_id:
+        raise UnusableScan(Reason.CORRUPT, "the file changed since the cohort was opened")
+    return scan, read_label(entry.label_path) if entry.label_path is not None else None
+
+
+def open_cohort(
+    root: Path,
+    *,
+    plan: VolumePlan,
+    split_salt: str,
+    layout: Layout = "auto",
+    modality_names: Mapping[str, str] | None = None,
+    patient_pattern: str = "",
+    label_pattern: str = LayoutRules.label_pattern,
+    split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
+    progress: Callable[[int, int], None] | None = None,
+) -> Cohort:
+    """Read every scan below `root` once and decide about it.
+
+    `progress(done, total)` is called after each scan. Raises `ValueError` when the site's own settings or
+    tables make no sense; scans never raise.
+    """
+    if min(split_fractions) < 0 or abs(sum(split_fractions) - 1.0) > 1e-9:
+        raise ValueError(f"Expected split fractions >= 0 that sum to 1; got {split_fractions}.")
+    rules = LayoutRules(
+        modality_names=modality_names or {},
+        patient_pattern=patient_pattern,
+        label_pattern=label_pattern,
+        default_modality=plan.modality,
+    )
+    candidates, exclusions = survey(root, layout, rules)
+    scans: list[ScanEntry] = []
+    seen: set[str] = set()
+    for done, candidate in enumerate(candidates, start=1):
+        try:
+            entry, label_exclusion = _admit(candidate, plan, seen, split_fractions, split_salt)
+            scans.append(entry)
+            exclusions += label_exclusion
+        except UnusableScan as error:
+            exclusions += _excluded(candidate.path, candidate.files, candidate.label, error)
+        if progress is not None:
+            progress(done, len(candidates))
+    return Cohort(root if root.is_dir() else root.parent, tuple(scans), tuple(exclusions))
+
+
+def _excluded(
+    path: Path, files: tuple[Path, ...], label: Path | None, error: UnusableScan
+) -> list[Exclusion]:
+    """The exclusion of an unusable scan, and that of its label, which has lost its image."""
+    scan = Exclusion(path, error.reason, error.detail, files)
+    if label is None:
+        return [scan]
+    return [scan, Exclusion(label, Reason.LABEL_WITHOUT_IMAGE, "its image is excluded")]
+
+
+def _admit(
+    candidate: Candidate,
+    plan: VolumePlan,
+    seen: set[str],
+    fractions: tuple[float, float, float],
+    salt: str,
+) -> tuple[ScanEntry, list[Exclusion]]:
+    """The entry of a candidate, and its label's exclusion if the label is unusable; raises `UnusableScan`."""
+    if candidate.modality != plan.modality:
+        raise UnusableScan(Reason.NO_SUCH_MODALITY)
+    if not candidate.patient:
+        raise UnusableScan(Reason.NO_PATIENT)
+    scan = read_files(candidate.files, plan.four_d)
+    if scan.voxels_sha256 in seen:
+        raise UnusableScan(Reason.DUPLICATE, "the same voxels as an earlier scan")
+    seen.add(scan.voxels_sha256)
+    label, exclusions = candidate.label, []
+    if label is not None:
+        try:
+            if not same_grid(scan, read_label(label)):
+                raise UnusableScan(Reason.LABEL_MISMATCH, "not on the grid of its image")
+        except UnusableScan as error:
+            exclusions.append(Exclusion(label, error.reason, error.detail))
+            label = None
+    entry = ScanEntry(
+        scan_id=scan.scan_id,
+        patient=candidate.patient,
+        path=candidate.path,
+        files=candidate.files,
+        modality=candidate.modality,
+        split=split_of(candidate.patient, fractions, salt),
+        label_path=label,
+        covariates=candidate.covariates,
+        num_volumes=scan.num_volumes,
+        num_repaired=scan.num_repaired,
+    )
+    return entry, exclusions

@@ -1,0 +1,174 @@
+"""NIfTI-1 and NIfTI-2 files, plain or gzipped, as one array and one affine.
+
+nibabel reads the header; the voxels are streamed volume by volume, so that the memory needed is that of one
+volume however long the series, so that nothing is allocated before the header's arithmetic is believed, and
+so that a gzip file is read to its end, where its checksum is. (nibabel stops at the last voxel and never sees
+the checksum.)
+
+Follows https://nifti.nimh.nih.gov/nifti-1: sform before qform, slope 0 means no scaling. Differs from nibabel
+in one way: a file with neither sform nor qform is refused, because nothing says which side is left.
+
+Axes: x y z = voxels as stored.
+"""
+
+import gzip
+import io
+import math
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float32, Float64
+
+from client.scans.scans import FourD, Reason, UnusableScan, check_shape, combine, file_kind, has_nifti_magic
+
+if TYPE_CHECKING:
+    import nibabel as nib
+
+NIFTI_NAMES = (".nii", ".nii.gz")
+DEFLATE_LIMIT = 1032
+"""No deflate stream expands further (RFC 1951: 258 bytes from two bits)."""
+SLACK_BYTES = 2**26
+"""Most bytes of header extensions, and most that may follow the last voxel."""
+
+
+def read_nifti(
+    path: Path, four_d: FourD
+) -> tuple[Float32[np.ndarray, "x y z"], Float64[np.ndarray, "4 4"], int]:
+    """Values with slope and intercept applied, affine (RAS+ mm), and number of volumes in the file.
+
+    Raises `UnusableScan`: wrong name, no NIfTI inside, truncated, corrupt, RGB, complex, not 3-D, too large,
+    no orientation. Values and affine are not judged here (`scans.accept`).
+    """
+    gzipped = _check_name(path)
+    try:
+        with gzip.open(path) if gzipped else path.open("rb") as stream:
+            return _read(stream, path.stat().st_size, gzipped, four_d)
+    except EOFError as error:
+        raise UnusableScan(Reason.TRUNCATED, "the stream ends early") from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise UnusableScan(Reason.CORRUPT, "the checksum fails") from error
+    except OSError as error:
+        raise UnusableScan(Reason.UNREADABLE, f"errno {error.errno}") from error
+
+
+def is_nifti_name(path: Path) -> bool:
+    """Whether the name claims NIfTI."""
+    return path.name.lower().endswith(NIFTI_NAMES)
+
+
+def nifti_stem(path: Path) -> str:
+    """The name without `.nii` or `.nii.gz`."""
+    return path.name[: -7 if path.name.lower().endswith(".nii.gz") else -4]
+
+
+def _check_name(path: Path) -> bool:
+    """Whether the file is gzipped; refuses content that is not what the name says."""
+    kind, name = file_kind(path), path.name.lower()
+    if kind == "empty":
+        raise UnusableScan(Reason.EMPTY, "no bytes")
+    if kind == "gzip" and name.endswith(".nii.gz"):
+        return True
+    if kind == "nifti" and name.endswith(".nii"):
+        return False
+    if kind == "gzip" and not name.endswith(".nii"):
+        raise UnusableScan(Reason.NOT_A_SCAN)
+    if kind == "other":
+        with path.open("rb") as stream:
+            head = stream.read(349)
+        size_of_header = (int.from_bytes(head[:4], "little"), int.from_bytes(head[:4], "big"))
+        if len(head) < 348 and name.endswith(".nii") and {348, 540} & set(size_of_header):
+            raise UnusableScan(Reason.TRUNCATED, "shorter than a header")
+        raise UnusableScan(Reason.NOT_A_SCAN)
+    raise UnusableScan(Reason.WRONG_EXTENSION, kind)
+
+
+def _read(
+    stream: io.BufferedIOBase, num_file_bytes: int, gzipped: bool, four_d: FourD
+) -> tuple[Float32[np.ndarray, "x y z"], Float64[np.ndarray, "4 4"], int]:
+    import nibabel as nib  # here and below: a quarter of a second, and most questions read no scan
+    from nibabel.spatialimages import HeaderDataError
+
+    head = stream.read(540)
+    if not has_nifti_magic(head):
+        raise UnusableScan(Reason.NOT_A_SCAN if len(head) >= 348 else Reason.TRUNCATED)
+    kind, length = (nib.Nifti1Header, 348) if head[344:348] == b"n+1\0" else (nib.Nifti2Header, 540)
+    try:
+        # check=False: nibabel's repairs would turn a spacing of zero into 1 mm.
+        header = kind.from_fileobj(io.BytesIO(head[:length]), check=False)
+        dtype = header.get_data_dtype()
+        num_axes, sizes = int(header["dim"][0]), [int(n) for n in header["dim"][1:]]
+        offset = float(header["vox_offset"]) or float(length + 4)
+        slope, intercept = header.get_slope_inter()
+    except (HeaderDataError, KeyError) as error:
+        raise UnusableScan(Reason.CORRUPT, "the header contradicts itself") from error
+    if dtype.names:
+        raise UnusableScan(Reason.RGB)
+    if dtype.kind == "c":
+        raise UnusableScan(Reason.COMPLEX)
+    if not (0 <= num_axes <= 7 and dtype.itemsize and dtype.kind in "iuf" and math.isfinite(offset)):
+        raise UnusableScan(Reason.CORRUPT, "impossible axes, type or offset")
+    shape, num_volumes = check_shape(sizes[:num_axes], four_d)
+    affine = _affine(header)
+
+    volume_bytes = math.prod(shape) * dtype.itemsize
+    promised = int(offset) + volume_bytes * num_volumes
+    if offset < length or offset > length + SLACK_BYTES:
+        raise UnusableScan(Reason.CORRUPT, "impossible offset")
+    if promised > num_file_bytes * (DEFLATE_LIMIT if gzipped else 1):
+        raise UnusableScan(Reason.TRUNCATED, f"{num_file_bytes} bytes cannot hold {promised}")
+
+    stream.seek(int(offset))
+    array = combine(_volumes(stream, shape, dtype, num_volumes, slope, intercept), four_d)
+    left = num_volumes * volume_bytes + int(offset) - stream.tell()
+    if left and _drain(stream, left) < left:
+        raise UnusableScan(Reason.TRUNCATED, f"{num_volumes} volumes promised")
+    if _drain(stream, SLACK_BYTES + 1) > SLACK_BYTES:  # to the end: the checksum of gzip
+        raise UnusableScan(Reason.CORRUPT, "more bytes than the header promises")
+    return array, affine, num_volumes
+
+
+def _affine(header: "nib.Nifti1Header") -> Float64[np.ndarray, "4 4"]:
+    from nibabel.spatialimages import HeaderDataError
+
+    if int(header["sform_code"]) <= 0 and int(header["qform_code"]) <= 0:
+        if (header["pixdim"][1:4] == 0).any():
+            raise UnusableScan(Reason.ZERO_SPACING)
+        raise UnusableScan(Reason.NO_ORIENTATION, "neither sform nor qform")
+    try:
+        return np.asarray(header.get_best_affine(), dtype=np.float64)
+    except (HeaderDataError, ValueError) as error:
+        raise UnusableScan(Reason.SINGULAR_AFFINE, "no valid quaternion") from error
+
+
+def _volumes(
+    stream: io.BufferedIOBase,
+    shape: tuple[int, int, int],
+    dtype: np.dtype[np.generic],
+    num_volumes: int,
+    slope: float | None,
+    intercept: float | None,
+) -> Iterator[np.ndarray]:
+    for index in range(num_volumes):
+        content = bytearray(math.prod(shape) * dtype.itemsize)
+        filled = 0
+        while filled < len(content):
+            count = stream.readinto(memoryview(content)[filled : filled + 2**20])
+            if not count:
+                raise UnusableScan(Reason.TRUNCATED, f"ends in volume {index + 1} of {num_volumes}")
+            filled += count
+        array = np.frombuffer(content, dtype).reshape(shape, order="F")  # x y z
+        if slope is None or (slope, intercept) == (1.0, 0.0):
+            yield array
+        else:
+            yield array * np.float64(slope) + np.float64(intercept or 0.0)
+
+
+def _drain(stream: io.BufferedIOBase, limit: int) -> int:
+    """Read on, keeping nothing, to the end or to `limit` bytes; returns how many there were."""
+    count = 0
+    while count < limit and (piece := stream.read(min(2**20, limit - count))):
+        count += len(piece)
+    return count

@@ -1,0 +1,267 @@
+"""What a scan is, and the closed list of reasons why a file is not one.
+
+A scan is one 3-D array with the affine that places it in the patient (RAS+, millimetres). This file holds the
+checks that do not depend on the file format: grid, affine, values. It reads nothing (`client/scans/nifti.py`,
+`client/scans/dicom.py` do) and resamples nothing (`client/scans/volumes.py` does).
+
+A `Reason` may leave the site as a count. The `detail` of an `UnusableScan` holds numbers only, never a path,
+a name or a header's text.
+
+Axes: x y z = voxels along the array's own axes, as stored; world axes are RAS+ in mm, as in NIfTI-1.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float32, Float64
+
+FourD = Literal["first", "mean", "refuse"]
+"""What a 4-D scan becomes: its first volume, its mean over time, or an exclusion."""
+
+MAXIMUM_VOXELS = 2**29
+"""Largest volume that is read: 512 x 512 x 2048 voxels, 2 GiB as float32. Compared with the header, before
+anything is allocated."""
+MINIMUM_SLICES = 3
+"""Fewest voxels along each axis. Three slices are the fewest whose spacing can be checked for being even."""
+VOXEL_MM = (0.01, 100.0)
+"""Plausible edge of a voxel. Outside, the unit of the header is wrong, and resampling would be nonsense."""
+MAXIMUM_NOT_FINITE = 0.01
+"""Share of NaN or infinite voxels that is repaired (to the lowest finite value); above it the scan is
+excluded."""
+SINGULAR = 1e-3
+"""Least volume of the unit parallelepiped of the affine's axes: below, two axes are within 0.06 degrees."""
+
+
+class Reason(StrEnum):
+    """Why a file, or a DICOM series, is not in the cohort. Closed: code may count on it."""
+
+    # what kind of file it is
+    SIDECAR = "sidecar"  # a table, a text, a licence: belongs to the data set, holds no voxels
+    HIDDEN = "hidden"  # its name, or a folder's, begins with a dot
+    NOT_A_SCAN = "not_a_scan"  # no known image inside
+    UNSUPPORTED_FORMAT = "unsupported_format"  # an image of a kind that is not read (or not in this layout)
+    WRONG_EXTENSION = "wrong_extension"  # the content is not what the name says
+    EMPTY = "empty"  # no bytes, or no voxels
+    TRUNCATED = "truncated"  # fewer bytes than the header promises
+    CORRUPT = "corrupt"  # a header that contradicts itself, or a checksum that fails
+    UNREADABLE = "unreadable"  # the operating system refuses, or a link leads nowhere
+    LINKED_FOLDER = "linked_folder"  # a link to a folder; links are not followed
+    # its voxels
+    RGB = "rgb"
+    COMPLEX = "complex"
+    CONSTANT = "constant"
+    TWO_VALUED = "two_valued"  # a mask that calls itself a scan
+    NOT_FINITE = "not_finite"  # more than 1% NaN or infinite
+    # its grid
+    TWO_D = "two_d"
+    TOO_FEW_SLICES = "too_few_slices"
+    FOUR_D = "four_d"  # and the plan says `four_d: refuse`
+    TOO_MANY_DIMS = "too_many_dims"
+    TOO_LARGE = "too_large"
+    ZERO_SPACING = "zero_spacing"
+    IMPLAUSIBLE_SPACING = "implausible_spacing"
+    SINGULAR_AFFINE = "singular_affine"
+    NO_ORIENTATION = "no_orientation"  # nothing says which side is left
+    # DICOM
+    NOT_AN_IMAGE = "not_an_image"  # a report, a plan, a structure set
+    MOSAIC = "mosaic"
+    MULTIFRAME = "multiframe"  # multi-frame without per-frame positions
+    COMPRESSED_UNSUPPORTED = "compressed_unsupported"
+    MIXED_ORIENTATION = "mixed_orientation"  # localizers, several stacks in one series
+    MIXED_SIZES = "mixed_sizes"
+    UNEVEN_SLICES = "uneven_slices"  # a gap: a slice is missing
+    GANTRY_TILT = "gantry_tilt"
+    SEVERAL_SERIES = "several_series"  # a folder with more than one, where one was asked for
+    SPLIT_SERIES = "split_series"  # one series spread over several folders
+    # its place in the cohort
+    NO_SUCH_MODALITY = "no_such_modality"  # not the modality of the plan
+    NO_PATIENT = "no_patient"  # nothing says whose it is
+    DUPLICATE = "duplicate"  # the same voxels again
+    DERIVATIVE = "derivative"  # made from another scan
+    NOT_IN_MANIFEST = "not_in_manifest"
+    MISSING_FILE = "missing_file"  # the manifest names it; it is not there
+    LABEL_WITHOUT_IMAGE = "label_without_image"
+    LABEL_NOT_CHOSEN = "label_not_chosen"  # the scan has another label, preferred by the stated rule
+    LABEL_MISMATCH = "label_mismatch"  # not on the grid of its image
+    LABEL_NOT_INTEGER = "label_not_integer"
+
+
+class UnusableScan(ValueError):
+    """A file is not a usable scan. `reason` is one of a closed set, `detail` holds numbers only."""
+
+    def __init__(self, reason: Reason, detail: str = "") -> None:
+        super().__init__(f"{reason.value}: {detail}" if detail else reason.value)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """A file, or the files of a series, that take no part, and why. Stays at the site."""
+
+    path: Path
+    reason: Reason
+    detail: str = ""
+    files: tuple[Path, ...] = ()
+    """All files concerned; only `path` itself when empty."""
+
+    @property
+    def all_files(self) -> tuple[Path, ...]:
+        """The files that this exclusion accounts for."""
+        return self.files or (self.path,)
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """One 3-D scan (or label), as stored: slope and intercept applied, nothing reoriented or resampled."""
+
+    array: Float32[np.ndarray, "x y z"]
+    """Values; HU for a CT."""
+    affine: Float64[np.ndarray, "4 4"]
+    """Voxel indices to RAS+ mm."""
+    num_volumes: int = 1
+    """Volumes in the file (4-D), of which this is the first or the mean."""
+    num_repaired: int = 0
+    """Voxels that were NaN or infinite and became the lowest finite value."""
+
+    @cached_property
+    def voxels_sha256(self) -> str:
+        """Hash of shape and values, 64 hex digits; equal for the same scan under another name or header."""
+        return self._voxels().hexdigest()
+
+    @cached_property
+    def scan_id(self) -> str:
+        """Hash of shape, values and affine, 64 hex digits: all that `prepare` depends on."""
+        digest = self._voxels()
+        digest.update((np.round(self.affine, 6) + 0.0).tobytes())  # + 0.0: no negative zeros
+        return digest.hexdigest()
+
+    def _voxels(self) -> "hashlib._Hash":
+        digest = hashlib.sha256(repr(self.array.shape).encode())
+        digest.update(np.ascontiguousarray(self.array).data)
+        return digest
+
+
+def check_shape(shape: Iterable[int], four_d: FourD) -> tuple[tuple[int, int, int], int]:
+    """Spatial shape and number of volumes of an array of this `shape`, or `UnusableScan`.
+
+    Trailing axes of length 1 are dropped. Needs only the header; compares it with `MAXIMUM_VOXELS`.
+    """
+    sizes = [int(n) for n in shape]
+    if any(n < 0 for n in sizes):
+        raise UnusableScan(Reason.CORRUPT, "a negative size")
+    if not sizes or 0 in sizes:
+        raise UnusableScan(Reason.EMPTY, "no voxels")
+    while len(sizes) > 3 and sizes[-1] == 1:
+        sizes.pop()
+    if len(sizes) < 3 or 1 in sizes[:3]:
+        raise UnusableScan(Reason.TWO_D, f"sizes {sizes}")
+    if len(sizes) > 4:
+        raise UnusableScan(Reason.TOO_MANY_DIMS, f"{len(sizes)} axes")
+    if min(sizes[:3]) < MINIMUM_SLICES:
+        raise UnusableScan(
+            Reason.TOO_FEW_SLICES, f"{min(sizes[:3])} along one axis, at least {MINIMUM_SLICES}"
+        )
+    num_volumes = sizes[3] if len(sizes) == 4 else 1
+    if num_volumes > 1 and four_d == "refuse":
+        raise UnusableScan(Reason.FOUR_D, f"{num_volumes} volumes")
+    if (voxels := math.prod(sizes[:3])) > MAXIMUM_VOXELS:
+        raise UnusableScan(Reason.TOO_LARGE, f"{voxels} voxels, at most {MAXIMUM_VOXELS}")
+    return (sizes[0], sizes[1], sizes[2]), num_volumes
+
+
+def check_affine(affine: Float64[np.ndarray, "4 4"]) -> None:
+    """Refuse an affine that cannot be inverted or whose voxels have no plausible size."""
+    if not np.isfinite(affine).all():
+        raise UnusableScan(Reason.SINGULAR_AFFINE, "not finite")
+    edges_mm = np.linalg.norm(affine[:3, :3], axis=0)
+    if edges_mm.min() < 1e-6:
+        raise UnusableScan(Reason.ZERO_SPACING)
+    if edges_mm.min() < VOXEL_MM[0] or edges_mm.max() > VOXEL_MM[1]:
+        raise UnusableScan(Reason.IMPLAUSIBLE_SPACING, f"{edges_mm.min():.3g} to {edges_mm.max():.3g} mm")
+    if abs(np.linalg.det(affine[:3, :3] / edges_mm)) < SINGULAR:
+        raise UnusableScan(Reason.SINGULAR_AFFINE, "two axes coincide")
+
+
+def combine(volumes: Iterator[np.ndarray], four_d: FourD) -> Float32[np.ndarray, "x y z"]:
+    """The one volume that a series of volumes becomes. `first` draws only one; `mean` holds two at a time."""
+    total = next(volumes)
+    if four_d == "first":
+        return to_float32(total)
+    num_volumes = 1
+    total = total.astype(np.float64)
+    for volume in volumes:
+        total += volume
+        num_volumes += 1
+    return to_float32(total / num_volumes)
+
+
+def to_float32(values: np.ndarray) -> Float32[np.ndarray, "..."]:
+    """Contiguous float32; what does not fit becomes infinite, and is then counted as not finite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.ascontiguousarray(values, dtype=np.float32)
+
+
+def accept(
+    array: Float32[np.ndarray, "x y z"], affine: Float64[np.ndarray, "4 4"], num_volumes: int = 1
+) -> Scan:
+    """A scan, or `UnusableScan` when its values say nothing.
+
+    Rule for NaN and infinity: up to 1% of the voxels become the lowest finite value, and the scan says how
+    many (`num_repaired`); more is `not_finite`.
+    """
+    check_affine(affine)
+    finite = np.isfinite(array)
+    num_repaired = array.size - int(np.count_nonzero(finite))
+    if num_repaired > MAXIMUM_NOT_FINITE * array.size:
+        raise UnusableScan(Reason.NOT_FINITE, f"{num_repaired} of {array.size} voxels")
+    if num_repaired:
+        array = np.where(finite, array, array[finite].min())
+    low, high = array.min(), array.max()
+    if low == high:
+        raise UnusableScan(Reason.CONSTANT)
+    if ((array == low) | (array == high)).all():
+        raise UnusableScan(Reason.TWO_VALUED)
+    return Scan(array, affine, num_volumes, num_repaired)
+
+
+def accept_label(array: Float32[np.ndarray, "x y z"], affine: Float64[np.ndarray, "4 4"]) -> Scan:
+    """A label: integers that fit int16, constant or not; anything else is `label_not_integer`."""
+    check_affine(affine)
+    limits = np.iinfo(np.int16)
+    if not (np.isfinite(array).all() and array.min() >= limits.min and array.max() <= limits.max):
+        raise UnusableScan(Reason.LABEL_NOT_INTEGER, "values outside int16")
+    if not np.array_equal(array, np.rint(array)):
+        raise UnusableScan(Reason.LABEL_NOT_INTEGER, "fractions")
+    return Scan(array, affine)
+
+
+FileKind = Literal["empty", "gzip", "nifti", "dicom", "other"]
+
+
+def file_kind(path: Path) -> FileKind:
+    """What a file is by its first bytes, whatever its name. Raises `UnusableScan(unreadable)`."""
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(352)
+    except OSError as error:
+        raise UnusableScan(Reason.UNREADABLE, f"errno {error.errno}") from error
+    if not head:
+        return "empty"
+    if head[:2] == b"\x1f\x8b":
+        return "gzip"
+    if has_nifti_magic(head):
+        return "nifti"
+    return "dicom" if head[128:132] == b"DICM" else "other"
+
+
+def has_nifti_magic(head: bytes) -> bool:
+    """Whether these first bytes open a single-file NIfTI-1 or NIfTI-2."""
+    return head[344:348] == b"n+1\0" or head[4:8] == b"n+2\0"

@@ -1,0 +1,1 @@
+"""A site's share of a round, and what it keeps of it."""

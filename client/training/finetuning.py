@@ -1,0 +1,186 @@
+"""Fine-tuning: a downstream network learns from labelled scans; the same loop alone and in a federation.
+
+Patients are drawn, a scan of each; a scan may be moved to another site's entry of the style bank, which shows
+the network scanners that none of the labels comes from. Every step has its own generator, from seed, site and
+step. Given validation scans, the weights of the step that served them best are kept; test scans are never
+seen here. In a federation no validation is given: a round ends where its steps end.
+
+Does not do: choose scans (`client/latents/labelled.py`), send anything (`client/exchanges/finetuning.py`),
+measure on test patients (`simulations/downstream/evaluate.py`). Source: Dice with cross-entropy, as nnU-Net;
+style bank for labels of one site: ours.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float32
+from monai.losses import DiceCELoss
+from monai.metrics import compute_dice
+from torch import Tensor
+from torch.nn import functional as F
+
+from client.latents.labelled import LabelledScans, NoLabels
+from client.training.pretraining import NotFinite
+from federation.exchanges.finetuning import LocalFinetuning
+from meduet_models.downstream import DownstreamNetwork, predict
+from meduet_models.style.bank import StyleBank
+
+_VALIDATIONS = 10  # over a whole run
+_RESTYLED = 0.5  # probability that a scan wears another site's style, where there is a bank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetuned:
+    """What a loop leaves, beside the network."""
+
+    losses: tuple[float, ...]
+    """Loss of each step."""
+    best_step: int
+    """Steps after which the kept weights were reached."""
+    validation: float | None
+    """Score of the kept weights on the validation scans (Dice, or minus cross-entropy); None without them."""
+    seconds: float
+    """Wall time."""
+
+
+def finetune(
+    network: DownstreamNetwork,
+    scans: LabelledScans,
+    local: LocalFinetuning,
+    *,
+    seed: int,
+    site: int = 0,
+    first_step: int = 0,
+    total_steps: int | None = None,
+    validation: LabelledScans | None = None,
+    bank: StyleBank | None = None,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> Finetuned:
+    """Train `network` for `local.steps` steps on `scans`, in place.
+
+    In a round of a federation, `first_step` and `total_steps` place these steps within all of them. `on_step`
+    is called with the number of steps done and the loss. Raises `NoLabels`, `ValueError` for a class out of
+    range, and `NotFinite` before the weights are touched.
+    """
+    began = time.perf_counter()
+    answers = scans.answers(local)
+    if not len(scans):
+        raise NoLabels("Expected at least one labelled scan; got none.")
+    if validation is not None:
+        validation.answers(local)
+        validation = validation if len(validation) else None
+    total = total_steps or local.steps
+    device = next(network.parameters()).device
+    measure_every = math.ceil(local.steps / _VALIDATIONS)
+    optimiser = _optimiser(network, local)
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    losses: list[float] = []
+    best: tuple[float, int, dict[str, Tensor]] | None = None
+    for step in range(local.steps):
+        generator = _generator(seed, site, first_step + step)
+        rows = _draw(scans, local.batch_size, generator)
+        latents = scans.latents[rows]
+        if bank is not None:
+            latents = _restyled(bank, latents, [scans.site[row] for row in rows], generator)
+        loss = task_loss(network(latents.to(device)), answers[rows].to(device))
+        losses.append(_finite(loss, "loss", first_step + step))
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        _finite(
+            torch.nn.utils.clip_grad_norm_(trained, local.gradient_clip_norm), "gradient", first_step + step
+        )
+        for group in optimiser.param_groups:
+            group["lr"] = _learning_rate(first_step + step, total, local)
+        optimiser.step()
+        on_step(step + 1, losses[-1])
+        if validation is not None and ((step + 1) % measure_every == 0 or step + 1 == local.steps):
+            score = validation_score(network, validation, local)
+            if best is None or score > best[0]:
+                best = score, step + 1, {n: p.detach().clone() for n, p in network.named_parameters()}
+    if best is not None:
+        network.load_state_dict(best[2], strict=False)  # parameters alone: buffers never change
+    return Finetuned(
+        losses=tuple(losses),
+        best_step=local.steps if best is None else best[1],
+        validation=None if best is None else best[0],
+        seconds=time.perf_counter() - began,
+    )
+
+
+def task_loss(logits: Tensor, answers: Tensor) -> Tensor:
+    """Dice with cross-entropy per voxel [b classes D H W], or cross-entropy per scan [b classes]."""
+    if logits.ndim == 2:
+        return F.cross_entropy(logits, answers)
+    loss: Tensor = DiceCELoss(to_onehot_y=True, softmax=True)(logits, answers)
+    return loss
+
+
+def validation_score(network: DownstreamNetwork, scans: LabelledScans, local: LocalFinetuning) -> float:
+    """Mean foreground Dice, or minus cross-entropy; higher is better."""
+    answers = scans.answers(local)
+    logits = predict(network, scans.latents)
+    if local.task == "classification":
+        return -float(F.cross_entropy(logits, answers))
+    predicted = logits.argmax(dim=1, keepdim=True)
+    dice = compute_dice(predicted, answers, include_background=False, num_classes=local.classes)
+    return float(dice.nanmean()) if bool(dice.isfinite().any()) else 0.0
+
+
+def _optimiser(network: DownstreamNetwork, local: LocalFinetuning) -> torch.optim.AdamW:
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    groups = [[p for p in trained if (p.ndim < 2) is flat] for flat in (False, True)]
+    return torch.optim.AdamW(
+        [
+            {"params": groups[0], "weight_decay": local.weight_decay},
+            {"params": groups[1], "weight_decay": 0.0},
+        ],
+        lr=local.learning_rate,
+    )
+
+
+def _learning_rate(number: int, total: int, local: LocalFinetuning) -> float:
+    rising = round(local.warmup * total)
+    if number < rising:
+        return local.learning_rate * (number + 1) / (rising + 1)
+    return local.learning_rate * (1 + math.cos(math.pi * (number - rising) / max(1, total - rising))) / 2
+
+
+def _generator(seed: int, site: int, step: int) -> torch.Generator:
+    digest = hashlib.sha256(f"fedmeduet finetuning {seed} {site} {step}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _draw(scans: LabelledScans, batch_size: int, generator: torch.Generator) -> list[int]:
+    """Different patients, as many as there are up to the batch, and a scan of each."""
+    patients = scans.patients
+    chosen = torch.randperm(len(patients), generator=generator)[:batch_size].tolist()
+    drawn = []
+    for patient in chosen:
+        own = [row for row, name in enumerate(scans.patient) if name == patients[patient]]
+        drawn.append(own[int(torch.randint(len(own), (), generator=generator))])
+    return drawn
+
+
+def _restyled(
+    bank: StyleBank, latents: Float32[Tensor, "b c d h w"], own: list[int], generator: torch.Generator
+) -> Float32[Tensor, "b c d h w"]:
+    """Scans of sites with an entry, half of them in the style of a site of the bank."""
+    present = torch.tensor([bank.sites.index(site) for site in bank.present])
+    worn = present[torch.randint(len(present), (len(own),), generator=generator)]
+    stays = torch.rand(len(own), generator=generator) >= _RESTYLED
+    at_home = torch.tensor(own)
+    stays |= ~torch.isin(at_home, present)
+    return bank.restyle(latents, at_home, torch.where(stays, at_home, worn))
+
+
+def _finite(value: Tensor, what: str, number: int) -> float:
+    if not math.isfinite(plain := float(value.detach())):
+        raise NotFinite(
+            f"Expected a finite {what} at step {number} of the fine-tuning; got {plain}. The weights are "
+            "untouched; lower learning_rate, or look for a scan with values out of range."
+        )
+    return plain

@@ -1,0 +1,198 @@
+"""Federated fine-tuning: the agreement, the question and the answer.
+
+`FinetunePlan` names the run by its plan's hash and the pretrained encoder by its own, so that no site adds
+labels to a model that is not the agreed one; it is as frozen and hashed as `RunPlan`. Both travel with every
+question. Does not do: train (`client/training/finetuning.py`), average (`server/exchanges/finetuning.py`).
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Literal
+
+from flwr.app import MetricRecord, RecordDict
+
+from federation.messages import Ask, Head, ask_head, checked_metrics, new_head
+from federation.plan import RunPlan, build
+from federation.wire import MessageError, RefusalKind, Tensors, array_record
+
+FINETUNE = "train.finetune"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalFinetuning:
+    """The local loop: the same alone and in a federation."""
+
+    task: Literal["segmentation", "classification"]
+    """What is predicted: a class per voxel, or per scan."""
+    classes: int
+    """Classes, the background of a segmentation included."""
+    encoder: Literal["frozen", "finetuned"] = "finetuned"
+    """Whether the encoder stays as it came."""
+    steps: int = 200
+    """Optimiser steps; in a federation, of each round."""
+    batch_size: int = 8
+    """Scans per step, at most; fewer where fewer patients have labels."""
+    learning_rate: float = 2e-3
+    """Peak learning rate; it rises over the first steps and falls to 0 with a cosine."""
+    warmup: float = 0.05
+    """Share of all steps over which the learning rate rises."""
+    weight_decay: float = 1e-2
+    """AdamW weight decay, of matrices and convolutions."""
+    gradient_clip_norm: float = 1.0
+    """L2 norm to which the batch gradient is clipped (no privacy meaning)."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be meant."""
+        if self.classes < 2:
+            raise ValueError(f"Expected classes to be at least 2; got {self.classes}.")
+        for name in ("steps", "batch_size", "learning_rate", "gradient_clip_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"Expected {name} above 0; got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetunePlan:
+    """What a site is told before it fine-tunes with its labels."""
+
+    run_sha256: str
+    """Hash of the plan of the run that pretrained the encoder."""
+    pretrained_sha256: str
+    """Hash of the encoder's tensors as they are before round 1."""
+    local: LocalFinetuning
+    """The local loop."""
+    rounds: int = 5
+    """Rounds."""
+    seed: int = 0
+    """Seed of every draw: heads, labelled patients, batches."""
+    label_share: float = 1.0
+    """Share of a site's labelled training patients whose labels are used."""
+    target: str = ""
+    """Classification: the covariate to predict."""
+    target_values: tuple[str, ...] = ()
+    """Classification: its values, in the order of the classes."""
+    update_clip_norm: float = 20.0
+    """L2 norm to which a site's mean update is clipped at the gate."""
+
+    def __post_init__(self) -> None:
+        """Refuse a plan that contradicts itself."""
+        if self.rounds < 1:
+            raise ValueError(f"Expected rounds to be at least 1; got {self.rounds}.")
+        if not 0 < self.label_share <= 1:
+            raise ValueError(f"Expected label_share above 0 and at most 1; got {self.label_share}.")
+        check_target(self.local, self.target, self.target_values)
+
+    def to_json(self) -> str:
+        """Canonical JSON: sorted keys, no spaces; what is hashed."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the canonical JSON, 64 hex digits."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @staticmethod
+    def from_json(text: str) -> "FinetunePlan":
+        """Rebuild a plan; unknown, missing or ill-typed fields raise `ValueError`."""
+        return build(FinetunePlan, json.loads(text), "finetuning")
+
+
+def check_target(local: LocalFinetuning, target: str, values: tuple[str, ...]) -> None:
+    """Raise `ValueError` unless a classification, and nothing else, has a target with a value per class."""
+    if local.task == "segmentation" and (target or values):
+        raise ValueError("target and target_values have no effect with task=segmentation: leave them out.")
+    if local.task == "classification" and (not target or len(set(values)) != local.classes):
+        raise ValueError(
+            f"Expected task=classification to name a target covariate and its {local.classes} values; got "
+            f"{target or 'none'} with {', '.join(values) or 'none'}."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneAsk(Ask):
+    """One round of fine-tuning from these weights: `trained` changes and travels back, `fixed` does not."""
+
+    finetuning_json: str
+    round: int
+    trained: Tensors
+    fixed: Tensors
+
+    def finetuning(self, plan: RunPlan) -> FinetunePlan:
+        """The fine-tuning that is asked for; raises `MessageError` unless it is one of `plan`, in its own
+        words."""
+        try:
+            finetuning = FinetunePlan.from_json(self.finetuning_json)
+        except ValueError as error:
+            raise MessageError(str(error), RefusalKind.PLAN_NOT_ACCEPTED) from error
+        if finetuning.to_json() != self.finetuning_json:
+            raise MessageError("Expected the canonical JSON of a fine-tuning plan; got other words.")
+        if finetuning.run_sha256 != plan.sha256:
+            raise MessageError(
+                f"Expected a fine-tuning of run {plan.sha256[:12]}; it is one of "
+                f"{finetuning.run_sha256[:12]}.",
+                RefusalKind.PLAN_NOT_ACCEPTED,
+            )
+        return finetuning
+
+    def to_record(self) -> RecordDict:
+        """As Flower records."""
+        head = ask_head("finetune_ask", self)
+        head["finetuning_json"], head["round"] = self.finetuning_json, self.round
+        return RecordDict(
+            {"head": head, "trained": array_record(self.trained), "fixed": array_record(self.fixed)}
+        )
+
+    @staticmethod
+    def from_record(record: RecordDict) -> "FinetuneAsk":
+        """Back from Flower records; raises `MessageError`."""
+        head = Head(record, "finetune_ask", ("head", "trained", "fixed"))
+        return head.close(
+            FinetuneAsk(
+                plan_json=head.plan_json(),
+                finetuning_json=head.take("finetuning_json", str),
+                round=head.take("round", int),
+                trained=head.tensors("trained"),
+                fixed=head.tensors("fixed"),
+            )
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneReply:
+    """A site's round: `update` = examples · (trained weights after - before), a vector of sums."""
+
+    plan_sha256: str
+    finetuning_sha256: str
+    site: str
+    round: int
+    examples: int
+    update: Tensors
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def to_record(self) -> RecordDict:
+        """As Flower records."""
+        head = new_head("finetune_reply", plan_sha256=self.plan_sha256, site=self.site)
+        head["finetuning_sha256"], head["round"] = self.finetuning_sha256, self.round
+        head["examples"] = self.examples
+        metrics = MetricRecord(dict(checked_metrics(self.metrics)))
+        return RecordDict({"head": head, "update": array_record(self.update), "metrics": metrics})
+
+    @staticmethod
+    def from_record(record: RecordDict) -> "FinetuneReply":
+        """Back from Flower records; raises `MessageError`."""
+        head = Head(record, "finetune_reply", ("head", "update", "metrics"))
+        metrics = record["metrics"]
+        if not isinstance(metrics, MetricRecord):
+            raise MessageError("Expected record 'metrics' to hold metrics; got another kind of record.")
+        return head.close(
+            FinetuneReply(
+                plan_sha256=head.take("plan_sha256", str),
+                finetuning_sha256=head.take("finetuning_sha256", str),
+                site=head.take("site", str),
+                round=head.take("round", int),
+                examples=head.take("examples", int),
+                update=head.tensors("update"),
+                metrics=checked_metrics(metrics),
+            )
+        )

@@ -1,0 +1,219 @@
+"""Released latents: the question, the answer, and what both sides must agree on about them.
+
+A site is asked for a part of what it releases in a round: items `first` to `first + count`, and says how many
+there are. An item is a training scan under an opaque name. The same question has the same answer, so a
+collection that was cut off goes on where it stood. What this file does not do: it decides nothing for a site
+(`client/exchanges/latents.py`) and stores nothing (`server/latent_bank/bank.py`).
+
+Axes: b = items, c d h w = latents, l = label values.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+from flwr.app import RecordDict
+from torch import Tensor
+
+from federation.diffusion_plan import DiffusionPlan
+from federation.messages import Ask, Head, ask_head, new_head
+from federation.plan import RunPlan, WireDtype
+from federation.wire import MessageError, Tensors, array_record
+from meduet_models.diffusion.conditions import Examples
+
+LATENTS = "query.latents"
+BOUNDED = "latents"
+"""The tensor that the release bounds; the others say what is known of a scan."""
+_CHUNK_BYTES = 32 * 2**20
+_ITEM = re.compile(r"[0-9a-f]{32}")
+_WHOLE = ("site", "body_part", "category")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentsAsk(Ask):
+    """Tell items `first` to `first + count` of what you release in this round."""
+
+    round: int
+    first: int
+    count: int
+
+    def to_record(self) -> RecordDict:
+        """As Flower records."""
+        head = ask_head("latents_ask", self)
+        head["round"], head["first"], head["count"] = self.round, self.first, self.count
+        return RecordDict({"head": head})
+
+    @staticmethod
+    def from_record(record: RecordDict) -> "LatentsAsk":
+        """Back from Flower records; raises `MessageError`."""
+        head = Head(record, "latents_ask", ("head",))
+        return head.close(
+            LatentsAsk(
+                plan_json=head.plan_json(),
+                round=head.take("round", int),
+                first=head.take("first", int),
+                count=head.take("count", int),
+            )
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentsReply:
+    """A part of what a site releases in a round. Patient data under the policy `raw`."""
+
+    plan_sha256: str
+    site: str
+    round: int
+    first: int
+    """Place of the first of `items` among what the site releases in this round."""
+    total: int
+    """How many items that is."""
+    items: tuple[str, ...]
+    """Opaque names, 32 hex digits each."""
+    examples: Examples
+    """As many."""
+    wire_dtype: WireDtype = "float32"
+    """How latents and label maps travel; they are float32 on both ends."""
+
+    def to_record(self) -> RecordDict:
+        """As Flower records."""
+        head = new_head("latents_reply", plan_sha256=self.plan_sha256, site=self.site)
+        head["round"], head["first"], head["total"] = self.round, self.first, self.total
+        head["items"], head["wire_dtype"] = " ".join(self.items), self.wire_dtype
+        return RecordDict({"head": head, "told": array_record(to_tensors(self.examples), self.wire_dtype)})
+
+    @staticmethod
+    def from_record(record: RecordDict) -> "LatentsReply":
+        """Back from Flower records; raises `MessageError`."""
+        head = Head(record, "latents_reply", ("head", "told"))
+        wire_dtype = head.wire_dtype()
+        items = tuple(head.take("items", str).split())
+        if len(set(items)) < len(items) or not all(map(is_item, items)):
+            raise MessageError("Expected each item once, under a name of 32 hex digits; got another.")
+        examples = from_tensors(head.tensors("told", wire_dtype))
+        if len(examples) != len(items):
+            raise MessageError(f"Expected as many examples as items; got {len(examples)} and {len(items)}.")
+        return head.close(
+            LatentsReply(
+                plan_sha256=head.take("plan_sha256", str),
+                site=head.take("site", str),
+                round=head.take("round", int),
+                first=head.take("first", int),
+                total=head.take("total", int),
+                items=items,
+                examples=examples,
+                wire_dtype=wire_dtype,
+            )
+        )
+
+
+def is_item(name: str) -> bool:
+    """Whether this can be the name of an item."""
+    return _ITEM.fullmatch(name) is not None
+
+
+def releasing(plan: RunPlan) -> DiffusionPlan:
+    """The diffusion model's part of a plan under which latents leave; raises `ValueError` for another."""
+    if plan.diffusion is None or plan.diffusion.policy != "raw":
+        policy = "none" if plan.diffusion is None else plan.diffusion.policy
+        raise ValueError(f"Expected a plan under which sites release latents; its policy is {policy}.")
+    return plan.diffusion
+
+
+def releases_of(plan: RunPlan, round: int, available: int) -> range:
+    """Which of `available` scans leave in a round, by their place in the site's fixed order.
+
+    Raises `ValueError` for a plan without release, and for a round in which it releases nothing.
+    """
+    diffusion = releasing(plan)
+    if not diffusion.begin_round <= round <= plan.training.rounds:
+        raise ValueError(
+            f"Expected a round from {diffusion.begin_round} to {plan.training.rounds}; got {round}."
+        )
+    limit = min(available, diffusion.items_per_site or available)
+    share = diffusion.items_per_round or limit
+    before = (round - diffusion.begin_round) * share
+    return range(min(before, limit), min(before + share, limit))
+
+
+def latent_bound(plan: RunPlan) -> float:
+    """L2 norm that the latents of one scan may have: the plan's root mean square over all their values."""
+    return releasing(plan).latent_clip * math.sqrt(plan.network.latent_channels * math.prod(_grid(plan)))
+
+
+def told_shapes(plan: RunPlan, count: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what travels for `count` items."""
+    shapes: dict[str, tuple[int, ...]] = {
+        BOUNDED: (count, plan.network.latent_channels, *_grid(plan)),
+        "site": (count,),
+        "body_part": (count,),
+        "spacing": (count, 3),
+        "category": (count,),
+    }
+    if labels := releasing(plan).labels:
+        shapes["label_map"] = (count, labels, *_grid(plan))
+    return shapes
+
+
+def items_per_chunk(plan: RunPlan) -> int:
+    """Most items in one answer: 32 MiB of them, at least one."""
+    return max(1, _CHUNK_BYTES // (4 * sum(math.prod(shape) for shape in told_shapes(plan, 1).values())))
+
+
+def to_tensors(examples: Examples) -> Tensors:
+    """Examples as finite tensors: whole numbers and spacing as float64, so that they travel exactly.
+
+    An unknown spacing or label map (NaN) becomes zeros, which no known one is.
+    """
+    tensors = {
+        BOUNDED: examples.latents,
+        **{name: getattr(examples, name).double() for name in _WHOLE},
+        "spacing": torch.nan_to_num(examples.spacing.double(), nan=0.0),
+    }
+    if examples.label_map is not None:
+        tensors["label_map"] = torch.nan_to_num(examples.label_map, nan=0.0)
+    return tensors
+
+
+def nothing(plan: RunPlan) -> Tensors:
+    """What travels when there is no item."""
+    real = (BOUNDED, "label_map")
+    return {
+        name: torch.zeros(shape, dtype=torch.float32 if name in real else torch.float64)
+        for name, shape in told_shapes(plan, 0).items()
+    }
+
+
+def from_tensors(tensors: Tensors) -> Examples:
+    """The inverse of `to_tensors`; raises `MessageError` for tensors that no examples become."""
+    maps = tensors.get("label_map")
+    told = {BOUNDED: 5, **{name: 1 for name in _WHOLE}, "spacing": 2} | (
+        {} if maps is None else {"label_map": 5}
+    )
+    if {name: tensor.ndim for name, tensor in tensors.items()} != told:
+        raise MessageError(
+            f"Expected the tensors {', '.join(told)}; got {', '.join(sorted(tensors)) or 'none'}."
+        )
+    if len({len(tensor) for tensor in tensors.values()}) > 1:
+        raise MessageError("Expected as many of each tensor as there are items.")
+    whole = {name: _whole(name, tensors[name]) for name in _WHOLE}
+    spacing = tensors["spacing"].float()
+    if maps is not None:
+        maps = _unknown(maps, (1, 2, 3, 4))
+    return Examples(latents=tensors[BOUNDED], spacing=_unknown(spacing, (1,)), label_map=maps, **whole)
+
+
+def _whole(name: str, tensor: Tensor) -> Tensor:
+    if not bool(((tensor == tensor.round()) & (tensor.abs() < 2**31)).all()):
+        raise MessageError(f"Expected {name} to be whole numbers; got others.")
+    return tensor.long()
+
+
+def _unknown(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """NaN where a sample is zero throughout."""
+    return tensor.masked_fill((tensor == 0).all(dim=axes, keepdim=True), torch.nan)
+
+
+def _grid(plan: RunPlan) -> tuple[int, int, int]:
+    return plan.network.latent_grid

@@ -1,0 +1,58 @@
+"""Files of keys on disk: written whole, readable by their owner alone, never where git would pick them up.
+
+Does not do: know what is in them (`federation/keys/certificates.py`), or encrypt them.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+PRIVATE, PUBLIC = 0o600, 0o644
+"""Mode of what must stay secret, and of what need not."""
+
+
+def private_folder(folder: Path) -> Path:
+    """Make `folder` and its parents, and open `folder` to its owner only (mode 0700); returns it.
+
+    Raises `ValueError` inside of a git work tree.
+    """
+    refuse_work_tree(folder)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.chmod(0o700)
+    return folder
+
+
+def refuse_work_tree(folder: Path) -> None:
+    """Raise `ValueError` when `folder` lies in a git work tree: keys there get committed in the end."""
+    resolved = folder.resolve()
+    for parent in (resolved, *resolved.parents):
+        if (parent / ".git").exists():
+            raise ValueError(
+                f"Expected a folder outside of any git work tree; {folder} lies in that of {parent}. Keys "
+                "must not be committed: give another folder."
+            )
+
+
+def write_file(path: Path, content: bytes, mode: int = PRIVATE) -> None:
+    """Write a file whole or not at all; it never exists with a wider mode than `mode`."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 0600
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(mode)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_file(path: Path, what: str) -> bytes:
+    """The content of a file of at most a megabyte; raises `ValueError` saying `what` was expected there."""
+    try:
+        if (size := path.stat().st_size) > 1_000_000:
+            raise ValueError(f"Expected {what} at {path}; it is {size} bytes long.")
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"Expected {what} at {path}; {error.strerror}.") from None

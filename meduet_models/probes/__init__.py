@@ -1,0 +1,1 @@
+"""What content and style know: probes, and how good a swap is."""

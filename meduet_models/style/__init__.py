@@ -1,0 +1,1 @@
+"""Appearance: moments, the bank of every site's, and what is done with them."""

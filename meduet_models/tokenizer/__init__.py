@@ -1,0 +1,1 @@
+"""The frozen VAE: volume to latent and back."""

@@ -1,0 +1,1 @@
+"""`meduet-server`, command by command."""

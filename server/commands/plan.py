@@ -1,0 +1,92 @@
+"""`meduet-server plan` and `submit`: make a consortium's plan, and publish it for the sites to approve.
+
+What it does not do: any of the work; see `plans.py`.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+
+def add_to(commands: Any) -> None:
+    """Add `plan` and `submit` to the parser of `meduet-server`."""
+    about = "make the plan of a consortium's run from settings"
+    plan = commands.add_parser(
+        "plan",
+        help=about,
+        description=f"{about.capitalize()}, for `submit`. Settings are those of `meduet-simulate` that sites "
+        "must agree on: network=paper training.rounds=100 release.wire_dtype=mxint8 volumes.modality=ct ...",
+    )
+    plan.add_argument("settings", nargs="*", metavar="SETTING=VALUE", help="in place of those in conf/")
+    plan.add_argument(
+        "--consortium",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="consortium.yaml, which names the sites",
+    )
+    plan.add_argument(
+        "--out",
+        type=Path,
+        default=Path("plan.json"),
+        metavar="FILE",
+        help="where to write (default: plan.json)",
+    )
+    plan.set_defaults(run=_plan)
+    about = "publish a plan as a file that every site looks at and approves"
+    submit = commands.add_parser(
+        "submit",
+        help=about,
+        description=f"{about.capitalize()}. It names the plan's hash and that of the code; sites that "
+        "approved both, and no others, take part.",
+    )
+    submit.add_argument("plan", type=Path, metavar="PLAN.json", help="a run's plan.json")
+    submit.add_argument(
+        "--finetuning", type=Path, metavar="FILE", help="publish this fine-tuning of the run instead"
+    )
+    submit.add_argument(
+        "--out", type=Path, default=Path("plans"), metavar="DIR", help="folder to write to (default: ./plans)"
+    )
+    submit.set_defaults(run=_submit)
+
+
+def _plan(chosen: argparse.Namespace, console: Console) -> None:
+    from server.consortium.plans import make_plan
+    from server.consortium.provisioning import load_consortium
+    from server.run_folder import write_whole
+
+    made = make_plan(load_consortium(chosen.consortium), chosen.settings)
+    if chosen.out.is_file() and chosen.out.read_text(encoding="utf-8") != made.to_json():
+        raise ValueError(
+            f"Expected no other plan at {chosen.out}; there is one. Name another file with --out."
+        )
+    write_whole(chosen.out, made.to_json())
+    _say(
+        console,
+        f"{chosen.out}",
+        f"plan {made.sha256}",
+        f"{len(made.sites)} sites, {made.training.rounds} rounds; publish it with:",
+        f"  meduet-server submit {chosen.out}",
+    )
+
+
+def _submit(chosen: argparse.Namespace, console: Console) -> None:
+    from server.consortium.plans import publish
+
+    path, published = publish(chosen.plan, chosen.out, chosen.finetuning)
+    _say(
+        console,
+        f"{path}",
+        f"plan {published.sha256}",
+        f"code {published.bundle_sha256}",
+        f"Send the file to {', '.join(published.plan.sites)}; it holds no secret. There:",
+        f"  meduet-site plan show {path.name} --config site.yaml",
+        f"  meduet-site plan approve {published.sha256[:12]} --config site.yaml",
+    )
+
+
+def _say(console: Console, *lines: str) -> None:
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

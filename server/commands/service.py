@@ -1,0 +1,126 @@
+"""`meduet-server start | run | status | proxy | poc`: the centre as something that runs.
+
+Does not do: more than read arguments and call the module that does the work; heavy ones are imported then.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+GIVEN_UP = 1
+"""Exit status of a run that is not complete and not submitted again: a person has to look."""
+
+
+def add_to(commands: Any) -> None:
+    """Add these commands to `meduet-server`'s parser."""
+    start = commands.add_parser(
+        "start",
+        help="run Flower's SuperLink and SuperExec and the proxy, until SIGTERM or Ctrl-C",
+        description="Start and supervise everything the centre needs; what ends is started again. Sites "
+        "named in server.yaml are registered, others shut out.",
+    )
+    _config(start)
+    start.set_defaults(run=_start)
+
+    run = commands.add_parser(
+        "run",
+        help="submit a plan and see it through: again after every failure, until it is complete",
+        description="Submit a run to the centre that `start` keeps up, watch it, and submit it again when it "
+        "fails, until its own checkpoints say it is complete. Given again, goes on with the same run.",
+    )
+    run.add_argument("plan", type=Path, metavar="PLAN", help="plan.json of the run")
+    run.add_argument("--folder", type=Path, required=True, help="where the run goes")
+    _config(run)
+    run.set_defaults(run=_run)
+
+    status = commands.add_parser(
+        "status",
+        help="a run's rounds, sites, traffic, losses and refused replies; live in a terminal",
+        description="Show a run as it is now; in a terminal until it is over.",
+    )
+    status.add_argument("folder", type=Path, metavar="FOLDER", help="the run's folder")
+    status.add_argument("--config", type=Path, metavar="FILE", help="server.yaml: also show its processes")
+    status.add_argument("--json", action="store_true", help="print JSON once, for programs")
+    status.add_argument("--once", action="store_true", help="print once, do not stay")
+    status.set_defaults(run=_status)
+
+    proxy = commands.add_parser(
+        "proxy",
+        help="print the proxy's configuration, for a centre whose proxy is somebody else's",
+        description="Print nginx.conf: mutual TLS, fleet routes only. `start` uses the same.",
+    )
+    _config(proxy)
+    proxy.set_defaults(run=_proxy)
+
+    poc = commands.add_parser(
+        "poc",
+        help="a whole consortium on this machine: real processes, TLS, simulated scans; two minutes",
+        description="Make certificates, a centre and simulated hospitals, start all of them as real "
+        "processes that talk over TLS on loopback, run a small plan, and stop: about two minutes on two idle "
+        "cores, and 4 GB of memory. Nothing leaves this machine. nginx is needed for the whole of it "
+        "(apt-get install nginx); without it, the sites reach SuperLink directly.",
+    )
+    poc.add_argument("--sites", type=int, default=3, help="number of hospitals, at least 2 (default 3)")
+    poc.add_argument(
+        "--folder", type=Path, default=Path("~/meduet-poc"), metavar="DIR",
+        help="new folder for all of it (default: ~/meduet-poc); not in a git work tree, because it gets keys",
+    )  # fmt: skip
+    poc.set_defaults(run=_poc)
+
+
+def _config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the centre's server.yaml")
+
+
+def _start(chosen: argparse.Namespace, console: Console) -> None:
+    from server.deployment.config import load_server_config
+    from server.deployment.service import Service
+
+    Service(load_server_config(chosen.config), lambda line: _say(console, line)).run()
+
+
+def _run(chosen: argparse.Namespace, console: Console) -> int:
+    from server.deployment.config import load_server_config
+    from server.deployment.control import Control
+    from server.deployment.submission import RunGivenUp, Submission
+
+    control = Control(load_server_config(chosen.config))
+    submission = Submission(control, chosen.plan, chosen.folder, lambda line: _say(console, line))
+    try:
+        submission.see_through()
+    except RunGivenUp as error:
+        _say(console, str(error))
+        return GIVEN_UP
+    return 0
+
+
+def _status(chosen: argparse.Namespace, console: Console) -> None:
+    from server.deployment.config import load_server_config
+    from server.deployment.status_screen import as_json, show
+
+    state_dir = None if chosen.config is None else load_server_config(chosen.config).state_dir
+    if chosen.json:
+        console.out(as_json(chosen.folder, state_dir), highlight=False)
+    else:
+        show(console, chosen.folder, state_dir, live=not chosen.once)
+
+
+def _proxy(chosen: argparse.Namespace, console: Console) -> None:
+    from server.deployment.config import load_server_config
+    from server.deployment.proxy import proxy_configuration
+
+    console.out(proxy_configuration(load_server_config(chosen.config)), end="", highlight=False)
+
+
+def _poc(chosen: argparse.Namespace, console: Console) -> None:
+    # Both sides meet in `simulations` only, which the centre's code never imports: it becomes that program.
+    command = [sys.executable, "-m", "simulations.poc", str(chosen.sites), str(chosen.folder.expanduser())]
+    os.execv(sys.executable, command)
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)

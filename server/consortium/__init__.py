@@ -1,0 +1,1 @@
+"""Who takes part, and in what: the office for keys, published plans."""

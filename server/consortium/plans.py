@@ -1,0 +1,101 @@
+"""Making a consortium's plan, and publishing it: the file that sites look at and approve, with the hash of
+the code it will run in.
+
+Does not do: start a run (`server/app.py`), or send the file: it holds no secret, any way will do.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from federation.bundle import running_bundle
+from federation.exchanges.finetuning import FinetunePlan
+from federation.plan import RunPlan, build
+from federation.published_plan import PublishedPlan, plan_of
+from meduet_models.tokenizer.tokenizer import TokenizerSpec, load_tokenizer
+from server.config import FROM_CONFIG, compose_config, plain, plan_from
+from server.consortium.provisioning import ConsortiumSettings
+from server.run_folder import write_whole
+
+_SETTINGS = ("network", "tokenizer", "hospitals", "experiment", "method")
+"""Settings and groups of settings that decide on a plan, beside its own parts."""
+
+
+def make_plan(consortium: ConsortiumSettings, overrides: Sequence[str] = ()) -> RunPlan:
+    """The plan of these hospitals, from `conf/` and `overrides` in Hydra's words (``training.rounds=20``).
+
+    The grid of volumes is that of `hospitals=folders` unless an override says otherwise; of a group
+    `hospitals` only that grid counts. Raises `ValueError` for a setting that is wrong, or has no effect on a
+    plan.
+    """
+    keys = [override.split("=")[0].lstrip("+~") for override in overrides]
+    for key, override in zip(keys, overrides, strict=True):
+        if key.split(".")[0] not in (*_SETTINGS, *FROM_CONFIG) or key.startswith("hospitals."):
+            raise ValueError(f"{override} has no effect on a plan: leave it out.")
+    given = [] if "name" in keys else [f"name={consortium.name}"]
+    given += [] if {"hospitals", "experiment"} & set(keys) else ["hospitals=folders"]
+    try:
+        settings = plain(compose_config([*given, *overrides]))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(f"Expected settings of conf/: {' '.join(str(error).split())}") from None
+    tokenizer = load_tokenizer(build(TokenizerSpec, settings["tokenizer"], "tokenizer"))
+    return plan_from(
+        settings,
+        sites=[site.name for site in consortium.sites],
+        tokenizer_sha256=tokenizer.sha256,
+        latent_channels=tokenizer.latent_channels,
+        stride=tokenizer.stride,
+    )
+
+
+def publish(plan: Path, folder: Path, finetuning: Path | None = None) -> tuple[Path, PublishedPlan]:
+    """Write `<hash>.plan.json` for a plan's JSON (and a fine-tuning of it) into `folder`.
+
+    Published again, a plan has the same name and content as long as the code is the same. Raises `ValueError`
+    naming the file that is not what it should be.
+    """
+    published = PublishedPlan(
+        plan=_plan(plan),
+        bundle_sha256=running_bundle(),
+        finetuning=None if finetuning is None else _finetuning(finetuning),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / published.file_name
+    write_whole(path, published.to_json())
+    return path, published
+
+
+def plan_to_run(path: Path) -> RunPlan:
+    """The run's plan from a published plan or a plan's own JSON.
+
+    Raises `ValueError` when it was published with other code than this: every site would refuse it.
+    """
+    plan = _plan(path)
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if (published := values.get("bundle_sha256", running_bundle())) != running_bundle():
+        raise ValueError(
+            f"Expected a plan published with this code ({running_bundle()[:12]}…); {path} was published with "
+            f"{published[:12]}…. Publish it again (meduet-server submit) and let the sites approve it."
+        )
+    return plan
+
+
+def _plan(path: Path) -> RunPlan:
+    try:
+        return plan_of(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"Expected a plan at {path}; {error.strerror}.") from None
+    except ValueError as error:
+        raise ValueError(f"Expected {path} to be a plan of FedMeDUET; {error}") from None
+
+
+def _finetuning(path: Path) -> FinetunePlan:
+    try:
+        return FinetunePlan.from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"Expected a fine-tuning at {path}; {error.strerror}.") from None
+    except ValueError as error:
+        raise ValueError(f"Expected {path} to be a fine-tuning of FedMeDUET; {error}") from None

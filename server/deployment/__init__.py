@@ -1,0 +1,1 @@
+"""The centre as processes that are kept up."""

@@ -1,0 +1,1 @@
+"""What the centre asks, checks and uses, one file per exchange."""

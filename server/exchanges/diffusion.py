@@ -1,0 +1,146 @@
+"""The diffusion model of a run: none, central or federated, and the file it ends in.
+
+The run asks the same three things of each kind: before a round, after a round, at the end. What this file
+does not do: it trains nothing (`diffusion_training.py`, `diffusion_rounds.py`).
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from flwr.serverapp import Grid
+
+from federation.exchanges.diffusion import encoder_of
+from federation.messages import Tensors
+from federation.plan import RunPlan
+from federation.reply_book import ReplyBook
+from meduet_models.diffusion.artefact import GenerativeModel, save_generative_model
+from meduet_models.style.bank import StyleBank
+from meduet_models.weights import sha256_of_tensors
+from server.exchanges.central_diffusion import CentralDiffusion
+from server.exchanges.federated_diffusion import FinishedDiffusion, run_diffusion_rounds
+from server.latent_bank.bank import LatentBank
+from strategies.quorum import Roster
+
+OnDiffusion = Callable[[int, int, float], None]
+"""Called while the diffusion model is trained after the last round: steps or rounds done, in all, loss."""
+
+
+class DiffusionPhase(Protocol):
+    """What the run needs of a diffusion model."""
+
+    def before_round(self, round: int, shared: Tensors, bank: Tensors) -> dict[str, Any]:
+        """A round is about to begin."""
+
+    def after_round(self, round: int) -> dict[str, Any]:
+        """A round is over."""
+
+    def finish(self, shared: Tensors, bank: Tensors) -> FinishedDiffusion | None:
+        """The pretraining is over: the model and its reports, or None where there is none."""
+
+    def saved(self, path: Path) -> None:
+        """The model is in this file."""
+
+
+class NoDiffusion:
+    """No diffusion model."""
+
+    def before_round(self, round: int, shared: Tensors, bank: Tensors) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def after_round(self, round: int) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def finish(self, shared: Tensors, bank: Tensors) -> FinishedDiffusion | None:
+        """None."""
+        return None
+
+    def saved(self, path: Path) -> None:
+        """Nothing."""
+
+
+class FederatedDiffusion(NoDiffusion):
+    """A diffusion model that is trained at the sites, after the pretraining."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        roster: Roster,
+        plan: RunPlan,
+        folder: Path,
+        book: ReplyBook,
+        on_diffusion: OnDiffusion,
+    ) -> None:
+        self._run = (grid, roster, plan)
+        self._folder, self._book, self._on_diffusion = folder, book, on_diffusion
+
+    def finish(self, shared: Tensors, bank: Tensors) -> FinishedDiffusion:
+        """Its rounds."""
+        diffusion = self._run[2].diffusion
+        assert diffusion is not None
+
+        def on_round(round: int, report: Mapping[str, Any]) -> None:
+            self._on_diffusion(round, diffusion.rounds, report["loss"]["total"])
+
+        return run_diffusion_rounds(*self._run, shared, bank, self._folder, self._book, on_round)
+
+
+def diffusion_of(
+    grid: Grid,
+    roster: Roster,
+    plan: RunPlan,
+    folder: Path,
+    device: torch.device,
+    bank_key: Path,
+    book: ReplyBook,
+    on_diffusion: OnDiffusion,
+) -> DiffusionPhase:
+    """The kind that the plan asks for. Raises `ValueError` when a latent bank that is there cannot be
+    opened."""
+    match None if plan.diffusion is None else plan.diffusion.policy:
+        case None:
+            return NoDiffusion()
+        case "federated":
+            return FederatedDiffusion(grid, roster, plan, folder, book, on_diffusion)
+        case "raw":
+            bank = LatentBank(folder / "latents", bank_key)
+            return CentralDiffusion(grid, roster, plan, folder, bank, device, book, on_diffusion)
+
+
+def save_diffusion(
+    path: Path,
+    plan: RunPlan,
+    finished: FinishedDiffusion,
+    shared: Tensors,
+    bank: Tensors,
+    directions: Mapping[str, torch.Tensor],
+) -> None:
+    """Everything that sampling needs, in one file."""
+    diffusion = plan.diffusion
+    assert diffusion is not None
+    save_generative_model(
+        path,
+        GenerativeModel(
+            transformer=finished.transformer,
+            encoder=encoder_of(plan, shared),
+            bank=StyleBank.from_tensors(bank, plan.sites) if bank else None,
+            sites=plan.sites,
+            directions=dict(directions),
+            tokenizer_sha256=plan.tokenizer_sha256,
+            volumes=dataclasses.asdict(plan.volumes),
+            body_parts=plan.style.body_parts,
+            categories=diffusion.categories,
+            policy=finished.policy,
+            provenance={
+                "plan_sha256": plan.sha256,
+                "plan": plan.to_json(),
+                "encoder_sha256": sha256_of_tensors(shared),
+                "reports": json.dumps(finished.reports, sort_keys=True),
+            },
+        ),
+    )

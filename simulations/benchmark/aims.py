@@ -1,0 +1,153 @@
+"""What FedMeDUET aims at, and whether the benchmark's numbers meet it.
+
+Each aim is a bound that was written down before the numbers were known; site and patient are read from the
+content code where a method has one, which was made because pooled content misses them. Met or not is decided
+on values; "above" asks for more: intervals that do not touch. An aim whose numbers are not there is told as
+not measured, never as met.
+What this file does not do: it computes no number (`benchmark_tables.py`).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from simulations.benchmark.tables import MAIN_METRICS, Summaries, Summary, downstream_measure
+
+OURS, POOLED = "meduet", "pooled"
+RIVALS = {"fedavg_mae": "FedAvg", "alone": "alone", "scratch": "from scratch"}
+"""Methods that ours is to be above downstream."""
+FEW_LABELS = (0.05, 0.1)
+"""Shares of labelled patients that count as few, both included."""
+WITHIN = 0.02
+"""Relative distance to pooled MeDUET."""
+LINEAR_ABOVE_CHANCE, MLP_ABOVE_CHANCE = 0.05, 0.10
+RECOGNISED = 0.95
+PATIENT_FROM_STYLE_TIMES_CHANCE = 5
+NEARER_DB = 3.0
+_HIGHER_IS_BETTER = ("dice", "auc")
+_CONTENT = {"content": "pooled content", "code": "the content code"}
+
+
+@dataclass(frozen=True)
+class Aim:
+    """An aim on a data set, and how it turned out."""
+
+    data: str
+    text: str
+    """What is aimed at."""
+    found: str
+    """The number, in words."""
+    met: bool | None
+    """None: not measured."""
+
+    @property
+    def verdict(self) -> str:
+        """Met, not met or not measured."""
+        return "not measured" if self.met is None else "met" if self.met else "not met"
+
+
+def aims_of(data: Sequence[str], summaries: Summaries) -> list[Aim]:
+    """Every aim on every data set."""
+    return [
+        aim for name in data for aim in (*_probe_aims(name, summaries), *_downstream_aims(name, summaries))
+    ]
+
+
+def _probe_aims(data: str, summaries: Summaries) -> Iterator[Aim]:
+    def read(name: str, method: str = OURS) -> Summary | None:
+        return summaries.get((data, method, f"seen.{name}"))
+
+    def bounded(name: str, text: str, bound: float | None, above: bool) -> Aim:
+        own = read(name)
+        if own is None or bound is None:
+            return Aim(data, text, "", None)
+        if not above and bound >= 1:
+            return Aim(data, text, f"{own}; bound {bound:.3f}: too few patients to tell", None)
+        met = own.value >= bound if above else own.value <= bound
+        return Aim(data, text, f"{own}; bound {bound:.3f}", met)
+
+    content = "code" if read("site_from_code") is not None else "content"
+    chance = read("chance_site")
+    guess = read("chance_patient")
+    site, patient = (None if c is None else c.value for c in (chance, guess))
+    yield bounded(
+        f"site_from_{content}",
+        f"site from {_CONTENT[content]}, linear probe: chance + 5 points at most",
+        None if site is None else site + LINEAR_ABOVE_CHANCE,
+        above=False,
+    )
+    yield bounded(
+        f"site_from_{content}_mlp",
+        f"site from {_CONTENT[content]}, MLP probe: chance + 10 points at most",
+        None if site is None else site + MLP_ABOVE_CHANCE,
+        above=False,
+    )
+    text = f"patient from {_CONTENT[content]} across styles: 95%"
+    yield bounded(f"patient_from_{content}", text, RECOGNISED, above=True)
+    yield bounded("site_from_style", "site from style: 95%", RECOGNISED, above=True)
+    yield bounded(
+        "patient_from_style",
+        "patient from style: 5 times chance at most",
+        None if patient is None else PATIENT_FROM_STYLE_TIMES_CHANCE * patient,
+        above=False,
+    )
+    pooled = read("style_gap_closed", POOLED)
+    yield bounded(
+        "style_gap_closed",
+        "swap fidelity: at least that of pooled MeDUET",
+        None if pooled is None else pooled.value,
+        above=True,
+    )
+    matched = read("counterfactual_psnr_histogram")
+    if matched is not None:
+        yield bounded(
+            "counterfactual_psnr",
+            "swap 3 dB nearer to the truth than histogram matching",
+            matched.value + NEARER_DB,
+            above=True,
+        )
+
+
+def _downstream_aims(data: str, summaries: Summaries) -> Iterator[Aim]:
+    told = sorted({m for own, _, m in summaries if own == data and m.startswith("downstream.")})
+    found = {tuple(measure.split(".", 5)[1:]) for measure in told}
+    for task, metric in sorted({(t, m) for t, m, *_ in found if m in _HIGHER_IS_BETTER}):
+        for mode in ("frozen", "finetuned"):
+            shares = sorted({float(s) for t, m, _, own, s in found if (t, m, own) == (task, metric, mode)})
+            if not shares:
+                continue
+            words = f"{task} ({MAIN_METRICS[metric]}, {mode})"
+            yield _near_pooled(data, task, metric, mode, shares[-1], words, summaries)
+            cases = [("held_out", shares[-1])]
+            cases += [("seen", share) for share in shares if FEW_LABELS[0] <= share <= FEW_LABELS[1]]
+            for test, share in cases:
+                yield _above_rivals(data, task, metric, mode, test, share, words, summaries)
+
+
+def _near_pooled(
+    data: str, task: str, metric: str, mode: str, share: float, words: str, summaries: Summaries
+) -> Aim:
+    text = f"{words}: within 2% of pooled MeDUET"
+    measure = downstream_measure(task, metric, "seen", mode, share)
+    ours, pooled = (summaries.get((data, method, measure)) for method in (OURS, POOLED))
+    if ours is None or pooled is None:
+        return Aim(data, text, "", None)
+    return Aim(data, text, f"{ours}; pooled {pooled}", ours.value >= (1 - WITHIN) * pooled.value)
+
+
+def _above_rivals(
+    data: str, task: str, metric: str, mode: str, test: str, share: float, words: str, summaries: Summaries
+) -> Aim:
+    where = "on the hospital held out" if test == "held_out" else "on hospitals that took part"
+    text = f"{words}, {share:g} of labels, {where}: above {', '.join(RIVALS.values())}, intervals apart"
+    ours = summaries.get((data, OURS, downstream_measure(task, metric, test, mode, share)))
+    rivals = {}
+    for method, name in RIVALS.items():
+        theirs = "scratch" if method == "scratch" else mode
+        rivals[name] = summaries.get((data, method, downstream_measure(task, metric, test, theirs, share)))
+    known = {name: rival for name, rival in rivals.items() if rival is not None}
+    if ours is None or len(known) < len(rivals):
+        return Aim(data, text, "", None)
+    apart = [
+        ours.low is not None and rival.high is not None and ours.low > rival.high for rival in known.values()
+    ]
+    return Aim(data, text, "; ".join([str(ours), *(f"{n} {r}" for n, r in known.items())]), all(apart))

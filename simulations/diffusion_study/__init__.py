@@ -1,0 +1,1 @@
+"""Starts, conditions and sources of the diffusion model compared."""

@@ -1,0 +1,1 @@
+"""What content is worth with few labels."""

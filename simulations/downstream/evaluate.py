@@ -1,0 +1,299 @@
+"""Downstream evaluation: what pretrained content is worth with few labels, on seen and on unseen hospitals.
+
+For each share of labelled patients: the pretrained encoder frozen, the same fine-tuned, the same network from
+scratch, and a small U-Net; trained by the loop that a hospital runs (`client/training/finetuning.py`). The
+step to stop at is chosen on validation patients of the training hospitals; test scans are looked at once,
+after every network is trained.
+
+Does not do: pretrain, federate (`server/exchanges/finetuning.py`), draw (`simulations/downstream/report.py`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+from client.latents.labelled import LabelledScans
+from client.training.finetuning import finetune
+from federation.exchanges.finetuning import LocalFinetuning
+from meduet_models.downstream import ClassificationNetwork, DownstreamNetwork, SmallUNet, predict, with_head
+from meduet_models.meduet import FactorNetwork, NetworkConfig
+from meduet_models.style.bank import StyleBank
+from simulations.downstream.metrics import auc_estimate, estimates, segmentation_values
+
+__all__ = [
+    "DownstreamRow",
+    "DownstreamSettings",
+    "LabelledScans",
+    "evaluate_downstream",
+    "predictor_of",
+    "rows_of",
+]
+
+Mode = Literal["frozen", "finetuned", "scratch", "unet", "federated"]
+Predictor = Callable[[Tensor], Tensor]
+"""Latents to logits or probabilities, per voxel or per scan."""
+
+_PRETRAINED: tuple[Mode, ...] = ("frozen", "finetuned")
+_PENALTIES = (0.01, 0.1, 1.0, 10.0)  # inverse regularisation of the logistic regression
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownstreamSettings:
+    """How downstream networks are trained and measured."""
+
+    task: Literal["segmentation", "classification"]
+    """What is predicted: a class per voxel, or per scan."""
+    classes: int
+    """Classes, the background of a segmentation included."""
+    spacing_mm: tuple[float, float, float]
+    """Voxel spacing of the volumes; distances are in mm."""
+    label_shares: tuple[float, ...] = (0.01, 0.05, 0.1, 1.0)
+    """Shares of the training patients whose labels are used; at least one patient."""
+    modes: tuple[Literal["frozen", "finetuned", "scratch", "unet"], ...] = (
+        "frozen",
+        "finetuned",
+        "scratch",
+        "unet",
+    )
+    """What is compared."""
+    steps: int = 200
+    """Optimiser steps of each network."""
+    batch_size: int = 8
+    """Scans per step, at most."""
+    learning_rate: float = 2e-3
+    """Peak learning rate of each network."""
+    bootstrap: int = 1000
+    """Resamples of the patients, for the intervals."""
+    tolerance_mm: float = 1.0
+    """Distance within which two surfaces agree, for surface Dice."""
+    network: NetworkConfig | None = None
+    """The encoder of `scratch` where no pretrained model is given, which is what it copies otherwise."""
+
+    def local(self, mode: Mode) -> LocalFinetuning:
+        """The loop's settings for one mode."""
+        return LocalFinetuning(
+            task=self.task,
+            classes=self.classes,
+            encoder="frozen" if mode == "frozen" else "finetuned",
+            steps=self.steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+        )
+
+
+@dataclass(frozen=True)
+class DownstreamRow:
+    """One number of the table."""
+
+    task: str
+    mode: Mode
+    label_share: float
+    test: str
+    """Which test scans: "seen", "held_out", or any other name."""
+    metric: str
+    """"dice", "surface_dice", "hd95" or "auc"."""
+    value: float
+    """Mean over patients; `hd95` in mm. NaN where no patient has a value."""
+    low: float
+    high: float
+    """95% interval, bootstrap over patients."""
+    patients: int
+    """Test patients."""
+    undefined: int
+    """Of these, without a value."""
+    labelled: int
+    """Patients whose labels were used in training."""
+
+
+def evaluate_downstream(
+    model: FactorNetwork | None,
+    train: LabelledScans,
+    validation: LabelledScans,
+    tests: Mapping[str, LabelledScans],
+    settings: DownstreamSettings,
+    seed: int,
+    *,
+    bank: StyleBank | None = None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> list[DownstreamRow]:
+    """Train every mode at every label share, then measure each on every test set.
+
+    `model` None: only modes that need no pretrained encoder. With a `bank`, half of the scans of a batch wear
+    another site's style. `progress` is called with what is trained, steps done and steps in all. Raises
+    `ValueError` for modes that cannot be, and for labels that are missing or out of range.
+    """
+    _check(model, settings, bank)
+    trained: list[tuple[Mode, float, int, Predictor]] = []
+    mode: Mode
+    for mode in settings.modes:
+        known: dict[int, Predictor] = {}  # shares that come to the same patients are trained once
+        for share in settings.label_shares:
+            labelled = train.share(share, seed)
+            count = len(labelled.patients)
+            if count not in known:
+                what = f"{mode}, labels of {count}"
+                report = lambda step, loss, what=what: progress(what, step, settings.steps)  # noqa: E731
+                known[count] = _trained(mode, model, labelled, validation, settings, seed, bank, report)
+            trained.append((mode, share, count, known[count]))
+    measured: dict[tuple[int, str], list[DownstreamRow]] = {}
+    rows: list[DownstreamRow] = []
+    for mode, share, count, predictor in trained:
+        for name, scans in tests.items():
+            key = (id(predictor), name)
+            if key not in measured:
+                measured[key] = rows_of(predictor, scans, settings, seed, mode, share, name, count)
+            rows += [replace(row, label_share=share) for row in measured[key]]
+    return rows
+
+
+def rows_of(
+    predictor: Predictor,
+    scans: LabelledScans,
+    settings: DownstreamSettings,
+    seed: int,
+    mode: Mode,
+    share: float,
+    test: str,
+    labelled: int,
+) -> list[DownstreamRow]:
+    """Measure one trained network on one test set."""
+    answers = scans.answers(settings.local(mode))
+    scores = predictor(scans.latents)
+    if settings.task == "classification":
+        found = {"auc": auc_estimate(scores, answers, scans.patient, settings.bootstrap, seed)}
+    else:
+        values = segmentation_values(
+            scores.argmax(dim=1, keepdim=True),
+            answers,
+            classes=settings.classes,
+            spacing_mm=settings.spacing_mm,
+            tolerance_mm=settings.tolerance_mm,
+        )
+        found = estimates(values, scans.patient, settings.bootstrap, seed)
+    patients = len(scans.patients)
+    return [
+        DownstreamRow(
+            settings.task, mode, share, test, metric, e.value, e.low, e.high, patients, e.undefined, labelled
+        )
+        for metric, e in found.items()
+    ]
+
+
+def predictor_of(network: DownstreamNetwork) -> Predictor:
+    """A trained network as a predictor of logits."""
+    network.eval()
+    return lambda latents: predict(network, latents)
+
+
+def _check(model: FactorNetwork | None, settings: DownstreamSettings, bank: StyleBank | None) -> None:
+    wanted = [mode for mode in settings.modes if mode in _PRETRAINED]
+    if model is None and wanted:
+        raise ValueError(f"Expected a pretrained model for {', '.join(wanted)}; got none.")
+    if model is not None and settings.network is not None:
+        raise ValueError(
+            "network has no effect beside a pretrained model, whose shape is taken: leave it out."
+        )
+    if model is None and settings.network is None and "scratch" in settings.modes:
+        raise ValueError("Expected network for mode scratch without a pretrained model; got none.")
+    if bank is not None and settings.task == "classification" and "frozen" in settings.modes:
+        raise ValueError(
+            "bank has no effect on the logistic regression of mode frozen: leave one of them out."
+        )
+
+
+def _trained(
+    mode: Mode,
+    model: FactorNetwork | None,
+    labelled: LabelledScans,
+    validation: LabelledScans,
+    settings: DownstreamSettings,
+    seed: int,
+    bank: StyleBank | None,
+    report: Callable[[int, float], None],
+) -> Predictor:
+    network: DownstreamNetwork
+    match mode:
+        case "unet":
+            channels = labelled.latents.shape[1]
+            network = SmallUNet(channels, settings.classes, settings.task, seed=seed)
+        case "scratch":
+            fresh = _fresh(model, labelled, settings, seed)
+            network = with_head(fresh, settings.task, settings.classes, trainable=True, seed=seed)
+        case _:
+            assert model is not None
+            network = with_head(
+                model, settings.task, settings.classes, trainable=mode == "finetuned", seed=seed
+            )
+            if mode == "frozen" and isinstance(network, ClassificationNetwork):
+                return _logistic(network, labelled, validation, settings, seed)
+    finetune(
+        network, labelled, settings.local(mode), seed=seed, validation=validation, bank=bank, on_step=report
+    )
+    return predictor_of(network)
+
+
+def _fresh(
+    model: FactorNetwork | None, labelled: LabelledScans, settings: DownstreamSettings, seed: int
+) -> FactorNetwork:
+    """An encoder that was not pretrained, with the model's centre and scale of latents, or its own scans'."""
+    if model is not None:
+        fresh = FactorNetwork(model.config, seed=seed)
+        fresh.set_latent_scale(model.latent_mean, model.latent_deviation)
+        return fresh
+    assert settings.network is not None
+    fresh = FactorNetwork(settings.network, seed=seed)
+    mean = labelled.latents.mean(dim=(0, 2, 3, 4)).reshape(-1, 1, 1, 1)
+    fresh.set_latent_scale(mean.expand_as(fresh.latent_mean), labelled.latents.std(dim=(0, 2, 3, 4)))
+    return fresh
+
+
+def _logistic(
+    network: ClassificationNetwork,
+    labelled: LabelledScans,
+    validation: LabelledScans,
+    settings: DownstreamSettings,
+    seed: int,
+) -> Predictor:
+    """Logistic regression of pooled content, its penalty chosen on the validation patients."""
+    local = settings.local("frozen")
+    x, y = _pooled(network, labelled.latents), labelled.answers(local).numpy()
+    if len(np.unique(y)) < 2:  # one class is all that was seen: no scan is told from another
+        share = torch.eye(settings.classes)[int(y[0])]
+        return lambda latents: share.expand(len(latents), -1)
+    fits = [
+        make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=2000, random_state=seed)).fit(
+            x, y
+        )
+        for penalty in _PENALTIES
+    ]
+
+    def probabilities(fit: object, latents: Tensor) -> Float[Tensor, "b classes"]:
+        told = torch.zeros(len(latents), settings.classes)
+        told[:, fit.classes_] = torch.from_numpy(  # type: ignore[attr-defined]
+            fit.predict_proba(_pooled(network, latents))  # type: ignore[attr-defined]
+        ).float()
+        return told
+
+    best = fits[_PENALTIES.index(1.0)]
+    if len(validation):
+        truth = validation.answers(local)
+        losses = [
+            float(torch.nn.functional.nll_loss(probabilities(f, validation.latents).clamp(1e-6).log(), truth))
+            for f in fits
+        ]
+        best = fits[int(np.argmin(losses))]
+    return lambda latents: probabilities(best, latents)
+
+
+@torch.inference_mode()
+def _pooled(network: ClassificationNetwork, latents: Tensor) -> np.ndarray:
+    chunks: Sequence[Tensor] = torch.split(latents, 16)
+    return torch.cat([network.encoder(chunk)[0].mean(dim=1) for chunk in chunks]).numpy()

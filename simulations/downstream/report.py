@@ -1,0 +1,103 @@
+"""The table of a downstream evaluation as files: downstream.json, downstream.csv, a figure, a page.
+
+Reads rows and writes them; trains and measures nothing. What has no value is null in JSON and empty in CSV.
+"""
+
+import base64
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from server.run_folder import write_whole
+from simulations.downstream.evaluate import DownstreamRow
+from simulations.report.figures import INK, SITE_COLOURS, save, style_axes
+
+_TEMPLATES = Path(__file__).resolve().parents[1]
+_TEMPLATE = "downstream/report.html"
+_MODES = {
+    "frozen": "pretrained, frozen",
+    "finetuned": "pretrained, fine-tuned",
+    "scratch": "same network from scratch",
+    "unet": "small U-Net",
+    "federated": "pretrained, fine-tuned in the federation",
+}
+_METRICS = {"dice": "Dice", "surface_dice": "surface Dice", "hd95": "HD95, mm", "auc": "AUC"}
+_TESTS = {"seen": "seen hospitals", "unlabelled": "hospitals without labels", "held_out": "held-out hospital"}
+
+
+def write_downstream(folder: Path, rows: Sequence[DownstreamRow], facts: Mapping[str, Any]) -> Path:
+    """Write the table below `folder`; `facts` (JSON values) say what was run. Returns the page's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = [
+        {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(row).items()}
+        for row in rows
+    ]
+    content = json.dumps({**facts, "rows": plain}, indent=1, allow_nan=False)
+    write_whole(folder / "downstream.json", content + "\n")
+    table = io.StringIO()
+    writer = csv.DictWriter(table, [f.name for f in fields(DownstreamRow)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(plain)
+    write_whole(folder / "downstream.csv", table.getvalue())
+    figure = draw_downstream(rows, folder / "downstream.png")
+    environment = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    page = environment.get_template(_TEMPLATE).render(
+        figure="data:image/png;base64," + base64.b64encode(figure.read_bytes()).decode(),
+        rows=[_cells(row) for row in rows],
+        facts=json.dumps(facts, indent=1),
+        task=rows[0].task,
+    )
+    target = folder / "downstream.html"
+    write_whole(target, page)
+    return target
+
+
+def draw_downstream(rows: Sequence[DownstreamRow], path: Path) -> Path:
+    """Draw each metric over labelled patients: a row of panels per test set, a line per mode."""
+    tests = list(dict.fromkeys(row.test for row in rows))
+    metrics = list(dict.fromkeys(row.metric for row in rows))
+    modes = list(dict.fromkeys(row.mode for row in rows))
+    figure = Figure(figsize=(3.6 * len(metrics) + 0.6, 2.7 * len(tests) + 0.5), layout="constrained")
+    panels = figure.subplots(len(tests), len(metrics), squeeze=False)
+    for line, test in zip(panels, tests, strict=True):
+        for axes, metric in zip(line, metrics, strict=True):
+            style_axes(axes, f"{_METRICS[metric]}, {_TESTS.get(test, test)}")
+            axes.set_xlabel("patients with labels", fontsize=8, color=INK)
+            for mode, colour in zip(modes, SITE_COLOURS, strict=False):
+                own = {
+                    r.labelled: r for r in rows if (r.test, r.metric, r.mode) == (test, metric, mode)
+                }  # shares that come to the same patients are one point
+                known = [r for _, r in sorted(own.items()) if not math.isnan(r.value)]
+                if not known:
+                    continue
+                x = [r.labelled for r in known]
+                spread = [[r.value - r.low for r in known], [r.high - r.value for r in known]]
+                axes.errorbar(
+                    x, [r.value for r in known], spread, marker="o", markersize=4, capsize=2,
+                    linewidth=1.2, color=colour, label=_MODES[mode],
+                )  # fmt: skip
+            axes.set_xscale("log")
+    panels[0][0].legend(fontsize=7, frameon=False)
+    return save(figure, path)
+
+
+def _cells(row: DownstreamRow) -> dict[str, str]:
+    told = not math.isnan(row.value)
+    digits = 2 if row.metric == "hd95" else 3
+    return {
+        "test": _TESTS.get(row.test, row.test),
+        "mode": _MODES[row.mode],
+        "share": f"{row.label_share:.0%} ({row.labelled})",
+        "metric": _METRICS[row.metric],
+        "value": f"{row.value:.{digits}f}" if told else "none",
+        "interval": f"{row.low:.{digits}f} to {row.high:.{digits}f}" if told else "",
+        "patients": f"{row.patients}" + (f", {row.undefined} without a value" if row.undefined else ""),
+    }

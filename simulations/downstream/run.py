@@ -1,0 +1,235 @@
+"""`meduet-simulate --config-name downstream`: what a finished run's encoder is worth with labels.
+
+Opens the folder of a run, its hospitals as they were, and the hospitals that the run held out; trains and
+measures (`downstream.py`), fine-tunes in the federation if asked to, and leaves table, figure and page.
+Held-out hospitals are measured on once, after everything is trained. Does not do: pretrain, or change
+anything of the run but the books of its sites, which record what left them.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig
+
+from client.app import make_client_app
+from client.latents.labelled import LabelledScans, NoLabels
+from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning, check_target
+from federation.plan import build
+from server.config import plain
+from server.exchanges.finetuning import FinetunedRun, pretrained_sha256, run_finetuning
+from simulations.downstream.evaluate import (
+    DownstreamSettings,
+    evaluate_downstream,
+    predictor_of,
+    rows_of,
+)
+from simulations.downstream.report import write_downstream
+from simulations.engines.in_process import FixedThreads, InProcessGrid, fixed_threads
+from simulations.finished_run import FinishedRun, open_run
+from simulations.hospitals.labelled import known_answers, num_classes
+from simulations.progress import Live
+
+_ROUNDS, _CLIP = 5, 20.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownstreamRunSettings:
+    """What conf/downstream.yaml says."""
+
+    pretrained: str
+    """Folder of a finished run."""
+    folder: str
+    """Where table, figure and page go."""
+    seed: int
+    """Fixes every draw."""
+    task: Literal["segmentation", "classification"]
+    """What is predicted."""
+    classes: int | None
+    """Classes; none: counted, from the labels or from `target_values`."""
+    target: str
+    """Classification: the covariate."""
+    target_values: tuple[str, ...]
+    """Classification: its values, in the order of the classes."""
+    modes: tuple[Literal["frozen", "finetuned", "scratch", "unet"], ...]
+    """What is compared."""
+    label_shares: tuple[float, ...]
+    """Shares of the training patients whose labels are used."""
+    label_sites: tuple[str, ...]
+    """Hospitals whose labels train; empty: all."""
+    bank: bool
+    """Whether half of the scans are shown in another hospital's style."""
+    steps: int
+    """Optimiser steps of each network."""
+    batch_size: int
+    """Scans per step, at most."""
+    learning_rate: float
+    """Peak learning rate."""
+    bootstrap: int
+    """Resamples of the test patients."""
+    tolerance_mm: float
+    """Tolerance of surface Dice."""
+    federated: bool
+    """Whether to fine-tune in the federation too."""
+    encoder: Literal["frozen", "finetuned"]
+    """Whether the federation's encoder stays as it came."""
+    rounds: int
+    """Rounds of the federation; the steps are divided among them."""
+    update_clip_norm: float
+    """L2 norm to which the federation clips a hospital's mean update."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that have no effect."""
+        unused = (self.encoder, self.rounds, self.update_clip_norm) != ("finetuned", _ROUNDS, _CLIP)
+        if unused and not self.federated:
+            raise ValueError("encoder, rounds and update_clip_norm have no effect without federated=true.")
+        if self.federated and (self.label_sites or self.bank):
+            raise ValueError(
+                "federated=true uses every hospital's labels, as they are: leave out label_sites and bank."
+            )
+
+
+def run_downstream(config: DictConfig) -> Path:
+    """Everything from settings to page; returns the page's path.
+
+    Raises `ValueError` for settings that are wrong, and for a folder that holds no finished run.
+    """
+    values = plain(config)
+    asked = build(
+        DownstreamRunSettings,
+        {f.name: values[f.name] for f in dataclasses.fields(DownstreamRunSettings)},
+        "downstream",
+    )
+    with Live() as live:
+        opened = open_run(Path(asked.pretrained), live)
+        with fixed_threads(opened.settings.engine.cpus_per_site):
+            return _evaluate(asked, opened, live)
+
+
+def _evaluate(asked: DownstreamRunSettings, opened: FinishedRun, live: Live) -> Path:
+    plan = opened.plan
+    if odd := [name for name in asked.label_sites if name not in plan.sites]:
+        raise ValueError(f"Expected label_sites among {', '.join(plan.sites)}; got {odd[0]!r}.")
+    local = _local(asked, opened)
+    with_labels = [name for name in plan.sites if not asked.label_sites or name in asked.label_sites]
+    without = [name for name in plan.sites if name not in with_labels]
+
+    def split(names: Sequence[str], which: str) -> LabelledScans | None:
+        scans = [(name, opened.scans[name], opened.scans[name].indices(which)) for name in names]
+        return known_answers(scans, local, asked.target, asked.target_values)
+
+    train, validation = split(with_labels, "train"), split(with_labels, "validation")
+    if train is None:
+        raise NoLabels(f"Expected training patients with {asked.target or 'labels'}; got none.")
+    outside = [(name, opened.outside(name)) for name in opened.held_out]
+    found = {
+        "seen": split(with_labels, "test"),
+        "unlabelled": split(without, "test"),
+        "held_out": known_answers(
+            [(name, s, range(s.num_scans)) for name, s in outside], local, asked.target, asked.target_values
+        ),
+    }
+    tests = {name: scans for name, scans in found.items() if scans is not None}
+    if not tests:
+        raise ValueError("Expected test patients with labels; the run kept none. Set site.split_fractions.")
+    settings = DownstreamSettings(
+        task=asked.task,
+        classes=local.classes,
+        spacing_mm=plan.volumes.spacing_mm,
+        label_shares=asked.label_shares,
+        modes=asked.modes,
+        steps=asked.steps,
+        batch_size=asked.batch_size,
+        learning_rate=asked.learning_rate,
+        bootstrap=asked.bootstrap,
+        tolerance_mm=asked.tolerance_mm,
+    )
+    sizes = ", ".join(f"{name} ({len(scans.patients)})" for name, scans in tests.items())
+    live.say(
+        f"{asked.task} of {local.classes} classes: {len(train.patients)} patients with labels in "
+        f"{', '.join(with_labels)}; tested on {sizes}"
+    )
+    facts: dict[str, Any] = {
+        "settings": dataclasses.asdict(asked),
+        "plan_sha256": plan.sha256,
+        "encoder_sha256": pretrained_sha256(opened.pretrained),
+        "classes": local.classes,
+        "training_patients": len(train.patients),
+        "validation_patients": 0 if validation is None else len(validation.patients),
+    }
+    federated = _federate(asked, opened, local, live) if asked.federated else None
+    with live.reading("training") as progress:
+        rows = evaluate_downstream(
+            opened.pretrained,
+            train,
+            validation if validation is not None else train.rows([]),
+            tests,
+            settings,
+            asked.seed,
+            bank=opened.bank() if asked.bank else None,
+            progress=progress,
+        )
+    if federated is not None:
+        share, predictor = max(asked.label_shares), predictor_of(federated.network)
+        facts["federated"] = list(federated.rounds)
+        labelled = sum(
+            len(own.share(share, asked.seed).patients) for n in with_labels if (own := split([n], "train"))
+        )
+        for name, scans in tests.items():
+            rows += rows_of(predictor, scans, settings, asked.seed, "federated", share, name, labelled)
+    return write_downstream(Path(asked.folder), rows, facts)
+
+
+def _local(asked: DownstreamRunSettings, opened: FinishedRun) -> LocalFinetuning:
+    """The local loop; classes are counted where they were not given."""
+    classes = asked.classes or len(asked.target_values)
+    if not classes:
+        classes = num_classes(opened.scans.values())
+        if not classes:
+            raise NoLabels("Expected training patients with labels; no hospital has any.")
+    local = LocalFinetuning(
+        task=asked.task,
+        classes=classes,
+        encoder=asked.encoder,
+        steps=math.ceil(asked.steps / asked.rounds),
+        batch_size=asked.batch_size,
+        learning_rate=asked.learning_rate,
+    )
+    check_target(local, asked.target, asked.target_values)
+    return local
+
+
+def _federate(
+    asked: DownstreamRunSettings, opened: FinishedRun, local: LocalFinetuning, live: Live
+) -> FinetunedRun:
+    plan = opened.plan
+    finetuning = FinetunePlan(
+        run_sha256=plan.sha256,
+        pretrained_sha256=pretrained_sha256(opened.pretrained),
+        local=local,
+        rounds=asked.rounds,
+        seed=asked.seed,
+        label_share=max(asked.label_shares),
+        target=asked.target,
+        target_values=asked.target_values,
+        update_clip_norm=asked.update_clip_norm,
+    )
+    folder = Path(asked.folder) / f"federated-{finetuning.sha256[:12]}"
+    with live.counting("federated rounds") as count, live.reading("in the federation") as step:
+
+        def on_step(site: str, done: int, loss: float) -> None:
+            step(f"{site}, loss {loss:.2f}", done, local.steps)
+
+        client_app = make_client_app(opened.consortium.open_by_context, on_step)
+        threads = opened.settings.engine.cpus_per_site
+        return run_finetuning(
+            InProcessGrid(FixedThreads(client_app, threads), len(plan.participants)),
+            plan,
+            finetuning,
+            opened.pretrained,
+            folder,
+            on_round=lambda round, report: count(round, finetuning.rounds),
+        )

@@ -1,0 +1,1 @@
+"""A generative model measured and shown."""

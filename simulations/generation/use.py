@@ -1,0 +1,136 @@
+"""Use: does a segmenter learn more from few labels when their scans are also shown as generated elsewhere?
+
+The content of each labelled scan is generated again in other sites' styles and keeps its label. Three small
+U-Nets see the same few labels for the same number of steps: real scans alone; with the same scans moved to
+other sites' entries of the style bank, which needs no generator; with synthetic scans. Measured once, on
+held-out patients of every site. Does not do: choose steps or networks on what it measures on.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from monai.metrics import compute_dice
+from torch import Tensor
+
+from client.latents.labelled import LabelledScans, NoLabels, join
+from client.training.finetuning import finetune
+from federation.exchanges.finetuning import LocalFinetuning
+from meduet_models.downstream import SmallUNet, predict
+from meduet_models.style.bank import StyleBank
+from simulations.downstream.metrics import mean_estimate, per_patient
+from simulations.generation.quality import UNKNOWN, Interval, QualityRow, quality_row
+
+Render = Callable[[LabelledScans, Sequence[int], int], Tensor]
+"""Scans, the site in whose style each is wanted, a seed: latents of the same anatomy (b c d h w)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UseSettings:
+    """How the segmenters are trained and measured."""
+
+    patients: int = 4
+    """Patients whose labels are used."""
+    copies: int = 2
+    """Synthetic scans of each labelled scan, each in another site's style."""
+    steps: int = 100
+    """Optimiser steps of each segmenter."""
+    batch_size: int = 4
+    """Patients per step, at most."""
+    learning_rate: float = 2e-3
+    """Peak learning rate."""
+    seeds: int = 2
+    """Repetitions, each with other labelled patients and another start."""
+
+
+def use_rows(
+    labelled: LabelledScans,
+    test: LabelledScans,
+    render: Render,
+    bank: StyleBank,
+    settings: UseSettings,
+    *,
+    resamples: int,
+    seed: int,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> list[QualityRow]:
+    """Dice on `test` with synthetic and with restyled scans beside few real ones; the floor is the real ones
+    alone. A row of the gain beside each, patient by patient.
+
+    Raises `NoLabels` without labels, `ValueError` for fewer than two sites in the bank.
+    """
+    if labelled.labels is None or test.labels is None or not len(labelled) or not len(test):
+        raise NoLabels("Expected labelled scans to train and to test on; got none.")
+    if len(bank.present) < 2:
+        raise ValueError(
+            "Expected the styles of two sites or more; the bank has fewer: nothing to render in."
+        )
+    classes = 1 + int(max(labelled.labels.max(), test.labels.max()))
+
+    def restyled(scans: LabelledScans, asked: Sequence[int], seed: int) -> Tensor:
+        return bank.restyle(scans.latents, torch.tensor(scans.site), torch.tensor(asked))
+
+    arms = ("few real", "few real, restyled", "few real, synthetic")
+    scores: dict[str, list[np.ndarray]] = {arm: [] for arm in arms}
+    added, done = 0, 0
+    for number in range(settings.seeds):
+        few = labelled.share(min(1.0, settings.patients / len(labelled.patients)), seed + number)
+        sites = _others(few, bank, settings.copies, seed + number)
+        seen = {"few real": few}
+        for arm, again in zip(arms[1:], (restyled, render), strict=True):
+            copies = [
+                dataclasses.replace(
+                    few, latents=again(few, asked, 1000 * (seed + number) + copy), site=tuple(asked)
+                )
+                for copy, asked in enumerate(sites)
+            ]
+            seen[arm] = join([few, *copies])
+        added = len(seen[arms[2]]) - len(few)
+        for arm, scans in seen.items():
+            scores[arm].append(_dice(scans, test, classes, settings, seed + number))
+            done += 1
+            progress(f"segmenter, {arm}", done, settings.seeds * len(arms))
+    means = {arm: per_patient(np.mean(values, axis=0), test.patient) for arm, values in scores.items()}
+    rows = []
+    for arm in arms[1:]:
+        told = "content, style" if "synthetic" in arm else "moved to other styles"
+        value, floor = (_interval(means[name], resamples, seed) for name in (arm, arms[0]))
+        gain = _interval(means[arm] - means[arms[0]], resamples, seed)
+        for measure, here, there in ((f"Dice, {arm}", value, floor), (f"Dice gained, {arm}", gain, UNKNOWN)):
+            rows.append(quality_row(measure, "volumes", told, here, there, samples=added, real=len(test)))
+    return rows
+
+
+def _others(few: LabelledScans, bank: StyleBank, copies: int, seed: int) -> list[list[int]]:
+    """For each copy the site whose style every scan wears: never its own, another for each copy."""
+    present = [bank.sites.index(site) for site in bank.present]
+    generator = np.random.default_rng(seed)
+    order = [generator.permutation([site for site in present if site != own]) for own in few.site]
+    return [[int(sites[copy % len(sites)]) for sites in order] for copy in range(copies)]
+
+
+def _dice(
+    scans: LabelledScans, test: LabelledScans, classes: int, settings: UseSettings, seed: int
+) -> np.ndarray:
+    """Dice of each test scan, mean over its classes."""
+    local = LocalFinetuning(
+        task="segmentation",
+        classes=classes,
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+    )
+    network = SmallUNet(scans.latents.shape[1], classes, "segmentation", seed=seed)
+    finetune(network, scans, local, seed=seed)
+    assert test.labels is not None
+    predicted = predict(network.eval(), test.latents).argmax(dim=1, keepdim=True)
+    dice = compute_dice(predicted, test.labels, include_background=False, num_classes=classes)
+    scores: np.ndarray = dice.nanmean(dim=1).double().numpy()
+    return scores
+
+
+def _interval(values: np.ndarray, resamples: int, seed: int) -> Interval:
+    told = mean_estimate(values, resamples, seed)
+    return Interval(told.value, told.low, told.high)

@@ -1,0 +1,1 @@
+"""Simulated hospitals, from phantoms or real scans."""

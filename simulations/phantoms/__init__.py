@@ -1,0 +1,1 @@
+"""Phantoms: draw, then apply."""

@@ -1,0 +1,155 @@
+"""The local loop: it learns, it reproduces, it keeps the best weights, and frozen stays frozen."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from client.latents.labelled import LabelledScans, NoLabels
+from client.training.finetuning import finetune, task_loss, validation_score
+from client.training.pretraining import NotFinite
+from federation.exchanges.finetuning import LocalFinetuning
+from meduet_models.downstream import SmallUNet, predict, with_head
+from meduet_models.meduet import FactorNetwork, NetworkConfig
+
+GRID = (4, 6, 4)
+SEGMENTATION = LocalFinetuning(task="segmentation", classes=2, steps=40, batch_size=6, learning_rate=5e-3)
+CONFIG = NetworkConfig(
+    latent_channels=2,
+    latent_grid=GRID,
+    patch_size=2,
+    width=16,
+    depth=2,
+    heads=2,
+    decoder_width=12,
+    decoder_depth=1,
+    decoder_heads=2,
+)
+
+
+def planted(count: int = 12, seed: int = 0) -> LabelledScans:
+    """Where the first channel is high, all voxels of the latent are foreground; the scan is of class 1 when
+    its second channel leans to the right."""
+    draws = torch.Generator().manual_seed(seed)
+    latents = torch.randn(count, 2, *GRID, generator=draws)
+    labels = (latents[:, :1] > 0.3).long()
+    for axis in (2, 3, 4):
+        labels = labels.repeat_interleave(4, dim=axis)
+    target = torch.arange(count) % 2
+    ramp = torch.linspace(-2, 2, GRID[0]).reshape(-1, 1, 1)
+    latents[:, 1] += (2 * target - 1).reshape(-1, 1, 1, 1) * ramp
+    return LabelledScans(latents, labels, target, tuple(f"p{n}" for n in range(count)), (0,) * count)
+
+
+def weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", ["finetuned", "frozen", "unet"])
+def test_a_planted_segmentation_is_learned_in_a_few_steps(kind: str) -> None:
+    network = (
+        SmallUNet(2, 2, "segmentation")
+        if kind == "unet"
+        else with_head(FactorNetwork(CONFIG), "segmentation", 2, trainable=kind == "finetuned")
+    )
+    unseen = planted(seed=1)
+    before = validation_score(network, unseen, SEGMENTATION)
+    finetune(network, planted(), replace(SEGMENTATION, steps=100), seed=0)
+    assert before < 0.6
+    assert validation_score(network, unseen, SEGMENTATION) > 0.75
+
+
+def test_a_planted_class_is_learned() -> None:
+    local = LocalFinetuning(task="classification", classes=2, steps=60, batch_size=12)
+    network = with_head(FactorNetwork(CONFIG), "classification", 2, trainable=True)
+    finetune(network, planted(24), local, seed=0)
+    unseen = planted(20, seed=1)
+    assert unseen.target is not None
+    assert float((predict(network, unseen.latents).argmax(1) == unseen.target).float().mean()) > 0.8
+
+
+def test_frozen_is_frozen_to_the_last_bit() -> None:
+    network = with_head(FactorNetwork(CONFIG), "segmentation", 2, trainable=False)
+    before = weights(network)
+    finetune(network, planted(), replace(SEGMENTATION, steps=5), seed=0)
+    changed = {name for name, tensor in weights(network).items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert all(name.startswith("head.") for name in changed)
+
+
+def test_seeds_reproduce_and_differ_whatever_was_drawn_before() -> None:
+    ends = []
+    for seed in (0, 0, 1):
+        torch.rand(seed + len(ends))  # another global state each time
+        network = with_head(FactorNetwork(CONFIG, seed=1), "segmentation", 2, trainable=True)
+        finetune(network, planted(), replace(SEGMENTATION, steps=3), seed=seed)
+        ends.append(weights(network))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert not all(torch.equal(ends[0][name], ends[2][name]) for name in ends[0])
+
+
+def test_the_weights_that_served_validation_best_are_kept() -> None:
+    network = with_head(FactorNetwork(CONFIG), "segmentation", 2, trainable=True)
+    validation = planted(6, seed=2)
+    done = finetune(network, planted(), SEGMENTATION, seed=0, validation=validation)
+    assert done.validation == validation_score(network, validation, SEGMENTATION)
+    worse = replace(SEGMENTATION, learning_rate=3.0)  # diverges: the last step is not the best
+    network = with_head(FactorNetwork(CONFIG), "segmentation", 2, trainable=False)
+    done = finetune(network, planted(), worse, seed=0, validation=validation)
+    assert done.best_step % 4 == 0
+    assert done.validation == validation_score(network, validation, SEGMENTATION)
+
+
+def test_validation_scans_train_nothing() -> None:
+    ends = []
+    for validation in (planted(4, seed=3), planted(4, seed=4)):
+        network = with_head(FactorNetwork(CONFIG), "segmentation", 2, trainable=True)
+        done = finetune(network, planted(), replace(SEGMENTATION, steps=4), seed=0, validation=validation)
+        ends.append(done.losses)
+    assert ends[0] == ends[1]
+
+
+def test_a_bank_shows_other_styles_and_changes_no_label(toy_plan: Callable[..., Any], toy_bank: Any) -> None:
+    seen: list[torch.Tensor] = []
+
+    class Watched(SmallUNet):
+        def forward(self, latents: torch.Tensor) -> torch.Tensor:
+            seen.append(latents.clone())
+            return super().forward(latents)
+
+    scans = planted(8)
+    local = replace(SEGMENTATION, steps=3, batch_size=8)
+    finetune(Watched(2, 2, "segmentation"), scans, local, seed=0, bank=toy_bank(toy_plan()))
+    as_they_are = [any(torch.equal(one, own) for own in scans.latents) for batch in seen for one in batch]
+    assert 0.2 < sum(as_they_are) / len(as_they_are) < 0.95  # half stay, a third of the others draw home
+    seen.clear()
+    finetune(Watched(2, 2, "segmentation"), scans, local, seed=0)
+    assert all(any(torch.equal(one, own) for own in scans.latents) for batch in seen for one in batch)
+
+
+def test_no_labels_and_a_loss_that_is_not_finite_are_said() -> None:
+    network = with_head(FactorNetwork(CONFIG), "segmentation", 2, trainable=True)
+    with pytest.raises(NoLabels):
+        finetune(network, planted().rows([]), SEGMENTATION, seed=0)
+    scans = planted()
+    before = weights(network)
+    broken = replace(scans, latents=torch.full_like(scans.latents, float("nan")))
+    with pytest.raises(NotFinite, match="weights are untouched"):
+        finetune(network, broken, SEGMENTATION, seed=0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(network).items())
+
+
+def test_the_loss_of_a_perfect_answer_is_nothing() -> None:
+    labels = planted(2).labels
+    assert labels is not None
+    sure = torch.cat([1 - labels, labels], dim=1).float() * 100 - 50
+    assert float(task_loss(sure, labels)) < 1e-3
+    assert float(task_loss(-sure, labels)) > 10
+
+
+@pytest.mark.parametrize(("field", "value"), [("classes", 1), ("steps", 0), ("learning_rate", 0.0)])
+def test_settings_that_cannot_be_meant_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=field):
+        replace(SEGMENTATION, **{field: value})

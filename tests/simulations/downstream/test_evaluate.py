@@ -1,0 +1,248 @@
+"""Downstream evaluation: the table, its modes, its honesty; and the command, from a run to a page."""
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from client.latents.labelled import LabelledScans
+from meduet_models.meduet import FactorNetwork, NetworkConfig
+from server.checkpoints import OtherPlan
+from server.config import compose_config
+from simulations.downstream import evaluate as downstream
+from simulations.downstream.evaluate import DownstreamSettings, evaluate_downstream
+from simulations.downstream.run import run_downstream
+from simulations.run import run
+from tests.small_simulation import SMALL_NETWORK
+
+GRID = (4, 6, 4)
+CONFIG = NetworkConfig(
+    latent_channels=2,
+    latent_grid=GRID,
+    patch_size=2,
+    width=16,
+    depth=1,
+    heads=2,
+    decoder_width=12,
+    decoder_depth=1,
+    decoder_heads=2,
+)
+SETTINGS = DownstreamSettings(
+    task="segmentation",
+    classes=2,
+    spacing_mm=(1.0, 1.0, 1.0),
+    label_shares=(0.1, 1.0),
+    steps=4,
+    bootstrap=20,
+)
+
+
+def scans(count: int, seed: int) -> LabelledScans:
+    draws = torch.Generator().manual_seed(seed)
+    latents = torch.randn(count, 2, *GRID, generator=draws)
+    target = torch.arange(count) % 2
+    latents[:, 1] += (2 * target - 1).reshape(-1, 1, 1, 1) * torch.linspace(-2, 2, 4).reshape(-1, 1, 1)
+    labels = (latents[:, :1] > 0.3).long()
+    for axis in (2, 3, 4):
+        labels = labels.repeat_interleave(4, dim=axis)
+    return LabelledScans(latents, labels, target, tuple(f"{seed}-{n}" for n in range(count)), (0,) * count)
+
+
+def evaluated(settings: DownstreamSettings = SETTINGS, seed: int = 0, **changes: Any) -> list[Any]:
+    values: dict[str, Any] = {
+        "model": FactorNetwork(CONFIG),
+        "train": scans(10, 1),
+        "validation": scans(4, 2),
+        "tests": {"seen": scans(6, 3), "held_out": scans(5, 4)},
+    }
+    return evaluate_downstream(**{**values, **changes}, settings=settings, seed=seed)
+
+
+def test_every_mode_share_and_test_is_in_the_table_once() -> None:
+    rows = evaluated()
+    keys = {(r.mode, r.label_share, r.test, r.metric) for r in rows}
+    assert len(keys) == len(rows) == 4 * 2 * 2 * 3
+    assert {r.metric for r in rows} == {"dice", "surface_dice", "hd95"}
+    assert {(r.label_share, r.labelled) for r in rows} == {(0.1, 1), (1.0, 10)}
+    assert {(r.test, r.patients) for r in rows} == {("seen", 6), ("held_out", 5)}
+    assert all(r.low <= r.value <= r.high for r in rows if r.metric == "dice")
+
+
+def test_a_table_reproduces_by_its_seed() -> None:
+    assert [repr(row) for row in evaluated()] == [repr(row) for row in evaluated()]
+    assert [repr(row) for row in evaluated()] != [repr(row) for row in evaluated(seed=1)]
+
+
+def test_test_scans_are_looked_at_after_all_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    whole, train = downstream.rows_of, downstream.finetune
+
+    def measuring(*args: Any) -> Any:
+        told.append("test")
+        return whole(*args)
+
+    def training(*args: Any, **more: Any) -> Any:
+        told.append("train")
+        return train(*args, **more)
+
+    monkeypatch.setattr(downstream, "rows_of", measuring)
+    monkeypatch.setattr(downstream, "finetune", training)
+    evaluated()
+    assert told == ["train"] * 8 + ["test"] * 16
+
+
+def test_shares_that_come_to_the_same_patients_are_trained_once() -> None:
+    done: list[str] = []
+    settings = replace(SETTINGS, label_shares=(0.01, 0.05, 0.1), modes=("unet",))
+    rows = evaluated(settings, progress=lambda what, step, total: done.append(what))
+    assert done == ["unet, labels of 1"] * SETTINGS.steps
+    assert {row.label_share for row in rows} == {0.01, 0.05, 0.1}
+
+
+def test_without_a_pretrained_model_only_what_needs_none() -> None:
+    modes = replace(SETTINGS, modes=("scratch", "unet"), network=CONFIG)
+    assert {row.mode for row in evaluated(modes, model=None)} == {"scratch", "unet"}
+    with pytest.raises(ValueError, match="pretrained model for frozen"):
+        evaluated(model=None)
+    with pytest.raises(ValueError, match="Expected network for mode scratch"):
+        evaluated(replace(modes, network=None), model=None)
+    with pytest.raises(ValueError, match="network has no effect"):
+        evaluated(replace(SETTINGS, network=CONFIG))
+
+
+def test_a_planted_class_is_recognised_by_the_logistic_regression_of_frozen_content() -> None:
+    settings = replace(SETTINGS, task="classification", label_shares=(1.0,), modes=("frozen",))
+    (row,) = evaluated(settings, train=scans(40, 1), tests={"seen": scans(30, 3)})
+    assert row.metric == "auc"
+    assert row.value > 0.9
+
+
+def test_labels_of_one_class_only_tell_nothing_apart() -> None:
+    settings = replace(SETTINGS, task="classification", label_shares=(0.1,), modes=("frozen",))
+    (row,) = evaluated(settings, tests={"seen": scans(6, 3)})
+    assert (row.value, row.labelled) == (0.5, 1)
+
+
+def test_a_class_out_of_range_is_said_before_anything_is_trained() -> None:
+    done: list[str] = []
+    with pytest.raises(ValueError, match="classes from 0 to 1"):
+        train = scans(10, 1)
+        assert train.labels is not None
+        wrong = replace(train, labels=train.labels * 5)
+        evaluated(train=wrong, progress=lambda what, step, total: done.append(what))
+    assert done == []
+
+
+SMALL = [
+    "hospitals.num_hospitals=2",
+    "hospitals.patients=16",
+    "hospitals.paired=0",
+    "hospitals.resolution_mm=4",
+    *SMALL_NETWORK,
+    "site.split_fractions=[0.5,0.2,0.3]",
+    "training.rounds=1",
+    "training.steps_per_round=2",
+    "training.batch_size=4",
+    "device=cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("downstream") / "run"
+    run(compose_config([*SMALL, f"folder={folder}"]))
+    return folder
+
+
+def command(pretrained: Path, folder: Path, *more: str) -> Path:
+    fixed = [
+        f"pretrained={pretrained}",
+        f"folder={folder}",
+        "steps=4",
+        "bootstrap=20",
+        "label_shares=[0.1,1]",
+    ]
+    return run_downstream(compose_config([*fixed, *more], name="downstream"))
+
+
+def test_a_run_becomes_a_table_a_figure_and_a_page(pretrained: Path, tmp_path: Path) -> None:
+    page = command(pretrained, tmp_path, "federated=true", "rounds=2")
+    assert "fine-tuned in the federation" in page.read_text()
+    told = json.loads((tmp_path / "downstream.json").read_text())
+    assert told["classes"] == 5
+    assert len(told["federated"]) == 2
+    modes = {row["mode"] for row in told["rows"]}
+    assert modes == {"frozen", "finetuned", "scratch", "unet", "federated"}
+    with (tmp_path / "downstream.csv").open(newline="") as stream:
+        assert len(list(csv.DictReader(stream))) == len(told["rows"])
+    assert (tmp_path / "downstream.png").stat().st_size > 10_000
+    journal = (pretrained / "sites" / "north" / "journal.jsonl").read_text()
+    assert '"kind":"finetuning"' in journal.replace(" ", "")
+
+
+def test_labels_of_one_hospital_and_the_bank_reach_the_other(pretrained: Path, tmp_path: Path) -> None:
+    command(pretrained, tmp_path, "label_sites=[north]", "bank=true", "modes=[unet]")
+    rows = json.loads((tmp_path / "downstream.json").read_text())["rows"]
+    assert {row["test"] for row in rows} == {"seen", "unlabelled"}
+
+
+def test_a_hospital_that_the_run_held_out_is_tested_on_whole(pretrained: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(pretrained, copy)
+    config = OmegaConf.load(copy / "config.yaml")
+    config["hospitals"]["num_hospitals"] = 3
+    config["held_out"] = ["valley"]
+    OmegaConf.save(config, copy / "config.yaml")
+    command(copy, tmp_path / "table", "modes=[unet]", "label_shares=[1]")
+    told = json.loads((tmp_path / "table" / "downstream.json").read_text())
+    tested = {row["test"]: row["patients"] for row in told["rows"]}
+    assert tested.keys() == {"seen", "held_out"}
+    assert tested["held_out"] == 16
+    assert told["training_patients"] < 32
+
+
+def test_a_covariate_is_classified(pretrained: Path, tmp_path: Path) -> None:
+    classes = ["task=classification", "target=sex", "target_values=[F,M]", "modes=[frozen,unet]"]
+    command(pretrained, tmp_path, *classes)
+    rows = json.loads((tmp_path / "downstream.json").read_text())["rows"]
+    assert {row["metric"] for row in rows} == {"auc"}
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        (["rounds=3"], "no effect without federated"),
+        (["label_sites=[atlantis]"], "label_sites among"),
+        (["target=sex"], "no effect with task=segmentation"),
+        (["task=classification", "classes=2"], "target covariate"),
+        (["federated=true", "bank=true"], "leave out"),
+        (["classes=3"], "classes from 0 to 2"),
+        (["task=classification", "target=hair", "target_values=[red,black]"], "training patients with hair"),
+    ],
+)
+def test_wrong_settings_are_said_in_one_line(
+    pretrained: Path, tmp_path: Path, more: list[str], what: str
+) -> None:
+    with pytest.raises(ValueError, match=what):
+        command(pretrained, tmp_path, *more)
+
+
+def test_a_folder_without_a_finished_run_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="finished run"):
+        command(tmp_path, tmp_path)
+
+
+def test_another_fine_tuning_beside_the_first_disturbs_nothing(pretrained: Path, tmp_path: Path) -> None:
+    few = ["modes=[unet]", "label_shares=[1]", "federated=true"]
+    command(pretrained, tmp_path, *few, "rounds=1")
+    try:
+        command(pretrained, tmp_path, *few, "rounds=2", "encoder=frozen")
+    except OtherPlan:
+        pytest.fail("another fine-tuning has another folder")
+    assert len(list(tmp_path.glob("federated-*/finetuned.safetensors"))) == 2
