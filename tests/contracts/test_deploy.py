@@ -29,7 +29,7 @@ def instructions(stage: str) -> list[tuple[str, str]]:
 def test_there_are_units_for_both_sides_and_a_run() -> None:
     assert [unit.name for unit in UNITS] == [
         "meduet-run@.service",
-        "meduet-server.deployment.service",
+        "meduet-server.service",
         "meduet-site.service",
     ]
 
@@ -64,7 +64,7 @@ def test_the_unit_starts_a_command_that_exists(unit: Path) -> None:
     assert found is not None
     program, command = found.groups()
     module = {"meduet-server": "server", "meduet-site": "client"}[program]
-    commands = (ROOT / module / "service_commands.py").read_text(encoding="utf-8")
+    commands = (ROOT / module / "commands" / "service.py").read_text(encoding="utf-8")
     assert f'"{command}",' in commands
 
 
