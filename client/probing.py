@@ -1,7 +1,8 @@
 """Probing at a site: what its patients' content and style say, as sums that add over sites.
 
-Patients are dealt into folds by a hash of their names, evenly; each fold holds the minimum cohort or nothing
-is told. A patient is one vector, the mean over her scans. With a style bank her scans are also seen in every
+Patients are dealt into folds by a keyed hash of their names, evenly, the same in every plan: folds that the
+centre could deal anew would tell single patients by their differences. Each fold holds the minimum cohort or
+nothing is told. A patient is one vector, the mean over her scans. With a style bank her scans are also seen in every
 other site's style: is she recognised among this site's own patients, and do the swapped scans look like the
 other site's?
 
@@ -15,7 +16,6 @@ Axes: b = scans, n = patients, k = content channels, s = style channels, t = tar
 """
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from client.latents.batches import TrainingScans
+from client.site_secret import digest_of
 from federation.plan import RunPlan
 from federation.probing import (
     ANATOMY,
@@ -82,8 +83,8 @@ class Probed:
     """Fewest patients behind any sum that is told."""
 
 
-def probed_patients(scans: TrainingScans, plan: RunPlan, site_minimum: int) -> Probed:
-    """Whose scans are read, and their folds.
+def probed_patients(scans: TrainingScans, plan: RunPlan, site_minimum: int, secret: bytes) -> Probed:
+    """Whose scans are read, and their folds, dealt by the site's own secret.
 
     Raises `CohortTooSmall` when a fold would hold fewer patients than the stricter of plan and site wants.
     """
@@ -97,7 +98,7 @@ def probed_patients(scans: TrainingScans, plan: RunPlan, site_minimum: int) -> P
             f"Expected at least {least} patients in each of {plan.probes.folds} folds of a probe; got "
             f"{len(names)} patients."
         )
-    order = sorted(names, key=lambda n: hashlib.sha256(f"probe {plan.seed}\0{n}".encode()).digest())
+    order = sorted(names, key=lambda name: digest_of(secret, "fold", name))
     place = {name: i % plan.probes.folds for i, name in enumerate(order)}
     return Probed(rows, patients, {name: place[name] for name in names}, least)
 

@@ -29,6 +29,7 @@ from client.latents.latent_set import LatentSet
 from client.scans.cohort import Cohort, open_cohort
 from client.scans.cohort_memo import remembered
 from client.scans.layouts import LayoutRules
+from client.site_secret import DRAWS, site_secret
 from federation.bundle import running_bundle
 from federation.journal import Journal
 from federation.plan import WIRE_VERSION, RunPlan, VolumePlan, build
@@ -183,10 +184,13 @@ def resolve_device(choice: DeviceChoice) -> torch.device:
 class Site:
     """One hospital. Its books are open; its scans are read when `scans` is called, and not before."""
 
-    def __init__(self, config: SiteConfig, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(
+        self, config: SiteConfig, tokenizer: Tokenizer | None = None, secret: bytes | None = None
+    ) -> None:
         """Open the books in `config.state_dir`, creating it for its owner only.
 
-        `tokenizer`: None loads the one that `config.tokenizer` names, when it is first needed. Raises
+        `tokenizer`: None loads the one that `config.tokenizer` names, when it is first needed. `secret`: what
+        batches and folds are drawn from; None takes the site's own file, as every real site does. Raises
         `BrokenChain` when a book was tampered with, and `ValueError` when the device is not there.
         """
         self.config = config
@@ -206,13 +210,18 @@ class Site:
         """What this site's patients have been charged; reserves before anything is read."""
         self.journal = Journal(self.state_dir / "journal.jsonl")
         """What left this site."""
-        self._given = tokenizer
+        self._given, self._secret = tokenizer, secret
         self._opened: dict[tuple[VolumePlan, int], LatentSet] = {}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The site's frozen tokenizer. Raises `ValueError` when its file is absent or damaged."""
         return self._given if self._given is not None else load_tokenizer(self.config.tokenizer)
+
+    @cached_property
+    def secret(self) -> bytes:
+        """What its batches and folds are drawn from. Raises `ValueError` when its file is damaged."""
+        return self._secret if self._secret is not None else site_secret(self.state_dir / DRAWS)
 
     def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
         """Raise `AskRefused` unless the plan fits this site, makes no latents leave without its agreement,

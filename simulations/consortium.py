@@ -7,6 +7,7 @@ Does not do: make hospitals (`hospitals.py`), pass messages (`in_process.py`, `r
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,8 +31,10 @@ ANY = "*"
 class PooledSite(Site):
     """The one participant of the pooled baseline: it holds every hospital's scans, each with its label."""
 
-    def __init__(self, config: SiteConfig, hospitals: Sequence[Site], tokenizer: Tokenizer) -> None:
-        super().__init__(config, tokenizer)
+    def __init__(
+        self, config: SiteConfig, hospitals: Sequence[Site], tokenizer: Tokenizer, secret: bytes
+    ) -> None:
+        super().__init__(config, tokenizer, secret)
         self._hospitals = hospitals
 
     def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
@@ -82,9 +85,10 @@ class Consortium:
     def _opened(self, name: str, tokenizer: Tokenizer) -> Site:
         configs = {config.name: config for config in self.configs}
         if name in configs:
-            return Site(configs[name], tokenizer)
+            return Site(configs[name], tokenizer, simulated_secret(self.plan.seed, name))
         own = dataclasses.replace(self.configs[0], name=name, state_dir=self.state / name)
-        return PooledSite(own, [self.site(hospital) for hospital in self.plan.sites], tokenizer)
+        hospitals = [self.site(hospital) for hospital in self.plan.sites]
+        return PooledSite(own, hospitals, tokenizer, simulated_secret(self.plan.seed, name))
 
     def open_by_context(self, context: Context) -> Site:
         """The participant whose number the engine put into the node's configuration."""
@@ -93,6 +97,11 @@ class Consortium:
     def __getstate__(self) -> Mapping[str, Any]:
         """Without what is open."""
         return {"plan": self.plan, "configs": self.configs, "state": self.state, "_open": {}}
+
+
+def simulated_secret(seed: int, site: str) -> bytes:
+    """What a simulated site draws its batches from: no secret, so that the seed fixes the run."""
+    return hashlib.sha256(f"fedmeduet simulated site {seed} {site}".encode()).digest()
 
 
 def site_configs(

@@ -18,6 +18,7 @@ from client.exchanges.exchange import AskRefused, Site, bank_of, before_deadline
 from client.latents.examples import ScansWithGeometry, SiteExamples
 from client.partial_round import PartialRound, cohort_sha256
 from client.release import Gate, Released
+from client.site_secret import seed_of
 from client.round_result import RoundResult
 from client.training.site_state import SiteState, StateFolder
 from client.training.trainee import WrongWeights
@@ -87,7 +88,7 @@ def answer_diffusion(
         Conditioner(encoder, maps=plan.volumes.registered),
         diffusion.training,
         total_steps=diffusion.steps(plan.training.rounds),
-        seed=_seed(plan, site),
+        seed=seed_of(site.secret, "diffusion", plan.seed),
         bank=bank_of(plan, ask.bank),
     )
     if kept.optimiser:
@@ -172,8 +173,3 @@ def _train(
         },
         examples=len(source),
     )
-
-
-def _seed(plan: RunPlan, site: Site) -> int:
-    """Another stream of draws at each site."""
-    return plan.seed * 1_000 + plan.participants.index(site.name)

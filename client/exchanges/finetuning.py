@@ -12,6 +12,7 @@ from client.exchanges.exchange import AskRefused, Site, before_deadline
 from client.latents.batches import FEWEST_SCANS
 from client.latents.labelled import ScansWithLabels, labelled_scans
 from client.release import Gate, Released
+from client.site_secret import seed_of
 from client.training.finetuning import finetune
 from client.training.trainee import WrongWeights
 from federation.exchanges.finetuning import FinetuneAsk, FinetunePlan
@@ -74,8 +75,7 @@ def answer_finetuning(
         network,
         found,
         local,
-        seed=finetuning.seed,
-        site=plan.participants.index(site.name),
+        seed=seed_of(site.secret, "finetuning", finetuning.seed),
         first_step=(ask.round - 1) * local.steps,
         total_steps=finetuning.rounds * local.steps,
         on_step=on_step,

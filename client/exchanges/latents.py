@@ -15,7 +15,6 @@ import csv
 import hashlib
 import hmac
 import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -24,6 +23,7 @@ from client.exchanges.exchange import AskRefused, Site
 from client.latents.examples import ScansWithGeometry, examples_of
 from client.release import Gate, Released
 from client.scans.cohort import ScanEntry
+from client.site_secret import site_secret
 from federation.exchanges.latents import (
     BOUNDED,
     LatentsAsk,
@@ -44,7 +44,6 @@ RAW_CONSENT = (
 """What site.yaml must say, in these words, before raw latents leave."""
 KEY_NAME = "latent-items.key"
 TABLE_NAME = "released_latents.csv"
-_KEY_BYTES = 32
 
 
 @runtime_checkable
@@ -109,7 +108,7 @@ def answer_latents(site: Site, ask: LatentsAsk, plan: RunPlan) -> Released:
         raise AskRefused("Expected a site that knows the geometry of its scans.", RefusalKind.INTERNAL)
     released = raw_items(scans, plan, ask.round)
     rows = released[ask.first : ask.first + ask.count]
-    key = _key(site.state_dir / KEY_NAME)
+    key = site_secret(site.state_dir / KEY_NAME)
     names = [item_name(key, scans, row) for row in rows]
     try:
         tensors = to_tensors(examples_of(scans, rows, plan)) if rows else nothing(plan)
@@ -146,23 +145,6 @@ def item_name(key: bytes, scans: ReleasableScans, row: int) -> str:
     """The name under which a scan's latents leave, 32 hex digits: without the key it tells nothing."""
     known = f"{int(scans.site_index[row])}\0{scans.entries[row].scan_id}"
     return hmac.new(key, known.encode(), hashlib.sha256).hexdigest()[:32]
-
-
-def _key(path: Path) -> bytes:
-    """The site's secret for names, made when first needed."""
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        key = path.read_bytes()
-        if len(key) != _KEY_BYTES:
-            raise ValueError(f"Expected {_KEY_BYTES} bytes in {path}; got {len(key)}. Restore it.") from None
-        return key
-    key = secrets.token_bytes(_KEY_BYTES)
-    with os.fdopen(handle, "wb") as file:
-        file.write(key)
-        file.flush()
-        os.fsync(file.fileno())
-    return key
 
 
 def _note(path: Path, scans: ReleasableScans, rows: dict[str, int]) -> None:

@@ -8,15 +8,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from client.answers import KeptAnswers
 from client.release import Gate, GateRefusal, Released
 from federation.journal import Journal
 from federation.wire import RefusalKind, array_record, tensors_of
 from meduet_models.weights import sha256_of_tensors
 from privacy.clipping import joint_norm
-from privacy.ledger import Ledger, Reservation
+from privacy.ledger import AnsweredBefore, Ledger, Place, Reservation
 from privacy.promise import Promise
 
 PLAN = "9f3c" * 16
+ASKED = "a5" * 32
 SHAPES = {"encoder.weight": (3, 4), "encoder.bias": (3,)}
 
 
@@ -24,12 +26,14 @@ class Door:
     def __init__(self, folder: Path) -> None:
         self.ledger = Ledger(folder / "ledger.jsonl")
         self.journal = Journal(folder / "journal.jsonl")
-        self.gate = Gate(self.ledger, self.journal)
+        self.answers = KeptAnswers(folder / "answers")
+        self.gate = Gate(self.ledger, self.journal, self.answers)
 
     def reserve(self, bound: float = 1.0, enforcement: str = "clip", round: int = 1) -> Reservation:
         kind, unit = ("round", "site update") if enforcement == "clip" else ("survey", "patient statistics")
         promise = Promise(kind=kind, bound=bound, unit=unit, enforcement=enforcement)  # type: ignore[arg-type]
-        return self.ledger.reserve(PLAN, round, promise)
+        place = Place(plan_sha256=PLAN, kind=kind, round=round)  # type: ignore[arg-type]
+        return self.ledger.reserve(place, ASKED, promise)
 
     def lines(self) -> int:
         return self.journal.verify()
@@ -268,3 +272,86 @@ def test_changing_the_weights_after_the_release_does_not_change_what_left(door: 
     for tensor in tensors.values():
         tensor.zero_()
     assert sha256_of_tensors(released.tensors) == released.record["sha256"]
+
+
+def test_the_same_question_gets_the_same_bytes_and_numbers_for_no_second_charge(door: Door) -> None:
+    first = door.gate.release(
+        door.reserve(), update(), SHAPES, weight=20.0, counts={"examples": 20}, metrics={"seconds": 1.5}
+    )
+    again = door.gate.again(door.reserve())
+    assert again is not None
+    assert sha256_of_tensors(again.tensors) == sha256_of_tensors(first.tensors) == first.record["sha256"]
+    assert (again.counts, again.metrics) == (first.counts, first.metrics)
+    assert (again.promise, again.wire_dtype) == (first.promise, first.wire_dtype)
+    one, other = (entry.record for entry in door.journal.entries())  # what left twice is written twice
+    assert one == other == dict(again.record) and one["question"] == ASKED
+    assert door.ledger.verify() == 2
+
+
+def test_an_answer_that_is_no_longer_kept_leaves_again_only_if_it_is_the_same(
+    door: Door, tmp_path: Path
+) -> None:
+    def release(seed: int, seconds: float) -> Released:
+        return door.gate.release(door.reserve(), update(seed), SHAPES, metrics={"seconds": seconds})
+
+    first = release(0, 1.5)
+    (kept,) = tmp_path.rglob("round-0001.safetensors")
+    assert kept.stat().st_mode & 0o777 == 0o600 and kept.parent.stat().st_mode & 0o077 == 0
+    kept.unlink()
+    assert door.gate.again(door.reserve()) is None
+    same = release(0, 99.0)
+    assert same.record == first.record  # beside the same tensors, the same numbers
+    kept.write_bytes(b"damaged")
+    assert door.gate.again(door.reserve()) is None
+    called: list[int] = []
+    with pytest.raises(AnsweredBefore, match="this one is another"):
+        door.gate.release(door.reserve(), update(1), SHAPES, keep=lambda: called.append(1))
+    assert not called and door.ledger.verify() == 2 and door.lines() == 2
+
+
+@pytest.mark.parametrize("dies", ["keep", "answers", "ledger", "journal"])
+def test_a_site_killed_anywhere_on_the_way_out_gives_the_same_answer_later_and_is_charged_once(
+    door: Door, dies: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as killing:
+        for name, what in (("answers", "write"), ("ledger", "settle"), ("journal", "append")):
+            if dies == name:
+                killing.setattr(getattr(door, name), what, die)
+        with pytest.raises(Killed):
+            door.gate.release(door.reserve(), update(), SHAPES, keep=die if dies == "keep" else lambda: None)
+    assert door.lines() == 0
+    later = Door(tmp_path)
+    found = later.gate.again(later.reserve())
+    assert (found is not None) == (dies == "journal")  # only then had it been charged
+    answer = found or later.gate.release(later.reserve(), update(), SHAPES)
+    assert torch.equal(
+        answer.tensors["encoder.bias"],
+        later.answers.read(answer_place(), answer.record["sha256"]).tensors["encoder.bias"],
+    )  # type: ignore[union-attr]
+    assert later.ledger.verify() == 2 and later.lines() == 1 and later.ledger.open_reservations() == []
+
+
+def answer_place() -> Place:
+    return Place(plan_sha256=PLAN, kind="round", round=1)
+
+
+def test_the_answers_of_the_last_three_rounds_of_each_kind_are_kept(door: Door, tmp_path: Path) -> None:
+    door.gate.release(door.reserve(1e6, "check", round=0), update(), SHAPES)
+    for round in range(1, 6):
+        door.gate.release(door.reserve(round=round), update(round), SHAPES)
+    names = sorted(path.name for path in tmp_path.rglob("*.safetensors"))
+    assert names == [f"round-000{n}.safetensors" for n in (3, 4, 5)] + ["survey-0000.safetensors"]
+
+
+def test_a_disk_that_keeps_no_answer_costs_the_copy_and_not_the_round(
+    door: Door, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "answers").write_text("in the way")
+    door.gate.release(door.reserve(), update(), SHAPES)
+    assert door.lines() == 1 and "could not be written" in caplog.text
