@@ -82,20 +82,29 @@ class Released:
 
 
 class Gate:
-    """The gate of one site, with the ledger it charges, the journal it writes, and the answers it keeps."""
+    """The gate of one site for the answer to one question: a place in the ledger that was reserved for it,
+    the ledger that is charged, the journal that is written, and the answers that are kept."""
 
-    def __init__(self, ledger: Ledger, journal: Journal, answers: KeptAnswers) -> None:
+    def __init__(
+        self, reservation: Reservation, ledger: Ledger, journal: Journal, answers: KeptAnswers
+    ) -> None:
+        self._reservation = reservation
         self._ledger = ledger
         self._journal = journal
         self._answers = answers
 
-    def again(self, reservation: Reservation) -> Released | None:
-        """The answer that left under this reservation before, to the bit and for no second charge; None where
-        none left, or it is not kept. The journal says that it left again."""
-        settled = self._ledger.settled(reservation)
+    @property
+    def promise(self) -> Promise:
+        """Under which promise the answer leaves."""
+        return self._reservation.promise
+
+    def again(self) -> Released | None:
+        """The answer that left before, to the bit and for no second charge; None where none left, or it is
+        not kept. The journal says that it left again."""
+        settled = self._ledger.settled(self._reservation)
         if settled is None:
             return None
-        answer = self._answers.read(reservation.place, settled.released)
+        answer = self._answers.read(self._reservation.place, settled.released)
         if answer is None:
             return None
         self._leaves_now()
@@ -103,7 +112,6 @@ class Gate:
 
     def release(
         self,
-        reservation: Reservation | None,
         tensors: Mapping[str, Tensor],
         declared: Mapping[str, tuple[int, ...]],
         *,
@@ -132,8 +140,7 @@ class Gate:
         Raises `GateRefusal` (kind `non_finite` for NaN and infinity), `AnsweredBefore` when another answer
         left under this reservation, `BrokenChain` or `OSError`.
         """
-        if reservation is None:
-            raise GateRefusal("Expected a reservation of the ledger, made before reading; got none.")
+        reservation = self._reservation
         promise = reservation.promise
         each = promise.enforcement == "each"
         if not (math.isfinite(weight) and (weight > 0 or (each and weight == 0))):

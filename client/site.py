@@ -22,6 +22,8 @@ import torch
 import yaml
 
 from client.approvals import AllowedHours, Approvals
+from client.exact_sums import EXACT_SUMS_CONSENT
+from client.exact_sums import check_sentence as check_exact_sums
 from client.exchanges.exchange import AskRefused
 from client.exchanges.latents import check_sentence, consent
 from client.latents.cache import LatentCache
@@ -76,6 +78,9 @@ class SiteConfig:
     latent_release: str = ""
     """Agreement that latents leave, as the full sentence of `client/exchanges/latents.py`; empty: no latents
     leave, and no plan that asks for them is accepted."""
+    allow_exact_sums: str = ""
+    """Agreement that sums of products over few patients leave, as the full sentence of
+    `client/exact_sums.py`; empty: they leave only above ten times as many patients as numbers."""
     plan_approval: Literal["required", "implied"] = "required"
     """`required`: a plan runs here only after `meduet-site plan approve`, in the code it was approved with;
     `implied`: any plan that lists this site (simulated hospitals)."""
@@ -116,6 +121,7 @@ class SiteConfig:
                 f"Expected split_fractions of at least 0 that sum to 1; got {list(self.split_fractions)}."
             )
         check_sentence(self.latent_release)
+        check_exact_sums(self.allow_exact_sums)
         if self.minimum_cohort < 1:
             raise ValueError(f"Expected minimum_cohort to be at least 1; got {self.minimum_cohort}.")
         if not 0 < self.port < 65536:
@@ -198,6 +204,7 @@ class Site:
         self.state_dir = config.state_dir
         self.compile = config.compile
         self.minimum_cohort = config.minimum_cohort
+        self.exact_sums = config.allow_exact_sums == EXACT_SUMS_CONSENT
         self.progress_every_s = config.progress_every_s
         self.device = resolve_device(config.device)
         """Where scans are encoded and the network is trained."""

@@ -40,7 +40,7 @@ class Place:
     round: int
     """Which round; 0 for what comes before the first."""
     part: str = ""
-    """Which part, where an answer comes in parts."""
+    """Which part, where an answer comes in parts: letters, digits and underscores."""
 
     def record(self) -> dict[str, Any]:
         """As it stands in the books."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from flwr.app import Context
 
+from client.exact_sums import EXACT_SUMS_CONSENT
 from client.exchanges.latents import RAW_CONSENT
 from client.latents.latent_set import LatentSet
 from client.site import Site, SiteConfig, SiteProgress
@@ -111,8 +112,8 @@ def site_configs(
     state: Path,
     cache: Path | None = None,
 ) -> tuple[SiteConfig, ...]:
-    """The `site.yaml` that each hospital would have; every one agrees to releases that are not private, and
-    to the release of latents where the plan asks for it.
+    """The `site.yaml` that each hospital would have; every one agrees to releases that are not private, to
+    exact sums over few patients, and to the release of latents where the plan asks for it.
 
     `cache`: folder of the hospitals' encodings where several runs share them; none: each in its state folder.
     """
@@ -128,6 +129,7 @@ def site_configs(
             split_fractions=settings.site.split_fractions,
             minimum_cohort=plan.style.minimum_cohort,
             allow_non_private=True,
+            allow_exact_sums=EXACT_SUMS_CONSENT,
             latent_release=RAW_CONSENT if plan.diffusion and plan.diffusion.policy == "raw" else "",
             plan_approval="implied",
             tokenizer=settings.tokenizer,

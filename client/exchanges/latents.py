@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from client.exchanges.exchange import Answer, AskRefused, OnStep, Site, no_step
+from client.exchanges.exchange import Answer, AskRefused, OnStep, Site
 from client.latents.examples import ScansWithGeometry, examples_of
 from client.release import Gate, Released
 from client.scans.cohort import ScanEntry
@@ -30,7 +30,6 @@ from federation.exchanges.latents import (
     LatentsAsk,
     LatentsReply,
     from_tensors,
-    items_per_chunk,
     nothing,
     releases_of,
     to_tensors,
@@ -85,24 +84,12 @@ def consent(plan: RunPlan, sentence: str) -> str:
     )
 
 
-def answer_latents(site: Site, ask: LatentsAsk, plan: RunPlan, on_step: OnStep = no_step) -> Released:
+def answer_latents(site: Site, ask: LatentsAsk, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
     """Items `ask.first` to `ask.first + ask.count` of what this site releases in a round.
 
-    Guarantee: only training scans, each bounded by itself; nothing else. Raises `AskRefused` when the plan's
-    policy releases no latents, the round is not one of the release, or more is asked for than fits a message.
+    Guarantee: only training scans, each bounded by itself; nothing else. Raises `AskRefused` for scans
+    that do not fit the plan.
     """
-    site.accept(plan)
-    try:
-        releases_of(plan, ask.round, 0)
-        most = items_per_chunk(plan)
-    except ValueError as error:
-        raise AskRefused(str(error), RefusalKind.MALFORMED) from error
-    if ask.first < 0 or not 1 <= ask.count <= most:
-        raise AskRefused(
-            f"Expected 1 to {most} items from the 0th or a later one; got {ask.count} from {ask.first}.",
-            RefusalKind.MALFORMED,
-        )
-    reservation = site.ledger.reserve(ask.plan_sha256, ask.round, LATENTS.promise(plan, ask))
     scans = site.scans(plan)
     if not isinstance(scans, ReleasableScans):
         raise AskRefused("Expected a site that knows the geometry of its scans.", RefusalKind.INTERNAL)
@@ -115,8 +102,7 @@ def answer_latents(site: Site, ask: LatentsAsk, plan: RunPlan, on_step: OnStep =
     except ValueError as error:
         raise AskRefused(str(error), RefusalKind.PLAN_NOT_ACCEPTED) from error
     _note(site.state_dir / TABLE_NAME, scans, dict(zip(names, rows, strict=True)))
-    return Gate(site.ledger, site.journal).release(
-        reservation,
+    return gate.release(
         tensors,
         told_shapes(plan, len(rows)),
         weight=float(len(rows)),

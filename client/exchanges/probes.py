@@ -2,9 +2,9 @@
 
 Patients are dealt into folds by a keyed hash of their names, evenly, the same in every plan: folds that the
 centre could deal anew would tell single patients by their differences. Each fold holds the minimum cohort or
-nothing is told. A patient is one vector, the mean over her scans. With a style bank her scans are also seen in every
-other site's style: is she recognised among this site's own patients, and do the swapped scans look like the
-other site's?
+nothing is told. A patient is one vector, the mean over her scans. With a style bank her scans are also seen
+in every other site's style: is she recognised among this site's own patients, and do the swapped scans look
+like the other site's?
 
 What this file does not do: it fits no probe and
 knows no other site's patients: recognition here is top-1 within a site, not among all patients of the
@@ -25,7 +25,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from client.exchanges.exchange import Answer, AskRefused, OnStep, Site, bank_of, no_step
+from client.exact_sums import check_sums
+from client.exchanges.exchange import Answer, AskRefused, OnStep, Site, bank_of
 from client.latents.batches import TrainingScans
 from client.release import Gate, Released
 from client.site_secret import digest_of
@@ -51,6 +52,7 @@ from federation.exchanges.probes import (
     style_vector,
     sums_shapes,
     told_of_swaps,
+    widest_sums,
 )
 from federation.exchanges.survey import smallest_cohort, survey_layout
 from federation.plan import RunPlan
@@ -93,34 +95,27 @@ class Probed:
     """Fewest patients behind any sum that is told."""
 
 
-def answer_probe(site: Site, ask: ProbeAsk, plan: RunPlan, on_step: OnStep = no_step) -> Released:
+def answer_probe(site: Site, ask: ProbeAsk, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
     """Sums of the factors of this site's patients after a round; asked with fitted probes, their hits.
 
-    Raises `CohortTooSmall` when a fold would hold fewer than the minimum, `AskRefused` for a plan without
-    probes, a round that is not one of its, or probes of other shapes.
+    Raises `CohortTooSmall` when a fold would hold fewer than the minimum, `TooFewForSums` when it holds fewer
+    than ten times the width of what is summed, `AskRefused` for probes of other shapes.
     """
-    site.accept(plan)
-    if ask.round not in PROBES.rounds(plan):
-        raise AskRefused(
-            f"Expected a plan with probes and one of its rounds; got round {ask.round}.",
-            RefusalKind.MALFORMED,
-        )
     fitted = bool(ask.probe)
-    reservation = site.ledger.reserve(ask.plan_sha256, ask.round, PROBES.promise(plan, ask))
     states = StateFolder(site.state_dir / "state", ask.plan_sha256)
     student = student_of(plan, ask.shared, states.before(ask.round + 1)).to(site.device).eval()
     bank, index = bank_of(plan, ask.bank), plan.sites.index(site.name)
     scans = site.scans(plan)
-    probed = probed_patients(scans, plan, site.minimum_cohort)
+    probed = probed_patients(scans, plan, site.minimum_cohort, site.secret)
     if fitted:
         try:
             tensors = probe_hits(student, scans, probed, plan, ask.probe, index)
         except ValueError as error:
             raise AskRefused(str(error), RefusalKind.MALFORMED) from error
     else:
+        check_sums(len(probed.folds) // plan.probes.folds, widest_sums(plan), site.exact_sums)
         tensors = probe_sums(student, scans, probed, plan, bank, index)
-    return Gate(site.ledger, site.journal).release(
-        reservation,
+    return gate.release(
         tensors,
         hits_shapes() if fitted else sums_shapes(plan),
         weight=float(len(probed.folds)),

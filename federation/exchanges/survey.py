@@ -64,6 +64,6 @@ SURVEY = Exchange(
     route="query.survey",
     ask=SurveyAsk,
     reply=SurveyReply,
-    rounds=lambda plan: range(1),
+    rounds=lambda plan: range(plan.aggregation.method != "alone"),
     promise=survey_promise,
 )

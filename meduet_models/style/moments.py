@@ -320,9 +320,10 @@ def upsample(coarse: Float[Tensor, "*b c x y z"], grid: tuple[int, int, int]) ->
 def smooth_map(coarse: Float[Tensor, "c x y z"], grid: tuple[int, int, int]) -> Float[Tensor, "c d h w"]:
     """A coarse map at the resolution of the latents, as `upsample`, but so that the mean of each cell stays
     what it was: of all maps that are trilinear between cells, about the nearest to what was averaged."""
-    cells = math.prod(coarse.shape[1:])
-    single = torch.eye(cells, dtype=coarse.dtype).reshape(cells, *coarse.shape[1:])
-    blurred = F.adaptive_avg_pool3d(upsample(single, grid), coarse.shape[1:]).reshape(cells, cells)
+    x, y, z = coarse.shape[1:]
+    cells = x * y * z
+    single = torch.eye(cells, dtype=coarse.dtype).reshape(cells, x, y, z)
+    blurred = F.adaptive_avg_pool3d(upsample(single, grid), (x, y, z)).reshape(cells, cells)
     sharpened = torch.linalg.solve(blurred.T, coarse.reshape(-1, cells).T).T
     return upsample(sharpened.reshape(coarse.shape), grid)
 
