@@ -216,8 +216,8 @@ class _Run:
         shared, erasure = self._erased(last)
         told: dict[str, Any] = {"erasure": erasure}
         if self.probes.due(last.round):
-            done = bool(erasure) and "skipped" not in erasure
-            told["federated_probes"] = self.probes.read(last.round + done, shared, last.bank, done)
+            erased = bool(erasure) and "skipped" not in erasure
+            told["federated_probes"] = self.probes.read(last.round + erased, shared, last.bank, erased)
             told["directions"] = {name: one.tolist() for name, one in self.probes.directions.items()}
         sha256 = sha256_of_tensors(shared)
         provenance = {

@@ -2,8 +2,9 @@
 latents.
 
 AdamW's moments (and the alignment's projector, which never travels) stay at the site between rounds, one
-state per round; a round that was cut short goes on where it was (`client/partial_round.py`). Does not do: know
-Flower's messages, catch anything, release a latent (`client/exchanges/latents.py`), use held-out patients.
+state per round; a round that was cut short goes on where it was (`client/partial_round.py`). Does not do:
+know Flower's messages, catch anything, release a latent (`client/exchanges/latents.py`), use held-out
+patients.
 """
 
 import time

@@ -7,8 +7,8 @@ back to its last checkpoint, gives the same answer. Kept are the last three: a s
 that the centre never counted, and the centre may then find its last checkpoint damaged and go back by one.
 
 A site that sat out a round goes on from the last state it has. A round under way lies beside the states
-(`client/partial_round.py`); what left lies elsewhere (`client/answers.py`). Does not do: leave the site, ever.
-AdamW's moments of the shared weights stay here, too (`client/training/trainee.py` says why).
+(`client/partial_round.py`); what left lies elsewhere (`client/answers.py`). Does not do: leave the site,
+ever. AdamW's moments of the shared weights stay here, too (`client/training/trainee.py` says why).
 """
 
 from collections.abc import Mapping
@@ -112,7 +112,7 @@ class StateFolder:
     def partial(
         self, round: int, began_from: SiteState, question: Mapping[str, str], every_s: float
     ) -> PartialRound:
-        """The round under way that begins from `began_from`; `question`: what else it depends on, in short."""
+        """The round under way that begins from `began_from`; `question`: what else it depends on."""
         whole = self._question(round, began_from, question)
         return PartialRound(self._path(round).with_suffix(PARTIAL), whole, every_s)
 
