@@ -1,10 +1,10 @@
 """An eighth exchange is what it says in three rooms and a row: here, how many scans the patients have.
 
-The three parts below stand for three files: `visits.py` in the folder `exchanges` of federation, client, server.
+The parts below stand for three files `visits.py`, in the exchanges of federation, client and server.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ class Hospital:
     minimum_cohort: int = 0
     compile: bool = False
     progress_every_s: float = 30.0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.state_dir / "ledger.jsonl")
