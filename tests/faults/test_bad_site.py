@@ -1,6 +1,7 @@
 """A hospital whose replies are wrong in every way we could think of, one way per round: each is put aside
 with its reason, the round goes on, and the final weights are those of a run in which it kept silent."""
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any
 
 import pytest
 
-import client.app
+from client.app import exchanges
+from client.exchanges import pretraining
 from client.exchanges.exchange import AskRefused
 from federation.wire import RefusalKind
 from tests.faults.consortium import Consortium, Weights, consortium, same_bits, undisturbed
@@ -20,8 +22,8 @@ WAYS: dict[str, tuple[dict[str, Any], str, str]] = {
     # first: it computes nothing while the other consortia of `make faults` begin
     "a site hangs": (
         {"do": "hang", "at_step": 1},
-        "refused: deadline",
-        "its watchdog says `deadline` at nine tenths of it, and ends the process",
+        "refused: not_answered",
+        "its watchdog gives it up at nine tenths of it, says so, and ends the process",
     ),
     "NaN in an update": ({"reply": "nan"}, "Expected finite values", "put aside"),
     "infinite value": ({"reply": "infinite"}, "Expected finite values", "put aside"),
@@ -72,7 +74,7 @@ PLAN = (
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Consortium, Weights]]:
     folder = tmp_path_factory.mktemp("bad")
     steps = {FIRST + number: way[0] for number, way in enumerate(WAYS.values())}
-    answer_round = client.app.answer_round
+    answer_round = pretraining.ANSWER.work
 
     def silent(site: Any, ask: Any, *rest: Any) -> Any:
         """It trains where the bad one does, and says nothing of it."""
@@ -84,8 +86,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Consortium, 
         return answered
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client.app, "answer_round", silent)
+        patch.setattr(pretraining, "ANSWER", dataclasses.replace(pretraining.ANSWER, work=silent))
+        exchanges.cache_clear()
         made, expected = undisturbed(folder / "undisturbed", PLAN)
+    exchanges.cache_clear()
     assert made.hospitals[0].name == BAD
     whole = consortium(folder, PLAN, made, {BAD: steps})
     with whole.supervisor:

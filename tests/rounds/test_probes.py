@@ -129,7 +129,7 @@ def test_the_readings_are_those_of_everybodys_factors_in_one_place(probed: Any) 
         own = patient_means(own.double(), scans.patients)
         joint.append(own * (joint_bound(plan) / own.norm(dim=1, keepdim=True).clamp(min=joint_bound(plan))))
         sites += [index] * 18
-        folds += list(probed_patients(scans, plan, 0).folds.values())
+        folds += list(probed_patients(scans, plan, 0, b"1" * 32).folds.values())
     x, site, fold = torch.cat(joint), torch.tensor(sites), torch.tensor(folds)
 
     def moments(rows: torch.Tensor) -> ErasureMoments:

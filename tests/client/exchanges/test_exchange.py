@@ -6,11 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from client.exchanges import erasure, survey
 from client.exchanges import pretraining as answers
-from client.exchanges.erasure import answer_erasure
 from client.exchanges.exchange import AskRefused, before_deadline
-from client.exchanges.pretraining import answer_round
-from client.exchanges.survey import answer_survey
 from client.release import GateRefusal, Released
 from client.training.site_state import StateMissing
 from client.training.trainee import WrongWeights
@@ -26,6 +24,7 @@ from meduet_models.style.moments import CohortTooSmall, StyleMoments
 from privacy.clipping import joint_norm
 from privacy.ledger import Ledger, LedgerRefusal
 
+answer_survey, answer_round, answer_erasure = survey.ANSWER.once, answers.ANSWER.once, erasure.ANSWER.once
 PATIENTS = [f"p{n // 2}" for n in range(12)]
 Tensors = dict[str, torch.Tensor]
 
@@ -38,6 +37,8 @@ class ToySite:
     held: Any
     name: str = "north"
     minimum_cohort: int = 0
+    exact_sums: bool = True
+    secret: bytes = b"1" * 32
     epsilon_ceiling: float | None = None
     compile: bool = False
     progress_every_s: float = 30.0
@@ -53,7 +54,7 @@ class ToySite:
     def journal(self) -> Journal:
         return Journal(self.state_dir / "journal.jsonl")
 
-    def accept(self, plan: RunPlan) -> None:
+    def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
         if self.refuses:
             raise AskRefused("Expected another plan.", RefusalKind.PLAN_NOT_ACCEPTED)
 
