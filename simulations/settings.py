@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from federation.plan import build
+from forms.form import build
 from meduet_models.tokenizer.tokenizer import TokenizerSpec
 from simulations.generation_settings import GenerationSettings
 from simulations.hospitals.plans import HospitalsPlan, hospitals_plan
