@@ -80,7 +80,7 @@ def test_every_command_has_help(module: str, command: tuple[str, ...]) -> None:
                 "renew",
                 "revoke",
                 "certificates",
-                "submit",
+                "publish",
                 "start",
                 "run",
                 "status",

@@ -62,7 +62,7 @@ def test_from_the_command_line_to_what_sites_approve(
     assert main(command) == 0 and main(command) == 0  # the same again
     plan = RunPlan.from_json(out.read_text())
     assert plan.sha256 in capsys.readouterr().out
-    assert main(["submit", str(out), "--out", str(tmp_path / "plans")]) == 0
+    assert main(["publish", str(out), "--out", str(tmp_path / "plans")]) == 0
     (published,) = (tmp_path / "plans").iterdir()
     assert plan_of(published.read_text()) == plan
     capsys.readouterr()
