@@ -14,9 +14,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from client.commands import harmonisation as harmonisation_commands
 from client.commands import journal as journal_commands
@@ -144,9 +144,8 @@ def _check(chosen: argparse.Namespace, console: Console) -> int:
     with _Bars(console) as bars:
         for check in run_checks(config, plan, bars):
             counts[check.verdict] += 1
-            console.print(
-                f"[{colours[check.verdict]}]{check.verdict:>6}[/]  [bold]{escape(check.what)}[/]: ", end=""
-            )
+            verdict = Text(f"{check.verdict:>6}", style=colours[check.verdict])
+            console.print(verdict, Text(f" {check.what}", style="bold"), end=": ")
             say(console, check.found)
             if check.advice:
                 say(console, f"        {check.advice}")

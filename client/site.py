@@ -140,7 +140,10 @@ def load_site_config(path: Path) -> SiteConfig:
 def load_plan(path: Path) -> RunPlan:
     """Read plan.json or a published plan, which the centre gives to every site. Raises `ValueError` naming
     the file."""
-    text = read_text(path, "the plan (ask the centre for plan.json)")
+    try:
+        text = read_text(path, "the plan")
+    except ValueError as error:
+        raise ValueError(f"{error} Ask the centre for plan.json.") from None
     try:
         return plan_of(text)
     except ValueError as error:

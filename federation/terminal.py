@@ -1,8 +1,8 @@
 """What a person reads in a terminal, and how a command ends: at a site, at the centre, in a simulation.
 
 Text from elsewhere (plans, kits, certificates, journals, the names of files) is only ever text: what moves
-the cursor, colours, hides, or turns a line's direction is shown as its code (\\x1b, \\u202e), a line stays one
-line, and square brackets mean themselves. Every command ends through `ended`: one line, one exit status.
+the cursor, colours, hides, or turns a line's direction is shown as its code (\\x1b, \\u202e), a line stays
+one line, and square brackets mean themselves. Every command ends through `ended`: one line, one exit status.
 
 Does not do: log files, or what Flower prints.
 """
@@ -31,7 +31,7 @@ class CommandFailed(Exception):
 
 
 class Terminal(Console):
-    """Rich's console, on which no text can act: whatever is printed, tables and bars too, passes `visible`."""
+    """Rich's console, on which no text can act: whatever is printed, tables too, passes `visible`."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Rich's own, with the text of each segment made visible."""
@@ -87,7 +87,7 @@ def cell(text: object) -> Text:
 
 @contextmanager
 def failing(*kinds: type[Exception], but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Errors of these kinds, `but` of those, mean that the command failed (status 1), not that it was wrong."""
+    """Errors of these kinds, but not of those, mean that the command failed (1), not that it was wrong."""
     try:
         yield
     except but:

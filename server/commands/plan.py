@@ -18,8 +18,8 @@ def add_to(commands: Any) -> None:
     plan = commands.add_parser(
         "plan",
         help=about,
-        description=f"{about.capitalize()}, for `publish`. Settings are those of `meduet-simulate` that sites "
-        "must agree on: network=paper training.rounds=100 release.wire_dtype=mxint8 volumes.modality=ct ...",
+        description=f"{about.capitalize()}, for `publish`. Settings are those of `meduet-simulate` that "
+        "sites must agree on: network=paper training.rounds=100 release.wire_dtype=mxint8 ...",
     )
     plan.add_argument("settings", nargs="*", metavar="SETTING=VALUE", help="in place of those in conf/")
     plan.add_argument(

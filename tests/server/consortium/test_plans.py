@@ -43,7 +43,7 @@ def test_an_experiment_or_a_group_says_another_grid_and_a_name_another_name() ->
         ("training.rounds=many", "training.rounds to be int"),
         ("release.wire_dtype=int3", "float32, bfloat16, mxint8"),
         ("volumes.shape=[33,32,32]", "multiples of the tokenizer's stride"),
-        ("training.batch_size=3", "batch_size to be even"),
+        ("training.batch_size=3", "batch_size from 4"),
         ("tokenizer.kind=maisi", "path of a weights file"),
     ],
 )
