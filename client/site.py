@@ -34,6 +34,7 @@ from federation.published_plan import plan_of
 from federation.wire import RefusalKind
 from forms.form import build, check
 from forms.names import Phrase, SiteName
+from forms.paths import path_from, resolve_paths
 from forms.ranges import Entries, Range, Share, shown
 from forms.yaml_text import read_yaml
 from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
@@ -125,13 +126,11 @@ def load_site_config(path: Path) -> SiteConfig:
     if not isinstance(values, dict):
         raise ValueError(f"Expected {path} to hold settings (name: value); got {shown(values)}.")
     folder = path.resolve().parent
-    for name in ("data_root", "state_dir", "cache_dir", "keys_dir"):
-        if isinstance(values.get(name), str):
-            values[name] = folder / Path(values[name]).expanduser()
     spec = values.get("tokenizer")
-    if isinstance(spec, dict) and isinstance(spec.get("path"), str):
-        spec["path"] = str(folder / Path(spec["path"]).expanduser())
     try:
+        resolve_paths(values, ("data_root", "state_dir", "cache_dir", "keys_dir"), folder, "site")
+        if isinstance(spec, dict) and isinstance(spec.get("path"), str):
+            spec["path"] = str(path_from(spec["path"], folder, "site.tokenizer.path"))
         return build(SiteConfig, values, "site")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

@@ -78,3 +78,9 @@ def shown(value: object) -> str:
     except (ValueError, RecursionError):  # more digits than Python writes out, or deeper than it goes
         return "a value that is too long to show"
     return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def brief(error: BaseException) -> str:
+    """What another library says of an error, on one line and not long."""
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}…"

@@ -14,6 +14,8 @@ from typing import Any
 import yaml
 from yaml import events, nodes
 
+from forms.ranges import brief
+
 LONGEST = 100_000
 """Bytes of a text, at most."""
 DEEPEST = 12
@@ -105,4 +107,4 @@ def _line(where: nodes.Node | events.Event) -> int:
 def _reason(error: yaml.YAMLError) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"{error.problem}, line {error.problem_mark.line + 1}"
-    return " ".join(str(error).split())[:200]
+    return brief(error)

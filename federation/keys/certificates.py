@@ -35,6 +35,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
 from forms.names import SITE
+from forms.ranges import brief
 
 PrivateKey = ec.EllipticCurvePrivateKey
 PublicKey = ec.EllipticCurvePublicKey
@@ -184,7 +185,7 @@ def read_request(pem: bytes) -> SiteRequest:
         names = request.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
         key, signed = request.public_key(), request.is_signature_valid
     except _CHANGED as error:
-        raise CertificateRefused(f"Expected a signing request in PEM; {_line(error)}.") from None
+        raise CertificateRefused(f"Expected a signing request in PEM; {brief(error)}.") from None
     if not signed or len(names) != 1:
         raise CertificateRefused("Expected a request with one name, signed with its own key; it is not.")
     return SiteRequest(checked_name(str(names[0].value)), checked_key(key))
@@ -227,7 +228,7 @@ def check_certificate(
         if isinstance(error, CertificateRefused):
             raise
         raise CertificateRefused(
-            f"Expected a certificate for {role!r}; it is not one: {_line(error)}."
+            f"Expected a certificate for {role!r}; it is not one: {brief(error)}."
         ) from None
 
 
@@ -285,7 +286,7 @@ def read_certificate(pem: bytes) -> x509.Certificate:
         certificate.public_key()
         expiry(certificate), certificate.not_valid_before_utc, certificate.signature_hash_algorithm
     except _CHANGED as error:
-        raise CertificateRefused(f"Expected one certificate in PEM; {_line(error)}.") from None
+        raise CertificateRefused(f"Expected one certificate in PEM; {brief(error)}.") from None
     return certificate
 
 
@@ -296,7 +297,7 @@ def read_revocations(pem: bytes) -> x509.CertificateRevocationList:
         for one in revocations:
             str(one.serial_number)
     except _CHANGED as error:
-        raise CertificateRefused(f"Expected a list of revoked certificates in PEM; {_line(error)}.") from None
+        raise CertificateRefused(f"Expected a list of revoked certificates in PEM; {brief(error)}.") from None
     return revocations
 
 
@@ -311,7 +312,7 @@ def read_key(pem: bytes) -> PrivateKey:
     try:
         key = load(pem, password=None)
     except _CHANGED as error:
-        raise CertificateRefused(f"Expected a private key in PEM; {_line(error)}.") from None
+        raise CertificateRefused(f"Expected a private key in PEM; {brief(error)}.") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise CertificateRefused("Expected a key on NIST P-384; got one of another kind.")
     checked_key(key.public_key())
@@ -387,7 +388,3 @@ def _general_name(name: str) -> x509.DNSName | x509.IPAddress:
 def _grouped(digest: bytes) -> str:
     text = digest.hex().upper()
     return " ".join(text[start : start + 4] for start in range(0, len(text), 4))
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

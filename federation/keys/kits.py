@@ -19,7 +19,7 @@ import yaml
 
 from forms.form import build
 from forms.names import Letters, SiteName
-from forms.ranges import shown
+from forms.ranges import brief, shown
 from forms.yaml_text import read_yaml
 
 AUTHORITY = "ca.pem"
@@ -111,8 +111,9 @@ def unpack_kit(packed: bytes) -> dict[str, bytes]:
                 raise ValueError(f"Expected files of at most {_LARGEST} bytes in a kit; got a larger one.")
             files = {entry.filename: archive.read(entry) for entry in entries}
     except _DAMAGED as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"Expected a start-up kit (zip); {reason}. Ask the centre for it again.") from None
+        raise ValueError(
+            f"Expected a start-up kit (zip); {brief(error)}. Ask the centre for it again."
+        ) from None
     said = _checksums(files.pop(CHECKSUMS))
     for name in sorted(set(said) | set(files)):
         if name not in files or said.get(name) != hashlib.sha256(files[name]).hexdigest():

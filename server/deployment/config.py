@@ -16,6 +16,7 @@ from federation.keys.key_files import read_file, read_text
 from federation.keys.kits import AUTHORITY, CERTIFICATE
 from forms.form import build, check
 from forms.names import Letters
+from forms.paths import resolve_paths
 from forms.ranges import Range, shown
 from forms.yaml_text import read_yaml
 
@@ -94,10 +95,8 @@ def load_server_config(path: Path) -> ServerConfig:
     if not isinstance(values, dict):
         raise ValueError(f"Expected {path} to hold settings (name: value); got {shown(values)}.")
     folder = path.resolve().parent
-    for name in _PATHS:
-        if isinstance(values.get(name), str):
-            values[name] = folder / Path(values[name]).expanduser()
     try:
+        resolve_paths(values, _PATHS, folder, "server")
         config = build(ServerConfig, values, "server")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

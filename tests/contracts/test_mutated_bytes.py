@@ -39,7 +39,16 @@ from federation.keys.certificates import (
     site_of,
     utc_now,
 )
-from federation.keys.kits import AUTHORITY, CERTIFICATE, CONNECTION, README, SETTINGS, Connection, pack_kit, unpack_kit
+from federation.keys.kits import (
+    AUTHORITY,
+    CERTIFICATE,
+    CONNECTION,
+    README,
+    SETTINGS,
+    Connection,
+    pack_kit,
+    unpack_kit,
+)
 from federation.plan import RunPlan
 from federation.published_plan import PublishedPlan
 from forms.json_text import read_json
@@ -49,13 +58,17 @@ from meduet_models.pretrained import load_pretrained
 from meduet_models.tokenizer.tokenizer import load_tokenizer_file
 from meduet_models.weights import load_weights, save_weights
 from server.checkpoints import Checkpoint, Checkpoints
+from server.config import compose_config, plain, plan_from
 from server.consortium.provisioning import load_consortium
 from server.deployment.config import load_server_config
 
 NOW = utc_now()
-SITE = b"name: south\ndata_root: absent\nstate_dir: state\nminimum_cohort: 12\nsplit_fractions: [0.8, 0.1, 0.1]\n"
+SITE = b"name: a\ndata_root: absent\nstate_dir: state\nminimum_cohort: 12\nsplit_fractions: [0.8, 0.1, 0.1]\n"
 CONSORTIUM = b"name: c\nserver: centre.example:443\nsites:\n- {name: a, expires: 2027-06-30}\n- name: b\n"
 SERVER = b"state_dir: state\nconsortium: consortium\nport: 18443\nhealth_port: 18444\npublic_port: 18445\n"
+
+
+NASTY = (b"[" * 2000, b'{"a":' * 2000, b"9" * 5000, b"\x1b[2J", b"1e999", b"NaN", b"\xe2\x80\xae")
 
 
 def mutations(content: bytes, count: int, seed: int) -> list[bytes]:
@@ -70,7 +83,7 @@ def mutations(content: bytes, count: int, seed: int) -> list[bytes]:
             case 1:
                 new = bytes([draw.randrange(256)])
             case 2:
-                new = draw.choice([b"[" * 2000, b'{"a":' * 2000, b"9" * 5000, b"\x1b[2J", b"1e999", b"NaN", b"\xe2\x80\xae"])
+                new = draw.choice(NASTY)
             case 3:
                 new = b""
             case 4:
@@ -108,6 +121,12 @@ def der_mutations(pem: bytes, count: int) -> list[bytes]:
 
 
 @pytest.fixture(scope="module")
+def plan() -> RunPlan:
+    settings = plain(compose_config())
+    return plan_from(settings, sites=("a", "b"), tokenizer_sha256="0" * 64, latent_channels=4, stride=4)
+
+
+@pytest.fixture(scope="module")
 def authority() -> Authority:
     return Authority.create("c", 3650, NOW)
 
@@ -115,12 +134,11 @@ def authority() -> Authority:
 @pytest.mark.parametrize("read", [read_json, lambda text: read_yaml(text[:100_000])], ids=["json", "yaml"])
 def test_changed_json_and_yaml(read: Callable[[bytes], object]) -> None:
     honest = json.dumps({"a": [1, 2.5e-3, None, True, "é\\u202e"], "b": {"c": {}}}, indent=1).encode()
-    refused = [refused_in_one_line(read, changed) for changed in mutations(honest, 1500, 1)]
-    assert sum(refused) > 300
+    refused = [refused_in_one_line(read, changed) for changed in mutations(honest, 600, 1)]
+    assert sum(refused) > 100
 
 
-def test_changed_plans(toy_plan: Callable[..., RunPlan], tmp_path: Path) -> None:
-    plan = toy_plan()
+def test_changed_plans(plan: RunPlan, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
 
     def read(content: bytes) -> None:
@@ -140,14 +158,16 @@ def test_changed_plans(toy_plan: Callable[..., RunPlan], tmp_path: Path) -> None
     [(SITE, load_site_config), (CONSORTIUM, load_consortium), (SERVER, load_server_config)],
     ids=["site", "consortium", "server"],
 )
-def test_changed_settings_of_a_machine(content: bytes, load: Callable[[Path], object], tmp_path: Path) -> None:
+def test_changed_settings_of_a_machine(
+    content: bytes, load: Callable[[Path], object], tmp_path: Path
+) -> None:
     path = tmp_path / "settings.yaml"
 
     def read(content: bytes) -> None:
         path.write_bytes(content)
         load(path)
 
-    assert sum(refused_in_one_line(read, changed) for changed in mutations(content, 400, 4)) > 100
+    assert sum(refused_in_one_line(read, changed) for changed in mutations(content, 300, 4)) > 50
 
 
 def test_changed_certificates_keys_requests_and_revocations(authority: Authority) -> None:
@@ -162,7 +182,7 @@ def test_changed_certificates_keys_requests_and_revocations(authority: Authority
     ]
     for honest, read in readers:
         found = [refused_in_one_line(read, changed) for changed in mutations(honest, 150, 5)]
-        found += [refused_in_one_line(read, changed) for changed in der_mutations(honest, 1500)]
+        found += [refused_in_one_line(read, changed) for changed in der_mutations(honest, 800)]
         assert sum(found) > 300
 
 
@@ -189,35 +209,51 @@ def test_changed_journals(tmp_path: Path) -> None:
         list(journal_lines(read_journal(path)))
 
     assert not refused_in_one_line(read, honest)
-    assert all(refused_in_one_line(read, changed) for changed in mutations(honest, 300, 8) if changed not in (b"", honest) and not honest.startswith(changed))
+    for changed in mutations(honest, 300, 8):
+        # what ends after a whole line is a shorter journal: only a hash kept elsewhere tells
+        assert refused_in_one_line(read, changed) or honest.startswith(changed)
 
 
 def test_changed_files_of_weights(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
-    provenance = {"network": '{"latent_channels": 4}', "tokenizer_sha256": "0" * 64, "tokenizer": '{"a": 1}', "kind": "encoded scan"}
+    provenance = {
+        "network": '{"latent_channels": 4}',
+        "tokenizer_sha256": "0" * 64,
+        "tokenizer": '{"a": 1}',
+        "kind": "encoded scan",
+    }
     save_weights(path, {"a": torch.ones(3, 4), "b": torch.zeros(2)}, provenance)
     honest = path.read_bytes()
-    for changed in mutations(honest, 700, 9):
+    for changed in mutations(honest, 400, 9):
         path.write_bytes(changed)
         for load in (load_weights, load_pretrained, load_tokenizer_file, load_encoded_scan):
             refused_in_one_line(lambda content, load=load: load(path), changed)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("load", [load_pretrained, load_tokenizer_file, load_encoded_scan])
-@pytest.mark.parametrize("value", ["[" * 5000, '{"a":' * 5000, "9" * 5000, "null", "[]", "{}", '"x"', "NaN", "{"])
+@pytest.mark.parametrize(
+    "value", ["[" * 5000, '{"a":' * 5000, "9" * 5000, "null", "[]", "{}", '"x"', "NaN", "{"]
+)
 def test_headers_that_hold_other_values(load: Callable[[Path], object], value: str, tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     names = ("network", "tokenizer", "tokenizer_sha256", "spacing_mm", "volumes", "geometry")
-    save_weights(path, {"latents": torch.ones(1, 1, 1, 1)}, dict.fromkeys(names, value) | {"kind": "encoded scan"})
+    save_weights(
+        path, {"latents": torch.ones(1, 1, 1, 1)}, dict.fromkeys(names, value) | {"kind": "encoded scan"}
+    )
     assert refused_in_one_line(lambda content: load(path), b"")
+
+
+STRANGE = (
+    "round-.safetensors", "round-abc.safetensors", "round-\u0663.safetensors", "round-3.safetensors",
+    f"round-{'9' * 200}.safetensors", "round-00000003.safetensors", "round--001.safetensors",
+)  # fmt: skip
 
 
 def test_strange_files_among_checkpoints(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, "a" * 64)
     kept = Checkpoint(plan_sha256="a" * 64, round=3, shared={"w": torch.ones(2)}, optimiser={})
     path = checkpoints.save(kept)
-    for name in ("round-.safetensors", "round-abc.safetensors", "round-\u0663.safetensors", "round-3.safetensors",
-                 f"round-{'9' * 200}.safetensors", "round-00000003.safetensors", "round--001.safetensors"):  # fmt: skip
+    for name in STRANGE:
         shutil.copy(path, tmp_path / name)
     (tmp_path / "round-0009.safetensors").mkdir()
     (tmp_path / "round-0008.safetensors").symlink_to("nowhere")
@@ -231,9 +267,9 @@ def test_strange_files_among_checkpoints(tmp_path: Path) -> None:
     checkpoints.save(kept)
 
 
-def test_a_changed_plan_among_those_that_were_shown(toy_plan: Callable[..., RunPlan], tmp_path: Path) -> None:
+def test_a_changed_plan_among_those_that_were_shown(plan: RunPlan, tmp_path: Path) -> None:
     book = Approvals(tmp_path)
-    book.keep(PublishedPlan(plan=toy_plan(), bundle_sha256=running_bundle()))
+    book.keep(PublishedPlan(plan=plan, bundle_sha256=running_bundle()))
     (path,) = (tmp_path / "plans").iterdir()
     honest = path.read_bytes()
 
