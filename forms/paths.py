@@ -21,9 +21,7 @@ def path_from(text: str, folder: Path, where: str) -> Path:
     """The path that `text` means, seen from `folder`; raises `ValueError` naming the setting `where`."""
     unseen = any(unicodedata.category(character)[0] == "C" for character in text)
     if not text or unseen or len(os.fsencode(text)) > 1024 or max(map(len, text.split("/"))) > 200:
-        raise ValueError(
-            f"Expected {where} to be a path; got one that is empty, too long, or cannot be seen."
-        )
+        raise ValueError(f"Expected {where} to be a path; got one that is empty, too long, or not visible.")
     try:
         return folder / Path(text).expanduser()
     except RuntimeError:  # ~somebody who has no home

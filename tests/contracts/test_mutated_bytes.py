@@ -5,6 +5,7 @@ Seeded: a bit, a byte, a stretch or the length of what is honest is changed. Wha
 """
 
 import base64
+import io
 import json
 import random
 import shutil
@@ -15,7 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
+import client.cli
+import server.cli
 from client.approvals import Approvals
 from client.site import load_plan, load_site_config
 from federation.bundle import running_bundle
@@ -279,3 +283,49 @@ def test_a_changed_plan_among_those_that_were_shown(plan: RunPlan, tmp_path: Pat
 
     for changed in mutations(honest, 100, 10):
         refused_in_one_line(read, changed)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff" * 99, b'{"a":' * 9999, b"9" * 5000, b"PK\x03\x04" + b"\0" * 99]
+)
+@pytest.mark.parametrize("command", ["plan show", "install", "check", "journal show"])
+def test_a_site_that_is_given_anything_says_one_line_and_exits_2(
+    command: str, content: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "site.yaml").write_text("name: a\ndata_root: absent\nstate_dir: state\n")
+    (tmp_path / "state").mkdir()
+    given, config = tmp_path / "given", ["--config", str(tmp_path / "site.yaml")]
+    typed = {
+        "plan show": ["plan", "show", str(given), *config],
+        "install": ["install", str(given), "--into", str(tmp_path / "keys")],
+        "check": ["check", "--plan", str(given), *config],
+        "journal show": ["journal", "show", *config],
+    }[command]
+    given.write_bytes(content)
+    (tmp_path / "state" / "journal.jsonl").write_bytes(content)
+    screen = io.StringIO()
+    status = client.cli.main(typed, Console(file=screen, width=300))
+    said = screen.getvalue()
+    if command == "journal show" and not content:  # an empty journal is one
+        assert (status, said) == (0, "")
+        return
+    assert status == 2 and said.count("\n") == 1 and said[:-1].isprintable(), said
+
+
+@pytest.mark.parametrize("content", [b"\xff" * 99, b"[" * 9999, b"a: &x [*x]", b"9" * 5000, b"a: 1\na: 2"])
+@pytest.mark.parametrize("command", ["provision", "approve", "publish", "start", "run"])
+def test_a_centre_that_is_given_anything_says_one_line_and_exits_2(
+    command: str, content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = tmp_path / "given"
+    given.write_bytes(content)
+    typed = {
+        "provision": ["provision", str(given), "--folder", str(tmp_path / "office")],
+        "approve": ["approve", str(given), "--folder", str(tmp_path / "office")],
+        "publish": ["publish", str(given), "--out", str(tmp_path / "plans")],
+        "start": ["start", "--config", str(given)],
+        "run": ["run", str(given), "--folder", str(tmp_path / "run"), "--config", str(given)],
+    }[command]
+    assert server.cli.main(typed) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said[:-1].isprintable(), said
