@@ -19,6 +19,7 @@ from typing import TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from federation.limits import metric_range
 from federation.plan import WIRE_VERSION, RunPlan, WireDtype
 from federation.wire import GROWTH, MessageError, RefusalKind, Tensors, array_record, tensors_of
 from meduet_models.objective import LossWeights
@@ -379,12 +380,16 @@ def ask_head(kind: str, ask: Ask) -> ConfigRecord:
 
 
 def checked_metrics(metrics: Mapping[str, object]) -> dict[str, float]:
-    """Finite numbers of agreed names; raises `MessageError` for others."""
+    """Numbers of agreed names, each within its range (`metric_range`); raises `MessageError` for others."""
     for name, value in metrics.items():
         if name not in METRIC_NAMES:
             raise MessageError(f"Expected metrics of the agreed names; got {name[:40]!r}.")
         if not isinstance(value, float) or not math.isfinite(value):
-            raise MessageError(f"Expected metric {name!r} to be a finite float; got {value!r}.")
+            came = value if isinstance(value, float) else type(value).__name__
+            raise MessageError(f"Expected metric {name!r} to be a finite float; got {came}.")
+        least, largest = metric_range(name)
+        if not least <= value <= largest:
+            raise MessageError(f"Expected metric {name!r} from {least:g} to {largest:g}; got {value:g}.")
     return {name: value for name, value in metrics.items() if isinstance(value, float)}
 
 

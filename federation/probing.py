@@ -18,6 +18,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from federation.limits import Largest, largest_reply, promised
 from federation.plan import RunPlan
 from federation.survey import survey_layout
 from meduet_models.erasure import ErasureMoments, erasure_length
@@ -104,6 +105,11 @@ def probe_shapes(plan: RunPlan) -> dict[str, tuple[int, ...]]:
 def hits_shapes() -> dict[str, tuple[int, ...]]:
     """Names and shapes of the second exchange."""
     return {HITS: (len(_HITS),)}
+
+
+def largest_probe(plan: RunPlan) -> Largest:
+    """Size of a site's answer in either exchange, at most."""
+    return largest_reply(promised(sums_shapes(plan), torch.float64))
 
 
 def fold_moments(tensors: Mapping[str, Tensor], name: str, plan: RunPlan) -> list[ErasureMoments]:

@@ -5,6 +5,9 @@ What this file does not do: it computes no sums (`client/latents/style_moments.p
 (`strategies/style_bank.py`).
 """
 
+import torch
+
+from federation.limits import Largest, largest_reply, promised
 from federation.plan import RunPlan
 from meduet_models.style.moments import StyleLayout
 
@@ -23,6 +26,11 @@ def survey_layout(plan: RunPlan) -> StyleLayout:
         parts=max(1, len(plan.style.body_parts)),
         amplitude=plan.style.exchange == "amplitude",
     )
+
+
+def largest_survey(plan: RunPlan) -> Largest:
+    """Size of a site's answer to the survey, at most."""
+    return largest_reply(promised(survey_layout(plan).shapes(), torch.float32))
 
 
 def smallest_cohort(plan: RunPlan, site_minimum: int = 0) -> int:

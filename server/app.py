@@ -24,10 +24,12 @@ from typing import Any
 import torch
 from flwr.serverapp import Grid
 
+from federation.erasure import largest_erasure
 from federation.journal import Journal
 from federation.messages import ERASURE, SURVEY, ErasureAsk, ErasureReply, SurveyAsk, SurveyReply, Tensors
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
+from federation.survey import largest_survey
 from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
 from server.checkpoints import Checkpoint, Checkpoints
 from server.exchanges.diffusion import diffusion_of, save_diffusion
@@ -165,6 +167,7 @@ class _Run:
                 SurveyReply.from_record,
                 self.model.check_survey,
                 self.book,
+                largest=largest_survey(self.plan),
             )
             surveyed = self.model.after_survey(shared, replies)
             shared, bank = surveyed.shared, surveyed.bank
@@ -231,6 +234,8 @@ class _Run:
                 ErasureReply.from_record,
                 self.model.check_erasure,
                 self.book,
+                largest=largest_erasure(self.plan),
+                at_least=2,  # of one site there is nothing to erase
             )
             shared, summary = self.model.after_erasure(shared, replies)
             erasure = {**summary, "refused": refused}

@@ -17,6 +17,7 @@ from flwr.app import RecordDict
 from torch import Tensor
 
 from federation.diffusion_plan import DiffusionPlan
+from federation.limits import Largest, largest_reply, promised
 from federation.messages import Ask, Head, ask_head, new_head
 from federation.plan import RunPlan, WireDtype
 from federation.wire import MessageError, Tensors, array_record
@@ -27,7 +28,9 @@ BOUNDED = "latents"
 """The tensor that the release bounds; the others say what is known of a scan."""
 _CHUNK_BYTES = 32 * 2**20
 _ITEM = re.compile(r"[0-9a-f]{32}")
+_ITEM_BYTES = 33  # a name and a space
 _WHOLE = ("site", "body_part", "category")
+_REAL = (BOUNDED, "label_map")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +164,15 @@ def items_per_chunk(plan: RunPlan) -> int:
     return max(1, _CHUNK_BYTES // (4 * sum(math.prod(shape) for shape in told_shapes(plan, 1).values())))
 
 
+def largest_latents(plan: RunPlan, count: int) -> Largest:
+    """Size of a site's answer with `count` items, at most; names of items are text."""
+    shapes = told_shapes(plan, count)
+    real = {name: shape for name, shape in shapes.items() if name in _REAL}
+    others = {name: shape for name, shape in shapes.items() if name not in _REAL}
+    tensors = promised(real, torch.float32) | promised(others, torch.float64)
+    return largest_reply(tensors, plan.release.latent_dtype, text_bytes=_ITEM_BYTES * count)
+
+
 def to_tensors(examples: Examples) -> Tensors:
     """Examples as finite tensors: whole numbers and spacing as float64, so that they travel exactly.
 
@@ -178,9 +190,8 @@ def to_tensors(examples: Examples) -> Tensors:
 
 def nothing(plan: RunPlan) -> Tensors:
     """What travels when there is no item."""
-    real = (BOUNDED, "label_map")
     return {
-        name: torch.zeros(shape, dtype=torch.float32 if name in real else torch.float64)
+        name: torch.zeros(shape, dtype=torch.float32 if name in _REAL else torch.float64)
         for name, shape in told_shapes(plan, 0).items()
     }
 

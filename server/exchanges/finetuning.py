@@ -17,6 +17,7 @@ from flwr.serverapp import Grid
 
 from federation.exchanges.finetuning import FINETUNE, FinetuneAsk, FinetunePlan, FinetuneReply
 from federation.journal import Journal
+from federation.limits import MOST_SCANS, largest_reply
 from federation.messages import Tensors
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
@@ -137,7 +138,9 @@ def _round(
     fixed: Tensors,
 ) -> tuple[Tensors, dict[str, Any]]:
     """The weights after a round, and its report."""
-    bounds = Bounds(num_replies=len(roster.sites), max_norm=finetuning.update_clip_norm)
+    bounds = Bounds(
+        num_replies=len(roster.sites), max_norm=finetuning.update_clip_norm, max_examples=MOST_SCANS
+    )
     total = StreamingSum(trained, bounds, threads=torch.get_num_threads())
 
     def fold(reply: FinetuneReply) -> None:
@@ -154,7 +157,15 @@ def _round(
         fixed=fixed,
     )
     replies, refused = ask_sites(
-        grid, roster, plan, FINETUNE, ask.to_record(), FinetuneReply.from_record, fold, book
+        grid,
+        roster,
+        plan,
+        FINETUNE,
+        ask.to_record(),
+        FinetuneReply.from_record,
+        fold,
+        book,
+        largest=largest_reply(trained),
     )
     mean = total.mean()
     sites = {site: {"examples": reply.examples, **reply.metrics} for site, reply in replies.items()}

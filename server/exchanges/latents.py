@@ -21,12 +21,14 @@ from federation.exchanges.latents import (
     LatentsAsk,
     LatentsReply,
     items_per_chunk,
+    largest_latents,
     latent_bound,
     releases_of,
     releasing,
     to_tensors,
     told_shapes,
 )
+from federation.limits import MOST_SCANS
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
 from meduet_models.diffusion.conditions import UNKNOWN
@@ -83,6 +85,7 @@ def collect(
             LatentsReply.from_record,
             check,
             book,
+            largest=largest_latents(plan, count),
             stops=False,
             only=asked,
         )
@@ -116,10 +119,8 @@ def check_reply(reply: LatentsReply, ask: LatentsAsk, plan: RunPlan, bank: Laten
     if (reply.round, reply.first) != (ask.round, ask.first):
         raise ReplyRefused(f"Expected items from {ask.first} of round {ask.round}; got others.")
     diffusion = releasing(plan)
-    most = min(
-        (limit for limit in (diffusion.items_per_site, diffusion.items_per_round) if limit),
-        default=reply.total,
-    )
+    limits = (diffusion.items_per_site, diffusion.items_per_round, MOST_SCANS)
+    most = min(limit for limit in limits if limit)
     if not 0 <= reply.total <= most:
         raise ReplyRefused(f"Expected at most {most} items in a round; got {reply.total}.")
     known = bank.dealt_with(plan, reply.site, ask.round)

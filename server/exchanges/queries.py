@@ -1,40 +1,22 @@
 """Queries: one question to every site outside of the rounds (survey, erasure), and its valid replies.
 
-Bounded and strict like a round: nodes and replies are awaited until the deadline, each reply is read and
-checked alone, a bad one is put aside with its reason, and below the quorum the run stops.
+Bounded and strict like a round: nodes and replies are awaited until the deadline, each reply is pulled, read
+and checked alone behind the same wall (`strategies/reply_wall.py`), a bad one is put aside with its reason,
+and below the quorum the run stops.
 What this file does not do: it knows nothing of what is asked.
 """
 
-import logging
 from collections.abc import Callable, Collection
-from typing import Protocol, TypeVar
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from federation.messages import MessageError, Refusal, kind_of
+from federation.limits import Largest
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
-from strategies.aggregation import ReplyRefused
 from strategies.quorum import Roster, check_quorum, needed, wait_for_nodes
+from strategies.reply_wall import Reply, ReplyWall
 from strategies.streaming_grid import Late, StreamingGrid
-
-_log = logging.getLogger(__name__)
-
-
-class SiteReply(Protocol):
-    """What every reply says of itself."""
-
-    @property
-    def site(self) -> str:
-        """Who replies."""
-
-    @property
-    def plan_sha256(self) -> str:
-        """Under which plan."""
-
-
-Reply = TypeVar("Reply", bound=SiteReply)
 
 
 def ask_sites(
@@ -46,22 +28,27 @@ def ask_sites(
     read: Callable[[RecordDict], Reply],
     check: Callable[[Reply], None],
     book: ReplyBook,
+    *,
+    largest: Largest,
     stops: bool = True,
+    at_least: int = 1,
     only: Collection[str] | None = None,
 ) -> tuple[dict[str, Reply], dict[str, str]]:
     """Valid replies by site, in the plan's order, and who was put aside why.
 
-    `read` and `check` raise `ValueError` on a reply that is not to be used; the others are entered in `book`.
-    Raises `RoundFailed` below the quorum; without `stops`, the run goes on with whoever answered. With
-    `only`, other sites that are known are not asked.
+    `read` and `check` raise on a reply that is not to be used; the others are entered in `book`. No more than
+    `largest` is pulled of a reply. Raises `RoundFailed` below the quorum, or with fewer than `at_least`;
+    without `stops`, the run goes on with whoever answered. With `only`, other sites that are known are not
+    asked.
     """
     settings = plan.aggregation
-    least = needed(settings.quorum, len(roster.sites)) if stops else 1
+    quorum = max(settings.quorum, at_least / len(roster.sites))
+    least = needed(quorum, len(roster.sites)) if stops else 1
     nodes = wait_for_nodes(grid, roster, least, settings.deadline_s)
     nodes = _of(nodes, roster, only)
     stream = StreamingGrid(grid)
+    wall = ReplyWall(message_type, message_type, plan.sha256, roster, book, read, check)
     replies: dict[str, Reply] = {}
-    refused: dict[str, str] = {}
 
     def ask(node: int) -> Message:
         return Message(question, node, message_type, ttl=settings.deadline_s)
@@ -70,24 +57,17 @@ def ask_sites(
         [ask(node) for node in nodes],
         timeout=settings.deadline_s,
         late=Late(ask, lambda: _to_ask(grid, roster, only), lambda: not stops or len(replies) >= least),
+        largest=largest,
     ):
-        node = stream.node_of(message)
-        try:
-            reply = _read(message, node, roster, plan, read)
-            if reply.site in replies:
-                raise ReplyRefused(f"Expected one reply of {reply.site!r}; got a second.")
-            draft = book.draft(message_type, reply)
-            check(reply)
-            book.enter(draft)
+        if (reply := wall.take(stream.node_of(message), message)) is not None:
             replies[reply.site] = reply
-        except ValueError as error:
-            refused[roster.name(node)] = str(error)
-    refused |= {roster.name(n): f"no reply within {settings.deadline_s:g} s" for n in stream.unanswered}
-    for who, why in refused.items():
-        _log.warning("%s goes on without %s: %s", message_type, who, why)
+    for node, why in stream.not_pulled.items():
+        wall.put_aside(node, why)
+    for node in stream.unanswered:
+        wall.put_aside(node, f"no reply within {settings.deadline_s:g} s")
     if stops:
-        check_quorum(f"{message_type!r}", len(replies), settings.quorum, len(roster.sites), refused)
-    return {site: replies[site] for site in roster.sites if site in replies}, refused
+        check_quorum(f"{message_type!r}", len(replies), quorum, len(roster.sites), wall.refused)
+    return {site: replies[site] for site in roster.sites if site in replies}, wall.refused
 
 
 def _to_ask(grid: Grid, roster: Roster, only: Collection[str] | None) -> list[int]:
@@ -98,20 +78,3 @@ def _of(nodes: list[int], roster: Roster, only: Collection[str] | None) -> list[
     """The nodes without sites that are known and not among `only`."""
     others = set(roster.sites) - set(only) if only is not None else set()
     return [node for node in nodes if roster.name(node) not in others]
-
-
-def _read(
-    message: Message, node: int, roster: Roster, plan: RunPlan, read: Callable[[RecordDict], Reply]
-) -> Reply:
-    if message.has_error():
-        raise ReplyRefused(f"Flower error {message.error.code}")  # its words may be the site's: not kept
-    if kind_of(message.content) == "refusal":
-        refusal = Refusal.from_record(message.content)
-        roster.bind(node, refusal.site)
-        raise ReplyRefused(f"refused: {refusal.kind.value}")
-    reply = read(message.content)
-    if problem := roster.bind(node, reply.site):
-        raise ReplyRefused(problem)
-    if reply.plan_sha256 != plan.sha256:
-        raise MessageError(f"Expected a reply under plan {plan.sha256[:12]}; it names another.")
-    return reply
