@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 import torch
 
-from federation.erasure import erasure_moments, share_bound
+from federation.exchanges.erasure import ErasureReply, erasure_moments, share_bound
+from federation.exchanges.survey import SurveyReply, smallest_cohort
 from federation.limits import MOST_PATIENTS, MOST_SCANS
-from federation.messages import ErasureReply, SurveyReply, Tensors
+from federation.messages import Tensors
 from federation.plan import RunPlan
-from federation.survey import smallest_cohort
 from meduet_models.content_code import RenderingMoments, fit_content_code
 from meduet_models.erasure import ErasureMoments, fit_erasure
 from meduet_models.meduet import MeDUET

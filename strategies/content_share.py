@@ -25,8 +25,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
+from federation.exchanges.pretraining import PRETRAINING, TrainReply
 from federation.limits import MOST_SCANS, largest_reply
-from federation.messages import TRAIN, RefusalKind, TrainAsk, TrainReply
+from federation.messages import RefusalKind
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
 from federation.wire import array_record
@@ -68,25 +69,6 @@ class Task:
     question: Callable[[int, bool], RecordDict]
     """The question of a round, with the start for a site that missed it or without; the strategy puts the
     record "shared" into it."""
-
-
-def pretraining(plan: RunPlan, bank: Mapping[str, Tensor], home: Mapping[str, Tensor]) -> Task:
-    """The task of the run itself; `home` is the common start of what stays at the sites."""
-    plan_json, bank, home, wire_dtype = plan.to_json(), dict(bank), dict(home), plan.release.wire_dtype
-
-    def question(round: int, start: bool) -> RecordDict:
-        begun = home if start or round == 1 else None
-        ask = TrainAsk(
-            plan_json=plan_json, round=round, shared={}, bank=bank, home=begun, wire_dtype=wire_dtype
-        )
-        return ask.to_record()
-
-    return Task(
-        message_type=TRAIN,
-        rounds=plan.training.rounds,
-        max_norm=plan.release.update_clip_norm,
-        question=question,
-    )
 
 
 class ContentShare(Strategy):
@@ -250,7 +232,7 @@ class ContentShare(Strategy):
 
         wall = ReplyWall(
             f"round {round}",
-            TRAIN,
+            PRETRAINING.route,
             self._plan_sha256,
             self.roster,
             self._book,

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from flwr.serverapp import Grid
 
-from federation.exchanges.finetuning import FINETUNE, FinetuneAsk, FinetunePlan, FinetuneReply
+from federation.exchanges.finetuning import FINETUNING, FinetuneAsk, FinetunePlan, FinetuneReply
 from federation.journal import Journal
-from federation.limits import MOST_SCANS, largest_reply
+from federation.limits import MOST_SCANS
 from federation.messages import Tensors
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
@@ -156,17 +156,7 @@ def _round(
         trained=trained,
         fixed=fixed,
     )
-    replies, refused = ask_sites(
-        grid,
-        roster,
-        plan,
-        FINETUNE,
-        ask.to_record(),
-        FinetuneReply.from_record,
-        fold,
-        book,
-        largest=largest_reply(trained),
-    )
+    replies, refused = ask_sites(grid, roster, plan, FINETUNING, ask, fold, book)
     mean = total.mean()
     sites = {site: {"examples": reply.examples, **reply.metrics} for site, reply in replies.items()}
     report = {"round": round, "sites": sites, "refused": refused}

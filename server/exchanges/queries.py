@@ -8,14 +8,14 @@ What this file does not do: it knows nothing of what is asked.
 
 from collections.abc import Callable, Collection
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.serverapp import Grid
 
-from federation.limits import Largest
+from federation.exchanges.exchange import AskKind, Exchange, ReplyKind
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
 from strategies.quorum import Roster, check_quorum, needed, wait_for_nodes
-from strategies.reply_wall import Reply, ReplyWall
+from strategies.reply_wall import ReplyWall
 from strategies.streaming_grid import Late, StreamingGrid
 
 
@@ -23,41 +23,39 @@ def ask_sites(
     grid: Grid,
     roster: Roster,
     plan: RunPlan,
-    message_type: str,
-    question: RecordDict,
-    read: Callable[[RecordDict], Reply],
-    check: Callable[[Reply], None],
+    exchange: Exchange[AskKind, ReplyKind],
+    question: AskKind,
+    check: Callable[[ReplyKind], None],
     book: ReplyBook,
     *,
-    largest: Largest,
     stops: bool = True,
     at_least: int = 1,
     only: Collection[str] | None = None,
-) -> tuple[dict[str, Reply], dict[str, str]]:
+) -> tuple[dict[str, ReplyKind], dict[str, str]]:
     """Valid replies by site, in the plan's order, and who was put aside why.
 
-    `read` and `check` raise on a reply that is not to be used; the others are entered in `book`. No more than
-    `largest` is pulled of a reply. Raises `RoundFailed` below the quorum, or with fewer than `at_least`;
-    without `stops`, the run goes on with whoever answered. With `only`, other sites that are known are not
-    asked.
+    `check` raises on a reply that is not to be used; the others are entered in `book`. Raises `RoundFailed`
+    below the quorum, or with fewer than `at_least`; without `stops`, the run goes on with whoever answered.
+    With `only`, other sites that are known are not asked.
     """
-    settings = plan.aggregation
+    settings, record = plan.aggregation, question.to_record()
     quorum = max(settings.quorum, at_least / len(roster.sites))
     least = needed(quorum, len(roster.sites)) if stops else 1
     nodes = wait_for_nodes(grid, roster, least, settings.deadline_s)
     nodes = _of(nodes, roster, only)
     stream = StreamingGrid(grid)
-    wall = ReplyWall(message_type, message_type, plan.sha256, roster, book, read, check)
-    replies: dict[str, Reply] = {}
+    route = exchange.route
+    wall = ReplyWall(route, route, plan.sha256, roster, book, exchange.reply.from_record, check)
+    replies: dict[str, ReplyKind] = {}
 
     def ask(node: int) -> Message:
-        return Message(question, node, message_type, ttl=settings.deadline_s)
+        return Message(record, node, route, ttl=settings.deadline_s)
 
     for message in stream.send_and_receive(
         [ask(node) for node in nodes],
         timeout=settings.deadline_s,
         late=Late(ask, lambda: _to_ask(grid, roster, only), lambda: not stops or len(replies) >= least),
-        largest=largest,
+        largest=exchange.largest(plan, question),
     ):
         if (reply := wall.take(stream.node_of(message), message)) is not None:
             replies[reply.site] = reply
@@ -66,7 +64,7 @@ def ask_sites(
     for node in stream.unanswered:
         wall.put_aside(node, f"no reply within {settings.deadline_s:g} s")
     if stops:
-        check_quorum(f"{message_type!r}", len(replies), quorum, len(roster.sites), wall.refused)
+        check_quorum(f"{route!r}", len(replies), quorum, len(roster.sites), wall.refused)
     return {site: replies[site] for site in roster.sites if site in replies}, wall.refused
 
 
