@@ -226,7 +226,7 @@ def _is_shape(shape: Sequence[object]) -> bool:
 def _values(array: Array, name: str, descr: str) -> NDArray[Any]:
     """The values of an array in numpy's format that must be of one type and in a row."""
     if array.stype != _FORMAT:
-        raise MessageError(f"Expected array {name!r} in numpy's format; got {array.stype!r}.")
+        raise MessageError(f"Expected array {name!r} in numpy's format; got {array.stype[:40]!r}.")
     # Not numpy's own reader, which evaluates a header as Python and warns about what it mends.
     start = len(_MAGIC) + 2
     end = start + int.from_bytes(array.data[len(_MAGIC) : start], "little")

@@ -297,7 +297,8 @@ class StreamingSum:
         for total, values in pieces:
             block = rounded[: len(values)]
             self._round(values, block)
-            squares.append(float(np.dot(block, block)))
+            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused
+                squares.append(float(np.dot(block, block)))
             if not total.add(block, scratch, math.sqrt(squares[-1])):
                 return math.inf
             added.append((total, values))

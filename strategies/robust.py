@@ -50,7 +50,8 @@ class SpilledReplies:
             raise ReplyRefused(f"Expected one reply of {site!r}; got a second.")
         values = self.validation.flat(update, examples)
         pieces = [v[i : i + _PIECE] for v in values for i in range(0, len(v), _PIECE)]
-        squares = math.fsum(float(np.dot(piece, piece)) for piece in pieces)
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused
+            squares = math.fsum(float(np.dot(piece, piece)) for piece in pieces)
         norm = self.validation.norm(values, squares, examples)
         path = self._folder / f"{len(self._files)}.float32"
         with path.open("wb") as file:  # begun anew by the next reply if this one ends here

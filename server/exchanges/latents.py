@@ -1,9 +1,10 @@
 """Collecting latents: before a round is trained on, every site is asked for what it releases in that round.
 
 Part by part until a site has told all, from where the bank stands: cut off anywhere and begun again, the bank
-ends the same. A site that refuses, is silent, or answers with something else is put aside with its reason
-until the next round; a site that withdrew is not asked. What this file does not do: store (`latent_bank.py`),
-or decide what a site releases (`client/exchanges/latents.py`).
+ends the same. How much that can be is bounded (`federation/limits.py`), and so is the time: a collection
+takes what a round may take, and one question. A site that refuses, is silent, or answers with something else is put
+aside with its reason until the next round; a site that withdrew is not asked. What this file does not do:
+store (`server/latent_bank/bank.py`), or decide what a site releases (`client/exchanges/latents.py`).
 """
 
 import logging
@@ -68,6 +69,9 @@ def collect(
     while waiting := {
         site: first for site, first in _standing(bank, plan, round).items() if site not in refused
     }:
+        if told and time.monotonic() - began > plan.aggregation.deadline_s:
+            refused |= {s: f"not all told within {plan.aggregation.deadline_s:g} s" for s in waiting}
+            break
         first = min(waiting.values())
         asked = {site for site, stands in waiting.items() if stands == first}
         ask = LatentsAsk(plan_json=plan.to_json(), round=round, first=first, count=count)

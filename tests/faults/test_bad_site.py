@@ -38,9 +38,14 @@ WAYS: dict[str, tuple[dict[str, Any], str, str]] = {
         "taken out of the sum again, exactly",
     ),
     "truncated message": ({"reply": "truncated"}, "bytes", "put aside"),
+    "oversized array (one chunk named 3,000 times)": (
+        {"reply": "oversized"},
+        "bytes in arrays",
+        "left at SuperLink: its size is checked before it is put together",
+    ),
     "replayed message": (
         {"reply": "replayed"},
-        "round 14; got one to round 13",
+        "round 15; got one to round 14",
         "put aside: another round's",
     ),
     "a site raises (with a patient's name in the text)": (
