@@ -15,6 +15,7 @@ from flwr.app import Message, RecordDict
 
 from federation.messages import MessageError, Refusal, RefusalKind, kind_of
 from federation.reply_book import ReplyBook
+from federation.terminal import visible
 from strategies.aggregation import ReplyRefused
 from strategies.quorum import Roster
 
@@ -110,6 +111,6 @@ class ReplyWall(Generic[Reply]):
 
 
 def _plain(why: str) -> str:
-    """One line that a terminal shows as it is."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in why)
+    """One line that shows what it is."""
+    shown = visible(why)
     return shown if len(shown) <= _LONGEST_REASON else shown[:_LONGEST_REASON] + "…"

@@ -2,9 +2,9 @@
 
 Part by part until a site has told all, from where the bank stands: cut off anywhere and begun again, the bank
 ends the same. How much that can be is bounded (`federation/limits.py`), and so is the time: a collection
-takes what a round may take, and one question. A site that refuses, is silent, or answers with something else is put
-aside with its reason until the next round; a site that withdrew is not asked. What this file does not do:
-store (`server/latent_bank/bank.py`), or decide what a site releases (`client/exchanges/latents.py`).
+takes what a round may take, and one question. A site that refuses, is silent, or answers with something else
+is put aside with its reason until the next round; a site that withdrew is not asked. What this file does not
+do: store (`server/latent_bank/bank.py`), or decide what a site releases (`client/exchanges/latents.py`).
 """
 
 import logging
