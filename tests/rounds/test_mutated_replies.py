@@ -422,13 +422,13 @@ def test_every_valid_reply_is_accepted_as_it_is(cases: list[Case]) -> None:
     assert all(case.answered(Still()) for case in cases)
 
 
-def test_of_4500_changed_replies_none_is_accepted_that_the_plan_forbids(cases: list[Case]) -> None:
-    send(cases, range(4500))
+def test_of_3500_changed_replies_none_is_accepted_that_the_plan_forbids(cases: list[Case]) -> None:
+    send(cases, range(3500))
 
 
 @pytest.mark.slow
-def test_of_35000_more_none_is_accepted_that_the_plan_forbids(cases: list[Case]) -> None:
-    send(cases, range(4500, 39500))
+def test_of_36000_more_none_is_accepted_that_the_plan_forbids(cases: list[Case]) -> None:
+    send(cases, range(3500, 39500))
 
 
 @settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
