@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from client.app import exchanges
+import client.app
 from client.exchanges import pretraining
 from client.exchanges.exchange import AskRefused
 from federation.wire import RefusalKind
@@ -40,20 +40,25 @@ WAYS: dict[str, tuple[dict[str, Any], str, str]] = {
         "taken out of the sum again, exactly",
     ),
     "truncated message": ({"reply": "truncated"}, "bytes", "put aside"),
+    "oversized array (one chunk named 3,000 times)": (
+        {"reply": "oversized"},
+        "bytes in arrays",
+        "left at SuperLink: its size is checked before it is put together",
+    ),
     "replayed message": (
         {"reply": "replayed"},
-        "round 14; got one to round 13",
+        "round 15; got one to round 14",
         "put aside: another round's",
     ),
     "a site raises (with a patient's name in the text)": (
         {"do": "raise", "at_step": 1},
-        "refused: internal",
-        "one word crosses: `internal`; the text stays in the site's log",
+        "refused: not_answered",
+        "one word crosses: `not_answered`; the text stays in the site's log",
     ),
     "a site runs out of memory": (
         {"do": "memory", "at_step": 1},
-        "refused: out_of_memory",
-        "the site says so: `out_of_memory`",
+        "refused: not_answered",
+        "its log says so; one word crosses: `not_answered`",
     ),
 }
 BAD = "north"
@@ -74,22 +79,23 @@ PLAN = (
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Consortium, Weights]]:
     folder = tmp_path_factory.mktemp("bad")
     steps = {FIRST + number: way[0] for number, way in enumerate(WAYS.values())}
-    answer_round = pretraining.ANSWER.work
+    honest = pretraining.ANSWER
 
     def silent(site: Any, ask: Any, *rest: Any) -> Any:
         """It trains where the bad one does, and says nothing of it."""
         step = steps.get(ask.round) if site.name == BAD else None
         if step is None or "reply" in step:
-            answered = answer_round(site, ask, *rest)
+            answered = honest.work(site, ask, *rest)
         if step is not None:
-            raise AskRefused("silent", RefusalKind.INTERNAL)
+            # as often as the bad one cannot answer: after three such questions a site stops
+            kind = RefusalKind.BUDGET if "reply" in step else RefusalKind.INTERNAL
+            raise AskRefused("silent", kind)
         return answered
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretraining, "ANSWER", dataclasses.replace(pretraining.ANSWER, work=silent))
-        exchanges.cache_clear()
+        rows = [row for row in client.app.exchanges() if row is not honest]
+        patch.setattr(client.app, "exchanges", lambda: (*rows, dataclasses.replace(honest, work=silent)))
         made, expected = undisturbed(folder / "undisturbed", PLAN)
-    exchanges.cache_clear()
     assert made.hospitals[0].name == BAD
     whole = consortium(folder, PLAN, made, {BAD: steps})
     with whole.supervisor:

@@ -311,7 +311,7 @@ def test_shared_weights_of_another_shape_or_a_bank_of_other_sites_are_refused_be
 def test_a_round_that_outlives_the_plans_deadline_is_given_up(
     site: ToySite, plan: RunPlan, toy_bank: Any
 ) -> None:
-    late = replace(plan, aggregation=replace(plan.aggregation, deadline_s=0.0))
+    late = replace(plan, aggregation=replace(plan.aggregation, deadline_s=1e-3))
     with pytest.raises(AskRefused) as refusal:
         answer_round(site, ask(late, toy_bank(late)), late)
     assert refusal.value.kind is RefusalKind.DEADLINE
