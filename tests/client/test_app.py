@@ -208,7 +208,7 @@ def test_nothing_but_what_passed_the_gate_can_be_sent(
         assert (
             Refusal.from_record(send(app, SURVEY.route, asks[SURVEY.route])).kind is RefusalKind.NOT_ANSWERED
         )
-    assert "what passed the gate" in (folder / LOG_NAME).read_text()
+    assert "Released" in (folder / LOG_NAME).read_text()
 
 
 def test_a_question_of_another_kind_version_or_plan_is_refused_in_its_word(
