@@ -169,7 +169,7 @@ def test_a_site_below_the_cohort_is_listed_and_stops_nothing(miniature: Any, tmp
     journal = Journal(tmp_path / "sites" / plan.sites[1] / "journal.jsonl")
     lines = (tmp_path / "sites" / plan.sites[1] / "journal.jsonl").read_text().splitlines()
     assert journal.verify() == len(lines)
-    assert {json.loads(line)["record"]["kind"] for line in lines} == {"survey", "round", "erasure"}
+    assert {json.loads(line)["record"]["kind"] for line in lines} == {"survey", "round", "erasure", "refusal"}
 
 
 def test_where_too_few_can_answer_there_is_no_reading(miniature: Any, tmp_path: Path) -> None:
