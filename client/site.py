@@ -94,8 +94,6 @@ class SiteConfig:
     """Seconds between two writes of a round under way, from which a killed round goes on; more where writing
     would take over a twentieth of the time. 0: after each step, whatever it takes. A shorter round writes
     nothing."""
-    port: int = 9094
-    """Port on this machine's loopback where the parts of this site talk to each other."""
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be meant."""
@@ -117,8 +115,6 @@ class SiteConfig:
         check_sentence(self.latent_release)
         if self.minimum_cohort < 1:
             raise ValueError(f"Expected minimum_cohort to be at least 1; got {self.minimum_cohort}.")
-        if not 0 < self.port < 65536:
-            raise ValueError(f"Expected port from 1 to 65535; got {self.port}.")
         if not 0 <= self.progress_every_s < math.inf:
             raise ValueError(f"Expected progress_every_s of at least 0; got {self.progress_every_s}.")
         if self.threads < 0:

@@ -36,7 +36,7 @@ from server.consortium.provisioning import ConsortiumSettings, Office, SiteEntry
 from server.deployment.app_folder import ROOT
 from server.deployment.control import Control
 from server.deployment.status import read_status
-from simulations.poc import Poc, reserve_ports
+from simulations.poc import Poc
 from tests.faults.consortium import (
     SABOTEUR,
     Consortium,
@@ -99,7 +99,6 @@ def settled(up: Consortium, name: str, home: Path) -> Path:
         "name": name,
         "state_dir": str(home / "state"),
         "keys_dir": str(home / "keys"),
-        "port": reserve_ports(1)[0],
     }
     (home / SETTINGS).write_text(yaml.safe_dump(yaml.safe_load(first.read_text()) | own, sort_keys=False))
     return home / SETTINGS
