@@ -22,6 +22,7 @@ from client.commands import journal as journal_commands
 from client.commands import key as key_commands
 from client.commands import plan as plan_commands
 from client.commands import service as service_commands
+from storage.files import keep_to_owner
 
 DONE, FAILED, NOT_POSSIBLE, INTERRUPTED = 0, 1, 2, 130
 
@@ -78,6 +79,7 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
 
 
 def _parser() -> argparse.ArgumentParser:
+    keep_to_owner()
     parser = argparse.ArgumentParser(
         prog="meduet-site",
         description=_ABOUT,

@@ -36,6 +36,7 @@ from federation.published_plan import plan_of
 from federation.wire import RefusalKind
 from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
 from privacy.ledger import Ledger
+from storage.files import private_folder
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 SiteProgress = Callable[[str, int, int], None]
@@ -193,7 +194,7 @@ class Site:
         self.progress_every_s = config.progress_every_s
         self.device = resolve_device(config.device)
         """Where scans are encoded and the network is trained."""
-        config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_folder(config.state_dir)
         if config.threads:
             torch.set_num_threads(config.threads)
         # Consent or a ceiling of 0: the ledger compares it with the epsilon of each promise.

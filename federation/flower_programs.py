@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from federation.processes import ChildProcess
+from storage.files import private_folder
 
 SUPEREXEC = "superexec"
 SOCKET = "MEDUET_FLOWER_SOCKET"
@@ -40,8 +41,8 @@ def program(name: str) -> tuple[str, ...]:
 def environment(home: Path, socket: Path) -> dict[str, str]:
     """Variables for every program of Flower's, with `home` as its FLWR_HOME; `socket` is where its server
     answers on this machine."""
-    home.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # `mode` is not for the parents of a folder
-    home.mkdir(exist_ok=True, mode=0o700)
+    private_folder(home.parent)
+    private_folder(home)
     return {
         "FLWR_HOME": str(home),
         SOCKET: str(socket),
@@ -73,7 +74,7 @@ def superexec_process(secret: str, variables: Mapping[str, str], runtime_api: Se
 def secret_file(path: Path) -> Path:
     """A file with a secret that the parts of one side share; made once, for its owner only (mode 0600)."""
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_folder(path.parent)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(secrets.token_bytes(32))

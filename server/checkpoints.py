@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
+from storage.files import private_folder
 
 KEPT = 3
 _GROUPS = ("shared", "optimiser", "bank", "average")
@@ -53,7 +54,7 @@ class Checkpoints:
 
     def save(self, checkpoint: Checkpoint) -> Path:
         """Write a checkpoint (temporary file, fsync, rename, fsync of the folder) and drop old ones."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        private_folder(self._folder)
         tensors = {
             f"{group}:{name}": tensor
             for group in _GROUPS

@@ -38,9 +38,9 @@ from server.deployment.control import Control
 from server.deployment.proxy import nginx_is_there
 from server.deployment.status import read_status
 from server.deployment.submission import RunGivenUp, Submission
-from server.run_folder import write_whole
 from simulations.progress import Live
 from simulations.run import Made, Simulation, prepare
+from storage.files import keep_to_owner, write_whole
 
 SMALL = (
     "name=poc",
@@ -249,6 +249,7 @@ def reserve_ports(count: int) -> list[int]:
 
 def main() -> int:
     """`python -m simulations.poc SITES FOLDER`; what `meduet-server poc` becomes."""
+    keep_to_owner()
     console = Console(highlight=False, soft_wrap=True)
     try:
         folder = run_poc(int(sys.argv[1]), Path(sys.argv[2]), lambda line: console.print(line, markup=False))

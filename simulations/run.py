@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from storage.files import write_whole
+
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read when Flower is imported
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
@@ -30,7 +32,6 @@ from meduet_models.tokenizer.tokenizer import load_tokenizer
 from server.app import RunObserver, RunResult
 from server.app import run as run_plan
 from server.config import plain, plan_from
-from server.run_folder import write_whole
 from simulations.consortium import Consortium, site_configs
 from simulations.engines.in_process import FixedThreads, InProcessGrid, fixed_threads
 from simulations.generation.judge import judge

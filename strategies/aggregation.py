@@ -25,6 +25,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from storage.files import private_folder
+
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
 Result = TypeVar("Result")
@@ -214,7 +216,7 @@ class StreamingSum:
                 self._each(self._subtract, values)  # integers: what was added leaves no trace
             raise
         if self._spill is not None:
-            self._spill.mkdir(parents=True, exist_ok=True)
+            private_folder(self._spill)
             path = self._spill / f"{self.num_replies}.float32"
             with path.open("wb") as file:
                 for value in values:

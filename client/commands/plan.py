@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from storage.files import private_folder
+
 if TYPE_CHECKING:
     from client.approvals import Approvals
     from client.site import SiteConfig
@@ -43,7 +45,7 @@ def _behind_one_line(chosen: argparse.Namespace, console: Console) -> int:
 
     try:
         config = load_site_config(chosen.config)
-        config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_folder(config.state_dir)
         status: int = chosen.action(chosen, console, config, Approvals(config.state_dir))
     except ValueError as error:
         _say(console, str(error))

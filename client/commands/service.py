@@ -9,6 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
+from storage.files import private_folder
+
 _NOT_POSSIBLE = 2
 
 
@@ -32,7 +34,7 @@ def _start(chosen: argparse.Namespace, console: Console) -> int:
 
     try:
         config = load_site_config(chosen.config)
-        config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_folder(config.state_dir)
         children = supernode_processes(config, chosen.config)
         open_books(config.state_dir)
     except ValueError as error:

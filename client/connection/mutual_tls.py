@@ -7,9 +7,10 @@ site's certificate. It is run as a program (`client/connection/supernode.py`), w
 Four more things a hospital needs. What SuperNode serves to this machine it serves on a socket of its own
 account (`federation/local_socket.py`), and no port is open. With a network that drops packets for two
 minutes, Flower takes a TLS handshake that nobody answers for a wrong certificate and gives up for good; here
-it is a connection that failed, and tried again. A SuperNode that gave up stays as a process that does nothing, since one of its
-threads never ends; here the process ends, and its supervisor starts it again. And where the centre does not
-accept the signature, as when the clock is off, Flower ends "gracefully"; here it is said.
+it is a connection that failed, and tried again. A SuperNode that gave up stays as a process that does
+nothing, since one of its threads never ends; here the process ends, and its supervisor starts it again. And
+where the centre does not accept the signature, as when the clock is off, Flower ends "gracefully"; here it is
+said.
 
 Does not do: anything else; Flower's own checks of the server's certificate and name hold.
 Source: flwr 1.41, `flwr/supernode/fleet_http_connection.py`; a private class, pinned with Flower.

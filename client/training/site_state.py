@@ -65,7 +65,7 @@ class StateFolder:
     def begin(self, home: Mapping[str, Tensor]) -> None:
         """Keep the common start; states of an earlier attempt at the same plan go. When it is round 1 that is
         asked again, all is there and stays."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        private_folder(self._folder)
         if self.rounds() == [0, 1] and self._is_start(home):
             return
         self._write(SiteState(round=0, home=dict(home)), shared_sha256="")

@@ -19,7 +19,7 @@ from federation.flower_programs import program
 from federation.health import NotServing, check_health
 from server.deployment.config import ServerConfig
 from server.deployment.superlink import address, flower_environment, home
-from server.run_folder import write_whole
+from storage.files import write_whole
 
 _CONNECTION = "centre"
 _NODES = "nodes.json"

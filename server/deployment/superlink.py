@@ -22,6 +22,7 @@ from federation.flower_programs import (
 )
 from federation.processes import ChildProcess
 from server.deployment.config import ServerConfig
+from storage.files import private_folder
 
 SUPERLINK = "superlink"
 SOCKET = "superlink.sock"
@@ -45,7 +46,7 @@ def flower_environment(config: ServerConfig) -> dict[str, str]:
 
 def superlink_processes(config: ServerConfig) -> tuple[ChildProcess, ...]:
     """SuperLink and SuperExec, in the order in which they are started."""
-    config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_folder(config.state_dir)
     variables = flower_environment(config)
     secret = str(secret_file(config.state_dir / "superexec.secret"))
     superlink = ChildProcess(

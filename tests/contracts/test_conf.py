@@ -28,7 +28,16 @@ from simulations.downstream.run import DownstreamRunSettings
 from simulations.settings import SimulationSettings
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("meduet_models", "privacy", "federation", "strategies", "client", "server", "simulations")
+PACKAGES = (
+    "storage",
+    "meduet_models",
+    "privacy",
+    "federation",
+    "strategies",
+    "client",
+    "server",
+    "simulations",
+)
 PLANS = (
     RunPlan,
     VolumePlan,
