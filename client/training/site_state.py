@@ -12,6 +12,7 @@ leave the site, ever. AdamW's moments of the shared weights stay here, too (`cli
 why).
 """
 
+from storage.files import private_folder
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
