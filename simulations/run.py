@@ -55,6 +55,8 @@ class Simulation:
     hospitals: list[Hospital]
     """Those of the plan in its order, then those held out."""
     folder: Path
+    real_scans: bool
+    """Whether scans of patients are among them; phantoms are nobody's."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def prepare(config: Mapping[str, Any], live: Live, made: Made | None = None) -> 
     state = folder / "sites"
     hospitals = [*taking_part, *apart]
     configs = site_configs(hospitals, plan, settings, state, None if made is None else made.cache)
-    return Simulation(plan, settings, Consortium(plan, configs, state), hospitals, folder)
+    real = not isinstance(hospitals_plan, PhantomHospitals)
+    return Simulation(plan, settings, Consortium(plan, configs, state), hospitals, folder, real)
 
 
 def held_apart(
@@ -142,6 +145,7 @@ def simulate(simulation: Simulation, live: Live, observer: RunObserver) -> RunRe
                 client_app,
                 num_sites,
                 address=engine.address,
+                real_scans=simulation.real_scans,
                 cpus_per_site=engine.cpus_per_site,
                 gpus_per_site=gpus,
             )

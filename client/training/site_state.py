@@ -12,7 +12,6 @@ leave the site, ever. AdamW's moments of the shared weights stay here, too (`cli
 why).
 """
 
-from storage.files import private_folder
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from client.partial_round import PartialRound
 from client.round_result import SUFFIX as RESULT
 from client.round_result import KeptResult
 from meduet_models.weights import open_weights, save_weights, sha256_of_tensors
+from storage.files import private_folder
 
 KEPT = 3
 """States of rounds that a site keeps, beside the common start."""
