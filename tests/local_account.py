@@ -7,9 +7,11 @@ trusts any certificate. One line of JSON tells what it got. Nothing of FedMeDUET
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVers
 from flwr.supercore.runtime import RuntimeHttpClient
 
 NOBODY = 65534
+_LISTENS = "0A"  # in /proc/net/tcp
 _PYPROJECT = b"""
 [project]
 name = "foreign"
@@ -67,6 +70,37 @@ def become_nobody() -> None:
     assert not os.access("/root", os.R_OK)
 
 
+def listening(pids: Iterable[int]) -> set[str]:
+    """The addresses at which these processes listen for TCP."""
+    sockets: set[str] = set()
+    for pid in pids:
+        for held in Path(f"/proc/{pid}/fd").glob("*"):
+            with suppress(OSError):
+                sockets.add(str(held.readlink()).removeprefix("socket:[").removesuffix("]"))
+    found = set()
+    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == _LISTENS and words[9] in sockets:
+                stored = bytes.fromhex(
+                    words[1].partition(":")[0]
+                )  # 32-bit words, each in this machine's order
+                there = b"".join(stored[i : i + 4][::-1] for i in range(0, len(stored), 4))
+                found.add(socket.inet_ntop(family, there).removeprefix("::ffff:"))
+    return found
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that it started, however deep."""
+    found, todo = [], [pid]
+    while todo:
+        one = todo.pop()
+        found.append(one)
+        for task in Path(f"/proc/{one}/task").glob("*/children"):
+            todo += [int(child) for child in task.read_text().split()]
+    return found
+
+
 def tokens_in_the_process_list() -> list[str]:
     """Whatever stands behind `--token` on a command line that this account can read."""
     found = []
@@ -92,18 +126,18 @@ def tried(call: Callable[[Any], Any], request: Any, field: str) -> str:
         return f"refused: {error}"
 
 
-def clients(kind: Any, server: str, socket: str, interceptors: list[Any], secure: bool) -> dict[str, Any]:
+def clients(kind: Any, server: str, path: str, interceptors: list[Any], secure: bool) -> dict[str, Any]:
     """One client through the port, one through the socket."""
 
     def client() -> Any:
         return kind(f"{'https' if secure else 'http'}://{server}", interceptors=interceptors, verify=False)
 
     by_port, by_socket = client(), client()
-    by_socket._client = httpx.Client(transport=httpx.HTTPTransport(verify=False, uds=socket))
+    by_socket._client = httpx.Client(transport=httpx.HTTPTransport(verify=False, uds=path))
     return {"port": by_port, "socket": by_socket}
 
 
-def control(server: str, socket: str) -> dict[str, str]:
+def control(server: str, path: str) -> dict[str, str]:
     """Submit an application, list runs, stop one."""
     content, _ = build_fab_from_files(
         {"pyproject.toml": _PYPROJECT, "foreign/__init__.py": b"", "foreign/app.py": b"server = client = 1\n"}
@@ -111,7 +145,7 @@ def control(server: str, socket: str) -> dict[str, str]:
     fab = fab_to_proto(Fab(hashlib.sha256(content).hexdigest(), content, {}))
     got = {}
     versions = [RuntimeVersionHttpInterceptor(component_name="flwr CLI")]
-    for way, client in clients(ControlHttpClient, server, socket, versions, secure=True).items():
+    for way, client in clients(ControlHttpClient, server, path, versions, secure=True).items():
         start = StartRunRequest(fab=fab, federation=NOOP_FEDERATION_ID)
         got[f"submit by {way}"] = tried(client.StartRun, start, "run_id")
         got[f"list by {way}"] = listed = tried(client.ListRuns, ListRunsRequest(), "run_dict")
@@ -120,13 +154,13 @@ def control(server: str, socket: str) -> dict[str, str]:
     return got
 
 
-def runtime(server: str, socket: str, *known: str) -> dict[str, str]:
+def runtime(server: str, path: str, *known: str) -> dict[str, str]:
     """Take a task's question, with the tokens of the process list and those that are `known` anyhow."""
     seen = tokens_in_the_process_list()
     got = {"tokens seen": " ".join(seen)}
     for token in [*seen, *known]:
         words = [RuntimeVersionHttpInterceptor(component_name="x"), RuntimeTokenHttpInterceptor(token)]
-        for way, client in clients(RuntimeHttpClient, server, socket, words, secure=False).items():
+        for way, client in clients(RuntimeHttpClient, server, path, words, secure=False).items():
             got[f"question by {way}"] = tried(client.PullTaskInput, PullTaskInputRequest(), "run.run_id")
     return got
 

@@ -1,4 +1,4 @@
-"""`meduet-server start | run | status | proxy | poc`: the centre as something that runs.
+"""`meduet-server start | run | stop | status | proxy | poc`: the centre as something that runs.
 
 Does not do: more than read arguments and call the module that does the work; heavy ones are imported then.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+NOT_POSSIBLE = 2
 GIVEN_UP = 1
 """Exit status of a run that is not complete and not submitted again: a person has to look."""
 
@@ -36,6 +37,15 @@ def add_to(commands: Any) -> None:
     run.add_argument("--folder", type=Path, required=True, help="where the run goes")
     _config(run)
     run.set_defaults(run=_run)
+
+    stop = commands.add_parser(
+        "stop",
+        help="stop what runs at the centre; `run` goes on with it",
+        description="Stop every run that is under way. Sites finish what they compute, and nobody reads it. "
+        "`meduet-server run`, given again, goes on after the last round.",
+    )
+    _config(stop)
+    stop.set_defaults(run=_stop)
 
     status = commands.add_parser(
         "status",
@@ -95,6 +105,24 @@ def _run(chosen: argparse.Namespace, console: Console) -> int:
     except RunGivenUp as error:
         _say(console, str(error))
         return GIVEN_UP
+    return 0
+
+
+def _stop(chosen: argparse.Namespace, console: Console) -> int:
+    from server.deployment.config import load_server_config
+    from server.deployment.control import Control, ControlFailed
+
+    control = Control(load_server_config(chosen.config))
+    try:
+        under_way = [run for run in control.runs() if not run.finished]
+        for run in under_way:
+            control.stop(run.identity)
+            _say(console, f"stopped: Flower's run {run.identity}")
+    except ControlFailed as error:
+        _say(console, str(error))
+        return NOT_POSSIBLE
+    if not under_way:
+        _say(console, "nothing is under way")
     return 0
 
 

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 import pytest
 import yaml
 
-from tests.faults.consortium import beside, family, kill
+from tests.faults.consortium import beside, kill
 from tests.faults.day import Day
 from tests.faults.day import day as one_day
 from tests.faults.page import Book
+from tests.local_account import family
 
 pytestmark = pytest.mark.faults
 

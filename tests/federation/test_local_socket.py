@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from federation.processes import ChildProcess, die_with_parent
+from server.cli import main
 from server.consortium.provisioning import ConsortiumSettings, SiteEntry, provision
+from server.deployment.app_folder import write_app_folder
 from server.deployment.config import ServerConfig, load_server_config
 from server.deployment.control import Control, ControlFailed, FlowerRun
 from server.deployment.superlink import superlink_processes
@@ -79,15 +81,20 @@ def served(control: Control) -> list[FlowerRun]:
     return control.runs()
 
 
-def test_at_our_superlink_another_account_reaches_the_sites_routes_only(
+def test_at_our_superlink_its_own_account_submits_and_stops_and_another_reaches_the_sites_routes_only(
     config: ServerConfig, tmp_path: Path
 ) -> None:
     superlink, _ = superlink_processes(config)
     with up(superlink, tmp_path, "Application startup complete"):
         control = Control(config)
-        before = served(control)
+        served(control)
+        submitted = control.start(write_app_folder(tmp_path), {})
+        before = control.runs()
         got = attack("control", f"127.0.0.1:{config.port}", str(config.state_dir / "superlink.sock"))
-        assert control.runs() == before  # its own account is served, and nothing was started
+        assert control.runs() == before
+        assert [run.identity for run in before if not run.finished] == [submitted]
+        assert main(["stop", "--config", str(config.consortium.parent / "server.yaml")]) == 0
+        assert all(run.finished for run in control.runs())
     assert {words for tried, words in got.items() if "port" in tried} == {"status 403"}
     assert {words for tried, words in got.items() if "socket" in tried} == {
         "refused: [Errno 13] Permission denied"
