@@ -16,6 +16,7 @@ RUN .venv/bin/pip install --index-url "${TORCH_INDEX}" --extra-index-url https:/
 COPY pyproject.toml README.md LICENSE ./
 COPY storage ./storage
 COPY meduet_models ./meduet_models
+COPY forms ./forms
 COPY privacy ./privacy
 COPY federation ./federation
 COPY strategies ./strategies
@@ -24,7 +25,7 @@ COPY server ./server
 COPY simulations ./simulations
 COPY conf ./conf
 RUN .venv/bin/pip install -c constraints.txt -e . \
-    && .venv/bin/python -m compileall -q storage meduet_models privacy federation strategies client server simulations \
+    && .venv/bin/python -m compileall -q storage forms meduet_models privacy federation strategies client server simulations \
     && .venv/bin/pip uninstall --yes pip
 
 FROM ${PYTHON_IMAGE} AS base

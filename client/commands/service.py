@@ -11,8 +11,6 @@ from rich.console import Console
 
 from storage.files import private_folder
 
-_NOT_POSSIBLE = 2
-
 
 def add_to(commands: Any) -> None:
     """Add these commands to `meduet-site`'s parser."""
@@ -20,7 +18,7 @@ def add_to(commands: Any) -> None:
         "start",
         help="join the federation: run Flower's SuperNode, until SIGTERM or Ctrl-C",
         description="Start and supervise what connects this site to the centre. Only this machine calls out; "
-        "nothing listens but on loopback. What ends is started again.",
+        "nothing listens on a port. What ends is started again.",
     )
     start.add_argument("--config", type=Path, required=True, metavar="FILE", help="the site's site.yaml")
     start.set_defaults(run=_start)
@@ -32,12 +30,8 @@ def _start(chosen: argparse.Namespace, console: Console) -> int:
     from client.site import load_site_config
     from federation.processes import become_supervisor
 
-    try:
-        config = load_site_config(chosen.config)
-        private_folder(config.state_dir)
-        children = supernode_processes(config, chosen.config)
-        open_books(config.state_dir)
-    except ValueError as error:
-        console.print(str(error), markup=False, highlight=False)
-        return _NOT_POSSIBLE
+    config = load_site_config(chosen.config)
+    private_folder(config.state_dir)
+    children = supernode_processes(config, chosen.config)
+    open_books(config.state_dir)
     become_supervisor(children, config.state_dir / FOLDER)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from storage.files import private_folder
 
+_LONGEST = 1_000_000  # bytes of a key, certificate, kit, plan, or settings
+
 
 def key_folder(folder: Path) -> Path:
     """Make `folder` and its parents, and open `folder` to its owner only (mode 0700); returns it.
@@ -31,8 +33,20 @@ def refuse_work_tree(folder: Path) -> None:
 def read_file(path: Path, what: str) -> bytes:
     """The content of a file of at most a megabyte; raises `ValueError` saying `what` was expected there."""
     try:
-        if (size := path.stat().st_size) > 1_000_000:
-            raise ValueError(f"Expected {what} at {path}; it is {size} bytes long.")
-        return path.read_bytes()
+        if path.exists() and not path.is_file():
+            raise ValueError(f"Expected {what} at {path}; it is not a file.")
+        with path.open("rb") as file:
+            content = file.read(_LONGEST + 1)
+        if len(content) > _LONGEST:
+            raise ValueError(f"Expected {what} at {path}; it is over {_LONGEST:,} bytes long.")
+        return content
     except OSError as error:
         raise ValueError(f"Expected {what} at {path}; {error.strerror}.") from None
+
+
+def read_text(path: Path, what: str) -> str:
+    """The same as UTF-8 text."""
+    try:
+        return read_file(path, what).decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"Expected {what} at {path}; it is not text in UTF-8.") from None

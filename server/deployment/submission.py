@@ -6,9 +6,9 @@ twice in the same way; so all that is missing is somebody who submits it. The sa
 watches the run that is under way.
 
 A run that died is noticed by the lock on its folder, which goes with the process, and not a minute later by
-Flower's heartbeat. A run that an operator stopped (`meduet-server stop`) stays stopped; one that would end in the same
-way again (another plan's folder, say) is not repeated; neither is one that failed several times in a row
-without getting any further.
+Flower's heartbeat. A run that an operator stopped (`meduet-server stop`) stays stopped; one that would end in
+the same way again (another plan's folder, say) is not repeated; neither is one that failed several times in a
+row without getting any further.
 
 Does not do: run anything itself.
 """

@@ -80,7 +80,7 @@ def test_every_command_has_help(module: str, command: tuple[str, ...]) -> None:
                 "renew",
                 "revoke",
                 "certificates",
-                "submit",
+                "publish",
                 "start",
                 "run",
                 "status",
@@ -101,6 +101,7 @@ def test_the_architecture_names_every_module() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     packages = (
         "storage",
+        "forms",
         "meduet_models",
         "privacy",
         "federation",
