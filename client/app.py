@@ -37,6 +37,7 @@ from federation.plan import RunPlan
 from meduet_models.diffusion.training import LossNotFinite
 from meduet_models.style.moments import CohortTooSmall
 from privacy.ledger import LedgerRefusal
+from storage.files import private_folder
 
 LOG_NAME = "site.log"
 SITE_CONFIG = "site-config"
@@ -194,7 +195,7 @@ def _kind(error: Exception) -> RefusalKind:
 def _site_log(path: Path) -> Iterator[None]:
     """Write what is logged while a message is answered, in this thread or in the watchdog's, to the site's
     own file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(path.parent)
     mine = object()  # sites may share a process, but not a context
     token = _answering.set(mine)
     handler = logging.FileHandler(path, delay=True, encoding="utf-8")

@@ -9,8 +9,6 @@ import csv
 import fcntl
 import io
 import json
-import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +17,7 @@ from typing import Any, TextIO
 
 from federation.plan import RunPlan
 from server.checkpoints import OtherPlan
+from storage.files import private_folder, write_whole
 
 LOCK_NAME = "run.lock"
 _LOOK_S = 2.0
@@ -30,23 +29,9 @@ class FolderBusy(RuntimeError):
     """Another process writes this run."""
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file (text as UTF-8) atomically: a reader sees the old one or the new one."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def claim(folder: Path, plan: RunPlan) -> None:
     """Make the folder this plan's, or raise `OtherPlan` when it is another's."""
-    folder.mkdir(parents=True, exist_ok=True)
+    private_folder(folder)
     path = folder / "plan.json"
     if path.is_file() and path.read_text(encoding="utf-8") != plan.to_json():
         raise OtherPlan(
@@ -63,7 +48,7 @@ def held(folder: Path) -> Iterator[None]:
 
     Raises `FolderBusy` when another process holds it for longer than somebody who only looks.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    private_folder(folder)
     with (folder / LOCK_NAME).open("a", encoding="utf-8") as lock:
         end = time.monotonic() + _LOOK_S
         while not _locks(lock):

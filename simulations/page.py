@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from federation.plan import RunPlan
 from simulations.generation.page import generation_part
 from simulations.report.figures import draw_losses, draw_probes, draw_traffic, human_bytes
+from storage.files import write_whole
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _PROBES = (
@@ -101,7 +102,7 @@ def write_page(folder: Path, hospitals_text: str, held_out: Sequence[str] = ()) 
         versions_text=json.dumps(versions, indent=2),
     )
     target = folder / "report.html"
-    target.write_text(page, encoding="utf-8")
+    write_whole(target, page)
     return target
 
 

@@ -4,11 +4,13 @@ Flower 1.41 speaks TLS to the centre without showing a certificate of its own, s
 refuse it. This program is `flower-supernode`, with one class changed: connections to the centre carry the
 site's certificate. It is run as a program (`client/connection/supernode.py`), with the same arguments.
 
-Three more things a hospital needs. With a network that drops packets for two minutes, Flower takes a TLS
-handshake that nobody answers for a wrong certificate and gives up for good; here it is a connection that
-failed, and tried again. A SuperNode that gave up stays as a process that does nothing, since one of its
-threads never ends; here the process ends, and its supervisor starts it again. And where the centre does not
-accept the signature, as when the clock is off, Flower ends "gracefully"; here it is said.
+Four more things a hospital needs. What SuperNode serves to this machine it serves on a socket of its own
+account (`federation/local_socket.py`), and no port is open. With a network that drops packets for two
+minutes, Flower takes a TLS handshake that nobody answers for a wrong certificate and gives up for good; here
+it is a connection that failed, and tried again. A SuperNode that gave up stays as a process that does
+nothing, since one of its threads never ends; here the process ends, and its supervisor starts it again. And
+where the centre does not accept the signature, as when the clock is off, Flower ends "gracefully"; here it is
+said.
 
 Does not do: anything else; Flower's own checks of the server's certificate and name hold.
 Source: flwr 1.41, `flwr/supernode/fleet_http_connection.py`; a private class, pinned with Flower.
@@ -23,6 +25,8 @@ import httpx
 from flwr.supernode import fleet_http_connection
 from flwr.supernode.cli.flower_supernode import flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
+
+from federation.local_socket import serve_on_socket_only
 
 CERTIFICATE, KEY = "MEDUET_CLIENT_CERTIFICATE", "MEDUET_CLIENT_KEY"
 """Environment variables with the paths of the site's certificate and key, PEM."""
@@ -61,6 +65,7 @@ class MutualTls(FleetHttpClient):
 def main() -> NoReturn:
     """`flower-supernode`, with the same arguments; ends this process, whatever its threads do."""
     fleet_http_connection.FleetHttpClient = MutualTls  # type: ignore[attr-defined,assignment]
+    serve_on_socket_only()
     try:
         flower_supernode()
     except SystemExit:

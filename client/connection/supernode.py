@@ -1,10 +1,10 @@
 """Flower's side of a site: SuperNode and SuperExec as children of one supervisor.
 
 SuperNode fetches questions from the centre and brings answers back; it only calls out. SuperExec starts a
-process per question (`client/app.py`), and the two share a secret, so that no other user of the machine can
-hand in an answer. A SuperNode that was killed is refused for up to 66 s (exit 305): the supervisor tries on.
-SuperNode reads the site's certificate when it starts only: when another lies there that checks out, it is
-started again between two questions.
+process per question (`client/app.py`). The two share a secret, and speak through a socket that no other user
+of the machine can open, so that none can take a question or hand in an answer. A SuperNode that was killed is
+refused for up to 66 s (exit 305): the supervisor tries on. SuperNode reads the site's certificate when it
+starts only: when another lies there that checks out, it is started again between two questions.
 
 Does not do: answer anything, or read a scan.
 Source: flwr 1.41, `flower-supernode --help`.
@@ -35,6 +35,7 @@ from federation.processes import ChildProcess
 
 SUPERNODE = "supernode"
 FOLDER = "processes"
+SOCKET = "supernode.sock"
 _CHECK = (
     "import sys; root = sys.argv.pop(1); root in sys.path or sys.path.insert(0, root); "  # this code's
     "from client.connection.certificate_checks import main; sys.exit(main())"
@@ -50,7 +51,7 @@ def supernode_processes(config: SiteConfig, config_path: Path) -> tuple[ChildPro
     keys = _usable_keys(config)
     _check_tokenizer(config)
     folder = config.state_dir / FOLDER
-    variables = environment(folder / "flower")
+    variables = environment(folder / "flower", folder / SOCKET)
     secret = str(secret_file(folder / "superexec.secret"))
     supernode = ChildProcess(
         name=SUPERNODE,
@@ -62,7 +63,6 @@ def supernode_processes(config: SiteConfig, config_path: Path) -> tuple[ChildPro
             *("--auth-supernode-private-key", str(keys.folder / NODE_KEY)),
             *("--node-config", f"{SITE_CONFIG}={json.dumps(str(config_path.resolve()))}"),
             *("--isolation", "process", "--superexec-auth-secret-file", secret),
-            *("--host", "127.0.0.1", "--port", str(config.port)),
         ),
         environment={
             **variables,
@@ -75,8 +75,7 @@ def supernode_processes(config: SiteConfig, config_path: Path) -> tuple[ChildPro
         check=(sys.executable, "-P", "-c", _CHECK, str(ROOT), str(keys.folder), config.name),
         not_while=SUPEREXEC,
     )
-    runtime_api = (f"127.0.0.1:{config.port}", "--insecure")  # loopback, and the secret
-    superexec = superexec_process(secret, variables, runtime_api)
+    superexec = superexec_process(secret, variables, ("localhost", "--insecure"))  # a name; the socket is it
     return supernode, superexec
 
 

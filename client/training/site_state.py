@@ -23,6 +23,7 @@ from client.partial_round import PartialRound
 from client.round_result import SUFFIX as RESULT
 from client.round_result import KeptResult
 from meduet_models.weights import open_weights, save_weights, sha256_of_tensors
+from storage.files import private_folder
 
 KEPT = 3
 """States of rounds that a site keeps, beside the common start."""
@@ -65,7 +66,7 @@ class StateFolder:
     def begin(self, home: Mapping[str, Tensor]) -> None:
         """Keep the common start; states of an earlier attempt at the same plan go. When it is round 1 that is
         asked again, all is there and stays."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        private_folder(self._folder)
         if self.rounds() == [0, 1] and self._is_start(home):
             return
         self._write(SiteState(round=0, home=dict(home)), shared_sha256="")

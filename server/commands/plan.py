@@ -57,7 +57,7 @@ def add_to(commands: Any) -> None:
 def _plan(chosen: argparse.Namespace, console: Console) -> None:
     from server.consortium.plans import make_plan
     from server.consortium.provisioning import load_consortium
-    from server.run_folder import write_whole
+    from storage.files import write_whole
 
     made = make_plan(load_consortium(chosen.consortium), chosen.settings)
     if chosen.out.is_file() and chosen.out.read_text(encoding="utf-8") != made.to_json():

@@ -20,7 +20,7 @@ from forms.json_text import read_json
 from meduet_models.tokenizer.tokenizer import TokenizerSpec, load_tokenizer
 from server.config import FROM_CONFIG, compose_config, plain, plan_from
 from server.consortium.provisioning import ConsortiumSettings
-from server.run_folder import write_whole
+from storage.files import write_whole
 
 _SETTINGS = ("network", "tokenizer", "hospitals", "experiment", "method")
 """Settings and groups of settings that decide on a plan, beside its own parts."""

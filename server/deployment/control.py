@@ -1,7 +1,8 @@
-"""Flower's control API, on loopback: who may take part, which runs there are, start one, stop one.
+"""Flower's control API: who may take part, which runs there are, start one, stop one.
 
 Spoken through Flower's own command, whose JSON is its stable surface. Whoever reaches this API can start code
-at every site, which is why the proxy refuses its routes to the network.
+at every site, which is why it answers on a socket of the centre's own account only
+(`federation/local_socket.py`).
 
 Does not do: decide when to start (`server/deployment/submission.py`).
 """
@@ -14,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from federation.flower_programs import environment, program
+from federation.flower_programs import program
 from federation.health import NotServing, check_health
 from server.deployment.config import ServerConfig
-from server.deployment.superlink import address, home
-from server.run_folder import write_whole
+from server.deployment.superlink import address, flower_environment, home
+from storage.files import write_whole
 
 _CONNECTION = "centre"
 _NODES = "nodes.json"
@@ -48,7 +49,7 @@ class Control:
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
-        self._environment = {**os.environ, **environment(home(config))}
+        self._environment = {**os.environ, **flower_environment(config)}
         quoted = json.dumps(str(config.ca))  # a TOML basic string is a JSON string
         write_whole(
             home(config) / "config.toml",
@@ -123,7 +124,7 @@ class Control:
             raise ControlFailed("Expected SuperLink to be up; it is not (yet).") from None
         try:
             return subprocess.run(
-                [program("flwr"), *arguments],
+                [*program("flwr"), *arguments],
                 env=self._environment,
                 capture_output=True,
                 text=True,

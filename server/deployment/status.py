@@ -15,7 +15,7 @@ from typing import Any
 
 from federation.plan import RunPlan
 from server.app import RunObserver, RunResult
-from server.run_folder import write_whole
+from storage.files import private_folder, write_whole
 
 STATUS_NAME = "status.json"
 _KEPT = 50
@@ -47,7 +47,7 @@ class StatusFile(RunObserver):
             "sites": {name: sites.get(name, dict(blank)) for name in plan.participants},
             "quarantined": before.get("quarantined", []),
         }
-        folder.mkdir(parents=True, exist_ok=True)
+        private_folder(folder)
         self._write()
 
     def on_survey(self, summary: Mapping[str, Any], bank: Mapping[str, Any]) -> None:

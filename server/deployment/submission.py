@@ -6,9 +6,9 @@ twice in the same way; so all that is missing is somebody who submits it. The sa
 watches the run that is under way.
 
 A run that died is noticed by the lock on its folder, which goes with the process, and not a minute later by
-Flower's heartbeat. A run that an operator stopped (`flwr stop`) stays stopped; one that would end in the same
-way again (another plan's folder, say) is not repeated; neither is one that failed several times in a row
-without getting any further.
+Flower's heartbeat. A run that an operator stopped (`meduet-server stop`) stays stopped; one that would end in
+the same way again (another plan's folder, say) is not repeated; neither is one that failed several times in a
+row without getting any further.
 
 Does not do: run anything itself.
 """
@@ -26,7 +26,8 @@ from server.consortium.plans import plan_to_run
 from server.deployment.app_folder import write_app_folder
 from server.deployment.control import Control, ControlFailed, FlowerRun
 from server.deployment.status import read_status
-from server.run_folder import is_complete, is_held, write_whole
+from server.run_folder import is_complete, is_held
+from storage.files import private_folder, write_whole
 
 RECORD = "submission.json"
 ATTEMPTS = 5
@@ -147,5 +148,5 @@ class Submission:
         return _Record(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else _Record()
 
     def _write(self, record: _Record) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        private_folder(self.folder)
         write_whole(self.folder / RECORD, json.dumps(vars(record)) + "\n")

@@ -32,7 +32,7 @@ from meduet_models.meduet import FactorNetwork
 from meduet_models.weights import save_weights, sha256_of_tensors
 from server.checkpoints import Checkpoint, Checkpoints
 from server.exchanges.queries import ask_sites
-from server.run_folder import write_whole
+from storage.files import private_folder, write_whole
 from strategies.aggregation import Bounds, ReplyRefused, StreamingSum
 from strategies.quorum import Roster
 
@@ -85,7 +85,7 @@ def run_finetuning(
     start = network.state_dict()
     names = trained_keys(network)
     fixed = {name: tensor for name, tensor in start.items() if name not in names}
-    folder.mkdir(parents=True, exist_ok=True)
+    private_folder(folder)
     checkpoints = Checkpoints(folder / "checkpoints", finetuning.sha256)
     journal = Journal(folder / "journal.jsonl")
     book = ReplyBook(journal)

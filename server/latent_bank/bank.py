@@ -29,6 +29,7 @@ from server.latent_bank.index import STATES, Item, LatentIndex, Origin
 from server.latent_bank.records import Codes, RecordLayout
 from server.latent_bank.shards import DamagedRecord, Shards, read_key
 from server.latent_source import LatentSource
+from storage.files import private_folder
 
 INDEX, SHARDS, MARKER = "index.sqlite", "shards", "PATIENT-DATA.txt"
 _MARKER_TEXT = """This folder holds latents of patients' scans, from which the scans can be reconstructed.
@@ -96,7 +97,7 @@ class LatentBank:
         if new and not create:
             raise ValueError(f"Expected a latent bank at {folder}; there is none.")
         self._key = read_key(self._key_path, create=new)
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(folder)
         folder.chmod(0o700)
         (folder / MARKER).write_text(_MARKER_TEXT, encoding="utf-8")
         self.index = LatentIndex(folder / INDEX)

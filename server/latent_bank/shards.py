@@ -20,6 +20,8 @@ from pathlib import Path
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from storage.files import private_folder
+
 KEY_BYTES, NONCE_BYTES, TAG_BYTES = 32, 12, 16
 SHARD_BYTES = 2**30
 
@@ -70,7 +72,7 @@ class Shards:
 
     def write(self, first: int, records: Sequence[tuple[bytes, bytes]]) -> None:
         """Write records, as header and content, to the slots from `first` on; on the disk when it returns."""
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(self._folder)
         slot, left = first, list(records)
         while left:
             shard, record = self.place(slot)

@@ -16,9 +16,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from server.run_folder import write_whole
 from simulations.downstream.evaluate import DownstreamRow
 from simulations.report.figures import INK, SITE_COLOURS, save, style_axes
+from storage.files import private_folder, write_whole
 
 _TEMPLATES = Path(__file__).resolve().parents[1]
 _TEMPLATE = "downstream/report.html"
@@ -35,7 +35,7 @@ _TESTS = {"seen": "seen hospitals", "unlabelled": "hospitals without labels", "h
 
 def write_downstream(folder: Path, rows: Sequence[DownstreamRow], facts: Mapping[str, Any]) -> Path:
     """Write the table below `folder`; `facts` (JSON values) say what was run. Returns the page's path."""
-    folder.mkdir(parents=True, exist_ok=True)
+    private_folder(folder)
     plain = [
         {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(row).items()}
         for row in rows

@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from storage.files import whole_file
+
 Volume = NDArray[np.float32]
 
 INK, MUTED, GRID = "#1b2733", "#6b7a89", "#e3e8ee"
@@ -71,8 +73,8 @@ def style_axes(axes: Axes, title: str, ylabel: str = "") -> None:
 
 def save(figure: Figure, path: Path) -> Path:
     """Write a figure on white; its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=170, facecolor="white")
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=170, facecolor="white")
     return path
 
 
@@ -186,8 +188,8 @@ def draw_swaps(row: SwapRow, path: Path, zoom: int = 3) -> Path:
         panels[0, column].set_title(
             f"{kind}\n{caption}", fontsize=11, color=KIND_COLOURS[kind], linespacing=1.25
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, facecolor=figure.get_facecolor())
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=150, facecolor=figure.get_facecolor())
     return path
 
 

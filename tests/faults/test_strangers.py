@@ -1,5 +1,5 @@
 """Who must not take part does not: no registered key, another authority, an expired or revoked certificate, a
-clock that is off, a plan that was changed after the hospital had agreed."""
+clock that is off, a plan that was changed after the hospital had agreed, another account of the machine."""
 
 import dataclasses
 import json
@@ -29,14 +29,14 @@ from federation.keys.kits import (
     Connection,
     pack_kit,
 )
-from federation.processes import die_with_parent
+from federation.processes import die_with_parent, read_state
 from federation.published_plan import PublishedPlan
 from server.consortium.plans import publish
 from server.consortium.provisioning import ConsortiumSettings, Office, SiteEntry, open_office, provision
 from server.deployment.app_folder import ROOT
 from server.deployment.control import Control
 from server.deployment.status import read_status
-from simulations.poc import Poc, reserve_ports
+from simulations.poc import Poc
 from tests.faults.consortium import (
     SABOTEUR,
     Consortium,
@@ -48,6 +48,7 @@ from tests.faults.consortium import (
     undisturbed,
 )
 from tests.faults.page import Book
+from tests.local_account import attack, family, listening
 
 pytestmark = pytest.mark.faults
 
@@ -99,7 +100,6 @@ def settled(up: Consortium, name: str, home: Path) -> Path:
         "name": name,
         "state_dir": str(home / "state"),
         "keys_dir": str(home / "keys"),
-        "port": reserve_ports(1)[0],
     }
     (home / SETTINGS).write_text(yaml.safe_dump(yaml.safe_load(first.read_text()) | own, sort_keys=False))
     return home / SETTINGS
@@ -236,9 +236,36 @@ def test_a_plan_that_was_changed_after_approval(up: Consortium, book: Book) -> N
     )
 
 
-def test_the_plan_that_was_approved_runs(up: Consortium) -> None:
+def test_another_account_of_the_machine(up: Consortium, book: Book) -> None:
+    """The plan that was approved runs; while a hospital is at work, another account tries what it can."""
+    site, config = next(iter(up.poc.site_yamls)), up.poc.config
+    up.script(site, {1: {"do": "hold", "at_step": 1}})
     with running(up, up.poc.plan_path, up.poc.run_folder) as folder:
+        up.until(lambda: up.held(site) is not None, "a hospital at work")
+        before = Control(config).runs()
+        held = up.held(site)
+        assert held is not None
+        asked = Path(f"/proc/{held[1]}/fd")
+        (token,) = [one.read_text() for one in asked.iterdir() if "memfd:token" in str(one.readlink())]
+        centre = attack("control", f"127.0.0.1:{config.port}", str(config.state_dir / "superlink.sock"))
+        state = up.config(site).state_dir / "processes"
+        hospital = attack("runtime", f"127.0.0.1:{config.port}", str(state / "supernode.sock"), token)
+        assert {words for way, words in centre.items() if "port" in way} == {"status 403"}
+        assert all("Permission denied" in words for way, words in centre.items() if "socket" in way)
+        assert token not in hospital["tokens seen"].split()
+        assert "Permission denied" in hospital["question by socket"]
+        assert Control(config).runs() == before
+        supervisor = read_state(state)
+        assert supervisor is not None and listening(family(supervisor["pid"])) == set()
+        up.let_go(site)
         up.until(lambda: (read_status(folder) or {}).get("state") == "complete", "the end")
+    book.note(
+        "another account of the machine submits, lists and stops runs, and takes a hospital's question with "
+        "its token",
+        "the centre's port answers 403, sockets are refused by the kernel, no token is in the process list, "
+        "a hospital listens on no port; the run goes on",
+        "nothing",
+    )
 
 
 @contextmanager

@@ -22,7 +22,6 @@ name: north
 data_root: scans
 state_dir: state
 keys_dir: keys
-port: 19094
 tokenizer: {kind: file, path: tokenizer.safetensors, channels: 4}
 """
 
@@ -44,7 +43,7 @@ def config(site_yaml: Path) -> SiteConfig:
     return load_site_config(site_yaml)
 
 
-def test_the_centre_is_reached_with_the_sites_certificate_and_loopback_with_a_secret(
+def test_the_centre_is_reached_with_the_sites_certificate_and_this_machine_by_a_socket_with_a_secret(
     config: SiteConfig, site_yaml: Path
 ) -> None:
     folder = site_yaml.parent
@@ -54,10 +53,11 @@ def test_the_centre_is_reached_with_the_sites_certificate_and_loopback_with_a_se
     assert told["--superlink"] == "centre.example:443"
     assert told["--root-certificates"] == str(folder / "keys" / "ca.pem")
     assert told["--node-config"] == f'site-config="{site_yaml}"'
-    assert (told["--host"], told["--port"], told["--isolation"]) == ("127.0.0.1", "19094", "process")
+    assert told["--isolation"] == "process" and not {"--host", "--port"} & set(supernode.command)
     assert supernode.environment["MEDUET_CLIENT_CERTIFICATE"] == str(folder / "keys" / "site.pem")
     assert supernode.environment["MEDUET_CLIENT_KEY"] == str(folder / "keys" / "site.key")
-    assert "127.0.0.1:19094" in superexec.command
+    for child in (supernode, superexec):
+        assert child.environment["MEDUET_FLOWER_SOCKET"] == str(folder / "state/processes/supernode.sock")
     secret = told["--superexec-auth-secret-file"]
     assert secret in superexec.command and stat.S_IMODE(Path(secret).stat().st_mode) == 0o600
     node_key = Path(told["--auth-supernode-private-key"])
@@ -122,6 +122,6 @@ def test_a_tokenizer_that_the_application_would_not_find_is_refused_with_the_lin
 def test_the_command_says_in_one_line_what_is_wrong(
     site_yaml: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    site_yaml.write_text(YAML.replace("19094", "190940"))
+    site_yaml.write_text(YAML + "threads: -1\n")
     assert main(["start", "--config", str(site_yaml)]) == 2
     assert capsys.readouterr().out.count("\n") == 1
