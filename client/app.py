@@ -39,7 +39,7 @@ from client.training.site_state import StateMissing
 from client.training.trainee import WrongWeights
 from client.watchdog import DeadlineMissed, Watch, unwatched, watchdog
 from federation.exchanges.diffusion import DiffusionAsk
-from federation.exchanges.finetuning import FinetuneAsk, FinetuneReply
+from federation.exchanges.finetuning import FinetuneAsk
 from federation.exchanges.latents import LatentsAsk, LatentsReply, from_tensors
 from federation.messages import (
     Ask,
@@ -179,9 +179,9 @@ def _mail(released: object, plan_sha256: str, site: str) -> RecordDict:
                 num_patients=released.counts["num_patients"],
                 num_scans=released.counts["num_scans"],
             ).to_record()
-        case "round" | "diffusion":
+        case "round" | "diffusion" | "finetuning":
             return TrainReply(
-                plan_sha256=plan_sha256,
+                plan_sha256=released.record["plan"],  # what was agreed to: the plan, or the fine-tuning
                 site=site,
                 round=released.record["round"],
                 examples=released.counts["examples"],
@@ -205,16 +205,6 @@ def _mail(released: object, plan_sha256: str, site: str) -> RecordDict:
                 items=tuple(released.record["items"]),
                 examples=from_tensors(tensors),
                 wire_dtype=released.wire_dtype,
-            ).to_record()
-        case "finetuning":
-            return FinetuneReply(
-                plan_sha256=plan_sha256,
-                finetuning_sha256=released.record["plan"],
-                site=site,
-                round=released.record["round"],
-                examples=released.counts["examples"],
-                update=tensors,
-                metrics=dict(released.metrics),
             ).to_record()
 
 

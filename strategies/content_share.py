@@ -2,10 +2,10 @@
 
 A Flower `Strategy` with its own resumable loop of rounds. What is averaged is what it was given: the shared
 tensors that the model declares (`meduet_models/sharing.py`); it looks at no name. What sites are asked to do
-with them is a `Task`: to pretrain, or to train the diffusion model. With the same messages and
-more, or no, shared tensors it is FedAvg, FedProx (whose other half is at the sites), all data pooled, or each
-site alone. Each reply is validated alone, folded and dropped; a bad one is put aside with its reason, and the
-round goes on as long as the quorum holds.
+with them is a `Task`: to pretrain, to train the diffusion model, or to fine-tune with their labels. With the
+same messages and more, or no, shared tensors it is FedAvg, FedProx (whose other half is at the sites), all
+data pooled, or each site alone. Each reply is validated alone, folded and dropped; a bad one is put aside
+with its reason, and the round goes on as long as the quorum holds.
 What this file does not do: it makes no checkpoint and no survey (`server/app.py`).
 
 Source: Flower's Strategy interface; partial sharing as in FedBN (arXiv:2102.07623).
@@ -25,7 +25,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from federation.messages import TRAIN, MessageError, Refusal, RefusalKind, TrainAsk, TrainReply, kind_of
-from federation.plan import RunPlan
+from federation.plan import RunPlan, WireDtype
 from federation.reply_book import ReplyBook
 from federation.wire import array_record
 from strategies.aggregation import Bounds, ReplyRefused, StreamingSum
@@ -58,6 +58,8 @@ class Task:
 
     message_type: str
     """Flower's route of the question; the answer is a `TrainReply`."""
+    sha256: str
+    """Hash of what the sites agreed to, under which they answer: the plan, or the fine-tuning."""
     rounds: int
     """Rounds."""
     max_norm: float
@@ -65,6 +67,8 @@ class Task:
     question: Callable[[int, bool], RecordDict]
     """The question of a round, with the start for a site that missed it or without; the strategy puts the
     record "shared" into it."""
+    wire_dtype: WireDtype
+    """How the shared weights travel to the sites."""
 
 
 def pretraining(plan: RunPlan, bank: Mapping[str, Tensor], home: Mapping[str, Tensor]) -> Task:
@@ -80,9 +84,11 @@ def pretraining(plan: RunPlan, bank: Mapping[str, Tensor], home: Mapping[str, Te
 
     return Task(
         message_type=TRAIN,
+        sha256=plan.sha256,
         rounds=plan.training.rounds,
         max_norm=plan.release.update_clip_norm,
         question=question,
+        wire_dtype=wire_dtype,
     )
 
 
@@ -110,7 +116,6 @@ class ContentShare(Strategy):
             )
         self.optimiser = ServerOptimiser(settings.optimiser, settings.learning_rate, settings.momentum)
         self.report = RoundReport(0)
-        self._plan_sha256 = plan.sha256
         self._folder, self._book, self._on_reply = folder, book, on_reply
         self._bytes_down = 0
         self._behind: set[int] = set()
@@ -153,7 +158,7 @@ class ContentShare(Strategy):
         return [self._message(server_round, node, records[node in behind]) for node in nodes]
 
     def _arrays(self) -> ArrayRecord:
-        return array_record(self.shared, self.plan.release.wire_dtype)
+        return array_record(self.shared, self.task.wire_dtype)
 
     def _record(self, round: int, arrays: ArrayRecord, start: bool) -> RecordDict:
         record = self.task.question(round, start)
@@ -236,13 +241,13 @@ class ContentShare(Strategy):
         reply = TrainReply.from_record(message.content, copy=False)
         if problem := self.roster.bind(node, reply.site):
             raise ReplyRefused(problem)
-        if reply.plan_sha256 != self._plan_sha256:
-            raise ReplyRefused(f"Expected a reply under plan {self._plan_sha256[:12]}; it names another.")
+        if reply.plan_sha256 != self.task.sha256:
+            raise ReplyRefused(f"Expected a reply under plan {self.task.sha256[:12]}; it names another.")
         if reply.round != round:
             raise ReplyRefused(f"Expected a reply to round {round}; got one to round {reply.round}.")
         if reply.site in self.report.sites:
             raise ReplyRefused(f"Expected one reply of {reply.site!r}; got a second.")
-        draft = self._book.draft(TRAIN, reply)
+        draft = self._book.draft(self.task.message_type, reply)
         fold.fold(reply.site, reply.update, reply.examples)
         self._book.enter(draft)
         report = site_report(reply, bytes_down=self._bytes_down, bytes_up=size)

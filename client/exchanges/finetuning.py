@@ -81,12 +81,12 @@ def answer_finetuning(
         on_step=on_step,
     )
     after = dict(network.named_parameters())
-    update = {name: after[name].detach().cpu() - before for name, before in ask.trained.items()}
+    update = {name: after[name].detach().cpu() - before for name, before in ask.shared.items()}
     norm = joint_norm(update)
     return Gate(site.ledger, site.journal).release(
         reservation,
         update,
-        {name: tuple(tensor.shape) for name, tensor in ask.trained.items()},
+        {name: tuple(tensor.shape) for name, tensor in ask.shared.items()},
         weight=float(len(found)),
         counts={"examples": len(found)},
         metrics={
@@ -109,16 +109,16 @@ def network_of(
     network = with_head(FactorNetwork(plan.network), local.task, local.classes, trainable=trainable)
     trained = trained_keys(network)
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    came = {name: tuple(tensor.shape) for name, tensor in {**ask.fixed, **ask.trained}.items()}
-    if expected != came or set(trained) != set(ask.trained):
-        odd = {name for name, _ in expected.items() ^ came.items()} or set(trained) ^ set(ask.trained)
+    came = {name: tuple(tensor.shape) for name, tensor in {**ask.fixed, **ask.shared}.items()}
+    if expected != came or set(trained) != set(ask.shared):
+        odd = {name for name, _ in expected.items() ^ came.items()} or set(trained) ^ set(ask.shared)
         raise WrongWeights(f"Expected the weights of this fine-tuning; {min(odd)!r} is another.")
-    encoder = encoder_tensors({**ask.fixed, **ask.trained})
+    encoder = encoder_tensors({**ask.fixed, **ask.shared})
     untouched = not trainable or ask.round == 1
     if untouched and sha256_of_tensors(encoder) != finetuning.pretrained_sha256:
         raise WrongWeights(
             f"Expected the pretrained encoder {finetuning.pretrained_sha256[:12]}; other weights came. "
             "Nothing was read."
         )
-    network.load_state_dict({**ask.fixed, **ask.trained})
+    network.load_state_dict({**ask.fixed, **ask.shared})
     return network

@@ -1,19 +1,19 @@
-"""Federated fine-tuning: the agreement, the question and the answer.
+"""Federated fine-tuning: the agreement and the question; the answer is that of every round, a `TrainReply`.
 
 `FinetunePlan` names the run by its plan's hash and the pretrained encoder by its own, so that no site adds
 labels to a model that is not the agreed one; it is as frozen and hashed as `RunPlan`. Both travel with every
-question. Does not do: train (`client/training/finetuning.py`), average (`server/exchanges/finetuning.py`).
+question. Does not do: train (`client/training/finetuning.py`), ask or average (`server/exchanges/finetuning.py`).
 """
 
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from flwr.app import MetricRecord, RecordDict
+from flwr.app import RecordDict
 
-from federation.messages import Ask, Head, ask_head, checked_metrics, new_head
+from federation.messages import Ask, Head, ask_head
 from federation.plan import RunPlan, build
 from federation.wire import MessageError, RefusalKind, Tensors, array_record
 
@@ -111,11 +111,12 @@ def check_target(local: LocalFinetuning, target: str, values: tuple[str, ...]) -
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneAsk(Ask):
-    """One round of fine-tuning from these weights: `trained` changes and travels back, `fixed` does not."""
+    """One round of fine-tuning from these weights: `shared` changes and travels back, `fixed` does not. The
+    answer is a `TrainReply` under the fine-tuning's hash."""
 
     finetuning_json: str
     round: int
-    trained: Tensors
+    shared: Tensors
     fixed: Tensors
 
     def finetuning(self, plan: RunPlan) -> FinetunePlan:
@@ -140,59 +141,19 @@ class FinetuneAsk(Ask):
         head = ask_head("finetune_ask", self)
         head["finetuning_json"], head["round"] = self.finetuning_json, self.round
         return RecordDict(
-            {"head": head, "trained": array_record(self.trained), "fixed": array_record(self.fixed)}
+            {"head": head, "shared": array_record(self.shared), "fixed": array_record(self.fixed)}
         )
 
     @staticmethod
     def from_record(record: RecordDict) -> "FinetuneAsk":
         """Back from Flower records; raises `MessageError`."""
-        head = Head(record, "finetune_ask", ("head", "trained", "fixed"))
+        head = Head(record, "finetune_ask", ("head", "shared", "fixed"))
         return head.close(
             FinetuneAsk(
                 plan_json=head.plan_json(),
                 finetuning_json=head.take("finetuning_json", str),
                 round=head.take("round", int),
-                trained=head.tensors("trained"),
+                shared=head.tensors("shared"),
                 fixed=head.tensors("fixed"),
-            )
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneReply:
-    """A site's round: `update` = examples · (trained weights after - before), a vector of sums."""
-
-    plan_sha256: str
-    finetuning_sha256: str
-    site: str
-    round: int
-    examples: int
-    update: Tensors
-    metrics: dict[str, float] = field(default_factory=dict)
-
-    def to_record(self) -> RecordDict:
-        """As Flower records."""
-        head = new_head("finetune_reply", plan_sha256=self.plan_sha256, site=self.site)
-        head["finetuning_sha256"], head["round"] = self.finetuning_sha256, self.round
-        head["examples"] = self.examples
-        metrics = MetricRecord(dict(checked_metrics(self.metrics)))
-        return RecordDict({"head": head, "update": array_record(self.update), "metrics": metrics})
-
-    @staticmethod
-    def from_record(record: RecordDict) -> "FinetuneReply":
-        """Back from Flower records; raises `MessageError`."""
-        head = Head(record, "finetune_reply", ("head", "update", "metrics"))
-        metrics = record["metrics"]
-        if not isinstance(metrics, MetricRecord):
-            raise MessageError("Expected record 'metrics' to hold metrics; got another kind of record.")
-        return head.close(
-            FinetuneReply(
-                plan_sha256=head.take("plan_sha256", str),
-                finetuning_sha256=head.take("finetuning_sha256", str),
-                site=head.take("site", str),
-                round=head.take("round", int),
-                examples=head.take("examples", int),
-                update=head.tensors("update"),
-                metrics=checked_metrics(metrics),
             )
         )

@@ -81,9 +81,11 @@ def run_diffusion_rounds(
 
     task = Task(
         message_type=DIFFUSION,
+        sha256=plan.sha256,
         rounds=diffusion.rounds,
         max_norm=diffusion.update_clip_norm,
         question=question,
+        wire_dtype=plan.release.wire_dtype,
     )
     checkpoints = Checkpoints(folder / "checkpoints", plan.sha256)
     start = {name: p.detach().clone() for name, p in transformer.named_parameters()}

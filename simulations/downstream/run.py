@@ -8,7 +8,7 @@ anything of the run but the books of its sites, which record what left them.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from client.latents.labelled import LabelledScans, NoLabels
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning, check_target
 from federation.plan import build
 from server.config import plain
-from server.exchanges.finetuning import FinetunedRun, pretrained_sha256, run_finetuning
+from server.exchanges.finetuning import FinetunedRun, Unwatched, pretrained_sha256, run_finetuning
 from simulations.downstream.evaluate import (
     DownstreamSettings,
     evaluate_downstream,
@@ -183,6 +183,17 @@ def _evaluate(asked: DownstreamRunSettings, opened: FinishedRun, live: Live) -> 
     return write_downstream(Path(asked.folder), rows, facts)
 
 
+class _Counted(Unwatched):
+    """Shows how many rounds are done."""
+
+    def __init__(self, show: Callable[[int], None]) -> None:
+        self._show = show
+
+    def on_round_end(self, round: int, shared: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+        """One more is."""
+        self._show(round)
+
+
 def _local(asked: DownstreamRunSettings, opened: FinishedRun) -> LocalFinetuning:
     """The local loop; classes are counted where they were not given."""
     classes = asked.classes or len(asked.target_values)
@@ -231,5 +242,5 @@ def _federate(
             finetuning,
             opened.pretrained,
             folder,
-            on_round=lambda round, report: count(round, finetuning.rounds),
+            observer=_Counted(lambda round: count(round, finetuning.rounds)),
         )

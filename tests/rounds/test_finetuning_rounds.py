@@ -237,7 +237,7 @@ def test_a_question_of_another_run_or_in_other_words_is_malformed(
     plan: RunPlan, pretrained: FactorNetwork
 ) -> None:
     def ask(text: str) -> FinetuneAsk:
-        return FinetuneAsk(plan_json=plan.to_json(), finetuning_json=text, round=1, trained={}, fixed={})
+        return FinetuneAsk(plan_json=plan.to_json(), finetuning_json=text, round=1, shared={}, fixed={})
 
     finetuning = agreed(plan, pretrained)
     assert FinetuneAsk.from_record(ask(finetuning.to_json()).to_record()).finetuning(plan) == finetuning
