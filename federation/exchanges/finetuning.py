@@ -2,7 +2,7 @@
 
 `FinetunePlan` names the run by its plan's hash and the pretrained encoder by its own, so that no site adds
 labels to a model that is not the agreed one; it is as frozen and hashed as `RunPlan`. Both travel with every
-question. Does not do: train (`client/training/finetuning.py`), ask or average (`server/exchanges/finetuning.py`).
+question. Does not do: train (`client/training/finetuning.py`), ask (`server/exchanges/finetuning.py`).
 """
 
 import dataclasses

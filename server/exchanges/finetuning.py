@@ -8,10 +8,9 @@ patients would be behind one.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
@@ -30,31 +29,12 @@ from meduet_models.downstream import (
 from meduet_models.meduet import FactorNetwork
 from meduet_models.weights import save_weights, sha256_of_tensors
 from server.checkpoints import Checkpoint, Checkpoints
+from server.observer import RoundObserver
 from server.run_folder import claim, write_metrics
 from strategies.content_share import ContentShare, Task
 from strategies.quorum import Roster
 
 FINETUNED = "finetuned.safetensors"
-
-
-class RoundObserver(Protocol):
-    """Told what happens; what it is given is the run's own: read, do not write."""
-
-    def on_round_start(self, round: int, num_rounds: int) -> None:
-        """A round begins."""
-
-    def on_site_reply(self, round: int, site: str, report: Mapping[str, Any]) -> None:
-        """A site's valid reply is in: examples, seconds, bytes, losses."""
-
-    def on_round_end(self, round: int, shared: Mapping[str, Any], metrics: Mapping[str, Any]) -> object:
-        """A round is aggregated, not yet on disk."""
-
-    def on_complete(self) -> None:
-        """The weights are on disk."""
-
-
-class Unwatched(RoundObserver):
-    """Nobody looks."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +69,7 @@ def run_finetuning(
     Raises `ValueError` when `pretrained` is not the encoder that `finetuning` names, `OtherPlan` when the
     folder holds another fine-tuning or a run, and `RoundFailed` below the quorum (the last checkpoint stays).
     """
-    observer = observer or Unwatched()
+    observer = observer or RoundObserver()
     local = finetuning.local
     if finetuning.run_sha256 != plan.sha256:
         raise ValueError(f"Expected a fine-tuning of run {plan.sha256[:12]}; it names another.")

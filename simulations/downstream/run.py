@@ -20,7 +20,8 @@ from client.latents.labelled import LabelledScans, NoLabels
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning, check_target
 from federation.plan import build
 from server.config import plain
-from server.exchanges.finetuning import FinetunedRun, Unwatched, pretrained_sha256, run_finetuning
+from server.exchanges.finetuning import FinetunedRun, pretrained_sha256, run_finetuning
+from server.observer import RoundObserver
 from simulations.downstream.evaluate import (
     DownstreamSettings,
     evaluate_downstream,
@@ -183,15 +184,18 @@ def _evaluate(asked: DownstreamRunSettings, opened: FinishedRun, live: Live) -> 
     return write_downstream(Path(asked.folder), rows, facts)
 
 
-class _Counted(Unwatched):
+class _Counted(RoundObserver):
     """Shows how many rounds are done."""
 
     def __init__(self, show: Callable[[int], None]) -> None:
         self._show = show
 
-    def on_round_end(self, round: int, shared: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+    def on_round_end(
+        self, round: int, shared: Mapping[str, Any], metrics: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
         """One more is."""
         self._show(round)
+        return {}
 
 
 def _local(asked: DownstreamRunSettings, opened: FinishedRun) -> LocalFinetuning:

@@ -1,4 +1,4 @@
-"""The plan's aggregation holds in a fine-tuning: robust rules, the tolerance of norms, the server's optimiser.
+"""The plan's aggregation holds in a fine-tuning: robust rules, the norms' tolerance, the server's optimiser.
 
 One of three sites sends an update as long as the gate lets through, in a direction of its own.
 """
