@@ -48,10 +48,6 @@ _PROMISE = (
     "in the hospital's ledger with epsilon = infinity. Who sees the updates may learn about the patients "
     "behind them."
 )
-_RAW = (
-    " Under this plan raw latents of training scans left too: the scans can be reconstructed from them, so "
-    "they are patient data at the centre, and so is a model that learned from them."
-)
 
 
 def write_page(folder: Path, hospitals_text: str, held_out: Sequence[str] = ()) -> Path:
@@ -94,7 +90,7 @@ def write_page(folder: Path, hospitals_text: str, held_out: Sequence[str] = ()) 
         losses=_embed(draw_losses(rounds, figures / "losses.png")),
         traffic=_embed(draw_traffic(_traffic(folder, rounds, hospitals), figures / "traffic.png")),
         crossed=[row for hospital in hospitals for row in _crossed(folder, hospital["site"])],
-        promise_text=_PROMISE + (_RAW if plan.diffusion and plan.diffusion.policy == "raw" else ""),
+        promise_text=_PROMISE + (plan.diffusion.release.page if plan.diffusion else ""),
         hospitals=hospitals,
         facts=_facts(plan, versions, last),
         plan_text=json.dumps(json.loads(plan.to_json()), indent=2),
@@ -217,8 +213,7 @@ def _summary(
 def _tiles(
     plan: RunPlan, rounds: list[dict[str, Any]], hospitals: list[dict[str, Any]], last: Mapping[str, float]
 ) -> list[dict[str, str]]:
-    released = plan.diffusion is not None and plan.diffusion.policy == "raw"
-    moved = "scans; latents of those for training left" if released else "scans, none of which moved"
+    moved = "scans, none of which moved" if plan.diffusion is None else plan.diffusion.release.moved
     tiles = [
         (str(len(plan.sites)), "hospitals"),
         (str(sum(h["scans"] for h in hospitals)), moved),

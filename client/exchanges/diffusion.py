@@ -57,7 +57,7 @@ def answer_diffusion(
     on_step = before_deadline(plan.aggregation.deadline_s, on_step)
     site.accept(plan)
     diffusion = plan.diffusion
-    if diffusion is None or diffusion.policy != "federated" or not 1 <= ask.round <= diffusion.rounds:
+    if diffusion is None or diffusion.release.trained_at != "sites" or not 1 <= ask.round <= diffusion.rounds:
         raise AskRefused(
             f"Expected a plan with a federated diffusion model and one of its rounds; got round {ask.round}.",
             RefusalKind.MALFORMED,

@@ -60,7 +60,7 @@ class LatentsAsk(Ask):
 
 @dataclass(frozen=True, kw_only=True)
 class LatentsReply:
-    """A part of what a site releases in a round. Patient data under the policy `raw`."""
+    """A part of what a site releases in a round. Patient data, where the policy says so."""
 
     plan_sha256: str
     site: str
@@ -115,7 +115,7 @@ def is_item(name: str) -> bool:
 
 def releasing(plan: RunPlan) -> DiffusionPlan:
     """The diffusion model's part of a plan under which latents leave; raises `ValueError` for another."""
-    if plan.diffusion is None or plan.diffusion.policy != "raw":
+    if plan.diffusion is None or not plan.diffusion.release.releases_latents:
         policy = "none" if plan.diffusion is None else plan.diffusion.policy
         raise ValueError(f"Expected a plan under which sites release latents; its policy is {policy}.")
     return plan.diffusion

@@ -56,6 +56,8 @@ class GenerativeModel:
     """Names behind the condition `category`."""
     policy: str
     """What the sites released for it: the plan's `diffusion.policy`."""
+    patient_data: bool
+    """Whether what they released is patient data: then the model is handled as scans are."""
     provenance: dict[str, str]
     """Plan, rounds, steps, hashes."""
 
@@ -63,11 +65,6 @@ class GenerativeModel:
     def conditioner(self) -> Conditioner:
         """What turns scans and styles into conditions of this model."""
         return Conditioner(self.encoder, maps=bool(self.volumes["registered"]))
-
-    @property
-    def patient_data(self) -> bool:
-        """Whether the model has seen raw latents, and is handled as scans are."""
-        return self.policy == "raw"
 
     def to(self, device: torch.device) -> "GenerativeModel":
         """This model, its transformer and encoder moved to a device."""
@@ -94,6 +91,7 @@ def save_generative_model(path: str | Path, model: GenerativeModel) -> None:
         "body_parts": json.dumps(model.body_parts),
         "categories": json.dumps(model.categories),
         "policy": model.policy,
+        "patient_data": json.dumps(model.patient_data),
         "provenance": json.dumps(model.provenance, sort_keys=True),
         "sha256": sha256_of_tensors(tensors),
     }
@@ -126,6 +124,7 @@ def load_generative_model(path: str | Path) -> GenerativeModel:
             "body_parts": tuple(json.loads(header["body_parts"])),
             "categories": tuple(json.loads(header["categories"])),
             "policy": header["policy"],
+            "patient_data": header.get("patient_data") != "false",  # of one that does not say, nobody knows
             "provenance": json.loads(header["provenance"]),
         }
     except (KeyError, TypeError) as error:

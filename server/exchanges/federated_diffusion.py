@@ -15,7 +15,6 @@ from typing import Any
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
-from federation.diffusion_plan import Policy
 from federation.exchanges.diffusion import DIFFUSION, DiffusionAsk, encoder_of, transformer_of
 from federation.messages import Tensors
 from federation.plan import RunPlan
@@ -37,7 +36,7 @@ class FinishedDiffusion:
 
     transformer: DiffusionTransformer
     """Averaged weights, for evaluation, on the CPU."""
-    policy: Policy
+    policy: str
     """What left the sites for it."""
     steps: int
     """Optimiser steps; of each site where it was trained there."""
@@ -61,7 +60,7 @@ def run_diffusion_rounds(
     checkpoint stays) and `ValueError` when `shared` is not a whole encoder.
     """
     diffusion = plan.diffusion
-    if diffusion is None or diffusion.policy != "federated":
+    if diffusion is None or diffusion.release.trained_at != "sites":
         raise ValueError("Expected a plan with diffusion.policy=federated.")
     encoder = encoder_of(plan, shared)
     transformer = transformer_of(plan, encoder)
