@@ -24,7 +24,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from federation.messages import TRAIN, MessageError, Refusal, RefusalKind, TrainAsk, TrainReply, kind_of
+from federation.exchanges.pretraining import TrainReply
+from federation.messages import MessageError, Refusal, RefusalKind, kind_of
 from federation.plan import RunPlan, WireDtype
 from federation.reply_book import ReplyBook
 from federation.wire import array_record
@@ -69,27 +70,6 @@ class Task:
     record "shared" into it."""
     wire_dtype: WireDtype
     """How the shared weights travel to the sites."""
-
-
-def pretraining(plan: RunPlan, bank: Mapping[str, Tensor], home: Mapping[str, Tensor]) -> Task:
-    """The task of the run itself; `home` is the common start of what stays at the sites."""
-    plan_json, bank, home, wire_dtype = plan.to_json(), dict(bank), dict(home), plan.release.wire_dtype
-
-    def question(round: int, start: bool) -> RecordDict:
-        begun = home if start or round == 1 else None
-        ask = TrainAsk(
-            plan_json=plan_json, round=round, shared={}, bank=bank, home=begun, wire_dtype=wire_dtype
-        )
-        return ask.to_record()
-
-    return Task(
-        message_type=TRAIN,
-        sha256=plan.sha256,
-        rounds=plan.training.rounds,
-        max_norm=plan.release.update_clip_norm,
-        question=question,
-        wire_dtype=wire_dtype,
-    )
 
 
 class ContentShare(Strategy):

@@ -11,13 +11,12 @@ import json
 from dataclasses import dataclass
 from typing import Literal
 
-from flwr.app import RecordDict
-
-from federation.messages import Ask, Head, ask_head
+from federation.exchanges.exchange import Exchange
+from federation.exchanges.pretraining import TrainReply
+from federation.messages import Ask
 from federation.plan import RunPlan, build
-from federation.wire import MessageError, RefusalKind, Tensors, array_record
-
-FINETUNE = "train.finetune"
+from federation.wire import MessageError, RefusalKind, Tensors
+from privacy.promise import Promise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +109,7 @@ def check_target(local: LocalFinetuning, target: str, values: tuple[str, ...]) -
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneAsk(Ask):
+class FinetuneAsk(Ask, kind="finetune_ask"):
     """One round of fine-tuning from these weights: `shared` changes and travels back, `fixed` does not. The
     answer is a `TrainReply` under the fine-tuning's hash."""
 
@@ -136,24 +135,17 @@ class FinetuneAsk(Ask):
             )
         return finetuning
 
-    def to_record(self) -> RecordDict:
-        """As Flower records."""
-        head = ask_head("finetune_ask", self)
-        head["finetuning_json"], head["round"] = self.finetuning_json, self.round
-        return RecordDict(
-            {"head": head, "shared": array_record(self.shared), "fixed": array_record(self.fixed)}
-        )
 
-    @staticmethod
-    def from_record(record: RecordDict) -> "FinetuneAsk":
-        """Back from Flower records; raises `MessageError`."""
-        head = Head(record, "finetune_ask", ("head", "shared", "fixed"))
-        return head.close(
-            FinetuneAsk(
-                plan_json=head.plan_json(),
-                finetuning_json=head.take("finetuning_json", str),
-                round=head.take("round", int),
-                shared=head.tensors("shared"),
-                fixed=head.tensors("fixed"),
-            )
-        )
+def finetuning_promise(plan: RunPlan, ask: FinetuneAsk) -> Promise:
+    """A site's mean update is clipped at the gate. Raises as `FinetuneAsk.finetuning`."""
+    bound = ask.finetuning(plan).update_clip_norm
+    return Promise(kind="finetuning", bound=bound, unit="site update", enforcement="clip")
+
+
+FINETUNING = Exchange(
+    route="train.finetune",
+    ask=FinetuneAsk,
+    reply=TrainReply,
+    rounds=lambda plan: range(0),  # a fine-tuning is a plan of its own, and says its rounds
+    promise=finetuning_promise,
+)

@@ -15,7 +15,7 @@ from typing import Any
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
-from federation.exchanges.finetuning import FINETUNE, FinetuneAsk, FinetunePlan
+from federation.exchanges.finetuning import FINETUNING, FinetuneAsk, FinetunePlan
 from federation.journal import Journal
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
@@ -90,7 +90,7 @@ def run_finetuning(
         ).to_record()
 
     task = Task(
-        message_type=FINETUNE,
+        message_type=FINETUNING.route,
         sha256=finetuning.sha256,
         rounds=finetuning.rounds,
         max_norm=finetuning.update_clip_norm,

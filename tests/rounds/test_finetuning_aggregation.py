@@ -3,6 +3,7 @@
 One of three sites sends an update as long as the gate lets through, in a direction of its own.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import pytest
 import torch
 from flwr.app import Context
 
-import client.app
 from client.app import make_client_app
 from client.exchanges import finetuning as answering
 from federation.exchanges.finetuning import FinetunePlan
+from federation.exchanges.pretraining import TrainReply
 from federation.plan import RunPlan
 from meduet_models.meduet import FactorNetwork
 from server.exchanges.finetuning import FinetunedRun, run_finetuning
@@ -124,17 +125,14 @@ def test_a_reply_under_the_pretraining_plan_is_no_answer_to_a_fine_tuning(
 ) -> None:
     plan = miniature.plan(deadline_s=60.0, quorum=0.6)
     pretrained = FactorNetwork(plan.network, seed=5)
+    honest = TrainReply.to_record
 
-    def under_the_plan(released: Any, plan_sha256: str, site: str) -> Any:
-        record = mail(released, plan_sha256, site)
-        if site == LIAR and record["head"].get("kind") == "train_reply":
-            record["head"]["plan_sha256"] = plan_sha256
-        return record
+    def under_the_plan(reply: TrainReply) -> Any:
+        lie = reply.site == LIAR
+        return honest(dataclasses.replace(reply, plan_sha256=plan.sha256) if lie else reply)
 
-    mail = client.app._mail
-    monkeypatch.setattr(client.app, "_mail", under_the_plan)
-    done = run_finetuning(
-        grid_of(plan, tmp_path), plan, agreed(plan, pretrained, rounds=1), pretrained, tmp_path / "f"
-    )
+    monkeypatch.setattr(TrainReply, "to_record", under_the_plan)
+    finetuning = agreed(plan, pretrained, rounds=1)
+    done = run_finetuning(grid_of(plan, tmp_path), plan, finetuning, pretrained, tmp_path / "f")
     assert list(done.rounds[0]["refused"]) == [LIAR]
     assert set(done.rounds[0]["sites"]) == {"oslo", "lyon"}

@@ -7,15 +7,18 @@ import pytest
 import torch
 
 from client.exchanges import exchange as answers
-from client.exchanges.exchange import AskRefused, answer_erasure, answer_round, answer_survey
+from client.exchanges.erasure import answer_erasure
+from client.exchanges.exchange import AskRefused
+from client.exchanges.pretraining import answer_round
+from client.exchanges.survey import answer_survey
 from client.release import GateRefusal, Released
 from client.training.site_state import StateMissing
 from client.training.trainee import WrongWeights
-from federation.erasure import erasure_moments
+from federation.exchanges.erasure import ErasureAsk, erasure_moments
+from federation.exchanges.pretraining import TrainAsk
+from federation.exchanges.survey import SurveyAsk, survey_layout
 from federation.journal import Journal
-from federation.messages import ErasureAsk, SurveyAsk, TrainAsk
 from federation.plan import ReleasePlan, RunPlan, TrainingPlan
-from federation.survey import survey_layout
 from federation.wire import RefusalKind
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import home_keys, shared_keys
