@@ -7,7 +7,9 @@ Does not do: start a run (`server/app.py`), or send the file: it holds no secret
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import yaml
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -81,6 +83,45 @@ def plan_to_run(path: Path) -> RunPlan:
             f"{published[:12]}…. Publish it again (meduet-server submit) and let the sites approve it."
         )
     return plan
+
+
+def finetuning_to_run(path: Path) -> FinetunePlan | None:
+    """The fine-tuning that a file publishes; None when what it publishes is the run itself.
+
+    Raises `ValueError` as `plan_to_run`.
+    """
+    plan_to_run(path)
+    text = path.read_text(encoding="utf-8")
+    return PublishedPlan.from_json(text).finetuning if "bundle_sha256" in json.loads(text) else None
+
+
+def make_finetuning(pretrained: Path, settings: Sequence[str]) -> FinetunePlan:
+    """The fine-tuning of a finished run (its folder, or its model.safetensors), from settings as ``rounds=5``
+    or ``local.task=segmentation``.
+
+    Raises `ValueError` for a setting that is wrong, and for a file that is no run's final weights.
+    """
+    from server.exchanges.finetuning import pretrained_of, pretrained_sha256  # MONAI takes seconds to import
+
+    found = pretrained_of(pretrained)
+    values: dict[str, Any] = {
+        "run_sha256": found.provenance["plan_sha256"],
+        "pretrained_sha256": pretrained_sha256(found.network),
+        "local": {},
+    }
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        part, _, inner = name.rpartition(".")
+        if not equals or part not in ("", "local") or name in values:
+            raise ValueError(
+                f"Expected settings of a fine-tuning as rounds=5 or local.classes=3; got {setting!r}."
+            )
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"Expected {name} to be a number, a word or a list; got {text!r}.") from None
+        (values["local"] if part else values)[inner] = value
+    return build(FinetunePlan, values, "finetuning")
 
 
 def _plan(path: Path) -> RunPlan:

@@ -27,6 +27,7 @@ from meduet_models.downstream import (
     with_head,
 )
 from meduet_models.meduet import FactorNetwork
+from meduet_models.pretrained import Pretrained, load_pretrained
 from meduet_models.weights import save_weights, sha256_of_tensors
 from server.checkpoints import Checkpoint, Checkpoints
 from server.observer import RoundObserver
@@ -35,6 +36,8 @@ from strategies.content_share import ContentShare, Task
 from strategies.quorum import Roster
 
 FINETUNED = "finetuned.safetensors"
+MODEL = "model.safetensors"
+"""What a pretraining leaves in its folder."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,11 @@ class FinetunedRun:
     """One report per round: as in `metrics.json` of a run."""
     path: Path
     """The file of the weights."""
+
+
+def pretrained_of(path: Path) -> Pretrained:
+    """The final weights of a run, from its folder or from the file itself; raises `ValueError`."""
+    return load_pretrained(path / MODEL if path.is_dir() else path)
 
 
 def pretrained_sha256(network: FactorNetwork) -> str:
