@@ -292,7 +292,8 @@ class Message:
         """As Flower records. Build a question once a round: Flower sends equal arrays once."""
         record = RecordDict({_HEAD: ConfigRecord({"wire_version": WIRE_VERSION, "kind": self.kind_name})})
         wire_dtype: WireDtype = getattr(self, "wire_dtype", "float32")
-        for name, carrier in _carriers(type(self)).items():
+        kind: Any = type(self)
+        for name, carrier in _carriers(kind).items():
             carrier.put(record, name, getattr(self, name), wire_dtype)
         return record
 
@@ -303,7 +304,8 @@ class Message:
         Without `copy`, float32 tensors are views of the received bytes, which nothing may write.
         """
         source = _Source(record, cls.kind_name, copy)
-        message = cls(**{name: carrier.take(source, name) for name, carrier in _carriers(cls).items()})
+        kind: Any = cls
+        message = cls(**{name: carrier.take(source, name) for name, carrier in _carriers(kind).items()})
         source.close()
         message.agrees()
         return message

@@ -1,3 +1,4 @@
+import dataclasses
 import faulthandler
 import logging
 import threading
@@ -11,8 +12,9 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, Metadata, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from client import app as wall
 from client.app import LOG_NAME, make_client_app
+from client.app import app as deployed_app
+from client.exchanges import survey as survey_exchange
 from client.exchanges.exchange import AskRefused
 from client.release import GateRefusal
 from client.training.pretraining import NotFinite
@@ -183,14 +185,16 @@ def test_an_interrupt_passes_the_wall(error: type[BaseException], asks: dict[str
 
 
 def test_nothing_but_what_passed_the_gate_can_be_sent(
-    app: ClientApp, asks: dict[str, RecordDict], folder: Path, monkeypatch: pytest.MonkeyPatch
+    asks: dict[str, RecordDict], folder: Path, toy_scans: Any
 ) -> None:
+    site = ToySite(folder, toy_scans(PATIENTS, 1))
+
     class Lookalike:
         def __init__(self, real: Any) -> None:
             self.promise, self.tensors, self.counts = real.promise, real.tensors, real.counts
             self.metrics, self.record, self.wire_dtype = real.metrics, real.record, real.wire_dtype
 
-    real = wall.answer_survey
+    real = survey_exchange.answer_survey
     raw = {"mean": torch.ones(3)}
     answers: list[Callable[..., Any]] = [
         lambda *a: raw,
@@ -199,7 +203,8 @@ def test_nothing_but_what_passed_the_gate_can_be_sent(
         lambda *a: None,
     ]
     for answer in answers:
-        monkeypatch.setattr(wall, "answer_survey", answer)
+        row = dataclasses.replace(survey_exchange.ANSWER, work=answer)
+        app = make_client_app(lambda context: site, answers=[row])
         assert Refusal.from_record(send(app, SURVEY.route, asks[SURVEY.route])).kind is RefusalKind.INTERNAL
     assert "what passed the gate" in (folder / LOG_NAME).read_text()
 
@@ -334,5 +339,5 @@ def test_each_step_is_reported_with_its_sites_name(
 
 
 def test_a_supernode_without_a_site_config_is_refused(asks: dict[str, RecordDict]) -> None:
-    refusal = Refusal.from_record(send(wall.app, SURVEY.route, asks[SURVEY.route]))
+    refusal = Refusal.from_record(send(deployed_app, SURVEY.route, asks[SURVEY.route]))
     assert (refusal.kind, refusal.site) == (RefusalKind.INTERNAL, "")
