@@ -115,14 +115,16 @@ def _diffusion(plan: RunPlan) -> Iterator[Line]:
 
 
 def _finetuning(plan: RunPlan, finetuning: FinetunePlan) -> Iterator[Line]:
+    from meduet_models.downstream.tasks import task_of  # MONAI takes seconds to import
+
     local = finetuning.local
     trained = "the head alone" if local.encoder == "frozen" else "encoder and head"
-    target = "a class of every voxel" if local.task == "segmentation" else f"{finetuning.target!r}"
+    target = task_of(local.task).words(finetuning.named)
     yield "Who", f"{len(plan.sites)} sites: {', '.join(plan.sites)}."
     yield (
         "What",
         f"Fine-tuning of run {plan.sha256[:12]}… with your labels: {trained} learn to predict {target} "
-        f"({local.classes} classes).",
+        f"(task {local.task}, {local.classes} outputs).",
     )
     yield "On which data", f"{_data(plan)} Of those with a label, {finetuning.label_share:.0%}."
     yield (

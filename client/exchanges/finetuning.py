@@ -15,13 +15,8 @@ from client.training.trainee import WrongWeights
 from federation.exchanges.finetuning import FINETUNING, FinetuneAsk, FinetunePlan
 from federation.plan import RunPlan
 from federation.wire import RefusalKind
-from meduet_models.downstream import (
-    ClassificationNetwork,
-    SegmentationNetwork,
-    encoder_tensors,
-    trained_keys,
-    with_head,
-)
+from meduet_models.downstream.networks import PretrainedNetwork, encoder_tensors, trained_keys
+from meduet_models.downstream.tasks import task_of
 from meduet_models.meduet import FactorNetwork
 from meduet_models.style.moments import CohortTooSmall
 from meduet_models.weights import sha256_of_tensors
@@ -59,7 +54,7 @@ def answer_finetuning(
     if (came := len(found.patients)) < FEWEST_SCANS:
         raise CohortTooSmall(f"Expected labels of at least {FEWEST_SCANS} patients; got {came}.")
     try:
-        found.answers(finetuning.local)
+        task_of(finetuning.local.task).check_answers(found.answers, finetuning.local.classes)
     except ValueError as error:
         raise AskRefused(str(error), RefusalKind.PLAN_NOT_ACCEPTED) from error
 
@@ -94,14 +89,12 @@ def answer_finetuning(
     )
 
 
-def network_of(
-    plan: RunPlan, finetuning: FinetunePlan, ask: FinetuneAsk
-) -> SegmentationNetwork | ClassificationNetwork:
+def network_of(plan: RunPlan, finetuning: FinetunePlan, ask: FinetuneAsk) -> PretrainedNetwork:
     """The network with the weights that came, checked against the fine-tuning plan's hash where they are
     still the pretrained ones. Raises `WrongWeights`."""
     local = finetuning.local
     trainable = local.encoder == "finetuned"
-    network = with_head(FactorNetwork(plan.network), local.task, local.classes, trainable=trainable)
+    network = task_of(local.task).network(FactorNetwork(plan.network), local.classes, trainable=trainable)
     trained = trained_keys(network)
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     came = {name: tuple(tensor.shape) for name, tensor in {**ask.fixed, **ask.shared}.items()}

@@ -16,6 +16,7 @@ from federation.exchanges.pretraining import TrainReply
 from federation.messages import Ask
 from federation.plan import RunPlan, build
 from federation.wire import MessageError, RefusalKind, Tensors
+from meduet_models.downstream.task import Target
 from privacy.promise import Promise
 
 
@@ -23,10 +24,10 @@ from privacy.promise import Promise
 class LocalFinetuning:
     """The local loop: the same alone and in a federation."""
 
-    task: Literal["segmentation", "classification"]
-    """What is predicted: a class per voxel, or per scan."""
+    task: str
+    """What is predicted: the name of a downstream task (`meduet_models/downstream/tasks.py`)."""
     classes: int
-    """Classes, the background of a segmentation included."""
+    """Classes, the background of a segmentation included; 1 for a number."""
     encoder: Literal["frozen", "finetuned"] = "finetuned"
     """Whether the encoder stays as it came."""
     steps: int = 200
@@ -44,8 +45,12 @@ class LocalFinetuning:
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be meant."""
-        if self.classes < 2:
-            raise ValueError(f"Expected classes to be at least 2; got {self.classes}.")
+        from meduet_models.downstream.tasks import task_of  # MONAI takes seconds to import
+
+        if self.classes < (least := task_of(self.task).least_classes):
+            raise ValueError(
+                f"Expected classes to be at least {least} with task={self.task}; got {self.classes}."
+            )
         for name in ("steps", "batch_size", "learning_rate", "gradient_clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Expected {name} above 0; got {getattr(self, name)}.")
@@ -68,11 +73,16 @@ class FinetunePlan:
     label_share: float = 1.0
     """Share of a site's labelled training patients whose labels are used."""
     target: str = ""
-    """Classification: the covariate to predict."""
+    """The covariate to predict, of a task that predicts one."""
     target_values: tuple[str, ...] = ()
-    """Classification: its values, in the order of the classes."""
+    """Its values, in the order of the classes; of a number the ends of its range."""
     update_clip_norm: float = 20.0
     """L2 norm to which a site's mean update is clipped at the gate."""
+
+    @property
+    def named(self) -> Target:
+        """What is predicted, as the task takes it."""
+        return Target(self.target, self.target_values)
 
     def __post_init__(self) -> None:
         """Refuse a plan that contradicts itself."""
@@ -98,14 +108,10 @@ class FinetunePlan:
 
 
 def check_target(local: LocalFinetuning, target: str, values: tuple[str, ...]) -> None:
-    """Raise `ValueError` unless a classification, and nothing else, has a target with a value per class."""
-    if local.task == "segmentation" and (target or values):
-        raise ValueError("target and target_values have no effect with task=segmentation: leave them out.")
-    if local.task == "classification" and (not target or len(set(values)) != local.classes):
-        raise ValueError(
-            f"Expected task=classification to name a target covariate and its {local.classes} values; got "
-            f"{target or 'none'} with {', '.join(values) or 'none'}."
-        )
+    """Raise `ValueError` unless the outputs and the target are ones of the task."""
+    from meduet_models.downstream.tasks import task_of  # MONAI takes seconds to import
+
+    task_of(local.task).check(local.classes, Target(target, values))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,13 +19,12 @@ from federation.exchanges.finetuning import FINETUNING, FinetuneAsk, FinetunePla
 from federation.journal import Journal
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
-from meduet_models.downstream import (
-    ClassificationNetwork,
-    SegmentationNetwork,
-    encoder_tensors,
+from meduet_models.downstream.networks import (
+    ContentEncoder,
+    PretrainedNetwork,
     trained_keys,
-    with_head,
 )
+from meduet_models.downstream.tasks import task_of
 from meduet_models.meduet import FactorNetwork
 from meduet_models.pretrained import Pretrained, load_pretrained
 from meduet_models.weights import save_weights, sha256_of_tensors
@@ -44,7 +43,7 @@ MODEL = "model.safetensors"
 class FinetunedRun:
     """A complete federated fine-tuning."""
 
-    network: SegmentationNetwork | ClassificationNetwork
+    network: PretrainedNetwork
     """After the last round, on the CPU."""
     rounds: tuple[dict[str, Any], ...]
     """One report per round: as in `metrics.json` of a run."""
@@ -59,8 +58,8 @@ def pretrained_of(path: Path) -> Pretrained:
 
 def pretrained_sha256(network: FactorNetwork) -> str:
     """Hash that a `FinetunePlan` names the encoder of `network` by."""
-    start = with_head(network, "classification", 2, trainable=True)
-    return sha256_of_tensors(encoder_tensors(start.state_dict()))
+    encoder = ContentEncoder(network, trainable=False).state_dict()
+    return sha256_of_tensors({f"encoder.{name}": tensor for name, tensor in encoder.items()})
 
 
 def run_finetuning(
@@ -86,7 +85,9 @@ def run_finetuning(
             f"Expected the pretrained encoder {finetuning.pretrained_sha256[:12]}; got {found[:12]}."
         )
     trainable = local.encoder == "finetuned"
-    network = with_head(pretrained, local.task, local.classes, trainable=trainable, seed=finetuning.seed)
+    network = task_of(local.task).network(
+        pretrained, local.classes, trainable=trainable, seed=finetuning.seed
+    )
     start = network.state_dict()
     names = trained_keys(network)
     fixed = {name: tensor for name, tensor in start.items() if name not in names}

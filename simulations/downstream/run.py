@@ -19,6 +19,8 @@ from client.app import make_client_app
 from client.latents.labelled import LabelledScans, NoLabels
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning, check_target
 from federation.plan import build
+from meduet_models.downstream.task import Target
+from meduet_models.downstream.tasks import task_of
 from server.config import plain
 from server.exchanges.finetuning import FinetunedRun, pretrained_sha256, run_finetuning
 from server.observer import RoundObserver
@@ -47,14 +49,14 @@ class DownstreamRunSettings:
     """Where table, figure and page go."""
     seed: int
     """Fixes every draw."""
-    task: Literal["segmentation", "classification"]
-    """What is predicted."""
+    task: str
+    """What is predicted: the name of a downstream task."""
     classes: int | None
-    """Classes; none: counted, from the labels or from `target_values`."""
+    """Classes; none: they follow from the target, or are counted from the labels."""
     target: str
-    """Classification: the covariate."""
+    """The covariate to predict, of a task that predicts one."""
     target_values: tuple[str, ...]
-    """Classification: its values, in the order of the classes."""
+    """Its values, in the order of the classes; of a number the ends of its range."""
     modes: tuple[Literal["frozen", "finetuned", "scratch", "unet"], ...]
     """What is compared."""
     label_shares: tuple[float, ...]
@@ -139,6 +141,7 @@ def _evaluate(asked: DownstreamRunSettings, opened: FinishedRun, live: Live) -> 
     settings = DownstreamSettings(
         task=asked.task,
         classes=local.classes,
+        target=Target(asked.target, asked.target_values),
         spacing_mm=plan.volumes.spacing_mm,
         label_shares=asked.label_shares,
         modes=asked.modes,
@@ -150,7 +153,7 @@ def _evaluate(asked: DownstreamRunSettings, opened: FinishedRun, live: Live) -> 
     )
     sizes = ", ".join(f"{name} ({len(scans.patients)})" for name, scans in tests.items())
     live.say(
-        f"{asked.task} of {local.classes} classes: {len(train.patients)} patients with labels in "
+        f"{asked.task}, {local.classes} outputs: {len(train.patients)} patients with labels in "
         f"{', '.join(with_labels)}; tested on {sizes}"
     )
     facts: dict[str, Any] = {
@@ -200,7 +203,7 @@ class _Counted(RoundObserver):
 
 def _local(asked: DownstreamRunSettings, opened: FinishedRun) -> LocalFinetuning:
     """The local loop; classes are counted where they were not given."""
-    classes = asked.classes or len(asked.target_values)
+    classes = asked.classes or task_of(asked.task).classes(Target(asked.target, asked.target_values))
     if not classes:
         classes = num_classes(opened.scans.values())
         if not classes:
