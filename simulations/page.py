@@ -204,7 +204,7 @@ def _summary(
         "fedbn": "average every weight but the norm layers (FedBN)",
         "alone": "train alone",
         "pooled": "are pooled in one place, an upper bound that no consortium may run, and",
-    }[plan.aggregation.method]
+    }.get(plan.aggregation.method, f"work by the method {plan.aggregation.method}")
     steps = f"{plan.training.rounds} rounds of {plan.training.steps_per_round} steps"
     apart = f" Held out, and never asked anything: {', '.join(held_out)}." if held_out else ""
     return f"{hospitals_text} {len(plan.sites)} hospitals with {patients} patients {method}: {steps}.{apart}"

@@ -21,6 +21,7 @@ from meduet_models.downstream.task import (
     Grid,
     KnownScans,
     Metric,
+    Pooled,
     Statistic,
     Target,
     Task,
@@ -92,8 +93,8 @@ class Classification(Task):
         return {"auc": lambda rows: _auc(scores[rows], truth[rows])}
 
     def fit(
-        self, pooled: Floats, answers: Tensor, held: Floats, held_answers: Tensor, classes: int, seed: int
-    ) -> Callable[[Floats], Tensor]:
+        self, pooled: Pooled, answers: Tensor, held: Pooled, held_answers: Tensor, classes: int, seed: int
+    ) -> Callable[[Pooled], Tensor]:
         """Logistic regression: probabilities of the classes."""
         from sklearn.linear_model import LogisticRegression  # seconds to import, and sites never come here
         from sklearn.pipeline import make_pipeline
@@ -110,7 +111,7 @@ class Classification(Task):
             for penalty in _PENALTIES
         ]
 
-        def probabilities(fit: object, pooled: Floats) -> Float[Tensor, "b classes"]:
+        def probabilities(fit: object, pooled: Pooled) -> Float[Tensor, "b classes"]:
             told = torch.zeros(len(pooled), classes)
             told[:, fit.classes_] = torch.from_numpy(fit.predict_proba(pooled)).float()  # type: ignore[attr-defined]
             return told

@@ -23,6 +23,7 @@ from meduet_models.downstream.task import (
     Grid,
     KnownScans,
     Metric,
+    Pooled,
     Statistic,
     Target,
     Task,
@@ -96,8 +97,8 @@ class Regression(Task):
         return {"r2": lambda rows: _r2(told[rows], truth[rows]), "mae": error}
 
     def fit(
-        self, pooled: Floats, answers: Tensor, held: Floats, held_answers: Tensor, classes: int, seed: int
-    ) -> Callable[[Floats], Tensor]:
+        self, pooled: Pooled, answers: Tensor, held: Pooled, held_answers: Tensor, classes: int, seed: int
+    ) -> Callable[[Pooled], Tensor]:
         """Ridge regression."""
         from sklearn.linear_model import Ridge  # seconds to import, and sites never come here
         from sklearn.pipeline import make_pipeline

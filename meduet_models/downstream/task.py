@@ -20,6 +20,8 @@ from meduet_models.downstream.networks import PretrainedNetwork
 from meduet_models.meduet import FactorNetwork
 
 Floats = NDArray[np.float64]
+Pooled = NDArray[np.float32]
+"""Pooled content of scans, [b, content channels]."""
 Statistic = Callable[[NDArray[np.int64]], float]
 """From rows of the test scans to a number of all of them; NaN where they have none."""
 
@@ -131,8 +133,8 @@ class Task(ABC):
         """By metric: the value of each scan (NaN: none), or a number of any rows."""
 
     def fit(
-        self, pooled: Floats, answers: Tensor, held: Floats, held_answers: Tensor, classes: int, seed: int
-    ) -> Callable[[Floats], Tensor]:
+        self, pooled: Pooled, answers: Tensor, held: Pooled, held_answers: Tensor, classes: int, seed: int
+    ) -> Callable[[Pooled], Tensor]:
         """From pooled content to outputs; chosen on what is `held` back. With `fits_pooled` only."""
         raise NotImplementedError
 

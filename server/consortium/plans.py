@@ -24,6 +24,8 @@ from server.run_folder import write_whole
 
 _SETTINGS = ("network", "tokenizer", "hospitals", "experiment", "method")
 """Settings and groups of settings that decide on a plan, beside its own parts."""
+_AS_TEXT = yaml.BaseLoader
+"""Values of a covariate are texts, also those that YAML takes for numbers or for true and false."""
 
 
 def make_plan(consortium: ConsortiumSettings, overrides: Sequence[str] = ()) -> RunPlan:
@@ -117,7 +119,7 @@ def make_finetuning(pretrained: Path, settings: Sequence[str]) -> FinetunePlan:
                 f"Expected settings of a fine-tuning as rounds=5 or local.classes=3; got {setting!r}."
             )
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, _AS_TEXT if inner.startswith("target") else yaml.SafeLoader)
         except yaml.YAMLError:
             raise ValueError(f"Expected {name} to be a number, a word or a list; got {text!r}.") from None
         (values["local"] if part else values)[inner] = value

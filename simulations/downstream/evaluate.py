@@ -20,7 +20,7 @@ from client.latents.labelled import LabelledScans
 from client.training.finetuning import finetune
 from federation.exchanges.finetuning import LocalFinetuning
 from meduet_models.downstream.networks import PretrainedNetwork, predict
-from meduet_models.downstream.task import Grid, Target, Task
+from meduet_models.downstream.task import Grid, Pooled, Target, Task
 from meduet_models.downstream.tasks import task_of
 from meduet_models.downstream.unet import DownstreamNetwork, SmallUNet
 from meduet_models.meduet import FactorNetwork, NetworkConfig
@@ -258,7 +258,7 @@ def _fitted(
     """What the task fits to pooled content, chosen on the validation patients."""
     for scans in (labelled, validation):
         task.check_answers(scans.answers, classes)
-    held = _pooled(network, validation.latents) if len(validation) else np.zeros((0, 0))
+    held = _pooled(network, validation.latents) if len(validation) else np.zeros((0, 0), dtype=np.float32)
     fit = task.fit(
         _pooled(network, labelled.latents), labelled.answers, held, validation.answers, classes, seed
     )
@@ -266,6 +266,6 @@ def _fitted(
 
 
 @torch.inference_mode()
-def _pooled(network: PretrainedNetwork, latents: Tensor) -> np.ndarray:
+def _pooled(network: PretrainedNetwork, latents: Tensor) -> Pooled:
     chunks: Sequence[Tensor] = torch.split(latents, 16)
     return torch.cat([network.encoder(chunk)[0].mean(dim=1) for chunk in chunks]).numpy()

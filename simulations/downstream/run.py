@@ -101,6 +101,8 @@ def run_downstream(config: DictConfig) -> Path:
     Raises `ValueError` for settings that are wrong, and for a folder that holds no finished run.
     """
     values = plain(config)
+    ends = values["target_values"]  # a plan names values by their text
+    values["target_values"] = [f"{end:g}" if isinstance(end, (int, float)) else end for end in ends]
     asked = build(
         DownstreamRunSettings,
         {f.name: values[f.name] for f in dataclasses.fields(DownstreamRunSettings)},

@@ -137,8 +137,7 @@ def test_a_class_out_of_range_is_said_before_anything_is_trained() -> None:
     done: list[str] = []
     with pytest.raises(ValueError, match="classes from 0 to 1"):
         train = scans(10, 1)
-        assert train.labels is not None
-        wrong = replace(train, labels=train.labels * 5)
+        wrong = replace(train, answers=train.answers * 5)
         evaluated(train=wrong, progress=lambda what, step, total: done.append(what))
     assert done == []
 
@@ -218,9 +217,23 @@ def test_a_covariate_is_classified(pretrained: Path, tmp_path: Path) -> None:
     assert {row["metric"] for row in rows} == {"auc"}
 
 
+def test_a_number_is_predicted_at_every_mode_and_in_the_federation(pretrained: Path, tmp_path: Path) -> None:
+    age = ["task=regression", "target=age", "target_values=[20,90]", "federated=true", "rounds=2"]
+    page = command(pretrained, tmp_path, *age)
+    told = json.loads((tmp_path / "downstream.json").read_text())
+    assert told["classes"] == 1
+    assert {row["metric"] for row in told["rows"]} == {"mae", "r2"}
+    assert {row["mode"] for row in told["rows"]} == {"frozen", "finetuned", "scratch", "unet", "federated"}
+    errors = [row["value"] for row in told["rows"] if row["metric"] == "mae"]
+    assert all(0 < error < 70 for error in errors)  # years
+    assert "mean absolute error" in page.read_text()
+
+
 @pytest.mark.parametrize(
     ("more", "what"),
     [
+        (["task=regression", "target=age"], "lowest and the highest"),
+        (["task=guessing"], "task to be one of segmentation, classification, regression"),
         (["rounds=3"], "no effect without federated"),
         (["label_sites=[atlantis]"], "label_sites among"),
         (["target=sex"], "no effect with task=segmentation"),
