@@ -4,19 +4,21 @@ the code it will run in.
 Does not do: start a run (`server/app.py`), or send the file: it holds no secret, any way will do.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from federation.bundle import running_bundle
 from federation.exchanges.finetuning import FinetunePlan
-from federation.plan import RunPlan, build
+from federation.keys.key_files import read_text
+from federation.plan import RunPlan
 from federation.published_plan import PublishedPlan, plan_of
+from forms.form import build
+from forms.json_text import read_json
+from forms.yaml_text import read_yaml
 from meduet_models.tokenizer.tokenizer import TokenizerSpec, load_tokenizer
 from server.config import FROM_CONFIG, compose_config, plain, plan_from
 from server.consortium.provisioning import ConsortiumSettings
@@ -24,7 +26,7 @@ from server.run_folder import write_whole
 
 _SETTINGS = ("network", "tokenizer", "hospitals", "experiment", "method")
 """Settings and groups of settings that decide on a plan, beside its own parts."""
-_AS_TEXT = yaml.BaseLoader
+_VALUES = "target_values"
 """Values of a covariate are texts, also those that YAML takes for numbers or for true and false."""
 
 
@@ -78,11 +80,11 @@ def plan_to_run(path: Path) -> RunPlan:
     Raises `ValueError` when it was published with other code than this: every site would refuse it.
     """
     plan = _plan(path)
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_json(read_text(path, "a plan"), "a plan")
     if (published := values.get("bundle_sha256", running_bundle())) != running_bundle():
         raise ValueError(
             f"Expected a plan published with this code ({running_bundle()[:12]}…); {path} was published with "
-            f"{published[:12]}…. Publish it again (meduet-server submit) and let the sites approve it."
+            f"{published[:12]}…. Publish it again (meduet-server publish) and let the sites approve it."
         )
     return plan
 
@@ -93,8 +95,9 @@ def finetuning_to_run(path: Path) -> FinetunePlan | None:
     Raises `ValueError` as `plan_to_run`.
     """
     plan_to_run(path)
-    text = path.read_text(encoding="utf-8")
-    return PublishedPlan.from_json(text).finetuning if "bundle_sha256" in json.loads(text) else None
+    text = read_text(path, "a plan")
+    published = "bundle_sha256" in read_json(text, "a plan")
+    return PublishedPlan.from_json(text).finetuning if published else None
 
 
 def make_finetuning(pretrained: Path, settings: Sequence[str]) -> FinetunePlan:
@@ -107,7 +110,7 @@ def make_finetuning(pretrained: Path, settings: Sequence[str]) -> FinetunePlan:
 
     found = pretrained_of(pretrained)
     values: dict[str, Any] = {
-        "run_sha256": found.provenance["plan_sha256"],
+        "run_sha256": found.provenance.get("plan_sha256", ""),
         "pretrained_sha256": pretrained_sha256(found.network),
         "local": {},
     }
@@ -118,27 +121,26 @@ def make_finetuning(pretrained: Path, settings: Sequence[str]) -> FinetunePlan:
             raise ValueError(
                 f"Expected settings of a fine-tuning as rounds=5 or local.classes=3; got {setting!r}."
             )
-        try:
-            value = yaml.load(text, _AS_TEXT if inner.startswith("target") else yaml.SafeLoader)
-        except yaml.YAMLError:
-            raise ValueError(f"Expected {name} to be a number, a word or a list; got {text!r}.") from None
-        (values["local"] if part else values)[inner] = value
+        value = (
+            [one.strip() for one in text.strip("[]").split(",")]
+            if inner == _VALUES
+            else read_yaml(text, name)
+        )
+        (values["local"] if part else values)[inner] = text if inner == "target" else value
     return build(FinetunePlan, values, "finetuning")
 
 
 def _plan(path: Path) -> RunPlan:
+    text = read_text(path, "a plan")
     try:
-        return plan_of(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"Expected a plan at {path}; {error.strerror}.") from None
+        return plan_of(text)
     except ValueError as error:
         raise ValueError(f"Expected {path} to be a plan of FedMeDUET; {error}") from None
 
 
 def _finetuning(path: Path) -> FinetunePlan:
+    text = read_text(path, "a fine-tuning")
     try:
-        return FinetunePlan.from_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"Expected a fine-tuning at {path}; {error.strerror}.") from None
+        return FinetunePlan.from_json(text)
     except ValueError as error:
         raise ValueError(f"Expected {path} to be a fine-tuning of FedMeDUET; {error}") from None

@@ -56,7 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Consortium, 
     assert told.returncode == 0, told.stderr
     plan = str(folder / "plan.json")
     told = command(
-        "server.cli", "submit", plan, "--finetuning", str(agreed), "--out", str(folder / "published")
+        "server.cli", "publish", plan, "--finetuning", str(agreed), "--out", str(folder / "published")
     )
     assert told.returncode == 0, told.stderr
     (published,) = (folder / "published").iterdir()
