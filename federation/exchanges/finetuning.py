@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from federation.diffusion_plan import MOST_STEPS
 from federation.exchanges.exchange import Exchange
 from federation.exchanges.pretraining import TrainReply
+from federation.limits import largest_reply
 from federation.messages import Ask
 from federation.plan import RunPlan
 from federation.wire import MessageError, RefusalKind, Tensors
@@ -156,5 +157,6 @@ FINETUNING = Exchange(
     ask=FinetuneAsk,
     reply=TrainReply,
     rounds=lambda plan: range(0),  # a fine-tuning is a plan of its own, and says its rounds
+    largest=lambda plan, ask: largest_reply(ask.shared),
     promise=finetuning_promise,
 )

@@ -136,3 +136,20 @@ def test_a_reply_under_the_pretraining_plan_is_no_answer_to_a_fine_tuning(
     done = run_finetuning(grid_of(plan, tmp_path), plan, finetuning, pretrained, tmp_path / "f")
     assert list(done.rounds[0]["refused"]) == [LIAR]
     assert set(done.rounds[0]["sites"]) == {"oslo", "lyon"}
+
+
+def test_a_fine_tuning_travels_exactly_whatever_the_wire_of_its_run(miniature: Any, tmp_path: Path) -> None:
+    exact = miniature.plan(deadline_s=60.0)
+    coarse = dataclasses.replace(exact, release=dataclasses.replace(exact.release, wire_dtype="mxint8"))
+    pretrained = FactorNetwork(exact.network, seed=5)
+    ends = [
+        run_finetuning(
+            grid_of(plan, tmp_path / plan.sha256),
+            plan,
+            agreed(plan, pretrained, rounds=1),
+            pretrained,
+            tmp_path / plan.sha256 / "f",
+        )
+        for plan in (exact, coarse)
+    ]
+    assert moved(*ends) == 0
