@@ -61,7 +61,7 @@ def exchanges() -> tuple[Answer[Any, Any], ...]:
         erasure.ANSWER,
         latents.ANSWER,
         diffusion.ANSWER,
-        Answer(FINETUNING, _answer_finetuning, _finetuning_mail),
+        Answer(FINETUNING, _answer_finetuning, pretraining.train_mail),
     )
 
 
@@ -139,12 +139,6 @@ def _answer_finetuning(
     from client.exchanges.finetuning import answer_finetuning  # MONAI takes seconds to import
 
     return answer_finetuning(site, ask, plan, on_step)
-
-
-def _finetuning_mail(released: Released, ask: Any, site: str) -> Reply:
-    from client.exchanges.finetuning import finetuning_mail
-
-    return finetuning_mail(released, ask, site)
 
 
 def _plan(ask: Ask) -> RunPlan:

@@ -36,6 +36,7 @@ from server.exchanges.pretraining import pretraining
 from server.exchanges.probes import FederatedProbes
 from server.exchanges.survey import ask_survey
 from server.model import MeduetModel, SharedModel
+from server.observer import RoundObserver
 from server.run_folder import claim, write_metrics
 from strategies.content_share import ContentShare
 from strategies.quorum import Roster
@@ -47,23 +48,11 @@ _CPU = torch.device("cpu")
 _log = logging.getLogger(__name__)
 
 
-class RunObserver:
-    """Told what happens; this one does nothing. What it is given is the run's own: read, do not write."""
+class RunObserver(RoundObserver):
+    """Told what happens in a whole run; this one does nothing."""
 
     def on_survey(self, summary: Mapping[str, Any], bank: Mapping[str, Any]) -> None:
         """The survey is done: who told what, and the style bank's tensors."""
-
-    def on_round_start(self, round: int, num_rounds: int) -> None:
-        """A round begins."""
-
-    def on_site_reply(self, round: int, site: str, report: Mapping[str, Any]) -> None:
-        """A site's valid reply is in: examples, seconds, bytes, losses."""
-
-    def on_round_end(
-        self, round: int, shared: Mapping[str, Any], metrics: Mapping[str, Any]
-    ) -> Mapping[str, Any]:
-        """A round is aggregated, not yet on disk. What is returned becomes the round's "probes"."""
-        return {}
 
     def on_diffusion(self, done: int, total: int, loss: float) -> None:
         """After the last round the diffusion model is trained on: steps (or rounds) done, in all, loss."""

@@ -14,7 +14,6 @@ from typing import Any
 
 from flwr.app import Context
 
-from client.exchanges.latents import RAW_CONSENT
 from client.latents.latent_set import LatentSet
 from client.site import Site, SiteConfig, SiteProgress
 from federation.plan import RunPlan
@@ -119,7 +118,7 @@ def site_configs(
             split_fractions=settings.site.split_fractions,
             minimum_cohort=plan.style.minimum_cohort,
             allow_non_private=True,
-            latent_release=RAW_CONSENT if plan.diffusion and plan.diffusion.policy == "raw" else "",
+            latent_release=plan.diffusion.release.consent if plan.diffusion else "",
             plan_approval="implied",
             tokenizer=settings.tokenizer,
             device=settings.device,

@@ -49,10 +49,6 @@ _PROMISE = (
     "in the hospital's ledger with epsilon = infinity. Who sees the updates may learn about the patients "
     "behind them."
 )
-_RAW = (
-    " Under this plan raw latents of training scans left too: the scans can be reconstructed from them, so "
-    "they are patient data at the centre, and so is a model that learned from them."
-)
 
 
 def write_page(folder: Path, hospitals_text: str, held_out: Sequence[str] = ()) -> Path:
@@ -95,7 +91,7 @@ def write_page(folder: Path, hospitals_text: str, held_out: Sequence[str] = ()) 
         losses=_embed(draw_losses(rounds, figures / "losses.png")),
         traffic=_embed(draw_traffic(_traffic(folder, rounds, hospitals), figures / "traffic.png")),
         crossed=[row for hospital in hospitals for row in _crossed(folder, hospital["site"])],
-        promise_text=_PROMISE + (_RAW if plan.diffusion and plan.diffusion.policy == "raw" else ""),
+        promise_text=_PROMISE + (plan.diffusion.release.page if plan.diffusion else ""),
         hospitals=hospitals,
         facts=_facts(plan, versions, last),
         plan_text=json.dumps(json.loads(plan.to_json()), indent=2),
@@ -209,7 +205,7 @@ def _summary(
         "fedbn": "average every weight but the norm layers (FedBN)",
         "alone": "train alone",
         "pooled": "are pooled in one place, an upper bound that no consortium may run, and",
-    }[plan.aggregation.method]
+    }.get(plan.aggregation.method, f"work by the method {plan.aggregation.method}")
     steps = f"{plan.training.rounds} rounds of {plan.training.steps_per_round} steps"
     apart = f" Held out, and never asked anything: {', '.join(held_out)}." if held_out else ""
     return f"{hospitals_text} {len(plan.sites)} hospitals with {patients} patients {method}: {steps}.{apart}"
@@ -218,8 +214,7 @@ def _summary(
 def _tiles(
     plan: RunPlan, rounds: list[dict[str, Any]], hospitals: list[dict[str, Any]], last: Mapping[str, float]
 ) -> list[dict[str, str]]:
-    released = plan.diffusion is not None and plan.diffusion.policy == "raw"
-    moved = "scans; latents of those for training left" if released else "scans, none of which moved"
+    moved = "scans, none of which moved" if plan.diffusion is None else plan.diffusion.release.moved
     tiles = [
         (str(len(plan.sites)), "hospitals"),
         (str(sum(h["scans"] for h in hospitals)), moved),

@@ -31,8 +31,14 @@ def add_to(commands: Any) -> None:
         description="Submit a run to the centre that `start` keeps up, watch it, and submit it again when it "
         "fails, until its own checkpoints say it is complete. Given again, goes on with the same run.",
     )
-    run.add_argument("plan", type=Path, metavar="PLAN", help="plan.json of the run")
+    run.add_argument("plan", type=Path, metavar="PLAN", help="plan.json of the run, or a published plan")
     run.add_argument("--folder", type=Path, required=True, help="where the run goes")
+    run.add_argument(
+        "--pretrained",
+        type=Path,
+        metavar="RUN",
+        help="of a fine-tuning: the folder of the pretraining, or its model.safetensors",
+    )
     _config(run)
     run.set_defaults(run=_run)
 
@@ -97,7 +103,9 @@ def _run(chosen: argparse.Namespace, console: Console) -> None:
     from server.deployment.submission import RunGivenUp, Submission
 
     control = Control(load_server_config(chosen.config))
-    submission = Submission(control, chosen.plan, chosen.folder, lambda line: say(console, line))
+    submission = Submission(
+        control, chosen.plan, chosen.folder, lambda line: say(console, line), chosen.pretrained
+    )
     with failing(RunGivenUp):
         submission.see_through()
 

@@ -352,7 +352,7 @@ class LatentBank:
         if self.index.meta("layout") is None:
             for name, value in {"layout": layout.to_json(), **_terms(plan)}.items():
                 self.index.set_meta(name, value)
-            self.index.set_meta("patient_data", json.dumps(releasing(plan).policy == "raw"))
+            self.index.set_meta("patient_data", json.dumps(releasing(plan).release.is_patient_data))
         self._check(plan, layout)
         if self._open is None or self._open[0] != layout:  # another, if what was claimed first was cut off
             self._open = self._shards_of(layout)

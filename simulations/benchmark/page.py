@@ -124,7 +124,7 @@ def _page(
         parts=[
             {
                 "data": data,
-                "text": _TEXTS[data],
+                "text": _TEXTS.get(data, ""),
                 "figures": _figures(settings, data, titles, summaries),
                 "tables": own,
             }

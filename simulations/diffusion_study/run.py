@@ -111,6 +111,7 @@ def _model(study: Study, source: Source, site: str | None, live: Live) -> Genera
         body_parts=plan.style.body_parts,
         categories=(),
         policy="federated" if source == "federated" else "raw",
+        patient_data=source != "federated",
         provenance={"plan_sha256": plan.sha256, "study": source},
     )
 
