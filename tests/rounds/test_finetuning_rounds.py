@@ -61,7 +61,7 @@ class Hospital:
     def __init__(self, folder: Path, name: str, scans: Scans) -> None:
         self.name, self.state_dir, self._scans = name, folder, scans
         self.device, self.compile, self.minimum_cohort = torch.device("cpu"), False, 0
-        self.progress_every_s = 30.0
+        self.progress_every_s, self.exact_sums, self.secret = 30.0, True, b"1" * 32
         self.ledger, self.journal = Ledger(folder / "ledger.jsonl"), Journal(folder / "journal.jsonl")
 
     def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:

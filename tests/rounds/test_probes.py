@@ -49,11 +49,11 @@ class Hospital:
     def __init__(self, folder: Path, name: str, scans: Latents) -> None:
         self.name, self.state_dir, self._scans = name, folder, scans
         self.device, self.compile, self.minimum_cohort = torch.device("cpu"), False, 0
-        self.progress_every_s = 30.0
+        self.progress_every_s, self.exact_sums, self.secret = 30.0, True, b"1" * 32
         self.ledger = Ledger(folder / "ledger.jsonl")
         self.journal = Journal(folder / "journal.jsonl")
 
-    def accept(self, plan: RunPlan) -> None:
+    def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
         """Every plan."""
 
     def scans(self, plan: RunPlan) -> Any:
@@ -129,7 +129,7 @@ def test_the_readings_are_those_of_everybodys_factors_in_one_place(probed: Any) 
         own = patient_means(own.double(), scans.patients)
         joint.append(own * (joint_bound(plan) / own.norm(dim=1, keepdim=True).clamp(min=joint_bound(plan))))
         sites += [index] * 18
-        folds += list(probed_patients(scans, plan, 0).folds.values())
+        folds += list(probed_patients(scans, plan, 0, b"1" * 32).folds.values())
     x, site, fold = torch.cat(joint), torch.tensor(sites), torch.tensor(folds)
 
     def moments(rows: torch.Tensor) -> ErasureMoments:
