@@ -172,7 +172,7 @@ class ContentShare(Strategy):
         least = needed(self.plan.aggregation.quorum, len(self.roster.sites))
         return Late(
             question,
-            nodes=lambda: self.roster.asked(list(grid.get_node_ids())),
+            nodes=lambda: self.roster.asked(grid.get_nodes()),
             enough=lambda: len(self.report.sites) >= least,
         )
 
@@ -228,13 +228,12 @@ class ContentShare(Strategy):
             raise ReplyRefused(f"Flower error {message.error.code}")  # its words may be the site's: not kept
         if kind_of(message.content) == "refusal":
             refusal = Refusal.from_record(message.content)
-            self.roster.bind(node, refusal.site)
             if refusal.kind is RefusalKind.OUT_OF_ORDER:
                 self._behind.add(node)  # it missed the round that brought the start: the next one brings it
             raise ReplyRefused(f"refused: {refusal.kind.value}")
         size = _num_bytes(message.content)
         reply = TrainReply.from_record(message.content, copy=False)
-        if problem := self.roster.bind(node, reply.site):
+        if problem := self.roster.objection(node, reply.site):
             raise ReplyRefused(problem)
         if reply.plan_sha256 != self._plan_sha256:
             raise ReplyRefused(f"Expected a reply under plan {self._plan_sha256[:12]}; it names another.")

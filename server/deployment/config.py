@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from cryptography import x509
 
-from federation.keys.certificates import read_certificate
-from federation.keys.kits import AUTHORITY, CERTIFICATE
+from federation.keys.kits import AUTHORITY
 from federation.plan import build
+from server.consortium.registrations import REVOKED
 
 _PATHS = ("state_dir", "consortium")
 
@@ -66,18 +65,7 @@ class ServerConfig:
     @property
     def revoked(self) -> Path:
         """The authority's list of revoked certificates, PEM."""
-        return self.consortium / "crl.pem"
-
-    def site_keys(self) -> dict[str, Path]:
-        """Public key of each site that may take part, as Flower registers it: those with a certificate that
-        is not on the list of revoked ones."""
-        revocations = x509.load_pem_x509_crl(self.revoked.read_bytes())
-        found = {}
-        for path in sorted(self.consortium.glob(f"sites/*/{CERTIFICATE}")):
-            serial = read_certificate(path.read_bytes()).serial_number
-            if revocations.get_revoked_certificate_by_serial_number(serial) is None:
-                found[path.parent.name] = path.with_name("node.pub")
-        return found
+        return self.consortium / REVOKED
 
 
 def load_server_config(path: Path) -> ServerConfig:

@@ -97,7 +97,11 @@ class Submission:
             self._write(record)
             with tempfile.TemporaryDirectory(prefix="meduet-app-") as parent:
                 app = write_app_folder(Path(parent))
-                settings = {"plan": str(self._plan_path), "folder": str(self.folder)}
+                settings = {
+                    "plan": str(self._plan_path),
+                    "folder": str(self.folder),
+                    "consortium": str(self._control.consortium.resolve()),
+                }
                 record.run = self._control.start(app, settings)
         except (ControlFailed, OSError) as error:  # SuperLink is away, or the disk takes nothing
             if (words := str(error)) != self._trouble:

@@ -33,7 +33,7 @@ from server.checkpoints import Checkpoint, Checkpoints
 from server.exchanges.queries import ask_sites
 from server.run_folder import write_whole
 from strategies.aggregation import Bounds, ReplyRefused, StreamingSum
-from strategies.quorum import Roster
+from strategies.quorum import Roster, SiteOf
 
 FINETUNED = "finetuned.safetensors"
 OnRound = Callable[[int, Mapping[str, Any]], None]
@@ -66,9 +66,11 @@ def run_finetuning(
     folder: Path,
     *,
     on_round: OnRound = lambda round, report: None,
+    site_of: SiteOf | None = None,
 ) -> FinetunedRun:
     """Fine-tune `pretrained` in `folder`, or go on with what is there.
 
+    `site_of` says which site a node is registered as; none: as in a simulation.
     Raises `ValueError` when `pretrained` is not the encoder that `finetuning` names, `OtherPlan` when the
     folder holds another fine-tuning, and `RoundFailed` below the quorum (the last checkpoint stays).
     """
@@ -99,7 +101,7 @@ def run_finetuning(
     if last.round == 0:
         checkpoints.save(last)
     write_whole(folder / "finetuning.json", finetuning.to_json())
-    roster = Roster(plan.participants)
+    roster = Roster(plan.participants, site_of)
     for round in range(last.round + 1, finetuning.rounds + 1):
         trained, report = _round(grid, roster, book, plan, finetuning, round, last.shared, fixed)
         metrics = {"rounds": [*last.metrics["rounds"], report]}

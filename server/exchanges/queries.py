@@ -91,7 +91,7 @@ def ask_sites(
 
 
 def _to_ask(grid: Grid, roster: Roster, only: Collection[str] | None) -> list[int]:
-    return _of(roster.asked(list(grid.get_node_ids())), roster, only)
+    return _of(roster.asked(grid.get_nodes()), roster, only)
 
 
 def _of(nodes: list[int], roster: Roster, only: Collection[str] | None) -> list[int]:
@@ -107,10 +107,9 @@ def _read(
         raise ReplyRefused(f"Flower error {message.error.code}")  # its words may be the site's: not kept
     if kind_of(message.content) == "refusal":
         refusal = Refusal.from_record(message.content)
-        roster.bind(node, refusal.site)
         raise ReplyRefused(f"refused: {refusal.kind.value}")
     reply = read(message.content)
-    if problem := roster.bind(node, reply.site):
+    if problem := roster.objection(node, reply.site):
         raise ReplyRefused(problem)
     if reply.plan_sha256 != plan.sha256:
         raise MessageError(f"Expected a reply under plan {plan.sha256[:12]}; it names another.")
