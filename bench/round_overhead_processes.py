@@ -21,7 +21,7 @@ ROLES = (
     ("flower-superlink", "SuperLink"),
     ("flwr-serverapp", "ServerApp"),
     ("flwr-clientapp", "ClientApp"),
-    ("mutual_tls.py", "SuperNode"),
+    ("connection.mutual_tls", "SuperNode"),
     ("nginx", "nginx"),
     ("flower-superexec", "SuperExec"),
     ("processes.py", "site's supervisor"),

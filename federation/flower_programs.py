@@ -40,6 +40,7 @@ def environment(home: Path) -> dict[str, str]:
     """Variables for every program of Flower's, with `home` as its FLWR_HOME."""
     home.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # `mode` is not for the parents of a folder
     home.mkdir(exist_ok=True, mode=0o700)
+    home.chmod(0o700)  # applications are unpacked there: nobody else may put code beside or in place of them
     return {
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",

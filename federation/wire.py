@@ -44,6 +44,7 @@ _LARGEST = 1 << 40  # a size beyond it is a lie
 class RefusalKind(StrEnum):
     """Why a site does not answer. Closed: an exception's own words never leave the site."""
 
+    BUNDLE_NOT_APPROVED = "bundle_not_approved"
     PLAN_NOT_ACCEPTED = "plan_not_accepted"
     OUTSIDE_HOURS = "outside_hours"
     WRONG_VERSION = "wrong_version"

@@ -49,8 +49,8 @@ def test_the_centre_is_reached_with_the_sites_certificate_and_loopback_with_a_se
 ) -> None:
     folder = site_yaml.parent
     supernode, superexec = supernode_processes(config, site_yaml)
-    told = dict(zip(supernode.command[3::2], supernode.command[4::2], strict=False))
-    assert supernode.command[1] == "-P" and supernode.command[2].endswith("mutual_tls.py")
+    told = dict(zip(supernode.command[5::2], supernode.command[6::2], strict=False))
+    assert supernode.command[1:3] == ("-P", "-c") and "mutual_tls" in supernode.command[3]
     assert told["--superlink"] == "centre.example:443"
     assert told["--root-certificates"] == str(folder / "keys" / "ca.pem")
     assert told["--node-config"] == f'site-config="{site_yaml}"'
