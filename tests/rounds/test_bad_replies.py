@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from federation.exchanges.pretraining import TrainReply
 from federation.journal import Journal
-from federation.messages import Refusal, RefusalKind, TrainReply
+from federation.messages import Refusal, RefusalKind
 from server.app import run
 from simulations.engines.in_process import InProcessGrid
 from strategies.quorum import RoundFailed
