@@ -10,12 +10,12 @@ nothing (`server/deployment/control.py`).
 
 from pathlib import Path
 
-from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_public_key, load_ssh_public_key
 from flwr.proto.node_pb2 import NodeInfo
 
-from federation.keys.certificates import checked_key, key_fingerprint, read_certificate
+from federation.keys.certificates import checked_key, key_fingerprint, read_certificate, read_revocations
+from federation.keys.key_files import read_file
 from federation.keys.kits import CERTIFICATE
 
 REVOKED = "crl.pem"
@@ -24,10 +24,10 @@ REVOKED = "crl.pem"
 def site_keys(consortium: Path) -> dict[str, Path]:
     """Public key of each site that may take part, as Flower registers it: those with a certificate that is
     not on the list of revoked ones."""
-    revocations = x509.load_pem_x509_crl((consortium / REVOKED).read_bytes())
+    revocations = read_revocations(read_file(consortium / REVOKED, "the list of revoked certificates"))
     found = {}
     for path in sorted(consortium.glob(f"sites/*/{CERTIFICATE}")):
-        serial = read_certificate(path.read_bytes()).serial_number
+        serial = read_certificate(read_file(path, "a site's certificate")).serial_number
         if revocations.get_revoked_certificate_by_serial_number(serial) is None:
             found[path.parent.name] = path.with_name("node.pub")
     return found
@@ -49,6 +49,9 @@ class Registrations:
         except (ValueError, UnsupportedAlgorithm):
             return ""
         for name, path in site_keys(self._consortium).items():
-            if key_fingerprint(checked_key(load_ssh_public_key(path.read_bytes()))) == theirs:
+            if (
+                key_fingerprint(checked_key(load_ssh_public_key(read_file(path, "a site's public key"))))
+                == theirs
+            ):
                 return name
         return ""

@@ -339,7 +339,10 @@ def test_a_hospital_that_answers_as_another(up: Consortium, book: Book) -> None:
     folder = up.poc.folder / "named"
     with beside(config, spoilt), running(up, path, folder):
         up.until(lambda: online(up, "liar"), "the site to be let in")
-        up.until(lambda: (read_status(folder) or {}).get("state") in ("failed", "complete"), "the run to end")
+        up.until(
+            lambda: (read_status(folder) or {}).get("state") in ("failed", "refused", "complete"),
+            "the run to end",
+        )
         status = read_status(folder) or {}
     assert status["state"] == "failed", status
     assert "Expected a reply of 'liar', as this node is registered; it says 'absent'" in status["reason"]
