@@ -65,6 +65,18 @@ def test_the_centre_is_reached_with_the_sites_certificate_and_loopback_with_a_se
     load_ssh_private_key(node_key.read_bytes(), None)
 
 
+def test_where_applications_are_unpacked_is_closed_to_others_even_if_somebody_opened_it(
+    config: SiteConfig, site_yaml: Path
+) -> None:
+    supernode, superexec = supernode_processes(config, site_yaml)
+    home = Path(supernode.environment["FLWR_HOME"])
+    assert superexec.environment["FLWR_HOME"] == str(home)
+    assert supernode.environment["MEDUET_STATE"] == str(config.state_dir)
+    home.chmod(0o777)
+    supernode_processes(config, site_yaml)
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
+
+
 def test_a_renewed_certificate_is_watched_for_and_only_one_that_checks_out_is_taken_up(
     config: SiteConfig, site_yaml: Path, tmp_path: Path
 ) -> None:
