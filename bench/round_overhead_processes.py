@@ -21,7 +21,7 @@ ROLES = (
     ("local_socket.py superlink", "SuperLink"),
     ("local_socket.py serverapp", "ServerApp"),
     ("local_socket.py clientapp", "ClientApp"),
-    ("mutual_tls.py", "SuperNode"),
+    ("connection.mutual_tls", "SuperNode"),
     ("nginx", "nginx"),
     ("local_socket.py superexec", "SuperExec"),
     ("processes.py", "site's supervisor"),

@@ -87,7 +87,8 @@ class SiteConfig:
     `client/exact_sums.py`; empty: they leave only above ten times as many patients as numbers."""
     plan_approval: Literal["required", "implied"] = "required"
     """`required`: a plan runs here only after `meduet-site plan approve`, in the code it was approved with;
-    `implied`: any plan that lists this site (simulated hospitals)."""
+    `implied`: any plan that lists this site (simulated hospitals). Other code than what is installed here
+    runs in neither case."""
     allowed_hours: str = ""
     """Hours in which an answer may begin, local time ("18:00-06:00"); empty: always."""
     keys_dir: Path | None = None

@@ -42,7 +42,7 @@ def environment(home: Path, socket: Path) -> dict[str, str]:
     """Variables for every program of Flower's, with `home` as its FLWR_HOME; `socket` is where its server
     answers on this machine."""
     private_folder(home.parent)
-    private_folder(home)
+    private_folder(home)  # applications are unpacked there: nobody else may put code beside or in place
     return {
         "FLWR_HOME": str(home),
         SOCKET: str(socket),

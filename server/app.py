@@ -39,7 +39,7 @@ from server.model import MeduetModel, SharedModel
 from server.observer import RoundObserver
 from server.run_folder import claim, write_metrics
 from strategies.content_share import ContentShare
-from strategies.quorum import Roster
+from strategies.quorum import Roster, SiteOf
 
 MODEL = "model.safetensors"
 DIFFUSION_MODEL = "diffusion.safetensors"
@@ -87,15 +87,17 @@ def run(
     resume: bool = True,
     device: torch.device = _CPU,
     bank_key: Path | None = None,
+    site_of: SiteOf | None = None,
 ) -> RunResult:
     """Run `plan` in `folder`, or go on with what is there.
 
+    `site_of` says which site a node is registered as; none: as in a simulation.
     A central diffusion model is trained on `device`, on latents that are encrypted with the key in the file
     `bank_key`; none: beside the run's folder, `<folder>.key`, made at first use.
     Raises `RoundFailed` below the quorum (the last checkpoint stays), `OtherPlan` when the folder is another
     plan's, and `ValueError` when it holds a run and `resume` is false.
     """
-    made = _Run(grid, plan, folder, model or MeduetModel(plan), observer or RunObserver())
+    made = _Run(grid, plan, folder, model or MeduetModel(plan), observer or RunObserver(), site_of)
     return made.complete(resume, device, bank_key or folder.with_name(f"{folder.name}.key"))
 
 
@@ -103,10 +105,16 @@ class _Run:
     """One run from wherever it is to its end."""
 
     def __init__(
-        self, grid: Grid, plan: RunPlan, folder: Path, model: SharedModel, observer: RunObserver
+        self,
+        grid: Grid,
+        plan: RunPlan,
+        folder: Path,
+        model: SharedModel,
+        observer: RunObserver,
+        site_of: SiteOf | None,
     ) -> None:
         self.grid, self.plan, self.folder, self.model, self.observer = grid, plan, folder, model, observer
-        self.roster = Roster(plan.participants)
+        self.roster = Roster(plan.participants, site_of)
         self.checkpoints = Checkpoints(folder / "checkpoints", plan.sha256)
         self.book = ReplyBook()
         self.probes = FederatedProbes(grid, self.roster, plan, self.book)

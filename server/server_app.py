@@ -1,9 +1,9 @@
 """The ServerApp of a deployment: reads the plan, holds the run's folder, keeps its status, runs.
 
-Run configuration: `plan` is the path of a plan, `folder` where the run goes, both on this machine; `device`
-(cpu if not given) and `bank_key` as in `server.app.run`, for a central diffusion model. Where the file
-publishes a fine-tuning, that is what runs, from the weights in `pretrained`: the folder of the pretraining,
-or its model.safetensors.
+Run configuration: `plan` is the path of a plan, `folder` where the run goes, `consortium` the folder of its
+keys, by which nodes are told apart, all on this machine; `device` (cpu if not given) and `bank_key` as in
+`server.app.run`, for a central diffusion model. Where the file publishes a fine-tuning, that is what runs,
+from the weights in `pretrained`: the folder of the pretraining, or its model.safetensors.
 What ends it is written to `status.json`, so that whoever submits it (`server/deployment/submission.py`) knows
 whether to submit it again.
 
@@ -22,8 +22,10 @@ from federation.exchanges.finetuning import FinetunePlan
 from federation.plan import RunPlan
 from server.app import run
 from server.consortium.plans import finetuning_to_run, plan_to_run
+from server.consortium.registrations import Registrations
 from server.deployment.status import StatusFile
 from server.run_folder import held
+from strategies.quorum import SiteOf
 
 app = ServerApp()
 _CPU = torch.device("cpu")
@@ -32,20 +34,22 @@ _CPU = torch.device("cpu")
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the plan that the run configuration names, or go on with it."""
-    plan_path, folder, device, key, pretrained = (
+    plan_path, folder, consortium, device, key, pretrained = (
         str(context.run_config.get(name, ""))
-        for name in ("plan", "folder", "device", "bank_key", "pretrained")
+        for name in ("plan", "folder", "consortium", "device", "bank_key", "pretrained")
     )
-    if not plan_path or not folder:
+    if not plan_path or not folder or not consortium:
         raise ValueError(
-            "Expected the run configuration to name plan=<path of plan.json> and folder=<folder of the run>, "
-            "both on the centre's machine."
+            "Expected the run configuration to name plan=<path of plan.json>, folder=<folder of the run> and "
+            "consortium=<folder of the consortium>, all on the centre's machine."
         )
     plan, finetuning = plan_to_run(Path(plan_path)), finetuning_to_run(Path(plan_path))
+    registered = Registrations(Path(consortium))
     if finetuning is not None:
-        finetune_in_folder(grid, plan, finetuning, Path(pretrained), Path(folder))
+        finetune_in_folder(grid, plan, finetuning, Path(pretrained), Path(folder), registered)
         return
-    run_in_folder(grid, plan, Path(folder), torch.device(device or "cpu"), Path(key) if key else None)
+    bank_key = Path(key) if key else None
+    run_in_folder(grid, plan, Path(folder), torch.device(device or "cpu"), bank_key, registered)
 
 
 def run_in_folder(
@@ -54,17 +58,24 @@ def run_in_folder(
     folder: Path,
     device: torch.device = _CPU,
     bank_key: Path | None = None,
+    site_of: SiteOf | None = None,
 ) -> None:
     """Run `plan` in `folder`, which nobody else may write meanwhile, and leave in `status.json` how it ended.
+    `site_of`: as in `server.app.run`.
 
     Raises what `run` raises, and `FolderBusy`.
     """
     with _watched(plan, folder) as status:
-        run(grid, plan, folder, observer=status, device=device, bank_key=bank_key)
+        run(grid, plan, folder, observer=status, device=device, bank_key=bank_key, site_of=site_of)
 
 
 def finetune_in_folder(
-    grid: Grid, plan: RunPlan, finetuning: FinetunePlan, pretrained: Path, folder: Path
+    grid: Grid,
+    plan: RunPlan,
+    finetuning: FinetunePlan,
+    pretrained: Path,
+    folder: Path,
+    site_of: SiteOf | None = None,
 ) -> None:
     """The same for a fine-tuning, from the weights of its pretraining.
 
@@ -74,7 +85,7 @@ def finetune_in_folder(
 
     with _watched(plan, folder, finetuning) as status:
         network = pretrained_of(pretrained).network
-        run_finetuning(grid, plan, finetuning, network, folder, observer=status)
+        run_finetuning(grid, plan, finetuning, network, folder, observer=status, site_of=site_of)
 
 
 @contextmanager

@@ -164,7 +164,7 @@ class ContentShare(Strategy):
         least = needed(self.plan.aggregation.quorum, len(self.roster.sites))
         return Late(
             question,
-            nodes=lambda: self.roster.asked(list(grid.get_node_ids())),
+            nodes=lambda: self.roster.asked(grid.get_nodes()),
             enough=lambda: len(self.report.sites) >= least,
         )
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import meduet_models.tokenizer.tokenizer
 from client.app import SITE_CONFIG
 from client.connection import mutual_tls
+from client.connection.arriving_bundle import InstalledCode
 from client.connection.certificate_checks import certificate_check
 from client.connection.keys import NODE_KEY, SiteKeys
 from client.site import SiteConfig
@@ -36,9 +37,9 @@ from federation.processes import ChildProcess
 SUPERNODE = "supernode"
 FOLDER = "processes"
 SOCKET = "supernode.sock"
-_CHECK = (
+_PROGRAM = (
     "import sys; root = sys.argv.pop(1); root in sys.path or sys.path.insert(0, root); "  # this code's
-    "from client.connection.certificate_checks import main; sys.exit(main())"
+    "from client.connection.{} import main; sys.exit(main())"
 )
 
 
@@ -46,18 +47,18 @@ def supernode_processes(config: SiteConfig, config_path: Path) -> tuple[ChildPro
     """SuperNode and SuperExec of the site that `config_path` describes, in the order of their start.
 
     Raises `ValueError` when there are no keys, they do not belong together, are not valid now or can be read
-    by others, or when the application would not find the tokenizer.
+    by others, when the application would not find the tokenizer, or when this code is not a checkout.
     """
     keys = _usable_keys(config)
     _check_tokenizer(config)
+    InstalledCode.read()
     folder = config.state_dir / FOLDER
     variables = environment(folder / "flower", folder / SOCKET)
     secret = str(secret_file(folder / "superexec.secret"))
     supernode = ChildProcess(
         name=SUPERNODE,
-        # -P: this file's folder must not be searched for modules; it has names that others use
         command=(
-            *(sys.executable, "-P", mutual_tls.__file__),
+            *(sys.executable, "-P", "-c", _PROGRAM.format("mutual_tls"), str(ROOT)),
             *("--superlink", keys.connection.server),
             *("--root-certificates", str(keys.folder / AUTHORITY)),
             *("--auth-supernode-private-key", str(keys.folder / NODE_KEY)),
@@ -68,11 +69,15 @@ def supernode_processes(config: SiteConfig, config_path: Path) -> tuple[ChildPro
             **variables,
             mutual_tls.CERTIFICATE: str(keys.folder / CERTIFICATE),
             mutual_tls.KEY: str(keys.folder / KEY),
+            mutual_tls.STATE: str(config.state_dir.resolve()),
         },
         meanings=EXIT_MEANINGS,
         exit_pattern=EXIT_PATTERN,
         reads_once=tuple(str(keys.folder / name) for name in (CERTIFICATE, KEY, NODE_KEY, AUTHORITY)),
-        check=(sys.executable, "-P", "-c", _CHECK, str(ROOT), str(keys.folder), config.name),
+        check=(
+            *(sys.executable, "-P", "-c", _PROGRAM.format("certificate_checks"), str(ROOT)),
+            *(str(keys.folder), config.name),
+        ),
         not_while=SUPEREXEC,
     )
     superexec = superexec_process(secret, variables, ("localhost", "--insecure"))  # a name; the socket is it

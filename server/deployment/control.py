@@ -17,6 +17,7 @@ from typing import Any
 
 from federation.flower_programs import program
 from federation.health import NotServing, check_health
+from server.consortium.registrations import site_keys
 from server.deployment.config import ServerConfig
 from server.deployment.superlink import address, flower_environment, home
 from storage.files import write_whole
@@ -57,6 +58,11 @@ class Control:
             f'address = "{address(config)}"\nroot-certificates = {quoted}\n',
         )
 
+    @property
+    def consortium(self) -> Path:
+        """The folder whose sites may take part; it says whose key a node has."""
+        return self._config.consortium
+
     def runs(self) -> list[FlowerRun]:
         """Every run that SuperLink remembers."""
         told = self._flwr("list", _CONNECTION)
@@ -71,7 +77,7 @@ class Control:
         known: dict[str, dict[str, str]] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
         listed = {str(node["node-id"]): str(node["status"]) for node in self._nodes()}
         known = {n: e for n, e in known.items() if listed.get(e["node"], "unregistered") != "unregistered"}
-        files = self._config.site_keys()
+        files = site_keys(self._config.consortium)
         keys = {name: file.read_text(encoding="utf-8").strip() for name, file in files.items()}
         for name in [name for name, entry in known.items() if keys.get(name) != entry["key"]]:
             known.pop(name)

@@ -78,7 +78,11 @@ class Submission:
             )
         if finetuning is None and pretrained is not None:
             raise ValueError(f"--pretrained has no effect: {plan_path} is a pretraining, no fine-tuning.")
-        self._settings = {"plan": str(self._plan_path), "folder": str(self.folder)}
+        self._settings = {
+            "plan": str(self._plan_path),
+            "folder": str(self.folder),
+            "consortium": str(self._control.consortium.resolve()),
+        }
         if pretrained is not None:
             self._settings["pretrained"] = str(pretrained.resolve())
         self._sha256 = self.plan.sha256 if finetuning is None else finetuning.sha256

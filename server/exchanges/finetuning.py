@@ -32,7 +32,7 @@ from server.checkpoints import Checkpoint, Checkpoints
 from server.observer import RoundObserver
 from server.run_folder import claim, write_metrics
 from strategies.content_share import ContentShare, Task
-from strategies.quorum import Roster
+from strategies.quorum import Roster, SiteOf
 
 FINETUNED = "finetuned.safetensors"
 MODEL = "model.safetensors"
@@ -70,9 +70,11 @@ def run_finetuning(
     folder: Path,
     *,
     observer: RoundObserver | None = None,
+    site_of: SiteOf | None = None,
 ) -> FinetunedRun:
     """Fine-tune `pretrained` in `folder`, or go on with what is there.
 
+    `site_of` says which site a node is registered as; none: as in a simulation.
     Raises `ValueError` when `pretrained` is not the encoder that `finetuning` names, `OtherPlan` when the
     folder holds another fine-tuning or a run, and `RoundFailed` below the quorum (the last checkpoint stays).
     """
@@ -122,7 +124,7 @@ def run_finetuning(
         plan,
         last.shared,
         task,
-        roster=Roster(plan.participants),
+        roster=Roster(plan.participants, site_of),
         folder=folder,
         book=ReplyBook(journal),
         on_reply=observer.on_site_reply,

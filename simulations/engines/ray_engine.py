@@ -3,6 +3,8 @@
 The same server function and the same client app as in the process engine, through the same messages; with the
 same seed and the same number of threads per site the result is the same. The client app travels to the actors
 (cloudpickle, inside Flower), so it must be importable there or made of things that are.
+Flower draws its nodes' numbers at random; which node is which site is taken from where it registers them, in
+one private function, so that no site has to be believed.
 What this file does not do: it configures no cluster.
 
 Whoever reaches Ray runs code as this account, and Ray listens on every interface, whatever address it is told
@@ -24,17 +26,21 @@ import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 from flwr.app import ConfigRecordValues, Context
 from flwr.clientapp import ClientApp
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.server.superlink.fleet.vce import vce_api
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from simulations.engines.in_process import FixedThreads
+from strategies.quorum import numbered
+from strategies.streaming_grid import StreamingGrid
 
 Result = TypeVar("Result")
 BackendValues = dict[str, ConfigRecordValues]
@@ -43,6 +49,36 @@ _LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 servers bind to that. `_node_ip_address` alone does not: Ray makes the address of the machine of 127.0.0.1."""
 _ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 _ANSWER_S = 20.0
+
+
+class NumberedGrid(StreamingGrid):
+    """Flower's grid of a simulation, in which each node is registered under the number of its site."""
+
+    def __init__(self, inner: Grid, numbers: Mapping[int, int]) -> None:
+        super().__init__(inner)
+        self._numbers = numbers
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """The nodes that this simulation registered."""
+        return [numbered(n, self._numbers[n]) for n in self.get_node_ids() if n in self._numbers]
+
+
+@contextmanager
+def _numbers() -> Iterator[Mapping[int, int]]:
+    """Site's number by node, of the nodes that Flower registers meanwhile."""
+    numbers: dict[int, int] = {}
+    register = vce_api._register_nodes
+
+    def noted(*arguments: Any, **named: Any) -> Any:
+        registered = register(*arguments, **named)
+        numbers.update(registered)
+        return registered
+
+    vce_api._register_nodes = noted
+    try:
+        yield numbers
+    finally:
+        vce_api._register_nodes = register
 
 
 def run_on_ray(
@@ -62,15 +98,16 @@ def run_on_ray(
     cluster that serves whoever comes.
     """
     results: list[Result] = []
-    server_app = ServerApp()
-
-    @server_app.main()
-    def main(grid: Grid, context: Context) -> None:
-        results.append(serve(grid))
-
     if address is not None and real_scans:
         check_that_it_asks_for_a_token(address)
-    with _own_ray() if address is None else nullcontext({"address": address}) as where:
+    where_ray_is = _own_ray() if address is None else nullcontext({"address": address})
+    with where_ray_is as where, _numbers() as numbers:
+        server_app = ServerApp()
+
+        @server_app.main()
+        def main(grid: Grid, context: Context) -> None:
+            results.append(serve(NumberedGrid(grid, numbers)))
+
         run_simulation(
             server_app=server_app,
             client_app=FixedThreads(client_app, cpus_per_site),

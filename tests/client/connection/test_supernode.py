@@ -48,8 +48,8 @@ def test_the_centre_is_reached_with_the_sites_certificate_and_this_machine_by_a_
 ) -> None:
     folder = site_yaml.parent
     supernode, superexec = supernode_processes(config, site_yaml)
-    told = dict(zip(supernode.command[3::2], supernode.command[4::2], strict=False))
-    assert supernode.command[1] == "-P" and supernode.command[2].endswith("mutual_tls.py")
+    told = dict(zip(supernode.command[5::2], supernode.command[6::2], strict=False))
+    assert supernode.command[1:3] == ("-P", "-c") and "mutual_tls" in supernode.command[3]
     assert told["--superlink"] == "centre.example:443"
     assert told["--root-certificates"] == str(folder / "keys" / "ca.pem")
     assert told["--node-config"] == f'site-config="{site_yaml}"'
@@ -63,6 +63,18 @@ def test_the_centre_is_reached_with_the_sites_certificate_and_this_machine_by_a_
     node_key = Path(told["--auth-supernode-private-key"])
     assert stat.S_IMODE(node_key.stat().st_mode) == 0o600
     load_ssh_private_key(node_key.read_bytes(), None)
+
+
+def test_where_applications_are_unpacked_is_closed_to_others_even_if_somebody_opened_it(
+    config: SiteConfig, site_yaml: Path
+) -> None:
+    supernode, superexec = supernode_processes(config, site_yaml)
+    home = Path(supernode.environment["FLWR_HOME"])
+    assert superexec.environment["FLWR_HOME"] == str(home)
+    assert supernode.environment["MEDUET_STATE"] == str(config.state_dir)
+    home.chmod(0o777)
+    supernode_processes(config, site_yaml)
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
 
 
 def test_a_renewed_certificate_is_watched_for_and_only_one_that_checks_out_is_taken_up(
