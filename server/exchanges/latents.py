@@ -2,8 +2,8 @@
 
 Part by part until a site has told all, from where the bank stands: cut off anywhere and begun again, the bank
 ends the same. A site that refuses, is silent, or answers with something else is put aside with its reason
-until the next round; a site that withdrew is not asked. What this file does not do: store (`latent_bank.py`),
-or decide what a site releases (`client/exchanges/latents.py`).
+until the next round; a site that withdrew is not asked. What this file does not do: store
+(`server/latent_bank/bank.py`), or decide what a site releases (`client/exchanges/latents.py`).
 """
 
 import logging
