@@ -24,9 +24,9 @@ from client.scans.layouts import LayoutRules, survey
 from client.scans.scans import Reason
 from client.site import Site, SiteConfig, SiteProgress
 from federation.bundle import running_bundle
+from federation.exchanges.survey import smallest_cohort
 from federation.keys.certificates import utc_now
 from federation.plan import RunPlan
-from federation.survey import smallest_cohort
 from federation.wire import RefusalKind
 from privacy.chain import BrokenChain
 
