@@ -11,7 +11,7 @@ keyboard passes.
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -22,10 +22,12 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from client.exact_sums import TooFewForSums
 from client.exchanges import diffusion, erasure, latents, pretraining, probes, survey
 from client.exchanges.exchange import Answer, AskRefused, Site
 from client.latents.labelled import NoLabels
-from client.release import GateRefusal, Released
+from client.refusals import note_refusal, told_as
+from client.release import Gate, GateRefusal, Released
 from client.site import open_site
 from client.training.pretraining import NotFinite
 from client.training.site_state import StateMissing
@@ -36,7 +38,7 @@ from federation.messages import Ask, MessageError, Refusal, RefusalKind, Reply
 from federation.plan import RunPlan
 from meduet_models.diffusion.training import LossNotFinite
 from meduet_models.style.moments import CohortTooSmall
-from privacy.ledger import LedgerRefusal
+from privacy.ledger import AnsweredBefore, LedgerRefusal
 
 LOG_NAME = "site.log"
 SITE_CONFIG = "site-config"
@@ -88,14 +90,14 @@ def _handler(
     """What Flower calls for one exchange."""
 
     def handle(message: Message, context: Context) -> Message:
-        def answer(site: Site, content: RecordDict) -> RecordDict:
+        def answer(site: Site, content: RecordDict, asked: dict[str, Any]) -> RecordDict:
             ask = row.exchange.ask.from_record(content)
             plan = _plan(ask)
             left_s = _left_s(message.metadata.created_at, plan.aggregation.deadline_s)
             released = watch(
                 site.state_dir / LOG_NAME,
                 left_s,
-                lambda: row.work(site, ask, plan, lambda step, loss: on_step(site.name, step, loss)),
+                lambda: row.once(site, ask, plan, lambda step, loss: on_step(site.name, step, loss), asked),
             )
             return _mail(row, released, ask, site.name)
 
@@ -108,20 +110,31 @@ def _behind_the_wall(
     message: Message,
     context: Context,
     open_the_site: Callable[[Context], Site],
-    answer: Callable[[Site, RecordDict], RecordDict],
+    answer: Callable[[Site, RecordDict, dict[str, Any]], RecordDict],
 ) -> Message:
-    name = ""
+    site: Site | None = None
+    asked: dict[str, Any] = {"to": message.metadata.message_type}
     with ExitStack() as log:
         try:
             site = open_the_site(context)
-            name = site.name
             log.enter_context(_site_log(site.state_dir / LOG_NAME))
-            content = answer(site, message.content)
+            content = answer(site, message.content, asked)
         except Exception as error:  # noqa: BLE001, the wall: the one place where everything is caught
             kind = _kind(error)
             _log.exception("Refused %s: %s.", message.metadata.message_type, kind.value)
-            content = Refusal(kind=kind, site=name).to_record()
+            content = _no(site, asked, kind).to_record()
     return Message(content, reply_to=message)
+
+
+def _no(site: Site | None, asked: Mapping[str, Any], kind: RefusalKind) -> Refusal:
+    """The refusal, once it stands in the site's books: in one word that tells nothing of a patient."""
+    if site is None:
+        return Refusal(kind=told_as(kind, reserved=False))
+    try:
+        return Refusal(kind=note_refusal(site.journal, asked, kind), site=site.name)
+    except (ValueError, OSError):
+        _log.exception("The refusal could not be written into the journal.")
+        return Refusal(kind=RefusalKind.NOT_ANSWERED, site=site.name)
 
 
 def _mail(row: Answer[Any, Any], released: object, ask: Ask, site: str) -> RecordDict:
@@ -133,11 +146,11 @@ def _mail(row: Answer[Any, Any], released: object, ask: Ask, site: str) -> Recor
 
 
 def _answer_finetuning(
-    site: Site, ask: Any, plan: RunPlan, on_step: Callable[[int, float], None]
+    site: Site, ask: Any, plan: RunPlan, gate: Gate, on_step: Callable[[int, float], None]
 ) -> Released:
     from client.exchanges.finetuning import answer_finetuning  # MONAI takes seconds to import
 
-    return answer_finetuning(site, ask, plan, on_step)
+    return answer_finetuning(site, ask, plan, gate, on_step)
 
 
 def _finetuning_mail(released: Released, ask: Any, site: str) -> Reply:
@@ -164,12 +177,16 @@ def _left_s(asked: float, deadline_s: float) -> float:
 
 
 def _kind(error: Exception) -> RefusalKind:
-    """The one word that leaves the site."""
+    """Which refusal it is, for the site's own books; what leaves says `client/refusals.py`."""
     match error:
         case MessageError() | GateRefusal() | AskRefused():
             return error.kind
         case LedgerRefusal():
             return RefusalKind.BUDGET
+        case AnsweredBefore():
+            return RefusalKind.ANSWERED_BEFORE
+        case TooFewForSums():
+            return RefusalKind.TOO_FEW_FOR_SUMS
         case CohortTooSmall():
             return RefusalKind.COHORT_TOO_SMALL
         case NoLabels():

@@ -22,6 +22,8 @@ import torch
 import yaml
 
 from client.approvals import AllowedHours, Approvals
+from client.exact_sums import EXACT_SUMS_CONSENT
+from client.exact_sums import check_sentence as check_exact_sums
 from client.exchanges.exchange import AskRefused
 from client.exchanges.latents import check_sentence, consent
 from client.latents.cache import LatentCache
@@ -29,6 +31,7 @@ from client.latents.latent_set import LatentSet
 from client.scans.cohort import Cohort, open_cohort
 from client.scans.cohort_memo import remembered
 from client.scans.layouts import LayoutRules
+from client.site_secret import DRAWS, site_secret
 from federation.bundle import running_bundle
 from federation.journal import Journal
 from federation.plan import WIRE_VERSION, RunPlan, VolumePlan, build
@@ -75,6 +78,9 @@ class SiteConfig:
     latent_release: str = ""
     """Agreement that latents leave, as the full sentence of `client/exchanges/latents.py`; empty: no latents
     leave, and no plan that asks for them is accepted."""
+    allow_exact_sums: str = ""
+    """Agreement that sums of products over few patients leave, as the full sentence of
+    `client/exact_sums.py`; empty: they leave only above ten times as many patients as numbers."""
     plan_approval: Literal["required", "implied"] = "required"
     """`required`: a plan runs here only after `meduet-site plan approve`, in the code it was approved with;
     `implied`: any plan that lists this site (simulated hospitals)."""
@@ -115,6 +121,7 @@ class SiteConfig:
                 f"Expected split_fractions of at least 0 that sum to 1; got {list(self.split_fractions)}."
             )
         check_sentence(self.latent_release)
+        check_exact_sums(self.allow_exact_sums)
         if self.minimum_cohort < 1:
             raise ValueError(f"Expected minimum_cohort to be at least 1; got {self.minimum_cohort}.")
         if not 0 < self.port < 65536:
@@ -183,10 +190,13 @@ def resolve_device(choice: DeviceChoice) -> torch.device:
 class Site:
     """One hospital. Its books are open; its scans are read when `scans` is called, and not before."""
 
-    def __init__(self, config: SiteConfig, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(
+        self, config: SiteConfig, tokenizer: Tokenizer | None = None, secret: bytes | None = None
+    ) -> None:
         """Open the books in `config.state_dir`, creating it for its owner only.
 
-        `tokenizer`: None loads the one that `config.tokenizer` names, when it is first needed. Raises
+        `tokenizer`: None loads the one that `config.tokenizer` names, when it is first needed. `secret`: what
+        batches and folds are drawn from; None takes the site's own file, as every real site does. Raises
         `BrokenChain` when a book was tampered with, and `ValueError` when the device is not there.
         """
         self.config = config
@@ -194,6 +204,7 @@ class Site:
         self.state_dir = config.state_dir
         self.compile = config.compile
         self.minimum_cohort = config.minimum_cohort
+        self.exact_sums = config.allow_exact_sums == EXACT_SUMS_CONSENT
         self.progress_every_s = config.progress_every_s
         self.device = resolve_device(config.device)
         """Where scans are encoded and the network is trained."""
@@ -206,13 +217,18 @@ class Site:
         """What this site's patients have been charged; reserves before anything is read."""
         self.journal = Journal(self.state_dir / "journal.jsonl")
         """What left this site."""
-        self._given = tokenizer
+        self._given, self._secret = tokenizer, secret
         self._opened: dict[tuple[VolumePlan, int], LatentSet] = {}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The site's frozen tokenizer. Raises `ValueError` when its file is absent or damaged."""
         return self._given if self._given is not None else load_tokenizer(self.config.tokenizer)
+
+    @cached_property
+    def secret(self) -> bytes:
+        """What its batches and folds are drawn from. Raises `ValueError` when its file is damaged."""
+        return self._secret if self._secret is not None else site_secret(self.state_dir / DRAWS)
 
     def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
         """Raise `AskRefused` unless the plan fits this site, makes no latents leave without its agreement,

@@ -213,16 +213,11 @@ class _Run:
         if (done := self._finished(path)) is not None:
             shared, kept = done
             return RunResult(shared, last.bank, last.metrics | kept, path)
-        shared, erasure = last.shared, {}
-        if self.model.erased:
-            replies, refused = ask_erasure(
-                self.grid, self.roster, self.plan, shared, last.bank, self.model.check_erasure, self.book
-            )
-            shared, summary = self.model.after_erasure(shared, replies)
-            erasure = {**summary, "refused": refused}
+        shared, erasure = self._erased(last)
         told: dict[str, Any] = {"erasure": erasure}
         if self.probes.due(last.round):
-            told["federated_probes"] = self.probes.read(last.round, shared, last.bank, bool(erasure))
+            erased = bool(erasure) and "skipped" not in erasure
+            told["federated_probes"] = self.probes.read(last.round + erased, shared, last.bank, erased)
             told["directions"] = {name: one.tolist() for name, one in self.probes.directions.items()}
         sha256 = sha256_of_tensors(shared)
         provenance = {
@@ -236,6 +231,22 @@ class _Run:
         save_weights(path, shared, provenance)
         self._note("end", tensors_sha256=sha256)
         return RunResult(shared, last.bank, last.metrics | told, path)
+
+    def _erased(self, last: Checkpoint) -> tuple[Tensors, dict[str, Any]]:
+        """The final weights, and what to say of the erasure; as they are where fewer than two sites tell
+        their sums."""
+        if not self.model.erased:
+            return last.shared, {}
+        replies, refused = ask_erasure(
+            self.grid, self.roster, self.plan, last.shared, last.bank, self.model.check_erasure, self.book
+        )
+        if len(replies) < 2:
+            why = f"{len(replies)} of {len(self.roster.sites)} sites told their sums; the site is not erased"
+            _log.warning("query.erasure: %s.", why)
+            self._note("erasure", skipped=why, refused=refused)
+            return last.shared, {"rank": 0, "sites": {}, "skipped": why, "refused": refused}
+        shared, summary = self.model.after_erasure(last.shared, replies)
+        return shared, {**summary, "refused": refused}
 
     def _generative(self, result: RunResult) -> RunResult:
         """With the diffusion model, if the plan has one."""

@@ -261,6 +261,8 @@ def _swap_text(last: Mapping[str, float]) -> str:
 def _erasure_text(metrics: Mapping[str, Any]) -> str:
     if not metrics.get("erasure"):
         return ""
+    if why := metrics["erasure"].get("skipped"):
+        return f"The last row is the final model: {why}."
     return (
         "The last row is the final model, after the linear erasure of the hospital from content that was "
         "fitted from the hospitals' sums."

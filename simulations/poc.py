@@ -22,8 +22,9 @@ from rich.console import Console
 
 from client.connection.keys import install
 from client.site import SiteConfig
+from client.site_secret import DRAWS
 from federation.keys.certificates import utc_now
-from federation.keys.key_files import refuse_work_tree
+from federation.keys.key_files import refuse_work_tree, write_file
 from federation.keys.kits import SETTINGS
 from federation.plan import RunPlan
 from federation.processes import GRACE_S, ChildProcess, Say, Supervisor
@@ -39,6 +40,7 @@ from server.deployment.proxy import nginx_is_there
 from server.deployment.status import read_status
 from server.deployment.submission import RunGivenUp, Submission
 from server.run_folder import write_whole
+from simulations.consortium import simulated_secret
 from simulations.progress import Live
 from simulations.run import Made, Simulation, prepare
 
@@ -128,6 +130,8 @@ def provision(folder: Path, overrides: Sequence[str], live: Live, made: Made | N
         site_yamls[config.name] = home / SETTINGS
         own = dataclasses.replace(config, keys_dir=keys.folder, port=port, threads=1)
         write_whole(home / SETTINGS, _site_yaml(own))
+        config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_file(config.state_dir / DRAWS, simulated_secret(plan.seed, config.name))
     server = {
         "state_dir": "centre",
         "consortium": "consortium",

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from client.exchanges.exchange import Answer, AskRefused, OnStep, Site, bank_of, no_step
+from client.exact_sums import check_sums
+from client.exchanges.exchange import Answer, AskRefused, OnStep, Site, bank_of
 from client.latents.batches import Batches
 from client.release import Gate, Released
 from client.training.site_state import StateFolder
@@ -32,14 +33,12 @@ from meduet_models.style.moments import CohortTooSmall
 _SCANS_AT_ONCE = 16
 
 
-def answer_erasure(site: Site, ask: ErasureAsk, plan: RunPlan, on_step: OnStep = no_step) -> Released:
+def answer_erasure(site: Site, ask: ErasureAsk, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
     """Sums of pooled content over the training patients, under the run's last weights: in their own style,
     and how it varies when they wear every style of the bank.
 
-    Raises `CohortTooSmall` below the minimum.
+    Raises `CohortTooSmall` below the minimum, and `TooFewForSums` below ten times the width.
     """
-    site.accept(plan)
-    reservation = site.ledger.reserve(ask.plan_sha256, plan.training.rounds, ERASURE.promise(plan, ask))
     states = StateFolder(site.state_dir / "state", ask.plan_sha256)
     student = student_of(plan, ask.shared, states.before(plan.training.rounds + 1)).to(site.device).eval()
     width = plan.network.width
@@ -51,6 +50,7 @@ def answer_erasure(site: Site, ask: ErasureAsk, plan: RunPlan, on_step: OnStep =
     least = smallest_cohort(plan, site.minimum_cohort)
     if (came := len(set(patients))) < least:
         raise CohortTooSmall(f"Expected at least {least} patients behind content sums; got {came}.")
+    check_sums(came, width, site.exact_sums)
 
     def content(read: Callable[[list[int]], Tensor]) -> Tensor:
         chunks = [rows[first : first + _SCANS_AT_ONCE] for first in range(0, len(rows), _SCANS_AT_ONCE)]
@@ -66,9 +66,7 @@ def answer_erasure(site: Site, ask: ErasureAsk, plan: RunPlan, on_step: OnStep =
         if not worn:
             raise AskRefused("Expected the run's style bank; got an empty one.", RefusalKind.MALFORMED)
         renderings = RenderingMoments.of(torch.stack(worn), patients, bound)
-    return Gate(site.ledger, site.journal).release(
-        reservation, erasure_tensors(moments, renderings), erasure_shapes(plan), weight=float(came)
-    )
+    return gate.release(erasure_tensors(moments, renderings), erasure_shapes(plan), weight=float(came))
 
 
 def erasure_mail(released: Released, ask: ErasureAsk, site: str) -> ErasureReply:

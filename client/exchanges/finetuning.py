@@ -1,15 +1,15 @@
 """A site's answer to a fine-tuning: a round of federated fine-tuning with its own labels.
 
-In the order of every answer: accept, a place in the ledger, then the first scan; what leaves passes the gate.
 Nothing is kept between rounds, nor within one (they are short): the weights come with the question, and AdamW
-starts anew, so a round that is asked twice is answered the same. Does not do: know Flower's messages, catch
+starts anew. Does not do: know Flower's messages, catch
 anything, use held-out patients.
 """
 
-from client.exchanges.exchange import Answer, AskRefused, OnStep, Site, before_deadline, no_step
+from client.exchanges.exchange import Answer, AskRefused, OnStep, Site, before_deadline
 from client.latents.batches import FEWEST_SCANS
 from client.latents.labelled import ScansWithLabels, labelled_scans
 from client.release import Gate, Released
+from client.site_secret import seed_of
 from client.training.finetuning import finetune
 from client.training.trainee import WrongWeights
 from federation.exchanges.finetuning import FINETUNING, FinetuneAsk, FinetunePlan, FinetuneReply
@@ -32,22 +32,16 @@ def answer_finetuning(
     site: Site,
     ask: FinetuneAsk,
     plan: RunPlan,
-    on_step: OnStep = no_step,
+    gate: Gate,
+    on_step: OnStep,
 ) -> Released:
     """Fine-tune a round and release examples · (trained weights after - before).
 
-    Raises `AskRefused` when the round or a label is not one of the plan's, `WrongWeights` for another
+    Raises `AskRefused` when a label is not one of the plan's, `WrongWeights` for another
     pretrained encoder, `NoLabels`, and `CohortTooSmall` below four labelled patients.
     """
     on_step = before_deadline(plan.aggregation.deadline_s, on_step)
     finetuning = ask.finetuning(plan)
-    site.accept(plan, finetuning.sha256)
-    if not 1 <= ask.round <= finetuning.rounds:
-        raise AskRefused(
-            f"Expected a round from 1 to {finetuning.rounds}; got round {ask.round}.", RefusalKind.MALFORMED
-        )
-    promise = FINETUNING.promise(plan, ask)
-    reservation = site.ledger.reserve(finetuning.sha256, ask.round, promise)
     network = network_of(plan, finetuning, ask)
 
     scans = site.scans(plan)
@@ -69,8 +63,7 @@ def answer_finetuning(
         network,
         found,
         local,
-        seed=finetuning.seed,
-        site=plan.participants.index(site.name),
+        seed=seed_of(site.secret, "finetuning", finetuning.seed),
         first_step=(ask.round - 1) * local.steps,
         total_steps=finetuning.rounds * local.steps,
         on_step=on_step,
@@ -78,8 +71,7 @@ def answer_finetuning(
     after = dict(network.named_parameters())
     update = {name: after[name].detach().cpu() - before for name, before in ask.trained.items()}
     norm = joint_norm(update)
-    return Gate(site.ledger, site.journal).release(
-        reservation,
+    return gate.release(
         update,
         {name: tuple(tensor.shape) for name, tensor in ask.trained.items()},
         weight=float(len(found)),
@@ -89,7 +81,7 @@ def answer_finetuning(
             "seconds": done.seconds,
             "steps": float(local.steps),
             "update_norm": norm,
-            "clip_factor": clip_factor(norm, promise.bound),
+            "clip_factor": clip_factor(norm, gate.promise.bound),
         },
     )
 

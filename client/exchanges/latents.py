@@ -15,22 +15,21 @@ import csv
 import hashlib
 import hmac
 import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from client.exchanges.exchange import Answer, AskRefused, OnStep, Site, no_step
+from client.exchanges.exchange import Answer, AskRefused, OnStep, Site
 from client.latents.examples import ScansWithGeometry, examples_of
 from client.release import Gate, Released
 from client.scans.cohort import ScanEntry
+from client.site_secret import site_secret
 from federation.exchanges.latents import (
     BOUNDED,
     LATENTS,
     LatentsAsk,
     LatentsReply,
     from_tensors,
-    items_per_chunk,
     nothing,
     releases_of,
     to_tensors,
@@ -45,7 +44,6 @@ RAW_CONSENT = (
 """What site.yaml must say, in these words, before raw latents leave."""
 KEY_NAME = "latent-items.key"
 TABLE_NAME = "released_latents.csv"
-_KEY_BYTES = 32
 
 
 @runtime_checkable
@@ -86,38 +84,25 @@ def consent(plan: RunPlan, sentence: str) -> str:
     )
 
 
-def answer_latents(site: Site, ask: LatentsAsk, plan: RunPlan, on_step: OnStep = no_step) -> Released:
+def answer_latents(site: Site, ask: LatentsAsk, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
     """Items `ask.first` to `ask.first + ask.count` of what this site releases in a round.
 
-    Guarantee: only training scans, each bounded by itself; nothing else. Raises `AskRefused` when the plan's
-    policy releases no latents, the round is not one of the release, or more is asked for than fits a message.
+    Guarantee: only training scans, each bounded by itself; nothing else. Raises `AskRefused` for scans
+    that do not fit the plan.
     """
-    site.accept(plan)
-    try:
-        releases_of(plan, ask.round, 0)
-        most = items_per_chunk(plan)
-    except ValueError as error:
-        raise AskRefused(str(error), RefusalKind.MALFORMED) from error
-    if ask.first < 0 or not 1 <= ask.count <= most:
-        raise AskRefused(
-            f"Expected 1 to {most} items from the 0th or a later one; got {ask.count} from {ask.first}.",
-            RefusalKind.MALFORMED,
-        )
-    reservation = site.ledger.reserve(ask.plan_sha256, ask.round, LATENTS.promise(plan, ask))
     scans = site.scans(plan)
     if not isinstance(scans, ReleasableScans):
         raise AskRefused("Expected a site that knows the geometry of its scans.", RefusalKind.INTERNAL)
     released = raw_items(scans, plan, ask.round)
     rows = released[ask.first : ask.first + ask.count]
-    key = _key(site.state_dir / KEY_NAME)
+    key = site_secret(site.state_dir / KEY_NAME)
     names = [item_name(key, scans, row) for row in rows]
     try:
         tensors = to_tensors(examples_of(scans, rows, plan)) if rows else nothing(plan)
     except ValueError as error:
         raise AskRefused(str(error), RefusalKind.PLAN_NOT_ACCEPTED) from error
     _note(site.state_dir / TABLE_NAME, scans, dict(zip(names, rows, strict=True)))
-    return Gate(site.ledger, site.journal).release(
-        reservation,
+    return gate.release(
         tensors,
         told_shapes(plan, len(rows)),
         weight=float(len(rows)),
@@ -160,23 +145,6 @@ def item_name(key: bytes, scans: ReleasableScans, row: int) -> str:
     """The name under which a scan's latents leave, 32 hex digits: without the key it tells nothing."""
     known = f"{int(scans.site_index[row])}\0{scans.entries[row].scan_id}"
     return hmac.new(key, known.encode(), hashlib.sha256).hexdigest()[:32]
-
-
-def _key(path: Path) -> bytes:
-    """The site's secret for names, made when first needed."""
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        key = path.read_bytes()
-        if len(key) != _KEY_BYTES:
-            raise ValueError(f"Expected {_KEY_BYTES} bytes in {path}; got {len(key)}. Restore it.") from None
-        return key
-    key = secrets.token_bytes(_KEY_BYTES)
-    with os.fdopen(handle, "wb") as file:
-        file.write(key)
-        file.flush()
-        os.fsync(file.fileno())
-    return key
 
 
 def _note(path: Path, scans: ReleasableScans, rows: dict[str, int]) -> None:

@@ -47,14 +47,15 @@ def train_round(
     batches: Batches,
     plan: RunPlan,
     round: int,
-    site_index: int,
+    secret: bytes,
     start: Mapping[str, Tensor],
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     partial: PartialRound | None = None,
 ) -> RoundResult:
     """Train `plan.training.steps_per_round` steps and give back what changed in the shared weights.
 
-    `round` counts from 1; `trainee` is as the round begins. `start` is the common start of the style branch,
+    `round` counts from 1; `trainee` is as the round begins; `secret` is what the site draws its batches from.
+    `start` is the common start of the style branch,
     its anchor when it stays home. `on_step` is called after each step with its number (from 1) and loss.
     `partial` is where the round under way is kept; without, it begins at its first step. Raises `NotFinite`
     before the weights are touched.
@@ -85,7 +86,7 @@ def train_round(
         number = first + step
         progress = number / plan.total_steps
 
-        draw = batches.draw(step_generator(plan.seed, site_index, round, step))
+        draw = batches.draw(step_generator(secret, plan.seed, round, step))
         batch, draws = batches.apply(draw, device), draw.step.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"):
             losses = objective(student, teacher, batch, draws, progress)

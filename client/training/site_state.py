@@ -7,9 +7,8 @@ back to its last checkpoint, gives the same answer. Kept are the last three: a s
 that the centre never counted, and the centre may then find its last checkpoint damaged and go back by one.
 
 A site that sat out a round goes on from the last state it has. A round under way lies beside the states
-(`client/partial_round.py`), and so does the last round's result (`client/round_result.py`). Does not do:
-leave the site, ever. AdamW's moments of the shared weights stay here, too (`client/training/trainee.py` says
-why).
+(`client/partial_round.py`); what left lies elsewhere (`client/answers.py`). Does not do: leave the site,
+ever. AdamW's moments of the shared weights stay here, too (`client/training/trainee.py` says why).
 """
 
 from collections.abc import Mapping
@@ -20,8 +19,6 @@ from torch import Tensor
 
 from client.partial_round import SUFFIX as PARTIAL
 from client.partial_round import PartialRound
-from client.round_result import SUFFIX as RESULT
-from client.round_result import KeptResult
 from meduet_models.weights import open_weights, save_weights, sha256_of_tensors
 
 KEPT = 3
@@ -104,7 +101,7 @@ class StateFolder:
         `shared_sha256`: hash of the shared weights with which the round began.
         """
         self._write(state, shared_sha256)
-        for left in (f"round-*{PARTIAL}", f"round-*{RESULT}", ".round-*"):  # a write that a kill cut short
+        for left in (f"round-*{PARTIAL}", ".round-*"):  # a write that a kill cut short
             for path in self._folder.glob(left):
                 path.unlink(missing_ok=True)
         rounds = self.rounds()
@@ -112,18 +109,10 @@ class StateFolder:
         for round in set(rounds) - kept:
             self._path(round).unlink()
 
-    def result(self, round: int, began_from: SiteState, question: Mapping[str, str]) -> KeptResult:
-        """Where the result of a round that began from `began_from` is kept, once its state is; `question` as
-        in `partial`."""
-        if round not in self.rounds():  # a result whose state is gone is none
-            self._path(round).with_suffix(RESULT).unlink(missing_ok=True)
-        whole = self._question(round, began_from, question)
-        return KeptResult(self._path(round).with_suffix(RESULT), whole)
-
     def partial(
         self, round: int, began_from: SiteState, question: Mapping[str, str], every_s: float
     ) -> PartialRound:
-        """The round under way that begins from `began_from`; `question` names whatever else it depends on."""
+        """The round under way that begins from `began_from`; `question`: what else it depends on."""
         whole = self._question(round, began_from, question)
         return PartialRound(self._path(round).with_suffix(PARTIAL), whole, every_s)
 

@@ -151,10 +151,17 @@ def finetuning_promise(plan: RunPlan, ask: FinetuneAsk) -> Promise:
     return Promise(kind="finetuning", bound=bound, unit="site update", enforcement="clip")
 
 
+def agreed(plan: RunPlan, ask: FinetuneAsk) -> tuple[str, range]:
+    """Hash and rounds of the fine-tuning. Raises as `FinetuneAsk.finetuning`."""
+    finetuning = ask.finetuning(plan)
+    return finetuning.sha256, range(1, finetuning.rounds + 1)
+
+
 FINETUNING = Exchange(
     route="train.finetune",
     ask=FinetuneAsk,
     reply=FinetuneReply,
-    rounds=lambda plan: range(0),  # a fine-tuning is a plan of its own, and says its rounds
+    rounds=lambda plan: range(0),  # a fine-tuning is an agreement of its own, and says its rounds
+    agreement=agreed,
     promise=finetuning_promise,
 )

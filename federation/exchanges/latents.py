@@ -194,10 +194,21 @@ def latents_promise(plan: RunPlan, ask: LatentsAsk) -> Promise:
     return Promise(kind="latents", bound=latent_bound(plan), unit="scan", enforcement="each")
 
 
+def latents_part(plan: RunPlan, ask: LatentsAsk) -> str:
+    """Which items; raises `ValueError` when these are more than one answer holds."""
+    most = items_per_chunk(plan)
+    if ask.first < 0 or not 1 <= ask.count <= most:
+        raise ValueError(
+            f"Expected 1 to {most} items from the 0th or a later one; got {ask.count} from {ask.first}."
+        )
+    return f"{ask.first}_{ask.count}"
+
+
 LATENTS = Exchange(
     route="query.latents",
     ask=LatentsAsk,
     reply=LatentsReply,
     rounds=latents_rounds,
     promise=latents_promise,
+    part=latents_part,
 )

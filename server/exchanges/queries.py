@@ -12,7 +12,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from federation.exchanges.exchange import AskKind, Exchange, ReplyKind
-from federation.messages import MessageError, Refusal, kind_of
+from federation.messages import MessageError, Refusal, RefusalKind, kind_of
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
 from strategies.aggregation import ReplyRefused
@@ -20,6 +20,14 @@ from strategies.quorum import Roster, check_quorum, needed, wait_for_nodes
 from strategies.streaming_grid import Late, StreamingGrid
 
 _log = logging.getLogger(__name__)
+
+
+class SiteRefused(ReplyRefused):
+    """A site said no; `kind` is its word."""
+
+    def __init__(self, kind: RefusalKind) -> None:
+        super().__init__(f"refused: {kind.value}")
+        self.kind = kind
 
 
 def ask_sites(
@@ -32,12 +40,14 @@ def ask_sites(
     book: ReplyBook,
     stops: bool = True,
     only: Collection[str] | None = None,
+    excused: Collection[RefusalKind] = (),
 ) -> tuple[dict[str, ReplyKind], dict[str, str]]:
     """Valid replies by site, in the plan's order, and who was put aside why.
 
     `check` raises `ValueError` on a reply that is not to be used; the others are entered in `book`.
-    Raises `RoundFailed` below the quorum; without `stops`, the run goes on with whoever answered. With
-    `only`, other sites that are known are not asked.
+    Raises `RoundFailed` below the quorum; without `stops`, the run goes on with whoever answered. A site that
+    refuses for a reason in `excused` has said all it has to say, and counts towards the quorum. With `only`,
+    other sites that are known are not asked.
     """
     settings, record = plan.aggregation, question.to_record()
     least = needed(settings.quorum, len(roster.sites)) if stops else 1
@@ -46,6 +56,7 @@ def ask_sites(
     stream = StreamingGrid(grid)
     replies: dict[str, ReplyKind] = {}
     refused: dict[str, str] = {}
+    declined: set[int] = set()
 
     def ask(node: int) -> Message:
         return Message(record, node, exchange.route, ttl=settings.deadline_s)
@@ -53,7 +64,11 @@ def ask_sites(
     for message in stream.send_and_receive(
         [ask(node) for node in nodes],
         timeout=settings.deadline_s,
-        late=Late(ask, lambda: _to_ask(grid, roster, only), lambda: not stops or len(replies) >= least),
+        late=Late(
+            ask,
+            lambda: _to_ask(grid, roster, only),
+            lambda: not stops or len(replies) + len(declined) >= least,
+        ),
     ):
         node = stream.node_of(message)
         try:
@@ -66,11 +81,14 @@ def ask_sites(
             replies[reply.site] = reply
         except ValueError as error:
             refused[roster.name(node)] = str(error)
+            if isinstance(error, SiteRefused) and error.kind in excused:
+                declined.add(node)
     refused |= {roster.name(n): f"no reply within {settings.deadline_s:g} s" for n in stream.unanswered}
     for who, why in refused.items():
         _log.warning("%s goes on without %s: %s", exchange.route, who, why)
     if stops:
-        check_quorum(f"{exchange.route!r}", len(replies), settings.quorum, len(roster.sites), refused)
+        told = len(replies) + len(declined)
+        check_quorum(f"{exchange.route!r}", told, settings.quorum, len(roster.sites), refused)
     return {site: replies[site] for site in roster.sites if site in replies}, refused
 
 
@@ -92,7 +110,7 @@ def _read(
     if kind_of(message.content) == "refusal":
         refusal = Refusal.from_record(message.content)
         roster.bind(node, refusal.site)
-        raise ReplyRefused(f"refused: {refusal.kind.value}")
+        raise SiteRefused(refusal.kind)
     reply = exchange.reply.from_record(message.content)
     if problem := roster.bind(node, reply.site):
         raise ReplyRefused(problem)

@@ -7,7 +7,7 @@ import pytest
 from client.books import open_books, read_books
 from federation.journal import Journal
 from privacy.chain import BrokenChain
-from privacy.ledger import Ledger
+from privacy.ledger import Ledger, Place
 from privacy.promise import Promise
 
 PLAN = "ab" * 32
@@ -17,7 +17,7 @@ PROMISE = Promise(kind="round", bound=1.0, unit="site update", enforcement="clip
 def answer(state: Path, round: int, journal: bool = True) -> None:
     """What a site writes for a round, in its order."""
     ledger = Ledger(state / "ledger.jsonl")
-    place = ledger.reserve(PLAN, round, PROMISE)
+    place = ledger.reserve(Place(plan_sha256=PLAN, kind="round", round=round), "a5" * 32, PROMISE)
     charge = ledger.settle(place, 1.0, f"{round:064x}")
     if journal:
         Journal(state / "journal.jsonl").append({"kind": "round", "round": round, "ledger": charge})
@@ -46,7 +46,7 @@ def test_books_that_were_written_together_agree(state: Path) -> None:
 
 
 def test_a_place_in_the_ledger_without_anything_that_left_is_no_fault(state: Path) -> None:
-    Ledger(state / "ledger.jsonl").reserve(PLAN, 3, PROMISE)
+    Ledger(state / "ledger.jsonl").reserve(Place(plan_sha256=PLAN, kind="round", round=3), "a5" * 32, PROMISE)
     assert read_books(state).unnamed == 0
 
 
