@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from privacy.chain import Chain, Entry
-from privacy.promise import Kind, Promise
+from privacy.promise import Promise
 
 
 class LedgerRefusal(ValueError):
@@ -35,7 +35,7 @@ class Place:
 
     plan_sha256: str
     """Which plan; a fine-tuning is a plan of its own."""
-    kind: Kind
+    kind: str
     """What is released."""
     round: int
     """Which round; 0 for what comes before the first."""

@@ -1,5 +1,4 @@
-"""A round that is killed in the middle goes on where it was, to the bits of one that never was; one that is
-asked again when it was done is answered from what was kept."""
+"""A round that is killed in the middle goes on where it was, to the bits of one that never was."""
 
 import logging
 from collections.abc import Callable
@@ -10,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from client.exchanges.pretraining import answer_round
-from client.partial_round import PartialRound, cohort_sha256
+from client.exchanges.pretraining import ANSWER
 from client.release import Released
-from client.training.site_state import SiteState, StateFolder
+from client.training.site_state import SiteState, StateFolder, UnderWay, cohort_sha256
 from federation.exchanges.pretraining import TrainAsk
 from federation.journal import Journal
 from federation.plan import RunPlan, TrainingPlan
@@ -42,6 +40,8 @@ class ToySite:
     compile: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     steps: list[int] = field(default_factory=list)
+    secret: bytes = bytes(32)
+    exact_sums: bool = True
 
     @property
     def ledger(self) -> Ledger:
@@ -63,7 +63,7 @@ class ToySite:
             if step == kill_after:
                 raise Killed
 
-        return answer_round(self, question, plan, on_step)
+        return ANSWER.once(self, question, plan, on_step)
 
     def left(self) -> list[str]:
         return sorted(path.name for path in (self.state_dir / "state").rglob("*") if path.is_file())
@@ -236,11 +236,10 @@ def test_what_a_kill_in_the_middle_of_a_write_leaves_goes_with_the_round(
 ) -> None:
     one = site()
     one.answer(ask(plan), plan)
-    (state,) = one.state_dir.rglob("round-0001.safetensors")
+    (state,) = (one.state_dir / "state").rglob("round-0001.safetensors")
     (state.parent / ".round-0002.partial.safetensors.x7").write_bytes(b"half")
     one.answer(ask(plan, 2), plan)
-    states = [f"round-000{n}.safetensors" for n in (0, 1, 2)]
-    assert one.left() == sorted([*states, "round-0002.result.safetensors"])
+    assert one.left() == [f"round-000{n}.safetensors" for n in (0, 1, 2)]
 
 
 class Clock:
@@ -256,11 +255,11 @@ def tensors() -> Tensors:
 
 def test_it_is_written_when_the_interval_has_passed_since_the_last_write(tmp_path: Path) -> None:
     clock, path = Clock(), tmp_path / "round-0001.partial.safetensors"
-    partial = PartialRound(path, {"round": "1"}, 30.0, clock)
+    under_way = UnderWay(path, {"round": "1"}, 30.0, clock)
     written: list[int] = []
     for step in range(1, 8):
         clock.now += 12.0
-        partial.offer(step, 0.0, lambda step=step: written.append(step) or tensors())  # type: ignore[misc]
+        under_way.offer(step, 0.0, lambda step=step: written.append(step) or tensors())  # type: ignore[misc]
     assert written == [3, 6]
 
 
@@ -269,7 +268,7 @@ def test_a_write_that_takes_long_is_made_less_often_unless_each_step_was_asked_f
     tmp_path: Path, every_s: float, writes: list[int]
 ) -> None:
     clock, written = Clock(), list[int]()
-    partial = PartialRound(tmp_path / "round-0001.partial.safetensors", {"round": "1"}, every_s, clock)
+    under_way = UnderWay(tmp_path / "round-0001.partial.safetensors", {"round": "1"}, every_s, clock)
 
     def slow(step: int) -> Tensors:
         clock.now += 6.0
@@ -278,16 +277,16 @@ def test_a_write_that_takes_long_is_made_less_often_unless_each_step_was_asked_f
 
     for step in range(1, 21):
         clock.now += 10.0
-        partial.offer(step, 0.0, lambda step=step: slow(step))  # type: ignore[misc]
+        under_way.offer(step, 0.0, lambda step=step: slow(step))  # type: ignore[misc]
     # step 3 is at 30 s, and steps follow in 10 s: the next write is 6 s / 0.05 = 120 s later
     assert written == writes
 
 
 def test_seconds_before_an_interruption_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "round-0001.partial.safetensors"
-    PartialRound(path, {"round": "1"}, 0.0).offer(5, 12.5, tensors)
+    UnderWay(path, {"round": "1"}, 0.0).offer(5, 12.5, tensors)
     taken: list[Any] = []
-    assert PartialRound(path, {"round": "1"}, 0.0).resume(taken.append) == (5, 12.5)
+    assert UnderWay(path, {"round": "1"}, 0.0).resume(taken.append) == (5, 12.5)
     assert same(taken[0], tensors())
 
 
@@ -299,8 +298,8 @@ def test_the_seconds_of_a_round_include_those_before_it_was_killed(
 ) -> None:
     with pytest.raises(Killed):
         site().answer(ask(plan), plan, kill_after=1)
-    resume = PartialRound.resume
-    monkeypatch.setattr(PartialRound, "resume", lambda self, load: (resume(self, load)[0], 1000.0))
+    resume = UnderWay.resume
+    monkeypatch.setattr(UnderWay, "resume", lambda self, load: (resume(self, load)[0], 1000.0))
     assert 1000.0 < site().answer(ask(plan), plan).metrics["seconds"] < 1100.0
 
 
@@ -308,13 +307,13 @@ def test_tensors_that_the_round_cannot_take_are_removed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "round-0001.partial.safetensors"
-    PartialRound(path, {"round": "1"}, 0.0).offer(5, 12.5, tensors)
+    UnderWay(path, {"round": "1"}, 0.0).offer(5, 12.5, tensors)
 
     def refuse(came: Any) -> None:
         raise ValueError("Expected another network.")
 
     with caplog.at_level(logging.WARNING, "client"):
-        assert PartialRound(path, {"round": "1"}, 0.0).resume(refuse) == (0, 0.0)
+        assert UnderWay(path, {"round": "1"}, 0.0).resume(refuse) == (0, 0.0)
     assert "Expected another network" in caplog.text and not path.exists()
 
 
@@ -324,9 +323,9 @@ def test_a_full_disk_costs_the_partial_round_and_not_the_round(
     def full(*given: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("client.partial_round.save_weights", full)
+    monkeypatch.setattr("client.training.site_state.save_weights", full)
     with caplog.at_level(logging.WARNING, "client"):
-        PartialRound(tmp_path / "round-0001.partial.safetensors", {}, 0.0).offer(4, 1.0, tensors)
+        UnderWay(tmp_path / "round-0001.partial.safetensors", {}, 0.0).offer(4, 1.0, tensors)
     assert "could not be written after step 4" in caplog.text and list(tmp_path.iterdir()) == []
 
 
@@ -361,48 +360,3 @@ def test_asked_again_when_it_was_done_the_site_answers_the_same_without_a_step(
     for number in range(1, following + 1):
         expected = whole.answer(ask(plan, number), plan)
     assert alike(whole, again, plan, (expected, again.answer(ask(plan, following), plan)), following)
-
-
-@pytest.mark.parametrize("what", ["shared", "bank", "cohort", "damaged", "state"])
-def test_a_result_of_another_question_or_a_damaged_one_is_not_used(
-    site: Callable[..., ToySite], ask: Callable[..., TrainAsk], plan: RunPlan, what: str
-) -> None:
-    one, patients = site(), [*PATIENTS[:-1], "new"] if what == "cohort" else PATIENTS
-    whole = site("whole", patients)
-    for done in (one, whole):
-        done.answer(ask(plan), plan)
-    one.answer(ask(plan, 2), plan)
-    shared = dict(ask(plan).shared)
-    if what == "shared":
-        shared["embed.bias"] = shared["embed.bias"] + 1e-3
-    question = ask(plan, 2, shared, ("north", "south") if what == "bank" else None)
-    (path,) = one.state_dir.rglob("round-0002.result.safetensors")
-    if what == "damaged":
-        content = bytearray(path.read_bytes())
-        content[-2] ^= 1
-        path.write_bytes(content)
-    if what == "state":
-        path.with_name("round-0002.safetensors").unlink()
-    again = site("a", patients)
-    came = again.answer(question, plan)
-    assert again.steps == [1, 2, 3]
-    if what != "cohort":  # there the two began round 2 from other states
-        assert alike(whole, again, plan, (whole.answer(question, plan), came), 2)
-
-
-def test_a_result_that_finds_no_room_costs_no_round(
-    site: Callable[..., ToySite],
-    ask: Callable[..., TrainAsk],
-    plan: RunPlan,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    def full(*given: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("client.round_result.save_weights", full)
-    with caplog.at_level(logging.WARNING, "client"):
-        expected = site().answer(ask(plan), plan)
-    assert "round-0001.result.safetensors could not be written" in caplog.text
-    again = site()
-    assert same(again.answer(ask(plan), plan).tensors, expected.tensors) and again.steps == [1, 2, 3]
