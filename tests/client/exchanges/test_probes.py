@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from client.exchanges.exchange import AskRefused, StateFolder
+from client.exchanges.exchange import AskRefused
 from client.exchanges.probes import answer_probe, probe_hits, probe_sums, probed_patients
+from client.training.site_state import StateFolder
 from federation.exchanges.probes import (
     ANATOMY,
     FACTORS,
