@@ -28,7 +28,7 @@ from client.exchanges.exchange import AskRefused
 from client.exchanges.latents import check_sentence, consent
 from client.latents.cache import LatentCache
 from client.latents.latent_set import LatentSet
-from client.scans.cohort import Cohort, open_cohort
+from client.scans.cohort import Cohort, NoScans, open_cohort
 from client.scans.cohort_memo import remembered
 from client.scans.layouts import LayoutRules
 from client.site_secret import DRAWS, site_secret
@@ -303,7 +303,7 @@ class Site:
             "split_salt": config.split_salt,
         }
         if not config.data_root.exists():
-            raise ValueError(
+            raise NoScans(
                 f"Expected scans at {config.data_root} (site.yaml: data_root); nothing is there. "
                 "Is it mounted?"
             )
@@ -336,7 +336,7 @@ class Site:
 
         Scans that could not be encoded join exclusions.csv. Raises `AskRefused`, before any scan is read,
         when the plan does not fit (whether it was approved is asked by `accept`, before anything leaves);
-        `ValueError` when no scan is usable; and what `cohort` and `LatentCache.encode` raise.
+        `NoScans` when no scan is usable; and what `cohort` and `LatentCache.encode` raise.
         """
         self.fits(plan)
         label = plan.sites.index(self.name)
@@ -347,7 +347,7 @@ class Site:
             opened = cache.encode(cohort, self.device, _phase(progress, "encoding"), label)
             opened.cohort.write_csv(self.state_dir)
             if not opened.num_scans:
-                raise ValueError(
+                raise NoScans(
                     f"Expected a usable scan in {self.config.data_root}; got none. Excluded: "
                     f"{opened.cohort.summary()['exclusions']}. exclusions.csv in {self.state_dir} lists them."
                 )

@@ -211,8 +211,8 @@ class ContentShare(Strategy):
         if kind_of(message.content) == "refusal":
             refusal = Refusal.from_record(message.content)
             self.roster.bind(node, refusal.site)
-            if refusal.kind is RefusalKind.OUT_OF_ORDER:
-                self._behind.add(node)  # it missed the round that brought the start: the next one brings it
+            if refusal.kind is RefusalKind.OUT_OF_ORDER and self._ask_with_start(round, node):
+                raise ReplyRefused("asked again with the start, which it missed or lost; no reply to that")
             raise ReplyRefused(f"refused: {refusal.kind.value}")
         size = _num_bytes(message.content)
         reply = TrainReply.from_record(message.content, copy=False)
@@ -229,7 +229,17 @@ class ContentShare(Strategy):
         self._book.enter(draft)
         report = site_report(reply, bytes_down=self._bytes_down, bytes_up=size)
         self.report.sites[reply.site] = report
+        self.report.refused.pop(reply.site, None)  # what it said before it had the start
+        self._behind.discard(node)
         self._on_reply(round, reply.site, report)
+
+    def _ask_with_start(self, round: int, node: int) -> bool:
+        """Ask a site once more in this round, now with the start; False if that was what it refused."""
+        if round == 1 or node in self._behind or self._stream is None:
+            return False
+        self._behind.add(node)
+        message = self._message(round, node, self._record(round, self._arrays(), True))
+        return self._stream.ask(message)
 
     def _put_aside(self, node: int, why: str) -> None:
         self._refuse(self.roster.name(node), why)
