@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import torch
 
 from client.approvals import AllowedHours, Approvals
+from client.books import open_books
 from client.exact_sums import EXACT_SUMS_CONSENT
 from client.exact_sums import check_sentence as check_exact_sums
 from client.exchanges.exchange import AskRefused
@@ -179,7 +180,7 @@ class Site:
 
         `tokenizer`: None loads the one that `config.tokenizer` names, when it is first needed. `secret`: what
         batches and folds are drawn from; None takes the site's own file, as every real site does. Raises
-        `BrokenChain` when a book was tampered with, and `ValueError` when the device is not there.
+        `BrokenChain` when a book was tampered with or lost, and `ValueError` when the device is not there.
         """
         self.config = config
         self.name = config.name
@@ -199,6 +200,7 @@ class Site:
         """What this site's patients have been charged; reserves before anything is read."""
         self.journal = Journal(self.state_dir / "journal.jsonl")
         """What left this site."""
+        open_books(self.state_dir)
         self._given, self._secret = tokenizer, secret
         self._opened: dict[tuple[VolumePlan, int], LatentSet] = {}
 
