@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from federation.limits import Largest
 from federation.messages import Ask, Reply
 from federation.plan import RunPlan
 from privacy.ledger import Place
@@ -41,6 +42,8 @@ class Exchange(Generic[AskKind, ReplyKind]):
     rounds: Callable[[RunPlan], Sequence[int]]
     """The rounds of a plan in which it may be asked, once in each (0: before the first); empty where the plan
     has none."""
+    largest: Callable[[RunPlan, AskKind], Largest]
+    """The size of the largest answer: more is not pulled."""
     promise: Callable[[RunPlan, AskKind], Promise]
     """The promise under which the answer leaves."""
     agreement: Callable[[RunPlan, AskKind], tuple[str, Sequence[int]]] | None = None

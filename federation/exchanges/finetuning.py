@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from federation.diffusion_plan import MOST_STEPS
 from federation.exchanges.exchange import Exchange
+from federation.limits import largest_reply
 from federation.messages import Ask, Metrics, Reply
 from federation.plan import RunPlan
 from federation.wire import MessageError, RefusalKind, Tensors
@@ -164,5 +165,6 @@ FINETUNING = Exchange(
     reply=FinetuneReply,
     rounds=lambda plan: range(0),  # a fine-tuning is an agreement of its own, and says its rounds
     agreement=agreed,
+    largest=lambda plan, ask: largest_reply(ask.trained),
     promise=finetuning_promise,
 )

@@ -80,7 +80,11 @@ class DiffusionConfig:
     def from_json(text: str) -> "DiffusionConfig":
         """Back from `to_json`; raises `ValueError` for other fields, and for what is out of range."""
         what = "the description of a diffusion transformer of this version"
-        return build(DiffusionConfig, read_json(text, what), "transformer")
+        values = read_json(text, what)
+        try:
+            return build(DiffusionConfig, values, "transformer")
+        except ValueError as error:
+            raise ValueError(f"Expected {what}; {error}") from None
 
 
 class DiffusionBlock(nn.Module):

@@ -27,4 +27,5 @@ def ask_erasure(
     """Valid replies by site, and who was put aside why. Raises as `ask_sites`."""
     ask = ErasureAsk(plan_json=plan.to_json(), shared=shared, bank=bank)
     few = (RefusalKind.TOO_FEW_FOR_SUMS,)
-    return ask_sites(grid, roster, plan, ERASURE, ask, check, book, excused=few)
+    at_least = min(2, len(plan.participants))  # of one site there is nothing to erase
+    return ask_sites(grid, roster, plan, ERASURE, ask, check, book, at_least=at_least, excused=few)
