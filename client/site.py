@@ -19,13 +19,14 @@ from typing import Annotated, Any, Literal
 import torch
 
 from client.approvals import AllowedHours, Approvals
+from client.books import open_books
 from client.exact_sums import EXACT_SUMS_CONSENT
 from client.exact_sums import check_sentence as check_exact_sums
 from client.exchanges.exchange import AskRefused
 from client.exchanges.latents import check_sentence, consent
 from client.latents.cache import LatentCache
 from client.latents.latent_set import LatentSet
-from client.scans.cohort import Cohort, open_cohort
+from client.scans.cohort import Cohort, NoScans, open_cohort
 from client.scans.cohort_memo import remembered
 from client.scans.layouts import LayoutRules
 from client.site_secret import DRAWS, site_secret
@@ -179,7 +180,7 @@ class Site:
 
         `tokenizer`: None loads the one that `config.tokenizer` names, when it is first needed. `secret`: what
         batches and folds are drawn from; None takes the site's own file, as every real site does. Raises
-        `BrokenChain` when a book was tampered with, and `ValueError` when the device is not there.
+        `BrokenChain` when a book was tampered with or lost, and `ValueError` when the device is not there.
         """
         self.config = config
         self.name = config.name
@@ -199,6 +200,7 @@ class Site:
         """What this site's patients have been charged; reserves before anything is read."""
         self.journal = Journal(self.state_dir / "journal.jsonl")
         """What left this site."""
+        open_books(self.state_dir)
         self._given, self._secret = tokenizer, secret
         self._opened: dict[tuple[VolumePlan, int], LatentSet] = {}
 
@@ -285,7 +287,7 @@ class Site:
             "split_salt": config.split_salt,
         }
         if not config.data_root.exists():
-            raise ValueError(
+            raise NoScans(
                 f"Expected scans at {config.data_root} (site.yaml: data_root); nothing is there. "
                 "Is it mounted?"
             )
@@ -318,7 +320,7 @@ class Site:
 
         Scans that could not be encoded join exclusions.csv. Raises `AskRefused`, before any scan is read,
         when the plan does not fit (whether it was approved is asked by `accept`, before anything leaves);
-        `ValueError` when no scan is usable; and what `cohort` and `LatentCache.encode` raise.
+        `NoScans` when no scan is usable; and what `cohort` and `LatentCache.encode` raise.
         """
         self.fits(plan)
         label = plan.sites.index(self.name)
@@ -329,7 +331,7 @@ class Site:
             opened = cache.encode(cohort, self.device, _phase(progress, "encoding"), label)
             opened.cohort.write_csv(self.state_dir)
             if not opened.num_scans:
-                raise ValueError(
+                raise NoScans(
                     f"Expected a usable scan in {self.config.data_root}; got none. Excluded: "
                     f"{opened.cohort.summary()['exclusions']}. exclusions.csv in {self.state_dir} lists them."
                 )

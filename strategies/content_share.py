@@ -187,6 +187,8 @@ class ContentShare(Strategy):
                 bytes_up = _num_bytes(message.content)
                 report = site_report(reply, bytes_down=self._bytes_down, bytes_up=bytes_up)
                 self.report.sites[reply.site] = report
+                wall.refused.pop(reply.site, None)  # what it said before it had the start
+                self._behind.discard(node)
                 self._on_reply(server_round, reply.site, report)
             del message, reply
         for node, why in (self._stream.not_pulled if self._stream else {}).items():
@@ -231,7 +233,7 @@ class ContentShare(Strategy):
 
         def on_refusal(node: int, kind: RefusalKind) -> None:
             if kind is RefusalKind.OUT_OF_ORDER:
-                self._behind.add(node)  # it missed the round that brought the start: the next one brings it
+                self._ask_with_start(round, node)
 
         wall = ReplyWall(
             f"round {round}",
@@ -245,6 +247,14 @@ class ContentShare(Strategy):
         )
         self.report.refused = wall.refused
         return wall
+
+    def _ask_with_start(self, round: int, node: int) -> None:
+        """Ask a site that missed or lost the start once more in this round, with the start; a site that had
+        it and refuses all the same is put aside."""
+        if round == 1 or node in self._behind or self._stream is None:
+            return
+        self._behind.add(node)
+        self._stream.ask(self._message(round, node, self._record(round, self._arrays(), True)))
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -133,6 +133,10 @@ def read_entry(entry: ScanEntry, plan: VolumePlan) -> tuple[Scan, Scan | None]:
     return scan, read_label(entry.label_path) if entry.label_path is not None else None
 
 
+class NoScans(ValueError):
+    """There is nothing to train on: the folder is not mounted, or holds no usable scan."""
+
+
 def open_cohort(
     root: Path,
     *,

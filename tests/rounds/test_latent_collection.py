@@ -27,8 +27,8 @@ from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from privacy.ledger import Ledger
 from server.exchanges.latents import check_reply, collect
 from server.latent_bank.bank import LatentBank
+from server.latent_bank.listing import items
 from server.latent_bank.records import Codes
-from server.latent_listing import items
 from simulations.engines.in_process import InProcessGrid
 from strategies.aggregation import ReplyRefused
 from strategies.quorum import Roster
