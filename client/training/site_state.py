@@ -175,7 +175,7 @@ class StateFolder:
     def _begin(self, home: Mapping[str, Tensor]) -> None:
         """Keep the common start, and nothing else; when it is round 1 that is asked again, all is there and
         stays."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        private_folder(self._folder)
         state, there = SiteState(round=0, home=dict(home)), self._whole(0)
         same = there is not None and there.sha256 == sha256_of_tensors(state.named())
         if same and self.rounds() in ([0], [0, 1]):
