@@ -9,6 +9,7 @@ opened, so nothing here asks whether it is simulated; `app` is the one of a depl
 keyboard passes.
 """
 
+import errno
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from client.exchanges.exchange import Answer, AskRefused, Site
 from client.latents.labelled import NoLabels
 from client.refusals import note_refusal, told_as
 from client.release import Gate, GateRefusal, Released
+from client.scans.cohort import NoScans
 from client.site import open_site
 from client.training.pretraining import NotFinite
 from client.training.site_state import StateMissing
@@ -39,10 +41,13 @@ from federation.plan import RunPlan
 from meduet_models.diffusion.training import LossNotFinite
 from meduet_models.style.moments import CohortTooSmall
 from privacy.ledger import AnsweredBefore, LedgerRefusal
+from storage.files import private_folder
 
 LOG_NAME = "site.log"
 SITE_CONFIG = "site-config"
 """Key of the SuperNode's `--node-config` that says where this hospital's site.yaml is."""
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+"""What an operating system says of a disk that takes nothing more."""
 _log = logging.getLogger(__name__)
 
 _answering: ContextVar[object] = ContextVar("_answering", default=None)
@@ -62,7 +67,7 @@ def exchanges() -> tuple[Answer[Any, Any], ...]:
         erasure.ANSWER,
         latents.ANSWER,
         diffusion.ANSWER,
-        Answer(FINETUNING, _answer_finetuning, _finetuning_mail),
+        Answer(FINETUNING, _answer_finetuning, pretraining.train_mail),
     )
 
 
@@ -132,9 +137,10 @@ def _no(site: Site | None, asked: Mapping[str, Any], kind: RefusalKind) -> Refus
         return Refusal(kind=told_as(kind, reserved=False))
     try:
         return Refusal(kind=note_refusal(site.journal, asked, kind), site=site.name)
-    except (ValueError, OSError):
+    except (ValueError, OSError) as error:
         _log.exception("The refusal could not be written into the journal.")
-        return Refusal(kind=RefusalKind.NOT_ANSWERED, site=site.name)
+        full = _kind(error) is RefusalKind.STORAGE  # so it is whatever is asked
+        return Refusal(kind=RefusalKind.STORAGE if full else RefusalKind.NOT_ANSWERED, site=site.name)
 
 
 def _mail(row: Answer[Any, Any], released: object, ask: Ask, site: str) -> RecordDict:
@@ -151,12 +157,6 @@ def _answer_finetuning(
     from client.exchanges.finetuning import answer_finetuning  # MONAI takes seconds to import
 
     return answer_finetuning(site, ask, plan, gate, on_step)
-
-
-def _finetuning_mail(released: Released, ask: Any, site: str) -> Reply:
-    from client.exchanges.finetuning import finetuning_mail
-
-    return finetuning_mail(released, ask, site)
 
 
 def _plan(ask: Ask) -> RunPlan:
@@ -189,6 +189,8 @@ def _kind(error: Exception) -> RefusalKind:
             return RefusalKind.TOO_FEW_FOR_SUMS
         case CohortTooSmall():
             return RefusalKind.COHORT_TOO_SMALL
+        case NoScans():
+            return RefusalKind.NO_SCANS
         case NoLabels():
             return RefusalKind.NO_LABELS
         case StateMissing():
@@ -199,6 +201,8 @@ def _kind(error: Exception) -> RefusalKind:
             return RefusalKind.NON_FINITE
         case DeadlineMissed():
             return RefusalKind.DEADLINE
+        case OSError() if error.errno in _NO_ROOM:
+            return RefusalKind.STORAGE
         case MemoryError() | torch.OutOfMemoryError():
             return RefusalKind.OUT_OF_MEMORY
         case RuntimeError() if "can't allocate memory" in str(error):  # as PyTorch says it on a CPU
@@ -207,14 +211,25 @@ def _kind(error: Exception) -> RefusalKind:
             return RefusalKind.INTERNAL
 
 
+class _LogFile(logging.FileHandler):
+    """A log file that, when it cannot be opened, costs its lines and not the wall."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """As any handler: what goes wrong is said on the standard error of this process."""
+        try:
+            super().emit(record)
+        except OSError:
+            self.handleError(record)
+
+
 @contextmanager
 def _site_log(path: Path) -> Iterator[None]:
     """Write what is logged while a message is answered, in this thread or in the watchdog's, to the site's
     own file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(path.parent)
     mine = object()  # sites may share a process, but not a context
     token = _answering.set(mine)
-    handler = logging.FileHandler(path, delay=True, encoding="utf-8")
+    handler = _LogFile(path, delay=True, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     handler.addFilter(lambda record: _answering.get() is mine)
     root = logging.getLogger("client")

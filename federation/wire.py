@@ -56,14 +56,17 @@ class RefusalKind(StrEnum):
     learn from which one came. What leaves instead is `not_answered` (`client/refusals.py`).
     """
 
+    BUNDLE_NOT_APPROVED = "bundle_not_approved"
     PLAN_NOT_ACCEPTED = "plan_not_accepted"
     OUTSIDE_HOURS = "outside_hours"
     WRONG_VERSION = "wrong_version"
     MALFORMED = "malformed"
     WRONG_TOKENIZER = "wrong_tokenizer"
     COHORT_TOO_SMALL = "cohort_too_small"
+    NO_SCANS = "no_scans"
     NO_LABELS = "no_labels"
     OUT_OF_ORDER = "out_of_order"
+    STORAGE = "storage"
     BUDGET = "budget"
     ANSWERED_BEFORE = "answered_before"
     TOO_FEW_FOR_SUMS = "too_few_for_sums"

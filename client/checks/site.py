@@ -19,7 +19,7 @@ from client.connection.certificate_checks import certificate_check
 from client.connection.keys import SiteKeys
 from client.exact_sums import fewest_patients
 from client.exchanges.exchange import AskRefused
-from client.exchanges.latents import RAW_CONSENT, consent
+from client.exchanges.latents import consent
 from client.refusals import stopped_plans
 from client.scans.cohort import SPLITS, Cohort
 from client.scans.layouts import LayoutRules, survey
@@ -110,7 +110,8 @@ def _advice(plan: RunPlan, config: SiteConfig) -> str:
     try:
         consent(plan, config.latent_release)
     except AskRefused:
-        return f"If your hospital agrees, set in site.yaml latent_release: {RAW_CONSENT!r}"
+        assert plan.diffusion is not None
+        return f"If your hospital agrees, set in site.yaml latent_release: {plan.diffusion.release.consent!r}"
     return "Ask the centre for the plan of your consortium."
 
 

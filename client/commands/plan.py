@@ -12,6 +12,7 @@ from rich.console import Console
 
 from client.approvals import SHORTEST
 from federation.terminal import DONE, cell, say
+from storage.files import private_folder
 
 if TYPE_CHECKING:
     from client.approvals import Approvals
@@ -45,7 +46,7 @@ def _at_the_site(chosen: argparse.Namespace, console: Console) -> int:
     from client.site import load_site_config
 
     config = load_site_config(chosen.config)
-    config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_folder(config.state_dir)
     status: int = chosen.action(chosen, console, config, Approvals(config.state_dir))
     return status
 

@@ -78,8 +78,9 @@ def _run(plan: RunPlan, site_minimum: int) -> Iterator[Line]:
         f"{training.rounds * aggregation.deadline_s / 3600:.1f} hours of waiting.",
     )
     least = smallest_cohort(plan, site_minimum)
-    raw = plan.diffusion is not None and plan.diffusion.policy == "raw"
-    beside = "AND LATENTS OF SINGLE SCANS, SEE BELOW" if raw else "no scan, no file name, no label"
+    beside = (
+        "no scan, no file name, no label" if plan.diffusion is None else plan.diffusion.release.beside_sums
+    )
     yield "What leaves", f"Sums over your patients, never of fewer than {least}; {beside}."
     if aggregation.method != "alone":
         layout = survey_layout(plan)
@@ -168,32 +169,22 @@ def _round(plan: RunPlan) -> Iterator[Line]:
 def _diffusion(plan: RunPlan) -> Iterator[Line]:
     diffusion = plan.diffusion
     assert diffusion is not None
-    if diffusion.policy == "raw":
-        amount = f"at most {diffusion.items_per_site}" if diffusion.items_per_site else "all"
-        yield (
-            "",
-            f"For a diffusion model: LATENTS OF {amount} of your training scans, each clipped to a root mean "
-            f"square of {diffusion.latent_clip:g}, told with {', '.join(diffusion.conditions) or 'nothing'}. "
-            "The tokenizer's decoder is public: whoever holds a latent can see the scan.",
-        )
-    else:
-        yield (
-            "",
-            f"For a diffusion model, in {diffusion.rounds} more rounds: the change of its weights, clipped "
-            f"to a length of {diffusion.update_clip_norm:g} times how many scans were trained on; no latent "
-            "leaves.",
-        )
+    amount = f"at most {diffusion.items_per_site}" if diffusion.items_per_site else "all"
+    told = ", ".join(diffusion.conditions) or "nothing"
+    yield "", diffusion.release.sentence.format(diffusion=diffusion, amount=amount, told=told)
 
 
 def _finetuning(plan: RunPlan, finetuning: FinetunePlan) -> Iterator[Line]:
+    from meduet_models.downstream.tasks import task_of  # MONAI takes seconds to import
+
     local = finetuning.local
     trained = "the head alone" if local.encoder == "frozen" else "encoder and head"
-    target = "a class of every voxel" if local.task == "segmentation" else f"{finetuning.target!r}"
+    target = task_of(local.task).words(finetuning.named)
     yield "Who", f"{len(plan.sites)} sites: {', '.join(plan.sites)}."
     yield (
         "What",
         f"Fine-tuning of run {plan.sha256[:12]}… with your labels: {trained} learn to predict {target} "
-        f"({local.classes} classes).",
+        f"(task {local.task}, {local.classes} outputs).",
     )
     yield "On which data", f"{_data(plan)} Of those with a label, {finetuning.label_share:.0%}."
     yield (

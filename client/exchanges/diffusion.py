@@ -2,8 +2,8 @@
 latents.
 
 AdamW's moments (and the alignment's projector, which never travels) stay at the site between rounds, one
-state per round; a round that was cut short goes on where it was (`client/partial_round.py`). Does not do:
-know Flower's messages, catch anything, release a latent (`client/exchanges/latents.py`), use held-out
+state per round; a round that was cut short goes on where it was (`client/training/site_state.py`). Does not
+do: know Flower's messages, catch anything, release a latent (`client/exchanges/latents.py`), use held-out
 patients.
 """
 
@@ -16,11 +16,9 @@ from torch import Tensor
 from client.exchanges.exchange import Answer, AskRefused, OnStep, Site, bank_of, before_deadline
 from client.exchanges.pretraining import train_mail
 from client.latents.examples import ScansWithGeometry, SiteExamples
-from client.partial_round import PartialRound, cohort_sha256
 from client.release import Gate, Released
-from client.round_result import RoundResult
 from client.site_secret import seed_of
-from client.training.site_state import SiteState, StateFolder
+from client.training.site_state import RoundResult, SiteState, StateFolder, UnderWay, cohort_sha256
 from client.training.trainee import WrongWeights
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.diffusion import DIFFUSION, DiffusionAsk, encoder_of, transformer_of
@@ -70,9 +68,7 @@ def answer_diffusion(
         raise WrongWeights(f"Expected the diffusion model of this plan; {odd!r} is another.")
 
     states = StateFolder(site.state_dir / "diffusion", ask.plan_sha256)
-    if ask.round == 1:
-        states.begin({})
-    kept = states.before(ask.round)
+    place = states.enter(ask.round, dict)  # the model comes whole: who lost AdamW's moments starts them anew
     trainee = DiffusionTrainee(
         transformer,
         Conditioner(encoder, maps=plan.volumes.registered),
@@ -81,8 +77,8 @@ def answer_diffusion(
         seed=seed_of(site.secret, "diffusion", plan.seed),
         bank=bank_of(plan, ask.bank),
     )
-    if kept.optimiser:
-        trainee.load(kept.optimiser)
+    if place.kept.optimiser:
+        trainee.load(place.kept.optimiser)
     transformer.load_state_dict({**transformer.state_dict(), **ask.shared})
 
     scans = site.scans(plan)
@@ -101,14 +97,14 @@ def answer_diffusion(
         source,
         diffusion,
         ask,
-        states.partial(ask.round, kept, question, site.progress_every_s),
+        place.under_way(question, site.progress_every_s),
         on_step,
     )
     norm = result.metrics["update_norm"]
 
     def keep() -> None:
-        after = SiteState(round=ask.round, began_from=kept.round, home={}, optimiser=trainee.state())
-        states.save(after, shared_sha256)
+        after = SiteState(round=ask.round, began_from=place.kept.round, home={}, optimiser=trainee.state())
+        place.leave(after, shared_sha256)
 
     return gate.release(
         result.update,
@@ -126,7 +122,7 @@ def _train(
     source: SiteExamples,
     diffusion: DiffusionPlan,
     ask: DiffusionAsk,
-    partial: PartialRound,
+    under_way: UnderWay,
     on_step: OnStep,
 ) -> RoundResult:
     """The steps of a round, from wherever it is."""
@@ -140,13 +136,13 @@ def _train(
         lists = {f"{_TOLD}{name}": torch.tensor(values, dtype=torch.float64) for name, values in told.items()}
         return trainee.state() | lists
 
-    done, spent = partial.resume(load)
+    done, spent = under_way.resume(load)
     began = time.perf_counter() - spent
     first = (ask.round - 1) * diffusion.steps_per_round
     for step in range(done, diffusion.steps_per_round):
         for name, value in trainee.step(source, first + step).items():
             told.setdefault(name, []).append(value)
-        partial.offer(step + 1, time.perf_counter() - began, tensors)
+        under_way.offer(step + 1, time.perf_counter() - began, tensors)
         on_step(step + 1, told["loss"][-1])
 
     after = trainee.transformer.named_parameters()

@@ -3,6 +3,7 @@
 Does not do: fit anything (`meduet_models/erasure.py`).
 """
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -12,7 +13,7 @@ from client.exact_sums import check_sums
 from client.exchanges.exchange import Answer, AskRefused, OnStep, Site, bank_of
 from client.latents.batches import Batches
 from client.release import Gate, Released
-from client.training.site_state import StateFolder
+from client.training.site_state import StateFolder, StateMissing
 from client.training.trainee import student_of
 from federation.exchanges.erasure import (
     ERASURE,
@@ -31,6 +32,7 @@ from meduet_models.erasure import ErasureMoments
 from meduet_models.style.moments import CohortTooSmall
 
 _SCANS_AT_ONCE = 16
+_log = logging.getLogger(__name__)
 
 
 def answer_erasure(site: Site, ask: ErasureAsk, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
@@ -40,7 +42,12 @@ def answer_erasure(site: Site, ask: ErasureAsk, plan: RunPlan, gate: Gate, on_st
     Raises `CohortTooSmall` below the minimum, and `TooFewForSums` below ten times the width.
     """
     states = StateFolder(site.state_dir / "state", ask.plan_sha256)
-    student = student_of(plan, ask.shared, states.before(plan.training.rounds + 1)).to(site.device).eval()
+    try:
+        kept = states.before(plan.training.rounds + 1)
+    except StateMissing as error:  # what content takes came with the question, but for norm layers at home
+        _log.warning("The sums are told with home weights of the plan's seed: %s", error)
+        kept = None
+    student = student_of(plan, ask.shared, kept).to(site.device).eval()
     width = plan.network.width
     student.set_erasure(torch.zeros(width), torch.eye(width))  # content before any erasure, whatever came
 

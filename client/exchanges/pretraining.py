@@ -9,13 +9,12 @@ from torch import Tensor
 from client.exchanges.exchange import Answer, OnStep, Site, bank_of, before_deadline
 from client.latents.batches import Batches, TrainingScans
 from client.latents.style_moments import own_moments
-from client.partial_round import cohort_sha256
 from client.release import Gate, Released
 from client.training.pretraining import train_round
-from client.training.site_state import StateFolder
+from client.training.site_state import StateFolder, cohort_sha256
 from client.training.trainee import Trainee
-from federation.exchanges.diffusion import DiffusionAsk
 from federation.exchanges.pretraining import PRETRAINING, TrainAsk, TrainReply
+from federation.messages import Ask
 from federation.plan import RunPlan
 from meduet_models.weights import sha256_of_tensors
 from privacy.clipping import clip_factor
@@ -29,12 +28,15 @@ def answer_round(site: Site, ask: TrainAsk, plan: RunPlan, gate: Gate, on_step: 
     not end within `DEADLINE_SHARE` of the plan's deadline.
     """
     on_step = before_deadline(plan.aggregation.deadline_s, on_step)
-    states = StateFolder(site.state_dir / "state", ask.plan_sha256)
-    if ask.home is not None and (ask.round == 1 or not states.rounds()):  # else it is old news
+
+    def start() -> dict[str, Tensor]:
+        assert ask.home is not None
         alone = plan.aggregation.method == "alone"
-        states.begin(_own_scale(ask.home, site.scans(plan), plan) if alone else ask.home)
-    kept = states.before(ask.round)
-    trainee = Trainee.of(plan, ask.shared, kept, site.device, site.compile)
+        return _own_scale(ask.home, site.scans(plan), plan) if alone else ask.home
+
+    states = StateFolder(site.state_dir / "state", ask.plan_sha256)
+    place = states.enter(ask.round, None if ask.home is None else start)
+    trainee = Trainee.of(plan, ask.shared, place.kept, site.device, site.compile)
 
     scans, shared_sha256 = site.scans(plan), sha256_of_tensors(ask.shared)
     question = {
@@ -48,9 +50,9 @@ def answer_round(site: Site, ask: TrainAsk, plan: RunPlan, gate: Gate, on_step: 
         plan,
         ask.round,
         site.secret,
-        states.start().home,
+        place.start.home,
         on_step,
-        states.partial(ask.round, kept, question, site.progress_every_s),
+        place.under_way(question, site.progress_every_s),
     )
     norm = result.metrics["update_norm"]
     return gate.release(
@@ -60,14 +62,15 @@ def answer_round(site: Site, ask: TrainAsk, plan: RunPlan, gate: Gate, on_step: 
         counts={"examples": result.examples},
         metrics=result.metrics | {"clip_factor": clip_factor(norm, gate.promise.bound)},
         wire_dtype=plan.release.wire_dtype,
-        keep=lambda: states.save(trainee.state(plan, ask.round, kept.round), shared_sha256),
+        keep=lambda: place.leave(trainee.state(plan, ask.round, place.kept.round), shared_sha256),
     )
 
 
-def train_mail(released: Released, ask: TrainAsk | DiffusionAsk, site: str) -> TrainReply:
-    """The reply: a vector of sums, and what the round was in numbers."""
+def train_mail(released: Released, ask: Ask, site: str) -> TrainReply:
+    """The reply to any round of training: a vector of sums, and what the round was in numbers, under the hash
+    of what was agreed to."""
     return TrainReply(
-        plan_sha256=ask.plan_sha256,
+        plan_sha256=released.record["plan"],
         site=site,
         round=released.record["round"],
         examples=released.counts["examples"],

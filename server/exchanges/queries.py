@@ -82,7 +82,7 @@ def ask_sites(
 
 
 def _to_ask(grid: Grid, roster: Roster, only: Collection[str] | None) -> list[int]:
-    return _of(roster.asked(list(grid.get_node_ids())), roster, only)
+    return _of(roster.asked(grid.get_nodes()), roster, only)
 
 
 def _of(nodes: list[int], roster: Roster, only: Collection[str] | None) -> list[int]:

@@ -14,20 +14,21 @@ import torch
 from flwr.app import Context, Message
 
 from client.app import make_client_app
-from client.exchanges.latents import KEY_NAME, RAW_CONSENT, TABLE_NAME, consent
+from client.exchanges.latents import KEY_NAME, TABLE_NAME, consent
 from client.latents.examples import examples_of
 from client.scans.volumes import Geometry
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.latents import LatentsAsk, LatentsReply, latent_bound
 from federation.journal import Journal
 from federation.plan import ReleasePlan, RunPlan, StylePlan
+from federation.release_policy import RAW
 from federation.reply_book import ReplyBook
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from privacy.ledger import Ledger
 from server.exchanges.latents import check_reply, collect
 from server.latent_bank.bank import LatentBank
+from server.latent_bank.listing import items
 from server.latent_bank.records import Codes
-from server.latent_listing import items
 from simulations.engines.in_process import InProcessGrid
 from strategies.aggregation import ReplyRefused
 from strategies.quorum import Roster
@@ -95,7 +96,7 @@ class Consortium:
             self.asked.append(name)
             own = folder / "sites" / name
             own.mkdir(parents=True, exist_ok=True)
-            return Hospital(own, name, self.scans[name], "" if name in silent else RAW_CONSENT)
+            return Hospital(own, name, self.scans[name], "" if name in silent else RAW.consent)
 
         self.grid = InProcessGrid(make_client_app(open_site), len(plan.sites), through_wire=True)
         self.roster = Roster(plan.sites)

@@ -18,7 +18,7 @@ import client.site
 from client.answers import KeptAnswers
 from client.cli import main
 from client.exchanges.exchange import AskRefused
-from client.exchanges.latents import ANSWER, KEY_NAME, RAW_CONSENT, TABLE_NAME
+from client.exchanges.latents import ANSWER, KEY_NAME, TABLE_NAME
 from client.latents.examples import examples_of
 from client.release import Gate, GateRefusal
 from client.site import Site, open_site
@@ -26,6 +26,7 @@ from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.latents import LatentsAsk, from_tensors
 from federation.journal import Journal
 from federation.plan import RunPlan, VolumePlan
+from federation.release_policy import RAW
 from federation.wire import RefusalKind
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.tokenizer.patch_pca import PatchMoments
@@ -115,7 +116,7 @@ def _with(plan: RunPlan, diffusion: DiffusionPlan) -> RunPlan:
     return replace(plan, diffusion=diffusion)
 
 
-@pytest.mark.parametrize("sentence", ["yes", RAW_CONSENT.rstrip("."), RAW_CONSENT.lower(), " " + RAW_CONSENT])
+@pytest.mark.parametrize("sentence", ["yes", RAW.consent.rstrip("."), RAW.consent.lower(), " " + RAW.consent])
 def test_another_sentence_is_an_error_of_the_settings(folder: Path, sentence: str) -> None:
     with pytest.raises(ValueError, match=r"site\.yaml: Expected latent_release .* word for word") as error:
         open_site(site_yaml(folder, sentence))
@@ -123,7 +124,7 @@ def test_another_sentence_is_an_error_of_the_settings(folder: Path, sentence: st
 
 
 def test_a_real_site_releases_its_training_scans_as_they_are_encoded(folder: Path, plan: RunPlan) -> None:
-    site = open_site(site_yaml(folder, RAW_CONSENT))
+    site = open_site(site_yaml(folder, RAW.consent))
     released = [ANSWER.once(site, ask(plan, first), plan) for first in (0, 5, 10)]
     names = [name for one in released for name in one.record["items"]]
     table = list(csv.DictReader((folder / "state" / TABLE_NAME).read_text().splitlines()))
@@ -144,8 +145,8 @@ def test_a_real_site_releases_its_training_scans_as_they_are_encoded(folder: Pat
 
 
 def test_the_same_question_has_the_same_answer_after_a_restart(folder: Path, plan: RunPlan) -> None:
-    first = ANSWER.once(open_site(site_yaml(folder, RAW_CONSENT)), ask(plan), plan)
-    again = ANSWER.once(open_site(site_yaml(folder, RAW_CONSENT)), ask(plan), plan)
+    first = ANSWER.once(open_site(site_yaml(folder, RAW.consent)), ask(plan), plan)
+    again = ANSWER.once(open_site(site_yaml(folder, RAW.consent)), ask(plan), plan)
     assert first.record["sha256"] == again.record["sha256"]
     assert first.record["items"] == again.record["items"]
     assert first.record["ledger"] == again.record["ledger"]  # charged once
@@ -154,7 +155,7 @@ def test_the_same_question_has_the_same_answer_after_a_restart(folder: Path, pla
 
 
 def test_the_key_of_the_names_is_not_replaced_when_it_is_damaged(folder: Path, plan: RunPlan) -> None:
-    site = open_site(site_yaml(folder, RAW_CONSENT))
+    site = open_site(site_yaml(folder, RAW.consent))
     ANSWER.once(site, ask(plan), plan)
     (folder / "state" / KEY_NAME).write_bytes(b"short")
     with pytest.raises(ValueError, match=r"32 bytes .* got 5"):
@@ -164,7 +165,7 @@ def test_the_key_of_the_names_is_not_replaced_when_it_is_damaged(folder: Path, p
 def test_a_site_that_agrees_to_nothing_without_privacy_releases_no_latents(
     folder: Path, plan: RunPlan
 ) -> None:
-    path = site_yaml(folder, RAW_CONSENT)
+    path = site_yaml(folder, RAW.consent)
     path.write_text(path.read_text().replace("allow_non_private: true", "allow_non_private: false"))
     with pytest.raises(LedgerRefusal, match="Nothing was read"):
         ANSWER.once(open_site(path), ask(plan), plan)
@@ -174,8 +175,8 @@ def test_check_says_whether_the_plans_policy_is_agreed_to(folder: Path, plan: Ru
     site_yaml(folder)
     status, screen = checked(folder)
     assert status == 1 and "makes sites release raw latents" in screen
-    assert RAW_CONSENT in " ".join(screen.split())  # what to write, if one agrees
-    site_yaml(folder, RAW_CONSENT)
+    assert RAW.consent in " ".join(screen.split())  # what to write, if one agrees
+    site_yaml(folder, RAW.consent)
     assert "raw latents leave: patient data" in checked(folder)[1]
     (folder / "plan.json").write_text(_with_none(plan).to_json())
     assert "no latents leave" in checked(folder)[1]

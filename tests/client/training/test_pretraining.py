@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from client.latents.batches import Batches, step_generator
-from client.round_result import RoundResult
 from client.training.pretraining import NotFinite, learning_rate_at, train_round
-from client.training.site_state import SiteState, StateFolder
+from client.training.site_state import RoundResult, SiteState, StateFolder
 from client.training.trainee import Trainee, WrongWeights, student_of
 from federation.messages import METRIC_NAMES
 from federation.plan import AggregationPlan, RunPlan, StylePlan, TrainingPlan
@@ -86,7 +85,7 @@ def test_a_run_resumed_from_disk_equals_one_that_never_stopped_bit_for_bit(
     for number in (1, 2, 3):
         last = whole.round(number)
     folder = StateFolder(tmp_path, resumed.plan.sha256)
-    folder.begin(resumed.kept.home)
+    folder.enter(1, lambda: resumed.kept.home)
     for number in (1, 2, 3):
         shared = resumed.shared
         torch.manual_seed(number)  # no global generator may matter

@@ -1,5 +1,4 @@
-"""A round that is killed in the middle goes on where it was, to the bits of one that never was; one that is
-asked again when it was done is answered from what was kept."""
+"""A round that is killed in the middle goes on where it was, to the bits of one that never was."""
 
 import logging
 from collections.abc import Callable
@@ -11,9 +10,8 @@ import pytest
 import torch
 
 from client.exchanges.pretraining import ANSWER
-from client.partial_round import PartialRound, cohort_sha256
 from client.release import Released
-from client.training.site_state import SiteState, StateFolder
+from client.training.site_state import SiteState, StateFolder, UnderWay, cohort_sha256
 from federation.exchanges.pretraining import TrainAsk
 from federation.journal import Journal
 from federation.plan import RunPlan, TrainingPlan
@@ -44,6 +42,8 @@ class ToySite:
     compile: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     steps: list[int] = field(default_factory=list)
+    secret: bytes = bytes(32)
+    exact_sums: bool = True
 
     @property
     def ledger(self) -> Ledger:
@@ -257,11 +257,11 @@ def tensors() -> Tensors:
 
 def test_it_is_written_when_the_interval_has_passed_since_the_last_write(tmp_path: Path) -> None:
     clock, path = Clock(), tmp_path / "round-0001.partial.safetensors"
-    partial = PartialRound(path, {"round": "1"}, 30.0, clock)
+    under_way = UnderWay(path, {"round": "1"}, 30.0, clock)
     written: list[int] = []
     for step in range(1, 8):
         clock.now += 12.0
-        partial.offer(step, 0.0, lambda step=step: written.append(step) or tensors())  # type: ignore[misc]
+        under_way.offer(step, 0.0, lambda step=step: written.append(step) or tensors())  # type: ignore[misc]
     assert written == [3, 6]
 
 
@@ -270,7 +270,7 @@ def test_a_write_that_takes_long_is_made_less_often_unless_each_step_was_asked_f
     tmp_path: Path, every_s: float, writes: list[int]
 ) -> None:
     clock, written = Clock(), list[int]()
-    partial = PartialRound(tmp_path / "round-0001.partial.safetensors", {"round": "1"}, every_s, clock)
+    under_way = UnderWay(tmp_path / "round-0001.partial.safetensors", {"round": "1"}, every_s, clock)
 
     def slow(step: int) -> Tensors:
         clock.now += 6.0
@@ -279,16 +279,16 @@ def test_a_write_that_takes_long_is_made_less_often_unless_each_step_was_asked_f
 
     for step in range(1, 21):
         clock.now += 10.0
-        partial.offer(step, 0.0, lambda step=step: slow(step))  # type: ignore[misc]
+        under_way.offer(step, 0.0, lambda step=step: slow(step))  # type: ignore[misc]
     # step 3 is at 30 s, and steps follow in 10 s: the next write is 6 s / 0.05 = 120 s later
     assert written == writes
 
 
 def test_seconds_before_an_interruption_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "round-0001.partial.safetensors"
-    PartialRound(path, {"round": "1"}, 0.0).offer(5, 12.5, tensors)
+    UnderWay(path, {"round": "1"}, 0.0).offer(5, 12.5, tensors)
     taken: list[Any] = []
-    assert PartialRound(path, {"round": "1"}, 0.0).resume(taken.append) == (5, 12.5)
+    assert UnderWay(path, {"round": "1"}, 0.0).resume(taken.append) == (5, 12.5)
     assert same(taken[0], tensors())
 
 
@@ -300,8 +300,8 @@ def test_the_seconds_of_a_round_include_those_before_it_was_killed(
 ) -> None:
     with pytest.raises(Killed):
         site().answer(ask(plan), plan, kill_after=1)
-    resume = PartialRound.resume
-    monkeypatch.setattr(PartialRound, "resume", lambda self, load: (resume(self, load)[0], 1000.0))
+    resume = UnderWay.resume
+    monkeypatch.setattr(UnderWay, "resume", lambda self, load: (resume(self, load)[0], 1000.0))
     assert 1000.0 < site().answer(ask(plan), plan).metrics["seconds"] < 1100.0
 
 
@@ -309,13 +309,13 @@ def test_tensors_that_the_round_cannot_take_are_removed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "round-0001.partial.safetensors"
-    PartialRound(path, {"round": "1"}, 0.0).offer(5, 12.5, tensors)
+    UnderWay(path, {"round": "1"}, 0.0).offer(5, 12.5, tensors)
 
     def refuse(came: Any) -> None:
         raise ValueError("Expected another network.")
 
     with caplog.at_level(logging.WARNING, "client"):
-        assert PartialRound(path, {"round": "1"}, 0.0).resume(refuse) == (0, 0.0)
+        assert UnderWay(path, {"round": "1"}, 0.0).resume(refuse) == (0, 0.0)
     assert "Expected another network" in caplog.text and not path.exists()
 
 
@@ -325,9 +325,9 @@ def test_a_full_disk_costs_the_partial_round_and_not_the_round(
     def full(*given: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("client.partial_round.save_weights", full)
+    monkeypatch.setattr("client.training.site_state.save_weights", full)
     with caplog.at_level(logging.WARNING, "client"):
-        PartialRound(tmp_path / "round-0001.partial.safetensors", {}, 0.0).offer(4, 1.0, tensors)
+        UnderWay(tmp_path / "round-0001.partial.safetensors", {}, 0.0).offer(4, 1.0, tensors)
     assert "could not be written after step 4" in caplog.text and list(tmp_path.iterdir()) == []
 
 
