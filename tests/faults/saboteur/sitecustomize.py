@@ -61,12 +61,12 @@ def answers(module: ModuleType) -> None:
     """`client.exchanges.pretraining`: a place in the middle of training."""
     inner = module.answer_round
 
-    def answer_round(site: Any, ask: Any, plan: Any, on_step: Callable[[int, float], None]) -> Any:
+    def answer_round(site: Any, ask: Any, plan: Any, gate: Any, on_step: Callable[[int, float], None]) -> Any:
         def stepped(step: int, loss: float) -> None:
             on_step(step, loss)
             in_training(ask.round, step)
 
-        return inner(site, ask, plan, stepped)
+        return inner(site, ask, plan, gate, stepped)
 
     module.ANSWER = dataclasses.replace(module.ANSWER, work=answer_round)
 
