@@ -41,6 +41,7 @@ from federation.plan import RunPlan
 from meduet_models.diffusion.training import LossNotFinite
 from meduet_models.style.moments import CohortTooSmall
 from privacy.ledger import AnsweredBefore, LedgerRefusal
+from storage.files import private_folder
 
 LOG_NAME = "site.log"
 SITE_CONFIG = "site-config"
@@ -66,7 +67,7 @@ def exchanges() -> tuple[Answer[Any, Any], ...]:
         erasure.ANSWER,
         latents.ANSWER,
         diffusion.ANSWER,
-        Answer(FINETUNING, _answer_finetuning, _finetuning_mail),
+        Answer(FINETUNING, _answer_finetuning, pretraining.train_mail),
     )
 
 
@@ -158,12 +159,6 @@ def _answer_finetuning(
     return answer_finetuning(site, ask, plan, gate, on_step)
 
 
-def _finetuning_mail(released: Released, ask: Any, site: str) -> Reply:
-    from client.exchanges.finetuning import finetuning_mail
-
-    return finetuning_mail(released, ask, site)
-
-
 def _plan(ask: Ask) -> RunPlan:
     try:
         plan = ask.plan()
@@ -231,7 +226,7 @@ class _LogFile(logging.FileHandler):
 def _site_log(path: Path) -> Iterator[None]:
     """Write what is logged while a message is answered, in this thread or in the watchdog's, to the site's
     own file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(path.parent)
     mine = object()  # sites may share a process, but not a context
     token = _answering.set(mine)
     handler = _LogFile(path, delay=True, encoding="utf-8")

@@ -43,6 +43,7 @@ from forms.ranges import Entries, Range, Share, shown
 from forms.yaml_text import read_yaml
 from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
 from privacy.ledger import Ledger
+from storage.files import private_folder
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 SiteProgress = Callable[[str, int, int], None]
@@ -87,7 +88,8 @@ class SiteConfig:
     `client/exact_sums.py`; empty: they leave only above ten times as many patients as numbers."""
     plan_approval: Literal["required", "implied"] = "required"
     """`required`: a plan runs here only after `meduet-site plan approve`, in the code it was approved with;
-    `implied`: any plan that lists this site (simulated hospitals)."""
+    `implied`: any plan that lists this site (simulated hospitals). Other code than what is installed here
+    runs in neither case."""
     allowed_hours: str = ""
     """Hours in which an answer may begin, local time ("18:00-06:00"); empty: always."""
     keys_dir: Path | None = None
@@ -104,8 +106,6 @@ class SiteConfig:
     """Seconds between two writes of a round under way, from which a killed round goes on; more where writing
     would take over a twentieth of the time. 0: after each step, whatever it takes. A shorter round writes
     nothing."""
-    port: Annotated[int, Range(at_least=1, at_most=65535)] = 9094
-    """Port on this machine's loopback where the parts of this site talk to each other."""
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be meant."""
@@ -191,7 +191,7 @@ class Site:
         self.progress_every_s = config.progress_every_s
         self.device = resolve_device(config.device)
         """Where scans are encoded and the network is trained."""
-        config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_folder(config.state_dir)
         if config.threads:
             torch.set_num_threads(config.threads)
         # Consent or a ceiling of 0: the ledger compares it with the epsilon of each promise.

@@ -56,6 +56,7 @@ class RefusalKind(StrEnum):
     learn from which one came. What leaves instead is `not_answered` (`client/refusals.py`).
     """
 
+    BUNDLE_NOT_APPROVED = "bundle_not_approved"
     PLAN_NOT_ACCEPTED = "plan_not_accepted"
     OUTSIDE_HOURS = "outside_hours"
     WRONG_VERSION = "wrong_version"

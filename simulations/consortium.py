@@ -16,7 +16,6 @@ from typing import Any
 from flwr.app import Context
 
 from client.exact_sums import EXACT_SUMS_CONSENT
-from client.exchanges.latents import RAW_CONSENT
 from client.latents.latent_set import LatentSet
 from client.site import Site, SiteConfig, SiteProgress
 from federation.plan import RunPlan
@@ -130,7 +129,7 @@ def site_configs(
             minimum_cohort=plan.style.minimum_cohort,
             allow_non_private=True,
             allow_exact_sums=EXACT_SUMS_CONSENT,
-            latent_release=RAW_CONSENT if plan.diffusion and plan.diffusion.policy == "raw" else "",
+            latent_release=plan.diffusion.release.consent if plan.diffusion else "",
             plan_approval="implied",
             tokenizer=settings.tokenizer,
             device=settings.device,

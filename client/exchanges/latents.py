@@ -3,8 +3,8 @@
 `raw`: latents of training scans leave as they are, each scaled to the plan's bound. They are patient data:
 the decoder is public, so the scans can be reconstructed from them, and the minimum cohort, which is a rule
 about sums, protects no single item. A site takes part in such a plan only if its site.yaml says so in the
-words of `RAW_CONSENT`. `federated`: no latent leaves. A protected policy is a case of `consent` (may this
-site?) and of `answer_latents` (what of the scans, under which promise?).
+words of the policy (`federation/release_policy.py`). `federated`: no latent leaves. A protected policy is a
+value there, and a case of `answer_latents` (what of the scans, under which promise?).
 
 Items leave under opaque names: a keyed hash of the scan, whose key stays here. The site's own table
 released_latents.csv says which scan is which, so that a patient who withdraws can be taken out at the centre.
@@ -36,12 +36,9 @@ from federation.exchanges.latents import (
     told_shapes,
 )
 from federation.plan import RunPlan
+from federation.release_policy import POLICIES
 from federation.wire import RefusalKind
 
-RAW_CONSENT = (
-    "We release raw latents, from which our patients' scans can be reconstructed, to the coordinating centre."
-)
-"""What site.yaml must say, in these words, before raw latents leave."""
 KEY_NAME = "latent-items.key"
 TABLE_NAME = "released_latents.csv"
 
@@ -57,10 +54,11 @@ class ReleasableScans(ScansWithGeometry, Protocol):
 
 def check_sentence(sentence: str) -> None:
     """Raise `ValueError` unless site.yaml's `latent_release` is empty or the sentence of a policy."""
-    if sentence not in ("", RAW_CONSENT):
+    agreements = [policy.consent for policy in POLICIES.values() if policy.consent]
+    if sentence and sentence not in agreements:
         raise ValueError(
-            f"Expected latent_release to be left out, or to be, word for word: {RAW_CONSENT!r}; got "
-            f"{sentence[:60]!r}."
+            "Expected latent_release to be left out, or to be, word for word: "
+            f"{' or '.join(map(repr, agreements))}; got {sentence[:60]!r}."
         )
 
 
@@ -69,17 +67,14 @@ def consent(plan: RunPlan, sentence: str) -> str:
 
     Raises `AskRefused` where it has not. Reads no scan.
     """
-    policy = None if plan.diffusion is None else plan.diffusion.policy
-    match policy:
-        case None:
-            return "no diffusion model; no latents leave"
-        case "federated":
-            return "no latents leave; the diffusion model's updates do, bounded"
-        case "raw" if sentence == RAW_CONSENT:
-            return "raw latents leave: patient data, from which scans can be reconstructed; site.yaml agrees"
+    if plan.diffusion is None:
+        return "no diffusion model; no latents leave"
+    policy = plan.diffusion.release
+    if policy.consent in ("", sentence):
+        return policy.agreed
     raise AskRefused(
-        f"Plan {plan.sha256[:8]}… makes sites release {policy} latents, from which scans can be "
-        "reconstructed; this site has not agreed to that (site.yaml: latent_release). Nothing was read.",
+        f"Plan {plan.sha256[:8]}… makes sites release {policy.warning}; this site has not agreed to that "
+        "(site.yaml: latent_release). Nothing was read.",
         RefusalKind.PLAN_NOT_ACCEPTED,
     )
 

@@ -13,8 +13,8 @@ from client.release import Gate, Released
 from client.training.pretraining import train_round
 from client.training.site_state import StateFolder, cohort_sha256
 from client.training.trainee import Trainee
-from federation.exchanges.diffusion import DiffusionAsk
 from federation.exchanges.pretraining import PRETRAINING, TrainAsk, TrainReply
+from federation.messages import Ask
 from federation.plan import RunPlan
 from meduet_models.weights import sha256_of_tensors
 from privacy.clipping import clip_factor
@@ -66,10 +66,11 @@ def answer_round(site: Site, ask: TrainAsk, plan: RunPlan, gate: Gate, on_step: 
     )
 
 
-def train_mail(released: Released, ask: TrainAsk | DiffusionAsk, site: str) -> TrainReply:
-    """The reply: a vector of sums, and what the round was in numbers."""
+def train_mail(released: Released, ask: Ask, site: str) -> TrainReply:
+    """The reply to any round of training: a vector of sums, and what the round was in numbers, under the hash
+    of what was agreed to."""
     return TrainReply(
-        plan_sha256=ask.plan_sha256,
+        plan_sha256=released.record["plan"],
         site=site,
         round=released.record["round"],
         examples=released.counts["examples"],

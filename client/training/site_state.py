@@ -33,6 +33,7 @@ from torch import Tensor
 
 from client.latents.batches import TrainingScans
 from meduet_models.weights import StoredWeights, open_weights, save_weights, sha256_of_tensors
+from storage.files import private_folder
 
 KEPT = 3
 """States of rounds that a site keeps, beside the common start."""
@@ -108,7 +109,7 @@ class StateFolder:
         if start is not None and round == 1:
             self._begin(start())
         elif start is not None and self._whole(0) is None:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            private_folder(self._folder)
             self._write(SiteState(round=0, home=start()), "")
         return SiteRound(self, round, self.start(), self.before(round))
 
@@ -174,7 +175,7 @@ class StateFolder:
     def _begin(self, home: Mapping[str, Tensor]) -> None:
         """Keep the common start, and nothing else; when it is round 1 that is asked again, all is there and
         stays."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        private_folder(self._folder)
         state, there = SiteState(round=0, home=dict(home)), self._whole(0)
         same = there is not None and there.sha256 == sha256_of_tensors(state.named())
         if same and self.rounds() in ([0], [0, 1]):

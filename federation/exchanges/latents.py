@@ -102,7 +102,7 @@ class LatentsAsk(Ask, kind="latents_ask"):
 
 @dataclass(frozen=True, kw_only=True)
 class LatentsReply(Reply, kind="latents_reply"):
-    """A part of what a site releases in a round. Patient data under the policy `raw`."""
+    """A part of what a site releases in a round. Patient data, where the policy says so."""
 
     round: int
     first: int
@@ -126,7 +126,7 @@ class LatentsReply(Reply, kind="latents_reply"):
 
 def releasing(plan: RunPlan) -> DiffusionPlan:
     """The diffusion model's part of a plan under which latents leave; raises `ValueError` for another."""
-    if plan.diffusion is None or plan.diffusion.policy != "raw":
+    if plan.diffusion is None or not plan.diffusion.release.releases_latents:
         policy = "none" if plan.diffusion is None else plan.diffusion.policy
         raise ValueError(f"Expected a plan under which sites release latents; its policy is {policy}.")
     return plan.diffusion
@@ -195,7 +195,7 @@ def _grid(plan: RunPlan) -> tuple[int, int, int]:
 
 def latents_rounds(plan: RunPlan) -> range:
     """The rounds of a plan in which latents leave."""
-    if plan.diffusion is None or plan.diffusion.policy != "raw":
+    if plan.diffusion is None or not plan.diffusion.release.releases_latents:
         return range(0)
     return range(plan.diffusion.begin_round, plan.training.rounds + 1)
 

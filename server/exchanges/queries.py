@@ -38,8 +38,8 @@ def ask_sites(
 
     `check` raises on a reply that is not to be used; the others are entered in `book`. Raises `RoundFailed`
     below the quorum, or with fewer than `at_least`; without `stops`, the run goes on with whoever answered. A
-    site that refuses for a reason in `excused` has said all it has to say, and is counted with them. With
-    `only`, other sites that are known are not asked.
+    site that refuses for a reason in `excused` has said all it has to say, and counts as one that answered.
+    With `only`, other sites that are known are not asked.
     """
     settings, record = plan.aggregation, question.to_record()
     quorum = max(settings.quorum, at_least / len(roster.sites))
@@ -48,7 +48,6 @@ def ask_sites(
     nodes = _of(nodes, roster, only)
     stream = StreamingGrid(grid)
     route = exchange.route
-    replies: dict[str, ReplyKind] = {}
     declined: set[int] = set()
 
     def on_refusal(node: int, kind: RefusalKind) -> None:
@@ -56,6 +55,7 @@ def ask_sites(
             declined.add(node)
 
     wall = ReplyWall(route, route, plan.sha256, roster, book, exchange.reply.from_record, check, on_refusal)
+    replies: dict[str, ReplyKind] = {}
 
     def ask(node: int) -> Message:
         return Message(record, node, route, ttl=settings.deadline_s)
@@ -77,13 +77,12 @@ def ask_sites(
     for node in stream.unanswered:
         wall.put_aside(node, f"no reply within {settings.deadline_s:g} s")
     if stops:
-        told = len(replies) + len(declined)
-        check_quorum(f"{route!r}", told, quorum, len(roster.sites), wall.refused)
+        check_quorum(f"{route!r}", len(replies) + len(declined), quorum, len(roster.sites), wall.refused)
     return {site: replies[site] for site in roster.sites if site in replies}, wall.refused
 
 
 def _to_ask(grid: Grid, roster: Roster, only: Collection[str] | None) -> list[int]:
-    return _of(roster.asked(list(grid.get_node_ids())), roster, only)
+    return _of(roster.asked(grid.get_nodes()), roster, only)
 
 
 def _of(nodes: list[int], roster: Roster, only: Collection[str] | None) -> list[int]:

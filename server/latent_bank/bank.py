@@ -27,6 +27,7 @@ from federation.plan import RunPlan
 from server.latent_bank.records import Codes, DamagedRecord, RecordLayout, Seal, read_key
 from server.latent_bank.source import LatentSource
 from server.latent_bank.tables import STATES, Item, Origin, Tables
+from storage.files import private_folder
 
 BANK, MARKER = "bank.sqlite", "PATIENT-DATA.txt"
 _EARLIER = "index.sqlite"
@@ -103,7 +104,7 @@ class LatentBank:
         if new and not create:
             raise ValueError(f"Expected a latent bank at {folder}; there is none.")
         key_bytes = read_key(self._key_path, create=new)
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(folder)
         folder.chmod(0o700)
         (folder / MARKER).write_text(_MARKER_TEXT, encoding="utf-8")
         self.tables = Tables(folder / BANK)
@@ -332,7 +333,7 @@ class LatentBank:
         if self.tables.meta("layout") is None:
             for name, value in {"layout": layout.to_json(), **_terms(plan)}.items():
                 self.tables.set_meta(name, value)
-            self.tables.set_meta("patient_data", json.dumps(releasing(plan).policy == "raw"))
+            self.tables.set_meta("patient_data", json.dumps(releasing(plan).release.is_patient_data))
         self._check(plan, layout)
 
     def _check(self, plan: RunPlan, layout: RecordLayout) -> None:

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import pytest
 import yaml
 
-from simulations.poc import reserve_ports
-from tests.faults.consortium import beside, family, kill, site_command
+from tests.faults.consortium import beside, kill, site_command
 from tests.faults.day import Day
 from tests.faults.day import day as one_day
 from tests.faults.page import Book
+from tests.local_account import family
 
 pytestmark = pytest.mark.faults
 
@@ -102,7 +102,6 @@ def test_a_second_process_with_a_sites_key_is_refused(day: Day, book: Book) -> N
     twin.mkdir()
     settings = yaml.safe_load(config.read_text()) | {
         "state_dir": str(twin / "state"),
-        "port": reserve_ports(1)[0],
     }
     (twin / "site.yaml").write_text(yaml.safe_dump(settings))
     with beside(twin / "site.yaml") as said:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from federation.journal import Journal
 from federation.plan import RunPlan, TrainingPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import home_keys, shared_keys
-from privacy.ledger import Ledger
+from privacy.ledger import AnsweredBefore, Ledger
 
 PATIENTS = [f"p{n // 2}" for n in range(12)]
 STEPS = 3
@@ -37,6 +37,8 @@ class ToySite:
     progress_every_s: float = 0.0
     name: str = "north"
     minimum_cohort: int = 0
+    exact_sums: bool = False
+    secret: bytes = b"1" * 32
     compile: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     steps: list[int] = field(default_factory=list)
@@ -236,7 +238,7 @@ def test_what_a_kill_in_the_middle_of_a_write_leaves_goes_with_the_round(
 ) -> None:
     one = site()
     one.answer(ask(plan), plan)
-    (state,) = (one.state_dir / "state").rglob("round-0001.safetensors")
+    (state,) = one.state_dir.rglob("state/*/round-0001.safetensors")
     (state.parent / ".round-0002.partial.safetensors.x7").write_bytes(b"half")
     one.answer(ask(plan, 2), plan)
     assert one.left() == [f"round-000{n}.safetensors" for n in (0, 1, 2)]
@@ -360,3 +362,112 @@ def test_asked_again_when_it_was_done_the_site_answers_the_same_without_a_step(
     for number in range(1, following + 1):
         expected = whole.answer(ask(plan, number), plan)
     assert alike(whole, again, plan, (expected, again.answer(ask(plan, following), plan)), following)
+
+
+@pytest.mark.parametrize("what", ["shared", "bank"])
+def test_a_round_that_was_answered_is_answered_to_no_other_question(
+    site: Callable[..., ToySite], ask: Callable[..., TrainAsk], plan: RunPlan, what: str
+) -> None:
+    site().answer(ask(plan), plan)
+    site().answer(ask(plan, 2), plan)
+    shared = dict(ask(plan).shared)
+    if what == "shared":
+        shared["embed.bias"] = shared["embed.bias"] + 1e-3
+    again = site()
+    with pytest.raises(AnsweredBefore, match="of round 2 of plan"):
+        again.answer(ask(plan, 2, shared, ("north", "south") if what == "bank" else None), plan)
+    assert again.steps == [] and again.ledger.verify() == 4 and again.journal.verify() == 2
+
+
+def test_ten_sets_of_weights_for_one_round_are_one_answer(
+    site: Callable[..., ToySite], ask: Callable[..., TrainAsk], plan: RunPlan
+) -> None:
+    """Ten updates from ten points are what an inversion of gradients asks for."""
+    told = []
+    for number in range(10):
+        shared = {name: tensor + 1e-3 * number for name, tensor in ask(plan).shared.items()}
+        try:
+            told.append(site().answer(ask(plan, shared=shared), plan))
+        except AnsweredBefore:
+            continue
+    assert len(told) == 1 and site().ledger.verify() == 2
+    a_new_plan = replace(plan, name="another agreement")
+    site().answer(ask(a_new_plan), a_new_plan)
+    assert site().ledger.verify() == 4  # is a question of its own, and charged
+
+
+@pytest.mark.parametrize("what", ["damaged", "cohort"])
+def test_an_answer_that_left_leaves_again_whatever_the_cohort_is_now(
+    site: Callable[..., ToySite], ask: Callable[..., TrainAsk], plan: RunPlan, what: str
+) -> None:
+    expected = site().answer(ask(plan), plan)
+    (path,) = site().state_dir.rglob("answers/*/round-0001.safetensors")
+    if what == "damaged":
+        content = bytearray(path.read_bytes())
+        content[-2] ^= 1
+        path.write_bytes(content)
+    again = site("a", [*PATIENTS[:-1], "new"] if what == "cohort" else PATIENTS)
+    came = again.answer(ask(plan), plan)
+    assert again.steps == ([1, 2, 3] if what == "damaged" else [])
+    assert same(came.tensors, expected.tensors) and came.record == expected.record
+    assert again.ledger.verify() == 2
+
+
+def test_a_damaged_answer_of_a_cohort_that_is_gone_leaves_no_more(
+    site: Callable[..., ToySite], ask: Callable[..., TrainAsk], plan: RunPlan
+) -> None:
+    site().answer(ask(plan), plan)
+    (path,) = site().state_dir.rglob("answers/*/round-0001.safetensors")
+    path.unlink()
+    again = site("a", [*PATIENTS[:-1], "new"])
+    with pytest.raises(AnsweredBefore, match="other scans"):
+        again.answer(ask(plan), plan)
+    assert again.journal.verify() == 1 and again.ledger.verify() == 2
+
+
+def test_an_answer_that_finds_no_room_costs_no_round(
+    site: Callable[..., ToySite],
+    ask: Callable[..., TrainAsk],
+    plan: RunPlan,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full(*given: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "client"):
+        patch.setattr("client.answers.save_weights", full)
+        expected = site().answer(ask(plan), plan)
+    assert "round-0001.safetensors could not be written" in caplog.text
+    again = site()
+    assert same(again.answer(ask(plan), plan).tensors, expected.tensors) and again.steps == [1, 2, 3]
+
+
+@pytest.mark.parametrize("where", ["state", "answer", "charge", "line"])
+def test_killed_anywhere_on_its_way_out_a_round_ends_in_the_same_bits_and_is_charged_once(
+    site: Callable[..., ToySite],
+    ask: Callable[..., TrainAsk],
+    plan: RunPlan,
+    where: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def die(*given: Any, **named: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        module, name = {
+            "state": ("client.training.site_state.StateFolder", "save"),
+            "answer": ("client.answers.KeptAnswers", "write"),
+            "charge": ("privacy.ledger.Ledger", "settle"),
+            "line": ("federation.journal.Journal", "append"),
+        }[where]
+        patch.setattr(f"{module}.{name}", die)
+        with pytest.raises(Killed):
+            site("killed").answer(ask(plan), plan)
+    whole, again = site("whole"), site("killed")
+    expected, came = whole.answer(ask(plan), plan), again.answer(ask(plan), plan)
+    assert alike(whole, again, plan, (expected, came), 1)
+    assert (again.ledger.verify(), again.journal.verify()) == (2, 1)
+    for number in (2, 3):
+        expected, came = whole.answer(ask(plan, number), plan), again.answer(ask(plan, number), plan)
+    assert alike(whole, again, plan, (expected, came), 3)
