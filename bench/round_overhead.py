@@ -42,6 +42,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from round_overhead_cell import NETWORKS, Cell, measure
 from round_overhead_processes import CENTRE
 
+from storage.files import write_whole
+
 ROUNDS = {1: 5, 20: 4, 180: 3}
 LIMIT_S = {1: 240.0, 20: 300.0, 180: 600.0}
 """Rounds of a cell, and seconds after which it is stopped, by megabytes; eight sites get twice the time."""
@@ -66,11 +68,7 @@ def run_cell(cell: Cell, rounds: int | None, limit_s: float | None, work: Path, 
     limit_s = limit_s or slower * LIMIT_S[cell.megabytes]
     print(f"{cell}: at most {limit_s:.0f} s", flush=True)
     told = measure(cell, rounds or ROUNDS[cell.megabytes], limit_s, work)
-    results.parent.mkdir(parents=True, exist_ok=True)
-    before = read(results)
-    temporary = results.with_suffix(".tmp")
-    temporary.write_text(json.dumps([*before, told], indent=1) + "\n", encoding="utf-8")
-    temporary.replace(results)
+    write_whole(results, json.dumps([*read(results), told], indent=1) + "\n")
     if told["left_over"]:
         print(f"  left over, killed: {told['left_over']}")
     print(f"  {told.get('failed') or summary(told)}; {told['seconds']:.0f} s", flush=True)

@@ -7,9 +7,11 @@ again, so a site replays its own steps to the bit. Does not do: leave the site, 
 
 import hashlib
 import hmac
-import os
 import secrets
 from pathlib import Path
+
+from meduet_models.seeds import seed_in
+from storage.files import write_once
 
 DRAWS = "draws.key"
 """The file of the secret from which batches and folds are drawn, in the state folder."""
@@ -21,18 +23,13 @@ def site_secret(path: Path) -> bytes:
 
     Raises `ValueError` when the file holds another number of bytes.
     """
+    secret = secrets.token_bytes(_BYTES)
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        write_once(path, secret)
     except FileExistsError:
         secret = path.read_bytes()
         if len(secret) != _BYTES:
             raise ValueError(f"Expected {_BYTES} bytes in {path}; got {len(secret)}. Restore it.") from None
-        return secret
-    secret = secrets.token_bytes(_BYTES)
-    with os.fdopen(handle, "wb") as file:
-        file.write(secret)
-        file.flush()
-        os.fsync(file.fileno())
     return secret
 
 
@@ -43,4 +40,4 @@ def digest_of(secret: bytes, *words: object) -> bytes:
 
 def seed_of(secret: bytes, *words: object) -> int:
     """A seed from 0 to 2^63 - 1, in the same way."""
-    return int.from_bytes(digest_of(secret, *words)[:8], "big") >> 1
+    return seed_in(digest_of(secret, *words))

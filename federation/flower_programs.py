@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from federation.processes import ChildProcess
-from storage.files import private_folder
+from storage.files import private_folder, write_once
 
 SUPEREXEC = "superexec"
 SOCKET = "MEDUET_FLOWER_SOCKET"
@@ -75,7 +75,5 @@ def secret_file(path: Path) -> Path:
     """A file with a secret that the parts of one side share; made once, for its owner only (mode 0600)."""
     if not path.is_file():
         private_folder(path.parent)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(secrets.token_bytes(32))
+        write_once(path, secrets.token_bytes(32))
     return path

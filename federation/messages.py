@@ -23,6 +23,7 @@ from torch import Tensor
 from federation.limits import metric_range
 from federation.plan import WIRE_VERSION, RunPlan, WireDtype
 from federation.wire import GROWTH, MessageError, RefusalKind, Tensors, array_record, tensors_of
+from forms.json_text import sha256_of
 from meduet_models.objective import LossWeights
 from meduet_models.weights import sha256_of_tensors
 
@@ -62,7 +63,7 @@ From = TypeVar("From")
 
 def plan_hash(plan_json: str) -> str:
     """Hash of a plan's canonical JSON, as `RunPlan.sha256`."""
-    return hashlib.sha256(plan_json.encode()).hexdigest()
+    return sha256_of(plan_json)
 
 
 class Carrier(Protocol):

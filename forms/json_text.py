@@ -27,8 +27,18 @@ def canonical(value: Any) -> str:
 
 
 def sha256_of(text: str) -> str:
-    """Hash of a canonical text, 64 hex digits."""
+    """Hash of a text, 64 hex digits."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fingerprint_of(value: Any) -> str:
+    """Hash of a value, 64 hex digits, by which a program knows again what it made from it: caches, kept
+    results, files' records.
+
+    Of JSON with sorted keys and Python's spaces, so that whatever was kept under it is found again; what
+    travels or is chained is hashed as `canonical` writes it.
+    """
+    return sha256_of(json.dumps(value, sort_keys=True))
 
 
 def read_json(text: str | bytes, what: str = "JSON", longest: int = LONGEST) -> Any:

@@ -1,4 +1,4 @@
-"""AdamW, as PyTorch has it, without loading PyTorch's compiler.
+"""AdamW, as PyTorch has it, without loading PyTorch's compiler; and which weights it decays.
 
 A process that answers one question takes a few steps and ends. Of its processor time 1.5 s went into
 importing `torch._dynamo` and sympy: PyTorch 2.13 wraps an optimiser's methods for `torch.compile`, and each
@@ -11,9 +11,12 @@ in another way, nothing would change but the seconds.
 Source: torch 2.13, `torch/_compile.py` and `_use_grad_for_differentiable` of `torch/optim/optimizer.py`.
 """
 
+from collections.abc import Iterable
 from inspect import unwrap
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class AdamW(torch.optim.AdamW):
@@ -26,3 +29,13 @@ class AdamW(torch.optim.AdamW):
     def step(self) -> None:  # type: ignore[override]
         """Change the parameters by their gradients."""
         unwrap(torch.optim.AdamW.step)(self)
+
+
+def decay_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters in an optimiser's two groups: matrices and convolutions, which are decayed, then those
+    of fewer than two axes (norms, biases, the mask token), which are not."""
+    every = list(parameters)
+    return [
+        {"params": [p for p in every if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in every if p.ndim < 2], "weight_decay": 0.0},
+    ]

@@ -7,17 +7,16 @@ Source: mean teachers (arXiv:1703.01780); cosine momentum of BYOL (arXiv:2006.07
 (arXiv:2602.17901) uses it.
 """
 
-import math
-
 import torch
 from torch import nn
 
 from meduet_models.meduet import FactorNetwork
+from meduet_models.schedules import cosine
 
 
 def momentum_at(progress: float, first: float, last: float) -> float:
     """Momentum at a share `progress` in [0, 1] of all steps: from `first` to `last` along a cosine."""
-    return last - (last - first) * (1.0 + math.cos(math.pi * progress)) / 2.0
+    return cosine(first, last, progress)
 
 
 class Teacher(nn.Module):

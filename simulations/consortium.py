@@ -7,7 +7,6 @@ Does not do: make hospitals (`hospitals.py`), pass messages (`in_process.py`, `r
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from client.exact_sums import EXACT_SUMS_CONSENT
 from client.latents.latent_set import LatentSet
 from client.site import Site, SiteConfig, SiteProgress
 from federation.plan import RunPlan
+from meduet_models.seeds import digest_of
 from meduet_models.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from simulations.hospitals.plans import Hospital
 from simulations.settings import SimulationSettings
@@ -101,7 +101,7 @@ class Consortium:
 
 def simulated_secret(seed: int, site: str) -> bytes:
     """What a simulated site draws its batches from: no secret, so that the seed fixes the run."""
-    return hashlib.sha256(f"fedmeduet simulated site {seed} {site}".encode()).digest()
+    return digest_of("fedmeduet simulated site", seed, site)
 
 
 def site_configs(

@@ -65,14 +65,34 @@ def whole_file(path: Path, mode: int = OWNER) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself survives a power cut
-    finally:
-        os.close(folder)
+    _keep_name(path)
 
 
 def write_whole(path: Path, content: str | bytes, mode: int = OWNER) -> None:
     """Write a file (text as UTF-8) as `whole_file` does."""
     with whole_file(path, mode) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def write_once(path: Path, content: bytes) -> None:
+    """Write a file that is made once and never replaced, for its owner alone: a secret, a key.
+
+    Folders that are missing are made. On the disk when this returns. Raises `FileExistsError` when there is a
+    file, which stays as it is: of two that make one at the same time, one does.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True, mode=_FOLDER)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, OWNER)
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    _keep_name(path)
+
+
+def _keep_name(path: Path) -> None:
+    """The file's name, too, survives a power cut."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

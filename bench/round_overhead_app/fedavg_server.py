@@ -15,6 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
 from meduet_models.meduet import MeDUET, NetworkConfig
+from storage.files import write_whole
 
 app = ServerApp()
 
@@ -58,7 +59,4 @@ def main(grid: Grid, context: Context) -> None:
     strategy = TimedFedAvg(len(plan["sites"]))
     told = ConfigRecord({"network": json.dumps(network), "num_sites": len(plan["sites"])})
     strategy.start(grid, ArrayRecord(weights), num_rounds=plan["training"]["rounds"], train_config=told)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "rounds.tmp"
-    temporary.write_text(json.dumps(strategy.rounds), encoding="utf-8")
-    temporary.replace(folder / "rounds.json")
+    write_whole(folder / "rounds.json", json.dumps(strategy.rounds))

@@ -38,6 +38,7 @@ from federation.exchanges.latents import (
 from federation.plan import RunPlan
 from federation.release_policy import POLICIES
 from federation.wire import RefusalKind
+from meduet_models.seeds import digest_of
 
 KEY_NAME = "latent-items.key"
 TABLE_NAME = "released_latents.csv"
@@ -130,7 +131,7 @@ def raw_items(scans: ReleasableScans, plan: RunPlan, round: int) -> list[int]:
     """
 
     def place(row: int) -> bytes:
-        return hashlib.sha256(f"latents {plan.seed}\0{scans.entries[row].scan_id}".encode()).digest()
+        return digest_of(f"latents {plan.seed}", scans.entries[row].scan_id, separator="\0")
 
     rows = sorted(scans.indices("train"), key=place)
     return [rows[number] for number in releases_of(plan, round, len(rows))]

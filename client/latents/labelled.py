@@ -7,7 +7,6 @@ out (`client/scans/cohort.py`), or train (`client/training/finetuning.py`).
 Axes: b = scans, c d h w = latents, D H W = voxels, ... = what an answer is made of.
 """
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor
 from client.latents.batches import TrainingScans
 from federation.exchanges.finetuning import LocalFinetuning
 from meduet_models.downstream.task import Target
+from meduet_models.seeds import digest_of
 
 
 class NoLabels(ValueError):
@@ -121,4 +121,4 @@ def join(parts: Sequence[LabelledScans]) -> LabelledScans:
 
 
 def _place(seed: int, patient: str) -> bytes:
-    return hashlib.sha256(f"fedmeduet labels {seed}\0{patient}".encode()).digest()
+    return digest_of(f"fedmeduet labels {seed}", patient, separator="\0")

@@ -11,7 +11,6 @@ who else is there. A patient who arrives later moves nobody, and no patient is i
 
 import csv
 import dataclasses
-import hashlib
 import io
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ from client.scans.scans import Exclusion, Reason, Scan, UnusableScan
 from client.scans.tables import Covariates
 from client.scans.volumes import read_files, read_label, same_grid
 from federation.plan import VolumePlan
+from meduet_models.seeds import digest_of
 from storage.files import write_whole
 
 __all__ = ["Cohort", "Exclusion", "ScanEntry", "Split", "open_cohort", "read_entry", "split_of"]
@@ -118,7 +118,7 @@ def _table(rows: list[list[object]]) -> str:
 
 def split_of(patient: str, fractions: tuple[float, float, float], salt: str) -> Split:
     """The split of a patient: from a salted hash of the name, so that it depends on nobody else."""
-    digest = hashlib.sha256(f"{salt}\0{patient}".encode()).digest()
+    digest = digest_of(salt, patient, separator="\0")
     place = int.from_bytes(digest[:8], "big") / 2**64
     return (
         "train" if place < fractions[0] else "validation" if place < fractions[0] + fractions[1] else "test"

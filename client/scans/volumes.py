@@ -14,7 +14,6 @@ No anti-aliasing: downsampling samples, as `Spacing` does. What a scan is, and w
 Axes: x y z = voxels as stored; d h w = voxels of the prepared volume, towards right, anterior, superior.
 """
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from torch import Tensor
 from client.scans.nifti import read_nifti
 from client.scans.scans import FourD, Reason, Scan, UnusableScan, accept, accept_label, file_kind
 from federation.plan import VolumePlan
+from meduet_models.seeds import digest_of
 
 __all__ = ["Geometry", "Prepared", "Reason", "Scan", "UnusableScan", "View", "draw_view", "intensity_range",
            "lay_back", "prepare", "read_files", "read_label", "read_scan", "same_grid"]  # fmt: skip
@@ -159,8 +159,7 @@ def draw_view(scan_id: str, view: int) -> View:
     """The `view`-th view of a scan: 0 is the scan itself; the others are drawn from (scan id, view) alone."""
     if view == 0:
         return View()
-    seed = hashlib.sha256(f"{scan_id}/{view}".encode()).digest()
-    generator = np.random.default_rng(int.from_bytes(seed, "big"))
+    generator = np.random.default_rng(int.from_bytes(digest_of(scan_id, view, separator="/"), "big"))
     mirrored = bool(generator.integers(2))
     x, y, z = generator.uniform(-LARGEST_TURN_DEGREES, LARGEST_TURN_DEGREES, 3)
     scaling = 1.0 + float(generator.uniform(-LARGEST_SCALING, LARGEST_SCALING))

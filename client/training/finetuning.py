@@ -10,7 +10,6 @@ measure on test patients (`simulations/downstream/evaluate.py`); the loss is the
 for labels of one site: ours.
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -23,9 +22,12 @@ from torch import Tensor
 from client.latents.labelled import LabelledScans, NoLabels
 from client.training.pretraining import NotFinite
 from federation.exchanges.finetuning import LocalFinetuning
+from meduet_models.adamw import AdamW, decay_groups
 from meduet_models.downstream.networks import predict
 from meduet_models.downstream.tasks import task_of
 from meduet_models.downstream.unet import DownstreamNetwork
+from meduet_models.schedules import cosine, rise
+from meduet_models.seeds import generator_of
 from meduet_models.style.bank import StyleBank
 
 _VALIDATIONS = 10  # over a whole run
@@ -76,12 +78,12 @@ def finetune(
     total = total_steps or local.steps
     device = next(network.parameters()).device
     measure_every = math.ceil(local.steps / _VALIDATIONS)
-    optimiser = _optimiser(network, local)
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimiser = AdamW(decay_groups(trained, local.weight_decay), lr=local.learning_rate)
     losses: list[float] = []
     best: tuple[float, int, dict[str, Tensor]] | None = None
     for step in range(local.steps):
-        generator = _generator(seed, site, first_step + step)
+        generator = generator_of("fedmeduet finetuning", seed, site, first_step + step)
         rows = _draw(scans, local.batch_size, generator)
         latents = scans.latents[rows]
         if bank is not None:
@@ -94,7 +96,7 @@ def finetune(
             torch.nn.utils.clip_grad_norm_(trained, local.gradient_clip_norm), "gradient", first_step + step
         )
         for group in optimiser.param_groups:
-            group["lr"] = _learning_rate(first_step + step, total, local)
+            group["lr"] = learning_rate_at(first_step + step, total, local)
         optimiser.step()
         on_step(step + 1, losses[-1])
         if validation is not None and ((step + 1) % measure_every == 0 or step + 1 == local.steps):
@@ -116,28 +118,12 @@ def validation_score(network: DownstreamNetwork, scans: LabelledScans, local: Lo
     return task_of(local.task).score(predict(network, scans.latents), scans.answers)
 
 
-def _optimiser(network: DownstreamNetwork, local: LocalFinetuning) -> torch.optim.AdamW:
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    groups = [[p for p in trained if (p.ndim < 2) is flat] for flat in (False, True)]
-    return torch.optim.AdamW(
-        [
-            {"params": groups[0], "weight_decay": local.weight_decay},
-            {"params": groups[1], "weight_decay": 0.0},
-        ],
-        lr=local.learning_rate,
-    )
-
-
-def _learning_rate(number: int, total: int, local: LocalFinetuning) -> float:
+def learning_rate_at(number: int, total: int, local: LocalFinetuning) -> float:
+    """Learning rate of step `number` of `total` (from 0): a straight rise, then a cosine to 0."""
     rising = round(local.warmup * total)
     if number < rising:
-        return local.learning_rate * (number + 1) / (rising + 1)
-    return local.learning_rate * (1 + math.cos(math.pi * (number - rising) / max(1, total - rising))) / 2
-
-
-def _generator(seed: int, site: int, step: int) -> torch.Generator:
-    digest = hashlib.sha256(f"fedmeduet finetuning {seed} {site} {step}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        return rise(number, rising, local.learning_rate)
+    return cosine(local.learning_rate, 0.0, number - rising, max(1, total - rising))
 
 
 def _draw(scans: LabelledScans, batch_size: int, generator: torch.Generator) -> list[int]:

@@ -28,6 +28,7 @@ from client.training.trainee import Trainee
 from federation.plan import RunPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.objective import Losses, MeduetObjective
+from meduet_models.schedules import cosine, rise
 from meduet_models.sharing import shared_keys, style_keys
 from meduet_models.teacher import momentum_at
 from meduet_models.weights import StoredWeights
@@ -133,10 +134,9 @@ def learning_rate_at(number: int, plan: RunPlan) -> float:
     training, total = plan.training, plan.total_steps
     rising = round(training.warmup * total)
     if number < rising:
-        return training.learning_rate * (number + 1) / (rising + 1)
+        return rise(number, rising, training.learning_rate)
     share = (number - rising) / max(1, total - 1 - rising)
-    above = training.learning_rate - training.final_learning_rate
-    return training.final_learning_rate + above * (1 + math.cos(math.pi * share)) / 2
+    return cosine(training.learning_rate, training.final_learning_rate, share)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,6 @@ Does not do: steps (`client/training/pretraining.py`, `client/exchanges/diffusio
 (`client/answers.py`), leave the site, ever. Rounds of fine-tuning keep nothing: they are short.
 """
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -32,6 +30,7 @@ import torch
 from torch import Tensor
 
 from client.latents.batches import TrainingScans
+from forms.json_text import fingerprint_of
 from meduet_models.weights import StoredWeights, open_weights, save_weights, sha256_of_tensors
 from storage.files import private_folder
 
@@ -299,13 +298,13 @@ class UnderWay:
 def cohort_sha256(scans: TrainingScans) -> str:
     """Hash of who trains, scan by scan: a cohort that changed begins its round anew. Stays at the site."""
     people = [scans.patients[row] for row in scans.indices("train")]
-    return hashlib.sha256(json.dumps(people).encode()).hexdigest()
+    return fingerprint_of(people)
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
     """Tensors and facts, under hashes of both."""
     whole = {**facts, "tensors_sha256": sha256_of_tensors(tensors)}
-    save_weights(path, tensors, whole | {"facts_sha256": _sha256_of(whole)})
+    save_weights(path, tensors, whole | {"facts_sha256": fingerprint_of(whole)})
 
 
 def _read(path: Path, expected: Mapping[str, str]) -> tuple[StoredWeights, dict[str, str]]:
@@ -315,11 +314,7 @@ def _read(path: Path, expected: Mapping[str, str]) -> tuple[StoredWeights, dict[
     noted = facts.pop("facts_sha256", "")
     wanted = {**expected, "tensors_sha256": sha256_of_tensors(tensors)}
     wrong = sorted(name for name, value in wanted.items() if facts.get(name) != value)
-    if wrong or noted != _sha256_of(facts):
+    if wrong or noted != fingerprint_of(facts):
         what = wrong[0] if wrong else "header"
         raise StateDamaged(f"Expected it as it was written for this round; its {what} is another.")
     return tensors, facts
-
-
-def _sha256_of(facts: Mapping[str, str]) -> str:
-    return hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from client.training.site_state import SiteState
 from federation.plan import RunPlan
-from meduet_models.adamw import AdamW
+from meduet_models.adamw import AdamW, decay_groups
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.teacher import Teacher
@@ -58,13 +58,8 @@ class Trainee:
         teacher = Teacher(student)
         if kept.teacher:
             _load(teacher.network, kept.teacher, "the teacher that was kept")
-        # Norms, biases and the mask token are not decayed.
-        groups = [[p for p in student.parameters() if (p.ndim < 2) is flat] for flat in (False, True)]
         optimiser = AdamW(
-            [
-                {"params": groups[0], "weight_decay": plan.training.weight_decay},
-                {"params": groups[1], "weight_decay": 0.0},
-            ],
+            decay_groups(student.parameters(), plan.training.weight_decay),
             lr=plan.training.learning_rate,
             betas=plan.training.betas,
             fused=True,

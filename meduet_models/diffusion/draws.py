@@ -7,7 +7,6 @@ Axes: b = samples.
 Source of stratified times: variational diffusion models (arXiv:2107.00630).
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,16 +15,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from meduet_models import seeds
 from meduet_models.diffusion.conditions import Condition
 from meduet_models.diffusion.settings import DiffusionTraining
 
 
 def generator_of(purpose: str, *key: int) -> torch.Generator:
     """A CPU generator for this purpose and these numbers (seed, step, sample, ...)."""
-    text = " ".join(["fedmeduet diffusion", purpose, *map(str, key)])
-    return torch.Generator().manual_seed(
-        int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-    )
+    return seeds.generator_of("fedmeduet diffusion", purpose, *key)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from meduet_models.adamw import AdamW
+from meduet_models.adamw import AdamW, decay_groups
 from meduet_models.diffusion.conditioner import Conditioner
 from meduet_models.diffusion.conditions import Condition, Conditions, Examples, ExampleSource
 from meduet_models.diffusion.draws import StepDraw, draw_step, generator_of
@@ -36,6 +36,7 @@ from meduet_models.diffusion.path import Path
 from meduet_models.diffusion.settings import DiffusionTraining
 from meduet_models.diffusion.site_styles import SiteStyles, dressed
 from meduet_models.diffusion.transformer import DiffusionTransformer, regrid
+from meduet_models.schedules import rise
 from meduet_models.style.bank import StyleBank
 from meduet_models.teacher import early_momentum
 
@@ -87,13 +88,7 @@ class DiffusionTrainee:
         self.projector = _projector(transformer, conditioner, seed) if settings.alignment else None
         parameters = dict(self._parameters())
         self._optimiser = AdamW(
-            [
-                {
-                    "params": [p for p in parameters.values() if p.ndim > 1],
-                    "weight_decay": settings.weight_decay,
-                },
-                {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
-            ],
+            decay_groups(parameters.values(), settings.weight_decay),
             lr=settings.learning_rate,
             fused=True,
         )
@@ -106,7 +101,7 @@ class DiffusionTrainee:
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of a step, from 0: a straight rise, then constant."""
-        return self.settings.learning_rate * min(1.0, (step + 1) / (self._warmup + 1))
+        return self.settings.learning_rate * rise(step, self._warmup)
 
     def step(self, source: ExampleSource, step: int) -> dict[str, float]:
         """Take step number `step` (from 0) on a batch from `source`; what happened, by name.

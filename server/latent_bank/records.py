@@ -9,7 +9,6 @@ Axes: b = items, c d h w = latents, l = label values, k = content channels, s = 
 
 import dataclasses
 import json
-import os
 import secrets
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,6 +26,7 @@ from federation.exchanges.latents import releasing
 from federation.plan import LatentDtype, RunPlan
 from forms.form import build
 from meduet_models.diffusion.conditions import Examples
+from storage.files import write_once
 
 KEY_BYTES, NONCE_BYTES, TAG_BYTES = 32, 12, 16
 
@@ -141,12 +141,7 @@ def read_key(path: Path, create: bool) -> bytes:
             raise ValueError(
                 f"Expected the bank's key at {path}; there is none. Restore it: nothing opens without."
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            file.write(secrets.token_bytes(KEY_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
+        write_once(path, secrets.token_bytes(KEY_BYTES))
     if (mode := path.stat().st_mode & 0o777) & 0o077:
         raise ValueError(
             f"Expected the key {path} to be its owner's alone (0600); its mode is {mode:o}. If others may "

@@ -9,9 +9,7 @@ Axes: b = volumes, c = latent channels, D H W = voxels.
 """
 
 import dataclasses
-import hashlib
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,6 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from meduet_models.schedules import cosine, rise
+from meduet_models.seeds import digest_of
 from meduet_models.teacher import early_momentum
 from meduet_models.tokenizer.patch_pca import PatchMoments, principal_components
 from meduet_models.tokenizer.patch_vae import PatchVAE, PatchVAEConfig
@@ -143,7 +143,7 @@ class _Run:
         volumes = _draw_crops(self.phantoms, settings.batch_size, generator)
         volumes = _noisy(volumes, settings.noise, generator)
         for group in self.optimiser.param_groups:
-            group["lr"] = settings.learning_rate * _schedule(step, settings)
+            group["lr"] = learning_rate_at(step, settings)
         mean, log_variance = self.vae.posterior(volumes)
         latents = mean + torch.exp(0.5 * log_variance) * torch.randn(mean.shape, generator=generator)
         errors = (self.vae.reconstruct(latents) - volumes).square().flatten(1).mean(dim=1)
@@ -226,15 +226,15 @@ def _noisy(volumes: Tensor, noise: tuple[float, float], generator: torch.Generat
     return (volumes + deviation * torch.randn(volumes.shape, generator=generator)).clamp(0.0, 1.0)
 
 
-def _schedule(step: int, settings: TokenizerTraining) -> float:
-    rise = min(1.0, (step + 1) / settings.warmup_steps)
-    return rise * (0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * step / settings.steps)))
+def learning_rate_at(step: int, settings: TokenizerTraining) -> float:
+    """Learning rate of a step, from 0: a cosine to a hundredth of the peak, after a rise."""
+    share = rise(step, settings.warmup_steps - 1) * cosine(1.0, 0.01, step, settings.steps)
+    return settings.learning_rate * share
 
 
 def _stream(seed: int, purpose: str) -> int:
     """A seed for one purpose: the first bytes of a hash, so that streams do not meet."""
-    digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
-    return int.from_bytes(digest[:7], "little")
+    return int.from_bytes(digest_of(seed, purpose, separator="/")[:7], "little")
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

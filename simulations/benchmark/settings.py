@@ -6,7 +6,6 @@ is there is known to be that cell's. Composed and checked before anything is mad
 What this file does not do: it runs nothing (`benchmark.py`, `benchmark_cell.py`).
 """
 
-import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any, Literal
 
 from federation.exchanges.finetuning import LocalFinetuning, check_target
 from forms.form import build
+from forms.json_text import fingerprint_of
 from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
 from server.config import CONF, compose_config, plain, plan_from
 from simulations.settings import settings_from
@@ -204,7 +204,7 @@ def cells_of(settings: BenchmarkSettings) -> tuple[list[DataSet], list[Cell]]:
 def _data_set(settings: BenchmarkSettings, data: str, seed: int) -> DataSet:
     config = _compose(settings, data, "meduet", seed)
     decides = {name: config[name] for name in ("hospitals", "volumes", "tokenizer", "site")}
-    folder = Path(settings.folder) / "data" / f"{data}-{seed}-{_hash(decides)[:8]}"
+    folder = Path(settings.folder) / "data" / f"{data}-{seed}-{fingerprint_of(decides)[:8]}"
     return DataSet(name=data, seed=seed, config={**config, "folder": str(folder)}, folder=str(folder))
 
 
@@ -222,7 +222,7 @@ def _cell(settings: BenchmarkSettings, made: DataSet, method: str) -> Cell:
     }
     folder = Path(settings.folder)
     weights = like if variant.weights == "trained" else method  # cells of the same weights share their run
-    run = folder / "runs" / f"{made.name}-{weights}-{made.seed}-{_hash(config)[:8]}"
+    run = folder / "runs" / f"{made.name}-{weights}-{made.seed}-{fingerprint_of(config)[:8]}"
     result = folder / "results" / f"{made.name}-{method}-{made.seed}-{settings.patients}.json"
     return Cell(
         data=made.name,
@@ -234,7 +234,7 @@ def _cell(settings: BenchmarkSettings, made: DataSet, method: str) -> Cell:
         config={**config, "folder": str(run)},
         made=made.folder,
         result=str(result),
-        key=_hash(follows),
+        key=fingerprint_of(follows),
     )
 
 
@@ -262,7 +262,3 @@ def _compose(settings: BenchmarkSettings, data: str, method: str, seed: int) -> 
 @lru_cache
 def _tokenizer(spec: TokenizerSpec) -> Tokenizer:
     return load_tokenizer(spec)
-
-
-def _hash(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

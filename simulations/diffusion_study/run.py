@@ -6,7 +6,6 @@ What this file does not do: compute a cell (`diffusion_study.py`), write the pag
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from omegaconf import DictConfig
 
 from forms.form import build
+from forms.json_text import fingerprint_of
 from meduet_models.diffusion.artefact import GenerativeModel, save_generative_model
 from meduet_models.diffusion.training import validation_loss
 from meduet_models.weights import sha256_of_tensors
@@ -161,7 +161,7 @@ def _once(study: Study, name: str, compute: Callable[[], dict[str, Any]]) -> dic
             "seed": asked.seeds[0],
         }
     settings |= study.encoder_hashes
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    key = fingerprint_of(settings)
     path = study.folder / f"{name}.json"
     if path.is_file():
         kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

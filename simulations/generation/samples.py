@@ -7,7 +7,6 @@ trained nothing; sites' styles are those of the model's bank. What this file doe
 Axes: b = samples, s = numbers in a style code, c d h w = latents.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.diffusion.conditions import UNKNOWN, Condition, Conditions, Examples
 from meduet_models.diffusion.sampling import SamplingSettings, Solver, sample
+from meduet_models.seeds import seed_of
 from simulations.hospitals.held_out import Held
 
 Progress = Callable[[str, int, int], None]
@@ -173,7 +173,7 @@ class Sampler:
             request.conditions,
             len(request),
             settings,
-            seed=_seed(self._seed, what),
+            seed=seed_of("fedmeduet evaluation samples", self._seed, what),
             on_step=lambda done, total: self._progress(f"sampling, {what}", done, total),
             noise=noise,
         )
@@ -185,8 +185,3 @@ class Sampler:
 def _next(site: int, known: Sequence[int]) -> int:
     """The next site after this one that has a style."""
     return next((other for other in known if other > site), known[0])
-
-
-def _seed(seed: int, what: str) -> int:
-    digest = hashlib.sha256(f"fedmeduet evaluation samples {seed} {what}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1

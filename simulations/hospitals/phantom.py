@@ -10,9 +10,7 @@ bytes on disk, differ from what its truth file says.
 """
 
 import dataclasses
-import hashlib
 import io
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from forms.json_text import fingerprint_of
+from meduet_models.weights import sha256_of_file
 from simulations.hospitals.manifests import read_record, write_record, write_table
 from simulations.hospitals.plans import TRUTH, Hospital, PhantomHospitals, hospital_names
 from simulations.phantoms.atlas import load_atlas
@@ -42,7 +42,7 @@ GENERATION = 1
 """Counts changes of the phantoms' mathematics; files of another generation are made anew."""
 PAIRED = "paired"
 _PATIENT, _SCANNER, _ACQUISITION = range(3)
-_OURS = re.compile(r"(\.partial-.*|\..*\.tmp|P\d+\.(nii\.gz|json|npz))")
+_OURS = re.compile(r"(\.P\d+\..*|P\d+\.(nii\.gz|json|npz))")  # the first: begun, and cut short
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Appointment:
             "scanner": dataclasses.asdict(self.scanner),
             "acquisition": dataclasses.asdict(self.acquisition),
         }
-        return hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()
+        return fingerprint_of(drawn)
 
     @property
     def image(self) -> Path:
@@ -189,9 +189,7 @@ def _hashes(appointment: Appointment) -> dict[str, str]:
         "labels": appointment.labels,
         "velocity": appointment.truth / f"{appointment.patient_id}.npz",
     }
-    return {
-        name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items() if path.is_file()
-    }
+    return {name: sha256_of_file(path) for name, path in files.items() if path.is_file()}
 
 
 def _write_covariates(path: Path, records: list[tuple[str, dict[str, Any]]]) -> None:

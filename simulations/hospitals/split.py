@@ -13,8 +13,6 @@ written. A split of one hospital's scans is a simulation of several hospitals, a
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +26,9 @@ from client.scans.layouts import Candidate, LayoutRules, survey
 from client.scans.nifti import nifti_stem
 from client.scans.scans import Scan, UnusableScan
 from client.scans.volumes import read_files, read_label
+from forms.json_text import fingerprint_of
+from meduet_models.seeds import digest_of
+from meduet_models.weights import sha256_of_file
 from simulations.hospitals.appearance import appearance, by_appearance
 from simulations.hospitals.manifests import read_record, write_left_out, write_manifest, write_record
 from simulations.hospitals.phantom import Progress
@@ -187,7 +188,7 @@ def _restyled(
     for candidate in candidates:
         below = candidate.path.relative_to(root).as_posix()
         # Drawn from the scan's name: a scan more or less in the folder changes no other scan.
-        name = int.from_bytes(hashlib.sha256(below.encode()).digest()[:8], "big")
+        name = int.from_bytes(digest_of(below)[:8], "big")
         rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(2, name)))
         acquisition = draw_acquisition(rng, scanner)
         stem = f"{nifti_stem(candidate.path)}-{name % 16**6:06x}"
@@ -198,12 +199,13 @@ def _restyled(
     for place, ending in ((data / "images", ".nii.gz"), (data / "labels", ".nii.gz"), (truth, ".json")):
         for path in place.iterdir() if place.is_dir() else ():
             stem = path.name.removesuffix(ending)
-            if path.name.startswith(".partial-") or (_OURS.fullmatch(stem) and stem not in wanted):
+            if _CUT_SHORT.fullmatch(path.name) or (_OURS.fullmatch(stem) and stem not in wanted):
                 path.unlink()
     return restyled
 
 
 _OURS = re.compile(r".+-[0-9a-f]{6}")
+_CUT_SHORT = re.compile(r"\..+-[0-9a-f]{6}\..+")  # a file whose writing was
 
 
 def _keep_or_restyle(
@@ -217,14 +219,12 @@ def _keep_or_restyle(
         "restyling": RESTYLING,
         "scanner": dataclasses.asdict(scanner),
         "acquisition": dataclasses.asdict(acquisition),
-        "sources": [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources if path.is_file()],
+        "sources": [sha256_of_file(path) for path in sources if path.is_file()],
     }
-    draw_sha256 = hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()
+    draw_sha256 = fingerprint_of(drawn)
     written = [path for path in (image, label) if path is not None]
     record = read_record(truth)
-    files = {
-        path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in written if path.is_file()
-    }
+    files = {path.parent.name: sha256_of_file(path) for path in written if path.is_file()}
     if record.get("draw_sha256") != draw_sha256 or record.get("files") != files:
         try:
             scan = read_files(candidate.files)
@@ -245,7 +245,7 @@ def _keep_or_restyle(
 
 def _hashes(written: Sequence[Path]) -> dict[str, str]:
     """Hashes of the files that are there, by kind (images, labels)."""
-    return {p.parent.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in written if p.is_file()}
+    return {p.parent.name: sha256_of_file(p) for p in written if p.is_file()}
 
 
 def _ras(scan: Scan) -> tuple[NDArray[Any], Affine]:

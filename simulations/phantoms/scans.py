@@ -8,7 +8,7 @@ Axes: c = tissues, x y z = voxels; x y z of the returned arrays run right, anter
 oblique rotation); only `write_scan` turns them into the stored orientation.
 """
 
-import os
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from scipy.spatial.transform import Rotation
 from simulations.phantoms.atlas import Volume, grid_affine, grid_shape
 from simulations.phantoms.patients import TISSUES, Anatomy
 from simulations.phantoms.scanners import COIL_ORDER, REFERENCE_VOXEL_MM, Acquisition, Scanner
-from storage.files import OWNER
+from storage.files import whole_file
 
 Affine = NDArray[np.float64]
 
@@ -245,7 +245,5 @@ def _save(
     image.set_qform(affine, code=0 if scanner.header == "sform_only" else 1)
     if slope is not None:
         image.header.set_slope_inter(*slope)  # written as it is: the voxels are divided already
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    nib.save(image, partial)
-    partial.chmod(OWNER)  # it may be a patient's, restyled
-    partial.replace(path)
+    with whole_file(path) as file, gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as packed:
+        packed.write(image.to_bytes())  # the same scan is the same file

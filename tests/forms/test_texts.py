@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from forms.json_text import DEEPEST, canonical, read_json
+from forms.json_text import DEEPEST, canonical, fingerprint_of, read_json
 from forms.names import SITE, Letters
 from forms.yaml_text import read_yaml
 
@@ -40,6 +40,12 @@ def test_json_that_is_not_one_plain_value_ends_in_one_line(text: str | bytes) ->
 def test_what_is_written_canonically_is_read_back() -> None:
     assert read_json(canonical(HARMLESS)) == HARMLESS
     assert read_json('"[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[\\"[["') == "[" * 36 + '"[['
+
+
+def test_a_fingerprint_is_that_under_which_results_were_kept_so_far() -> None:
+    value = {"b": [1, 2.5, None, "é"], "a": {"z": True}}
+    assert fingerprint_of(value) == "a8db825c91fd88278f5a654801eabe15b5d57664313d8bd5b22d28433bf689c4"
+    assert fingerprint_of(dict(reversed(value.items()))) == fingerprint_of(value)
 
 
 def test_the_standard_reader_accepts_what_this_one_refuses() -> None:

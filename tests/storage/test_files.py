@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from server.app import MODEL
-from storage.files import PUBLIC, private_folder, whole_file, write_whole
+from storage.files import OWNER, PUBLIC, private_folder, whole_file, write_once, write_whole
 from tests.small_simulation import SMALL_NETWORK
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +68,16 @@ def test_the_file_and_then_its_name_are_forced_to_the_disk(
     )
     write_whole(tmp_path / "a", "whole")
     assert forced == [((tmp_path / "a").stat().st_ino, False), (tmp_path.stat().st_ino, True)]
+
+
+def test_what_is_made_once_is_its_owners_alone_and_is_never_replaced(
+    tmp_path: Path, open_to_all: None
+) -> None:
+    path = tmp_path / "keys/draws.key"
+    write_once(path, b"first")
+    with pytest.raises(FileExistsError):
+        write_once(path, b"second")
+    assert (path.read_bytes(), mode(path), mode(path.parent)) == (b"first", OWNER, 0o700)
 
 
 def test_a_folder_that_was_open_is_closed_and_one_that_everybody_shares_is_refused(tmp_path: Path) -> None:

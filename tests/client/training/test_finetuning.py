@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from client.latents.labelled import LabelledScans, NoLabels
-from client.training.finetuning import finetune, validation_score
+from client.training.finetuning import finetune, learning_rate_at, validation_score
 from client.training.pretraining import NotFinite
 from federation.exchanges.finetuning import LocalFinetuning
 from meduet_models.downstream.networks import PretrainedNetwork, predict
@@ -160,3 +160,10 @@ def test_no_labels_and_a_loss_that_is_not_finite_are_said() -> None:
 def test_settings_that_cannot_be_meant_are_refused(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=field):
         replace(SEGMENTATION, **{field: value})
+
+
+def test_the_learning_rate_rises_and_falls_as_in_every_run_so_far() -> None:
+    local = LocalFinetuning(task="segmentation", classes=2, warmup=0.1, learning_rate=1e-3)
+    assert [learning_rate_at(step, 37, local) for step in (0, 3, 4, 5, 20, 36)] == [
+        0.0002, 0.0008, 0.001, 0.0009977359612865424, 0.0005237909579118712, 2.2640387134577057e-06,
+    ]  # fmt: skip

@@ -74,7 +74,7 @@ def test_what_is_there_is_kept_and_what_is_broken_is_made_again(tmp_path: Path) 
     truncated.write_bytes(truncated.read_bytes()[:100])
     lost.unlink()
     edited.write_text("{")
-    (tmp_path / "north/images/.partial-1-P10002.nii.gz").write_bytes(b"interrupted")
+    (tmp_path / "north/images/.P10002.nii.gz.1-partly").write_bytes(b"interrupted")
     make_hospitals(SMALL, tmp_path)
     assert files_of(tmp_path) == before
     remade = {scan.name for scan in scans if scan.stat().st_mtime_ns != stamps[scan]}
