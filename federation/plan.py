@@ -29,12 +29,18 @@ class VolumePlan:
 
     modality: str
     """Shared modality name; sites map their local names to it."""
-    window: Literal["mr_percentiles", "ct_hu"] = "mr_percentiles"
-    """How intensities become [0, 1]."""
+    modalities: tuple[str, ...] = ()
+    """Several contrasts, `modality` among them, each a scan of its own; those of a patient are in one split.
+    Empty: `modality` alone."""
+    window: Literal["mr_percentiles", "ct_hu", "fixed"] = "mr_percentiles"
+    """How intensities become [0, 1]: by percentiles of each scan, by a range in Hounsfield units, or (maps in
+    units of their own) by `fixed_window`."""
     mr_percentiles: tuple[float, float] = (0.5, 99.5)
     """Robust range of an MR scan, in percent of its voxels."""
     ct_window_hu: tuple[float, float] = (-175.0, 250.0)
     """Range of a CT scan, in Hounsfield units."""
+    fixed_window: tuple[float, float] = (0.0, 1.0)
+    """Range of a quantitative map, in its own units."""
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """Voxel spacing after resampling, RAS axes."""
     shape: tuple[int, int, int] = (32, 48, 32)
@@ -225,6 +231,20 @@ def _contradictions(plan: RunPlan) -> Iterator[str]:
     training, style, aggregation, network = plan.training, plan.style, plan.aggregation, plan.network
     if len(set(plan.sites)) != len(plan.sites) or not plan.sites:
         yield f"Expected plan.sites to be one or more distinct names; got {', '.join(plan.sites) or 'none'}."
+    volumes = plan.volumes
+    if volumes.modalities and (
+        volumes.modality not in volumes.modalities
+        or len(set(volumes.modalities)) != len(volumes.modalities)
+        or "" in volumes.modalities
+    ):
+        yield (
+            f"Expected volumes.modalities to be different names with volumes.modality={volumes.modality} "
+            f"among them; got {', '.join(volumes.modalities)}."
+        )
+    if volumes.window == "fixed" and not volumes.fixed_window[0] < volumes.fixed_window[1]:
+        yield f"Expected volumes.fixed_window to be a range [low, high]; got {list(volumes.fixed_window)}."
+    if volumes.window != "fixed" and volumes.fixed_window != VolumePlan.fixed_window:
+        yield f"volumes.fixed_window has no effect with volumes.window={volumes.window}: leave it out."
     if training.rounds < 1 or training.steps_per_round < 1:
         yield "Expected training.rounds and training.steps_per_round to be at least 1."
     if training.batch_size < 4 or training.batch_size % 2:

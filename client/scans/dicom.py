@@ -52,6 +52,14 @@ class Series:
     uid: str
     instances: frozenset[str]
     """SOP instance UIDs."""
+    issuer: str = ""
+    """Who gave the PatientID, where the header says."""
+    born: str = ""
+    """PatientBirthDate, as written."""
+    sex: str = ""
+    """PatientSex, as written."""
+    study: str = ""
+    """StudyDate, else StudyInstanceUID."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,15 @@ def find_series(files: Sequence[Path]) -> tuple[list[Series], list[tuple[Path, R
     reason: unreadable headers, a DICOMDIR, objects without pixels, a second copy of the same instance.
     """
     names = ("SeriesDescription", "ProtocolName", "Modality")  # most specific first
-    tags = ["SeriesInstanceUID", "SOPInstanceUID", "PatientID", "Rows", *names]
+    person = [
+        "PatientID",
+        "IssuerOfPatientID",
+        "PatientBirthDate",
+        "PatientSex",
+        "StudyDate",
+        "StudyInstanceUID",
+    ]
+    tags = ["SeriesInstanceUID", "SOPInstanceUID", "Rows", *person, *names]
     groups: dict[tuple[Path, str], dict[str, Path]] = {}
     headers: dict[tuple[Path, str], Dataset] = {}
     left_over = []
@@ -99,8 +115,13 @@ def find_series(files: Sequence[Path]) -> tuple[list[Series], list[tuple[Path, R
     for key, members in groups.items():
         header = headers[key]
         called = tuple(str(header.get(tag)) for tag in names if header.get(tag))
-        patient = str(header.get("PatientID") or "").strip()
-        found.append(Series(tuple(members.values()), patient, called, key[1], frozenset(members)))
+        patient, issuer, born, sex, *study = (str(header.get(tag) or "").strip() for tag in person)
+        found.append(
+            Series(
+                tuple(members.values()), patient, called, key[1], frozenset(members), issuer, born, sex,
+                next(filter(None, study), ""),
+            )
+        )  # fmt: skip
     return found, left_over
 
 

@@ -35,17 +35,18 @@ SLACK_BYTES = 2**26
 
 
 def read_nifti(
-    path: Path, four_d: FourD
+    path: Path, four_d: FourD, placeless: bool = False
 ) -> tuple[Float32[np.ndarray, "x y z"], Float64[np.ndarray, "4 4"], int]:
     """Values with slope and intercept applied, affine (RAS+ mm), and number of volumes in the file.
 
     Raises `UnusableScan`: wrong name, no NIfTI inside, truncated, corrupt, RGB, complex, not 3-D, too large,
-    no orientation. Values and affine are not judged here (`scans.accept`).
+    no orientation. Values and affine are not judged here (`scans.accept`). `placeless`: a file with
+    neither sform nor qform is read, too; its affine is NaN but for the voxels' edges on the diagonal.
     """
     gzipped = _check_name(path)
     try:
         with gzip.open(path) if gzipped else path.open("rb") as stream:
-            return _read(stream, path.stat().st_size, gzipped, four_d)
+            return _read(stream, path.stat().st_size, gzipped, four_d, placeless)
     except EOFError as error:
         raise UnusableScan(Reason.TRUNCATED, "the stream ends early") from error
     except (gzip.BadGzipFile, zlib.error) as error:
@@ -86,7 +87,7 @@ def _check_name(path: Path) -> bool:
 
 
 def _read(
-    stream: io.BufferedIOBase, num_file_bytes: int, gzipped: bool, four_d: FourD
+    stream: io.BufferedIOBase, num_file_bytes: int, gzipped: bool, four_d: FourD, placeless: bool
 ) -> tuple[Float32[np.ndarray, "x y z"], Float64[np.ndarray, "4 4"], int]:
     import nibabel as nib  # here and below: a quarter of a second, and most questions read no scan
     from nibabel.spatialimages import HeaderDataError
@@ -111,7 +112,7 @@ def _read(
     if not (0 <= num_axes <= 7 and dtype.itemsize and dtype.kind in "iuf" and math.isfinite(offset)):
         raise UnusableScan(Reason.CORRUPT, "impossible axes, type or offset")
     shape, num_volumes = check_shape(sizes[:num_axes], four_d)
-    affine = _affine(header)
+    affine = _affine(header, placeless)
 
     volume_bytes = math.prod(shape) * dtype.itemsize
     promised = int(offset) + volume_bytes * num_volumes
@@ -130,12 +131,17 @@ def _read(
     return array, affine, num_volumes
 
 
-def _affine(header: "nib.Nifti1Header") -> Float64[np.ndarray, "4 4"]:
+def _affine(header: "nib.Nifti1Header", placeless: bool) -> Float64[np.ndarray, "4 4"]:
     from nibabel.spatialimages import HeaderDataError
 
     if int(header["sform_code"]) <= 0 and int(header["qform_code"]) <= 0:
         if (header["pixdim"][1:4] == 0).any():
             raise UnusableScan(Reason.ZERO_SPACING)
+        if placeless:
+            edges = np.abs(np.asarray(header["pixdim"][1:4], np.float64))
+            unplaced: np.ndarray = np.diag([*edges, 1.0])
+            unplaced[:3, 3] = np.nan
+            return unplaced
         raise UnusableScan(Reason.NO_ORIENTATION, "neither sform nor qform")
     try:
         return np.asarray(header.get_best_affine(), dtype=np.float64)

@@ -12,6 +12,7 @@ Axes: x y z = voxels along the array's own axes, as stored; world axes are RAS+ 
 
 import hashlib
 import math
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -38,12 +39,20 @@ excluded."""
 SINGULAR = 1e-3
 """Least volume of the unit parallelepiped of the affine's axes: below, two axes are within 0.06 degrees."""
 
+ROUNDED = 1e-3
+"""Largest distance of a label's value from the integer that it means."""
+VALUES_SHOWN = 4
+"""Values of a label that does not fit, in the detail of its exclusion."""
+MOST_REGIONS, FEWEST_GREYS, ALIKE = 2048, 20, 0.5
+"""What tells a segmentation from a scan (`is_label_map`)."""
+
 
 class Reason(StrEnum):
     """Why a file, or a DICOM series, is not in the cohort. Closed: code may count on it."""
 
     # what kind of file it is
     SIDECAR = "sidecar"  # a table, a text, a licence: belongs to the data set, holds no voxels
+    TABLE = "table"  # read, for the manifest or for covariates; its detail says what came of it
     HIDDEN = "hidden"  # its name, or a folder's, begins with a dot
     NOT_A_SCAN = "not_a_scan"  # no known image inside
     UNSUPPORTED_FORMAT = "unsupported_format"  # an image of a kind that is not read (or not in this layout)
@@ -51,13 +60,20 @@ class Reason(StrEnum):
     EMPTY = "empty"  # no bytes, or no voxels
     TRUNCATED = "truncated"  # fewer bytes than the header promises
     CORRUPT = "corrupt"  # a header that contradicts itself, or a checksum that fails
-    UNREADABLE = "unreadable"  # the operating system refuses, or a link leads nowhere
-    LINKED_FOLDER = "linked_folder"  # a link to a folder; links are not followed
+    UNREADABLE = "unreadable"  # the operating system refuses
+    NOT_FETCHED = (
+        "not_fetched"  # the place of a file of git-annex, DataLad or Git LFS: its content is elsewhere
+    )
+    BROKEN_LINK = "broken_link"  # a link that leads nowhere
+    LINKED_FILE = "linked_file"  # a link that leads out of the data root; followed with `follow_links`
+    LINKED_FOLDER = "linked_folder"  # a link to a folder; followed with `follow_links`
+    NOT_A_FILE = "not_a_file"  # a pipe, a socket, a device
     # its voxels
     RGB = "rgb"
     COMPLEX = "complex"
     CONSTANT = "constant"
     TWO_VALUED = "two_valued"  # a mask that calls itself a scan
+    LABEL_MAP = "label_map"  # integers, region by region: a segmentation that calls itself a scan
     NOT_FINITE = "not_finite"  # more than 1% NaN or infinite
     # its grid
     TWO_D = "two_d"
@@ -130,6 +146,8 @@ class Scan:
     """Volumes in the file (4-D), of which this is the first or the mean."""
     num_repaired: int = 0
     """Voxels that were NaN or infinite and became the lowest finite value."""
+    placed: bool = False
+    """Of a label: whether its header says nothing of its place, and it was given its image's."""
 
     @cached_property
     def voxels_sha256(self) -> str:
@@ -233,28 +251,70 @@ def accept(
 
 
 def accept_label(array: Float32[np.ndarray, "x y z"], affine: Float64[np.ndarray, "4 4"]) -> Scan:
-    """A label: integers that fit int16, constant or not; anything else is `label_not_integer`."""
+    """A label: integers that fit int16, constant or not; what is within `ROUNDED` of one becomes it.
+
+    Anything else is `label_not_integer`, with values that were found.
+    """
     check_affine(affine)
     limits = np.iinfo(np.int16)
     if not (np.isfinite(array).all() and array.min() >= limits.min and array.max() <= limits.max):
-        raise UnusableScan(Reason.LABEL_NOT_INTEGER, "values outside int16")
+        raise UnusableScan(Reason.LABEL_NOT_INTEGER, f"values outside int16, {_values(array)}")
+    rounded = np.rint(array)
+    if (off := np.abs(array - rounded) > ROUNDED).any():
+        raise UnusableScan(Reason.LABEL_NOT_INTEGER, f"fractions, {_values(array[off])}")
+    return Scan(rounded, affine)
+
+
+def _values(array: np.ndarray) -> str:
+    values = np.unique(array)
+    listed = ", ".join(f"{value:g}" for value in values[:VALUES_SHOWN])
+    return f"e.g. {listed}" + (f", … {values[-1]:g}" if len(values) > VALUES_SHOWN else "")
+
+
+def is_label_map(array: Float32[np.ndarray, "x y z"]) -> bool:
+    """Whether a volume's values are those of a segmentation: integers, and few, or the same next door.
+
+    Next door: of the pairs of neighbours that are both not the commonest value, at least `ALIKE` are equal.
+    Measured: label maps of 1 to 145 regions .76 to 1.00; MR and CT, bytes included, 0 to .18.
+    """
     if not np.array_equal(array, np.rint(array)):
-        raise UnusableScan(Reason.LABEL_NOT_INTEGER, "fractions")
-    return Scan(array, affine)
+        return False
+    values, counts = np.unique(array, return_counts=True)
+    if len(values) > MOST_REGIONS:
+        return False
+    if len(values) <= FEWEST_GREYS:
+        return True
+    background = values[counts.argmax()]
+    pairs = equal = 0
+    for axis in range(3):
+        ahead, behind = np.moveaxis(array, axis, 0)[1:], np.moveaxis(array, axis, 0)[:-1]
+        inner = (ahead != background) & (behind != background)
+        pairs += int(np.count_nonzero(inner))
+        equal += int(np.count_nonzero(inner & (ahead == behind)))
+    return pairs > 0 and equal >= ALIKE * pairs
 
 
+_POINTERS = (b"version https://git-lfs.github.com/", b"/annex/objects/")
+"""First bytes of the small texts that stand for files of Git LFS and of git-annex (unlocked)."""
 FileKind = Literal["empty", "gzip", "nifti", "dicom", "other"]
 
 
 def file_kind(path: Path) -> FileKind:
-    """What a file is by its first bytes, whatever its name. Raises `UnusableScan(unreadable)`."""
+    """What a file is by its first bytes, whatever its name. Opens regular files only.
+
+    Raises `UnusableScan`: unreadable, not a file, not fetched.
+    """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for, for ever
+            raise UnusableScan(Reason.NOT_A_FILE)
         with path.open("rb") as stream:
             head = stream.read(352)
     except OSError as error:
         raise UnusableScan(Reason.UNREADABLE, f"errno {error.errno}") from error
     if not head:
         return "empty"
+    if head.startswith(_POINTERS):
+        raise UnusableScan(Reason.NOT_FETCHED)
     if head[:2] == b"\x1f\x8b":
         return "gzip"
     if has_nifti_magic(head):

@@ -14,7 +14,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
 
 from client.scans.dicom import find_series
-from client.scans.layouts import modality_of
+from client.scans.contrasts import ModalityNames
 from client.scans.scans import Reason, UnusableScan
 from client.scans.volumes import read_files, read_scan
 
@@ -196,9 +196,9 @@ def test_a_report_and_a_broken_header_are_left_over_with_their_reasons(tmp_path:
 
 def test_the_most_specific_name_the_map_knows_decides_the_modality() -> None:
     names = ("t1_mprage_sag", "MPRAGE", "MR")
-    assert modality_of(names, {"MR": "other", "t1_mprage_sag": "T1w"}) == "T1w"
-    assert modality_of(names, {"MR": "T1w"}) == "T1w"
-    assert modality_of(names, {}) == "MR"
+    assert ModalityNames({"MR": "other", "t1_mprage_sag": "T1w"}).of_series(names) == "T1w"
+    assert ModalityNames({"MR": "T1w"}).of_series(names) == "T1w"
+    assert ModalityNames({}).of_series(names) == "MR"
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
