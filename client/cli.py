@@ -10,7 +10,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -22,6 +22,11 @@ from client.commands import journal as journal_commands
 from client.commands import key as key_commands
 from client.commands import plan as plan_commands
 from client.commands import service as service_commands
+from federation.loopback import spare_loopback
+from federation.terminal import tolerate_any_terminal
+
+if TYPE_CHECKING:
+    from client.site import SiteConfig
 
 DONE, FAILED, NOT_POSSIBLE, INTERRUPTED = 0, 1, 2, 130
 
@@ -59,6 +64,8 @@ exit status: 0 every check is ok or look; 1 a check failed; 2 wrong usage, setti
 
 def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
     """Run one command; returns the exit status (see `meduet-site --help`)."""
+    tolerate_any_terminal()
+    spare_loopback()
     chosen = _parser().parse_args(arguments)
     console = console or Console(soft_wrap=True)
     logging.basicConfig(
@@ -107,6 +114,11 @@ def _parser() -> argparse.ArgumentParser:
         "decide) or failed (a run will not work), and says what to do.",
         epilog=_CHECK_STATUS,
     )
+    check.add_argument(
+        "--confirm-patients", action="store_true",
+        help="then say, for this hospital, that patients are as shown; `start` asks for it once, and again"
+        " when a known scan would get another patient",
+    )  # fmt: skip
     check.set_defaults(run=_check)
     key_commands.add_to(commands)
     plan_commands.add_to(commands)
@@ -134,7 +146,7 @@ def _prepare(chosen: argparse.Namespace, console: Console) -> int:
     try:
         site = Site(config)
         with _Bars(console) as bars:
-            scans = site.scans(plan, bars)
+            scans = site.prepared(plan, bars)
     except AskRefused as error:
         _say(console, str(error))
         return NOT_POSSIBLE
@@ -170,7 +182,21 @@ def _check(chosen: argparse.Namespace, console: Console) -> int:
     _say(console, f"{counts['ok']} ok, {counts['look']} to look at, {counts['failed']} failed.")
     if plan is None:
         _say(console, "Scans were not read: give --plan plan.json to look at them, too.")
+    if chosen.confirm_patients and not _confirm(config, console):
+        return FAILED
     return FAILED if counts["failed"] else DONE
+
+
+def _confirm(config: "SiteConfig", console: Console) -> bool:
+    from client.site import confirm_patients
+
+    try:
+        found = confirm_patients(config)
+    except ValueError as error:
+        _say(console, f"Not confirmed: {error}")
+        return False
+    _say(console, f"Confirmed: {found.guess()}. patients_confirmed: {found.sha256}")
+    return True
 
 
 def _summary(console: Console, counts: Mapping[str, Any], num_cached: int) -> None:

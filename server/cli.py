@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from federation.loopback import spare_loopback
+from federation.terminal import tolerate_any_terminal
 from server.commands import bank as bank_commands
 from server.commands import journal as journal_commands
 from server.commands import plan as plan_commands
@@ -29,6 +31,8 @@ INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (0: done, 1: given up, 2: refused; a line says why)."""
+    tolerate_any_terminal()
+    spare_loopback()
     parser = argparse.ArgumentParser(
         prog="meduet-server",
         description="The coordinating centre of a FedMeDUET federation.",

@@ -13,6 +13,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
+from federation.loopback import spare_loopback
+from federation.terminal import tolerate_any_terminal
 from server.checkpoints import OtherPlan
 from server.config import CONF
 from simulations.benchmark.run import CellsFailed, run_benchmark
@@ -56,6 +58,8 @@ def _main(config: DictConfig) -> None:
 
 def main() -> None:
     """Entry point of `meduet-simulate`."""
+    tolerate_any_terminal()
+    spare_loopback()
     _main()
 
 

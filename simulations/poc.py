@@ -19,9 +19,10 @@ from typing import Any
 
 import yaml
 from rich.console import Console
+from rich.markup import escape
 
 from client.connection.keys import install
-from client.site import SiteConfig
+from client.site import SiteConfig, confirm_patients
 from federation.keys.certificates import utc_now
 from federation.keys.key_files import refuse_work_tree
 from federation.keys.kits import SETTINGS
@@ -128,6 +129,8 @@ def provision(folder: Path, overrides: Sequence[str], live: Live, made: Made | N
         site_yamls[config.name] = home / SETTINGS
         own = dataclasses.replace(config, keys_dir=keys.folder, port=port, threads=1)
         write_whole(home / SETTINGS, _site_yaml(own))
+        found = confirm_patients(own)
+        live.say(escape(f"{config.name}: {found.guess()}; {found.rule}"))
     server = {
         "state_dir": "centre",
         "consortium": "consortium",

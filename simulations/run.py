@@ -21,6 +21,7 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 import torch
 from flwr.serverapp import Grid
 from omegaconf import DictConfig, OmegaConf
+from rich.markup import escape
 
 from client.app import make_client_app
 from client.site import resolve_device
@@ -156,6 +157,8 @@ def run(config: DictConfig) -> Path:
         for name in plan.participants:  # as `meduet-site prepare` does at a hospital
             with live.reading(name) as progress:
                 simulation.consortium.site(name).scans(plan, progress)
+        for name, found in simulation.consortium.patients.items():
+            live.say(escape(f"{name}: {found.guess()}; {found.rule}"))
         everyone = simulation.consortium.everyone
         for name in simulation.consortium.held_out:
             with live.reading(name) as progress:

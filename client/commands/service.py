@@ -18,7 +18,8 @@ def add_to(commands: Any) -> None:
         "start",
         help="join the federation: run Flower's SuperNode, until SIGTERM or Ctrl-C",
         description="Start and supervise what connects this site to the centre. Only this machine calls out; "
-        "nothing listens but on loopback. What ends is started again.",
+        "nothing listens but on loopback. What ends is started again. Refuses until a person here has "
+        "confirmed who the patients are (check --confirm-patients).",
     )
     start.add_argument("--config", type=Path, required=True, metavar="FILE", help="the site's site.yaml")
     start.set_defaults(run=_start)
@@ -26,8 +27,9 @@ def add_to(commands: Any) -> None:
 
 def _start(chosen: argparse.Namespace, console: Console) -> int:
     from client.books import open_books
+    from client.confirmation import CURE, unconfirmed
     from client.connection.supernode import FOLDER, supernode_processes
-    from client.site import load_site_config
+    from client.site import load_site_config, survey_site
     from federation.processes import become_supervisor
 
     try:
@@ -35,6 +37,9 @@ def _start(chosen: argparse.Namespace, console: Console) -> int:
         config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         children = supernode_processes(config, chosen.config)
         open_books(config.state_dir)
+        found = survey_site(config).patients
+        if problem := unconfirmed(config.state_dir, config.data_root, found):
+            raise ValueError(f"Not started: {problem}. {found.guess()}. {CURE}")
     except ValueError as error:
         console.print(str(error), markup=False, highlight=False)
         return _NOT_POSSIBLE

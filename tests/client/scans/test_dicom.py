@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
 
-from client.scans.dicom import find_series
 from client.scans.contrasts import ModalityNames
+from client.scans.dicom import find_series
 from client.scans.scans import Reason, UnusableScan
 from client.scans.volumes import read_files, read_scan
 
