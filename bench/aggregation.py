@@ -29,7 +29,7 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from federation.messages import TrainReply
+from federation.exchanges.pretraining import TrainReply
 from federation.wire import array_record
 from strategies.aggregation import Bounds, StreamingSum
 

@@ -25,8 +25,8 @@ from client.scans.volumes import prepare, read_scan
 from client.training.pretraining import train_round
 from client.training.site_state import SiteState
 from client.training.trainee import Trainee
+from federation.exchanges.survey import survey_layout
 from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan, VolumePlan
-from federation.survey import survey_layout
 from meduet_models.meduet import MeDUET, NetworkConfig
 from meduet_models.objective import LossWeights, MeduetObjective, ObjectiveConfig
 from meduet_models.sharing import home_keys, shared_keys

@@ -105,7 +105,7 @@ def answer(folder: Path, site_yaml: str, round: int) -> None:
     from flwr.supercore.task_identity import TaskIdentity
     from safetensors.torch import load_file
 
-    from federation.messages import TrainAsk, TrainReply
+    from federation.exchanges.pretraining import TrainAsk, TrainReply
 
     tensors = load_file(folder / "question")
     parts = {

@@ -34,11 +34,11 @@ from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.app import make_client_app
-from client.exchanges.exchange import answer_round
+from client.exchanges.pretraining import answer_round
+from federation.exchanges.pretraining import TrainAsk, TrainReply
+from federation.exchanges.survey import survey_layout
 from federation.journal import Journal
-from federation.messages import TrainAsk, TrainReply
 from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan, VolumePlan
-from federation.survey import survey_layout
 from meduet_models.meduet import MeDUET, NetworkConfig
 from meduet_models.objective import ObjectiveConfig
 from meduet_models.sharing import home_keys, shared_keys

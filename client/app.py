@@ -4,33 +4,26 @@ Flower sends the text of a ClientApp's exception to the server, and that text ma
 everything is caught here, written to the site's own log, and answered with one word of a closed list. A reply
 is built from what passed the gate (`client/release.py`) and from nothing else.
 
-Does not do: decide or compute (`client/exchanges/exchange.py`). Whoever makes the app says how a site is
+Does not do: decide or compute (`client/exchanges/`). Whoever makes the app says how a site is
 opened, so nothing here asks whether it is simulated; `app` is the one of a deployment. An interrupt from the
 keyboard passes.
 """
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.exchanges.diffusion import answer_diffusion
-from client.exchanges.exchange import (
-    AskRefused,
-    Site,
-    answer_erasure,
-    answer_probe,
-    answer_round,
-    answer_survey,
-)
-from client.exchanges.latents import answer_latents
+from client.exchanges import diffusion, erasure, latents, pretraining, probes, survey
+from client.exchanges.exchange import Answer, AskRefused, Site
 from client.latents.labelled import NoLabels
 from client.release import GateRefusal, Released
 from client.site import open_site
@@ -38,23 +31,8 @@ from client.training.pretraining import NotFinite
 from client.training.site_state import StateMissing
 from client.training.trainee import WrongWeights
 from client.watchdog import DeadlineMissed, Watch, unwatched, watchdog
-from federation.exchanges.diffusion import DiffusionAsk
-from federation.exchanges.finetuning import FinetuneAsk, FinetuneReply
-from federation.exchanges.latents import LatentsAsk, LatentsReply, from_tensors
-from federation.messages import (
-    Ask,
-    ErasureAsk,
-    ErasureReply,
-    MessageError,
-    ProbeAsk,
-    ProbeReply,
-    Refusal,
-    RefusalKind,
-    SurveyAsk,
-    SurveyReply,
-    TrainAsk,
-    TrainReply,
-)
+from federation.exchanges.finetuning import FINETUNING
+from federation.messages import Ask, MessageError, Refusal, RefusalKind, Reply
 from federation.plan import RunPlan
 from meduet_models.diffusion.training import LossNotFinite
 from meduet_models.style.moments import CohortTooSmall
@@ -68,81 +46,62 @@ _log = logging.getLogger(__name__)
 _answering: ContextVar[object] = ContextVar("_answering", default=None)
 """Which message this thread is answering."""
 
-AskKind = TypeVar("AskKind", bound=Ask)
 OnStep = Callable[[str, int, float], None]
 """Called after each training step with site, step and loss; for a progress bar at the site."""
+
+
+@cache
+def exchanges() -> tuple[Answer[Any, Any], ...]:
+    """The table of exchanges: everything that a centre may ask of a site, and how it is answered."""
+    return (
+        survey.ANSWER,
+        pretraining.ANSWER,
+        probes.ANSWER,
+        erasure.ANSWER,
+        latents.ANSWER,
+        diffusion.ANSWER,
+        Answer(FINETUNING, _answer_finetuning, _finetuning_mail),
+    )
 
 
 def make_client_app(
     open_the_site: Callable[[Context], Site],
     on_step: OnStep = lambda site, step, loss: None,
     watch: Watch = unwatched,
+    answers: Sequence[Answer[Any, Any]] | None = None,
 ) -> ClientApp:
-    """A Flower ClientApp that answers "query.survey", "train.round", "query.probe", "query.erasure",
-    "train.finetune", "train.diffusion" and "query.latents" for the site that `open_the_site` opens.
+    """A Flower ClientApp that answers each exchange of the table for the site that `open_the_site` opens.
 
-    `watch` is put around the work.
+    `watch` is put around the work; `answers` is another table than this file's.
     """
     client_app = ClientApp()
+    for row in exchanges() if answers is None else answers:
+        category, _, action = row.exchange.route.partition(".")
+        register = client_app.query if category == "query" else client_app.train
+        register(action)(_handler(row, open_the_site, on_step, watch))
+    return client_app
 
-    def reply(
-        message: Message,
-        context: Context,
-        read: Callable[[RecordDict], AskKind],
-        work: Callable[[Site, AskKind, RunPlan], Released],
-    ) -> Message:
+
+def _handler(
+    row: Answer[Any, Any], open_the_site: Callable[[Context], Site], on_step: OnStep, watch: Watch
+) -> Callable[[Message, Context], Message]:
+    """What Flower calls for one exchange."""
+
+    def handle(message: Message, context: Context) -> Message:
         def answer(site: Site, content: RecordDict) -> RecordDict:
-            ask = read(content)
+            ask = row.exchange.ask.from_record(content)
             plan = _plan(ask)
             left_s = _left_s(message.metadata.created_at, plan.aggregation.deadline_s)
-            released = watch(site.state_dir / LOG_NAME, left_s, lambda: work(site, ask, plan))
-            return _mail(released, ask.plan_sha256, site.name)
+            released = watch(
+                site.state_dir / LOG_NAME,
+                left_s,
+                lambda: row.work(site, ask, plan, lambda step, loss: on_step(site.name, step, loss)),
+            )
+            return _mail(row, released, ask, site.name)
 
         return _behind_the_wall(message, context, open_the_site, answer)
 
-    def steps_of(site: Site) -> Callable[[int, float], None]:
-        return lambda step, loss: on_step(site.name, step, loss)
-
-    @client_app.query("survey")
-    def survey(message: Message, context: Context) -> Message:
-        return reply(message, context, SurveyAsk.from_record, answer_survey)
-
-    @client_app.train("round")
-    def round(message: Message, context: Context) -> Message:
-        def work(site: Site, ask: TrainAsk, plan: RunPlan) -> Released:
-            return answer_round(site, ask, plan, steps_of(site))
-
-        return reply(message, context, TrainAsk.from_record, work)
-
-    @client_app.train("finetune")
-    def finetune(message: Message, context: Context) -> Message:
-        from client.exchanges.finetuning import answer_finetuning  # MONAI takes seconds to import
-
-        def work(site: Site, ask: FinetuneAsk, plan: RunPlan) -> Released:
-            return answer_finetuning(site, ask, plan, steps_of(site))
-
-        return reply(message, context, FinetuneAsk.from_record, work)
-
-    @client_app.train("diffusion")
-    def diffusion(message: Message, context: Context) -> Message:
-        def work(site: Site, ask: DiffusionAsk, plan: RunPlan) -> Released:
-            return answer_diffusion(site, ask, plan, steps_of(site))
-
-        return reply(message, context, DiffusionAsk.from_record, work)
-
-    @client_app.query("erasure")
-    def erasure(message: Message, context: Context) -> Message:
-        return reply(message, context, ErasureAsk.from_record, answer_erasure)
-
-    @client_app.query("probe")
-    def probe(message: Message, context: Context) -> Message:
-        return reply(message, context, ProbeAsk.from_record, answer_probe)
-
-    @client_app.query("latents")
-    def latents(message: Message, context: Context) -> Message:
-        return reply(message, context, LatentsAsk.from_record, answer_latents)
-
-    return client_app
+    return handle
 
 
 def _behind_the_wall(
@@ -165,57 +124,26 @@ def _behind_the_wall(
     return Message(content, reply_to=message)
 
 
-def _mail(released: object, plan_sha256: str, site: str) -> RecordDict:
+def _mail(row: Answer[Any, Any], released: object, ask: Ask, site: str) -> RecordDict:
     """A reply, from what passed the gate."""
     if not isinstance(released, Released):
         raise TypeError(f"Expected what passed the gate; got {type(released).__name__}. Nothing is sent.")
-    tensors = dict(released.tensors)
-    match released.promise.kind:
-        case "survey":
-            return SurveyReply(
-                plan_sha256=plan_sha256,
-                site=site,
-                moments=tensors,
-                num_patients=released.counts["num_patients"],
-                num_scans=released.counts["num_scans"],
-            ).to_record()
-        case "round" | "diffusion":
-            return TrainReply(
-                plan_sha256=plan_sha256,
-                site=site,
-                round=released.record["round"],
-                examples=released.counts["examples"],
-                update=tensors,
-                metrics=dict(released.metrics),
-                wire_dtype=released.wire_dtype,
-            ).to_record()
-        case "erasure":
-            return ErasureReply(plan_sha256=plan_sha256, site=site, moments=tensors).to_record()
-        case "probe" | "probe_hits":
-            return ProbeReply(
-                plan_sha256=plan_sha256, site=site, round=released.record["round"], sums=tensors
-            ).to_record()
-        case "latents":
-            return LatentsReply(
-                plan_sha256=plan_sha256,
-                site=site,
-                round=released.record["round"],
-                first=released.counts["first_item"],
-                total=released.counts["num_items"],
-                items=tuple(released.record["items"]),
-                examples=from_tensors(tensors),
-                wire_dtype=released.wire_dtype,
-            ).to_record()
-        case "finetuning":
-            return FinetuneReply(
-                plan_sha256=plan_sha256,
-                finetuning_sha256=released.record["plan"],
-                site=site,
-                round=released.record["round"],
-                examples=released.counts["examples"],
-                update=tensors,
-                metrics=dict(released.metrics),
-            ).to_record()
+    reply: Reply = row.mail(released, ask, site)
+    return reply.to_record()
+
+
+def _answer_finetuning(
+    site: Site, ask: Any, plan: RunPlan, on_step: Callable[[int, float], None]
+) -> Released:
+    from client.exchanges.finetuning import answer_finetuning  # MONAI takes seconds to import
+
+    return answer_finetuning(site, ask, plan, on_step)
+
+
+def _finetuning_mail(released: Released, ask: Any, site: str) -> Reply:
+    from client.exchanges.finetuning import finetuning_mail
+
+    return finetuning_mail(released, ask, site)
 
 
 def _plan(ask: Ask) -> RunPlan:

@@ -1,62 +1,49 @@
-"""The messages: what crosses between the centre and a site, and nothing else.
+"""The messages: what crosses between the centre and a site, and how it is written down.
 
-Four questions with their answers (survey, training round, probe, erasure) and one refusal, as frozen
-dataclasses that become Flower records and come back from them. Strict: another wire version, kind, record,
-field or type is an error of one line. The plan travels in every question with its hash and is hashed again
-on arrival.
+A message is a frozen dataclass; the types of its fields say how they travel, and one codec writes and reads
+them all. Strict: another wire version, kind, record, field or type is an error of one line. The plan travels
+in every question with its hash and is hashed again on arrival. Which messages there are, and what they mean,
+say the files of `federation/exchanges/`; here is only the refusal, which answers any question.
 What this file does not do: it checks no shapes against a model (`strategies/aggregation.py`), bounds nothing
 (`client/release.py`) and trains nothing.
 
 On the wire: one `head` of scalars, tensors as named arrays (`federation/wire.py`), one record of metrics.
-Flower routes "train.round" to `@app.train("round")`, "query.survey" to `@app.query("survey")`.
 """
 
 import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Annotated, Any, ClassVar, Generic, Protocol, Self, TypeVar, get_type_hints
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor
 
 from federation.plan import WIRE_VERSION, RunPlan, WireDtype
 from federation.wire import GROWTH, MessageError, RefusalKind, Tensors, array_record, tensors_of
 from meduet_models.objective import LossWeights
+from meduet_models.weights import sha256_of_tensors
 
 __all__ = [
-    "ERASURE",
     "METRIC_NAMES",
-    "PROBE",
-    "SURVEY",
-    "TRAIN",
+    "Arrays",
     "Ask",
-    "ErasureAsk",
-    "ErasureReply",
-    "Head",
+    "Carrier",
+    "Converted",
+    "Message",
     "MessageError",
-    "ProbeAsk",
-    "ProbeReply",
+    "Metrics",
     "Refusal",
     "RefusalKind",
-    "SurveyAsk",
-    "SurveyReply",
+    "Reply",
+    "RoundedTensors",
+    "Scalar",
     "Tensors",
-    "TrainAsk",
-    "TrainReply",
     "WireDtype",
-    "ask_head",
-    "checked_metrics",
     "kind_of",
-    "new_head",
     "plan_hash",
 ]
-
-SURVEY = "query.survey"
-TRAIN = "train.round"
-ERASURE = "query.erasure"
-PROBE = "query.probe"
-
-Scalar = TypeVar("Scalar", int, float, str)
 
 LOSS_TERMS = (
     "total", *(f.name for f in fields(LossWeights)), "proximal", "anchor", "velocity", "alignment",
@@ -67,17 +54,271 @@ METRIC_NAMES = frozenset(
 )
 """Everything a site may say about its round in numbers; losses are named `loss.<term>`."""
 
+_HEAD = "head"
+Value = TypeVar("Value", bound=int | float | str)
+From = TypeVar("From")
+
 
 def plan_hash(plan_json: str) -> str:
     """Hash of a plan's canonical JSON, as `RunPlan.sha256`."""
     return hashlib.sha256(plan_json.encode()).hexdigest()
 
 
+class Carrier(Protocol):
+    """How one field is written into a record and read back."""
+
+    def put(self, record: RecordDict, name: str, value: Any, wire_dtype: WireDtype) -> None:
+        """Write the field `name` of a message that travels as `wire_dtype`."""
+
+    def take(self, source: "_Source", name: str) -> Any:
+        """Read it; raises `MessageError`."""
+
+
+class _Source:
+    """A record whose parts are taken out one by one; what is left over at the end is an error."""
+
+    def __init__(self, record: RecordDict, kind: str, copy: bool) -> None:
+        head = record.get(_HEAD)
+        if not isinstance(head, ConfigRecord):
+            raise MessageError("Expected a record 'head'; got none.")
+        self.copy = copy
+        self.wire_dtype: WireDtype = "float32"
+        self._kind, self._values = kind, dict(head)
+        self._records = {name: part for name, part in record.items() if name != _HEAD}
+        if (version := self.scalar("wire_version", int)) != WIRE_VERSION:
+            text = f"Expected wire version {WIRE_VERSION}; got {version}. Update the older side."
+            raise MessageError(text, RefusalKind.WRONG_VERSION)
+        if (came := self.scalar("kind", str)) != kind:
+            raise MessageError(f"Expected a {kind}; got {came[:40]!r}.")
+
+    def scalar(self, name: str, kind: type[Value]) -> Value:
+        """A scalar of the head."""
+        value = self._values.pop(name, None)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise MessageError(f"Expected field {name!r} to be {kind.__name__}; got {type(value).__name__}.")
+        return value
+
+    def record(self, name: str, kind: type[From], optional: bool = False) -> From | None:
+        """A record of this type; None where it may be, and is, left out."""
+        part = self._records.pop(name, None)
+        if part is None and optional:
+            return None
+        if part is None:
+            raise MessageError(f"Expected record {name!r} in a {self._kind}; it is missing.")
+        if not isinstance(part, kind):
+            what = "arrays" if kind is ArrayRecord else "metrics"
+            raise MessageError(f"Expected record {name!r} to hold {what}; got another kind of record.")
+        return part
+
+    def close(self) -> None:
+        """Refuse what was not taken."""
+        if self._records:
+            raise MessageError(f"Expected no record {min(self._records)[:40]!r} in a {self._kind}.")
+        if self._values:
+            raise MessageError(f"Expected no field {min(self._values)[:40]!r} in the head.")
+
+
+def _head(record: RecordDict) -> ConfigRecord:
+    head: ConfigRecord = record.config_records[_HEAD]
+    return head
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A whole number or a text, in the head; `name` where it is another than the field's."""
+
+    kind: type[int] | type[str]
+    name: str = ""
+
+    def put(self, record: RecordDict, name: str, value: Any, wire_dtype: WireDtype) -> None:
+        """As `Carrier`."""
+        _head(record)[self.name or name] = self.kind(value)
+
+    def take(self, source: _Source, name: str) -> Any:
+        """As `Carrier`."""
+        return source.scalar(self.name or name, self.kind)
+
+
+class PlanText:
+    """The plan's JSON and, beside it, its hash, which must be that of the text."""
+
+    def put(self, record: RecordDict, name: str, value: Any, wire_dtype: WireDtype) -> None:
+        """As `Carrier`."""
+        _head(record)[name], _head(record)["plan_sha256"] = value, plan_hash(value)
+
+    def take(self, source: _Source, name: str) -> Any:
+        """As `Carrier`."""
+        text, said = source.scalar(name, str), source.scalar("plan_sha256", str)
+        if plan_hash(text) != said:
+            raise MessageError(f"Expected a plan of hash {said[:12]}; it hashes to {plan_hash(text)[:12]}.")
+        return text
+
+
+class _WireDtypeName:
+    """How the values of a message travel."""
+
+    def put(self, record: RecordDict, name: str, value: Any, wire_dtype: WireDtype) -> None:
+        """As `Carrier`."""
+        _head(record)[name] = value
+
+    def take(self, source: _Source, name: str) -> Any:
+        """As `Carrier`."""
+        said = source.scalar(name, str)
+        for wire_dtype in GROWTH:
+            if said == wire_dtype:
+                source.wire_dtype = wire_dtype
+                return wire_dtype
+        raise MessageError(f"Expected wire_dtype {', '.join(GROWTH)}; got {said[:40]!r}.")
+
+
+class _RefusalWord:
+    """A word of the closed list."""
+
+    def put(self, record: RecordDict, name: str, value: Any, wire_dtype: WireDtype) -> None:
+        """As `Carrier`."""
+        _head(record)["reason"] = value.value
+
+    def take(self, source: _Source, name: str) -> Any:
+        """As `Carrier`."""
+        reason = source.scalar("reason", str)
+        if reason not in {kind.value for kind in RefusalKind}:
+            raise MessageError(f"Expected a refusal of a known kind; got {reason[:40]!r}.")
+        return RefusalKind(reason)
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Tensors, as arrays in a record of their own."""
+
+    rounded: bool = False
+    """Whether they travel in the message's `wire_dtype`, instead of as they are."""
+    optional: bool = False
+    """Whether they may be left out (None)."""
+    view: bool = False
+    """Whether float32 tensors are read as views of the received bytes, which nothing may write."""
+
+    def put(self, record: RecordDict, name: str, value: Any, wire_dtype: WireDtype) -> None:
+        """As `Carrier`."""
+        if value is not None:
+            record[name] = array_record(value, wire_dtype if self.rounded else "float32")
+
+    def take(self, source: _Source, name: str) -> Any:
+        """As `Carrier`."""
+        part = source.record(name, ArrayRecord, self.optional)
+        if part is None:
+            return None
+        copy = source.copy and not self.view
+        return tensors_of(part, source.wire_dtype if self.rounded else "float32", copy)
+
+
+@dataclass(frozen=True)
+class Converted(Generic[From]):
+    """A value that travels as another: `to` and `back` are each other's inverse; `back` raises
+    `MessageError`."""
+
+    to: Callable[[From], Any]
+    back: Callable[[Any], From]
+    carrier: Carrier
+    name: str = ""
+
+    def put(self, record: RecordDict, name: str, value: Any, wire_dtype: WireDtype) -> None:
+        """As `Carrier`."""
+        self.carrier.put(record, self.name or name, self.to(value), wire_dtype)
+
+    def take(self, source: _Source, name: str) -> Any:
+        """As `Carrier`."""
+        return self.back(self.carrier.take(source, self.name or name))
+
+
+class _Numbers:
+    """Finite numbers of agreed names."""
+
+    def put(self, record: RecordDict, name: str, value: Any, wire_dtype: WireDtype) -> None:
+        """As `Carrier`."""
+        record[name] = MetricRecord(dict(_checked(value)))
+
+    def take(self, source: _Source, name: str) -> Any:
+        """As `Carrier`."""
+        return _checked(source.record(name, MetricRecord) or {})
+
+
+def _checked(metrics: Mapping[str, object]) -> dict[str, float]:
+    for name, value in metrics.items():
+        if name not in METRIC_NAMES:
+            raise MessageError(f"Expected metrics of the agreed names; got {name[:40]!r}.")
+        if not isinstance(value, float) or not math.isfinite(value):
+            raise MessageError(f"Expected metric {name!r} to be a finite float; got {value!r}.")
+    return {name: value for name, value in metrics.items() if isinstance(value, float)}
+
+
+RoundedTensors = Annotated[Tensors, Arrays(rounded=True)]
+"""Tensors that travel in the message's `wire_dtype`; they are float32 on both ends."""
+Metrics = Annotated[dict[str, float], _Numbers()]
+"""What a site says about its round in numbers (`METRIC_NAMES`)."""
+_CARRIERS: dict[Any, Carrier] = {
+    int: Scalar(int),
+    str: Scalar(str),
+    Tensors: Arrays(),
+    Tensors | None: Arrays(optional=True),
+    WireDtype: _WireDtypeName(),
+    RefusalKind: _RefusalWord(),
+}
+"""How a field of a plain type travels; other types name their carrier."""
+
+
+@cache
+def _carriers(message: type[Any]) -> dict[str, Carrier]:
+    """The carrier of each field: `wire_dtype` first, since others are read by it."""
+    hints = get_type_hints(message, include_extras=True)
+    found = {}
+    for field in sorted(fields(message), key=lambda field: field.name != "wire_dtype"):
+        hint = hints[field.name]
+        found[field.name] = hint.__metadata__[0] if hasattr(hint, "__metadata__") else _CARRIERS[hint]
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
-class Ask:
+class Message:
+    """What crosses. A subclass names its kind: `class SurveyAsk(Ask, kind="survey_ask")`."""
+
+    kind_name: ClassVar[str] = ""
+
+    def __init_subclass__(cls, kind: str = "", **options: Any) -> None:
+        """Note the kind under which messages of this class travel."""
+        super().__init_subclass__(**options)
+        cls.kind_name = kind
+
+    def to_record(self) -> RecordDict:
+        """As Flower records. Build a question once a round: Flower sends equal arrays once."""
+        record = RecordDict({_HEAD: ConfigRecord({"wire_version": WIRE_VERSION, "kind": self.kind_name})})
+        wire_dtype: WireDtype = getattr(self, "wire_dtype", "float32")
+        kind: Any = type(self)
+        for name, carrier in _carriers(kind).items():
+            carrier.put(record, name, getattr(self, name), wire_dtype)
+        return record
+
+    @classmethod
+    def from_record(cls, record: RecordDict, copy: bool = True) -> Self:
+        """Back from Flower records; raises `MessageError`.
+
+        Without `copy`, float32 tensors are views of the received bytes, which nothing may write.
+        """
+        source = _Source(record, cls.kind_name, copy)
+        kind: Any = cls
+        message = cls(**{name: carrier.take(source, name) for name, carrier in _carriers(kind).items()})
+        source.close()
+        message.agrees()
+        return message
+
+    def agrees(self) -> None:
+        """Raise `MessageError` where fields that came contradict each other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask(Message):
     """What every question carries: the plan, as its canonical JSON."""
 
-    plan_json: str
+    plan_json: Annotated[str, PlanText()]
 
     @property
     def plan_sha256(self) -> str:
@@ -88,360 +329,40 @@ class Ask:
         """The plan; raises `ValueError` naming the field that this version does not know or lacks."""
         return RunPlan.from_json(self.plan_json)
 
+    def sha256(self) -> str:
+        """Hash of everything that is asked, 64 hex digits: the same question, whatever way it travelled."""
+        digest = hashlib.sha256(self.kind_name.encode())
+        for field in sorted(fields(self), key=lambda field: field.name):
+            value = getattr(self, field.name)
+            said = _tensors_hash(value) if isinstance(value, dict) else repr(value)
+            digest.update(f"\0{field.name}\0{said}".encode())
+        return digest.hexdigest()
 
-@dataclass(frozen=True, kw_only=True)
-class SurveyAsk(Ask):
-    """Before round 1: tell the sums that describe your scans' appearance."""
 
-    def to_record(self) -> RecordDict:
-        """As Flower records."""
-        return RecordDict({"head": ask_head("survey_ask", self)})
-
-    @staticmethod
-    def from_record(record: RecordDict) -> "SurveyAsk":
-        """Back from Flower records; raises `MessageError`."""
-        head = Head(record, "survey_ask", ("head",))
-        return head.close(SurveyAsk(plan_json=head.plan_json()))
+def _tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    return sha256_of_tensors(tensors) if tensors else "none"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SurveyReply:
-    """A site's appearance as sums over its patients, and its size."""
+class Reply(Message):
+    """What every answer carries: under which plan, and from whom."""
 
     plan_sha256: str
     site: str
-    moments: Tensors
-    num_patients: int
-    num_scans: int
-
-    def to_record(self) -> RecordDict:
-        """As Flower records."""
-        head = new_head("survey_reply", plan_sha256=self.plan_sha256, site=self.site)
-        head["num_patients"], head["num_scans"] = self.num_patients, self.num_scans
-        return RecordDict({"head": head, "moments": array_record(self.moments)})
-
-    @staticmethod
-    def from_record(record: RecordDict) -> "SurveyReply":
-        """Back from Flower records; raises `MessageError`."""
-        head = Head(record, "survey_reply", ("head", "moments"))
-        return head.close(
-            SurveyReply(
-                plan_sha256=head.take("plan_sha256", str),
-                site=head.take("site", str),
-                num_patients=head.take("num_patients", int),
-                num_scans=head.take("num_scans", int),
-                moments=head.tensors("moments"),
-            )
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainAsk(Ask):
-    """One round: train from these shared weights, with this style bank.
-
-    `home` is the common start of what stays at the sites; it comes with round 1, or later to a site that
-    missed it, and the site keeps it. `wire_dtype` is how the shared weights travel.
-    """
-
-    round: int
-    shared: Tensors
-    bank: Tensors
-    home: Tensors | None = None
-    wire_dtype: WireDtype = "float32"
-
-    def to_record(self) -> RecordDict:
-        """As Flower records. Build it once a round: Flower sends equal arrays once."""
-        head = ask_head("train_ask", self)
-        head["round"], head["wire_dtype"] = self.round, self.wire_dtype
-        shared = array_record(self.shared, self.wire_dtype)
-        record = RecordDict({"head": head, "shared": shared, "bank": array_record(self.bank)})
-        if self.home is not None:
-            record["home"] = array_record(self.home)
-        return record
-
-    @staticmethod
-    def from_record(record: RecordDict) -> "TrainAsk":
-        """Back from Flower records; raises `MessageError`. float32 weights are views: nothing may write."""
-        head = Head(record, "train_ask", ("head", "shared", "bank"), optional=("home",))
-        wire_dtype = head.wire_dtype()
-        return head.close(
-            TrainAsk(
-                plan_json=head.plan_json(),
-                round=head.take("round", int),
-                shared=head.tensors("shared", wire_dtype, copy=False),
-                bank=head.tensors("bank"),
-                home=head.tensors("home") if "home" in record else None,
-                wire_dtype=wire_dtype,
-            )
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainReply:
-    """A site's round: `update` = examples · (weights after - weights before), a vector of sums.
-
-    `wire_dtype` is how the update travels; it is float32 on both ends. What rounding takes away is a share of
-    each value (bfloat16) or of its block's largest (mxint8), whatever `examples` is.
-    """
-
-    plan_sha256: str
-    site: str
-    round: int
-    examples: int
-    update: Tensors
-    metrics: dict[str, float] = field(default_factory=dict)
-    wire_dtype: WireDtype = "float32"
-
-    def to_record(self) -> RecordDict:
-        """As Flower records."""
-        head = new_head("train_reply", plan_sha256=self.plan_sha256, site=self.site)
-        head["round"], head["examples"], head["wire_dtype"] = self.round, self.examples, self.wire_dtype
-        return RecordDict(
-            {
-                "head": head,
-                "update": array_record(self.update, self.wire_dtype),
-                "metrics": MetricRecord(dict(checked_metrics(self.metrics))),
-            }
-        )
-
-    @staticmethod
-    def from_record(record: RecordDict, copy: bool = True) -> "TrainReply":
-        """Back from Flower records; raises `MessageError`.
-
-        Without `copy`, a float32 update is a view of the received bytes, which nothing may write.
-        """
-        head = Head(record, "train_reply", ("head", "update", "metrics"))
-        wire_dtype = head.wire_dtype()
-        metrics = record["metrics"]
-        if not isinstance(metrics, MetricRecord):
-            raise MessageError("Expected record 'metrics' to hold metrics; got another kind of record.")
-        return head.close(
-            TrainReply(
-                plan_sha256=head.take("plan_sha256", str),
-                site=head.take("site", str),
-                round=head.take("round", int),
-                examples=head.take("examples", int),
-                update=head.tensors("update", wire_dtype, copy=copy),
-                metrics=checked_metrics(metrics),
-                wire_dtype=wire_dtype,
-            )
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ErasureAsk(Ask):
-    """After the last round: tell the sums of your pooled content under these weights."""
-
-    shared: Tensors
-    bank: Tensors
-
-    def to_record(self) -> RecordDict:
-        """As Flower records."""
-        head = ask_head("erasure_ask", self)
-        return RecordDict(
-            {"head": head, "shared": array_record(self.shared), "bank": array_record(self.bank)}
-        )
-
-    @staticmethod
-    def from_record(record: RecordDict) -> "ErasureAsk":
-        """Back from Flower records; raises `MessageError`."""
-        head = Head(record, "erasure_ask", ("head", "shared", "bank"))
-        return head.close(
-            ErasureAsk(plan_json=head.plan_json(), shared=head.tensors("shared"), bank=head.tensors("bank"))
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ErasureReply:
-    """A site's sums of pooled content: count, sum, outer products."""
-
-    plan_sha256: str
-    site: str
-    moments: Tensors
-
-    def to_record(self) -> RecordDict:
-        """As Flower records."""
-        head = new_head("erasure_reply", plan_sha256=self.plan_sha256, site=self.site)
-        return RecordDict({"head": head, "moments": array_record(self.moments)})
-
-    @staticmethod
-    def from_record(record: RecordDict) -> "ErasureReply":
-        """Back from Flower records; raises `MessageError`."""
-        head = Head(record, "erasure_reply", ("head", "moments"))
-        return head.close(
-            ErasureReply(
-                plan_sha256=head.take("plan_sha256", str),
-                site=head.take("site", str),
-                moments=head.tensors("moments"),
-            )
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeAsk(Ask):
-    """After a round: tell the sums of your factors under these weights, or the hits of the fitted `probe`."""
-
-    round: int
-    shared: Tensors
-    bank: Tensors
-    probe: Tensors
-    """Empty in the first exchange; in the second the site probes that were fitted from the sums."""
-
-    def to_record(self) -> RecordDict:
-        """As Flower records."""
-        head = ask_head("probe_ask", self)
-        head["round"] = self.round
-        tensors = {"shared": self.shared, "bank": self.bank, "probe": self.probe}
-        return RecordDict({"head": head, **{name: array_record(t) for name, t in tensors.items()}})
-
-    @staticmethod
-    def from_record(record: RecordDict) -> "ProbeAsk":
-        """Back from Flower records; raises `MessageError`."""
-        head = Head(record, "probe_ask", ("head", "shared", "bank", "probe"))
-        return head.close(
-            ProbeAsk(
-                plan_json=head.plan_json(),
-                round=head.take("round", int),
-                shared=head.tensors("shared"),
-                bank=head.tensors("bank"),
-                probe=head.tensors("probe"),
-            )
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeReply:
-    """A site's sums, or its hits."""
-
-    plan_sha256: str
-    site: str
-    round: int
-    sums: Tensors
-
-    def to_record(self) -> RecordDict:
-        """As Flower records."""
-        head = new_head("probe_reply", plan_sha256=self.plan_sha256, site=self.site)
-        head["round"] = self.round
-        return RecordDict({"head": head, "sums": array_record(self.sums)})
-
-    @staticmethod
-    def from_record(record: RecordDict) -> "ProbeReply":
-        """Back from Flower records; raises `MessageError`."""
-        head = Head(record, "probe_reply", ("head", "sums"))
-        return head.close(
-            ProbeReply(
-                plan_sha256=head.take("plan_sha256", str),
-                site=head.take("site", str),
-                round=head.take("round", int),
-                sums=head.tensors("sums"),
-            )
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Refusal:
+class Refusal(Message, kind="refusal"):
     """A site's no, in one word of a closed list. `site` is empty when the site could not be opened."""
 
     kind: RefusalKind
     site: str = ""
 
-    def to_record(self) -> RecordDict:
-        """As Flower records."""
-        return RecordDict({"head": new_head("refusal", site=self.site, reason=self.kind.value)})
-
-    @staticmethod
-    def from_record(record: RecordDict) -> "Refusal":
-        """Back from Flower records; raises `MessageError`."""
-        head = Head(record, "refusal", ("head",))
-        reason = head.take("reason", str)
-        if reason not in {kind.value for kind in RefusalKind}:
-            raise MessageError(f"Expected a refusal of a known kind; got {reason[:40]!r}.")
-        return head.close(Refusal(kind=RefusalKind(reason), site=head.take("site", str)))
-
 
 def kind_of(record: RecordDict) -> str:
     """The kind of message `record` says it is ("train_reply", "refusal", ...); raises `MessageError`."""
-    head = record.get("head")
+    head = record.get(_HEAD)
     kind = head.get("kind") if isinstance(head, ConfigRecord) else None
     if not isinstance(kind, str):
         raise MessageError("Expected a record 'head' with its kind; got none.")
     return kind
-
-
-def new_head(kind: str, **values: str) -> ConfigRecord:
-    """The scalars of a message of this kind."""
-    return ConfigRecord({"wire_version": WIRE_VERSION, "kind": kind, **values})
-
-
-def ask_head(kind: str, ask: Ask) -> ConfigRecord:
-    """The scalars of a question: its kind and the plan."""
-    return new_head(kind, plan_json=ask.plan_json, plan_sha256=ask.plan_sha256)
-
-
-def checked_metrics(metrics: Mapping[str, object]) -> dict[str, float]:
-    """Finite numbers of agreed names; raises `MessageError` for others."""
-    for name, value in metrics.items():
-        if name not in METRIC_NAMES:
-            raise MessageError(f"Expected metrics of the agreed names; got {name[:40]!r}.")
-        if not isinstance(value, float) or not math.isfinite(value):
-            raise MessageError(f"Expected metric {name!r} to be a finite float; got {value!r}.")
-    return {name: value for name, value in metrics.items() if isinstance(value, float)}
-
-
-Message = TypeVar("Message")
-
-
-class Head:
-    """The scalars of one message, taken out one by one; what is left over at the end is an error."""
-
-    def __init__(
-        self, record: RecordDict, kind: str, records: tuple[str, ...], optional: tuple[str, ...] = ()
-    ) -> None:
-        head = record.get("head")
-        if not isinstance(head, ConfigRecord):
-            raise MessageError("Expected a record 'head'; got none.")
-        self._record, self._values = record, dict(head)
-        if (version := self.take("wire_version", int)) != WIRE_VERSION:
-            text = f"Expected wire version {WIRE_VERSION}; got {version}. Update the older side."
-            raise MessageError(text, RefusalKind.WRONG_VERSION)
-        if (came := self.take("kind", str)) != kind:
-            raise MessageError(f"Expected a {kind}; got {came[:40]!r}.")
-        if missing := sorted(set(records) - set(record)):
-            raise MessageError(f"Expected record {missing[0]!r} in a {kind}; it is missing.")
-        if unknown := sorted(set(record) - set(records) - set(optional)):
-            raise MessageError(f"Expected no record {unknown[0][:40]!r} in a {kind}.")
-
-    def take(self, name: str, kind: type[Scalar]) -> Scalar:
-        """A field of this type, once; raises `MessageError`."""
-        value = self._values.pop(name, None)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise MessageError(f"Expected field {name!r} to be {kind.__name__}; got {type(value).__name__}.")
-        return value
-
-    def plan_json(self) -> str:
-        """The plan's JSON, whose hash is what the message says."""
-        text, said = self.take("plan_json", str), self.take("plan_sha256", str)
-        if plan_hash(text) != said:
-            raise MessageError(f"Expected a plan of hash {said[:12]}; it hashes to {plan_hash(text)[:12]}.")
-        return text
-
-    def wire_dtype(self) -> WireDtype:
-        """How the message's values travel."""
-        said = self.take("wire_dtype", str)
-        for wire_dtype in GROWTH:
-            if said == wire_dtype:
-                return wire_dtype
-        raise MessageError(f"Expected wire_dtype {', '.join(GROWTH)}; got {said[:40]!r}.")
-
-    def tensors(self, name: str, wire_dtype: WireDtype = "float32", copy: bool = True) -> Tensors:
-        """The arrays of a record, as tensors."""
-        record = self._record[name]
-        if not isinstance(record, ArrayRecord):
-            raise MessageError(f"Expected record {name!r} to hold arrays; got another kind of record.")
-        return tensors_of(record, wire_dtype, copy)
-
-    def close(self, message: Message) -> Message:
-        """The message, unless the head holds more than was taken."""
-        if self._values:
-            raise MessageError(f"Expected no field {min(self._values)[:40]!r} in the head.")
-        return message

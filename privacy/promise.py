@@ -10,8 +10,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["survey", "round", "erasure", "probe", "probe_hits", "finetuning", "diffusion", "latents"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Promise:
@@ -22,8 +20,8 @@ class Promise:
     `bound` long, and the release hides nobody. Not covered: counts and metrics that travel beside it.
     """
 
-    kind: Kind
-    """What is released."""
+    kind: str
+    """What is released: the word under which ledger and journal know it."""
     bound: float
     """L2 norm of one contributor's share."""
     unit: Literal["site update", "patient statistics", "scan"]

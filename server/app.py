@@ -25,17 +25,19 @@ import torch
 from flwr.serverapp import Grid
 
 from federation.journal import Journal
-from federation.messages import ERASURE, SURVEY, ErasureAsk, ErasureReply, SurveyAsk, SurveyReply, Tensors
+from federation.messages import Tensors
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
 from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
 from server.checkpoints import Checkpoint, Checkpoints
 from server.exchanges.diffusion import diffusion_of, save_diffusion
+from server.exchanges.erasure import ask_erasure
+from server.exchanges.pretraining import pretraining
 from server.exchanges.probes import FederatedProbes
-from server.exchanges.queries import ask_sites
+from server.exchanges.survey import ask_survey
 from server.model import MeduetModel, SharedModel
 from server.run_folder import claim, write_metrics
-from strategies.content_share import ContentShare, pretraining
+from strategies.content_share import ContentShare
 from strategies.quorum import Roster
 
 MODEL = "model.safetensors"
@@ -155,16 +157,8 @@ class _Run:
         metrics: dict[str, Any] = {"rounds": [], "survey": {}, "erasure": {}}
         bank: Tensors = {}
         if self.model.surveyed:
-            ask = SurveyAsk(plan_json=self.plan.to_json()).to_record()
-            replies, refused = ask_sites(
-                self.grid,
-                self.roster,
-                self.plan,
-                SURVEY,
-                ask,
-                SurveyReply.from_record,
-                self.model.check_survey,
-                self.book,
+            replies, refused = ask_survey(
+                self.grid, self.roster, self.plan, self.model.check_survey, self.book
             )
             surveyed = self.model.after_survey(shared, replies)
             shared, bank = surveyed.shared, surveyed.bank
@@ -221,16 +215,8 @@ class _Run:
             return RunResult(shared, last.bank, last.metrics | kept, path)
         shared, erasure = last.shared, {}
         if self.model.erased:
-            ask = ErasureAsk(plan_json=self.plan.to_json(), shared=shared, bank=last.bank).to_record()
-            replies, refused = ask_sites(
-                self.grid,
-                self.roster,
-                self.plan,
-                ERASURE,
-                ask,
-                ErasureReply.from_record,
-                self.model.check_erasure,
-                self.book,
+            replies, refused = ask_erasure(
+                self.grid, self.roster, self.plan, shared, last.bank, self.model.check_erasure, self.book
             )
             shared, summary = self.model.after_erasure(shared, replies)
             erasure = {**summary, "refused": refused}

@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from federation.exchanges.probes import ANATOMY, content_part, fold_moments, joint_width
 from federation.messages import Tensors
 from federation.plan import RunPlan
-from federation.probing import ANATOMY, content_part, fold_moments, joint_width
 from meduet_models.probes.sums import all_but, explained_from_sums, pooled_folds
 
 LEAST_READING = 0.1

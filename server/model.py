@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 import torch
 
-from federation.erasure import erasure_moments, share_bound
-from federation.messages import ErasureReply, SurveyReply, Tensors
+from federation.exchanges.erasure import ErasureReply, erasure_moments, share_bound
+from federation.exchanges.survey import SurveyReply, smallest_cohort
+from federation.messages import Tensors
 from federation.plan import RunPlan
-from federation.survey import smallest_cohort
 from meduet_models.content_code import RenderingMoments, fit_content_code
 from meduet_models.erasure import ErasureMoments, fit_erasure
 from meduet_models.meduet import MeDUET

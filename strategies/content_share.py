@@ -24,7 +24,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from federation.messages import TRAIN, MessageError, Refusal, RefusalKind, TrainAsk, TrainReply, kind_of
+from federation.exchanges.pretraining import PRETRAINING, TrainReply
+from federation.messages import MessageError, Refusal, RefusalKind, kind_of
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
 from federation.wire import array_record
@@ -65,25 +66,6 @@ class Task:
     question: Callable[[int, bool], RecordDict]
     """The question of a round, with the start for a site that missed it or without; the strategy puts the
     record "shared" into it."""
-
-
-def pretraining(plan: RunPlan, bank: Mapping[str, Tensor], home: Mapping[str, Tensor]) -> Task:
-    """The task of the run itself; `home` is the common start of what stays at the sites."""
-    plan_json, bank, home, wire_dtype = plan.to_json(), dict(bank), dict(home), plan.release.wire_dtype
-
-    def question(round: int, start: bool) -> RecordDict:
-        begun = home if start or round == 1 else None
-        ask = TrainAsk(
-            plan_json=plan_json, round=round, shared={}, bank=bank, home=begun, wire_dtype=wire_dtype
-        )
-        return ask.to_record()
-
-    return Task(
-        message_type=TRAIN,
-        rounds=plan.training.rounds,
-        max_norm=plan.release.update_clip_norm,
-        question=question,
-    )
 
 
 class ContentShare(Strategy):
@@ -242,7 +224,7 @@ class ContentShare(Strategy):
             raise ReplyRefused(f"Expected a reply to round {round}; got one to round {reply.round}.")
         if reply.site in self.report.sites:
             raise ReplyRefused(f"Expected one reply of {reply.site!r}; got a second.")
-        draft = self._book.draft(TRAIN, reply)
+        draft = self._book.draft(PRETRAINING.route, reply)
         fold.fold(reply.site, reply.update, reply.examples)
         self._book.enter(draft)
         report = site_report(reply, bytes_down=self._bytes_down, bytes_up=size)

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from federation.exchanges.survey import smallest_cohort, survey_layout
 from federation.plan import RunPlan
-from federation.survey import smallest_cohort, survey_layout
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleMoments
 

@@ -33,9 +33,9 @@ from client.scans.names import alike
 from client.scans.scans import Reason
 from client.site import Site, SiteConfig, SiteProgress, survey_site
 from federation.bundle import running_bundle
+from federation.exchanges.survey import smallest_cohort
 from federation.keys.certificates import utc_now
 from federation.plan import RunPlan
-from federation.survey import smallest_cohort
 from federation.wire import RefusalKind
 from privacy.chain import BrokenChain
 

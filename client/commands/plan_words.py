@@ -9,12 +9,12 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from federation.erasure import content_bound, erasure_shapes, share_bound
+from federation.exchanges.erasure import content_bound, erasure_shapes, share_bound
 from federation.exchanges.finetuning import FinetunePlan
+from federation.exchanges.probes import sums_bound, sums_shapes
+from federation.exchanges.survey import smallest_cohort, survey_layout
 from federation.plan import RunPlan
-from federation.probing import sums_bound, sums_shapes
 from federation.published_plan import PublishedPlan
-from federation.survey import smallest_cohort, survey_layout
 from federation.wire import num_bytes
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import shared_keys

@@ -1,4 +1,5 @@
-"""The fifth answer of a site: a round of the federated diffusion model on its own latents.
+"""A site's answer to the federated diffusion model: a round of the federated diffusion model on its own
+latents.
 
 In the order of every answer: accept, a place in the ledger, then the first scan; what leaves passes the gate.
 AdamW's moments (and the alignment's projector, which never travels) stay at the site between rounds, one
@@ -9,12 +10,13 @@ patients.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from client.exchanges.exchange import AskRefused, Site, bank_of, before_deadline
+from client.exchanges.exchange import Answer, AskRefused, OnStep, Site, bank_of, before_deadline, no_step
+from client.exchanges.pretraining import train_mail
 from client.latents.examples import ScansWithGeometry, SiteExamples
 from client.partial_round import PartialRound, cohort_sha256
 from client.release import Gate, Released
@@ -22,14 +24,13 @@ from client.round_result import RoundResult
 from client.training.site_state import SiteState, StateFolder
 from client.training.trainee import WrongWeights
 from federation.diffusion_plan import DiffusionPlan
-from federation.exchanges.diffusion import DiffusionAsk, encoder_of, transformer_of
+from federation.exchanges.diffusion import DIFFUSION, DiffusionAsk, encoder_of, transformer_of
 from federation.plan import RunPlan
 from federation.wire import RefusalKind
 from meduet_models.diffusion.conditioner import Conditioner
 from meduet_models.diffusion.training import DiffusionTrainee
 from meduet_models.weights import sha256_of_tensors
 from privacy.clipping import clip_factor, joint_norm
-from privacy.promise import Promise
 
 _METRICS = {
     "loss": "loss.total",
@@ -47,7 +48,7 @@ def answer_diffusion(
     site: Site,
     ask: DiffusionAsk,
     plan: RunPlan,
-    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    on_step: OnStep = no_step,
 ) -> Released:
     """Train the diffusion model for a round and release examples · (weights after - before).
 
@@ -57,14 +58,12 @@ def answer_diffusion(
     on_step = before_deadline(plan.aggregation.deadline_s, on_step)
     site.accept(plan)
     diffusion = plan.diffusion
-    if diffusion is None or diffusion.policy != "federated" or not 1 <= ask.round <= diffusion.rounds:
+    if diffusion is None or ask.round not in DIFFUSION.rounds(plan):
         raise AskRefused(
             f"Expected a plan with a federated diffusion model and one of its rounds; got round {ask.round}.",
             RefusalKind.MALFORMED,
         )
-    promise = Promise(
-        kind="diffusion", bound=diffusion.update_clip_norm, unit="site update", enforcement="clip"
-    )
+    promise = DIFFUSION.promise(plan, ask)
     reservation = site.ledger.reserve(ask.plan_sha256, ask.round, promise)
 
     try:
@@ -138,7 +137,7 @@ def _train(
     diffusion: DiffusionPlan,
     ask: DiffusionAsk,
     partial: PartialRound,
-    on_step: Callable[[int, float], None],
+    on_step: OnStep,
 ) -> RoundResult:
     """The steps of a round, from wherever it is."""
     told: dict[str, list[float]] = {}
@@ -177,3 +176,6 @@ def _train(
 def _seed(plan: RunPlan, site: Site) -> int:
     """Another stream of draws at each site."""
     return plan.seed * 1_000 + plan.participants.index(site.name)
+
+
+ANSWER = Answer(DIFFUSION, answer_diffusion, train_mail)

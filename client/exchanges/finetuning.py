@@ -1,4 +1,4 @@
-"""The fourth answer of a site: a round of federated fine-tuning with its own labels.
+"""A site's answer to a fine-tuning: a round of federated fine-tuning with its own labels.
 
 In the order of every answer: accept, a place in the ledger, then the first scan; what leaves passes the gate.
 Nothing is kept between rounds, nor within one (they are short): the weights come with the question, and AdamW
@@ -6,15 +6,13 @@ starts anew, so a round that is asked twice is answered the same. Does not do: k
 anything, use held-out patients.
 """
 
-from collections.abc import Callable
-
-from client.exchanges.exchange import AskRefused, Site, before_deadline
+from client.exchanges.exchange import Answer, AskRefused, OnStep, Site, before_deadline, no_step
 from client.latents.batches import FEWEST_SCANS
 from client.latents.labelled import ScansWithLabels, labelled_scans
 from client.release import Gate, Released
 from client.training.finetuning import finetune
 from client.training.trainee import WrongWeights
-from federation.exchanges.finetuning import FinetuneAsk, FinetunePlan
+from federation.exchanges.finetuning import FINETUNING, FinetuneAsk, FinetunePlan, FinetuneReply
 from federation.plan import RunPlan
 from federation.wire import RefusalKind
 from meduet_models.downstream import (
@@ -28,14 +26,13 @@ from meduet_models.meduet import FactorNetwork
 from meduet_models.style.moments import CohortTooSmall
 from meduet_models.weights import sha256_of_tensors
 from privacy.clipping import clip_factor, joint_norm
-from privacy.promise import Promise
 
 
 def answer_finetuning(
     site: Site,
     ask: FinetuneAsk,
     plan: RunPlan,
-    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    on_step: OnStep = no_step,
 ) -> Released:
     """Fine-tune a round and release examples · (trained weights after - before).
 
@@ -49,9 +46,7 @@ def answer_finetuning(
         raise AskRefused(
             f"Expected a round from 1 to {finetuning.rounds}; got round {ask.round}.", RefusalKind.MALFORMED
         )
-    promise = Promise(
-        kind="finetuning", bound=finetuning.update_clip_norm, unit="site update", enforcement="clip"
-    )
+    promise = FINETUNING.promise(plan, ask)
     reservation = site.ledger.reserve(finetuning.sha256, ask.round, promise)
     network = network_of(plan, finetuning, ask)
 
@@ -99,6 +94,19 @@ def answer_finetuning(
     )
 
 
+def finetuning_mail(released: Released, ask: FinetuneAsk, site: str) -> FinetuneReply:
+    """The reply."""
+    return FinetuneReply(
+        plan_sha256=ask.plan_sha256,
+        finetuning_sha256=released.record["plan"],
+        site=site,
+        round=released.record["round"],
+        examples=released.counts["examples"],
+        update=dict(released.tensors),
+        metrics=dict(released.metrics),
+    )
+
+
 def network_of(
     plan: RunPlan, finetuning: FinetunePlan, ask: FinetuneAsk
 ) -> SegmentationNetwork | ClassificationNetwork:
@@ -122,3 +130,6 @@ def network_of(
         )
     network.load_state_dict({**ask.fixed, **ask.trained})
     return network
+
+
+ANSWER = Answer(FINETUNING, answer_finetuning, finetuning_mail)

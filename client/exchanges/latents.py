@@ -20,15 +20,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from client.exchanges.exchange import AskRefused, Site
+from client.exchanges.exchange import Answer, AskRefused, OnStep, Site, no_step
 from client.latents.examples import ScansWithGeometry, examples_of
 from client.release import Gate, Released
 from client.scans.cohort import ScanEntry
 from federation.exchanges.latents import (
     BOUNDED,
+    LATENTS,
     LatentsAsk,
+    LatentsReply,
+    from_tensors,
     items_per_chunk,
-    latent_bound,
     nothing,
     releases_of,
     to_tensors,
@@ -36,7 +38,6 @@ from federation.exchanges.latents import (
 )
 from federation.plan import RunPlan
 from federation.wire import RefusalKind
-from privacy.promise import Promise
 
 RAW_CONSENT = (
     "We release raw latents, from which our patients' scans can be reconstructed, to the coordinating centre."
@@ -85,7 +86,7 @@ def consent(plan: RunPlan, sentence: str) -> str:
     )
 
 
-def answer_latents(site: Site, ask: LatentsAsk, plan: RunPlan) -> Released:
+def answer_latents(site: Site, ask: LatentsAsk, plan: RunPlan, on_step: OnStep = no_step) -> Released:
     """Items `ask.first` to `ask.first + ask.count` of what this site releases in a round.
 
     Guarantee: only training scans, each bounded by itself; nothing else. Raises `AskRefused` when the plan's
@@ -102,8 +103,7 @@ def answer_latents(site: Site, ask: LatentsAsk, plan: RunPlan) -> Released:
             f"Expected 1 to {most} items from the 0th or a later one; got {ask.count} from {ask.first}.",
             RefusalKind.MALFORMED,
         )
-    promise = Promise(kind="latents", bound=latent_bound(plan), unit="scan", enforcement="each")
-    reservation = site.ledger.reserve(ask.plan_sha256, ask.round, promise)
+    reservation = site.ledger.reserve(ask.plan_sha256, ask.round, LATENTS.promise(plan, ask))
     scans = site.scans(plan)
     if not isinstance(scans, ReleasableScans):
         raise AskRefused("Expected a site that knows the geometry of its scans.", RefusalKind.INTERNAL)
@@ -125,6 +125,20 @@ def answer_latents(site: Site, ask: LatentsAsk, plan: RunPlan) -> Released:
         not_covered=frozenset(tensors) - {BOUNDED},
         items=names,
         wire_dtype=plan.release.latent_dtype,
+    )
+
+
+def latents_mail(released: Released, ask: LatentsAsk, site: str) -> LatentsReply:
+    """The reply."""
+    return LatentsReply(
+        plan_sha256=ask.plan_sha256,
+        site=site,
+        round=released.record["round"],
+        first=released.counts["first_item"],
+        total=released.counts["num_items"],
+        items=tuple(released.record["items"]),
+        examples=from_tensors(dict(released.tensors)),
+        wire_dtype=released.wire_dtype,
     )
 
 
@@ -179,3 +193,6 @@ def _note(path: Path, scans: ReleasableScans, rows: dict[str, int]) -> None:
         for name, row in rows.items():
             if name not in known:
                 writer.writerow((name, scans.patients[row], scans.entries[row].path))
+
+
+ANSWER = Answer(LATENTS, answer_latents, latents_mail)

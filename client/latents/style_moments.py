@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from federation.exchanges.survey import smallest_cohort, survey_layout
 from federation.plan import RunPlan
-from federation.survey import smallest_cohort, survey_layout
 from meduet_models.style.moments import CohortTooSmall, StyleMoments
 
 _log = logging.getLogger(__name__)

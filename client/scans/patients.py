@@ -256,12 +256,11 @@ def _end(read: str, kept: str) -> str:
 
 
 def _constant_folder(paths: list[tuple[str, ...]]) -> str:
-    for level in range(min(len(parts) for parts in paths) - 1):
-        values = {parts[level] for parts in paths}
-        (name,) = values if len(values) == 1 else ("",)
-        if name and kind_of(name) == "id" and re.search(r"\d", name):
-            return person_in(name)
-    return ""
+    """The person that the one folder of all scans is called for, if it may be: first one with a digit."""
+    levels = [{parts[level] for parts in paths} for level in range(min(map(len, paths)) - 1)]
+    ids = [name for names in levels if len(names) == 1 for name in names if kind_of(name) == "id"]
+    persons = [person for name in ids if (person := person_in(name))]
+    return next((name for name in persons if re.search(r"\d", name)), (persons or [""])[0])
 
 
 def _without_runs(named: dict[str, str]) -> tuple[dict[str, str], list[str]]:

@@ -8,57 +8,30 @@ with and on nothing it kept. What this file does not do: train (`client/exchange
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flwr.app import RecordDict
 from torch import Tensor
 
-from federation.messages import Ask, Head, ask_head
+from federation.exchanges.exchange import Exchange
+from federation.exchanges.pretraining import TrainReply
+from federation.messages import Ask, RoundedTensors, Tensors
 from federation.plan import RunPlan, WireDtype
-from federation.wire import Tensors, array_record
 from meduet_models.diffusion.conditioner import condition_sizes
 from meduet_models.diffusion.initialisation import first_transformer
 from meduet_models.diffusion.transformer import DiffusionConfig, DiffusionTransformer
 from meduet_models.meduet import FactorNetwork
 from meduet_models.sharing import encoder_keys
-
-DIFFUSION = "train.diffusion"
+from privacy.promise import Promise
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionAsk(Ask):
+class DiffusionAsk(Ask, kind="diffusion_ask"):
     """Train the diffusion model for a round from these weights, conditioned by this encoder and bank."""
 
     round: int
-    shared: Tensors
+    shared: RoundedTensors
     encoder: Tensors
     bank: Tensors
     wire_dtype: WireDtype = "float32"
     """How the diffusion model's weights travel."""
-
-    def to_record(self) -> RecordDict:
-        """As Flower records."""
-        head = ask_head("diffusion_ask", self)
-        head["round"], head["wire_dtype"] = self.round, self.wire_dtype
-        tensors = {"encoder": self.encoder, "bank": self.bank}
-        shared = array_record(self.shared, self.wire_dtype)
-        return RecordDict(
-            {"head": head, "shared": shared, **{name: array_record(t) for name, t in tensors.items()}}
-        )
-
-    @staticmethod
-    def from_record(record: RecordDict) -> "DiffusionAsk":
-        """Back from Flower records; raises `MessageError`."""
-        head = Head(record, "diffusion_ask", ("head", "shared", "encoder", "bank"))
-        wire_dtype = head.wire_dtype()
-        return head.close(
-            DiffusionAsk(
-                plan_json=head.plan_json(),
-                round=head.take("round", int),
-                shared=head.tensors("shared", wire_dtype),
-                encoder=head.tensors("encoder"),
-                bank=head.tensors("bank"),
-                wire_dtype=wire_dtype,
-            )
-        )
 
 
 def encoder_of(plan: RunPlan, tensors: Mapping[str, Tensor]) -> FactorNetwork:
@@ -100,3 +73,27 @@ def transformer_of(plan: RunPlan, encoder: FactorNetwork) -> DiffusionTransforme
         path=diffusion.training.path,
     )
     return first_transformer(config, encoder, diffusion.training, seed=plan.seed)
+
+
+def diffusion_rounds(plan: RunPlan) -> range:
+    """The rounds of a plan with a federated diffusion model."""
+    federated = plan.diffusion is not None and plan.diffusion.policy == "federated"
+    return range(1, plan.diffusion.rounds + 1) if plan.diffusion is not None and federated else range(0)
+
+
+def diffusion_promise(plan: RunPlan, ask: DiffusionAsk) -> Promise:
+    """A site's mean update is clipped at the gate. Raises `ValueError` without a diffusion model."""
+    if plan.diffusion is None:
+        raise ValueError("Expected a plan with a diffusion model; this one has diffusion=none.")
+    return Promise(
+        kind="diffusion", bound=plan.diffusion.update_clip_norm, unit="site update", enforcement="clip"
+    )
+
+
+DIFFUSION = Exchange(
+    route="train.diffusion",
+    ask=DiffusionAsk,
+    reply=TrainReply,
+    rounds=diffusion_rounds,
+    promise=diffusion_promise,
+)

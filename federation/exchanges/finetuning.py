@@ -11,13 +11,11 @@ import json
 from dataclasses import dataclass, field
 from typing import Literal
 
-from flwr.app import MetricRecord, RecordDict
-
-from federation.messages import Ask, Head, ask_head, checked_metrics, new_head
+from federation.exchanges.exchange import Exchange
+from federation.messages import Ask, Metrics, Reply
 from federation.plan import RunPlan, build
-from federation.wire import MessageError, RefusalKind, Tensors, array_record
-
-FINETUNE = "train.finetune"
+from federation.wire import MessageError, RefusalKind, Tensors
+from privacy.promise import Promise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +108,7 @@ def check_target(local: LocalFinetuning, target: str, values: tuple[str, ...]) -
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneAsk(Ask):
+class FinetuneAsk(Ask, kind="finetune_ask"):
     """One round of fine-tuning from these weights: `trained` changes and travels back, `fixed` does not."""
 
     finetuning_json: str
@@ -135,64 +133,28 @@ class FinetuneAsk(Ask):
             )
         return finetuning
 
-    def to_record(self) -> RecordDict:
-        """As Flower records."""
-        head = ask_head("finetune_ask", self)
-        head["finetuning_json"], head["round"] = self.finetuning_json, self.round
-        return RecordDict(
-            {"head": head, "trained": array_record(self.trained), "fixed": array_record(self.fixed)}
-        )
-
-    @staticmethod
-    def from_record(record: RecordDict) -> "FinetuneAsk":
-        """Back from Flower records; raises `MessageError`."""
-        head = Head(record, "finetune_ask", ("head", "trained", "fixed"))
-        return head.close(
-            FinetuneAsk(
-                plan_json=head.plan_json(),
-                finetuning_json=head.take("finetuning_json", str),
-                round=head.take("round", int),
-                trained=head.tensors("trained"),
-                fixed=head.tensors("fixed"),
-            )
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneReply:
+class FinetuneReply(Reply, kind="finetune_reply"):
     """A site's round: `update` = examples · (trained weights after - before), a vector of sums."""
 
-    plan_sha256: str
     finetuning_sha256: str
-    site: str
     round: int
     examples: int
     update: Tensors
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
 
-    def to_record(self) -> RecordDict:
-        """As Flower records."""
-        head = new_head("finetune_reply", plan_sha256=self.plan_sha256, site=self.site)
-        head["finetuning_sha256"], head["round"] = self.finetuning_sha256, self.round
-        head["examples"] = self.examples
-        metrics = MetricRecord(dict(checked_metrics(self.metrics)))
-        return RecordDict({"head": head, "update": array_record(self.update), "metrics": metrics})
 
-    @staticmethod
-    def from_record(record: RecordDict) -> "FinetuneReply":
-        """Back from Flower records; raises `MessageError`."""
-        head = Head(record, "finetune_reply", ("head", "update", "metrics"))
-        metrics = record["metrics"]
-        if not isinstance(metrics, MetricRecord):
-            raise MessageError("Expected record 'metrics' to hold metrics; got another kind of record.")
-        return head.close(
-            FinetuneReply(
-                plan_sha256=head.take("plan_sha256", str),
-                finetuning_sha256=head.take("finetuning_sha256", str),
-                site=head.take("site", str),
-                round=head.take("round", int),
-                examples=head.take("examples", int),
-                update=head.tensors("update"),
-                metrics=checked_metrics(metrics),
-            )
-        )
+def finetuning_promise(plan: RunPlan, ask: FinetuneAsk) -> Promise:
+    """A site's mean update is clipped at the gate. Raises as `FinetuneAsk.finetuning`."""
+    bound = ask.finetuning(plan).update_clip_norm
+    return Promise(kind="finetuning", bound=bound, unit="site update", enforcement="clip")
+
+
+FINETUNING = Exchange(
+    route="train.finetune",
+    ask=FinetuneAsk,
+    reply=FinetuneReply,
+    rounds=lambda plan: range(0),  # a fine-tuning is a plan of its own, and says its rounds
+    promise=finetuning_promise,
+)

@@ -11,18 +11,19 @@ Axes: b = items, c d h w = latents, l = label values.
 import math
 import re
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
-from flwr.app import RecordDict
 from torch import Tensor
 
 from federation.diffusion_plan import DiffusionPlan
-from federation.messages import Ask, Head, ask_head, new_head
+from federation.exchanges.exchange import Exchange
+from federation.messages import Arrays, Ask, Converted, Reply, Scalar
 from federation.plan import RunPlan, WireDtype
-from federation.wire import MessageError, Tensors, array_record
+from federation.wire import MessageError, Tensors
 from meduet_models.diffusion.conditions import Examples
+from privacy.promise import Promise
 
-LATENTS = "query.latents"
 BOUNDED = "latents"
 """The tensor that the release bounds; the others say what is known of a scan."""
 _CHUNK_BYTES = 32 * 2**20
@@ -30,87 +31,94 @@ _ITEM = re.compile(r"[0-9a-f]{32}")
 _WHOLE = ("site", "body_part", "category")
 
 
+def is_item(name: str) -> bool:
+    """Whether this can be the name of an item."""
+    return _ITEM.fullmatch(name) is not None
+
+
+def _names(joined: str) -> tuple[str, ...]:
+    items = tuple(joined.split())
+    if len(set(items)) < len(items) or not all(map(is_item, items)):
+        raise MessageError("Expected each item once, under a name of 32 hex digits; got another.")
+    return items
+
+
+def to_tensors(examples: Examples) -> Tensors:
+    """Examples as finite tensors: whole numbers and spacing as float64, so that they travel exactly.
+
+    An unknown spacing or label map (NaN) becomes zeros, which no known one is.
+    """
+    tensors = {
+        BOUNDED: examples.latents,
+        **{name: getattr(examples, name).double() for name in _WHOLE},
+        "spacing": torch.nan_to_num(examples.spacing.double(), nan=0.0),
+    }
+    if examples.label_map is not None:
+        tensors["label_map"] = torch.nan_to_num(examples.label_map, nan=0.0)
+    return tensors
+
+
+def from_tensors(tensors: Tensors) -> Examples:
+    """The inverse of `to_tensors`; raises `MessageError` for tensors that no examples become."""
+    maps = tensors.get("label_map")
+    told = {BOUNDED: 5, **{name: 1 for name in _WHOLE}, "spacing": 2} | (
+        {} if maps is None else {"label_map": 5}
+    )
+    if {name: tensor.ndim for name, tensor in tensors.items()} != told:
+        raise MessageError(
+            f"Expected the tensors {', '.join(told)}; got {', '.join(sorted(tensors)) or 'none'}."
+        )
+    if len({len(tensor) for tensor in tensors.values()}) > 1:
+        raise MessageError("Expected as many of each tensor as there are items.")
+    whole = {name: _whole(name, tensors[name]) for name in _WHOLE}
+    spacing = tensors["spacing"].float()
+    if maps is not None:
+        maps = _unknown(maps, (1, 2, 3, 4))
+    return Examples(latents=tensors[BOUNDED], spacing=_unknown(spacing, (1,)), label_map=maps, **whole)
+
+
+def _whole(name: str, tensor: Tensor) -> Tensor:
+    if not bool(((tensor == tensor.round()) & (tensor.abs() < 2**31)).all()):
+        raise MessageError(f"Expected {name} to be whole numbers; got others.")
+    return tensor.long()
+
+
+def _unknown(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """NaN where a sample is zero throughout."""
+    return tensor.masked_fill((tensor == 0).all(dim=axes, keepdim=True), torch.nan)
+
+
 @dataclass(frozen=True, kw_only=True)
-class LatentsAsk(Ask):
+class LatentsAsk(Ask, kind="latents_ask"):
     """Tell items `first` to `first + count` of what you release in this round."""
 
     round: int
     first: int
     count: int
 
-    def to_record(self) -> RecordDict:
-        """As Flower records."""
-        head = ask_head("latents_ask", self)
-        head["round"], head["first"], head["count"] = self.round, self.first, self.count
-        return RecordDict({"head": head})
-
-    @staticmethod
-    def from_record(record: RecordDict) -> "LatentsAsk":
-        """Back from Flower records; raises `MessageError`."""
-        head = Head(record, "latents_ask", ("head",))
-        return head.close(
-            LatentsAsk(
-                plan_json=head.plan_json(),
-                round=head.take("round", int),
-                first=head.take("first", int),
-                count=head.take("count", int),
-            )
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
-class LatentsReply:
+class LatentsReply(Reply, kind="latents_reply"):
     """A part of what a site releases in a round. Patient data under the policy `raw`."""
 
-    plan_sha256: str
-    site: str
     round: int
     first: int
     """Place of the first of `items` among what the site releases in this round."""
     total: int
     """How many items that is."""
-    items: tuple[str, ...]
+    items: Annotated[tuple[str, ...], Converted(" ".join, _names, Scalar(str))]
     """Opaque names, 32 hex digits each."""
-    examples: Examples
+    examples: Annotated[Examples, Converted(to_tensors, from_tensors, Arrays(rounded=True), "told")]
     """As many."""
     wire_dtype: WireDtype = "float32"
     """How latents and label maps travel; they are float32 on both ends."""
 
-    def to_record(self) -> RecordDict:
-        """As Flower records."""
-        head = new_head("latents_reply", plan_sha256=self.plan_sha256, site=self.site)
-        head["round"], head["first"], head["total"] = self.round, self.first, self.total
-        head["items"], head["wire_dtype"] = " ".join(self.items), self.wire_dtype
-        return RecordDict({"head": head, "told": array_record(to_tensors(self.examples), self.wire_dtype)})
-
-    @staticmethod
-    def from_record(record: RecordDict) -> "LatentsReply":
-        """Back from Flower records; raises `MessageError`."""
-        head = Head(record, "latents_reply", ("head", "told"))
-        wire_dtype = head.wire_dtype()
-        items = tuple(head.take("items", str).split())
-        if len(set(items)) < len(items) or not all(map(is_item, items)):
-            raise MessageError("Expected each item once, under a name of 32 hex digits; got another.")
-        examples = from_tensors(head.tensors("told", wire_dtype))
-        if len(examples) != len(items):
-            raise MessageError(f"Expected as many examples as items; got {len(examples)} and {len(items)}.")
-        return head.close(
-            LatentsReply(
-                plan_sha256=head.take("plan_sha256", str),
-                site=head.take("site", str),
-                round=head.take("round", int),
-                first=head.take("first", int),
-                total=head.take("total", int),
-                items=items,
-                examples=examples,
-                wire_dtype=wire_dtype,
+    def agrees(self) -> None:
+        """Raise `MessageError` unless there is an example for each item."""
+        if len(self.examples) != len(self.items):
+            raise MessageError(
+                f"Expected as many examples as items; got {len(self.examples)} and {len(self.items)}."
             )
-        )
-
-
-def is_item(name: str) -> bool:
-    """Whether this can be the name of an item."""
-    return _ITEM.fullmatch(name) is not None
 
 
 def releasing(plan: RunPlan) -> DiffusionPlan:
@@ -161,21 +169,6 @@ def items_per_chunk(plan: RunPlan) -> int:
     return max(1, _CHUNK_BYTES // (4 * sum(math.prod(shape) for shape in told_shapes(plan, 1).values())))
 
 
-def to_tensors(examples: Examples) -> Tensors:
-    """Examples as finite tensors: whole numbers and spacing as float64, so that they travel exactly.
-
-    An unknown spacing or label map (NaN) becomes zeros, which no known one is.
-    """
-    tensors = {
-        BOUNDED: examples.latents,
-        **{name: getattr(examples, name).double() for name in _WHOLE},
-        "spacing": torch.nan_to_num(examples.spacing.double(), nan=0.0),
-    }
-    if examples.label_map is not None:
-        tensors["label_map"] = torch.nan_to_num(examples.label_map, nan=0.0)
-    return tensors
-
-
 def nothing(plan: RunPlan) -> Tensors:
     """What travels when there is no item."""
     real = (BOUNDED, "label_map")
@@ -185,35 +178,26 @@ def nothing(plan: RunPlan) -> Tensors:
     }
 
 
-def from_tensors(tensors: Tensors) -> Examples:
-    """The inverse of `to_tensors`; raises `MessageError` for tensors that no examples become."""
-    maps = tensors.get("label_map")
-    told = {BOUNDED: 5, **{name: 1 for name in _WHOLE}, "spacing": 2} | (
-        {} if maps is None else {"label_map": 5}
-    )
-    if {name: tensor.ndim for name, tensor in tensors.items()} != told:
-        raise MessageError(
-            f"Expected the tensors {', '.join(told)}; got {', '.join(sorted(tensors)) or 'none'}."
-        )
-    if len({len(tensor) for tensor in tensors.values()}) > 1:
-        raise MessageError("Expected as many of each tensor as there are items.")
-    whole = {name: _whole(name, tensors[name]) for name in _WHOLE}
-    spacing = tensors["spacing"].float()
-    if maps is not None:
-        maps = _unknown(maps, (1, 2, 3, 4))
-    return Examples(latents=tensors[BOUNDED], spacing=_unknown(spacing, (1,)), label_map=maps, **whole)
-
-
-def _whole(name: str, tensor: Tensor) -> Tensor:
-    if not bool(((tensor == tensor.round()) & (tensor.abs() < 2**31)).all()):
-        raise MessageError(f"Expected {name} to be whole numbers; got others.")
-    return tensor.long()
-
-
-def _unknown(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """NaN where a sample is zero throughout."""
-    return tensor.masked_fill((tensor == 0).all(dim=axes, keepdim=True), torch.nan)
-
-
 def _grid(plan: RunPlan) -> tuple[int, int, int]:
     return plan.network.latent_grid
+
+
+def latents_rounds(plan: RunPlan) -> range:
+    """The rounds of a plan in which latents leave."""
+    if plan.diffusion is None or plan.diffusion.policy != "raw":
+        return range(0)
+    return range(plan.diffusion.begin_round, plan.training.rounds + 1)
+
+
+def latents_promise(plan: RunPlan, ask: LatentsAsk) -> Promise:
+    """Each scan's latents are bounded by themselves. Raises `ValueError` as `releasing`."""
+    return Promise(kind="latents", bound=latent_bound(plan), unit="scan", enforcement="each")
+
+
+LATENTS = Exchange(
+    route="query.latents",
+    ask=LatentsAsk,
+    reply=LatentsReply,
+    rounds=latents_rounds,
+    promise=latents_promise,
+)

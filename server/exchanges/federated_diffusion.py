@@ -80,7 +80,7 @@ def run_diffusion_rounds(
         return ask.to_record()
 
     task = Task(
-        message_type=DIFFUSION,
+        message_type=DIFFUSION.route,
         rounds=diffusion.rounds,
         max_norm=diffusion.update_clip_norm,
         question=question,

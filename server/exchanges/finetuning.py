@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from flwr.serverapp import Grid
 
-from federation.exchanges.finetuning import FINETUNE, FinetuneAsk, FinetunePlan, FinetuneReply
+from federation.exchanges.finetuning import FINETUNING, FinetuneAsk, FinetunePlan, FinetuneReply
 from federation.journal import Journal
 from federation.messages import Tensors
 from federation.plan import RunPlan
@@ -153,9 +153,7 @@ def _round(
         trained=trained,
         fixed=fixed,
     )
-    replies, refused = ask_sites(
-        grid, roster, plan, FINETUNE, ask.to_record(), FinetuneReply.from_record, fold, book
-    )
+    replies, refused = ask_sites(grid, roster, plan, FINETUNING, ask, fold, book)
     mean = total.mean()
     sites = {site: {"examples": reply.examples, **reply.metrics} for site, reply in replies.items()}
     report = {"round": round, "sites": sites, "refused": refused}

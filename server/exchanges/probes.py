@@ -21,18 +21,19 @@ import torch
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from federation.messages import PROBE, ProbeAsk, ProbeReply, Tensors
-from federation.plan import RunPlan
-from federation.probing import (
+from federation.exchanges.probes import (
     ANATOMY,
     FACTORS,
     HITS,
     NEVER,
+    PROBES,
     RECOGNISED,
     RECOGNITION,
     SWAPPED,
     SWAPPED_PATIENTS,
     UNBOUNDED,
+    ProbeAsk,
+    ProbeReply,
     content_part,
     fold_moments,
     hits_shapes,
@@ -43,8 +44,10 @@ from federation.probing import (
     sums_bound,
     sums_shapes,
 )
+from federation.exchanges.survey import smallest_cohort
+from federation.messages import Tensors
+from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
-from federation.survey import smallest_cohort
 from meduet_models.probes.sums import explained_from_sums, pooled_folds, site_probes_by_fold
 from meduet_models.probes.swap_fidelity import style_gap_closed
 from meduet_models.style.bank import StyleBank
@@ -104,9 +107,8 @@ class FederatedProbes:
             self._grid,
             self._roster,
             self._plan,
-            PROBE,
-            ask.to_record(),
-            ProbeReply.from_record,
+            PROBES,
+            ask,
             check,
             self._book,
             stops=False,

@@ -7,11 +7,11 @@ What this file does not do: it knows nothing of what is asked.
 
 import logging
 from collections.abc import Callable, Collection
-from typing import Protocol, TypeVar
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.serverapp import Grid
 
+from federation.exchanges.exchange import AskKind, Exchange, ReplyKind
 from federation.messages import MessageError, Refusal, kind_of
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
@@ -22,49 +22,33 @@ from strategies.streaming_grid import Late, StreamingGrid
 _log = logging.getLogger(__name__)
 
 
-class SiteReply(Protocol):
-    """What every reply says of itself."""
-
-    @property
-    def site(self) -> str:
-        """Who replies."""
-
-    @property
-    def plan_sha256(self) -> str:
-        """Under which plan."""
-
-
-Reply = TypeVar("Reply", bound=SiteReply)
-
-
 def ask_sites(
     grid: Grid,
     roster: Roster,
     plan: RunPlan,
-    message_type: str,
-    question: RecordDict,
-    read: Callable[[RecordDict], Reply],
-    check: Callable[[Reply], None],
+    exchange: Exchange[AskKind, ReplyKind],
+    question: AskKind,
+    check: Callable[[ReplyKind], None],
     book: ReplyBook,
     stops: bool = True,
     only: Collection[str] | None = None,
-) -> tuple[dict[str, Reply], dict[str, str]]:
+) -> tuple[dict[str, ReplyKind], dict[str, str]]:
     """Valid replies by site, in the plan's order, and who was put aside why.
 
-    `read` and `check` raise `ValueError` on a reply that is not to be used; the others are entered in `book`.
+    `check` raises `ValueError` on a reply that is not to be used; the others are entered in `book`.
     Raises `RoundFailed` below the quorum; without `stops`, the run goes on with whoever answered. With
     `only`, other sites that are known are not asked.
     """
-    settings = plan.aggregation
+    settings, record = plan.aggregation, question.to_record()
     least = needed(settings.quorum, len(roster.sites)) if stops else 1
     nodes = wait_for_nodes(grid, roster, least, settings.deadline_s)
     nodes = _of(nodes, roster, only)
     stream = StreamingGrid(grid)
-    replies: dict[str, Reply] = {}
+    replies: dict[str, ReplyKind] = {}
     refused: dict[str, str] = {}
 
     def ask(node: int) -> Message:
-        return Message(question, node, message_type, ttl=settings.deadline_s)
+        return Message(record, node, exchange.route, ttl=settings.deadline_s)
 
     for message in stream.send_and_receive(
         [ask(node) for node in nodes],
@@ -73,10 +57,10 @@ def ask_sites(
     ):
         node = stream.node_of(message)
         try:
-            reply = _read(message, node, roster, plan, read)
+            reply = _read(message, node, roster, plan, exchange)
             if reply.site in replies:
                 raise ReplyRefused(f"Expected one reply of {reply.site!r}; got a second.")
-            draft = book.draft(message_type, reply)
+            draft = book.draft(exchange.route, reply)
             check(reply)
             book.enter(draft)
             replies[reply.site] = reply
@@ -84,9 +68,9 @@ def ask_sites(
             refused[roster.name(node)] = str(error)
     refused |= {roster.name(n): f"no reply within {settings.deadline_s:g} s" for n in stream.unanswered}
     for who, why in refused.items():
-        _log.warning("%s goes on without %s: %s", message_type, who, why)
+        _log.warning("%s goes on without %s: %s", exchange.route, who, why)
     if stops:
-        check_quorum(f"{message_type!r}", len(replies), settings.quorum, len(roster.sites), refused)
+        check_quorum(f"{exchange.route!r}", len(replies), settings.quorum, len(roster.sites), refused)
     return {site: replies[site] for site in roster.sites if site in replies}, refused
 
 
@@ -101,15 +85,15 @@ def _of(nodes: list[int], roster: Roster, only: Collection[str] | None) -> list[
 
 
 def _read(
-    message: Message, node: int, roster: Roster, plan: RunPlan, read: Callable[[RecordDict], Reply]
-) -> Reply:
+    message: Message, node: int, roster: Roster, plan: RunPlan, exchange: Exchange[AskKind, ReplyKind]
+) -> ReplyKind:
     if message.has_error():
         raise ReplyRefused(f"Flower error {message.error.code}")  # its words may be the site's: not kept
     if kind_of(message.content) == "refusal":
         refusal = Refusal.from_record(message.content)
         roster.bind(node, refusal.site)
         raise ReplyRefused(f"refused: {refusal.kind.value}")
-    reply = read(message.content)
+    reply = exchange.reply.from_record(message.content)
     if problem := roster.bind(node, reply.site):
         raise ReplyRefused(problem)
     if reply.plan_sha256 != plan.sha256:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from federation.exchanges.survey import survey_layout
 from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan, VolumePlan
-from federation.survey import survey_layout
 from meduet_models.meduet import NetworkConfig
 from meduet_models.objective import LossWeights, ObjectiveConfig
 from meduet_models.style.bank import StyleBank

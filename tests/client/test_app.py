@@ -1,3 +1,4 @@
+import dataclasses
 import faulthandler
 import logging
 import threading
@@ -11,30 +12,20 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, Metadata, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from client import app as wall
 from client.app import LOG_NAME, make_client_app
+from client.app import app as deployed_app
+from client.exchanges import survey as survey_exchange
 from client.exchanges.exchange import AskRefused
 from client.release import GateRefusal
 from client.training.pretraining import NotFinite
 from client.training.site_state import StateDamaged, StateFolder, StateMissing
 from client.training.trainee import WrongWeights
 from client.watchdog import DeadlineMissed, watchdog
+from federation.exchanges.erasure import ERASURE, ErasureAsk, ErasureReply
+from federation.exchanges.pretraining import PRETRAINING, TrainAsk, TrainReply
+from federation.exchanges.survey import SURVEY, SurveyAsk, SurveyReply
 from federation.journal import Journal
-from federation.messages import (
-    ERASURE,
-    SURVEY,
-    TRAIN,
-    ErasureAsk,
-    ErasureReply,
-    MessageError,
-    Refusal,
-    RefusalKind,
-    SurveyAsk,
-    SurveyReply,
-    TrainAsk,
-    TrainReply,
-    kind_of,
-)
+from federation.messages import MessageError, Refusal, RefusalKind, kind_of
 from federation.plan import AggregationPlan, RunPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import home_keys, shared_keys
@@ -86,9 +77,9 @@ def asks(plan: RunPlan, toy_bank: Any) -> dict[str, RecordDict]:
     home = {n: named[n] for n in home_keys(model, "local", "content_share")}
     text, bank = plan.to_json(), toy_bank(plan).to_tensors()
     return {
-        SURVEY: SurveyAsk(plan_json=text).to_record(),
-        TRAIN: TrainAsk(plan_json=text, round=1, shared=shared, bank=bank, home=home).to_record(),
-        ERASURE: ErasureAsk(plan_json=text, shared=shared, bank=bank).to_record(),
+        SURVEY.route: SurveyAsk(plan_json=text).to_record(),
+        PRETRAINING.route: TrainAsk(plan_json=text, round=1, shared=shared, bank=bank, home=home).to_record(),
+        ERASURE.route: ErasureAsk(plan_json=text, shared=shared, bank=bank).to_record(),
     }
 
 
@@ -116,9 +107,9 @@ def everything(record: RecordDict) -> str:
 def test_the_three_questions_are_answered_with_what_passed_the_gate(
     app: ClientApp, asks: dict[str, RecordDict], plan: RunPlan, folder: Path
 ) -> None:
-    survey = SurveyReply.from_record(send(app, SURVEY, asks[SURVEY]))
-    train = TrainReply.from_record(send(app, TRAIN, asks[TRAIN]))
-    erasure = ErasureReply.from_record(send(app, ERASURE, asks[ERASURE]))
+    survey = SurveyReply.from_record(send(app, SURVEY.route, asks[SURVEY.route]))
+    train = TrainReply.from_record(send(app, PRETRAINING.route, asks[PRETRAINING.route]))
+    erasure = ErasureReply.from_record(send(app, ERASURE.route, asks[ERASURE.route]))
     assert {r.site for r in (survey, train, erasure)} == {"south"}
     assert {r.plan_sha256 for r in (survey, train, erasure)} == {plan.sha256}
     assert (survey.num_patients, survey.num_scans, train.round, train.examples) == (8, 8, 1, 8)
@@ -129,7 +120,7 @@ def test_the_three_questions_are_answered_with_what_passed_the_gate(
     assert lines[1]["metrics"] == train.metrics
 
 
-@pytest.mark.parametrize("kind", [SURVEY, TRAIN, ERASURE])
+@pytest.mark.parametrize("kind", [SURVEY.route, PRETRAINING.route, ERASURE.route])
 @pytest.mark.parametrize("where", ["open", "accept", "scans"])
 def test_a_patient_name_in_an_exception_does_not_reach_the_server(
     kind: str, where: str, asks: dict[str, RecordDict], folder: Path, toy_scans: Any
@@ -138,7 +129,7 @@ def test_a_patient_name_in_an_exception_does_not_reach_the_server(
         raise RuntimeError(f"cannot read {SECRET}") from OSError(SECRET)
 
     site = ToySite(folder, toy_scans(PATIENTS))
-    train = TrainAsk.from_record(asks[TRAIN])
+    train = TrainAsk.from_record(asks[PRETRAINING.route])
     StateFolder(folder / "state", train.plan_sha256).begin(train.home or {})  # as after round 1
     if where != "open":
         setattr(site, where, fail)
@@ -179,7 +170,7 @@ def test_every_error_leaves_as_one_word_of_the_closed_list(
         raise error
 
     site.accept = fail  # type: ignore[method-assign]
-    reply = send(make_client_app(lambda context: site), TRAIN, asks[TRAIN])
+    reply = send(make_client_app(lambda context: site), PRETRAINING.route, asks[PRETRAINING.route])
     assert Refusal.from_record(reply).kind is kind
     assert SECRET not in everything(reply)
 
@@ -190,28 +181,31 @@ def test_an_interrupt_passes_the_wall(error: type[BaseException], asks: dict[str
         raise error
 
     with pytest.raises(error):
-        send(make_client_app(interrupted), SURVEY, asks[SURVEY])
+        send(make_client_app(interrupted), SURVEY.route, asks[SURVEY.route])
 
 
 def test_nothing_but_what_passed_the_gate_can_be_sent(
-    app: ClientApp, asks: dict[str, RecordDict], folder: Path, monkeypatch: pytest.MonkeyPatch
+    asks: dict[str, RecordDict], folder: Path, toy_scans: Any
 ) -> None:
+    site = ToySite(folder, toy_scans(PATIENTS, 1))
+
     class Lookalike:
         def __init__(self, real: Any) -> None:
             self.promise, self.tensors, self.counts = real.promise, real.tensors, real.counts
             self.metrics, self.record, self.wire_dtype = real.metrics, real.record, real.wire_dtype
 
-    real = wall.answer_survey
+    real = survey_exchange.answer_survey
     raw = {"mean": torch.ones(3)}
     answers: list[Callable[..., Any]] = [
         lambda *a: raw,
-        lambda *a: asks[SURVEY],
+        lambda *a: asks[SURVEY.route],
         lambda *a: Lookalike(real(*a)),
         lambda *a: None,
     ]
     for answer in answers:
-        monkeypatch.setattr(wall, "answer_survey", answer)
-        assert Refusal.from_record(send(app, SURVEY, asks[SURVEY])).kind is RefusalKind.INTERNAL
+        row = dataclasses.replace(survey_exchange.ANSWER, work=answer)
+        app = make_client_app(lambda context: site, answers=[row])
+        assert Refusal.from_record(send(app, SURVEY.route, asks[SURVEY.route])).kind is RefusalKind.INTERNAL
     assert "what passed the gate" in (folder / LOG_NAME).read_text()
 
 
@@ -221,19 +215,19 @@ def test_a_question_of_another_kind_version_or_plan_is_refused_in_its_word(
     def refused(kind: str, record: RecordDict) -> RefusalKind:
         return Refusal.from_record(send(app, kind, record)).kind
 
-    assert refused(SURVEY, asks[TRAIN]) is RefusalKind.MALFORMED
-    assert refused(SURVEY, RecordDict({})) is RefusalKind.MALFORMED
+    assert refused(SURVEY.route, asks[PRETRAINING.route]) is RefusalKind.MALFORMED
+    assert refused(SURVEY.route, RecordDict({})) is RefusalKind.MALFORMED
     newer = SurveyAsk(plan_json=plan.to_json()).to_record()
     newer["head"]["wire_version"] = 99
-    assert refused(SURVEY, newer) is RefusalKind.WRONG_VERSION
+    assert refused(SURVEY.route, newer) is RefusalKind.WRONG_VERSION
     edited = SurveyAsk(plan_json=plan.to_json()).to_record()
     edited["head"]["plan_json"] = plan.to_json().replace('"seed":7', '"seed":8')
-    assert refused(SURVEY, edited) is RefusalKind.MALFORMED
+    assert refused(SURVEY.route, edited) is RefusalKind.MALFORMED
     unknown = plan.to_json().replace('"seed":7', '"seed":7,"surprise":1')
-    assert refused(SURVEY, SurveyAsk(plan_json=unknown).to_record()) is RefusalKind.PLAN_NOT_ACCEPTED
+    assert refused(SURVEY.route, SurveyAsk(plan_json=unknown).to_record()) is RefusalKind.PLAN_NOT_ACCEPTED
     spaced = plan.to_json().replace('"seed":7', '"seed": 7')
-    assert refused(SURVEY, SurveyAsk(plan_json=spaced).to_record()) is RefusalKind.MALFORMED
-    assert refused(SURVEY, SurveyAsk(plan_json="no json").to_record()) is RefusalKind.PLAN_NOT_ACCEPTED
+    assert refused(SURVEY.route, SurveyAsk(plan_json=spaced).to_record()) is RefusalKind.MALFORMED
+    assert refused(SURVEY.route, SurveyAsk(plan_json="no json").to_record()) is RefusalKind.PLAN_NOT_ACCEPTED
 
 
 def test_the_sites_log_holds_what_this_site_logged_and_not_its_neighbours(
@@ -248,7 +242,10 @@ def test_the_sites_log_holds_what_this_site_logged_and_not_its_neighbours(
 
     site.scans = scans  # type: ignore[method-assign]
     logger.warning("before")
-    assert kind_of(send(make_client_app(lambda context: site), SURVEY, asks[SURVEY])) == "survey_reply"
+    assert (
+        kind_of(send(make_client_app(lambda context: site), SURVEY.route, asks[SURVEY.route]))
+        == "survey_reply"
+    )
     logger.warning("after")
     text = (folder / LOG_NAME).read_text()
     assert "from the inside" in text and "before" not in text and "after" not in text
@@ -267,7 +264,10 @@ def test_under_the_watchdog_a_site_answers_the_same_and_logs_in_its_own_file(
     site.scans = logged  # type: ignore[method-assign]
     watched = make_client_app(lambda context: site, watch=watchdog)
     unwatched = make_client_app(lambda context: ToySite(tmp_path / "other", toy_scans(PATIENTS[:5], 1)))
-    one, other = (TrainReply.from_record(send(a, TRAIN, asks[TRAIN])) for a in (watched, unwatched))
+    one, other = (
+        TrainReply.from_record(send(a, PRETRAINING.route, asks[PRETRAINING.route]))
+        for a in (watched, unwatched)
+    )
     assert one.examples == other.examples == 5
     assert all(torch.equal(one.update[name], other.update[name]) for name in other.update)
     assert "from the answer's thread" in (tmp_path / "watched" / LOG_NAME).read_text()
@@ -276,7 +276,10 @@ def test_under_the_watchdog_a_site_answers_the_same_and_logs_in_its_own_file(
         raise CohortTooSmall(SECRET)
 
     site.scans = fail  # type: ignore[method-assign]
-    assert Refusal.from_record(send(watched, TRAIN, asks[TRAIN])).kind is RefusalKind.COHORT_TOO_SMALL
+    assert (
+        Refusal.from_record(send(watched, PRETRAINING.route, asks[PRETRAINING.route])).kind
+        is RefusalKind.COHORT_TOO_SMALL
+    )
     assert SECRET in (tmp_path / "watched" / LOG_NAME).read_text()
 
 
@@ -291,7 +294,7 @@ def test_what_passed_before_the_process_began_is_taken_off_the_deadline(
         return work()
 
     watched = make_client_app(lambda context: ToySite(folder, toy_scans(PATIENTS[:5])), watch=watch)
-    assert kind_of(send(watched, SURVEY, asks[SURVEY], ago_s)) == "survey_reply"
+    assert kind_of(send(watched, SURVEY.route, asks[SURVEY.route], ago_s)) == "survey_reply"
     assert left == [pytest.approx(taken_s, abs=10.0)]
 
 
@@ -308,7 +311,7 @@ def test_a_site_that_hangs_says_deadline_and_where_it_stood_stays_at_the_site(
     site.scans = a_share_that_is_gone  # type: ignore[method-assign]
     try:
         app = make_client_app(lambda context: site, watch=watchdog)
-        reply = send(app, SURVEY, SurveyAsk(plan_json=plan.to_json()).to_record())
+        reply = send(app, SURVEY.route, SurveyAsk(plan_json=plan.to_json()).to_record())
     finally:
         faulthandler.cancel_dump_traceback_later()
     refusal = Refusal.from_record(reply)
@@ -331,10 +334,10 @@ def test_each_step_is_reported_with_its_sites_name(
         lambda context: ToySite(folder, toy_scans(PATIENTS, 1)),
         lambda site, step, loss: steps.append((site, step)),
     )
-    send(app, TRAIN, asks[TRAIN])
+    send(app, PRETRAINING.route, asks[PRETRAINING.route])
     assert steps == [("south", 1), ("south", 2)]
 
 
 def test_a_supernode_without_a_site_config_is_refused(asks: dict[str, RecordDict]) -> None:
-    refusal = Refusal.from_record(send(wall.app, SURVEY, asks[SURVEY]))
+    refusal = Refusal.from_record(send(deployed_app, SURVEY.route, asks[SURVEY.route]))
     assert (refusal.kind, refusal.site) == (RefusalKind.INTERNAL, "")

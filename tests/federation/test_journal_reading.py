@@ -10,9 +10,9 @@ from rich.console import Console
 
 import client.cli
 import server.cli
+from federation.exchanges.pretraining import PRETRAINING, TrainReply
 from federation.journal import Journal
 from federation.journal_reading import journal_lines, read_journal
-from federation.messages import TRAIN, TrainReply
 from federation.reply_book import ReplyBook
 from meduet_models.weights import sha256_of_tensors
 from privacy.chain import BrokenChain
@@ -81,7 +81,7 @@ def test_a_reply_is_noted_with_hash_norm_and_size_as_it_travelled(tmp_path: Path
         plan_sha256="0" * 64, site="north", round=2, examples=8, update=update, wire_dtype="bfloat16"
     )
     book = ReplyBook(Journal(tmp_path / "journal.jsonl"))
-    draft = book.draft(TRAIN, reply)
+    draft = book.draft(PRETRAINING.route, reply)
     assert read_journal(tmp_path / "journal.jsonl") == []  # a draft is not an entry
     update["a"] += 1.0
     book.enter(draft)

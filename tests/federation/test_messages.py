@@ -10,21 +10,11 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from federation.messages import (
-    ErasureAsk,
-    ErasureReply,
-    MessageError,
-    ProbeAsk,
-    ProbeReply,
-    Refusal,
-    RefusalKind,
-    SurveyAsk,
-    SurveyReply,
-    TrainAsk,
-    TrainReply,
-    kind_of,
-    plan_hash,
-)
+from federation.exchanges.erasure import ErasureAsk, ErasureReply
+from federation.exchanges.pretraining import TrainAsk, TrainReply
+from federation.exchanges.probes import ProbeAsk, ProbeReply
+from federation.exchanges.survey import SurveyAsk, SurveyReply
+from federation.messages import MessageError, Refusal, RefusalKind, kind_of, plan_hash
 from federation.wire import array_record, num_bytes, rounded, tensors_of
 
 HASH = "a" * 64

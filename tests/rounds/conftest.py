@@ -15,15 +15,10 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from federation.messages import (
-    ErasureAsk,
-    ErasureReply,
-    Refusal,
-    SurveyAsk,
-    SurveyReply,
-    TrainAsk,
-    TrainReply,
-)
+from federation.exchanges.erasure import ErasureAsk, ErasureReply
+from federation.exchanges.pretraining import TrainAsk, TrainReply
+from federation.exchanges.survey import SurveyAsk, SurveyReply
+from federation.messages import Refusal
 from federation.plan import (
     AggregationPlan,
     ReleasePlan,

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from federation.messages import Refusal, RefusalKind, TrainReply
+from federation.exchanges.pretraining import TrainReply
+from federation.messages import Refusal, RefusalKind
 from server.app import run
 from simulations.engines.in_process import InProcessGrid
 from strategies.quorum import RoundFailed

@@ -12,8 +12,9 @@ from federation.reply_book import ReplyBook
 from federation.wire import array_record, tensors_of
 from meduet_models.weights import load_weights
 from server.app import run
+from server.exchanges.pretraining import pretraining
 from simulations.engines.in_process import FixedThreads, InProcessGrid
-from strategies.content_share import ContentShare, pretraining
+from strategies.content_share import ContentShare
 from strategies.quorum import Roster
 
 

@@ -4,9 +4,8 @@ from typing import Any
 import pytest
 import torch
 
-from federation.erasure import content_bound, erasure_tensors, renders
-from federation.messages import ErasureReply, SurveyReply
-from federation.survey import survey_layout
+from federation.exchanges.erasure import ErasureReply, content_bound, erasure_tensors, renders
+from federation.exchanges.survey import SurveyReply, survey_layout
 from meduet_models.content_code import RenderingMoments
 from meduet_models.erasure import ErasureMoments
 from meduet_models.meduet import MeDUET

@@ -11,11 +11,11 @@ import torch
 from flwr.app import Context
 
 from client.app import make_client_app
-from client.probing import probed_patients
+from client.exchanges.probes import probed_patients
 from client.training.site_state import StateFolder
+from federation.exchanges.probes import content_part, joint_bound, joint_width, style_part
 from federation.journal import Journal
 from federation.plan import ProbePlan, RunPlan, TrainingPlan
-from federation.probing import content_part, joint_bound, joint_width, style_part
 from meduet_models.erasure import ErasureMoments, patient_means
 from meduet_models.meduet import MeDUET
 from meduet_models.probes.sums import coordinates, explained_from_sums, linear_probe_from_sums, read_site

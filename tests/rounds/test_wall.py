@@ -14,9 +14,12 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.app import LOG_NAME, make_client_app
-from federation.exchanges.finetuning import FINETUNE, FinetunePlan, LocalFinetuning
+from federation.exchanges.erasure import ERASURE
+from federation.exchanges.finetuning import FINETUNING, FinetunePlan, LocalFinetuning
+from federation.exchanges.pretraining import PRETRAINING
+from federation.exchanges.probes import PROBES
+from federation.exchanges.survey import SURVEY
 from federation.journal import Journal
-from federation.messages import ERASURE, PROBE, SURVEY, TRAIN
 from federation.plan import ProbePlan, RunPlan, TrainingPlan
 from meduet_models.meduet import FactorNetwork
 from privacy.ledger import Ledger
@@ -149,9 +152,9 @@ def test_no_failure_of_a_site_is_told_in_its_own_words_at_any_question(
     plan: RunPlan, tmp_path: Path, caplog: pytest.LogCaptureFixture, place: str
 ) -> None:
     failures = {
-        "lyon": [(SURVEY, 1), (PROBE, 1)],
-        "turin": [(TRAIN, 2)],
-        "basel": [(PROBE, 2), (ERASURE, 1)],
+        "lyon": [(SURVEY.route, 1), (PROBES.route, 1)],
+        "turin": [(PRETRAINING.route, 2)],
+        "basel": [(PROBES.route, 2), (ERASURE.route, 1)],
     }
     sites = Sites(tmp_path, place, failures)
     result = run(InProcessGrid(sites, 4, through_wire=True), plan, tmp_path)
@@ -170,7 +173,7 @@ def test_no_failure_of_a_site_is_told_in_its_own_words_at_any_question(
             (r["sha256"], r["bytes"], r["tensors"]) for r in left
         ]
         assert {record["plan"] for record in came} == {plan.sha256}
-    rounds = [r for r in came if r["to"] == TRAIN]
+    rounds = [r for r in came if r["to"] == PRETRAINING.route]
     assert [r["round"] for r in rounds] == [1, 2] and all(r["norm"] > 0 for r in rounds)
 
 
@@ -183,10 +186,10 @@ def test_nor_when_it_is_asked_to_fine_tune(
     finetuning = FinetunePlan(
         run_sha256=plan.sha256, pretrained_sha256=pretrained_sha256(pretrained), local=local, rounds=1
     )
-    sites = Sites(tmp_path, place, {"lyon": [(FINETUNE, 1)]})
+    sites = Sites(tmp_path, place, {"lyon": [(FINETUNING.route, 1)]})
     grid = InProcessGrid(sites, 4, through_wire=True)
     run_finetuning(grid, plan, finetuning, pretrained, tmp_path / "fine")
-    assert sites.failed == {(FINETUNE, 1)}
+    assert sites.failed == {(FINETUNING.route, 1)}
     assert_nothing_crossed(sites, central(tmp_path, caplog))
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.server.test_latent_bank import a_plan, name, reply, some
 
 from meduet_models.encoded_scan import save_encoded_scan
 from server.banked_scan import named_scan
 from server.latent_bank.bank import LatentBank
+from tests.server.latent_bank.test_bank import a_plan, name, reply, some
 
 
 @pytest.fixture

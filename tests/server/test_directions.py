@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from federation.exchanges.probes import ANATOMY, anatomy_bound, joint_width
 from federation.plan import (
     AggregationPlan,
     ProbePlan,
@@ -15,7 +16,6 @@ from federation.plan import (
     TrainingPlan,
     VolumePlan,
 )
-from federation.probing import ANATOMY, anatomy_bound, joint_width
 from meduet_models.erasure import ErasureMoments
 from meduet_models.meduet import NetworkConfig
 from meduet_models.objective import ObjectiveConfig

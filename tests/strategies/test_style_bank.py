@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from federation.exchanges.survey import survey_layout
 from federation.plan import (
     AggregationPlan,
     ReleasePlan,
@@ -12,7 +13,6 @@ from federation.plan import (
     TrainingPlan,
     VolumePlan,
 )
-from federation.survey import survey_layout
 from meduet_models.meduet import NetworkConfig
 from meduet_models.objective import LossWeights, ObjectiveConfig
 from meduet_models.style.moments import CohortTooSmall, StyleMoments

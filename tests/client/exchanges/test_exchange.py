@@ -6,16 +6,19 @@ from typing import Any
 import pytest
 import torch
 
-from client.exchanges import exchange as answers
-from client.exchanges.exchange import AskRefused, answer_erasure, answer_round, answer_survey
+from client.exchanges import pretraining as answers
+from client.exchanges.erasure import answer_erasure
+from client.exchanges.exchange import AskRefused, before_deadline
+from client.exchanges.pretraining import answer_round
+from client.exchanges.survey import answer_survey
 from client.release import GateRefusal, Released
 from client.training.site_state import StateMissing
 from client.training.trainee import WrongWeights
-from federation.erasure import erasure_moments
+from federation.exchanges.erasure import ErasureAsk, erasure_moments
+from federation.exchanges.pretraining import TrainAsk
+from federation.exchanges.survey import SurveyAsk, survey_layout
 from federation.journal import Journal
-from federation.messages import ErasureAsk, SurveyAsk, TrainAsk
 from federation.plan import ReleasePlan, RunPlan, TrainingPlan
-from federation.survey import survey_layout
 from federation.wire import RefusalKind
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import home_keys, shared_keys
@@ -319,7 +322,7 @@ def test_a_round_gives_up_while_there_is_time_to_say_so(monkeypatch: pytest.Monk
     now = [50.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     seen: list[int] = []
-    on_step = answers.before_deadline(10.0, lambda step, loss: seen.append(step))
+    on_step = before_deadline(10.0, lambda step, loss: seen.append(step))
     now[0] = 59.0
     on_step(1, 0.0)
     now[0] = 59.1

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from client.latents.style_moments import body_parts, own_moments, survey
+from federation.exchanges.survey import smallest_cohort, survey_layout
 from federation.plan import (
     AggregationPlan,
     ReleasePlan,
@@ -15,7 +16,6 @@ from federation.plan import (
     TrainingPlan,
     VolumePlan,
 )
-from federation.survey import smallest_cohort, survey_layout
 from meduet_models.meduet import NetworkConfig
 from meduet_models.objective import ObjectiveConfig
 from meduet_models.style.moments import CohortTooSmall, StyleMoments

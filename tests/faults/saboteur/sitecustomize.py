@@ -58,7 +58,7 @@ def in_training(round: int, at: int) -> None:
 
 
 def answers(module: ModuleType) -> None:
-    """`client.exchanges.exchange`: a place in the middle of training."""
+    """`client.exchanges.pretraining`: a place in the middle of training."""
     inner = module.answer_round
 
     def answer_round(site: Any, ask: Any, plan: Any, on_step: Callable[[int, float], None]) -> Any:
@@ -68,15 +68,15 @@ def answers(module: ModuleType) -> None:
 
         return inner(site, ask, plan, stepped)
 
-    module.answer_round = answer_round
+    module.ANSWER = dataclasses.replace(module.ANSWER, work=answer_round)
 
 
 def app(module: ModuleType) -> None:
     """`client.app`: what leaves is not what the gate let through."""
     inner = module._mail
 
-    def mail(released: Any, *rest: Any) -> Any:
-        record = inner(released, *rest)
+    def mail(row: Any, released: Any, *rest: Any) -> Any:
+        record = inner(row, released, *rest)
         if released.promise.kind != "round":
             return record
         from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
@@ -91,7 +91,7 @@ def app(module: ModuleType) -> None:
         (FOLDER / f"done-{round}").touch()
         if step["reply"] == "replayed":
             return recorddict_from_proto(Wire.FromString((FOLDER / f"sent-{round - 1}").read_bytes()))
-        return tampered(module.TrainReply.from_record(record), step["reply"])
+        return tampered(row.exchange.reply.from_record(record), step["reply"])
 
     module._mail = mail
 
@@ -144,7 +144,10 @@ def date(module: ModuleType) -> None:
     module.now = lambda: inner() + off
 
 
-PATCHES: dict[str, Callable[[ModuleType], None]] = {"client.exchanges.exchange": answers, "client.app": app}
+PATCHES: dict[str, Callable[[ModuleType], None]] = {
+    "client.exchanges.pretraining": answers,
+    "client.app": app,
+}
 if (FOLDER / "clock").is_file():
     PATCHES["flwr.supercore.date"] = date
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from federation.exchanges.survey import survey_layout
 from federation.plan import RunPlan
-from federation.survey import survey_layout
 from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.diffusion.conditioner import condition_sizes
 from meduet_models.diffusion.conditions import Condition, Examples

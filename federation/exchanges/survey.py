@@ -1,12 +1,31 @@
-"""What a survey holds, read from the plan: the one place where site and centre take the layout of style sums
-from.
+"""The survey: before round 1 every site tells the sums that describe its scans' appearance.
 
+The one place where site and centre take the layout of style sums from.
 What this file does not do: it computes no sums (`client/latents/style_moments.py`) and judges none
 (`strategies/style_bank.py`).
 """
 
+from dataclasses import dataclass
+
+from federation.exchanges.exchange import Exchange
+from federation.messages import Ask, Reply, Tensors
 from federation.plan import RunPlan
 from meduet_models.style.moments import StyleLayout
+from privacy.promise import Promise
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurveyAsk(Ask, kind="survey_ask"):
+    """Before round 1: tell the sums that describe your scans' appearance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurveyReply(Reply, kind="survey_reply"):
+    """A site's appearance as sums over its patients, and its size."""
+
+    moments: Tensors
+    num_patients: int
+    num_scans: int
 
 
 def survey_layout(plan: RunPlan) -> StyleLayout:
@@ -30,3 +49,19 @@ def smallest_cohort(plan: RunPlan, site_minimum: int = 0) -> int:
     patient.
     """
     return max(plan.style.minimum_cohort, site_minimum, 2)
+
+
+def survey_promise(plan: RunPlan, ask: SurveyAsk) -> Promise:
+    """One patient's style sums are bounded where they are made."""
+    return Promise(
+        kind="survey", bound=plan.release.style_clip, unit="patient statistics", enforcement="check"
+    )
+
+
+SURVEY = Exchange(
+    route="query.survey",
+    ask=SurveyAsk,
+    reply=SurveyReply,
+    rounds=lambda plan: range(1),
+    promise=survey_promise,
+)

@@ -1,11 +1,11 @@
-"""Probing at a site: what its patients' content and style say, as sums that add over sites.
+"""A site's answer to the probes: what its patients' content and style say, as sums that add over sites.
 
 Patients are dealt into folds by a hash of their names, evenly; each fold holds the minimum cohort or nothing
 is told. A patient is one vector, the mean over her scans. With a style bank her scans are also seen in every
 other site's style: is she recognised among this site's own patients, and do the swapped scans look like the
 other site's?
 
-What this file does not do: it sends nothing (`client/exchanges/exchange.py`, the gate), fits no probe and
+What this file does not do: it fits no probe and
 knows no other site's patients: recognition here is top-1 within a site, not among all patients of the
 federation. Fitted probes that come back are counted under whatever weights were sent: a count of hits answers
 a question of the centre's choosing about these patients, which the minimum cohort does not blunt; hence the
@@ -25,17 +25,25 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from client.exchanges.exchange import Answer, AskRefused, OnStep, Site, bank_of, no_step
 from client.latents.batches import TrainingScans
-from federation.plan import RunPlan
-from federation.probing import (
+from client.release import Gate, Released
+from client.training.site_state import StateFolder
+from client.training.trainee import student_of
+from federation.exchanges.probes import (
     ANATOMY,
     FACTORS,
     HITS,
+    PROBES,
     RECOGNITION,
     SWAPPED,
     SWAPPED_PATIENTS,
+    UNBOUNDED,
+    ProbeAsk,
+    ProbeReply,
     anatomy_bound,
     content_part,
+    hits_shapes,
     joint_bound,
     probe_shapes,
     style_part,
@@ -43,7 +51,9 @@ from federation.probing import (
     sums_shapes,
     told_of_swaps,
 )
-from federation.survey import smallest_cohort, survey_layout
+from federation.exchanges.survey import smallest_cohort, survey_layout
+from federation.plan import RunPlan
+from federation.wire import RefusalKind
 from meduet_models.erasure import ErasureMoments, patient_means
 from meduet_models.factors import Factors
 from meduet_models.meduet import MeDUET
@@ -82,6 +92,51 @@ class Probed:
     """Fewest patients behind any sum that is told."""
 
 
+def answer_probe(site: Site, ask: ProbeAsk, plan: RunPlan, on_step: OnStep = no_step) -> Released:
+    """Sums of the factors of this site's patients after a round; asked with fitted probes, their hits.
+
+    Raises `CohortTooSmall` when a fold would hold fewer than the minimum, `AskRefused` for a plan without
+    probes, a round that is not one of its, or probes of other shapes.
+    """
+    site.accept(plan)
+    if ask.round not in PROBES.rounds(plan):
+        raise AskRefused(
+            f"Expected a plan with probes and one of its rounds; got round {ask.round}.",
+            RefusalKind.MALFORMED,
+        )
+    fitted = bool(ask.probe)
+    reservation = site.ledger.reserve(ask.plan_sha256, ask.round, PROBES.promise(plan, ask))
+    states = StateFolder(site.state_dir / "state", ask.plan_sha256)
+    student = student_of(plan, ask.shared, states.before(ask.round + 1)).to(site.device).eval()
+    bank, index = bank_of(plan, ask.bank), plan.sites.index(site.name)
+    scans = site.scans(plan)
+    probed = probed_patients(scans, plan, site.minimum_cohort)
+    if fitted:
+        try:
+            tensors = probe_hits(student, scans, probed, plan, ask.probe, index)
+        except ValueError as error:
+            raise AskRefused(str(error), RefusalKind.MALFORMED) from error
+    else:
+        tensors = probe_sums(student, scans, probed, plan, bank, index)
+    return Gate(site.ledger, site.journal).release(
+        reservation,
+        tensors,
+        hits_shapes() if fitted else sums_shapes(plan),
+        weight=float(len(probed.folds)),
+        not_covered=UNBOUNDED & set(tensors),
+    )
+
+
+def probe_mail(released: Released, ask: ProbeAsk, site: str) -> ProbeReply:
+    """The reply."""
+    return ProbeReply(
+        plan_sha256=ask.plan_sha256,
+        site=site,
+        round=released.record["round"],
+        sums=dict(released.tensors),
+    )
+
+
 def probed_patients(scans: TrainingScans, plan: RunPlan, site_minimum: int) -> Probed:
     """Whose scans are read, and their folds.
 
@@ -105,10 +160,10 @@ def probed_patients(scans: TrainingScans, plan: RunPlan, site_minimum: int) -> P
 def probe_sums(
     student: MeDUET, scans: TrainingScans, probed: Probed, plan: RunPlan, bank: StyleBank | None, site: int
 ) -> dict[str, Tensor]:
-    """The first exchange: shapes of `federation.probing.sums_shapes`.
+    """The first exchange: shapes of `federation.exchanges.probes.sums_shapes`.
 
     Guarantee: adding or removing one patient of a fold changes the tensors that are not in `UNBOUNDED` by at
-    most `federation.probing.sums_bound` in L2, while the others stay in their folds.
+    most `federation.exchanges.probes.sums_bound` in L2, while the others stay in their folds.
     """
     joint = _joint(student, scans, probed)
     told = {FACTORS: _by_fold(joint, probed, plan, joint_bound(plan))}
@@ -280,3 +335,6 @@ def _swapped(
         for latents, _ in _chunks(student, scans, probed)
     ]
     return StyleMoments.of(torch.cat(decoded), list(probed.patients), survey_layout(plan))
+
+
+ANSWER = Answer(PROBES, answer_probe, probe_mail)

@@ -6,12 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from client.exchanges.exchange import AskRefused, StateFolder, answer_probe
-from client.probing import probe_hits, probe_sums, probed_patients
-from federation.journal import Journal
-from federation.messages import ProbeAsk
-from federation.plan import ProbePlan, RunPlan
-from federation.probing import (
+from client.exchanges.exchange import AskRefused
+from client.exchanges.probes import answer_probe, probe_hits, probe_sums, probed_patients
+from client.training.site_state import StateFolder
+from federation.exchanges.probes import (
     ANATOMY,
     FACTORS,
     HITS,
@@ -19,12 +17,15 @@ from federation.probing import (
     SWAPPED,
     SWAPPED_PATIENTS,
     UNBOUNDED,
+    ProbeAsk,
     fold_moments,
     probe_shapes,
     style_moments,
     sums_bound,
     sums_shapes,
 )
+from federation.journal import Journal
+from federation.plan import ProbePlan, RunPlan
 from federation.wire import RefusalKind
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import home_keys, shared_keys
@@ -134,8 +135,8 @@ def test_patients_are_recognised_and_swaps_described_in_every_other_style(
 
 
 def test_style_sums_survive_the_vector(plan: RunPlan, scans: Any) -> None:
-    from federation.probing import style_vector
-    from federation.survey import survey_layout
+    from federation.exchanges.probes import style_vector
+    from federation.exchanges.survey import survey_layout
 
     whole = StyleMoments.of(scans.values[:, 0], PATIENTS, survey_layout(plan))
     back = style_moments(style_vector(whole), whole.sums["count"][0], plan)

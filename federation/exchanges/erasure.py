@@ -1,21 +1,42 @@
-"""Content sums on the wire, read from the plan: the one place where site and centre take their shape from.
+"""Site erasure: after the last round every site tells the sums of its patients' pooled content.
 
-What this file does not do: it computes no sums (`client/exchanges/exchange.py`) and fits nothing
+From them comes a projection that takes the site, not a patient, out of content. The one place where site and
+centre take the sums' shape and bound from.
+What this file does not do: it computes no sums (`client/exchanges/erasure.py`) and fits nothing
 (`meduet_models/erasure.py`).
 """
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from federation.exchanges.exchange import Exchange
+from federation.messages import Ask, Reply, Tensors
 from federation.plan import RunPlan
 from meduet_models.content_code import RenderingMoments
 from meduet_models.erasure import ErasureMoments, erasure_length, triangle_length
+from privacy.promise import Promise
 
 SUMS, RENDERINGS = "sums", "renderings"
 """Names of the tensors: the vectors of `ErasureMoments` and, where a style bank renders every scan in every
 site's style, of `RenderingMoments`; float64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErasureAsk(Ask, kind="erasure_ask"):
+    """After the last round: tell the sums of your pooled content under these weights."""
+
+    shared: Tensors
+    bank: Tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErasureReply(Reply, kind="erasure_reply"):
+    """A site's sums of pooled content: count, sum, outer products."""
+
+    moments: Tensors
 
 
 def renders(plan: RunPlan) -> bool:
@@ -60,3 +81,17 @@ def erasure_moments(
     width, bound = plan.network.width, content_bound(plan)
     renderings = RenderingMoments.from_vector(tensors[RENDERINGS], width, bound) if renders(plan) else None
     return ErasureMoments.from_vector(tensors[SUMS], width, bound), renderings
+
+
+def erasure_promise(plan: RunPlan, ask: ErasureAsk) -> Promise:
+    """One patient's share of the sums is bounded where they are made."""
+    return Promise(kind="erasure", bound=share_bound(plan), unit="patient statistics", enforcement="check")
+
+
+ERASURE = Exchange(
+    route="query.erasure",
+    ask=ErasureAsk,
+    reply=ErasureReply,
+    rounds=lambda plan: range(plan.training.rounds, plan.training.rounds + 1),
+    promise=erasure_promise,
+)

@@ -1,4 +1,5 @@
-"""Probe sums on the wire, read from the plan: where site and centre take shapes and bounds from.
+"""Federated probes: after a round, sums of what the factors of a site's patients say, then hits of fitted
+probes. Where site and centre take the shapes and bounds of probe sums from.
 
 First exchange, per fold of a site's patients: `factors`, the `ErasureMoments` of (content, style) of each
 patient; `anatomy`, those of (content, style, targets) of the patients of whom every target is known (zeros
@@ -6,7 +7,7 @@ where too few are); with a style bank also `swapped`, style sums of the scans sw
 style, and the counts `swapped_patients` and `recognition`. Second exchange: the fitted site probes go out,
 `hits` comes back.
 
-What this file does not do: it computes no sums (`client/probing.py`) and reads none
+What this file does not do: it computes no sums (`client/exchanges/probes.py`) and reads none
 (`server/exchanges/probes.py`).
 
 Axes: f = folds, s = the plan's sites, v = sums.
@@ -14,14 +15,18 @@ Axes: f = folds, s = the plan's sites, v = sums.
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from federation.exchanges.exchange import Exchange
+from federation.exchanges.survey import survey_layout
+from federation.messages import Ask, Reply, Tensors
 from federation.plan import RunPlan
-from federation.survey import survey_layout
 from meduet_models.erasure import ErasureMoments, erasure_length
 from meduet_models.style.moments import StyleLayout, StyleMoments
+from privacy.promise import Promise
 
 FACTORS, ANATOMY, HITS = "factors", "anatomy", "hits"
 SWAPPED, SWAPPED_PATIENTS, RECOGNITION = "swapped", "swapped_patients", "recognition"
@@ -35,6 +40,25 @@ HITS_BOUND = math.sqrt(len(_HITS))
 """L2 norm of one patient's share of `hits`: patients read as their own site's, by factor, and patients."""
 NEVER = -1e30
 """Bias of a site whose sums did not come: no patient is read as one of its."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeAsk(Ask, kind="probe_ask"):
+    """After a round: tell the sums of your factors under these weights, or the hits of the fitted `probe`."""
+
+    round: int
+    shared: Tensors
+    bank: Tensors
+    probe: Tensors
+    """Empty in the first exchange; in the second the site probes that were fitted from the sums."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeReply(Reply, kind="probe_reply"):
+    """A site's sums, or its hits."""
+
+    round: int
+    sums: Tensors
 
 
 def joint_width(plan: RunPlan) -> int:
@@ -134,3 +158,23 @@ def style_moments(vector: Tensor, count: Tensor, plan: RunPlan) -> StyleMoments:
 def _style_blocks(layout: StyleLayout) -> dict[str, tuple[int, ...]]:
     """Blocks of a part's sums, less the count and the centre."""
     return {name: shape[1:] for name, shape in layout.shapes().items() if name not in ("count", "centre")}
+
+
+def probe_promise(plan: RunPlan, ask: ProbeAsk) -> Promise:
+    """One patient's share of the sums, or of the hits, is bounded where they are made."""
+    return Promise(
+        kind="probe_hits" if ask.probe else "probe",
+        bound=HITS_BOUND if ask.probe else sums_bound(plan),
+        unit="patient statistics",
+        enforcement="check",
+    )
+
+
+def probed_rounds(plan: RunPlan) -> range:
+    """The rounds of a plan with probes."""
+    return range(1, plan.training.rounds + 1) if plan.probes.every_rounds else range(0)
+
+
+PROBES = Exchange(
+    route="query.probe", ask=ProbeAsk, reply=ProbeReply, rounds=probed_rounds, promise=probe_promise
+)

@@ -1,0 +1,79 @@
+"""A site's answer to the site erasure: sums of its patients' pooled content.
+
+Does not do: fit anything (`meduet_models/erasure.py`).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from client.exchanges.exchange import Answer, AskRefused, OnStep, Site, bank_of, no_step
+from client.latents.batches import Batches
+from client.release import Gate, Released
+from client.training.site_state import StateFolder
+from client.training.trainee import student_of
+from federation.exchanges.erasure import (
+    ERASURE,
+    ErasureAsk,
+    ErasureReply,
+    content_bound,
+    erasure_shapes,
+    erasure_tensors,
+    renders,
+)
+from federation.exchanges.survey import smallest_cohort
+from federation.plan import RunPlan
+from federation.wire import RefusalKind
+from meduet_models.content_code import RenderingMoments
+from meduet_models.erasure import ErasureMoments
+from meduet_models.style.moments import CohortTooSmall
+
+_SCANS_AT_ONCE = 16
+
+
+def answer_erasure(site: Site, ask: ErasureAsk, plan: RunPlan, on_step: OnStep = no_step) -> Released:
+    """Sums of pooled content over the training patients, under the run's last weights: in their own style,
+    and how it varies when they wear every style of the bank.
+
+    Raises `CohortTooSmall` below the minimum.
+    """
+    site.accept(plan)
+    reservation = site.ledger.reserve(ask.plan_sha256, plan.training.rounds, ERASURE.promise(plan, ask))
+    states = StateFolder(site.state_dir / "state", ask.plan_sha256)
+    student = student_of(plan, ask.shared, states.before(plan.training.rounds + 1)).to(site.device).eval()
+    width = plan.network.width
+    student.set_erasure(torch.zeros(width), torch.eye(width))  # content before any erasure, whatever came
+
+    scans = site.scans(plan)
+    rows = list(scans.indices("train"))
+    patients = [scans.patients[row] for row in rows]
+    least = smallest_cohort(plan, site.minimum_cohort)
+    if (came := len(set(patients))) < least:
+        raise CohortTooSmall(f"Expected at least {least} patients behind content sums; got {came}.")
+
+    def content(read: Callable[[list[int]], Tensor]) -> Tensor:
+        chunks = [rows[first : first + _SCANS_AT_ONCE] for first in range(0, len(rows), _SCANS_AT_ONCE)]
+        with torch.no_grad():
+            return torch.cat([student.pooled_content(read(chunk).to(site.device)).cpu() for chunk in chunks])
+
+    bound = content_bound(plan)
+    moments = ErasureMoments.of(content(scans.latents), patients, bound)
+    renderings = None
+    if renders(plan):
+        dressed = Batches(scans, plan, bank_of(plan, ask.bank))
+        worn = [content(lambda chunk, s=s: dressed.in_style(chunk, s)) for s in dressed.styles]  # type: ignore[misc]
+        if not worn:
+            raise AskRefused("Expected the run's style bank; got an empty one.", RefusalKind.MALFORMED)
+        renderings = RenderingMoments.of(torch.stack(worn), patients, bound)
+    return Gate(site.ledger, site.journal).release(
+        reservation, erasure_tensors(moments, renderings), erasure_shapes(plan), weight=float(came)
+    )
+
+
+def erasure_mail(released: Released, ask: ErasureAsk, site: str) -> ErasureReply:
+    """The reply."""
+    return ErasureReply(plan_sha256=ask.plan_sha256, site=site, moments=dict(released.tensors))
+
+
+ANSWER = Answer(ERASURE, answer_erasure, erasure_mail)

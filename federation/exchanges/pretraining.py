@@ -1,0 +1,58 @@
+"""A round of pretraining: train from these shared weights; what comes back is a vector of sums.
+
+What this file does not do: it trains nothing (`client/training/pretraining.py`), averages nothing
+(`strategies/content_share.py`).
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from federation.exchanges.exchange import Exchange
+from federation.messages import Arrays, Ask, Metrics, Reply, RoundedTensors, Tensors, WireDtype
+from federation.plan import RunPlan
+from privacy.promise import Promise
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainAsk(Ask, kind="train_ask"):
+    """One round: train from these shared weights, with this style bank.
+
+    `home` is the common start of what stays at the sites; it comes with round 1, or later to a site that
+    missed it, and the site keeps it. `wire_dtype` is how the shared weights travel; they arrive as views of
+    the received bytes, which nothing may write.
+    """
+
+    round: int
+    shared: Annotated[Tensors, Arrays(rounded=True, view=True)]
+    bank: Tensors
+    home: Tensors | None = None
+    wire_dtype: WireDtype = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainReply(Reply, kind="train_reply"):
+    """A site's round: `update` = examples · (weights after - before), a vector of sums.
+
+    `wire_dtype` is how the update travels; it is float32 on both ends. What rounding takes away is a share of
+    each value (bfloat16) or of its block's largest (mxint8), whatever `examples` is.
+    """
+
+    round: int
+    examples: int
+    update: RoundedTensors
+    metrics: Metrics = field(default_factory=dict)
+    wire_dtype: WireDtype = "float32"
+
+
+def round_promise(plan: RunPlan, ask: TrainAsk) -> Promise:
+    """A site's mean update is clipped at the gate."""
+    return Promise(kind="round", bound=plan.release.update_clip_norm, unit="site update", enforcement="clip")
+
+
+PRETRAINING = Exchange(
+    route="train.round",
+    ask=TrainAsk,
+    reply=TrainReply,
+    rounds=lambda plan: range(1, plan.training.rounds + 1),
+    promise=round_promise,
+)

@@ -1,0 +1,26 @@
+"""The site erasure: asked once, after the last round. What is made of it says `server/model.py`."""
+
+from collections.abc import Callable
+
+from flwr.serverapp import Grid
+
+from federation.exchanges.erasure import ERASURE, ErasureAsk, ErasureReply
+from federation.messages import Tensors
+from federation.plan import RunPlan
+from federation.reply_book import ReplyBook
+from server.exchanges.queries import ask_sites
+from strategies.quorum import Roster
+
+
+def ask_erasure(
+    grid: Grid,
+    roster: Roster,
+    plan: RunPlan,
+    shared: Tensors,
+    bank: Tensors,
+    check: Callable[[ErasureReply], None],
+    book: ReplyBook,
+) -> tuple[dict[str, ErasureReply], dict[str, str]]:
+    """Valid replies by site, and who was put aside why. Raises as `ask_sites`."""
+    ask = ErasureAsk(plan_json=plan.to_json(), shared=shared, bank=bank)
+    return ask_sites(grid, roster, plan, ERASURE, ask, check, book)
