@@ -7,6 +7,7 @@ Paths, devices, ceilings and credentials are the site's own (`client/site.py`) a
 import dataclasses
 import hashlib
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -340,6 +341,8 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise ValueError(f"Expected {where} to be a mapping; got {value!r}.")
+        if arguments[0] is int:  # JSON has no keys but text
+            value = {int(k) if re.fullmatch(r"-?\d+", str(k)) else k: v for k, v in value.items()}
         return {
             _value(arguments[0], k, where): _value(arguments[1], v, f"{where}.{k}") for k, v in value.items()
         }

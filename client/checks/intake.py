@@ -72,7 +72,7 @@ def by_reason(exclusions: Iterable[Exclusion]) -> str:
 
 
 def patient_lines(found: PatientMap, config: SiteConfig) -> Iterator[Line]:
-    """The guess, its rule and every doubt; once it was confirmed, the count and the rule, which name nobody."""
+    """The guess, its rule and every doubt; once it was confirmed, count and rule, which name nobody."""
     told = f"{found.guess()}. Rule: {found.rule}"
     problem = unconfirmed(config.state_dir, config.data_root, found)
     if not found.num_patients:

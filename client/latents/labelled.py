@@ -20,6 +20,9 @@ from torch import Tensor
 from client.latents.batches import TrainingScans
 from federation.exchanges.finetuning import LocalFinetuning
 
+VALUES_SHOWN = 8
+"""Values of labels that do not fit, in the error."""
+
 
 class NoLabels(ValueError):
     """There is nothing to learn from: no scan of this split has a label or a known target."""
@@ -88,9 +91,11 @@ class LabelledScans:
         if answers is None:
             raise NoLabels(f"Expected what a {local.task} predicts with the scans; got none.")
         if len(answers) and not (0 <= int(answers.min()) and int(answers.max()) < local.classes):
+            found = torch.unique(answers).tolist()
+            odd = next(value for value in found if not 0 <= value < local.classes)
             raise ValueError(
-                f"Expected classes from 0 to {local.classes - 1}; got {int(answers.min())} to "
-                f"{int(answers.max())}. Set classes to one more than the largest label."
+                f"Expected classes from 0 to {local.classes - 1}; found {_listed(found)}. Say which values "
+                f"are which classes, e.g. label_values: {{{odd}: 1}}, or set classes."
             )
         return answers
 
@@ -127,11 +132,28 @@ def labelled_scans(
     )
     return LabelledScans(
         scans.latents(known),
-        scans.labels(known) if local.task == "segmentation" else None,
+        _classes(scans.labels(known), local.label_values) if local.task == "segmentation" else None,
         None if classes is None else torch.tensor(classes),
         tuple(scans.patients[row] for row in known),
         tuple(int(scans.site_index[row]) for row in known),
     )
+
+
+def _classes(
+    labels: Int64[Tensor, "b 1 D H W"] | None, label_values: Mapping[int, int]
+) -> Int64[Tensor, "b 1 D H W"] | None:
+    """Labels as classes: each value's class, every value without one background."""
+    if labels is None or not label_values:
+        return labels
+    classes = torch.zeros_like(labels)
+    for value, label in label_values.items():
+        classes[labels == value] = label
+    return classes
+
+
+def _listed(values: Sequence[int]) -> str:
+    shown = ", ".join(map(str, values[:VALUES_SHOWN]))
+    return shown + (f", … {values[-1]}" if len(values) > VALUES_SHOWN else "")
 
 
 def join(parts: Sequence[LabelledScans]) -> LabelledScans:

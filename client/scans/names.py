@@ -42,7 +42,8 @@ _VISIT_WORDS = (
     "|treatment|surgery|op|therapy|chemo|verlauf|vorher|nachher|ausgang"
 )
 _VISIT = re.compile(
-    rf"(?:(?:{_VISIT_WORDS})[-_. ]*)+(?:\d{{0,4}}|[a-d]|i{{1,3}}|one|two|three)|[vy]\d{{0,2}}|[mw]\d{{0,3}}|d\d{{0,4}}",
+    rf"(?:(?:{_VISIT_WORDS})[-_. ]*)+(?:\d{{0,4}}|[a-d]|i{{1,3}}|one|two|three)"
+    r"|[vy]\d{0,2}|[mw]\d{0,3}|d\d{0,4}",
     re.IGNORECASE,
 )
 _NUMBERED_VISIT = re.compile(r"\d{1,3}[-_. ]?(?:months?|mo|m|weeks?|wk|w|years?|yr?|days?|d|st|nd|rd|th)"

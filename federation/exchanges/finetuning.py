@@ -26,6 +26,9 @@ class LocalFinetuning:
     """What is predicted: a class per voxel, or per scan."""
     classes: int
     """Classes, the background of a segmentation included."""
+    label_values: dict[int, int] = field(default_factory=dict)
+    """Segmentation: values of label files and the classes that they become (`{255: 1}`); every other value is
+    background. Empty: the values are the classes."""
     encoder: Literal["frozen", "finetuned"] = "finetuned"
     """Whether the encoder stays as it came."""
     steps: int = 200
@@ -45,6 +48,14 @@ class LocalFinetuning:
         """Refuse settings that cannot be meant."""
         if self.classes < 2:
             raise ValueError(f"Expected classes to be at least 2; got {self.classes}.")
+        if self.label_values and self.task != "segmentation":
+            raise ValueError("label_values has no effect with task=classification: leave it out.")
+        for value, label in self.label_values.items():
+            if not (0 <= label < self.classes and -(2**15) <= value < 2**15):
+                raise ValueError(
+                    f"Expected label_values to give classes from 0 to {self.classes - 1} to values that fit "
+                    f"int16; got {value}: {label}."
+                )
         for name in ("steps", "batch_size", "learning_rate", "gradient_clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Expected {name} above 0; got {getattr(self, name)}.")

@@ -50,6 +50,8 @@ class DownstreamRunSettings:
     """What is predicted."""
     classes: int | None
     """Classes; none: counted, from the labels or from `target_values`."""
+    label_values: dict[int, int]
+    """Segmentation: values of label files and the classes that they become; all others are background."""
     target: str
     """Classification: the covariate."""
     target_values: tuple[str, ...]
@@ -185,7 +187,7 @@ def _evaluate(asked: DownstreamRunSettings, opened: FinishedRun, live: Live) -> 
 
 def _local(asked: DownstreamRunSettings, opened: FinishedRun) -> LocalFinetuning:
     """The local loop; classes are counted where they were not given."""
-    classes = asked.classes or len(asked.target_values)
+    classes = asked.classes or len(asked.target_values) or max(asked.label_values.values(), default=-1) + 1
     if not classes:
         classes = num_classes(opened.scans.values())
         if not classes:
@@ -193,6 +195,7 @@ def _local(asked: DownstreamRunSettings, opened: FinishedRun) -> LocalFinetuning
     local = LocalFinetuning(
         task=asked.task,
         classes=classes,
+        label_values=asked.label_values,
         encoder=asked.encoder,
         steps=math.ceil(asked.steps / asked.rounds),
         batch_size=asked.batch_size,

@@ -43,7 +43,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from safetensors.torch import load_file
 from client.app import app
-from federation.messages import TrainAsk, TrainReply
+from federation.exchanges.pretraining import TrainAsk, TrainReply
 
 folder = Path(sys.argv[1])
 def part(name):
