@@ -166,8 +166,9 @@ def _data(plan: RunPlan) -> str:
     )
     spacing = " x ".join(f"{mm:g}" for mm in volumes.spacing_mm)
     shape = " x ".join(map(str, volumes.shape))
+    modalities = " and ".join(volumes.modalities or (volumes.modality,))
     return (
-        f"Your scans of modality {' and '.join(volumes.modalities or (volumes.modality,))} under data_root, of the patients that your site "
+        f"Your scans of modality {modalities} under data_root, of the patients that your site "
         f"assigned to training; {window}, {spacing} mm, the central {shape} voxels."
     )
 

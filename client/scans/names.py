@@ -49,12 +49,14 @@ _VISIT = re.compile(
 _NUMBERED_VISIT = re.compile(r"\d{1,3}[-_. ]?(?:months?|mo|m|weeks?|wk|w|years?|yr?|days?|d|st|nd|rd|th)"
                              r"[-_. ]?(?:followup|fu|visit|scan)?", re.IGNORECASE)  # fmt: skip
 _GLUED_VISIT = re.compile(
-    r"(?<=[0-9])[-_.]?(?:ses(?:sion)?[-_]?\d+|visit[-_]?\d*|baseline|follow-?up\d*|(?:bl|fu|tp|v|pre|post)\d{0,2}"
-    r"|[pP]re|[pP]ost|re-?test|re-?scan)$",
-    re.IGNORECASE,
+    r"(?i:(?<=[0-9])[-_.]?(?:ses(?:sion)?[-_]?\d+|visit[-_]?\d*|baseline|follow-?up\d*|re-?test|re-?scan"
+    r"|(?:bl|fu|tp|v|pre|post)\d{0,2}))$"
+    r"|(?<=[a-z])(?:BL|FU\d*|TP\d+|V\d+|Ses\d+|Visit\d*|Baseline|Follow[uU]p\d*|Pre|Post)$"
 )
 """A visit without a separator: `sub-9709Ses2`, `P001v2`, `P001BL`."""
 
+_HYPHEN_VISIT = re.compile(r"-(?:ses|session|visit)-?[A-Za-z0-9]+(?![A-Za-z0-9])", re.IGNORECASE)
+"""A visit within words joined by hyphens: `P001-ses-02-T1`."""
 _CONTRASTS: dict[str, str] = {
     "t1": "t1 t1w t1n t1wi t1pre mprage mp2rage fspgr irspgr ir-fspgr spgr bravo tfl3d 3dt1",
     "t1ce": "t1ce t1c t1gd t1post t1wce t1cw t1km t1contrast t1+c t1wgd t1-ce t1-gd t1-post",
@@ -212,24 +214,33 @@ def shape_of(name: str) -> str:
     return re.sub(r"0+", "0", re.sub(r"a+", "a", re.sub(r"[^\W\d_]", "a", re.sub(r"\d", "0", name))))
 
 
+@lru_cache(maxsize=200_000)
 def subject_of(part: str) -> str:
     """The BIDS subject that a name begins with (`sub-HUB-001`), its visit cut off; or ""."""
     match = re.match(r"sub-[^_]+", part)
     if match is None:
         return ""
     stem = re.sub(r"\.nii(\.gz)?$", "", match[0], flags=re.IGNORECASE)
-    return _GLUED_VISIT.sub("", re.sub(r"-(?:ses|session|visit)-?\w+$", "", stem, flags=re.IGNORECASE))
+    stem = _GLUED_VISIT.sub("", _HYPHEN_VISIT.sub("", stem))
+    pieces = _DATE.sub("", stem).split("-")
+    while len(pieces) > 2 and (not pieces[-1] or _is_idle(pieces[-1])):
+        pieces.pop()
+    return "-".join(pieces) if pieces[1:] and pieces[1] else ""
 
 
+@lru_cache(maxsize=200_000)
 def person_in(name: str, short_dates: bool = False) -> str:
     """What is left of a name (extension left out) when dates, visits, contrasts and descriptors go.
 
-    "" when nothing is. `short_dates`: whether six digits are a date here.
+    "" when nothing is. `short_dates`: whether six digits are a date here, where they do not come first.
     """
-    text = _DATE.sub("", name)
+    text = _HYPHEN_VISIT.sub("", _DATE.sub("", name))
     tokens = list(_TOKEN.finditer(text))
     words = [match[0] for match in tokens]
-    kept = [not (_ENTITY.fullmatch(word) or (short_dates and _SHORT_DATE.fullmatch(word))) for word in words]
+    kept = [
+        not (_ENTITY.fullmatch(word) or (short_dates and place and _SHORT_DATE.fullmatch(word)))
+        for place, word in enumerate(words)
+    ]
     kept = [keep and bool(word.strip("-")) for keep, word in zip(kept, words, strict=True)]
     _strip(words, kept, range(len(words) - 1, -1, -1))
     _strip(words, kept, range(len(words)), leading=True)
@@ -273,6 +284,7 @@ def visit_in(name: str, short_dates: bool = False) -> str:
     if kind_of(name) in ("date", "visit"):
         return name
     told = [match[0] for match in _DATE.finditer(name)]
+    told += [match[0].strip("-") for match in _HYPHEN_VISIT.finditer(name)]
     for word in _TOKEN.findall(_DATE.sub("", name)):
         if word.startswith(("ses-", "visit-")) or (short_dates and _SHORT_DATE.fullmatch(word)):
             told.append(word)

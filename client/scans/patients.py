@@ -134,8 +134,19 @@ def patients_by_path(paths: Sequence[PurePath]) -> Reading:
     clean = [tuple(readable(part) for part in path.parts) for path in paths]
     if all(any(map(subject_of, parts)) for parts in clean):
         return _by_subject(clean)
-    level = _level(clean)
-    return _by_name(clean) if level is None else _by_folder(clean, level)
+    levels = _levels(clean)
+    if not levels:
+        return _by_name(clean)
+    if _six_digits(clean, levels[0]) and not all(parts[levels[0]] in parts[-1] for parts in clean):
+        others = [level for level in levels[1:] if not _six_digits(clean, level)]
+        named = {whose.patient for whose in _by_name(clean).whose}
+        if others or (len(named) > 1 and "" not in named):
+            told = examples(parts[levels[0]] for parts in clean)
+            doubt = f"Are these dates or ids? {told}. Set patient_pattern."
+            return Reading(
+                "nothing says whose they are", [Whose("", _visit(parts)) for parts in clean], [doubt]
+            )
+    return _by_folder(clean, levels[0])
 
 
 def doubts_of(whose: Mapping[str, str]) -> list[str]:
@@ -171,13 +182,21 @@ def _by_subject(paths: list[tuple[str, ...]]) -> Reading:
     return Reading("a patient is the sub-… of the path (BIDS)", whose, doubts + _endings(names))
 
 
-def _level(paths: list[tuple[str, ...]]) -> int | None:
-    """The topmost level of folders with several values of which some may be persons."""
+def _levels(paths: list[tuple[str, ...]]) -> list[int]:
+    """Levels of folders, topmost first, with several values of which some may be persons."""
+    found = []
     for level in range(max(len(parts) for parts in paths) - 1):
         values = {parts[level] for parts in paths if len(parts) > level + 1}
-        if len(values) > 1 and _persons(values):
-            return level
-    return None
+        persons = _persons(values)
+        if len(values) > 1 and persons and not (found and all(map(_SERIES.fullmatch, persons))):
+            found.append(level)
+    return found
+
+
+def _six_digits(paths: list[tuple[str, ...]], level: int) -> bool:
+    """Whether the folders of a level are all named by six digits that may be a date."""
+    values = {parts[level] for parts in paths if len(parts) > level + 1}
+    return all(re.fullmatch(r"\d{6}", value) for value in values) and all_short_dates(values)
 
 
 def _persons(names: set[str]) -> set[str]:
@@ -190,7 +209,8 @@ def _persons(names: set[str]) -> set[str]:
 
 def _by_folder(paths: list[tuple[str, ...]], level: int) -> Reading:
     values = {parts[level] for parts in paths if len(parts) > level + 1}
-    short, persons = all_short_dates(values), _persons(values)
+    persons = _persons(values)
+    short = all_short_dates(values) and all(person_in(value, True) for value in persons)
     read = {v: (person_in(v, short) if kind_of(v) == "id" else v) if v in persons else "" for v in values}
     named, doubts = _without_runs(read)
     if loose := [parts for parts in paths if len(parts) <= level + 1 or _holds_many(parts[level], persons)]:
@@ -231,7 +251,8 @@ def _mixed(paths: list[tuple[str, ...]], level: int, loose: list[tuple[str, ...]
 
 def _by_name(paths: list[tuple[str, ...]]) -> Reading:
     stems = {parts[-1] for parts in paths}
-    short, channels = all_short_dates(stems), channels_of(stems)
+    channels = channels_of(stems)
+    short = all_short_dates(stems) and all(person_in(channels.get(s, (s,))[0], True) for s in stems)
     read = {stem: person_in(channels.get(stem, (stem,))[0], short) for stem in stems}
     named, doubts = _without_runs(read)
     if not any(named.values()) or (len(stems) == 1 and len(paths) > 1):
@@ -290,17 +311,20 @@ def _runs(names: set[str], most_digits: int) -> dict[str, str]:
 
 
 def _endings(names: Iterable[str]) -> list[str]:
-    """Ids that share a beginning with a digit and differ behind it, where several do: P1_a and P1_b."""
-    by_start: dict[str, set[str]] = defaultdict(set)
-    for name in set(names):
-        start = re.sub(r"[-. ]", "_", name).rpartition("_")[0]
-        if re.search(r"\d", start):
-            by_start[start].add(name)
-    several = [sorted(group) for group in by_start.values() if len(group) > 1]
-    if not several or len(by_start) < 2:
-        return []
-    pair = " and ".join(map(shown, min(several)[:2]))
-    return [f"{len(several)} groups of names differ only at the end ({pair}): one patient each, or several?"]
+    """Ids of several beginnings that differ only behind it: P1_a, P1_b and P2_a. Where all begin alike
+    (CASE_001, CASE_002), the end is the id."""
+    words = {name: re.split(r"[-_. ]", name) for name in set(names)}
+    for depth in range(1, max(map(len, words.values()), default=0)):
+        by_start: dict[tuple[str, ...], list[str]] = defaultdict(list)
+        for name, own in words.items():
+            by_start[tuple(own[:depth])].append(name)
+        several = [sorted(group) for group in by_start.values() if len(group) > 1]
+        if several and len(by_start) > 1:
+            pair = " and ".join(map(shown, min(several)[:2]))
+            return [
+                f"{len(several)} groups of names differ only at the end ({pair}): one patient, or several?"
+            ]
+    return []
 
 
 def _under(above: Sequence[Sequence[str]], names: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -327,7 +351,7 @@ def _nested(paths: list[tuple[str, ...]], level: int, named: Mapping[str, str]) 
         if len(parts) > level + 1:
             own = named[parts[level]]
             below = [part for part in parts[level + 1 : -1] if kind_of(part) in _NESTED]
-            below += [parts[-1]] if own and own not in parts[-1] and re.search(r"\d", parts[-1]) else []
+            below += [parts[-1]] if own and not _names(parts[-1], own) else []
             if persons := [name for part in below if (name := _person_below(part))]:
                 children[parts[level]].add(persons[0])
     several = [(parent, sorted(names)) for parent, names in children.items() if len(names) > 1]
@@ -338,6 +362,11 @@ def _nested(paths: list[tuple[str, ...]], level: int, named: Mapping[str, str]) 
         f"Below {shown(parent)} lie {examples(names)}: studies of one patient, or patients? They are taken "
         "for studies; if they are patients, set patient_pattern."
     ]
+
+
+def _names(text: str, own: str) -> bool:
+    """Whether a whole name stands within a longer one."""
+    return re.search(rf"(?<![A-Za-z0-9]){re.escape(own)}(?![A-Za-z0-9])", text) is not None
 
 
 def _person_below(part: str) -> str:
