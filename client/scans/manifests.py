@@ -43,19 +43,23 @@ class _Folder:
         self.by_folder: dict[Path, list[Path]] = defaultdict(list)
         for path in files.kinds:
             self.by_folder[path.parent].append(path)
+        known = (*files.kinds, *self.by_folder, *self.excluded)
+        self._known = {os.path.normpath(path): path for path in known}
         self._real = Path(os.path.realpath(files.root))
 
     def place(self, cell: str) -> Path:
         """The path that a cell names: as walked where it leads below the root, else as written."""
         for written in dict.fromkeys((cell, cell.replace("\\", "/"))):
-            path = Path(os.path.normpath(self.files.root / written))
-            if path in self.files.kinds or path in self.by_folder or path in self.excluded:
-                return path
-            if (self.files.root / written).exists():  # by another way, or outside
-                real = Path(os.path.realpath(self.files.root / written))
+            there = written if written.startswith("/") else f"{self.files.root}/{written}"
+            if (known := self._known.get(os.path.normpath(there))) is not None:
+                return known
+            if (path := Path(there)).exists():  # by another way, or outside
+                real = Path(os.path.realpath(path))
                 inside = real.is_relative_to(self._real)
-                return self.files.root / real.relative_to(self._real) if inside else path
-        return path
+                return (
+                    self.files.root / real.relative_to(self._real) if inside else Path(os.path.normpath(path))
+                )
+        return Path(os.path.normpath(there))
 
     def members(self, named: Path) -> tuple[Path, ...]:
         """The file, or all files right in the folder, that a row names; none where there is nothing."""
@@ -119,7 +123,10 @@ def survey_manifest(manifest: Path, files: Files, rules: LayoutRules) -> Found:
 
 
 def _below(path: Path, root: Path) -> PurePath:
-    return path.relative_to(root) if path.is_relative_to(root) else path
+    text, start = str(path), f"{root}/"
+    return (
+        PurePath(text[len(start) :]) if text.startswith(start) else path
+    )  # relative_to takes ten times that
 
 
 def _rows(table: Table, folder: _Folder, rules: LayoutRules) -> tuple[list[_Row], str, list[str]]:

@@ -198,6 +198,10 @@ def _is_visit(name: str) -> bool:
     return bool(_VISIT.fullmatch(name) or _NUMBERED_VISIT.fullmatch(name))
 
 
+def _after_an_id(words: list[str]) -> bool:
+    return any(not _is_idle(word) and not _CONTAINER.fullmatch(word) for word in words)
+
+
 def _is_idle(word: str) -> bool:
     """Whether a word at the end of a name is none of the id."""
     return _is_visit(word) or bool(contrast_of(word)) or bool(_DESCRIPTOR.fullmatch(word))
@@ -238,7 +242,10 @@ def person_in(name: str, short_dates: bool = False) -> str:
     tokens = list(_TOKEN.finditer(text))
     words = [match[0] for match in tokens]
     kept = [
-        not (_ENTITY.fullmatch(word) or (short_dates and place and _SHORT_DATE.fullmatch(word)))
+        not (
+            _ENTITY.fullmatch(word)
+            or (short_dates and _after_an_id(words[:place]) and _SHORT_DATE.fullmatch(word))
+        )
         for place, word in enumerate(words)
     ]
     kept = [keep and bool(word.strip("-")) for keep, word in zip(kept, words, strict=True)]
