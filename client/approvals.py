@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from datetime import time
 from pathlib import Path
 
-from federation.keys.key_files import write_file
+from federation.keys.key_files import read_text, write_file
 from federation.published_plan import PublishedPlan
+from forms.ranges import shown
 from privacy.chain import Chain
 
 SHORTEST = 12
@@ -35,12 +36,16 @@ class Approvals(Chain):
     def kept(self) -> Iterator[PublishedPlan]:
         """The plans that were looked at, by hash."""
         for path in sorted(self._plans.glob("*.plan.json")):
-            yield PublishedPlan.from_json(path.read_text(encoding="utf-8"))
+            text = read_text(path, "a plan that was shown")
+            try:
+                yield PublishedPlan.from_json(text)
+            except ValueError as error:
+                raise ValueError(f"Expected {path} to be a plan that was shown; {error}") from None
 
     def find(self, sha256: str) -> PublishedPlan:
         """The kept plan of a hash, or of its first digits; raises `ValueError`."""
         if not re.fullmatch(rf"[0-9a-f]{{{SHORTEST},64}}", sha256):
-            raise ValueError(f"Expected a plan's hash, {SHORTEST} to 64 hex digits; got {sha256[:80]!r}.")
+            raise ValueError(f"Expected a plan's hash, {SHORTEST} to 64 hex digits; got {shown(sha256)}.")
         found = [one for one in self.kept() if one.sha256.startswith(sha256)]
         if len(found) != 1:
             raise ValueError(

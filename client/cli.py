@@ -8,14 +8,15 @@ commands: --help is immediate.
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from client.commands import harmonisation as harmonisation_commands
 from client.commands import journal as journal_commands
@@ -23,12 +24,7 @@ from client.commands import key as key_commands
 from client.commands import plan as plan_commands
 from client.commands import service as service_commands
 from federation.loopback import spare_loopback
-from federation.terminal import tolerate_any_terminal
-
-if TYPE_CHECKING:
-    from client.site import SiteConfig
-
-DONE, FAILED, NOT_POSSIBLE, INTERRUPTED = 0, 1, 2, 130
+from federation.terminal import DONE, FAILED, VisibleFormatter, cell, ended, failing, say, terminal
 
 _ABOUT = """\
 One hospital's side of FedMeDUET. Only `start` connects to the centre: scans are read where they lie, and
@@ -64,24 +60,18 @@ exit status: 0 every check is ok or look; 1 a check failed; 2 wrong usage, setti
 
 def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
     """Run one command; returns the exit status (see `meduet-site --help`)."""
-    tolerate_any_terminal()
+    console = console or terminal()
     spare_loopback()
     chosen = _parser().parse_args(arguments)
-    console = console or Console(soft_wrap=True)
-    logging.basicConfig(
-        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
+    handler = RichHandler(console=console, show_path=False)
+    handler.setFormatter(VisibleFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    return ended(
+        lambda: chosen.run(chosen, console),
+        console,
+        interrupted="Interrupted. What was encoded is kept; the same command goes on from there.",
+        advice="What was encoded is kept. Put this right and run the same command again.",
     )
-    run: Callable[[argparse.Namespace, Console], int] = chosen.run
-    try:
-        return run(chosen, console)
-    except KeyboardInterrupt:
-        _say(console, "Interrupted. What was encoded is kept; the same command goes on from there.")
-        return INTERRUPTED
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        _say(console, f"{error.strerror or error}{where}. What was encoded is kept.")
-        _say(console, "Put this right and run the same command again.")
-        return FAILED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -138,65 +128,42 @@ def _prepare(chosen: argparse.Namespace, console: Console) -> int:
     from client.exchanges.exchange import AskRefused
     from client.site import Site, load_plan, load_site_config
 
-    try:
-        config, plan = load_site_config(chosen.config), load_plan(chosen.plan)
-    except ValueError as error:
-        _say(console, str(error))
-        return NOT_POSSIBLE
-    try:
+    config, plan = load_site_config(chosen.config), load_plan(chosen.plan)
+    with failing(ValueError, but=(AskRefused,)):
         site = Site(config)
         with _Bars(console) as bars:
             scans = site.prepared(plan, bars)
-    except AskRefused as error:
-        _say(console, str(error))
-        return NOT_POSSIBLE
-    except ValueError as error:
-        _say(console, str(error))
-        return FAILED
     _summary(console, scans.cohort.summary(), bars.begun.get("encoding", 0))
     if chosen.prune:
-        _say(console, f"Removed {site.cache(plan.volumes).prune(scans)} files that this plan does not use.")
-    _say(console, f"Ready. Tables and cache are in {site.state_dir}; they hold patient data and stay there.")
+        say(console, f"Removed {site.cache(plan.volumes).prune(scans)} files that this plan does not use.")
+    say(console, f"Ready. Tables and cache are in {site.state_dir}; they hold patient data and stay there.")
     return DONE
 
 
 def _check(chosen: argparse.Namespace, console: Console) -> int:
     from client.checks.site import run_checks
-    from client.site import load_plan, load_site_config
+    from client.site import confirm_patients, load_plan, load_site_config
 
-    try:
-        config = load_site_config(chosen.config)
-        plan = load_plan(chosen.plan) if chosen.plan else None
-    except ValueError as error:
-        _say(console, str(error))
-        return NOT_POSSIBLE
+    config = load_site_config(chosen.config)
+    plan = load_plan(chosen.plan) if chosen.plan else None
     colours = {"ok": "green", "look": "yellow", "failed": "red"}
     counts = dict.fromkeys(colours, 0)
     with _Bars(console) as bars:
         for check in run_checks(config, plan, bars):
             counts[check.verdict] += 1
-            console.print(f"[{colours[check.verdict]}]{check.verdict:>6}[/]  [bold]{check.what}[/]: ", end="")
-            _say(console, check.found)
+            verdict = Text(f"{check.verdict:>6}", style=colours[check.verdict])
+            console.print(verdict, Text(f" {check.what}", style="bold"), end=": ")
+            say(console, check.found)
             if check.advice:
-                _say(console, f"        {check.advice}")
-    _say(console, f"{counts['ok']} ok, {counts['look']} to look at, {counts['failed']} failed.")
+                say(console, f"        {check.advice}")
+    say(console, f"{counts['ok']} ok, {counts['look']} to look at, {counts['failed']} failed.")
     if plan is None:
-        _say(console, "Scans were not read: give --plan plan.json to look at them, too.")
-    if chosen.confirm_patients and not _confirm(config, console):
-        return FAILED
+        say(console, "Scans were not read: give --plan plan.json to look at them, too.")
+    if chosen.confirm_patients:
+        with failing(ValueError):
+            found = confirm_patients(config)
+        say(console, f"Confirmed: {found.guess()}. patients_confirmed: {found.sha256}")
     return FAILED if counts["failed"] else DONE
-
-
-def _confirm(config: "SiteConfig", console: Console) -> bool:
-    from client.site import confirm_patients
-
-    try:
-        found = confirm_patients(config)
-    except ValueError as error:
-        _say(console, f"Not confirmed: {error}")
-        return False
-    _say(console, f"Confirmed: {found.guess()}. patients_confirmed: {found.sha256}")
-    return True
 
 
 def _summary(console: Console, counts: Mapping[str, Any], num_cached: int) -> None:
@@ -207,17 +174,13 @@ def _summary(console: Console, counts: Mapping[str, Any], num_cached: int) -> No
     table.add_row("with repaired voxels", str(counts["repaired"]))
     table.add_row("patients", str(counts["patients"]))
     for split, number in counts["splits"].items():
-        table.add_row(f"patients for {split}", str(number))
+        table.add_row(cell(f"patients for {split}"), str(number))
     console.print(table)
     if counts["exclusions"]:
         table = Table("reason", "files or series", title="What does not, and why", title_justify="left")
         for reason, number in counts["exclusions"].items():
-            table.add_row(reason, str(number))
+            table.add_row(cell(reason), str(number))
         console.print(table)
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False)
 
 
 class _Bars:

@@ -31,7 +31,8 @@ from client.scans.fingerprints import write_atomically
 from client.scans.nifti import is_nifti_name, nifti_stem
 from client.scans.scans import Scan, UnusableScan
 from client.scans.volumes import intensity_range, lay_back, prepare, read_scan
-from federation.plan import VolumePlan, build
+from federation.plan import VolumePlan
+from forms.form import build
 from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.diffusion.harmonisation import HarmonisationSettings, check, harmonise
 from meduet_models.encoded_scan import EncodedScan

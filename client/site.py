@@ -9,17 +9,14 @@ ledger has reserved. Does not do: answer messages (`client/exchanges/exchange.py
 
 import dataclasses
 import hashlib
-import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-import yaml
 
 from client.approvals import AllowedHours, Approvals
 from client.confirmation import CURE, confirm, unconfirmed
@@ -33,9 +30,15 @@ from client.scans.layouts import Found, LayoutRules, survey
 from client.scans.patients import PatientMap
 from federation.bundle import running_bundle
 from federation.journal import Journal
-from federation.plan import WIRE_VERSION, RunPlan, VolumePlan, build
+from federation.keys.key_files import read_text
+from federation.plan import WIRE_VERSION, RunPlan, VolumePlan
 from federation.published_plan import plan_of
 from federation.wire import RefusalKind
+from forms.form import build, check
+from forms.names import Phrase, SiteName
+from forms.paths import path_from, resolve_paths
+from forms.ranges import Entries, Range, Share, shown
+from forms.yaml_text import read_yaml
 from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
 from privacy.ledger import Ledger
 
@@ -48,7 +51,7 @@ SiteProgress = Callable[[str, int, int], None]
 class SiteConfig:
     """What is in `site.yaml`. Relative paths there start at the file's own folder."""
 
-    name: str
+    name: SiteName
     """Name of the site, as the plan lists it."""
     data_root: Path
     """Folder of scans, or a manifest. Only ever read."""
@@ -59,7 +62,7 @@ class SiteConfig:
     `state_dir`. Not inside `data_root`."""
     layout: Literal["auto", "bids", "plain", "manifest", "dicom"] = "auto"
     """How the data folder is laid out; `auto` tells from what is there."""
-    modality_names: dict[str, str] = field(default_factory=dict)
+    modality_names: Annotated[dict[str, Phrase], Entries(1000)] = field(default_factory=dict)
     """This site's name of a modality to the plan's; `*` for scans whose modality nothing says."""
     patient_pattern: str = ""
     """Regular expression searched in a scan's path below the data folder, in every layout; group 1 is the
@@ -68,11 +71,11 @@ class SiteConfig:
     """Regular expression for what a label's name adds to its image's."""
     follow_links: bool = False
     """Whether links that lead out of the data folder, and links to folders, are followed."""
-    split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    split_fractions: Annotated[tuple[float, float, float], Share] = (0.8, 0.1, 0.1)
     """Share of the patients for training, validation and test."""
     split_salt: str = "1"
     """Any text; another text draws another split. Changed within a run, it trains on held-out patients."""
-    minimum_cohort: int = 10
+    minimum_cohort: Annotated[int, Range(at_least=1, at_most=1_000_000)] = 10
     """Fewest patients whose statistics may leave together; the plan may ask for more, never for fewer."""
     allow_non_private: bool = False
     """This site agrees that bounded sums without differential privacy leave it. Without this consent it takes
@@ -91,23 +94,20 @@ class SiteConfig:
     """Which tokenizer; its hash must be the plan's."""
     device: DeviceChoice = "auto"
     """Where scans are encoded and the network is trained; `auto` takes a GPU if there is one."""
-    threads: int = 0
+    threads: Annotated[int, Range(at_least=0, at_most=1024)] = 0
     """CPU threads for tensor arithmetic; 0 leaves PyTorch's choice."""
     compile: bool = False
     """Whether the network is compiled before training."""
-    progress_every_s: float = 30.0
+    progress_every_s: Annotated[float, Range(at_least=0, at_most=86_400)] = 30.0
     """Seconds between two writes of a round under way, from which a killed round goes on; more where writing
     would take over a twentieth of the time. 0: after each step, whatever it takes. A shorter round writes
     nothing."""
-    port: int = 9094
+    port: Annotated[int, Range(at_least=1, at_most=65535)] = 9094
     """Port on this machine's loopback where the parts of this site talk to each other."""
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be meant."""
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):
-            raise ValueError(
-                f"Expected name to be letters, digits, dots, hyphens and underscores; got {self.name!r}."
-            )
+        check(self, "site")
         folder = self.data_root.parent if self.data_root.is_file() else self.data_root  # a manifest's folder
         for setting, written in (("state_dir", self.state_dir), ("cache_dir", self.cache_dir)):
             if written is not None and written.resolve().is_relative_to(folder.resolve()):
@@ -115,19 +115,9 @@ class SiteConfig:
                     f"Expected {setting} outside the data folder {folder}; got {written}. What the site "
                     "writes must not be taken for scans."
                 )
-        if min(self.split_fractions) < 0 or abs(sum(self.split_fractions) - 1.0) > 1e-9:
-            raise ValueError(
-                f"Expected split_fractions of at least 0 that sum to 1; got {list(self.split_fractions)}."
-            )
+        if abs(sum(self.split_fractions) - 1.0) > 1e-9:
+            raise ValueError(f"Expected split_fractions that sum to 1; got {list(self.split_fractions)}.")
         check_sentence(self.latent_release)
-        if self.minimum_cohort < 1:
-            raise ValueError(f"Expected minimum_cohort to be at least 1; got {self.minimum_cohort}.")
-        if not 0 < self.port < 65536:
-            raise ValueError(f"Expected port from 1 to 65535; got {self.port}.")
-        if not 0 <= self.progress_every_s < math.inf:
-            raise ValueError(f"Expected progress_every_s of at least 0; got {self.progress_every_s}.")
-        if self.threads < 0:
-            raise ValueError(f"Expected threads to be at least 0; got {self.threads}.")
         if self.allowed_hours:
             AllowedHours.parse(self.allowed_hours)
 
@@ -137,23 +127,15 @@ def load_site_config(path: Path) -> SiteConfig:
 
     Raises `ValueError` naming the file, and the setting that is unknown, missing or ill-typed.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"Expected the site's settings at {path}; nothing is there.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"Expected {path} to be a readable YAML file; {reason}.") from None
+    values = read_yaml(read_text(path, "the site's settings"), f"settings in {path}")
     if not isinstance(values, dict):
-        raise ValueError(f"Expected {path} to hold settings (name: value); got {values!r}.")
+        raise ValueError(f"Expected {path} to hold settings (name: value); got {shown(values)}.")
     folder = path.resolve().parent
-    for name in ("data_root", "state_dir", "cache_dir", "keys_dir"):
-        if isinstance(values.get(name), str):
-            values[name] = folder / Path(values[name]).expanduser()
     spec = values.get("tokenizer")
-    if isinstance(spec, dict) and isinstance(spec.get("path"), str):
-        spec["path"] = str(folder / Path(spec["path"]).expanduser())
     try:
+        resolve_paths(values, ("data_root", "state_dir", "cache_dir", "keys_dir"), folder, "site")
+        if isinstance(spec, dict) and isinstance(spec.get("path"), str):
+            spec["path"] = str(path_from(spec["path"], folder, "site.tokenizer.path"))
         return build(SiteConfig, values, "site")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -163,11 +145,11 @@ def load_plan(path: Path) -> RunPlan:
     """Read plan.json or a published plan, which the centre gives to every site. Raises `ValueError` naming
     the file."""
     try:
-        return plan_of(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(
-            f"Expected the plan at {path}; {error.strerror}. Ask the centre for plan.json."
-        ) from None
+        text = read_text(path, "the plan")
+    except ValueError as error:
+        raise ValueError(f"{error} Ask the centre for plan.json.") from None
+    try:
+        return plan_of(text)
     except ValueError as error:
         raise ValueError(f"Expected {path} to be a plan of FedMeDUET; {error}") from None
 

@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 """Where the running code lies: a checkout, an installation, or an unpacked bundle."""
 SHIPPED = (
+    ("forms", "*.py"),
     ("meduet_models", "*.py"),
     ("privacy", "*.py"),
     ("federation", "*.py"),

@@ -6,16 +6,22 @@ the sites and its updates are averaged. What this file does not do: it decides n
 (`client/exchanges/latents.py`).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from meduet_models.diffusion.conditions import Condition
+from forms.names import OptionalPhrase, Phrase
+from forms.ranges import Entries, Range
+from meduet_models.diffusion.conditions import CONDITIONS, Condition
 from meduet_models.diffusion.initialisation import size_mismatch
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
-from meduet_models.meduet import NetworkConfig
+from meduet_models.meduet import MOST_ACTIVATIONS, NetworkConfig
 
 Policy = Literal["raw", "federated"]
+
+MOST_STEPS = 20_000_000
+"""Optimiser steps of a run: years at any speed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,29 +34,29 @@ class DiffusionPlan:
     """The network."""
     training: DiffusionTraining
     """The local loop, at the centre or at a site."""
-    conditions: tuple[Condition, ...] = ("content", "style")
+    conditions: Annotated[tuple[Condition, ...], Entries(len(CONDITIONS))] = ("content", "style")
     """What the model is told."""
-    category: str = ""
+    category: OptionalPhrase = ""
     """Covariate of a scan that is its class (condition `category`)."""
-    categories: tuple[str, ...] = ()
+    categories: Annotated[tuple[Phrase, ...], Entries(1000)] = ()
     """Its values, in the order of the classes."""
-    labels: int = 0
+    labels: Annotated[int, Range(at_least=0, at_most=1000)] = 0
     """Label values, background included (condition `label_map`)."""
-    begin_round: int = 1
+    begin_round: Annotated[int, Range(at_least=1, at_most=100_000)] = 1
     """`raw`: round of the pretraining during which the centre starts to train."""
-    steps_per_round: int = 50
+    steps_per_round: Annotated[int, Range(at_least=1, at_most=1_000_000)] = 50
     """Optimiser steps while a round runs (`raw`), or of each site in a round (`federated`)."""
-    final_steps: int = 0
+    final_steps: Annotated[int, Range(at_least=0, at_most=20_000_000)] = 0
     """`raw`: steps after the last round, with the final encoder."""
-    rounds: int = 0
+    rounds: Annotated[int, Range(at_least=0, at_most=100_000)] = 0
     """`federated`: rounds after the pretraining."""
-    items_per_site: int = 0
+    items_per_site: Annotated[int, Range(at_least=0, at_most=1_000_000)] = 0
     """`raw`: most latents that the centre keeps of a site; 0: all training scans."""
-    items_per_round: int = 0
+    items_per_round: Annotated[int, Range(at_least=0, at_most=1_000_000)] = 0
     """`raw`: most latents that a site releases in a round; 0: all with the first."""
-    latent_clip: float = 10.0
+    latent_clip: Annotated[float, Range(above=0, at_most=10_000)] = 10.0
     """`raw`: root mean square to which the latents of one scan are clipped at the gate."""
-    update_clip_norm: float = 20.0
+    update_clip_norm: Annotated[float, Range(above=0, at_most=10_000)] = 20.0
     """`federated`: L2 norm to which a site's mean update is clipped at the gate."""
 
     def steps(self, pretraining_rounds: int) -> int:
@@ -73,8 +79,11 @@ def contradictions(
             yield f"diffusion.{name} has no effect with diffusion.policy={plan.policy}: leave it out."
     if plan.policy == "raw" and not 1 <= plan.begin_round <= rounds:
         yield f"Expected diffusion.begin_round from 1 to {rounds}; got {plan.begin_round}."
-    if plan.steps_per_round < 1 or plan.steps(rounds) < 1:
-        yield "Expected a diffusion model to be trained for at least one step: set diffusion.rounds."
+    if not 1 <= plan.steps(rounds) <= MOST_STEPS:
+        yield (
+            "Expected a diffusion model to be trained for 1 to "
+            f"{MOST_STEPS:,} steps: set diffusion.rounds and diffusion.steps_per_round."
+        )
     if len(set(plan.conditions)) < len(plan.conditions):
         yield f"Expected each of diffusion.conditions once; got {', '.join(plan.conditions)}."
     if ("category" in plan.conditions) != bool(plan.category and len(plan.categories) > 1):
@@ -94,6 +103,12 @@ def contradictions(
         )
     if shape.width % shape.heads or shape.width < 6:
         yield f"Expected diffusion.transformer.width to be a multiple of its {shape.heads} heads, 6 or more."
+    tokens = math.prod(size // shape.patch_size for size in network.latent_grid)
+    if (values := plan.training.batch_size * tokens * shape.width * shape.depth) > MOST_ACTIVATIONS:
+        yield (
+            "Expected diffusion.training.batch_size times tokens, diffusion.transformer.width and depth to "
+            f"be at most {MOST_ACTIVATIONS:,} numbers; got {values:,}."
+        )
     if plan.training.start == "encoder":
         problem = size_mismatch(shape, network.patch_size, network.width, network.depth, network.heads)
         if problem is not None:

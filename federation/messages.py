@@ -20,6 +20,7 @@ from typing import Annotated, Any, ClassVar, Generic, Protocol, Self, TypeVar, g
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
+from federation.limits import metric_range
 from federation.plan import WIRE_VERSION, RunPlan, WireDtype
 from federation.wire import GROWTH, MessageError, RefusalKind, Tensors, array_record, tensors_of
 from meduet_models.objective import LossWeights
@@ -231,7 +232,7 @@ class Converted(Generic[From]):
 
 
 class _Numbers:
-    """Finite numbers of agreed names."""
+    """Numbers of agreed names, each within its range (`metric_range`)."""
 
     def put(self, record: RecordDict, name: str, value: Any, wire_dtype: WireDtype) -> None:
         """As `Carrier`."""
@@ -247,7 +248,11 @@ def _checked(metrics: Mapping[str, object]) -> dict[str, float]:
         if name not in METRIC_NAMES:
             raise MessageError(f"Expected metrics of the agreed names; got {name[:40]!r}.")
         if not isinstance(value, float) or not math.isfinite(value):
-            raise MessageError(f"Expected metric {name!r} to be a finite float; got {value!r}.")
+            came = value if isinstance(value, float) else type(value).__name__
+            raise MessageError(f"Expected metric {name!r} to be a finite float; got {came}.")
+        least, largest = metric_range(name)
+        if not least <= value <= largest:
+            raise MessageError(f"Expected metric {name!r} from {least:g} to {largest:g}; got {value:g}.")
     return {name: value for name, value in metrics.items() if isinstance(value, float)}
 
 

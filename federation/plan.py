@@ -1,21 +1,22 @@
 """The plan: everything a site is told before it says yes.
 
 The same at every site, frozen, hashed. It says *what* is run, never *which class*: no name in it is imported.
-Paths, devices, ceilings and credentials are the site's own (`client/site.py`) and never appear here.
+Paths, devices, ceilings and credentials are the site's own (`client/site.py`) and never appear here. Each
+number has a range and each text its letters, beside its type: a plan outside of them is not made.
 """
 
 import dataclasses
-import hashlib
-import json
-import re
-import types
-import typing
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-from federation.diffusion_plan import DiffusionPlan, contradictions
-from meduet_models.meduet import NetworkConfig
+from federation.diffusion_plan import MOST_STEPS, DiffusionPlan, contradictions
+from forms.form import build, check
+from forms.json_text import canonical, read_json, sha256_of
+from forms.names import Phrase, Sha256, SiteName
+from forms.ranges import Entries, Range, Share
+from meduet_models.meduet import MOST_ACTIVATIONS, NetworkConfig
 from meduet_models.objective import ObjectiveConfig
 
 WIRE_VERSION = 2
@@ -23,62 +24,86 @@ WIRE_VERSION = 2
 LatentDtype = Literal["float32", "bfloat16"]
 WireDtype = Literal["float32", "bfloat16", "mxint8"]
 
+_MOST_VOXELS = 2**28
+"""Of a volume: 645 voxels cubed, a gigabyte as float32."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class VolumePlan:
     """How a scan becomes a volume, the same at every site."""
 
-    modality: str
+    modality: Phrase
     """Shared modality name; sites map their local names to it."""
-    modalities: tuple[str, ...] = ()
+    modalities: Annotated[tuple[Phrase, ...], Entries(100)] = ()
     """Several contrasts, `modality` among them, each a scan of its own; those of a patient are in one split.
     Empty: `modality` alone."""
     window: Literal["mr_percentiles", "ct_hu", "fixed"] = "mr_percentiles"
     """How intensities become [0, 1]: by percentiles of each scan, by a range in Hounsfield units, or (maps in
     units of their own) by `fixed_window`."""
-    mr_percentiles: tuple[float, float] = (0.5, 99.5)
+    mr_percentiles: Annotated[tuple[float, float], Range(at_least=0, at_most=100)] = (0.5, 99.5)
     """Robust range of an MR scan, in percent of its voxels."""
-    ct_window_hu: tuple[float, float] = (-175.0, 250.0)
+    ct_window_hu: Annotated[tuple[float, float], Range(at_least=-32768, at_most=65535)] = (-175.0, 250.0)
     """Range of a CT scan, in Hounsfield units."""
-    fixed_window: tuple[float, float] = (0.0, 1.0)
+    fixed_window: Annotated[tuple[float, float], Range(at_least=-1e9, at_most=1e9)] = (0.0, 1.0)
     """Range of a quantitative map, in its own units."""
-    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    spacing_mm: Annotated[tuple[float, float, float], Range(at_least=0.01, at_most=100)] = (1.0, 1.0, 1.0)
     """Voxel spacing after resampling, RAS axes."""
-    shape: tuple[int, int, int] = (32, 48, 32)
+    shape: Annotated[tuple[int, int, int], Range(at_least=1, at_most=2048)] = (32, 48, 32)
     """Voxels after centre crop or pad; multiples of the tokenizer's stride."""
     registered: bool = True
     """Whether crops show the same body part at the same place: allows coarse mean maps."""
     four_d: Literal["first", "mean", "refuse"] = "first"
     """What a 4-D scan becomes: its first volume, its mean over time, or an exclusion."""
-    views: int = 1
+    views: Annotated[int, Range(at_least=1, at_most=64)] = 1
     """Encodings cached per scan: the scan itself and `views - 1` augmentations made before encoding."""
+
+    def __post_init__(self) -> None:
+        """Refuse a volume that cannot be made."""
+        check(self, "volumes")
+        for name in ("mr_percentiles", "ct_window_hu", "fixed_window"):
+            low, high = getattr(self, name)
+            if not low < high:
+                raise ValueError(f"Expected volumes.{name} to rise; got [{low:g}, {high:g}].")
+        if self.window != "fixed" and self.fixed_window != type(self).fixed_window:
+            raise ValueError(f"volumes.fixed_window has no effect with volumes.window={self.window}.")
+        if self.modalities and (
+            self.modality not in self.modalities or len(set(self.modalities)) < len(self.modalities)
+        ):
+            raise ValueError(
+                f"Expected volumes.modalities to be different names with volumes.modality={self.modality} "
+                f"among them; got {', '.join(self.modalities)}."
+            )
+        if math.prod(self.shape) > _MOST_VOXELS:
+            raise ValueError(
+                f"Expected volumes.shape of at most {_MOST_VOXELS:,} voxels; got {math.prod(self.shape):,}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
     """What a site does within a round."""
 
-    rounds: int
+    rounds: Annotated[int, Range(at_least=1, at_most=100_000)]
     """Rounds of the run."""
-    steps_per_round: int
+    steps_per_round: Annotated[int, Range(at_least=1, at_most=1_000_000)]
     """Optimiser steps of each site in a round."""
-    batch_size: int = 8
+    batch_size: Annotated[int, Range(at_least=4, at_most=4096)] = 8
     """Scans per step; even, at least 4."""
-    learning_rate: float = 2e-3
+    learning_rate: Annotated[float, Range(above=0, at_most=10)] = 2e-3
     """Peak learning rate."""
-    final_learning_rate: float = 4e-4
+    final_learning_rate: Annotated[float, Range(at_least=0, at_most=10)] = 4e-4
     """Learning rate at the last step (cosine)."""
-    warmup: float = 0.05
+    warmup: Annotated[float, Share] = 0.05
     """Share of all steps over which the learning rate rises."""
-    weight_decay: float = 1e-2
+    weight_decay: Annotated[float, Range(at_least=0, at_most=10)] = 1e-2
     """AdamW weight decay."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: Annotated[tuple[float, float], Range(at_least=0, below=1)] = (0.9, 0.95)
     """AdamW betas."""
-    gradient_clip_norm: float = 1.0
+    gradient_clip_norm: Annotated[float, Range(above=0, at_most=1_000_000)] = 1.0
     """L2 norm to which the batch gradient is clipped (no privacy meaning)."""
-    teacher_momentum: tuple[float, float] = (0.99, 0.9997)
+    teacher_momentum: Annotated[tuple[float, float], Share] = (0.99, 0.9997)
     """Moving-average momentum of the teacher at the first and last step (cosine)."""
-    proximal: float = 0.0
+    proximal: Annotated[float, Range(at_least=0, at_most=10_000)] = 0.0
     """FedProx: weight of the squared distance to the round's shared weights."""
     precision: Literal["float32", "bf16"] = "float32"
     """Autocast of the network; bf16 needs CUDA or a CPU that has it."""
@@ -91,15 +116,15 @@ class StylePlan:
     exchange: Literal["bank", "amplitude", "none"] = "bank"
     """`bank`: latent statistics; `amplitude`: low-frequency amplitude spectra (a baseline, known to be
     worse); `none`: nothing."""
-    map_grid: tuple[int, int, int] = (2, 3, 2)
+    map_grid: Annotated[tuple[int, int, int], Range(at_least=1, at_most=64)] = (2, 3, 2)
     """Coarse mean map, registered crops only."""
-    minimum_cohort: int = 10
+    minimum_cohort: Annotated[int, Range(at_least=1, at_most=1_000_000)] = 10
     """Fewest patients whose statistics may leave a site together; a site may ask for more."""
     head: Literal["local", "shared"] = "local"
     """Whether the style branch stays at the site (same broadcast start, anchored) or is averaged."""
-    anchor: float = 0.003
+    anchor: Annotated[float, Range(at_least=0, at_most=10_000)] = 0.003
     """Weight of the distance of a local style branch to its broadcast start."""
-    body_parts: tuple[str, ...] = ()
+    body_parts: Annotated[tuple[Phrase, ...], Entries(256)] = ()
     """Values of the scans' covariate `body_part` that get style entries of their own; empty: one per site."""
 
 
@@ -113,19 +138,19 @@ class AggregationPlan:
     (an upper bound, not a federation)."""
     rule: Literal["mean", "trimmed_mean", "median", "krum"] = "mean"
     """Weighted mean, or a robust rule (unweighted)."""
-    trim: float = 0.2
+    trim: Annotated[float, Range(at_least=0, below=0.5)] = 0.2
     """Share trimmed from each end by `trimmed_mean`; share of sites assumed bad by `krum`."""
     optimiser: Literal["average", "momentum", "adam", "yogi"] = "average"
     """What the server does with the aggregate."""
-    learning_rate: float = 1.0
+    learning_rate: Annotated[float, Range(above=0, at_most=100)] = 1.0
     """Server learning rate."""
-    momentum: float = 0.9
+    momentum: Annotated[float, Range(at_least=0, below=1)] = 0.9
     """Server momentum (`momentum`), first moment (`adam`, `yogi`)."""
-    quorum: float = 1.0
+    quorum: Annotated[float, Range(above=0, at_most=1)] = 1.0
     """Share of sites whose valid reply a round needs."""
-    deadline_s: float = 3600.0
+    deadline_s: Annotated[float, Range(above=0, at_most=2_592_000)] = 3600.0
     """Seconds a round waits for replies."""
-    norm_tolerance: float = 5.0
+    norm_tolerance: Annotated[float, Range(at_least=0, at_most=1_000_000)] = 5.0
     """A reply whose mean update is longer than this many times the median of the round's is put aside (with
     three replies or more); 0: none is."""
 
@@ -134,9 +159,9 @@ class AggregationPlan:
 class ReleasePlan:
     """The promise: bound and noise of everything that leaves a site."""
 
-    update_clip_norm: float = 20.0
+    update_clip_norm: Annotated[float, Range(above=0, at_most=10_000)] = 20.0
     """L2 norm to which a site's weighted mean update is clipped at the gate."""
-    style_clip: float = 10.0
+    style_clip: Annotated[float, Range(above=0, at_most=10_000)] = 10.0
     """L2 norm to which one patient's latent statistics are clipped before they are summed."""
     wire_dtype: WireDtype = "float32"
     """Type in which weights and updates travel, both ways: `float32`, `bfloat16`, or `mxint8`, a byte per
@@ -152,14 +177,16 @@ class ReleasePlan:
 class ProbePlan:
     """What sites tell in sums about what the model knows, while it is trained."""
 
-    every_rounds: int = 0
+    every_rounds: Annotated[int, Range(at_least=0, at_most=100_000)] = 0
     """Rounds between federated probes; after the last round always; 0: never."""
-    folds: int = 5
+    folds: Annotated[int, Range(at_least=3, at_most=100)] = 5
     """Folds of each site's patients; each must hold the minimum cohort, else the site is left out."""
     patients: Literal["train", "held_out"] = "train"
     """Whose scans are read: those trained on (the probe is cross-validated, the model has seen them), or
     those of validation and test, where a site has enough of them."""
-    anatomy: dict[str, tuple[float, float]] = field(default_factory=dict)
+    anatomy: Annotated[
+        dict[Phrase, Annotated[tuple[float, float], Range(at_least=-1e12, at_most=1e12)]], Entries(64)
+    ] = field(default_factory=dict)
     """Anatomical targets, each with the range that is mapped to [-1, 1] (values beyond are cut off): `sex`,
     covariates that are numbers, and `volume_<label>` in mm³ on the prepared grid."""
 
@@ -168,13 +195,13 @@ class ProbePlan:
 class RunPlan:
     """Everything about a run that both sides must agree on."""
 
-    name: str
+    name: Phrase
     """Name of the run."""
-    seed: int
+    seed: Annotated[int, Range(at_least=0, at_most=2**63 - 1)]
     """Seed of every draw that is not a secret."""
-    sites: tuple[str, ...]
+    sites: Annotated[tuple[SiteName, ...], Entries(1000, least=1)]
     """The consortium, in the order of the site labels."""
-    tokenizer_sha256: str
+    tokenizer_sha256: Sha256
     """Hash of the frozen tokenizer; a site with another refuses."""
     volumes: VolumePlan
     """Scan to volume."""
@@ -194,22 +221,23 @@ class RunPlan:
     """Federated probes."""
     diffusion: DiffusionPlan | None = None
     """The diffusion model; none: there is none."""
-    wire_version: int = WIRE_VERSION
+    wire_version: Annotated[int, Range(at_least=1, at_most=1000)] = WIRE_VERSION
     """Version of the messages."""
 
     def __post_init__(self) -> None:
-        """Refuse a plan that contradicts itself, or sets what has no effect."""
+        """Refuse a plan out of its ranges, one that contradicts itself, or sets what has no effect."""
+        check(self, "plan")
         for problem in _contradictions(self):
             raise ValueError(problem)
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces; what is hashed."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        return canonical(dataclasses.asdict(self))
 
     @property
     def sha256(self) -> str:
         """Hash of the canonical JSON, 64 hex digits."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        return sha256_of(self.to_json())
 
     @property
     def participants(self) -> tuple[str, ...]:
@@ -223,33 +251,32 @@ class RunPlan:
 
     @staticmethod
     def from_json(text: str) -> "RunPlan":
-        """Rebuild a plan; unknown, missing or ill-typed fields raise `ValueError`."""
-        return build(RunPlan, json.loads(text))
+        """Rebuild a plan; what is unknown, missing, ill-typed or out of range raises `ValueError`."""
+        return build(RunPlan, read_json(text, "a plan"))
 
 
 def _contradictions(plan: RunPlan) -> Iterator[str]:
     """Say what in a plan cannot be, or would have no effect; one line each."""
     training, style, aggregation, network = plan.training, plan.style, plan.aggregation, plan.network
-    if len(set(plan.sites)) != len(plan.sites) or not plan.sites:
-        yield f"Expected plan.sites to be one or more distinct names; got {', '.join(plan.sites) or 'none'}."
-    volumes = plan.volumes
-    if volumes.modalities and (
-        volumes.modality not in volumes.modalities
-        or len(set(volumes.modalities)) != len(volumes.modalities)
-        or "" in volumes.modalities
-    ):
+    if len({site.lower() for site in plan.sites}) != len(plan.sites):
+        yield f"Expected plan.sites to be distinct names; got {', '.join(plan.sites)}."
+    if plan.total_steps > MOST_STEPS:
         yield (
-            f"Expected volumes.modalities to be different names with volumes.modality={volumes.modality} "
-            f"among them; got {', '.join(volumes.modalities)}."
+            f"Expected training.rounds times training.steps_per_round to be at most {MOST_STEPS:,}; got "
+            f"{plan.total_steps:,}."
         )
-    if volumes.window == "fixed" and not volumes.fixed_window[0] < volumes.fixed_window[1]:
-        yield f"Expected volumes.fixed_window to be a range [low, high]; got {list(volumes.fixed_window)}."
-    if volumes.window != "fixed" and volumes.fixed_window != VolumePlan.fixed_window:
-        yield f"volumes.fixed_window has no effect with volumes.window={volumes.window}: leave it out."
-    if training.rounds < 1 or training.steps_per_round < 1:
-        yield "Expected training.rounds and training.steps_per_round to be at least 1."
-    if training.batch_size < 4 or training.batch_size % 2:
-        yield f"Expected training.batch_size to be even and at least 4; got {training.batch_size}."
+    if training.batch_size % 2:
+        yield f"Expected training.batch_size to be even; got {training.batch_size}."
+    if (values := training.batch_size * network.activations) > MOST_ACTIVATIONS:
+        yield (
+            "Expected training.batch_size times tokens, network.width and network.depth (and those of the "
+            f"decoder) to be at most {MOST_ACTIVATIONS:,} numbers; got {values:,}."
+        )
+    if math.prod(network.latent_grid) > math.prod(plan.volumes.shape):
+        yield (
+            f"Expected network.latent_grid {network.latent_grid} to be no finer than volumes.shape "
+            f"{plan.volumes.shape}."
+        )
     if any(size % network.patch_size for size in network.latent_grid):
         yield (
             f"Expected the latent grid {network.latent_grid} to divide by network.patch_size"
@@ -276,8 +303,6 @@ def _contradictions(plan: RunPlan) -> Iterator[str]:
                 f"objective.weights.{name} compares a scan with its restyling; with style.exchange=none there"
                 " is none: set it to 0."
             )
-    if plan.probes.every_rounds < 0 or plan.probes.folds < 3:
-        yield "Expected probes.every_rounds of at least 0 and probes.folds of at least 3 (fit, choose, test)."
     if plan.probes.every_rounds and aggregation.method in ("alone", "pooled"):
         yield (
             "probes.every_rounds compares sites that share a model; with aggregation.method="
@@ -302,70 +327,3 @@ def _contradictions(plan: RunPlan) -> Iterator[str]:
         yield f"aggregation.trim has no effect with aggregation.rule={aggregation.rule}: leave it out."
     if aggregation.optimiser == "average" and aggregation.momentum != defaults.momentum:
         yield "aggregation.momentum has no effect with aggregation.optimiser=average: leave it out."
-
-
-T = TypeVar("T")
-
-
-def build(kind: type[T], values: Any, where: str = "plan") -> T:
-    """Build dataclass `kind` from plain `values` (dicts, lists, scalars), strictly.
-
-    Raises `ValueError` naming the field when a key is unknown or missing, or a value has another type.
-    """
-    result: T = _value(kind, values, where)
-    return result
-
-
-def _value(kind: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        return _dataclass(kind, value, where)
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        if value not in arguments:
-            raise ValueError(
-                f"Expected {where} to be one of {', '.join(map(str, arguments))}; got {value!r}."
-            )
-        return value
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        (inner,) = [a for a in arguments if a is not type(None)]
-        return _value(inner, value, where)
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise ValueError(f"Expected {where} to be a list; got {value!r}.")
-        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
-        if len(kinds) != len(value):
-            raise ValueError(f"Expected {where} to have {len(kinds)} values; got {len(value)}.")
-        return tuple(_value(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ValueError(f"Expected {where} to be a mapping; got {value!r}.")
-        if arguments[0] is int:  # JSON has no keys but text
-            value = {int(k) if re.fullmatch(r"-?\d+", str(k)) else k: v for k, v in value.items()}
-        return {
-            _value(arguments[0], k, where): _value(arguments[1], v, f"{where}.{k}") for k, v in value.items()
-        }
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"Expected {where} to be {kind.__name__}; got {value!r}.")
-    return value
-
-
-def _dataclass(kind: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise ValueError(f"Expected {where} to be a mapping; got {value!r}.")
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    if unknown := sorted(set(value) - set(fields)):
-        raise ValueError(f"{where} has no setting {unknown[0]!r}; it has {', '.join(fields)}.")
-    hints = typing.get_type_hints(kind)
-    built = {name: _value(hints[name], v, f"{where}.{name}") for name, v in value.items()}
-    required = {
-        n
-        for n, f in fields.items()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    }
-    if missing := sorted(required - set(built)):
-        raise ValueError(f"{where} lacks {', '.join(missing)}.")
-    return kind(**built)

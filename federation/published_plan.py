@@ -7,14 +7,16 @@ with its run's plan, under its own hash. What this file does not do: it approves
 
 import dataclasses
 import json
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from federation.exchanges.finetuning import FinetunePlan
-from federation.plan import RunPlan, build
+from federation.plan import RunPlan
+from forms.form import build, check
+from forms.json_text import read_json
+from forms.names import Sha256
+from forms.ranges import shown
 
-_HASH = re.compile(r"[0-9a-f]{64}")
 _FIELDS = frozenset({"bundle_sha256", "finetuning", "plan", "sha256"})
 
 
@@ -24,15 +26,14 @@ class PublishedPlan:
 
     plan: RunPlan
     """The run; of a fine-tuning, the run that pretrained the encoder."""
-    bundle_sha256: str
+    bundle_sha256: Sha256
     """Hash of the code (`federation/bundle.py`)."""
     finetuning: FinetunePlan | None = None
     """The fine-tuning that is asked for; none: the run itself is."""
 
     def __post_init__(self) -> None:
         """Refuse what does not belong together."""
-        if not _HASH.fullmatch(self.bundle_sha256):
-            raise ValueError(f"Expected bundle_sha256 as 64 hex digits; got {self.bundle_sha256[:80]!r}.")
+        check(self, "published")
         if self.finetuning is not None and self.finetuning.run_sha256 != self.plan.sha256:
             raise ValueError("Expected a fine-tuning of the plan that is published with it; it is another's.")
 
@@ -60,15 +61,17 @@ class PublishedPlan:
     @staticmethod
     def from_json(text: str) -> "PublishedPlan":
         """Back from `to_json`; raises `ValueError`, also when the hash in the file is not the plan's."""
-        values = json.loads(text)
+        values = read_json(text, "a published plan")
         if not isinstance(values, dict) or set(values) != _FIELDS:
             raise ValueError(
                 f"Expected a published plan with {', '.join(sorted(_FIELDS))}; got another file."
             )
-        finetuning = values["finetuning"]
+        finetuning, bundle = values["finetuning"], values["bundle_sha256"]
+        if not isinstance(bundle, str):
+            raise ValueError(f"Expected bundle_sha256 to be a hash; got {shown(bundle)}.")
         published = PublishedPlan(
             plan=build(RunPlan, values["plan"]),
-            bundle_sha256=str(values["bundle_sha256"]),
+            bundle_sha256=bundle,
             finetuning=None if finetuning is None else build(FinetunePlan, finetuning, "finetuning"),
         )
         if values["sha256"] != published.sha256:
@@ -82,7 +85,7 @@ class PublishedPlan:
 def plan_of(text: str) -> RunPlan:
     """The run's plan from either kind of file: a published plan, or a plan's own JSON; raises
     `ValueError`."""
-    values: Any = json.loads(text)
+    values: Any = read_json(text, "a plan")
     if isinstance(values, dict) and "bundle_sha256" in values:
         return PublishedPlan.from_json(text).plan
     return RunPlan.from_json(text)

@@ -9,6 +9,7 @@ arrays, not one per tensor: Flower asks for, sends and confirms each array and e
 import io
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any
@@ -39,6 +40,13 @@ _NUMPY = {"float32": "<f4", "bfloat16": "<u2", "mxint8": "|i1", EXPONENTS: "|u1"
 _KINDS = {"float32", "bfloat16", "mxint8", "float64"}
 _FORMAT = "numpy.ndarray"
 _LARGEST = 1 << 40  # a size beyond it is a lie
+_MOST_DIMENSIONS = 8  # torch itself ends at 64
+_LARGEST_INDEX = 1 << 20  # bytes: JSON of other lists would grow to many times as much
+_HEADER_BYTES = 256  # more than numpy's
+_MAGIC = b"\x93NUMPY\x01\x00"
+_HEADER = re.compile(
+    r"\{'descr': '([<|][a-z]\d)', 'fortran_order': False, 'shape': \((\d{1,13}),\), \} *\n", re.ASCII
+)
 
 
 class RefusalKind(StrEnum):
@@ -74,17 +82,14 @@ def array_record(tensors: Mapping[str, Tensor], wire_dtype: WireDtype = "float32
     float32 travels as `wire_dtype` says (`travels_as`); float64 as it is. Raises `MessageError` for any
     other dtype: a count or a flag is not a sum that may be averaged.
     """
-    index, rows = [], dict[str, list[Tensor]]()
+    rows = dict[str, list[Tensor]]()
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float32, torch.float64):
             raise MessageError(f"Expected {name!r} to be float32 or float64; got {tensor.dtype}.")
-        kind = travels_as(tensor, wire_dtype)
-        index.append([name, kind, list(tensor.shape)])
-        rows.setdefault(kind, []).append(tensor)
-    if not index:
+        rows.setdefault(travels_as(tensor, wire_dtype), []).append(tensor)
+    if not tensors:
         return ArrayRecord()
-    text = json.dumps(index, separators=(",", ":")).encode()
-    arrays = {INDEX: Array(np.frombuffer(text, dtype=np.uint8))}
+    arrays = {INDEX: Array(np.frombuffer(_index_text(tensors, wire_dtype), dtype=np.uint8))}
     if coded := [microscaling.encode(tensor) for tensor in rows.pop("mxint8", [])]:
         rows |= {"mxint8": [values for values, _ in coded], EXPONENTS: [codes for _, codes in coded]}
     for kind, row in rows.items():
@@ -120,6 +125,17 @@ def num_bytes(tensors: Mapping[str, Tensor], wire_dtype: WireDtype) -> int:
         for tensor in tensors.values()
         for row, size in _parts(travels_as(tensor, wire_dtype), tensor.shape)
     )
+
+
+def record_bytes(tensors: Mapping[str, Tensor], wire_dtype: WireDtype) -> int:
+    """Bytes of the arrays that `array_record` makes of tensors of these names, shapes and dtypes, at most."""
+    headers = (len(_NUMPY) + 1) * _HEADER_BYTES
+    return num_bytes(tensors, wire_dtype) + len(_index_text(tensors, wire_dtype)) + headers
+
+
+def _index_text(tensors: Mapping[str, Tensor], wire_dtype: WireDtype) -> bytes:
+    index = [[name, travels_as(tensor, wire_dtype), list(tensor.shape)] for name, tensor in tensors.items()]
+    return json.dumps(index, separators=(",", ":")).encode()
 
 
 def tensors_of(record: ArrayRecord, wire_dtype: WireDtype = "float32", copy: bool = True) -> Tensors:
@@ -180,16 +196,17 @@ def _index(record: ArrayRecord) -> list[tuple[str, str, tuple[int, ...]]]:
     """Name, kind and shape of each tensor, in the order of their values."""
     if INDEX not in record:
         raise MessageError("Expected an array 'index' of names and shapes; got none.")
+    text = _values(record[INDEX], INDEX, "|u1")
+    if len(text) > _LARGEST_INDEX:
+        raise MessageError(f"Expected an index of at most {_LARGEST_INDEX} bytes; got {len(text)}.")
     try:
-        entries = json.loads(_values(record[INDEX], INDEX, "|u1").tobytes())
+        entries = json.loads(text.tobytes())
     except (ValueError, RecursionError) as error:
         raise MessageError("Expected an index in JSON; got something else.") from error
     index, names = [], set[str]()
     for entry in entries if isinstance(entries, list) else [None]:
         match entry:
-            case [str(name), str(kind), [*shape]] if kind in _KINDS and all(
-                type(size) is int and 0 <= size <= _LARGEST for size in shape
-            ):
+            case [str(name), str(kind), [*shape]] if kind in _KINDS and _is_shape(shape):
                 index.append((name, kind, tuple(shape)))
                 names.add(name)
             case _:
@@ -199,22 +216,31 @@ def _index(record: ArrayRecord) -> list[tuple[str, str, tuple[int, ...]]]:
     return index
 
 
+def _is_shape(shape: Sequence[object]) -> bool:
+    """Whether a tensor may have this shape."""
+    if len(shape) > _MOST_DIMENSIONS:
+        return False
+    sizes = [size for size in shape if type(size) is int and 0 <= size <= _LARGEST]
+    return len(sizes) == len(shape) and math.prod(size or 1 for size in sizes) <= _LARGEST
+
+
 def _values(array: Array, name: str, descr: str) -> NDArray[Any]:
     """The values of an array in numpy's format that must be of one type and in a row."""
     if array.stype != _FORMAT:
-        raise MessageError(f"Expected array {name!r} in numpy's format; got {array.stype!r}.")
-    stream = io.BytesIO(array.data)
-    try:
-        major, _ = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(stream)
-    except ValueError as error:
-        raise MessageError(f"Expected array {name!r} in numpy's format; got a broken header.") from error
-    if dtype.str != descr or len(shape) != 1:
-        raise MessageError(f"Expected array {name!r} to be a row of {descr}; got {shape} of {dtype.str}.")
-    if tuple(array.shape) != shape or len(array.data) - stream.tell() != shape[0] * dtype.itemsize:
-        raise MessageError(f"Expected {shape[0]} values in array {name!r}; its bytes are not as many.")
-    return np.frombuffer(array.data, dtype=dtype, offset=stream.tell())
+        raise MessageError(f"Expected array {name!r} in numpy's format; got {array.stype[:40]!r}.")
+    # Not numpy's own reader, which evaluates a header as Python and warns about what it mends.
+    start = len(_MAGIC) + 2
+    end = start + int.from_bytes(array.data[len(_MAGIC) : start], "little")
+    header = _HEADER.fullmatch(array.data[start:end].decode("latin-1"))
+    if not array.data.startswith(_MAGIC) or header is None:
+        raise MessageError(f"Expected array {name!r} in numpy's format, a row; got another header.")
+    kind, size = header[1], int(header[2])
+    if kind != descr:
+        raise MessageError(f"Expected array {name!r} to be a row of {descr}; got one of {kind}.")
+    dtype = np.dtype(descr)
+    if tuple(array.shape) != (size,) or len(array.data) - end != size * dtype.itemsize:
+        raise MessageError(f"Expected {size} values in array {name!r}; its bytes are not as many.")
+    return np.frombuffer(array.data, dtype=dtype, offset=end)
 
 
 def _tensor(kind: str, parts: Sequence[NDArray[Any]], copy: bool) -> Tensor:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from meduet_models.erasure import (
     ErasureMoments,
+    check_semidefinite,
     from_triangle,
     patient_means,
     roots,
@@ -34,6 +35,7 @@ from meduet_models.erasure import (
     triangle_length,
 )
 
+_ROUNDING = 1e-6
 RIDGE = 0.1
 """Share of the covariance between patients that is added to that of renderings: no direction is taken to be
 free of style because a few patients say so."""
@@ -75,6 +77,14 @@ class RenderingMoments:
                 f"got {len(other.scatter)} and {other.bound}."
             )
         return RenderingMoments(self.scatter + other.scatter, self.bound)
+
+    def check(self, patients: float) -> None:
+        """Raise `ValueError` unless these can be the sums of so many patients, each within the bound."""
+        if not bool(torch.isfinite(self.scatter).all()):
+            raise ValueError("Expected finite rendering sums; got NaN or infinity.")
+        if float(self.scatter.trace()) > patients * self.bound**2 * (1 + _ROUNDING):
+            raise ValueError("Expected rendering sums within the bound per patient; they are longer.")
+        check_semidefinite(self.scatter)
 
     def to_vector(self) -> Float64[Tensor, " v"]:
         """The upper triangle, off-diagonal · √2: its L2 norm is that of the matrix."""

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from forms.json_text import read_json
 from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
 
 KIND = "encoded scan"
@@ -93,14 +94,14 @@ def load_encoded_scan(path: Path) -> EncodedScan:
             f"Expected finite latents in {path.name}; got NaN or infinity. Encode the scan again."
         )
     try:
-        x, y, z = json.loads(header["spacing_mm"])
-        volumes, geometry = json.loads(header["volumes"]), json.loads(header["geometry"])
+        x, y, z = map(float, read_json(header["spacing_mm"]))
+        volumes, geometry = dict(read_json(header["volumes"])), dict(read_json(header["geometry"]))
         tokenizer_sha256 = header["tokenizer_sha256"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"Expected the header of an encoded scan in {path.name}; it is incomplete. Encode the scan again."
         ) from error
-    return EncodedScan(latents, tokenizer_sha256, volumes, geometry, (float(x), float(y), float(z)))
+    return EncodedScan(latents, tokenizer_sha256, volumes, geometry, (x, y, z))
 
 
 def _compared(volumes: Mapping[str, Any]) -> dict[str, Any]:

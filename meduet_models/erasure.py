@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+_ROUNDING = 1e-6
+
 
 @dataclass(frozen=True)
 class ErasureMoments:
@@ -72,6 +74,19 @@ class ErasureMoments:
             self.count + other.count, self.total + other.total, self.outer + other.outer, self.bound
         )
 
+    def check(self, most: int) -> None:
+        """Raise `ValueError` unless these can be the sums of whole patients, `most` of them at most, each
+        within the bound: [x; 1][x; 1]ᵀ summed over vectors is positive semi-definite, whoever they are."""
+        count = float(self.count)
+        if not bool(torch.isfinite(self.to_vector()).all()):
+            raise ValueError("Expected finite content sums; got NaN or infinity.")
+        if not 0 <= count <= most or count != round(count):
+            raise ValueError(f"Expected content sums of 0 to {most} whole patients; got {count:g}.")
+        if float(self.outer.trace()) > count * self.bound**2 * (1 + _ROUNDING):
+            raise ValueError("Expected content sums within the bound per patient; they are longer.")
+        border = torch.cat([self.count[None], self.total])[:, None]  # k + 1, 1
+        check_semidefinite(torch.cat([border, torch.cat([self.total[None], self.outer])], dim=1))
+
     def to_vector(self) -> Float64[Tensor, " v"]:
         """Count, sum · √2, and the upper triangle of outer with its off-diagonal · √2: L2 is that of [x;
         1][x; 1]ᵀ.
@@ -86,6 +101,13 @@ class ErasureMoments:
         vector = vector.double()
         outer = from_triangle(vector[channels + 1 :], channels)
         return ErasureMoments(vector[0].clone(), vector[1 : channels + 1] / math.sqrt(2.0), outer, bound)
+
+
+def check_semidefinite(matrix: Float64[Tensor, "k k"]) -> None:
+    """Raise `ValueError` for a finite symmetric matrix that is no sum of outer products of any vectors."""
+    values = torch.linalg.eigvalsh(matrix)
+    if float(values[0]) < -_ROUNDING * float(values[-1].abs()):
+        raise ValueError("Expected sums of outer products; these are those of no patients, whoever they are.")
 
 
 def erasure_length(channels: int) -> int:

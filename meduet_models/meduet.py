@@ -11,13 +11,15 @@ Source: MeDUET (arXiv:2602.17901), sizes of MeDUET_vit_base; split paths, latent
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from forms.form import check
+from forms.ranges import Range
 from meduet_models.adversary import SiteClassifier
 from meduet_models.factors import (
     ContentHead,
@@ -32,68 +34,86 @@ from meduet_models.factors import (
 from meduet_models.tokens import patchify, unpatchify
 from meduet_models.vit import NORM_EPS, Decoder, Encoder
 
+MOST_WEIGHTS = 2_000_000_000
+"""Of a network: about twenty times the published one; 8 GB as float32."""
+MOST_ACTIVATIONS = 2**32
+"""Numbers that the blocks of a network hand on in a step, about six times those of the published network and
+batch: at ten or more numbers kept for each, no machine holds more."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
     """Size and shape of the MeDUET network. Presets live in conf/network/*.yaml."""
 
-    latent_channels: int
+    latent_channels: Annotated[int, Range(at_least=1, at_most=256)]
     """Channels of the tokenizer's latents."""
-    latent_grid: tuple[int, int, int]
+    latent_grid: Annotated[tuple[int, int, int], Range(at_least=1, at_most=512)]
     """Latent voxels per axis; each must be a multiple of `patch_size`."""
-    patch_size: int
+    patch_size: Annotated[int, Range(at_least=1, at_most=64)]
     """Edge of a token in latent voxels."""
-    width: int
+    width: Annotated[int, Range(at_least=6, at_most=4096)]
     """Encoder width."""
-    depth: int
+    depth: Annotated[int, Range(at_least=1, at_most=64)]
     """Encoder blocks."""
-    heads: int
+    heads: Annotated[int, Range(at_least=1, at_most=64)]
     """Encoder attention heads."""
-    decoder_width: int
+    decoder_width: Annotated[int, Range(at_least=6, at_most=4096)]
     """Decoder width."""
-    decoder_depth: int
+    decoder_depth: Annotated[int, Range(at_least=1, at_most=64)]
     """Decoder blocks."""
-    decoder_heads: int
+    decoder_heads: Annotated[int, Range(at_least=1, at_most=64)]
     """Decoder attention heads."""
-    style_ratio: float = 0.25
+    style_ratio: Annotated[float, Range(above=0, at_most=4)] = 0.25
     """Style channels over content channels."""
     factor_paths: Literal["split", "joint"] = "split"
     """`joint`: both factors from one encoder, as published. `split`: content from normalised latents,
     style from the statistics that the normalisation removed."""
-    code_ratio: float = 0.25
+    code_ratio: Annotated[float, Range(above=0, at_most=1)] = 0.25
     """Numbers in the content code over content channels."""
-    style_map_grid: tuple[int, int, int] = (2, 3, 2)
+    style_map_grid: Annotated[tuple[int, int, int], Range(at_least=1, at_most=64)] = (2, 3, 2)
     """Coarse mean map that the split style path reads (and that sites exchange)."""
 
     def __post_init__(self) -> None:
-        """Refuse a network that cannot be built."""
+        """Refuse a network that cannot be built, or that no machine holds."""
+        check(self, "network")
         if any(size % self.patch_size or size < self.patch_size for size in self.latent_grid):
             raise ValueError(
-                f"Expected latent_grid {self.latent_grid} to be multiples of patch_size {self.patch_size}; "
-                "change the volume shape or the patch."
+                f"Expected network.latent_grid {self.latent_grid} to be multiples of network.patch_size "
+                f"{self.patch_size}; change the volume shape or the patch."
             )
         for name, width, heads in (
             ("width", self.width, self.heads),
             ("decoder_width", self.decoder_width, self.decoder_heads),
         ):
-            if width % heads or width < 6:
+            if width % heads:
                 raise ValueError(
-                    f"Expected {name} to be a multiple of its {heads} heads, 6 or more; got {width}."
+                    f"Expected network.{name} to be a multiple of its {heads} heads; got {width}."
                 )
+        values = 12 * (self.width**2 * self.depth + self.decoder_width**2 * self.decoder_depth)
+        if values > MOST_WEIGHTS:
+            raise ValueError(
+                f"Expected network.width and network.depth (and those of the decoder) of at most "
+                f"{MOST_WEIGHTS:,} weights; got about {values:,}."
+            )
+        if self.activations > MOST_ACTIVATIONS:
+            raise ValueError(
+                "Expected tokens times network.width and network.depth (and those of the decoder) to be at "
+                f"most {MOST_ACTIVATIONS:,} numbers; got {self.activations:,}."
+            )
         if self.style_width < 1:
             raise ValueError(
-                f"Expected style_ratio to leave at least one style channel; got {self.style_ratio}."
+                f"Expected network.style_ratio to leave at least one style channel; got {self.style_ratio}."
             )
         if not 1 <= self.code_size <= self.width:
             raise ValueError(
-                f"Expected code_ratio to leave 1 to {self.width} numbers in the content code; "
+                f"Expected network.code_ratio to leave 1 to {self.width} numbers in the content code; "
                 f"got {self.code_ratio}."
             )
         if any(
             not 1 <= cells <= size for cells, size in zip(self.style_map_grid, self.token_grid, strict=True)
         ):
             raise ValueError(
-                f"Expected style_map_grid between 1 and the {self.token_grid} tokens per axis; "
+                f"Expected network.style_map_grid between 1 and the {self.token_grid} tokens per axis; "
                 f"got {self.style_map_grid}."
             )
 
@@ -107,6 +127,12 @@ class NetworkConfig:
     def num_tokens(self) -> int:
         """Tokens per volume."""
         return math.prod(self.token_grid)
+
+    @property
+    def activations(self) -> int:
+        """Numbers that the blocks hand on for one volume: memory and time of a step follow from it."""
+        wide = self.width * self.depth + self.decoder_width * self.decoder_depth
+        return self.num_tokens * wide
 
     @property
     def style_width(self) -> int:

@@ -15,13 +15,15 @@ Source: MeDUET (arXiv:2602.17901); departures are listed in docs/architecture.md
 """
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from forms.form import check
+from forms.ranges import Range, Share
 from meduet_models.adversary import reverse_gradient
 from meduet_models.contrast import pool_tokens, restyling_invariance, supervised_contrast
 from meduet_models.demixing import draw_exchanged, draw_partners, hidden_mean, mix_tokens, unmix_tokens
@@ -30,35 +32,36 @@ from meduet_models.factors import Factors
 from meduet_models.meduet import FactorNetwork, MeDUET
 from meduet_models.teacher import Teacher
 
+WEIGHT = Range(at_least=0, at_most=10_000)
+TEMPERATURE = Range(at_least=0.001, at_most=100)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossWeights:
     """One weight per term of the loss, named after the term; zero switches the term off."""
 
-    reconstruction: float = 1.0
+    reconstruction: Annotated[float, WEIGHT] = 1.0
     """Dual reconstruction of both volumes of a mixture (masked positions)."""
-    visible_reconstruction: float = 1.0
+    visible_reconstruction: Annotated[float, WEIGHT] = 1.0
     """The same at visible positions, without which nothing teaches the decoder to write them; 0 in the
     published method."""
-    site_adversary: float = 0.2
+    site_adversary: Annotated[float, WEIGHT] = 0.2
     """Cross-entropy of the site read from content, through gradient reversal."""
-    site_from_style: float = 0.2
+    site_from_style: Annotated[float, WEIGHT] = 0.2
     """Cross-entropy of the site read from style."""
-    mftd: float = 0.5
+    mftd: Annotated[float, WEIGHT] = 0.5
     """Mixed-factor token distillation."""
-    siqc: float = 0.3
+    siqc: Annotated[float, WEIGHT] = 0.3
     """Swap-invariance quadruplet contrast."""
-    invariance: float = 1.0
+    invariance: Annotated[float, WEIGHT] = 1.0
     """Content of a scan against content of its restyling; 0 in the published method."""
-    restyled_reconstruction: float = 1.0
+    restyled_reconstruction: Annotated[float, WEIGHT] = 1.0
     """A scan's content with its restyling's style, decoded, against the restyling: the swap with its known
     answer; 0 in the published method."""
 
     def __post_init__(self) -> None:
-        """Refuse negative weights."""
-        for field in fields(self):
-            if (value := getattr(self, field.name)) < 0:
-                raise ValueError(f"Expected weights.{field.name} to be 0 or more; got {value}.")
+        """Refuse weights that cannot be meant."""
+        check(self, "objective.weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,17 +73,17 @@ class ObjectiveConfig:
     masking: Literal["demixing", "masked"] = "demixing"
     """`demixing`: partners exchange tokens, as published. `masked`: tokens are hidden and predicted, scan by
     scan (masked autoencoding, a baseline): no partner, no swap, reconstruction terms only."""
-    mask_ratio: float = 0.5
+    mask_ratio: Annotated[float, Range(above=0, below=1)] = 0.5
     """Share of tokens taken from the partner, or hidden."""
-    temperature_content: float = 0.07
+    temperature_content: Annotated[float, TEMPERATURE] = 0.07
     """SiQC temperature of content."""
-    temperature_style: float = 0.07
+    temperature_style: Annotated[float, TEMPERATURE] = 0.07
     """SiQC temperature of style."""
-    temperature_invariance: float = 0.1
+    temperature_invariance: Annotated[float, TEMPERATURE] = 0.1
     """InfoNCE temperature of the invariance term."""
-    mftd_warmup: float = 0.2
+    mftd_warmup: Annotated[float, Share] = 0.2
     """Share of all steps before MFTD starts (published: the first 20% are off)."""
-    reversal_warmup: float = 0.0
+    reversal_warmup: Annotated[float, Share] = 0.0
     """Share of all steps over which gradient reversal ramps to 1 (published: none)."""
     estimator: Literal["full", "one_stream", "alternate"] = "full"
     """`full`: both re-encoded streams each step. `one_stream`: one of them per scan, drawn at random
@@ -89,6 +92,7 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot act."""
+        check(self, "objective")
         own = ("reconstruction", "visible_reconstruction")
         others = [f.name for f in fields(self.weights) if f.name not in own]
         if self.masking == "masked" and (on := [n for n in others if getattr(self.weights, n)]):
@@ -96,9 +100,6 @@ class ObjectiveConfig:
                 f"objective.weights.{on[0]} needs a partner or a restyling, and objective.masking=masked has "
                 "none: set it to 0."
             )
-        for name in ("temperature_content", "temperature_style", "temperature_invariance"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"Expected {name} > 0; got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ The federation's part is the content branch, so that is what the file holds; a s
 sites is not in it, and is left as it started. What this file does not do: train, or fetch anything.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from forms.form import build
+from forms.json_text import read_json
 from meduet_models.meduet import FactorNetwork, NetworkConfig
 from meduet_models.weights import load_weights
 
@@ -34,14 +35,12 @@ def load_pretrained(path: Path) -> Pretrained:
     """
     tensors, provenance = load_weights(path)
     try:
-        values = json.loads(provenance["network"])
-        grids = {name: tuple(values[name]) for name in ("latent_grid", "style_map_grid")}
-        config = NetworkConfig(**(values | grids))
-        tokenizer = provenance["tokenizer_sha256"]
-    except (KeyError, TypeError) as error:
+        text, tokenizer = provenance["network"], provenance["tokenizer_sha256"]
+    except KeyError as error:
         raise ValueError(
             f"Expected the final weights of a MeDUET run in {path.name}; its header says none."
         ) from error
+    config = build(NetworkConfig, read_json(text, f"a network in {path.name}"), "network")
     network = FactorNetwork(config)
     mine = network.state_dict()
     at_home = {name for name in mine if name.split(".", 1)[0] in network.STYLE_PARTS}

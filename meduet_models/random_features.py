@@ -16,8 +16,6 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from meduet_models.weights import sha256_of_tensors
-
 SEED = 20260217
 NUM_FEATURES = 64
 _CHANNELS, _LEVELS = 8, 4
@@ -36,11 +34,6 @@ def network() -> dict[str, Tensor]:
         weights[f"{level}.biases"] = 0.1 * torch.randn(_CHANNELS, generator=generator)
         channels = _CHANNELS
     return weights
-
-
-def network_sha256() -> str:
-    """Hash of the weights; numbers are comparable where it is the same."""
-    return sha256_of_tensors(network())
 
 
 @torch.inference_mode()

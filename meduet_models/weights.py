@@ -18,7 +18,11 @@ import torch
 from safetensors import SafetensorError, TensorSpec, safe_open
 from torch import Tensor
 
+from forms.json_text import read_json
+
 HEADER_KEY = "provenance"
+LONGEST_HEADER = 100_000_000
+"""Characters of a header: safetensors' own limit; a long run's metrics are in a checkpoint's."""
 
 
 class StoredWeights(Mapping[str, Tensor]):
@@ -113,7 +117,10 @@ def open_weights(path: str | Path) -> tuple[StoredWeights, dict[str, str]]:
     metadata: dict[str, str] = dict(opened.metadata() or {})
     if HEADER_KEY not in metadata:
         return stored, metadata
-    provenance: dict[str, str] = json.loads(metadata[HEADER_KEY])
+    what = f"the header of {path.name}"
+    provenance = read_json(metadata[HEADER_KEY], what, longest=LONGEST_HEADER)
+    if not isinstance(provenance, dict) or not all(isinstance(text, str) for text in provenance.values()):
+        raise ValueError(f"Expected {what} to hold names with texts; got another.")
     return stored, provenance
 
 

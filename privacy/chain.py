@@ -11,7 +11,6 @@ ledger's).
 
 import fcntl
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from forms.json_text import canonical, read_json, sha256_of
 
 
 class BrokenChain(ValueError):
@@ -39,11 +40,6 @@ class Entry:
     """What was recorded."""
     sha256: str
     """Hash of everything above."""
-
-
-def canonical(value: Any) -> str:
-    """JSON with sorted keys and no spaces; NaN and infinity raise `ValueError` (write them as words)."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
 
 
 class Chain:
@@ -123,7 +119,7 @@ class Chain:
             "previous": self._head,
             "record": record,
         }
-        sha256 = hashlib.sha256(canonical(body).encode()).hexdigest()
+        sha256 = sha256_of(canonical(body))
         line = (canonical({**body, "sha256": sha256}) + "\n").encode()
         written = os.write(descriptor, line)
         if written != len(line):  # a full disk: leave a torn line, which the next opening repairs
@@ -191,12 +187,15 @@ def _stamp(descriptor: int) -> tuple[int, int]:
 
 
 def _entry(line: bytes) -> Entry | None:
-    """The entry on a line; None when it is not JSON, has other fields, or its hash is not its own."""
+    """The entry on a line; None when it is not JSON, has other fields or kinds of value, or another hash."""
     try:
-        fields = json.loads(line)
+        fields = read_json(line, "an entry")
     except ValueError:
         return None
-    if not isinstance(fields, dict) or set(fields) != {"index", "utc", "previous", "record", "sha256"}:
+    kinds = {"index": int, "utc": str, "previous": str, "record": dict, "sha256": str}
+    if not isinstance(fields, dict) or set(fields) != set(kinds):
+        return None
+    if not all(isinstance(fields[name], kind) for name, kind in kinds.items()):
         return None
     body = {name: fields[name] for name in ("index", "utc", "previous", "record")}
     try:
@@ -204,6 +203,6 @@ def _entry(line: bytes) -> Entry | None:
     except ValueError:
         return None
     # The bytes themselves must be canonical: the same JSON with other spaces is an edit, too.
-    if line != expected or hashlib.sha256(canonical(body).encode()).hexdigest() != fields["sha256"]:
+    if line != expected or sha256_of(canonical(body)) != fields["sha256"]:
         return None
     return Entry(**fields)

@@ -9,15 +9,19 @@ keep enough of the past to repeat a round. What this file does not do: it keeps 
 
 import json
 import logging
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
+from forms.json_text import read_json
+from forms.ranges import shown
+from meduet_models.weights import LONGEST_HEADER, load_weights, save_weights, sha256_of_tensors
 
 KEPT = 3
+_NAME = re.compile(r"round-([0-9]{4,9})\.safetensors")
 _GROUPS = ("shared", "optimiser", "bank", "average")
 
 _log = logging.getLogger(__name__)
@@ -101,10 +105,10 @@ class Checkpoints:
         return None
 
     def rounds(self) -> list[int]:
-        """Rounds with a file, ascending."""
-        return sorted(
-            int(path.stem.removeprefix("round-")) for path in self._folder.glob("round-*.safetensors")
-        )
+        """Rounds with a file, ascending; what else lies in the folder is none of ours."""
+        named = (_NAME.fullmatch(path.name) for path in self._folder.glob("round-*") if path.is_file())
+        rounds = {int(match[1]) for match in named if match is not None}
+        return sorted(round for round in rounds if self._path(round).is_file())
 
     def _path(self, round: int) -> Path:
         return self._folder / f"round-{round:04d}.safetensors"
@@ -124,6 +128,10 @@ class Checkpoints:
         groups: dict[str, dict[str, Tensor]] = {group: {} for group in _GROUPS}
         for key, tensor in tensors.items():
             group, _, name = key.partition(":")
+            if group not in groups:
+                raise ValueError(f"Expected the parts of a checkpoint in {path}; got {key!r}.")
             groups[group][name] = tensor
-        metrics: dict[str, Any] = json.loads(provenance["metrics"])
+        metrics = read_json(provenance["metrics"], f"metrics in {path}", longest=LONGEST_HEADER)
+        if not isinstance(metrics, dict):
+            raise ValueError(f"Expected metrics in {path} to be a mapping; got {shown(metrics)}.")
         return Checkpoint(plan_sha256=self._plan_sha256, round=round, metrics=metrics, **groups)

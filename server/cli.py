@@ -8,10 +8,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from federation.loopback import spare_loopback
-from federation.terminal import tolerate_any_terminal
+from federation.terminal import ended, terminal
 from server.commands import bank as bank_commands
 from server.commands import journal as journal_commands
 from server.commands import plan as plan_commands
@@ -21,17 +19,16 @@ from server.commands import synthesis as synthesis_commands
 from server.commands import tokenizer as tokenizer_commands
 
 _STATUS = (
-    "exit status: 0 done, or stopped in good order; 1 a run was given up: a person has to look; 2 refused: "
+    "exit status: 0 done, or stopped in good order; 1 a run was given up, or a file could not be read or "
+    "written: a person has to look; 2 refused: "
     "wrong usage, settings, plan or folder, a record that was tampered with, or it runs already; 130 "
     "interrupted"
 )
-NOT_POSSIBLE = 2  # exit status when the arguments or a file are not what was expected
-INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (0: done, 1: given up, 2: refused; a line says why)."""
-    tolerate_any_terminal()
+    console = terminal()
     spare_loopback()
     parser = argparse.ArgumentParser(
         prog="meduet-server",
@@ -47,17 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan_commands.add_to(commands)
     journal_commands.add_to(commands)
     chosen = parser.parse_args(arguments)
-    try:
-        status: int | None = chosen.run(chosen, Console())
-    except ValueError as error:
-        Console(stderr=True, soft_wrap=True).print(str(error), markup=False, highlight=False)
-        return NOT_POSSIBLE
-    except KeyboardInterrupt:
-        Console(stderr=True).print(
-            "Interrupted. The same command goes on from the last checkpoint, if it made one."
-        )
-        return INTERRUPTED
-    return status or 0
+    return ended(
+        lambda: chosen.run(chosen, console),
+        terminal(stderr=True),
+        interrupted="Interrupted. The same command goes on from the last checkpoint, if it made one.",
+        advice="Put this right and run the same command again.",
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from federation.plan import RunPlan, build
+from federation.plan import RunPlan, StylePlan, VolumePlan
+from forms.form import build
+from forms.ranges import shown
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 FROM_CONFIG = (
@@ -55,7 +57,11 @@ def plan_from(
 
     Raises `ValueError` naming the setting that is unknown, missing, ill-typed, or contradicts another.
     """
-    shape = settings["volumes"]["shape"]
+    volumes = build(VolumePlan, settings["volumes"], "volumes")
+    style = build(StylePlan, settings["style"], "style")
+    if not isinstance(settings["network"], Mapping):
+        raise ValueError(f"Expected network to be a mapping; got {shown(settings['network'])}.")
+    shape = volumes.shape
     if any(size % stride for size in shape):
         raise ValueError(
             f"Expected volumes.shape to be multiples of the tokenizer's stride {stride}; got {list(shape)}."
@@ -64,7 +70,7 @@ def plan_from(
         **settings["network"],
         "latent_channels": latent_channels,
         "latent_grid": [size // stride for size in shape],
-        "style_map_grid": settings["style"]["map_grid"],
+        "style_map_grid": list(style.map_grid),
     }
     values = {key: settings[key] for key in FROM_CONFIG}
     return build(

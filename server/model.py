@@ -15,6 +15,7 @@ import torch
 
 from federation.exchanges.erasure import ErasureReply, erasure_moments, share_bound
 from federation.exchanges.survey import SurveyReply, smallest_cohort
+from federation.limits import MOST_PATIENTS, MOST_SCANS
 from federation.messages import Tensors
 from federation.plan import RunPlan
 from meduet_models.content_code import RenderingMoments, fit_content_code
@@ -96,6 +97,16 @@ class MeduetModel:
 
     def check_survey(self, reply: SurveyReply) -> None:
         """Judged alone by `StyleSurvey`; raises `ReplyRefused` with its reason."""
+        if not 0 < reply.num_patients <= min(reply.num_scans, MOST_PATIENTS):
+            raise ReplyRefused(
+                f"Expected from 1 to {MOST_PATIENTS} patients with a scan or more each; got "
+                f"{reply.num_patients} with {reply.num_scans} scans."
+            )
+        if reply.num_scans > MOST_SCANS:
+            raise ReplyRefused(f"Expected at most {MOST_SCANS} scans; got {reply.num_scans}.")
+        counts = reply.moments.get("count")
+        if counts is not None and bool((counts > reply.num_patients).any()):
+            raise ReplyRefused("Expected style sums of no more patients than the site says it has; got more.")
         if not self._survey.add(self._surveyed_as(reply.site), reply.moments):
             raise ReplyRefused(self._survey.refused[self._surveyed_as(reply.site)])
 
@@ -111,14 +122,18 @@ class MeduetModel:
         return Surveyed(shared | constants, tensors, summary)
 
     def check_erasure(self, reply: ErasureReply) -> None:
-        """Finite sums of a whole cohort, within what was agreed per patient; raises `ReplyRefused`."""
-        moments, renderings = self._moments(reply)
-        count, least = float(moments.count), smallest_cohort(self.plan)
+        """Sums that whole patients of a whole cohort can have, within what was agreed for each; raises
+        `ReplyRefused`."""
+        try:
+            moments, renderings = self._moments(reply)
+            if (count := float(moments.count)) < (least := smallest_cohort(self.plan)):
+                raise ReplyRefused(f"Expected content sums of at least {least} patients; got {count:g}.")
+            moments.check(MOST_PATIENTS)
+            if renderings is not None:
+                renderings.check(count)
+        except ValueError as reason:
+            raise ReplyRefused(str(reason)) from reason
         told = torch.cat([moments.to_vector(), *([] if renderings is None else [renderings.to_vector()])])
-        if not bool(torch.isfinite(told).all()):
-            raise ReplyRefused("Expected finite content sums; got NaN or infinity.")
-        if count < least or count != round(count):
-            raise ReplyRefused(f"Expected content sums of at least {least} patients; got {count:g}.")
         if float(told.norm()) > count * share_bound(self.plan) * _ROUNDING:
             raise ReplyRefused("Expected content sums within the bound per patient; they are longer.")
 

@@ -25,7 +25,7 @@ from federation.plan import VolumePlan
 
 SMALLEST_SHARE = 0.5
 """Least size of a group, as a share of patients over groups."""
-_WINDOW = VolumePlan(modality="")  # the robust percentiles that every MR plan starts from
+_WINDOW = VolumePlan(modality="any")  # the robust percentiles that every MR plan starts from
 _BINS = 64
 _MOST_STEPS = 100
 

@@ -14,8 +14,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from federation.loopback import spare_loopback
-from federation.terminal import tolerate_any_terminal
-from server.checkpoints import OtherPlan
+from federation.terminal import ended, failing, say, terminal
 from server.config import CONF
 from simulations.benchmark.run import CellsFailed, run_benchmark
 from simulations.diffusion_study.run import run_generation
@@ -26,16 +25,29 @@ from strategies.quorum import RoundFailed
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")  # type: ignore[untyped-decorator]
 def _main(config: DictConfig) -> None:
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = terminal(stderr=True)
     logging.getLogger("flwr").setLevel(logging.WARNING)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         config.folder = HydraConfig.get().runtime.output_dir  # one folder per job
+    status = ended(
+        lambda: _page(config, console),
+        console,
+        interrupted="Interrupted. Nothing is lost: give the same command again to go on.",
+        advice="Nothing that was done is lost. Put this right and give the same command again.",
+    )
+    if status:
+        sys.exit(status)
+
+
+def _page(config: DictConfig, console: Console) -> None:
+    """Make what the chosen configuration is for, and say where its page is."""
     try:
         match HydraConfig.get().job.config_name:
             case "config":
                 page = run(config)
             case "benchmark":
-                page = run_benchmark(config, console)
+                with failing(CellsFailed):
+                    page = run_benchmark(config, console)
             case "downstream":
                 page = run_downstream(config)
             case "generation":
@@ -44,21 +56,13 @@ def _main(config: DictConfig) -> None:
                 raise ValueError(
                     f"Expected --config-name config, benchmark, downstream or generation; got {unknown!r}."
                 )
-    except (ValueError, OtherPlan, RoundFailed) as error:
-        console.print(f"[red]{type(error).__name__}[/]: {error}", markup=True)
-        sys.exit(2)
-    except CellsFailed as error:
-        console.print(f"[red]{type(error).__name__}[/]: {error}", markup=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        console.print("Interrupted. Nothing is lost: give the same command again to go on.")
-        sys.exit(130)
-    Console(highlight=False, soft_wrap=True).print(f"Done. The page: {page.resolve()}")
+    except RoundFailed as error:
+        raise ValueError(str(error)) from None
+    say(terminal(), f"Done. The page: {page.resolve()}")
 
 
 def main() -> None:
     """Entry point of `meduet-simulate`."""
-    tolerate_any_terminal()
     spare_loopback()
     _main()
 

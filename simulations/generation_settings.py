@@ -1,48 +1,56 @@
 """How much of a generative model is sampled and measured: the defaults suit a run, smaller numbers a demo."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
+from forms.form import check
+from forms.ranges import Entries, Range
 from meduet_models.diffusion.conditions import Condition
 from meduet_models.diffusion.sampling import Solver
 from simulations.generation.use import UseSettings
+
+Steps = Annotated[int, Range(at_least=1, at_most=10_000)]
+Guidance = Annotated[float, Range(at_least=0, at_most=1000)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
     """How much is sampled and measured."""
 
-    samples: int = 24
+    samples: Annotated[int, Range(at_least=2, at_most=100_000)] = 24
     """Samples of each kind (told content and style, one of them, nothing)."""
-    steps: int = 25
+    steps: Steps = 25
     """Solver steps of every sample but those of the comparison over steps."""
     solver: Solver = "heun"
     """Solver of all samples."""
-    guidance: dict[Condition, float] = field(default_factory=dict)
+    guidance: Annotated[dict[Condition, Guidance], Entries(8)] = field(default_factory=dict)
     """Weight of each condition's guidance, where it is told; 1, or left out: none."""
-    step_counts: tuple[int, ...] = (2, 5, 10, 25, 50, 250)
+    step_counts: Annotated[tuple[Steps, ...], Entries(64)] = (2, 5, 10, 25, 50, 250)
     """Solver steps that are compared; the last is what the others are held against."""
-    step_samples: int = 12
+    step_samples: Annotated[int, Range(at_least=4, at_most=100_000)] = 12
     """Samples at each of them."""
-    most_real: int = 64
+    most_real: Annotated[int, Range(at_least=4, at_most=1_000_000)] = 64
     """Real scans of each side, at most."""
-    resamples: int = 100
+    resamples: Annotated[int, Range(at_least=2, at_most=1_000_000)] = 100
     """Bootstrap resamples behind each interval."""
-    neighbours: int = 3
+    neighbours: Annotated[int, Range(at_least=1, at_most=1_000)] = 3
     """Neighbours that make a neighbourhood, for precision, recall, density and coverage."""
-    seeds: int = 3
+    seeds: Annotated[int, Range(at_least=1, at_most=1_000)] = 3
     """Seeds side by side in the gallery."""
-    patients: int = 3
+    patients: Annotated[int, Range(at_least=1, at_most=1_000)] = 3
     """Patients in the grid of contents and styles."""
-    volumes: int = 2
+    volumes: Annotated[int, Range(at_least=0, at_most=1_000)] = 2
     """Volumes of each kind that are written as NIfTI and shown in the viewer."""
     use: UseSettings | None = field(default_factory=UseSettings)
     """The segmenters that learn from synthetic scans; none: they are left out."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
+        check(self, "generation")
         if list(self.step_counts) != sorted(set(self.step_counts)) or len(self.step_counts) < 2:
             raise ValueError(f"Expected rising step_counts, two or more; got {self.step_counts}.")
-        least = {"samples": self.neighbours + 1, "step_samples": 4, "most_real": 4, "resamples": 2}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"Expected {name} of at least {bound}; got {getattr(self, name)}.")
+        if self.samples <= self.neighbours:
+            raise ValueError(
+                f"Expected generation.samples above generation.neighbours; got {self.samples} and "
+                f"{self.neighbours}."
+            )

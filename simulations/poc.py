@@ -28,7 +28,7 @@ from federation.keys.key_files import refuse_work_tree
 from federation.keys.kits import SETTINGS
 from federation.plan import RunPlan
 from federation.processes import GRACE_S, ChildProcess, Say, Supervisor
-from server.commands.service import GIVEN_UP
+from federation.terminal import CommandFailed, ended, say, terminal
 from server.config import compose_config, plain
 from server.consortium.plans import publish
 from server.consortium.provisioning import ConsortiumSettings, SiteEntry
@@ -252,24 +252,26 @@ def reserve_ports(count: int) -> list[int]:
 
 def main() -> int:
     """`python -m simulations.poc SITES FOLDER`; what `meduet-server poc` becomes."""
-    console = Console(highlight=False, soft_wrap=True)
-    try:
-        folder = run_poc(int(sys.argv[1]), Path(sys.argv[2]), lambda line: console.print(line, markup=False))
-    except ValueError as error:
-        console.print(str(error), markup=False)
-        return 2
-    except RunGivenUp as error:
-        console.print(f"{error} Logs: {sys.argv[2]}/processes and {sys.argv[2]}/centre.", markup=False)
-        return GIVEN_UP
-    except KeyboardInterrupt:
-        console.print("Interrupted; every process was stopped.")
-        return 130
-    console.print(f"Done. The run: {folder} (model.safetensors, metrics.json, journal.jsonl, status.json)")
-    console.print(f"Look at it: meduet-server status {folder}; meduet-server journal show {folder}")
-    console.print(
-        f"Logs: {folder.parent}/processes and {folder.parent}/centre; remove {folder.parent} when done."
+    console = terminal()
+    return ended(
+        lambda: _poc(int(sys.argv[1]), Path(sys.argv[2]), console),
+        console,
+        interrupted="Interrupted; every process was stopped.",
+        advice="Every process was stopped.",
     )
-    return 0
+
+
+def _poc(num_sites: int, folder: Path, console: Console) -> None:
+    try:
+        run = run_poc(num_sites, folder, lambda line: say(console, line))
+    except RunGivenUp as error:
+        raise CommandFailed(f"{error} Logs: {folder}/processes and {folder}/centre.") from None
+    say(
+        console,
+        f"Done. The run: {run} (model.safetensors, metrics.json, journal.jsonl, status.json)",
+        f"Look at it: meduet-server status {run}; meduet-server journal show {run}",
+        f"Logs: {run.parent}/processes and {run.parent}/centre; remove {run.parent} when done.",
+    )
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from rich.progress import (
 
 from client.site import SiteProgress
 from federation.plan import RunPlan
+from federation.terminal import say, terminal
 from simulations.hospitals.phantom import Progress as MakeProgress
 
 
@@ -32,7 +33,7 @@ class Live:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            console=console or Console(stderr=True, highlight=False),
+            console=console or terminal(stderr=True),
         )
         self._rounds: Any = None
         self._steps: Any = None
@@ -51,13 +52,13 @@ class Live:
 
     def say(self, text: str) -> None:
         """One line above the bars."""
-        self._bars.console.print(text)
+        say(self._bars.console, text)
 
     def begin(self, plan: RunPlan) -> None:
         """Say in words what is about to run."""
         training = plan.training
         self.say(
-            f"[bold]{plan.name}[/]  plan {plan.sha256[:12]}  {len(plan.sites)} hospitals  "
+            f"{plan.name}  plan {plan.sha256[:12]}  {len(plan.sites)} hospitals  "
             f"{training.rounds} rounds of {training.steps_per_round} steps  {plan.aggregation.method}"
         )
         self._num_steps = training.steps_per_round

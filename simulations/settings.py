@@ -3,9 +3,11 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from federation.plan import build
+from forms.form import build
+from forms.names import Phrase
+from forms.ranges import Entries, Range, Share
 from meduet_models.tokenizer.tokenizer import TokenizerSpec
 from simulations.generation_settings import GenerationSettings
 from simulations.hospitals.plans import HospitalsPlan, hospitals_plan
@@ -19,7 +21,7 @@ class EngineSettings:
     """`process`: in this process, one site after another. `ray`: Flower's simulation."""
     address: str | None = None
     """host:port of a Ray cluster that runs already; none starts one on this machine."""
-    cpus_per_site: int = 1
+    cpus_per_site: Annotated[int, Range(at_least=1, at_most=1024)] = 1
     """Cores that a site's work takes; both engines train with as many threads."""
 
 
@@ -27,7 +29,7 @@ class EngineSettings:
 class EvaluationSettings:
     """What the observer measures."""
 
-    every_rounds: int = 2
+    every_rounds: Annotated[int, Range(at_least=1, at_most=100_000)] = 2
     """Rounds between probes; the last round is always probed."""
     thorough: bool = False
     """Whether the final model is measured as for a table: nested cross-validation, permutation null, anatomy;
@@ -38,11 +40,11 @@ class EvaluationSettings:
 class SiteSettings:
     """What every simulated hospital has in its site.yaml."""
 
-    modality_names: dict[str, str]
+    modality_names: Annotated[dict[str, Phrase], Entries(1000)]
     """A hospital's name of a modality to the plan's."""
     patient_pattern: str
     """Regular expression searched in a scan's path; group 1 is the patient. Empty: told from the layout."""
-    split_fractions: tuple[float, float, float]
+    split_fractions: Annotated[tuple[float, float, float], Share]
     """Share of the patients for training, validation and test."""
 
 

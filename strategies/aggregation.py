@@ -201,27 +201,31 @@ class StreamingSum:
         self.reset()
 
     def fold(self, site: str, update: Mapping[str, Tensor], examples: int) -> None:
-        """Validate one reply and add it; on `ReplyRefused` the sum is as before. `site` has no influence."""
+        """Validate one reply and add it; whatever is raised, the sum is as before. `site` does not matter."""
         assert self.num_replies < self.validation.bounds.num_replies, "more replies than were declared"
         values = self.validation.flat(update, examples)
         if self.num_replies == 0:
             self._begin()
-        squares = math.fsum(self._each(self._add, values))
+        added: list[_Piece] = []
         try:
+            squares = math.fsum(self._each(lambda pieces: self._add(pieces, added), values))
             norm = self.validation.norm(values, squares, examples)
-        except ReplyRefused:
+            if self._spill is not None:
+                self._kept[site] = self._keep(self._spill, values, examples, norm)
+        except BaseException:
             if self.num_replies:  # else the next reply begins anew
-                self._each(self._subtract, values)  # integers: what was added leaves no trace
+                self._subtract(added)  # integers: what was added leaves no trace
             raise
-        if self._spill is not None:
-            self._spill.mkdir(parents=True, exist_ok=True)
-            path = self._spill / f"{self.num_replies}.float32"
-            with path.open("wb") as file:
-                for value in values:
-                    file.write(value.data)
-            self._kept[site] = _Kept(path, examples, norm)
         self.examples += examples
         self.num_replies += 1
+
+    def _keep(self, folder: Path, values: list[Floats], examples: int, norm: float) -> _Kept:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.num_replies}.float32"
+        with path.open("wb") as file:
+            for value in values:
+                file.write(value.data)
+        return _Kept(path, examples, norm)
 
     def screen(self, tolerance: float) -> dict[str, str]:
         """Take out who is an outlier among the replies so far (`outliers`); sites and reasons."""
@@ -283,24 +287,29 @@ class StreamingSum:
         with ThreadPoolExecutor(self._threads) as pool:
             return list(pool.map(work, (pieces[i :: self._threads] for i in range(self._threads))))
 
-    def _add(self, pieces: list[_Piece]) -> float:
-        """Add a reply's pieces while measuring them; their sum of squares, not finite if one was left out."""
+    def _add(self, pieces: list[_Piece], added: list[_Piece]) -> float:
+        """Add a reply's pieces while measuring them; their sum of squares, not finite if one was left out.
+
+        What was added is noted in `added`, so that it can be taken out again wherever the work ends.
+        """
         rounded, scratch = np.empty(_BLOCK, dtype=np.float32), np.empty(_BLOCK, dtype=np.int64)
         squares = []
         for total, values in pieces:
             block = rounded[: len(values)]
             self._round(values, block)
-            squares.append(float(np.dot(block, block)))
+            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused
+                squares.append(float(np.dot(block, block)))
             if not total.add(block, scratch, math.sqrt(squares[-1])):
                 return math.inf
+            added.append((total, values))
         return math.fsum(squares) / float(self._scale) ** 2
 
     def _subtract(self, pieces: list[_Piece]) -> None:
         rounded, scratch = np.empty(_BLOCK, dtype=np.float32), np.empty(_BLOCK, dtype=np.int64)
         for total, values in pieces:
             self._round(values, rounded[: len(values)])
-            if not total.add(rounded[: len(values)], scratch, sign=-1):
-                return  # here the addition stopped, too
+            taken = total.add(rounded[: len(values)], scratch, sign=-1)
+            assert taken, "what was added can be taken away"
 
     def _round(self, values: Floats, rounded: Floats) -> None:
         with np.errstate(over="ignore"):  # what becomes infinite is not added

@@ -4,8 +4,9 @@ A Flower `Strategy` with its own resumable loop of rounds. What is averaged is w
 tensors that the model declares (`meduet_models/sharing.py`); it looks at no name. What sites are asked to do
 with them is a `Task`: to pretrain, or to train the diffusion model. With the same messages and
 more, or no, shared tensors it is FedAvg, FedProx (whose other half is at the sites), all data pooled, or each
-site alone. Each reply is validated alone, folded and dropped; a bad one is put aside with its reason, and the
-round goes on as long as the quorum holds.
+site alone. Each reply is pulled, read, validated and folded alone behind a wall
+(`strategies/reply_wall.py`), and dropped; a bad one is put aside with its reason, and the round goes on as
+long as the quorum holds.
 What this file does not do: it makes no checkpoint and no survey (`server/app.py`).
 
 Source: Flower's Strategy interface; partial sharing as in FedBN (arXiv:2102.07623).
@@ -25,12 +26,14 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from federation.exchanges.pretraining import PRETRAINING, TrainReply
-from federation.messages import MessageError, Refusal, RefusalKind, kind_of
+from federation.limits import MOST_SCANS, largest_reply
+from federation.messages import RefusalKind
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
 from federation.wire import array_record
 from strategies.aggregation import Bounds, ReplyRefused, StreamingSum
 from strategies.quorum import Roster, RoundFailed, check_quorum, needed, wait_for_nodes
+from strategies.reply_wall import ReplyWall
 from strategies.robust import SpilledReplies
 from strategies.server_optimisers import ServerOptimiser
 from strategies.streaming_grid import Late, StreamingGrid
@@ -97,7 +100,8 @@ class ContentShare(Strategy):
         self._bytes_down = 0
         self._behind: set[int] = set()
         self._stream: StreamingGrid | None = None
-        self._bounds = Bounds(num_replies=len(roster.sites), max_norm=task.max_norm)
+        self._bounds = Bounds(num_replies=len(roster.sites), max_norm=task.max_norm, max_examples=MOST_SCANS)
+        self._largest = largest_reply(self.shared, plan.release.wire_dtype)
         self._sum: StreamingSum | None = None
         if settings.rule == "mean":
             spill = folder / "replies" if settings.norm_tolerance else None
@@ -114,7 +118,10 @@ class ContentShare(Strategy):
         for round in range(done + 1, self.task.rounds + 1):
             messages = self.configure_train(round, self._arrays(), ConfigRecord(), stream)
             replies = stream.send_and_receive(
-                messages, timeout=self.plan.aggregation.deadline_s, late=self._late(round, grid)
+                messages,
+                timeout=self.plan.aggregation.deadline_s,
+                late=self._late(round, grid),
+                largest=self._largest,
             )
             del messages  # the grid holds what it still has to send
             self._stream = stream
@@ -170,20 +177,24 @@ class ContentShare(Strategy):
 
     def _aggregate(self, server_round: int, replies: Iterable[Message]) -> None:
         fold = self._fold(server_round)
-        for reply in replies:
-            node = self._stream.node_of(reply) if self._stream else reply.metadata.src_node_id
-            try:
-                self._take(server_round, node, reply, fold)
-            except (MessageError, ReplyRefused) as error:
-                self._put_aside(node, str(error))
-            del reply
+        wall = self._wall(server_round, fold)
+        for message in replies:
+            node = self._stream.node_of(message) if self._stream else message.metadata.src_node_id
+            if (reply := wall.take(node, message)) is not None:
+                bytes_up = _num_bytes(message.content)
+                report = site_report(reply, bytes_down=self._bytes_down, bytes_up=bytes_up)
+                self.report.sites[reply.site] = report
+                self._on_reply(server_round, reply.site, report)
+            del message, reply
+        for node, why in (self._stream.not_pulled if self._stream else {}).items():
+            wall.put_aside(node, why)
         for node in self._stream.unanswered if self._stream else ():
-            self._put_aside(node, f"no reply within {self.plan.aggregation.deadline_s:g} s")
+            wall.put_aside(node, f"no reply within {self.plan.aggregation.deadline_s:g} s")
         sites = self.roster.sites
         quorum = self.plan.aggregation.quorum
         for site, why in fold.screen(self.plan.aggregation.norm_tolerance).items():
             del self.report.sites[site]
-            self._refuse(site, why)
+            wall.refuse(site, why)
         self.report.sites = {s: self.report.sites[s] for s in sites if s in self.report.sites}
         check_quorum(f"round {server_round}", len(self.report.sites), quorum, len(sites), self.report.refused)
         try:
@@ -205,38 +216,32 @@ class ContentShare(Strategy):
                 folder = self._folder / f"replies-{round:04d}"
                 return SpilledReplies(self.shared, self._bounds, folder, settings.rule, settings.trim)
 
-    def _take(self, round: int, node: int, message: Message, fold: Fold) -> None:
-        if message.has_error():
-            raise ReplyRefused(f"Flower error {message.error.code}")  # its words may be the site's: not kept
-        if kind_of(message.content) == "refusal":
-            refusal = Refusal.from_record(message.content)
-            self.roster.bind(node, refusal.site)
-            if refusal.kind is RefusalKind.OUT_OF_ORDER:
+    def _wall(self, round: int, fold: Fold) -> ReplyWall[TrainReply]:
+        """The wall around each reply to this round's question."""
+
+        def use(reply: TrainReply) -> None:
+            if reply.round != round:
+                raise ReplyRefused(f"Expected a reply to round {round}; got one to round {reply.round}.")
+            if reply.wire_dtype != (asked := self.plan.release.wire_dtype):
+                raise ReplyRefused(f"Expected values as {asked}; got {reply.wire_dtype}.")
+            fold.fold(reply.site, reply.update, reply.examples)
+
+        def on_refusal(node: int, kind: RefusalKind) -> None:
+            if kind is RefusalKind.OUT_OF_ORDER:
                 self._behind.add(node)  # it missed the round that brought the start: the next one brings it
-            raise ReplyRefused(f"refused: {refusal.kind.value}")
-        size = _num_bytes(message.content)
-        reply = TrainReply.from_record(message.content, copy=False)
-        if problem := self.roster.bind(node, reply.site):
-            raise ReplyRefused(problem)
-        if reply.plan_sha256 != self._plan_sha256:
-            raise ReplyRefused(f"Expected a reply under plan {self._plan_sha256[:12]}; it names another.")
-        if reply.round != round:
-            raise ReplyRefused(f"Expected a reply to round {round}; got one to round {reply.round}.")
-        if reply.site in self.report.sites:
-            raise ReplyRefused(f"Expected one reply of {reply.site!r}; got a second.")
-        draft = self._book.draft(PRETRAINING.route, reply)
-        fold.fold(reply.site, reply.update, reply.examples)
-        self._book.enter(draft)
-        report = site_report(reply, bytes_down=self._bytes_down, bytes_up=size)
-        self.report.sites[reply.site] = report
-        self._on_reply(round, reply.site, report)
 
-    def _put_aside(self, node: int, why: str) -> None:
-        self._refuse(self.roster.name(node), why)
-
-    def _refuse(self, who: str, why: str) -> None:
-        self.report.refused[who] = why
-        _log.warning("Round %d goes on without %s: %s", self.report.round, who, why)
+        wall = ReplyWall(
+            f"round {round}",
+            PRETRAINING.route,
+            self._plan_sha256,
+            self.roster,
+            self._book,
+            lambda record: TrainReply.from_record(record, copy=False),
+            use,
+            on_refusal,
+        )
+        self.report.refused = wall.refused
+        return wall
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -44,18 +44,20 @@ class SpilledReplies:
         folder.mkdir(parents=True)
 
     def fold(self, site: str, update: Mapping[str, Tensor], examples: int) -> None:
-        """Validate one reply and write `update` / examples to a file; raises `ReplyRefused`."""
+        """Validate one reply and write `update` / examples to a file; whatever is raised, the replies so far
+        are as before."""
         if site in self._files:
             raise ReplyRefused(f"Expected one reply of {site!r}; got a second.")
         values = self.validation.flat(update, examples)
         pieces = [v[i : i + _PIECE] for v in values for i in range(0, len(v), _PIECE)]
-        squares = math.fsum(float(np.dot(piece, piece)) for piece in pieces)
-        self._norms[site] = self.validation.norm(values, squares, examples)
-        path = self._folder / f"{len(self._norms)}.float32"
-        with path.open("wb") as file:
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused
+            squares = math.fsum(float(np.dot(piece, piece)) for piece in pieces)
+        norm = self.validation.norm(values, squares, examples)
+        path = self._folder / f"{len(self._files)}.float32"
+        with path.open("wb") as file:  # begun anew by the next reply if this one ends here
             for piece in pieces:
                 file.write((piece / np.float32(examples)).data)
-        self._files[site] = path
+        self._files[site], self._norms[site] = path, norm
 
     def screen(self, tolerance: float) -> dict[str, str]:
         """Leave out who is an outlier among the replies so far (`outliers`); sites and reasons."""

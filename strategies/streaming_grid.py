@@ -1,8 +1,12 @@
 """A grid that hands over replies one at a time: one reply in memory, however many sites.
 
 Flower's grids return all replies of a round in a list. This one wraps a grid, asks for one message id at a
-time, and remembers which node each question went to: an error reply made by Flower itself carries the
-SuperLink's node id, so replies are told apart by the question they answer.
+time, and remembers which node each question went to. Replies are told apart by the question that was asked
+for, never by what they say: an error reply made by Flower itself carries the SuperLink's node id, and a site
+can write any other there.
+
+From SuperLink replies are pulled within the size of the largest one (`strategies/reply_pull.py`); a reply
+that is not pulled is in `not_pulled`, with the reason.
 
 Such an error means that a site's process or its SuperNode died, or that the network was gone: nobody has
 answered. While others are awaited anyway, or too few have answered, a lost site, or one that was not there
@@ -20,6 +24,11 @@ from flwr.app import Message, RecordDict
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
+from flwr.superlink.grid.http_grid import HttpGrid
+
+from federation.limits import Largest
+from strategies.aggregation import ReplyRefused
+from strategies.reply_pull import BoundedPull
 
 ASKS = 4
 """How often a site is asked in a round, at most."""
@@ -49,6 +58,9 @@ class StreamingGrid(Grid):
         self._node_of: dict[str, int] = {}
         self.unanswered: dict[int, str] = {}
         """Nodes of the last question that have not answered, with the id of their question."""
+        self.not_pulled: dict[int, str] = {}
+        """Nodes whose answer to the last question was left at SuperLink, and why."""
+        self._pull: Callable[[str], Message | None] = self._pull_as_it_is
 
     def node_of(self, reply: Message) -> int:
         """The node whose question this reply answers."""
@@ -60,12 +72,17 @@ class StreamingGrid(Grid):
         *,
         timeout: float | None = None,
         late: Late | None = None,
+        largest: Largest | None = None,
     ) -> Iterable[Message]:
         """Send now; replies come from the iterator, as they arrive, until all are in or `timeout`.
 
-        `late`: how nodes are asked that were lost, or were not there yet; without it nobody is.
+        `late`: how nodes are asked that were lost, or were not there yet; without it nobody is. `largest`:
+        what is pulled from SuperLink at most; without it whatever comes.
         """
-        self._node_of, self.unanswered = {}, {}
+        self._node_of, self.unanswered, self.not_pulled = {}, {}, {}
+        self._pull = self._pull_as_it_is
+        if largest is not None and isinstance(self._inner, HttpGrid):
+            self._pull = BoundedPull(self._inner, largest)
         for message in messages:
             self._push(message)  # one by one: a shorter list would not say whose message was not taken
         end = None if timeout is None else time.monotonic() + timeout
@@ -86,14 +103,22 @@ class StreamingGrid(Grid):
         while self.unanswered or lost:
             answered = False
             for node, identity in list(self.unanswered.items()):
-                for reply in self._inner.pull_messages([identity]):
+                try:
+                    reply = self._pull(identity)
+                except ReplyRefused as reason:
                     self.unanswered.pop(node, None)
-                    answered = True
-                    if late is not None and reply.has_error() and asked[node] < ASKS:
-                        lost[node] = reply
-                    else:
-                        yield reply
-                    del reply
+                    self.not_pulled[node] = str(reason)
+                    continue
+                if reply is None:
+                    continue
+                self.unanswered.pop(node, None)
+                answered = True
+                reply.metadata.__dict__["_reply_to_message_id"] = identity  # whatever it says itself
+                if late is not None and reply.has_error() and asked[node] < ASKS:
+                    lost[node] = reply
+                else:
+                    yield reply
+                del reply
             if end is not None and time.monotonic() >= end:
                 break
             if late is not None:
@@ -110,6 +135,9 @@ class StreamingGrid(Grid):
                 time.sleep(pause_s if end is None else min(pause_s, max(0.0, end - time.monotonic())))
             pause_s = _SHORTEST_PAUSE_S if answered else min(1.5 * pause_s, _LONGEST_PAUSE_S)
         yield from lost.values()
+
+    def _pull_as_it_is(self, identity: str) -> Message | None:
+        return next(iter(self._inner.pull_messages([identity])), None)
 
     def set_run(self, run: Run) -> None:
         """As `inner`."""

@@ -1,8 +1,9 @@
 """Collecting the style bank: sites' sums in, one bank out; refuses what no honest cohort can have told.
 
-Each reply is judged alone: sums of the agreed names and shapes, finite, of at least the minimum cohort,
-within the bound that was agreed per patient. What this file does not do: it asks nobody (`content_share.py`)
-and cannot tell a plausible lie from the truth.
+Each reply is judged alone: sums of the agreed names and shapes, finite, of at least the minimum cohort, that
+patients can have, within the bound that was agreed for each. What this file does not do: it asks nobody
+(`content_share.py`) and cannot tell a plausible lie from the truth; how far one can move the pooled scale is
+bounded in `meduet_models/style/bank.py`.
 """
 
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from federation.exchanges.survey import smallest_cohort, survey_layout
+from federation.limits import MOST_PATIENTS
 from federation.plan import RunPlan
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleMoments
@@ -49,22 +51,16 @@ class StyleSurvey:
     def _check(self, site: str, moments: StyleMoments) -> None:
         if site not in self.plan.sites:
             raise ValueError(f"Expected a site of the plan; got {site!r}.")
-        if not bool(torch.isfinite(moments.to_vector()).all()):
-            raise ValueError("Expected finite style sums; got NaN or infinity.")
         counts = moments.sums["count"]
         least = smallest_cohort(self.plan)
         if not bool(((counts == 0) | (counts >= least)).all()) or not bool(counts.any()):
             raise ValueError(f"Expected style sums of at least {least} patients; got {counts.tolist()}.")
-        if not torch.equal(counts, counts.round()):
-            raise ValueError(f"Expected whole patients; got {counts.tolist()}.")
         told = torch.stack([s.abs().flatten(1).sum(1) for n, s in moments.sums.items() if n != "count"]).sum(
             0
         )
         if bool(((counts == 0) & (told > 0)).any()):
             raise ValueError("Expected nothing to be told of body parts without patients; got sums.")
-        squares = {"variance", "mean_square", "map_square"} & set(moments.sums)
-        if any(bool((moments.sums[name] < 0).any()) for name in squares):
-            raise ValueError("Expected sums of squares and variances of at least 0; got negative ones.")
+        moments.check(MOST_PATIENTS)
         if moments.norm() > float(counts.sum()) * self.layout.bound * (1 + _ROUNDING):
             raise ValueError(
                 f"Expected style sums within {self.layout.bound:g} per patient; "

@@ -11,9 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from federation.terminal import DONE, FAILED, CommandFailed, failing, say
 from meduet_models.diffusion.sampling_options import OPTIONS, add_sampling_options, sampling_settings
-
-DONE, FAILED, NOT_POSSIBLE = 0, 1, 2
 
 _HARMONISE = """\
 Show scans as another site's scanner would have made them: the anatomy of the scan, the style of SITE.
@@ -96,48 +95,40 @@ def _harmonise(chosen: argparse.Namespace, console: Console) -> int:
     from meduet_models.diffusion.harmonisation import HarmonisationSettings
     from meduet_models.weights import sha256_of_file
 
-    try:
-        if chosen.method == "restyle":
-            _refuse_without_effect(chosen)
-        settings = HarmonisationSettings(
-            style=chosen.style,
-            own_style=chosen.own_style,
-            method=chosen.method,
-            body_part=chosen.body_part,
-            sampling=sampling_settings(chosen),
-            seed=chosen.seed or 0,
-        )
-        targets = target_paths(chosen.scans, chosen.out, chosen.style)
-        model = load_generative_model(chosen.model)
-        tokenizer, device = _tokenizer(chosen, model.transformer.config.latent_channels)
-        harmoniser = Harmoniser(
-            model, tokenizer, settings, model_sha256=sha256_of_file(chosen.model), device=device
-        )
-    except ValueError as error:
-        _say(console, str(error))
-        return NOT_POSSIBLE
-    with _bars(console) as bars:
+    if chosen.method == "restyle":
+        _refuse_without_effect(chosen)
+    settings = HarmonisationSettings(
+        style=chosen.style,
+        own_style=chosen.own_style,
+        method=chosen.method,
+        body_part=chosen.body_part,
+        sampling=sampling_settings(chosen),
+        seed=chosen.seed or 0,
+    )
+    targets = target_paths(chosen.scans, chosen.out, chosen.style)
+    model = load_generative_model(chosen.model)
+    tokenizer, device = _tokenizer(chosen, model.transformer.config.latent_channels)
+    harmoniser = Harmoniser(
+        model, tokenizer, settings, model_sha256=sha256_of_file(chosen.model), device=device
+    )
+    with failing(ValueError), _bars(console) as bars:
         scans, steps = bars.add_task("scans", total=len(targets)), bars.add_task("steps", total=1)
-        try:
-            unusable = harmonise_files(
-                chosen.scans,
-                targets,
-                harmoniser,
-                lambda done, total: bars.update(scans, completed=done, total=total),
-                lambda done, total: bars.update(steps, completed=done, total=total),
-            )
-        except ValueError as error:
-            _say(console, str(error))
-            return FAILED
+        unusable = harmonise_files(
+            chosen.scans,
+            targets,
+            harmoniser,
+            lambda done, total: bars.update(scans, completed=done, total=total),
+            lambda done, total: bars.update(steps, completed=done, total=total),
+        )
     for path, reason in unusable:
-        _say(console, f"Not usable: {path}: {reason}")
+        say(console, f"Not usable: {path}: {reason}")
     written = [
         target for target, path in zip(targets, chosen.scans, strict=True) if path not in dict(unusable)
     ]
     for target in written:
-        _say(console, f"{target}")
+        say(console, f"{target}")
     if written:
-        _say(console, "Made, not acquired: not for diagnosis. Patient data, as the scans are.")
+        say(console, "Made, not acquired: not for diagnosis. Patient data, as the scans are.")
     return FAILED if unusable else DONE
 
 
@@ -149,32 +140,28 @@ def _encode(chosen: argparse.Namespace, console: Console) -> int:
     from meduet_models.diffusion.artefact import load_generative_model
     from meduet_models.encoded_scan import PATIENT_DATA, save_encoded_scan
 
+    if not chosen.scan.exists():
+        raise ValueError(f"Expected a scan at {chosen.scan}; nothing is there.")
+    if chosen.model is not None:
+        model = load_generative_model(chosen.model)
+        tokenizer, device = _tokenizer(chosen, model.transformer.config.latent_channels)
+        check_tokenizer(model, tokenizer)
+        volumes = volume_plan(model)
+    else:
+        plan = load_plan(chosen.plan)
+        tokenizer, device = _tokenizer(chosen, plan.network.latent_channels)
+        if plan.tokenizer_sha256 != tokenizer.sha256:
+            raise ValueError(
+                f"Expected the plan's tokenizer {plan.tokenizer_sha256[:8]}…; got {tokenizer.sha256[:8]}…."
+            )
+        volumes = plan.volumes
     try:
-        if not chosen.scan.exists():
-            raise ValueError(f"Expected a scan at {chosen.scan}; nothing is there.")
-        if chosen.model is not None:
-            model = load_generative_model(chosen.model)
-            tokenizer, device = _tokenizer(chosen, model.transformer.config.latent_channels)
-            check_tokenizer(model, tokenizer)
-            volumes = volume_plan(model)
-        else:
-            plan = load_plan(chosen.plan)
-            tokenizer, device = _tokenizer(chosen, plan.network.latent_channels)
-            if plan.tokenizer_sha256 != tokenizer.sha256:
-                raise ValueError(
-                    f"Expected the plan's tokenizer {plan.tokenizer_sha256[:8]}…; "
-                    f"got {tokenizer.sha256[:8]}…."
-                )
-            volumes = plan.volumes
         scan = read_scan(chosen.scan, volumes.four_d)
-        save_encoded_scan(chosen.out, encode_scan(scan, volumes, tokenizer.to(device)))
+        encoded = encode_scan(scan, volumes, tokenizer.to(device))
     except UnusableScan as error:
-        _say(console, f"Not usable: {chosen.scan}: {error}")
-        return FAILED
-    except ValueError as error:
-        _say(console, str(error))
-        return NOT_POSSIBLE
-    _say(console, f"{chosen.out}. {PATIENT_DATA}")
+        raise CommandFailed(f"Not usable: {chosen.scan}: {error}") from None
+    save_encoded_scan(chosen.out, encoded)
+    say(console, f"{chosen.out}. {PATIENT_DATA}")
     return DONE
 
 
@@ -205,7 +192,3 @@ def _bars(console: Console) -> Progress:
         TextColumn("{task.description:<6}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         console=console, transient=True, disable=not console.is_terminal,
     )  # fmt: skip
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False)

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-DONE, BROKEN, NOT_POSSIBLE = 0, 1, 2
+from federation.terminal import DONE, failing, say
 
 
 def add_to(commands: Any) -> None:
@@ -37,13 +37,8 @@ def _show(chosen: argparse.Namespace, console: Console) -> int:
     from client.site import load_site_config
     from federation.journal_reading import journal_lines, read_journal
 
-    try:
-        entries = read_journal(load_site_config(chosen.config).state_dir / JOURNAL)
-    except ValueError as error:
-        _say(console, str(error))
-        return NOT_POSSIBLE
-    for line in journal_lines(entries, chosen.full):
-        _say(console, line)
+    entries = read_journal(load_site_config(chosen.config).state_dir / JOURNAL)
+    say(console, *journal_lines(entries, chosen.full))
     return DONE
 
 
@@ -53,23 +48,12 @@ def _verify(chosen: argparse.Namespace, console: Console) -> int:
     from federation.journal_reading import journal_verdict
     from privacy.chain import BrokenChain
 
-    try:
-        state = load_site_config(chosen.config).state_dir
+    state = load_site_config(chosen.config).state_dir
+    with failing(BrokenChain):
         books = read_books(state, chosen.head)
-    except BrokenChain as error:
-        _say(console, str(error))
-        return BROKEN
-    except ValueError as error:
-        _say(console, str(error))
-        return NOT_POSSIBLE
-    for line in journal_verdict(state / JOURNAL, list(books.journal), chosen.head):
-        _say(console, line)
-    _say(console, "The ledger holds every release and every round trained here; approvals are whole.")
+    say(console, *journal_verdict(state / JOURNAL, list(books.journal), chosen.head))
+    say(console, "The ledger holds every release and every round trained here; approvals are whole.")
     if books.unnamed:
-        _say(console, f"{books.unnamed} charges are not in the journal: the site was killed just then, or an")
-        _say(console, "older journal was put back. Compare with the centre's: meduet-server journal show.")
+        say(console, f"{books.unnamed} charges are not in the journal: the site was killed just then, or an")
+        say(console, "older journal was put back. Compare with the centre's: meduet-server journal show.")
     return DONE
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

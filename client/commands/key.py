@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-DONE, NOT_POSSIBLE = 0, 2
+from federation.terminal import DONE, say
 
 
 def add_to(commands: Any) -> None:
@@ -41,14 +41,10 @@ def add_to(commands: Any) -> None:
 def _request(chosen: argparse.Namespace, console: Console) -> int:
     from client.connection.keys import request_certificate
 
-    try:
-        path, fingerprint = request_certificate(chosen.name, chosen.into)
-    except ValueError as error:
-        _say(console, str(error))
-        return NOT_POSSIBLE
-    _say(console, f"Send {path} to the centre: it holds no secret. When they call, read out:")
-    _say(console, f"  {fingerprint}")
-    _say(console, f"Then install what they send: meduet-site install {chosen.name}.zip --into {chosen.into}")
+    path, fingerprint = request_certificate(chosen.name, chosen.into)
+    say(console, f"Send {path} to the centre: it holds no secret. When they call, read out:")
+    say(console, f"  {fingerprint}")
+    say(console, f"Then install what they send: meduet-site install {chosen.name}.zip --into {chosen.into}")
     return DONE
 
 
@@ -60,17 +56,12 @@ def _install(chosen: argparse.Namespace, console: Console) -> int:
         keys = install(chosen.source, chosen.into, utc_now())
         ends = keys.check(utc_now())
     except ValueError as error:
-        _say(console, f"{error} Nothing was installed.")
-        return NOT_POSSIBLE
-    _say(
+        raise ValueError(f"{error} Nothing was installed.") from None
+    say(
         console,
         f"Installed: site {keys.connection.site} of {keys.connection.consortium}, until {ends:%Y-%m-%d}.",
     )
-    _say(console, "Call the centre by a number that did not come with the kit, and compare its fingerprint:")
-    _say(console, f"  {keys.authority_fingerprint}")
-    _say(console, f"If it is another, delete {keys.folder}. Then fill in {chosen.into / 'site.yaml'}.")
+    say(console, "Call the centre by a number that did not come with the kit, and compare its fingerprint:")
+    say(console, f"  {keys.authority_fingerprint}")
+    say(console, f"If it is another, delete {keys.folder}. Then fill in {chosen.into / 'site.yaml'}.")
     return DONE
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

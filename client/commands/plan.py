@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from federation.terminal import DONE, cell, say
+
 if TYPE_CHECKING:
     from client.approvals import Approvals
     from client.site import SiteConfig
-
-DONE, NOT_POSSIBLE = 0, 2
 
 
 def add_to(commands: Any) -> None:
@@ -34,32 +34,30 @@ def add_to(commands: Any) -> None:
         if name == "show":
             action.add_argument("--settings", action="store_true", help="also every setting, one per line")
         action.add_argument("--config", type=Path, required=True, metavar="FILE", help="the site's site.yaml")
-        action.set_defaults(run=_behind_one_line, action=run)
+        action.set_defaults(run=_at_the_site, action=run)
 
 
-def _behind_one_line(chosen: argparse.Namespace, console: Console) -> int:
+def _at_the_site(chosen: argparse.Namespace, console: Console) -> int:
     from client.approvals import Approvals
     from client.site import load_site_config
 
-    try:
-        config = load_site_config(chosen.config)
-        config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        status: int = chosen.action(chosen, console, config, Approvals(config.state_dir))
-    except ValueError as error:
-        _say(console, str(error))
-        return NOT_POSSIBLE
+    config = load_site_config(chosen.config)
+    config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    status: int = chosen.action(chosen, console, config, Approvals(config.state_dir))
     return status
 
 
 def _show(chosen: argparse.Namespace, console: Console, config: "SiteConfig", approvals: "Approvals") -> int:
     from client.commands.plan_words import plan_settings, plan_words
     from federation.bundle import running_bundle
+    from federation.keys.key_files import read_text
     from federation.published_plan import PublishedPlan
 
     path = Path(chosen.plan)
     if path.is_file():
+        text = read_text(path, "a published plan")
         try:
-            published = PublishedPlan.from_json(path.read_text(encoding="utf-8"))
+            published = PublishedPlan.from_json(text)
         except ValueError as error:
             raise ValueError(f"Expected {path} to be a published plan; {error}") from None
         approvals.keep(published)
@@ -67,20 +65,19 @@ def _show(chosen: argparse.Namespace, console: Console, config: "SiteConfig", ap
         published = approvals.find(chosen.plan)
     for heading, sentence in plan_words(published, config.minimum_cohort):
         if heading:
-            console.print(f"[bold]{heading}[/]")
-        _say(console, f"  {sentence}")
+            console.print(cell(heading), style="bold")
+        say(console, f"  {sentence}")
     same = published.bundle_sha256 == running_bundle()
     mine = "the same code" if same else f"OTHER code ({running_bundle()[:12]}…)"
-    _say(console, f"This machine has {mine}.")
+    say(console, f"This machine has {mine}.")
     if config.name not in published.plan.sites:
-        _say(console, f"It does not list this site ({config.name}).")
+        say(console, f"It does not list this site ({config.name}).")
     if chosen.settings:
-        for line in plan_settings(published):
-            _say(console, line)
+        say(console, *plan_settings(published))
     if approvals.approved_bundle(published.sha256) is not None:
-        _say(console, "Approved here.")
+        say(console, "Approved here.")
     else:
-        _say(
+        say(
             console,
             f"Not approved here. To agree: meduet-site plan approve {published.sha256[:12]} --config …",
         )
@@ -103,7 +100,7 @@ def _approve(
             f"{published.bundle_sha256[:12]}…, which nobody here can have read. Install that version first."
         )
     approvals.approve(published)
-    _say(
+    say(
         console,
         f"Approved: {published.plan.name}, {published.sha256}. The book's last line: {approvals.head}",
     )
@@ -117,8 +114,8 @@ def _withdraw(
     if approvals.approved_bundle(published.sha256) is None:
         raise ValueError(f"Expected a plan that is approved; {published.sha256[:12]}… is not.")
     approvals.withdraw(published)
-    _say(console, f"Withdrawn: {published.plan.name}, {published.sha256}. The next question is refused;")
-    _say(console, f"stop meduet-site start to end one that {config.name} is answering now.")
+    say(console, f"Withdrawn: {published.plan.name}, {published.sha256}. The next question is refused;")
+    say(console, f"stop meduet-site start to end one that {config.name} is answering now.")
     return DONE
 
 
@@ -132,11 +129,7 @@ def _list(chosen: argparse.Namespace, console: Console, config: "SiteConfig", ap
         if bundle is not None and bundle != running_bundle():
             state = "approved for other code than this machine's"
         kind = "run" if published.finetuning is None else "fine-tuning"
-        _say(console, f"{published.sha256[:12]}  {state:<13} {kind} {published.plan.name}")
+        say(console, f"{published.sha256[:12]}  {state:<13} {kind} {published.plan.name}")
     if not shown:
-        _say(console, f"No plan was shown yet at {config.name}: meduet-site plan show FILE --config …")
+        say(console, f"No plan was shown yet at {config.name}: meduet-site plan show FILE --config …")
     return DONE
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

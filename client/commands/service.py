@@ -9,8 +9,6 @@ from typing import Any
 
 from rich.console import Console
 
-_NOT_POSSIBLE = 2
-
 
 def add_to(commands: Any) -> None:
     """Add these commands to `meduet-site`'s parser."""
@@ -32,15 +30,11 @@ def _start(chosen: argparse.Namespace, console: Console) -> int:
     from client.site import load_site_config, survey_site
     from federation.processes import become_supervisor
 
-    try:
-        config = load_site_config(chosen.config)
-        config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        children = supernode_processes(config, chosen.config)
-        open_books(config.state_dir)
-        found = survey_site(config).patients
-        if problem := unconfirmed(config.state_dir, config.data_root, found):
-            raise ValueError(f"Not started: {problem}. {found.guess()}. {CURE}")
-    except ValueError as error:
-        console.print(str(error), markup=False, highlight=False)
-        return _NOT_POSSIBLE
+    config = load_site_config(chosen.config)
+    config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    children = supernode_processes(config, chosen.config)
+    open_books(config.state_dir)
+    found = survey_site(config).patients
+    if problem := unconfirmed(config.state_dir, config.data_root, found):
+        raise ValueError(f"Not started: {problem}. {found.guess()}. {CURE}")
     become_supervisor(children, config.state_dir / FOLDER)

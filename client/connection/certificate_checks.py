@@ -13,6 +13,7 @@ from typing import Literal
 from client.connection.keys import NODE_KEY, SiteKeys
 from federation.keys.certificates import utc_now
 from federation.keys.kits import KEY
+from federation.terminal import visible
 
 SOON = timedelta(days=30)
 """A certificate that ends within this time is to be renewed now."""
@@ -49,5 +50,5 @@ def certificate_check(folder: Path, site: str, now: datetime) -> Finding:
 def main() -> int:
     """With the folder of keys and the site's name as arguments: 0 if SuperNode can be started with them."""
     verdict, found, advice = certificate_check(Path(sys.argv[1]), sys.argv[2], utc_now())
-    sys.stdout.write(" ".join(f"{found}. {advice}".split()) + "\n")
+    sys.stdout.write(visible(" ".join(f"{found}. {advice}".split())) + "\n")
     return 1 if verdict == "failed" else 0

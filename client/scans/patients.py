@@ -184,7 +184,7 @@ def _by_subject(paths: list[tuple[str, ...]]) -> Reading:
 
 def _levels(paths: list[tuple[str, ...]]) -> list[int]:
     """Levels of folders, topmost first, with several values of which some may be persons."""
-    found = []
+    found: list[int] = []
     for level in range(max(len(parts) for parts in paths) - 1):
         values = {parts[level] for parts in paths if len(parts) > level + 1}
         persons = _persons(values)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from federation.exchanges.exchange import Exchange
 from federation.exchanges.pretraining import TrainReply
+from federation.limits import largest_reply
 from federation.messages import Ask, RoundedTensors, Tensors
 from federation.plan import RunPlan, WireDtype
 from meduet_models.diffusion.conditioner import condition_sizes
@@ -95,5 +96,6 @@ DIFFUSION = Exchange(
     ask=DiffusionAsk,
     reply=TrainReply,
     rounds=diffusion_rounds,
+    largest=lambda plan, ask: largest_reply(ask.shared, ask.wire_dtype),
     promise=diffusion_promise,
 )

@@ -10,9 +10,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from federation.exchanges.exchange import Exchange
+from federation.limits import Largest, largest_reply, promised
 from federation.messages import Ask, Reply, Tensors
 from federation.plan import RunPlan
 from meduet_models.content_code import RenderingMoments
@@ -63,6 +65,11 @@ def erasure_shapes(plan: RunPlan) -> dict[str, tuple[int, ...]]:
     return shapes | ({RENDERINGS: (triangle_length(plan.network.width),)} if renders(plan) else {})
 
 
+def largest_erasure(plan: RunPlan, ask: ErasureAsk) -> Largest:
+    """Size of a site's answer, at most."""
+    return largest_reply(promised(erasure_shapes(plan), torch.float64))
+
+
 def erasure_tensors(moments: ErasureMoments, renderings: RenderingMoments | None) -> dict[str, Tensor]:
     """The sums as they travel."""
     told = {} if renderings is None else {RENDERINGS: renderings.to_vector()}
@@ -76,7 +83,7 @@ def erasure_moments(
     expected = erasure_shapes(plan)
     if set(tensors) != set(expected) or any(tensor.ndim != 1 for tensor in tensors.values()):
         raise ValueError(
-            f"Expected content sums as vectors {', '.join(expected)}; got {', '.join(tensors) or 'none'}."
+            f"Expected content sums as vectors {', '.join(expected)}; got {len(tensors)} other tensors."
         )
     width, bound = plan.network.width, content_bound(plan)
     renderings = RenderingMoments.from_vector(tensors[RENDERINGS], width, bound) if renders(plan) else None
@@ -93,5 +100,6 @@ ERASURE = Exchange(
     ask=ErasureAsk,
     reply=ErasureReply,
     rounds=lambda plan: range(plan.training.rounds, plan.training.rounds + 1),
+    largest=largest_erasure,
     promise=erasure_promise,
 )

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from federation.limits import Largest
 from federation.messages import Ask, Reply
 from federation.plan import RunPlan
 from privacy.promise import Promise
@@ -30,6 +31,8 @@ class Exchange(Generic[AskKind, ReplyKind]):
     """The answer."""
     rounds: Callable[[RunPlan], range]
     """The rounds of a plan in which it may be asked (0: before the first); empty where the plan has none."""
+    largest: Callable[[RunPlan, AskKind], Largest]
+    """The size of the largest answer: more is not pulled."""
     promise: Callable[[RunPlan, AskKind], Promise]
     """The promise under which the answer leaves."""
 

@@ -6,15 +6,19 @@ question. Does not do: train (`client/training/finetuning.py`), average (`server
 """
 
 import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from federation.diffusion_plan import MOST_STEPS
 from federation.exchanges.exchange import Exchange
+from federation.limits import largest_reply
 from federation.messages import Ask, Metrics, Reply
-from federation.plan import RunPlan, build
+from federation.plan import RunPlan
 from federation.wire import MessageError, RefusalKind, Tensors
+from forms.form import build, check
+from forms.json_text import canonical, read_json, sha256_of
+from forms.names import OptionalPhrase, Phrase, Sha256
+from forms.ranges import Entries, Range, Share
 from privacy.promise import Promise
 
 
@@ -24,30 +28,29 @@ class LocalFinetuning:
 
     task: Literal["segmentation", "classification"]
     """What is predicted: a class per voxel, or per scan."""
-    classes: int
+    classes: Annotated[int, Range(at_least=2, at_most=1000)]
     """Classes, the background of a segmentation included."""
-    label_values: dict[int, int] = field(default_factory=dict)
+    label_values: Annotated[dict[int, int], Entries(1000)] = field(default_factory=dict)
     """Segmentation: values of label files and the classes that they become (`{255: 1}`); every other value is
     background. Empty: the values are the classes."""
     encoder: Literal["frozen", "finetuned"] = "finetuned"
     """Whether the encoder stays as it came."""
-    steps: int = 200
+    steps: Annotated[int, Range(at_least=1, at_most=1_000_000)] = 200
     """Optimiser steps; in a federation, of each round."""
-    batch_size: int = 8
+    batch_size: Annotated[int, Range(at_least=1, at_most=4096)] = 8
     """Scans per step, at most; fewer where fewer patients have labels."""
-    learning_rate: float = 2e-3
+    learning_rate: Annotated[float, Range(above=0, at_most=10)] = 2e-3
     """Peak learning rate; it rises over the first steps and falls to 0 with a cosine."""
-    warmup: float = 0.05
+    warmup: Annotated[float, Share] = 0.05
     """Share of all steps over which the learning rate rises."""
-    weight_decay: float = 1e-2
+    weight_decay: Annotated[float, Range(at_least=0, at_most=10)] = 1e-2
     """AdamW weight decay, of matrices and convolutions."""
-    gradient_clip_norm: float = 1.0
+    gradient_clip_norm: Annotated[float, Range(above=0, at_most=1_000_000)] = 1.0
     """L2 norm to which the batch gradient is clipped (no privacy meaning)."""
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be meant."""
-        if self.classes < 2:
-            raise ValueError(f"Expected classes to be at least 2; got {self.classes}.")
+        check(self, "finetuning.local")
         if self.label_values and self.task != "segmentation":
             raise ValueError("label_values has no effect with task=classification: leave it out.")
         for value, label in self.label_values.items():
@@ -56,55 +59,54 @@ class LocalFinetuning:
                     f"Expected label_values to give classes from 0 to {self.classes - 1} to values that fit "
                     f"int16; got {value}: {label}."
                 )
-        for name in ("steps", "batch_size", "learning_rate", "gradient_clip_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"Expected {name} above 0; got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetunePlan:
     """What a site is told before it fine-tunes with its labels."""
 
-    run_sha256: str
+    run_sha256: Sha256
     """Hash of the plan of the run that pretrained the encoder."""
-    pretrained_sha256: str
+    pretrained_sha256: Sha256
     """Hash of the encoder's tensors as they are before round 1."""
     local: LocalFinetuning
     """The local loop."""
-    rounds: int = 5
+    rounds: Annotated[int, Range(at_least=1, at_most=100_000)] = 5
     """Rounds."""
-    seed: int = 0
+    seed: Annotated[int, Range(at_least=0, at_most=2**63 - 1)] = 0
     """Seed of every draw: heads, labelled patients, batches."""
-    label_share: float = 1.0
+    label_share: Annotated[float, Range(above=0, at_most=1)] = 1.0
     """Share of a site's labelled training patients whose labels are used."""
-    target: str = ""
+    target: OptionalPhrase = ""
     """Classification: the covariate to predict."""
-    target_values: tuple[str, ...] = ()
+    target_values: Annotated[tuple[Phrase, ...], Entries(1000)] = ()
     """Classification: its values, in the order of the classes."""
-    update_clip_norm: float = 20.0
+    update_clip_norm: Annotated[float, Range(above=0, at_most=10_000)] = 20.0
     """L2 norm to which a site's mean update is clipped at the gate."""
 
     def __post_init__(self) -> None:
-        """Refuse a plan that contradicts itself."""
-        if self.rounds < 1:
-            raise ValueError(f"Expected rounds to be at least 1; got {self.rounds}.")
-        if not 0 < self.label_share <= 1:
-            raise ValueError(f"Expected label_share above 0 and at most 1; got {self.label_share}.")
+        """Refuse a plan out of its ranges, or one that contradicts itself."""
+        check(self, "finetuning")
+        if (steps := self.rounds * self.local.steps) > MOST_STEPS:
+            raise ValueError(
+                f"Expected finetuning.rounds times finetuning.local.steps to be at most {MOST_STEPS:,}; got "
+                f"{steps:,}."
+            )
         check_target(self.local, self.target, self.target_values)
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces; what is hashed."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        return canonical(dataclasses.asdict(self))
 
     @property
     def sha256(self) -> str:
         """Hash of the canonical JSON, 64 hex digits."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        return sha256_of(self.to_json())
 
     @staticmethod
     def from_json(text: str) -> "FinetunePlan":
-        """Rebuild a plan; unknown, missing or ill-typed fields raise `ValueError`."""
-        return build(FinetunePlan, json.loads(text), "finetuning")
+        """Rebuild a plan; what is unknown, missing, ill-typed or out of range raises `ValueError`."""
+        return build(FinetunePlan, read_json(text, "a fine-tuning plan"), "finetuning")
 
 
 def check_target(local: LocalFinetuning, target: str, values: tuple[str, ...]) -> None:
@@ -167,5 +169,6 @@ FINETUNING = Exchange(
     ask=FinetuneAsk,
     reply=FinetuneReply,
     rounds=lambda plan: range(0),  # a fine-tuning is a plan of its own, and says its rounds
+    largest=lambda plan, ask: largest_reply(ask.trained),
     promise=finetuning_promise,
 )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.exchange import Exchange
+from federation.limits import Largest, largest_reply, promised
 from federation.messages import Arrays, Ask, Converted, Reply, Scalar
 from federation.plan import RunPlan, WireDtype
 from federation.wire import MessageError, Tensors
@@ -28,7 +29,9 @@ BOUNDED = "latents"
 """The tensor that the release bounds; the others say what is known of a scan."""
 _CHUNK_BYTES = 32 * 2**20
 _ITEM = re.compile(r"[0-9a-f]{32}")
+_ITEM_BYTES = 33  # a name and a space
 _WHOLE = ("site", "body_part", "category")
+_REAL = (BOUNDED, "label_map")
 
 
 def is_item(name: str) -> bool:
@@ -169,11 +172,19 @@ def items_per_chunk(plan: RunPlan) -> int:
     return max(1, _CHUNK_BYTES // (4 * sum(math.prod(shape) for shape in told_shapes(plan, 1).values())))
 
 
+def largest_latents(plan: RunPlan, ask: LatentsAsk) -> Largest:
+    """Size of a site's answer, at most; names of items are text."""
+    shapes = told_shapes(plan, ask.count)
+    real = {name: shape for name, shape in shapes.items() if name in _REAL}
+    others = {name: shape for name, shape in shapes.items() if name not in _REAL}
+    tensors = promised(real, torch.float32) | promised(others, torch.float64)
+    return largest_reply(tensors, plan.release.latent_dtype, text_bytes=_ITEM_BYTES * ask.count)
+
+
 def nothing(plan: RunPlan) -> Tensors:
     """What travels when there is no item."""
-    real = (BOUNDED, "label_map")
     return {
-        name: torch.zeros(shape, dtype=torch.float32 if name in real else torch.float64)
+        name: torch.zeros(shape, dtype=torch.float32 if name in _REAL else torch.float64)
         for name, shape in told_shapes(plan, 0).items()
     }
 
@@ -199,5 +210,6 @@ LATENTS = Exchange(
     ask=LatentsAsk,
     reply=LatentsReply,
     rounds=latents_rounds,
+    largest=largest_latents,
     promise=latents_promise,
 )

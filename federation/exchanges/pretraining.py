@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from federation.exchanges.exchange import Exchange
+from federation.limits import largest_reply
 from federation.messages import Arrays, Ask, Metrics, Reply, RoundedTensors, Tensors, WireDtype
 from federation.plan import RunPlan
 from privacy.promise import Promise
@@ -54,5 +55,6 @@ PRETRAINING = Exchange(
     ask=TrainAsk,
     reply=TrainReply,
     rounds=lambda plan: range(1, plan.training.rounds + 1),
+    largest=lambda plan, ask: largest_reply(ask.shared, ask.wire_dtype),
     promise=round_promise,
 )

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from federation.exchanges.exchange import Exchange
 from federation.exchanges.survey import survey_layout
+from federation.limits import Largest, largest_reply, promised
 from federation.messages import Ask, Reply, Tensors
 from federation.plan import RunPlan
 from meduet_models.erasure import ErasureMoments, erasure_length
@@ -130,6 +131,11 @@ def hits_shapes() -> dict[str, tuple[int, ...]]:
     return {HITS: (len(_HITS),)}
 
 
+def largest_probe(plan: RunPlan, ask: ProbeAsk) -> Largest:
+    """Size of a site's answer in either exchange, at most."""
+    return largest_reply(promised(sums_shapes(plan), torch.float64))
+
+
 def fold_moments(tensors: Mapping[str, Tensor], name: str, plan: RunPlan) -> list[ErasureMoments]:
     """`factors` or `anatomy`, fold by fold."""
     width, bound = joint_width(plan), joint_bound(plan)
@@ -176,5 +182,10 @@ def probed_rounds(plan: RunPlan) -> range:
 
 
 PROBES = Exchange(
-    route="query.probe", ask=ProbeAsk, reply=ProbeReply, rounds=probed_rounds, promise=probe_promise
+    route="query.probe",
+    ask=ProbeAsk,
+    reply=ProbeReply,
+    rounds=probed_rounds,
+    largest=largest_probe,
+    promise=probe_promise,
 )

@@ -7,7 +7,10 @@ What this file does not do: it computes no sums (`client/latents/style_moments.p
 
 from dataclasses import dataclass
 
+import torch
+
 from federation.exchanges.exchange import Exchange
+from federation.limits import Largest, largest_reply, promised
 from federation.messages import Ask, Reply, Tensors
 from federation.plan import RunPlan
 from meduet_models.style.moments import StyleLayout
@@ -44,6 +47,11 @@ def survey_layout(plan: RunPlan) -> StyleLayout:
     )
 
 
+def largest_survey(plan: RunPlan, ask: SurveyAsk) -> Largest:
+    """Size of a site's answer to the survey, at most."""
+    return largest_reply(promised(survey_layout(plan).shapes(), torch.float32))
+
+
 def smallest_cohort(plan: RunPlan, site_minimum: int = 0) -> int:
     """Fewest patients behind sums that may leave a site: the stricter of plan and site, and never one
     patient.
@@ -63,5 +71,6 @@ SURVEY = Exchange(
     ask=SurveyAsk,
     reply=SurveyReply,
     rounds=lambda plan: range(1),
+    largest=largest_survey,
     promise=survey_promise,
 )

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256, SHA384
 from cryptography.hazmat.primitives.serialization import (
@@ -34,6 +34,9 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
+from forms.names import SITE
+from forms.ranges import brief
+
 PrivateKey = ec.EllipticCurvePrivateKey
 PublicKey = ec.EllipticCurvePublicKey
 
@@ -42,13 +45,19 @@ LOOPBACK = ("localhost", "127.0.0.1")
 CLOCK_TOLERANCE = timedelta(hours=1)
 """Certificates begin to be valid this long before they are made: clocks of sites may be behind."""
 _SITE_URI = "urn:fedmeduet:site:"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 _CA_USAGE = {"key_cert_sign", "crl_sign"}
 _LEAF_USAGE = {"digital_signature"}
 _USAGES = (
     "digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
     "key_cert_sign", "crl_sign", "encipher_only", "decipher_only",
 )  # fmt: skip
+
+
+_CHANGED = (
+    ValueError, TypeError, OverflowError, UnsupportedAlgorithm, x509.InvalidVersion, x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)  # fmt: skip
+"""What the library raises for bytes that are not what they should be."""
 
 
 class CertificateRefused(ValueError):
@@ -174,11 +183,12 @@ def read_request(pem: bytes) -> SiteRequest:
     try:
         request = x509.load_pem_x509_csr(pem)
         names = request.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-    except ValueError as error:
-        raise CertificateRefused(f"Expected a signing request in PEM; {_line(error)}.") from None
-    if not request.is_signature_valid or len(names) != 1:
+        key, signed = request.public_key(), request.is_signature_valid
+    except _CHANGED as error:
+        raise CertificateRefused(f"Expected a signing request in PEM; {brief(error)}.") from None
+    if not signed or len(names) != 1:
         raise CertificateRefused("Expected a request with one name, signed with its own key; it is not.")
-    return SiteRequest(checked_name(str(names[0].value)), checked_key(request.public_key()))
+    return SiteRequest(checked_name(str(names[0].value)), checked_key(key))
 
 
 def check_certificate(
@@ -192,7 +202,7 @@ def check_certificate(
     begins, ends = certificate.not_valid_before_utc, expiry(certificate)
     try:
         certificate.verify_directly_issued_by(authority)
-    except (ValueError, TypeError, InvalidSignature):
+    except (*_CHANGED, InvalidSignature):
         raise CertificateRefused(
             f"Expected a certificate signed by authority {fingerprint(authority)[:19]}…; another one signed "
             "it. Ask the centre which consortium it is for."
@@ -214,9 +224,11 @@ def check_certificate(
             builder.build_client_verifier().verify(certificate, [])
         else:
             builder.build_server_verifier(_general_name(role)).verify(certificate, [])
-    except VerificationError as error:
+    except (VerificationError, *_CHANGED) as error:
+        if isinstance(error, CertificateRefused):
+            raise
         raise CertificateRefused(
-            f"Expected a certificate for {role!r}; it is not one: {_line(error)}."
+            f"Expected a certificate for {role!r}; it is not one: {brief(error)}."
         ) from None
 
 
@@ -229,7 +241,7 @@ def site_of(certificate: x509.Certificate) -> str:
     names = alternatives.get_values_for_type(x509.UniformResourceIdentifier)
     if len(names) != 1 or not names[0].startswith(_SITE_URI):
         raise CertificateRefused("Expected the certificate of a site; it is another machine's.")
-    return names[0].removeprefix(_SITE_URI)
+    return checked_name(names[0].removeprefix(_SITE_URI))
 
 
 def expiry(certificate: x509.Certificate) -> datetime:
@@ -264,12 +276,29 @@ def crl_pem(revocations: x509.CertificateRevocationList) -> bytes:
 
 
 def read_certificate(pem: bytes) -> x509.Certificate:
-    """One certificate from PEM; raises `CertificateRefused`."""
+    """One certificate from PEM, all of whose parts can be read; raises `CertificateRefused`."""
     try:
         (certificate,) = x509.load_pem_x509_certificates(pem)
-    except ValueError as error:
-        raise CertificateRefused(f"Expected one certificate in PEM; {_line(error)}.") from None
+        # The library reads parts when they are asked for: a changed byte must show here, not later.
+        for part in (certificate.version, certificate.serial_number, certificate.subject, certificate.issuer):
+            str(part)
+        list(certificate.extensions)
+        certificate.public_key()
+        expiry(certificate), certificate.not_valid_before_utc, certificate.signature_hash_algorithm
+    except _CHANGED as error:
+        raise CertificateRefused(f"Expected one certificate in PEM; {brief(error)}.") from None
     return certificate
+
+
+def read_revocations(pem: bytes) -> x509.CertificateRevocationList:
+    """A list of revoked certificates from PEM; raises `CertificateRefused`."""
+    try:
+        revocations = x509.load_pem_x509_crl(pem)
+        for one in revocations:
+            str(one.serial_number)
+    except _CHANGED as error:
+        raise CertificateRefused(f"Expected a list of revoked certificates in PEM; {brief(error)}.") from None
+    return revocations
 
 
 def key_pem(key: PrivateKey) -> bytes:
@@ -282,8 +311,8 @@ def read_key(pem: bytes) -> PrivateKey:
     load = load_ssh_private_key if b"OPENSSH" in pem[:40] else load_pem_private_key
     try:
         key = load(pem, password=None)
-    except (ValueError, TypeError) as error:
-        raise CertificateRefused(f"Expected a private key in PEM; {_line(error)}.") from None
+    except _CHANGED as error:
+        raise CertificateRefused(f"Expected a private key in PEM; {brief(error)}.") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise CertificateRefused("Expected a key on NIST P-384; got one of another kind.")
     checked_key(key.public_key())
@@ -314,11 +343,10 @@ def checked_key(key: object) -> PublicKey:
 
 def checked_name(name: str) -> str:
     """`name`, if it can be a site's or a consortium's; raises `CertificateRefused`."""
-    if not _NAME.fullmatch(name):
-        raise CertificateRefused(
-            "Expected a name of 1 to 63 letters, digits, dots, hyphens and underscores that begins with a "
-            f"letter or digit; got {name[:80]!r}."
-        )
+    try:
+        SITE.check(name, "a name")
+    except ValueError as error:
+        raise CertificateRefused(str(error)) from None
     return name
 
 
@@ -360,7 +388,3 @@ def _general_name(name: str) -> x509.DNSName | x509.IPAddress:
 def _grouped(digest: bytes) -> str:
     text = digest.hex().upper()
     return " ".join(text[start : start + 4] for start in range(0, len(text), 4))
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -7,6 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
+_LONGEST = 1_000_000  # bytes of a key, certificate, kit, plan, or settings
 PRIVATE, PUBLIC = 0o600, 0o644
 """Mode of what must stay secret, and of what need not."""
 
@@ -51,8 +52,20 @@ def write_file(path: Path, content: bytes, mode: int = PRIVATE) -> None:
 def read_file(path: Path, what: str) -> bytes:
     """The content of a file of at most a megabyte; raises `ValueError` saying `what` was expected there."""
     try:
-        if (size := path.stat().st_size) > 1_000_000:
-            raise ValueError(f"Expected {what} at {path}; it is {size} bytes long.")
-        return path.read_bytes()
+        if path.exists() and not path.is_file():
+            raise ValueError(f"Expected {what} at {path}; it is not a file.")
+        with path.open("rb") as file:
+            content = file.read(_LONGEST + 1)
+        if len(content) > _LONGEST:
+            raise ValueError(f"Expected {what} at {path}; it is over {_LONGEST:,} bytes long.")
+        return content
     except OSError as error:
         raise ValueError(f"Expected {what} at {path}; {error.strerror}.") from None
+
+
+def read_text(path: Path, what: str) -> str:
+    """The same as UTF-8 text."""
+    try:
+        return read_file(path, what).decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"Expected {what} at {path}; it is not text in UTF-8.") from None

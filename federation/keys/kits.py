@@ -7,13 +7,20 @@ hand or encrypted. Does not do: make keys (`server/consortium/provisioning.py`) 
 
 import hashlib
 import io
+import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import yaml
 
-from federation.plan import build
+from forms.form import build
+from forms.names import Letters, SiteName
+from forms.ranges import brief, shown
+from forms.yaml_text import read_yaml
 
 AUTHORITY = "ca.pem"
 CERTIFICATE = "site.pem"
@@ -26,6 +33,14 @@ NEEDED = frozenset({AUTHORITY, CERTIFICATE, CONNECTION, SETTINGS, README})
 """In every kit; the private key is in those for which the centre made it."""
 
 _LARGEST = 100_000  # bytes of a file in a kit
+_HOST = re.compile(r"[A-Za-z0-9._:-]{1,253}")
+_PORT = re.compile(r"[0-9]{1,5}")
+Address = Annotated[str, Letters(r"[A-Za-z0-9._:\[\]-]{1,261}", "host:port")]
+"""Where a server is reached."""
+_DAMAGED = (
+    zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, RuntimeError, EOFError, OSError,
+    OverflowError, UnicodeDecodeError,
+)  # fmt: skip
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same content is the same zip
 
 
@@ -33,11 +48,11 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same content is the same zip
 class Connection:
     """Where a site connects, and as whom."""
 
-    consortium: str
+    consortium: SiteName
     """Name of the consortium."""
-    site: str
+    site: SiteName
     """Name of the site in plans."""
-    server: str
+    server: Address
     """Host and port, host:port."""
 
     def to_yaml(self) -> bytes:
@@ -48,11 +63,7 @@ class Connection:
     @staticmethod
     def from_yaml(text: bytes) -> "Connection":
         """Back from connection.yaml; raises `ValueError`."""
-        try:
-            values = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"Expected {CONNECTION} to be YAML; {' '.join(str(error).split())}.") from None
-        connection = build(Connection, values, CONNECTION)
+        connection = build(Connection, read_yaml(text, CONNECTION), CONNECTION)
         host_and_port(connection.server)
         return connection
 
@@ -61,8 +72,8 @@ def host_and_port(address: str) -> tuple[str, int]:
     """The parts of `host:port` ([address]:port for IPv6); raises `ValueError`."""
     host, _, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not host or any(c.isspace() for c in host) or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ValueError(f"Expected the server's address as host:port; got {address!r}.")
+    if not _HOST.fullmatch(host) or not _PORT.fullmatch(port) or not 0 < int(port) < 65536:
+        raise ValueError(f"Expected the server's address as host:port; got {shown(address)}.")
     return host, int(port)
 
 
@@ -88,16 +99,22 @@ def unpack_kit(packed: bytes) -> dict[str, bytes]:
             entries = archive.infolist()
             names = {entry.filename for entry in entries}
             if not NEEDED | {CHECKSUMS} <= names <= NEEDED | {CHECKSUMS, KEY} or len(names) < len(entries):
-                odd = sorted(names ^ (NEEDED | {CHECKSUMS}) - {KEY}) or sorted(names)
+                odd = sorted(names ^ (NEEDED | {CHECKSUMS}) - {KEY}) or sorted(names) or ["everything"]
                 raise ValueError(
                     f"Expected a kit's files and no others; {odd[0][:60]!r} is too many or lacks."
                 )
+            if any(
+                entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for entry in entries
+            ):
+                raise ValueError("Expected a kit in plain zip; it is packed in another way.")
             if max(entry.file_size for entry in entries) > _LARGEST:
                 raise ValueError(f"Expected files of at most {_LARGEST} bytes in a kit; got a larger one.")
             files = {entry.filename: archive.read(entry) for entry in entries}
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
-        raise ValueError(f"Expected a start-up kit (zip); {error}. Ask the centre for it again.") from None
-    said = dict(line.split("  ", 1)[::-1] for line in files.pop(CHECKSUMS).decode().splitlines())
+    except _DAMAGED as error:
+        raise ValueError(
+            f"Expected a start-up kit (zip); {brief(error)}. Ask the centre for it again."
+        ) from None
+    said = _checksums(files.pop(CHECKSUMS))
     for name in sorted(set(said) | set(files)):
         if name not in files or said.get(name) != hashlib.sha256(files[name]).hexdigest():
             raise ValueError(
@@ -105,3 +122,14 @@ def unpack_kit(packed: bytes) -> dict[str, bytes]:
                 "centre for the kit again."
             )
     return files
+
+
+def _checksums(text: bytes) -> dict[str, str]:
+    """Checksum by name, as `sha256sum` writes them; raises `ValueError`."""
+    found = {}
+    for line in text.decode("ascii", "replace").splitlines():
+        match = re.fullmatch(r"([0-9a-f]{64})  ([A-Za-z0-9.]{1,60})", line)
+        if match is None or match[2] in found:
+            raise ValueError(f"Expected {CHECKSUMS} of the kit to hold a checksum and a name in each line.")
+        found[match[2]] = match[1]
+    return found

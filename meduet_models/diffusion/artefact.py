@@ -22,6 +22,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from forms.form import build
+from forms.json_text import read_json
+from forms.ranges import shown
 from meduet_models.diffusion.conditioner import Conditioner
 from meduet_models.diffusion.transformer import DiffusionConfig, DiffusionTransformer
 from meduet_models.meduet import FactorNetwork, NetworkConfig
@@ -114,19 +117,17 @@ def load_generative_model(path: str | Path) -> GenerativeModel:
     if sha256_of_tensors(tensors) != header.get("sha256"):
         raise ValueError(f"Expected {path.name} as it was written; its tensors have changed. Copy it again.")
     try:
-        network = json.loads(header["network"])
-        grids = {name: tuple(network[name]) for name in ("latent_grid", "style_map_grid")}
-        encoder = FactorNetwork(NetworkConfig(**(network | grids)))
+        encoder = FactorNetwork(build(NetworkConfig, _read(header, "network"), "network"))
         transformer = DiffusionTransformer(DiffusionConfig.from_json(header["transformer"]))
-        bank_sites = json.loads(header["bank_sites"])
+        bank_sites = None if header["bank_sites"] == "null" else _texts(header, "bank_sites")
         rest: dict[str, Any] = {
-            "sites": tuple(json.loads(header["sites"])),
+            "sites": _texts(header, "sites"),
             "tokenizer_sha256": header["tokenizer_sha256"],
-            "volumes": json.loads(header["volumes"]),
-            "body_parts": tuple(json.loads(header["body_parts"])),
-            "categories": tuple(json.loads(header["categories"])),
+            "volumes": _mapping(header, "volumes"),
+            "body_parts": _texts(header, "body_parts"),
+            "categories": _texts(header, "categories"),
             "policy": header["policy"],
-            "provenance": json.loads(header["provenance"]),
+            "provenance": _mapping(header, "provenance"),
         }
     except (KeyError, TypeError) as error:
         raise ValueError(f"Expected the header of a {KIND} in {path.name}; got another ({error}).") from error
@@ -148,6 +149,24 @@ def load_generative_model(path: str | Path) -> GenerativeModel:
     return GenerativeModel(
         transformer=transformer, encoder=encoder, bank=bank, directions=parts["direction"], **rest
     )
+
+
+def _read(header: Mapping[str, str], name: str) -> Any:
+    return read_json(header[name], f"{name} in the header of a {KIND}")
+
+
+def _texts(header: Mapping[str, str], name: str) -> tuple[str, ...]:
+    values = _read(header, name)
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"Expected {name} in the header of a {KIND} to be names; got {shown(values)}.")
+    return tuple(values)
+
+
+def _mapping(header: Mapping[str, str], name: str) -> dict[str, Any]:
+    values = _read(header, name)
+    if not isinstance(values, dict):
+        raise ValueError(f"Expected {name} in the header of a {KIND} to be a mapping; got {shown(values)}.")
+    return values
 
 
 def _content_branch(encoder: FactorNetwork) -> dict[str, Tensor]:

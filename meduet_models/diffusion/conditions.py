@@ -10,11 +10,13 @@ l = label values.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from forms.ranges import Range
 
 Condition = Literal["content", "style", "body_part", "spacing", "category", "label_map"]
 CONDITIONS: tuple[Condition, ...] = ("content", "style", "body_part", "spacing", "category", "label_map")
@@ -26,19 +28,19 @@ UNKNOWN = -1
 class ConditionSizes:
     """What a model can be told; 0 or false where a condition is none of its."""
 
-    content: int = 0
+    content: Annotated[int, Range(at_least=0, at_most=4096)] = 0
     """Channels of a content token."""
-    content_grid: tuple[int, int, int] = (0, 0, 0)
+    content_grid: Annotated[tuple[int, int, int], Range(at_least=0, at_most=512)] = (0, 0, 0)
     """Content tokens per axis."""
-    style: int = 0
+    style: Annotated[int, Range(at_least=0, at_most=1_000_000)] = 0
     """Numbers in a style code."""
-    body_part: int = 0
+    body_part: Annotated[int, Range(at_least=0, at_most=256)] = 0
     """Body parts."""
     spacing: bool = False
     """Whether the spacing of the original scan is told."""
-    category: int = 0
+    category: Annotated[int, Range(at_least=0, at_most=1000)] = 0
     """Classes of a scan."""
-    label_map: int = 0
+    label_map: Annotated[int, Range(at_least=0, at_most=1000)] = 0
     """Label values, background included."""
 
     @property

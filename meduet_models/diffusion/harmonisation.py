@@ -15,7 +15,7 @@ Axes: b = scans, c d h w = raw latents.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -29,7 +29,6 @@ from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleEntry, restyle
 
 Method = Literal["sample", "invert", "restyle"]
-METHODS: tuple[Method, ...] = get_args(Method)
 
 
 @dataclass(frozen=True, kw_only=True)

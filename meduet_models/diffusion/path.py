@@ -58,26 +58,6 @@ class Path:
         at = self._at(time)
         return at.data_rate * data + at.noise_rate * noise
 
-    def data_of(
-        self,
-        noisy: Float[Tensor, "b c d h w"],
-        velocity: Float[Tensor, "b c d h w"],
-        time: Float[Tensor, " b"],
-    ) -> Float[Tensor, "b c d h w"]:
-        """The data that a sample and its velocity speak of."""
-        at = self._at(time)
-        return (at.noise_rate * noisy - at.noise * velocity) / _determinant(at)
-
-    def noise_of(
-        self,
-        noisy: Float[Tensor, "b c d h w"],
-        velocity: Float[Tensor, "b c d h w"],
-        time: Float[Tensor, " b"],
-    ) -> Float[Tensor, "b c d h w"]:
-        """The noise that a sample and its velocity speak of."""
-        at = self._at(time)
-        return (at.data * velocity - at.data_rate * noisy) / _determinant(at)
-
     def _at(self, time: Tensor) -> _Coefficients:
         t = time.reshape(-1, 1, 1, 1, 1)
         if self.name == "linear":
@@ -87,7 +67,3 @@ class Path:
         data, noise = log_data.exp(), (-torch.expm1(2 * log_data)).sqrt()
         data_rate = data * (u**3 * (BETA_LAST - BETA_FIRST) + u * BETA_FIRST)
         return _Coefficients(data, noise, data_rate, -data * data_rate / noise)
-
-
-def _determinant(at: _Coefficients) -> Tensor:
-    return at.data * at.noise_rate - at.noise * at.data_rate

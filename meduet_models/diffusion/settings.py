@@ -1,21 +1,36 @@
 """What the diffusion model is and how it is trained: settings that travel with the plan."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from forms.form import check
+from forms.ranges import Range, Share
+
+MOST_WEIGHTS = 2_000_000_000
+"""Of a network: about twice the largest preset; 8 GB as float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerShape:
     """Size of the diffusion transformer. Presets live in conf/diffusion/transformer/*.yaml."""
 
-    patch_size: int
+    patch_size: Annotated[int, Range(at_least=1, at_most=64)]
     """Edge of a token in latent voxels."""
-    width: int
+    width: Annotated[int, Range(at_least=6, at_most=4096)]
     """Channels of a token."""
-    depth: int
+    depth: Annotated[int, Range(at_least=1, at_most=64)]
     """Blocks."""
-    heads: int
+    heads: Annotated[int, Range(at_least=1, at_most=64)]
     """Attention heads."""
+
+    def __post_init__(self) -> None:
+        """Refuse a transformer that no machine holds."""
+        check(self, "diffusion.transformer")
+        if (values := 18 * self.width**2 * self.depth) > MOST_WEIGHTS:
+            raise ValueError(
+                "Expected diffusion.transformer.width and diffusion.transformer.depth of at most "
+                f"{MOST_WEIGHTS:,} weights; got about {values:,}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,31 +42,31 @@ class DiffusionTraining:
     `variance_preserving` (DDPM's linear schedule in continuous time), whose velocity is learned too."""
     times: Literal["uniform", "logit_normal"] = "uniform"
     """How training draws times in [0, 1]."""
-    batch_size: int = 16
+    batch_size: Annotated[int, Range(at_least=1, at_most=4096)] = 16
     """Scans per step."""
-    learning_rate: float = 1e-3
+    learning_rate: Annotated[float, Range(above=0, at_most=10)] = 1e-3
     """Peak learning rate; it rises over the first steps, then stays."""
-    warmup: float = 0.05
+    warmup: Annotated[float, Share] = 0.05
     """Share of all steps over which the learning rate rises."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, Range(at_least=0, at_most=10)] = 0.0
     """AdamW weight decay."""
-    gradient_clip_norm: float = 1.0
+    gradient_clip_norm: Annotated[float, Range(above=0, at_most=1_000_000)] = 1.0
     """L2 norm to which the batch gradient is clipped (no privacy meaning)."""
-    ema: float = 0.9999
+    ema: Annotated[float, Share] = 0.9999
     """Momentum of the weights' moving average at most; early it is (1 + step) / (10 + step)."""
-    drop: float = 0.1
+    drop: Annotated[float, Share] = 0.1
     """Probability that a sample is not told a condition, for each condition by itself."""
-    site_style: float = 0.5
+    site_style: Annotated[float, Share] = 0.5
     """Share of samples that are told their site's style instead of their own."""
-    restyled_content: float = 0.0
+    restyled_content: Annotated[float, Share] = 0.0
     """Share of samples that are told the content of their scan dressed in another site's style (style bank),
     while they stay what they are: style is then learned from the style code, not from traces in content."""
-    restyled_scans: float = 0.0
+    restyled_scans: Annotated[float, Share] = 0.0
     """Share of samples that are learned as their scan dressed in another site's style (style bank), and told
     that style: a site that trains alone holds one style, and could not learn what a style does."""
     start: Literal["scratch", "encoder"] = "scratch"
     """Whether the transformer starts from the pretrained encoder's blocks."""
-    alignment: float = 0.0
+    alignment: Annotated[float, Range(at_least=0, at_most=10_000)] = 0.0
     """Weight of the alignment of a middle layer to the frozen encoder's content tokens (REPA); 0: none."""
     precision: Literal["float32", "bf16"] = "float32"
     """Autocast of the transformer."""
@@ -60,13 +75,4 @@ class DiffusionTraining:
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be meant."""
-        for name in ("batch_size", "learning_rate", "gradient_clip_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"Expected diffusion.training.{name} above 0; got {getattr(self, name)}.")
-        for name in ("warmup", "ema", "drop", "site_style", "restyled_content", "restyled_scans"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"Expected diffusion.training.{name} between 0 and 1; got {getattr(self, name)}."
-                )
-        if self.alignment < 0:
-            raise ValueError(f"Expected diffusion.training.alignment of at least 0; got {self.alignment}.")
+        check(self, "diffusion.training")

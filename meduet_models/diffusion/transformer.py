@@ -14,9 +14,9 @@ Source: DiT (arXiv:2212.09748), SiT (arXiv:2401.08740).
 """
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -24,6 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from forms.form import build, check
+from forms.json_text import canonical, read_json
+from forms.ranges import Range
 from meduet_models.diffusion.conditions import CONDITIONS, Condition, Conditions, ConditionSizes
 from meduet_models.diffusion.path import PathName
 from meduet_models.diffusion.settings import TransformerShape
@@ -38,9 +41,9 @@ _TIME_SCALE = 1000.0  # DiT's times are steps of 1000
 class DiffusionConfig:
     """What a diffusion transformer is: enough to build it again."""
 
-    latent_channels: int
+    latent_channels: Annotated[int, Range(at_least=1, at_most=256)]
     """Channels of the tokenizer's latents."""
-    latent_grid: tuple[int, int, int]
+    latent_grid: Annotated[tuple[int, int, int], Range(at_least=1, at_most=512)]
     """Latent voxels per axis; multiples of the patch size."""
     shape: TransformerShape
     """Size of the network."""
@@ -51,6 +54,7 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         """Refuse a network that cannot be built."""
+        check(self, "transformer")
         if any(size % self.shape.patch_size for size in self.latent_grid):
             raise ValueError(
                 f"Expected latents of {self.latent_grid} to be multiples of the patch, "
@@ -70,25 +74,17 @@ class DiffusionConfig:
 
     def to_json(self) -> str:
         """Canonical JSON."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        return canonical(dataclasses.asdict(self))
 
     @staticmethod
     def from_json(text: str) -> "DiffusionConfig":
-        """Back from `to_json`; raises `ValueError` for other fields."""
+        """Back from `to_json`; raises `ValueError` for other fields, and for what is out of range."""
+        what = "the description of a diffusion transformer of this version"
+        values = read_json(text, what)
         try:
-            values = json.loads(text)
-            sizes = dict(values["sizes"])
-            sizes["content_grid"] = tuple(sizes["content_grid"])
-            values |= {
-                "latent_grid": tuple(values["latent_grid"]),
-                "shape": TransformerShape(**values["shape"]),
-                "sizes": ConditionSizes(**sizes),
-            }
-            return DiffusionConfig(**values)
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"Expected the description of a diffusion transformer of this version; got another ({error})."
-            ) from error
+            return build(DiffusionConfig, values, "transformer")
+        except ValueError as error:
+            raise ValueError(f"Expected {what}; {error}") from None
 
 
 class DiffusionBlock(nn.Module):

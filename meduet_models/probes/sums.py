@@ -9,8 +9,7 @@ products of a joint vector (content, style, targets): `ErasureMoments`. From the
 - ridge regression of some coordinates on others, nested cross-validation included: the squared error on a
   fold is a quadratic form in that fold's sums. One exchange.
 
-What this file does not do: it sends and bounds nothing (`client/exchanges/probes.py`, `erasure.py`); probes
-that need many exchanges are in `probe_steps.py`.
+What this file does not do: it sends and bounds nothing (`client/exchanges/probes.py`, `erasure.py`).
 
 Axes: f = folds, z = coordinates of the joint vector, k = those read from, t = those predicted, s = sites, b =
 patients, p = penalties.

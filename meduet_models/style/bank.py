@@ -28,6 +28,10 @@ from meduet_models.style.moments import (
 )
 
 _ENTRY = ("mean", "deviation", "map", "map_deviation", "amplitude")
+MOST_WEIGHT = 3.0
+"""Patients of one site count in the pooled centre and scale at most this many times those of all others
+together: a site that claims ever so many patients of nothing makes the scale at most 2 (1 / sqrt(1 - 3/4))
+times too small."""
 _POSITIVE = ("deviation", "map_deviation", "scale")
 
 
@@ -59,7 +63,7 @@ class StyleBank:
             raise ValueError(f"Expected style sums of the plan's sites; got some of {unknown[0]!r}.")
         if not moments:
             raise CohortTooSmall("Expected style sums of at least one site; got none.")
-        first, *others = moments.values()
+        first, *others = _weighed(moments).values()
         pooled = sum(others, start=first)
         centre, scale = pooled.latent_scale()
         bank = StyleBank(
@@ -220,3 +224,13 @@ def _blank(sites: tuple[str, ...], layout: StyleLayout) -> StyleEntry:
         map_deviation=None if layout.map_grid is None else torch.ones(*lead, *layout.map_grid),
         amplitude=torch.zeros(*lead, 3, 3, 2) if layout.amplitude else None,
     )
+
+
+def _weighed(moments: Mapping[str, StyleMoments]) -> dict[str, StyleMoments]:
+    """The sites' sums, with `MOST_WEIGHT` kept."""
+    counts = {site: float(told.sums["count"].sum()) for site, told in moments.items()}
+    weighed = {}
+    for site, told in moments.items():
+        most = MOST_WEIGHT * (sum(counts.values()) - counts[site])
+        weighed[site] = told.times(most / counts[site]) if 0 < most < counts[site] else told
+    return weighed

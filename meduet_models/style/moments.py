@@ -31,6 +31,7 @@ from meduet_models.style.amplitude import low_amplitude, swap_amplitude
 
 SMALLEST_DEVIATION = 1e-3
 """Floor under a deviation, in latent units: a channel that is constant at a site is moved, never blown up."""
+_ROUNDING = 1e-4  # of sums that travelled as float32
 
 
 class CohortTooSmall(ValueError):
@@ -190,6 +191,35 @@ class StyleMoments:
             )
         return total
 
+    def check(self, most: int) -> None:
+        """Raise `ValueError` unless these can be the sums of whole patients, `most` of them at most.
+
+        A sum of squares over n patients is at least the square of their sum over n, in each channel and cell.
+        """
+        if not bool(torch.isfinite(self.to_vector()).all()):
+            raise ValueError("Expected finite style sums; got NaN or infinity.")
+        counts = self.sums["count"]
+        if not torch.equal(counts, counts.round()):
+            raise ValueError(f"Expected whole patients; got {counts.tolist()}.")
+        if bool((counts < 0).any()) or float(counts.sum()) > most:
+            raise ValueError(f"Expected style sums of 0 to {most} patients; got {counts.tolist()}.")
+        squares = {"variance", "mean_square", "map_square"} & set(self.sums)
+        if any(bool((self.sums[name] < 0).any()) for name in squares):
+            raise ValueError("Expected sums of squares and variances of at least 0; got negative ones.")
+        cells = 1.0 if self.layout.map_grid is None else math.sqrt(math.prod(self.layout.map_grid))
+        for name, scale in (("mean", 1.0), ("map", cells)):
+            if name in self.sums:
+                least = scale * (self.sums[name].square() / _beside(counts, self.sums[name]))
+                if bool((self.sums[f"{name}_square"] < least * (1 - _ROUNDING)).any()):
+                    raise ValueError(
+                        f"Expected sums of squares that go with the sums of {name}; they are those of no "
+                        "patients, whoever they are."
+                    )
+
+    def times(self, factor: float) -> "StyleMoments":
+        """The sums of this cohort with a weight, count included."""
+        return StyleMoments(self.layout, {name: total * factor for name, total in self.sums.items()})
+
     def __add__(self, other: "StyleMoments") -> "StyleMoments":
         """The sums of both cohorts; raises `ValueError` when they do not hold the same things."""
         if self.layout != other.layout:
@@ -328,6 +358,11 @@ def _statistics(
     if layout.amplitude:
         values["amplitude"] = low_amplitude(latents).mean(0)
     return values
+
+
+def _beside(counts: Tensor, sums: Tensor) -> Tensor:
+    """Counts per body part, at least one, as they divide `sums`."""
+    return counts.clamp(min=1.0).reshape(-1, *(1,) * (sums.ndim - 1))
 
 
 def _deviation(variance: Tensor) -> Tensor:

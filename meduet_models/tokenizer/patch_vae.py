@@ -11,12 +11,14 @@ d h w = patches.
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from forms.ranges import Range
 from meduet_models.tokenizer.patch_pca import PATCH_VOXELS, PatchComponents, from_patches, to_patches
 
 START_LOG_VARIANCE = -7.0  # deviation .03: the first draws barely blur
@@ -26,15 +28,15 @@ START_LOG_VARIANCE = -7.0  # deviation .03: the first draws barely blur
 class PatchVAEConfig:
     """Size of the small tokenizer."""
 
-    channels: int = 4
+    channels: Annotated[int, Range(at_least=1, at_most=256)] = 4
     """Latent channels."""
-    encoder_width: int = 48
+    encoder_width: Annotated[int, Range(at_least=1, at_most=1024)] = 48
     """Features of the encoder's residual path."""
-    encoder_blocks: int = 2
+    encoder_blocks: Annotated[int, Range(at_least=0, at_most=64)] = 2
     """Residual blocks of the encoder."""
-    decoder_width: int = 64
+    decoder_width: Annotated[int, Range(at_least=1, at_most=1024)] = 64
     """Features of the decoder's residual path."""
-    decoder_blocks: int = 3
+    decoder_blocks: Annotated[int, Range(at_least=0, at_most=64)] = 3
     """Residual blocks of the decoder."""
 
 

@@ -10,17 +10,19 @@ Axes: b = volumes, c = latent channels, D H W = voxels, d h w = D/4 H/4 W/4.
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from forms.form import build
+from forms.json_text import canonical, read_json, sha256_of
+from forms.ranges import Range, shown
 from meduet_models.tokenizer.maisi import MaisiConfig, load_maisi
 from meduet_models.tokenizer.patch_pca import PatchMoments, PatchPCA, principal_components
 from meduet_models.tokenizer.patch_vae import PatchVAE, PatchVAEConfig
@@ -37,13 +39,13 @@ class TokenizerSpec:
 
     kind: Literal["shipped", "file", "maisi"] = "shipped"
     """`shipped`: ours, inside the package. `file`: ours, at `path`. `maisi`: a MAISI checkpoint at `path`."""
-    channels: int = 4
+    channels: Annotated[int, Range(at_least=1, at_most=256)] = 4
     """Latent channels; shipped: 4."""
     path: str | None = None
     """Weights file of the kinds `file` and `maisi`."""
-    sliding_window: tuple[int, int, int] | None = None
+    sliding_window: Annotated[tuple[int, int, int], Range(at_least=STRIDE, at_most=4096)] | None = None
     """Voxels per axis of the window that slides over larger volumes; none: whole volumes at once."""
-    num_splits: int = 1
+    num_splits: Annotated[int, Range(at_least=1, at_most=256)] = 1
     """MAISI only: slabs each convolution is computed in; more takes less memory, and gives the same."""
 
 
@@ -90,9 +92,7 @@ class Tokenizer(nn.Module):
             "latent_scale": latent_scale,
             "sliding_window": sliding_window,
         }
-        spec = json.dumps(self.description, sort_keys=True, separators=(",", ":"))
-        named = f"{spec}\n{sha256_of_tensors(codec.state_dict())}"
-        self.sha256 = hashlib.sha256(named.encode()).hexdigest()
+        self.sha256 = sha256_of(f"{canonical(self.description)}\n{sha256_of_tensors(codec.state_dict())}")
         self._latent_scale = latent_scale
 
     def train(self, mode: bool = True) -> "Tokenizer":
@@ -156,7 +156,7 @@ def load_tokenizer_file(path: Path, sliding_window: tuple[int, int, int] | None 
     _, provenance = load_weights(path)
     if DESCRIPTION_KEY not in provenance:
         raise ValueError(f"Expected {path} to be a tokenizer of FedMeDUET; its header says nothing of one.")
-    channels = int(json.loads(provenance[DESCRIPTION_KEY])["architecture"]["channels"])
+    channels = _description(provenance, path).architecture["channels"]
     spec = TokenizerSpec(kind="file", path=str(path), channels=channels, sliding_window=sliding_window)
     return load_tokenizer(spec)
 
@@ -206,8 +206,8 @@ def _load_ours(path: Path, spec: TokenizerSpec) -> Tokenizer:
     tensors, provenance = load_weights(path)
     if DESCRIPTION_KEY not in provenance:
         raise ValueError(f"Expected {path} to be a tokenizer of FedMeDUET; its header says nothing of one.")
-    description = json.loads(provenance[DESCRIPTION_KEY])
-    architecture: dict[str, Any] = description["architecture"]
+    description = _description(provenance, path)
+    architecture = description.architecture
     if architecture["channels"] != spec.channels:
         raise ValueError(
             f"Expected {spec.channels} latent channels; {path.name} has {architecture['channels']}. "
@@ -217,9 +217,9 @@ def _load_ours(path: Path, spec: TokenizerSpec) -> Tokenizer:
     codec: nn.Module
     with torch.device("meta"):  # no random numbers for weights that are replaced at once
         if architecture["kind"] == "patch_pca":
-            codec = PatchPCA(**sizes)
+            codec = PatchPCA(spec.channels)
         elif architecture["kind"] == "patch_vae":
-            codec = PatchVAE(PatchVAEConfig(**sizes))
+            codec = PatchVAE(build(PatchVAEConfig, sizes, f"the architecture in {path.name}"))
         else:
             raise ValueError(
                 f"Expected a tokenizer of kind patch_pca or patch_vae; got {architecture['kind']!r}."
@@ -230,8 +230,31 @@ def _load_ours(path: Path, spec: TokenizerSpec) -> Tokenizer:
         reason = " ".join(str(error).split())
         raise ValueError(f"Expected the weights in {path} to fit its own description; {reason}") from None
     return Tokenizer(
-        codec, architecture, latent_scale=description["latent_scale"], sliding_window=spec.sliding_window
+        codec, architecture, latent_scale=description.latent_scale, sliding_window=spec.sliding_window
     )
+
+
+@dataclass(frozen=True)
+class _Description:
+    """What a file says of its tokenizer."""
+
+    architecture: dict[str, Any]
+    latent_scale: float
+
+
+def _description(provenance: Mapping[str, str], path: Path) -> _Description:
+    what = f"the description of a tokenizer in {path.name}"
+    values = read_json(provenance[DESCRIPTION_KEY], what)
+    if not isinstance(values, dict) or not isinstance(values.get("architecture"), dict):
+        raise ValueError(f"Expected {what}; got another.")
+    architecture = values["architecture"]
+    channels = architecture.get("channels")
+    if not isinstance(architecture.get("kind"), str) or not isinstance(channels, int) or channels < 1:
+        raise ValueError(f"Expected {what} with its kind and channels; got another.")
+    scale = values.get("latent_scale")
+    if not isinstance(scale, float | int) or isinstance(scale, bool) or not 0 < scale < 1e6:
+        raise ValueError(f"Expected {what} with a latent_scale above 0; got {shown(scale)}.")
+    return _Description(architecture, float(scale))
 
 
 def _exceeds(sides: tuple[int, ...], window: tuple[int, ...]) -> bool:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from federation.terminal import cell, say
 from server.latent_bank.bank import LatentBank
 from server.latent_listing import items, summary
 
@@ -65,13 +66,13 @@ def _list(chosen: argparse.Namespace, console: Console) -> None:
         _json(console, told | ({"listed": list(items(bank))} if chosen.items else {}))
         return
     kind = "PATIENT DATA: scans can be reconstructed from it" if told["patient_data"] else "no raw latents"
-    console.print(f"{told['folder']}: {told['items']} items. {kind}.", soft_wrap=True)
+    say(console, f"{told['folder']}: {told['items']} items. {kind}.")
     states = ("kept", "duplicate", "quarantined", "withdrawn")
     sites = Table("site", *states, "policy", "rounds")
     for site, counts in told["sites"].items():
         name = f"{site} (withdrew)" if counts["site_withdrew"] else site
         rounds = _span(counts["rounds"])
-        sites.add_row(name, *(str(counts[s]) for s in states), ", ".join(counts["policies"]), rounds)
+        sites.add_row(cell(name), *(str(counts[s]) for s in states), ", ".join(counts["policies"]), rounds)
     console.print(sites)
     if told["models"]:
         console.print(_models(told["models"]))
@@ -79,7 +80,7 @@ def _list(chosen: argparse.Namespace, console: Console) -> None:
         columns = ("item", "site", "round", "state", "shard", "record", "sha256")
         listed = Table(*columns)
         for item in items(bank):
-            listed.add_row(*("" if item[name] is None else str(item[name]) for name in columns))
+            listed.add_row(*("" if item[name] is None else cell(item[name]) for name in columns))
         console.print(listed)
 
 
@@ -92,7 +93,7 @@ def _verify(chosen: argparse.Namespace, console: Console) -> None:
     if chosen.json:
         _json(console, {"sound": sound, "quarantined_now": damaged})
         return
-    console.print(f"{sound} records open; {damaged} do not and were put aside.")
+    say(console, f"{sound} records open; {damaged} do not and were put aside.")
 
 
 def _forget(chosen: argparse.Namespace, console: Console) -> None:
@@ -101,9 +102,8 @@ def _forget(chosen: argparse.Namespace, console: Console) -> None:
     if chosen.json:
         _json(console, dataclasses.asdict(withdrawal))
         return
-    console.print(f"{withdrawal.items} items were overwritten and are not taken again.")
-    for model in withdrawal.models:
-        console.print(f"{model} had learned from them: train it again without.", soft_wrap=True, markup=False)
+    say(console, f"{withdrawal.items} items were overwritten and are not taken again.")
+    say(console, *(f"{model} had learned from them: train it again without." for model in withdrawal.models))
 
 
 def _models(models: list[dict[str, Any]]) -> Table:
@@ -116,7 +116,7 @@ def _models(models: list[dict[str, Any]]) -> Table:
             model["withdrawn"],
             model["sha256"][:12],
         )
-        table.add_row(*map(str, values), style="red" if model["withdrawn"] else "")
+        table.add_row(*map(cell, values), style="red" if model["withdrawn"] else "")
     return table
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from federation.journal_reading import journal_lines, journal_verdict, read_journal
+from federation.terminal import say
 
 
 def add_to(commands: Any) -> None:
@@ -31,11 +32,9 @@ def add_to(commands: Any) -> None:
 
 
 def _show(chosen: argparse.Namespace, console: Console) -> None:
-    for line in journal_lines(read_journal(chosen.folder / "journal.jsonl"), chosen.full):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    say(console, *journal_lines(read_journal(chosen.folder / "journal.jsonl"), chosen.full))
 
 
 def _verify(chosen: argparse.Namespace, console: Console) -> None:
     path = chosen.folder / "journal.jsonl"
-    for line in journal_verdict(path, read_journal(path, chosen.head), chosen.head):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    say(console, *journal_verdict(path, read_journal(path, chosen.head), chosen.head))

@@ -1,4 +1,4 @@
-"""`meduet-server plan` and `submit`: make a consortium's plan, and publish it for the sites to approve.
+"""`meduet-server plan` and `publish`: make a consortium's plan, and publish it for the sites to approve.
 
 What it does not do: any of the work; see `plans.py`.
 """
@@ -9,15 +9,17 @@ from typing import Any
 
 from rich.console import Console
 
+from federation.terminal import say
+
 
 def add_to(commands: Any) -> None:
-    """Add `plan` and `submit` to the parser of `meduet-server`."""
+    """Add `plan` and `publish` to the parser of `meduet-server`."""
     about = "make the plan of a consortium's run from settings"
     plan = commands.add_parser(
         "plan",
         help=about,
-        description=f"{about.capitalize()}, for `submit`. Settings are those of `meduet-simulate` that sites "
-        "must agree on: network=paper training.rounds=100 release.wire_dtype=mxint8 volumes.modality=ct ...",
+        description=f"{about.capitalize()}, for `publish`. Settings are those of `meduet-simulate` that "
+        "sites must agree on: network=paper training.rounds=100 release.wire_dtype=mxint8 ...",
     )
     plan.add_argument("settings", nargs="*", metavar="SETTING=VALUE", help="in place of those in conf/")
     plan.add_argument(
@@ -36,20 +38,20 @@ def add_to(commands: Any) -> None:
     )
     plan.set_defaults(run=_plan)
     about = "publish a plan as a file that every site looks at and approves"
-    submit = commands.add_parser(
-        "submit",
+    publish = commands.add_parser(
+        "publish",
         help=about,
         description=f"{about.capitalize()}. It names the plan's hash and that of the code; sites that "
         "approved both, and no others, take part.",
     )
-    submit.add_argument("plan", type=Path, metavar="PLAN.json", help="a run's plan.json")
-    submit.add_argument(
+    publish.add_argument("plan", type=Path, metavar="PLAN.json", help="a run's plan.json")
+    publish.add_argument(
         "--finetuning", type=Path, metavar="FILE", help="publish this fine-tuning of the run instead"
     )
-    submit.add_argument(
+    publish.add_argument(
         "--out", type=Path, default=Path("plans"), metavar="DIR", help="folder to write to (default: ./plans)"
     )
-    submit.set_defaults(run=_submit)
+    publish.set_defaults(run=_publish)
 
 
 def _plan(chosen: argparse.Namespace, console: Console) -> None:
@@ -63,20 +65,20 @@ def _plan(chosen: argparse.Namespace, console: Console) -> None:
             f"Expected no other plan at {chosen.out}; there is one. Name another file with --out."
         )
     write_whole(chosen.out, made.to_json())
-    _say(
+    say(
         console,
         f"{chosen.out}",
         f"plan {made.sha256}",
         f"{len(made.sites)} sites, {made.training.rounds} rounds; publish it with:",
-        f"  meduet-server submit {chosen.out}",
+        f"  meduet-server publish {chosen.out}",
     )
 
 
-def _submit(chosen: argparse.Namespace, console: Console) -> None:
+def _publish(chosen: argparse.Namespace, console: Console) -> None:
     from server.consortium.plans import publish
 
     path, published = publish(chosen.plan, chosen.out, chosen.finetuning)
-    _say(
+    say(
         console,
         f"{path}",
         f"plan {published.sha256}",
@@ -85,8 +87,3 @@ def _submit(chosen: argparse.Namespace, console: Console) -> None:
         f"  meduet-site plan show {path.name} --config site.yaml",
         f"  meduet-site plan approve {published.sha256[:12]} --config site.yaml",
     )
-
-
-def _say(console: Console, *lines: str) -> None:
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)

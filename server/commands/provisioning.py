@@ -12,6 +12,7 @@ from rich.table import Table
 
 from federation.keys.certificates import read_request, utc_now
 from federation.keys.key_files import read_file
+from federation.terminal import cell, say
 from server.consortium.provisioning import SERVER, load_consortium, open_office, provision
 
 
@@ -51,20 +52,18 @@ def _command(commands: Any, name: str, about: str, run: Any) -> argparse.Argumen
 def _provision(chosen: argparse.Namespace, console: Console) -> None:
     done = provision(load_consortium(chosen.consortium), chosen.folder)
     office = done.office
-    _say(
-        console, f"{'New authority' if done.created else 'Authority'} of {office.settings.name}, fingerprint"
-    )
-    _say(console, f"  {office.fingerprint}")
-    _say(
+    say(console, f"{'New authority' if done.created else 'Authority'} of {office.settings.name}, fingerprint")
+    say(console, f"  {office.fingerprint}")
+    say(
         console,
         "Read it out to every site that calls. Back up ca.key offline; it stays on this machine only.",
     )
     for kit in done.kits:
-        _say(console, f"Kit of {kit.stem}: {kit} holds its private key. Hand it over, then delete it here.")
+        say(console, f"Kit of {kit.stem}: {kit} holds its private key. Hand it over, then delete it here.")
     for site in done.awaited:
-        _say(console, f"{site} makes its own key: ask for the file that `meduet-site request {site}` writes.")
+        say(console, f"{site} makes its own key: ask for the file that `meduet-site request {site}` writes.")
     if not done.kits and not done.awaited:
-        _say(console, "Every site has its certificate; nothing was made.")
+        say(console, "Every site has its certificate; nothing was made.")
 
 
 def _approve(chosen: argparse.Namespace, console: Console) -> None:
@@ -78,26 +77,26 @@ def _approve(chosen: argparse.Namespace, console: Console) -> None:
         )
     office = open_office(chosen.folder)
     kit = office.approve(pem, chosen.fingerprint, utc_now())
-    _say(console, f"Signed. Send {kit} to {request.site}: it holds no secret.")
-    _say(console, "A running `meduet-server start` lets it in by itself.")
+    say(console, f"Signed. Send {kit} to {request.site}: it holds no secret.")
+    say(console, "A running `meduet-server start` lets it in by itself.")
 
 
 def _renew(chosen: argparse.Namespace, console: Console) -> None:
     office = open_office(chosen.folder)
     if chosen.site == SERVER:
         path = office.renew_server(utc_now())
-        _say(console, f"{path} and server.key are new. Restart `meduet-server start`.")
+        say(console, f"{path} and server.key are new. Restart `meduet-server start`.")
         return
     path = office.renew_site(chosen.site, utc_now())
-    _say(console, f"{path} is new, for the same key. Send it to {chosen.site}: it holds no secret. There:")
-    _say(console, f"  meduet-site install {path.name} --into /etc/meduet")
+    say(console, f"{path} is new, for the same key. Send it to {chosen.site}: it holds no secret. There:")
+    say(console, f"  meduet-site install {path.name} --into /etc/meduet")
 
 
 def _revoke(chosen: argparse.Namespace, console: Console) -> None:
     office = open_office(chosen.folder)
     path = office.revoke(chosen.site, utc_now())
-    _say(console, f"Revoked. {path} lists it; a running `meduet-server start` shuts the site out at once.")
-    _say(console, "With a proxy of your own: reload that now (nginx -s reload).")
+    say(console, f"Revoked. {path} lists it; a running `meduet-server start` shuts the site out at once.")
+    say(console, "With a proxy of your own: reload that now (nginx -s reload).")
 
 
 def _certificates(chosen: argparse.Namespace, console: Console) -> None:
@@ -107,11 +106,10 @@ def _certificates(chosen: argparse.Namespace, console: Console) -> None:
     for one in office.issued():
         state = f"in {(one.not_after - now).days} days" if now < one.not_after else "ended"
         table.add_row(
-            one.name, f"{one.not_after:%Y-%m-%d}", "revoked" if one.revoked else state, one.key[:19] + " …"
+            cell(one.name),
+            f"{one.not_after:%Y-%m-%d}",
+            "revoked" if one.revoked else state,
+            one.key[:19] + " …",
         )
     console.print(table)
-    _say(console, f"Authority: {office.fingerprint}")
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    say(console, f"Authority: {office.fingerprint}")

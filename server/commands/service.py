@@ -11,8 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-GIVEN_UP = 1
-"""Exit status of a run that is not complete and not submitted again: a person has to look."""
+from federation.terminal import failing, say
 
 
 def add_to(commands: Any) -> None:
@@ -80,22 +79,18 @@ def _start(chosen: argparse.Namespace, console: Console) -> None:
     from server.deployment.config import load_server_config
     from server.deployment.service import Service
 
-    Service(load_server_config(chosen.config), lambda line: _say(console, line)).run()
+    Service(load_server_config(chosen.config), lambda line: say(console, line)).run()
 
 
-def _run(chosen: argparse.Namespace, console: Console) -> int:
+def _run(chosen: argparse.Namespace, console: Console) -> None:
     from server.deployment.config import load_server_config
     from server.deployment.control import Control
     from server.deployment.submission import RunGivenUp, Submission
 
     control = Control(load_server_config(chosen.config))
-    submission = Submission(control, chosen.plan, chosen.folder, lambda line: _say(console, line))
-    try:
+    submission = Submission(control, chosen.plan, chosen.folder, lambda line: say(console, line))
+    with failing(RunGivenUp):
         submission.see_through()
-    except RunGivenUp as error:
-        _say(console, str(error))
-        return GIVEN_UP
-    return 0
 
 
 def _status(chosen: argparse.Namespace, console: Console) -> None:
@@ -120,7 +115,3 @@ def _poc(chosen: argparse.Namespace, console: Console) -> None:
     # Both sides meet in `simulations` only, which the centre's code never imports: it becomes that program.
     command = [sys.executable, "-m", "simulations.poc", str(chosen.sites), str(chosen.folder.expanduser())]
     os.execv(sys.executable, command)
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)

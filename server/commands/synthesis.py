@@ -17,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from federation.terminal import say
 from meduet_models.diffusion.sampling_options import add_sampling_options, sampling_settings
 
 if TYPE_CHECKING:
@@ -144,9 +145,9 @@ def _synthesize(chosen: argparse.Namespace, console: Console) -> None:
             device=_device(chosen.device),
             report=lambda done, total: bars.update(task, completed=done, total=total),
         )
-    console.print(f"{len(written)} volumes in {chosen.out}; samples.csv says what each is.", markup=False)
+    say(console, f"{len(written)} volumes in {chosen.out}; samples.csv says what each is.")
     if model.patient_data or "content" in request.told:
-        console.print("They are patient data; README.txt says why. Handle them as scans.", markup=False)
+        say(console, "They are patient data; README.txt says why. Handle them as scans.")
 
 
 def _refuse_without_effect(chosen: argparse.Namespace, way: bool) -> None:

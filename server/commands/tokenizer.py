@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from federation.terminal import cell, say
 from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer, load_tokenizer_file
 from meduet_models.weights import load_weights
 from server.tokenizer.quality import list_scans, measure, read_volumes
@@ -99,7 +100,7 @@ def _train(chosen: argparse.Namespace, console: Console) -> None:
     )
     torch.set_num_threads(chosen.threads)
     qualities: list[float] = []
-    console.print(f"Making {settings.num_phantoms} phantoms and their principal components.")
+    say(console, f"Making {settings.num_phantoms} phantoms and their principal components.")
     with _progress(console) as progress:
         task = progress.add_task("training", total=settings.steps)
 
@@ -111,9 +112,7 @@ def _train(chosen: argparse.Namespace, console: Console) -> None:
 
         tokenizer = train_tokenizer(settings, chosen.out, report)
     size_mb = chosen.out.stat().st_size / 1e6
-    console.print(
-        f"{chosen.out}: {tokenizer.name}, {size_mb:.2f} MB, sha256 {tokenizer.sha256}", soft_wrap=True
-    )
+    say(console, f"{chosen.out}: {tokenizer.name}, {size_mb:.2f} MB, sha256 {tokenizer.sha256}")
 
 
 def _evaluate(chosen: argparse.Namespace, console: Console) -> None:
@@ -130,7 +129,11 @@ def _evaluate(chosen: argparse.Namespace, console: Console) -> None:
         quality = measure(tokenizer, volumes, lambda count: progress.update(task, completed=count))
     table = Table("tokenizer", "data", "volumes", "PSNR (dB)", "SSIM")
     table.add_row(
-        tokenizer.name, name, str(quality.num_volumes), f"{quality.psnr_db:.2f}", f"{quality.ssim:.3f}"
+        cell(tokenizer.name),
+        cell(name),
+        str(quality.num_volumes),
+        f"{quality.psnr_db:.2f}",
+        f"{quality.ssim:.3f}",
     )
     console.print(table)
 
@@ -144,8 +147,7 @@ def _inspect(chosen: argparse.Namespace, console: Console) -> None:
         "parameters": f"{sum(t.numel() for t in tensors.values()):,}",
         **provenance,
     }
-    for fact, value in facts.items():
-        console.print(f"{fact}: {value}", markup=False, highlight=False, soft_wrap=True)
+    say(console, *(f"{fact}: {value}" for fact, value in facts.items()))
 
 
 def _chosen_tokenizer(chosen: argparse.Namespace) -> Tokenizer:

@@ -4,7 +4,6 @@ the code it will run in.
 Does not do: start a run (`server/app.py`), or send the file: it holds no secret, any way will do.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +12,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from federation.bundle import running_bundle
 from federation.exchanges.finetuning import FinetunePlan
-from federation.plan import RunPlan, build
+from federation.keys.key_files import read_text
+from federation.plan import RunPlan
 from federation.published_plan import PublishedPlan, plan_of
+from forms.form import build
+from forms.json_text import read_json
 from meduet_models.tokenizer.tokenizer import TokenizerSpec, load_tokenizer
 from server.config import FROM_CONFIG, compose_config, plain, plan_from
 from server.consortium.provisioning import ConsortiumSettings
@@ -74,28 +76,26 @@ def plan_to_run(path: Path) -> RunPlan:
     Raises `ValueError` when it was published with other code than this: every site would refuse it.
     """
     plan = _plan(path)
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_json(read_text(path, "a plan"), "a plan")
     if (published := values.get("bundle_sha256", running_bundle())) != running_bundle():
         raise ValueError(
             f"Expected a plan published with this code ({running_bundle()[:12]}…); {path} was published with "
-            f"{published[:12]}…. Publish it again (meduet-server submit) and let the sites approve it."
+            f"{published[:12]}…. Publish it again (meduet-server publish) and let the sites approve it."
         )
     return plan
 
 
 def _plan(path: Path) -> RunPlan:
+    text = read_text(path, "a plan")
     try:
-        return plan_of(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"Expected a plan at {path}; {error.strerror}.") from None
+        return plan_of(text)
     except ValueError as error:
         raise ValueError(f"Expected {path} to be a plan of FedMeDUET; {error}") from None
 
 
 def _finetuning(path: Path) -> FinetunePlan:
+    text = read_text(path, "a fine-tuning")
     try:
-        return FinetunePlan.from_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"Expected a fine-tuning at {path}; {error.strerror}.") from None
+        return FinetunePlan.from_json(text)
     except ValueError as error:
         raise ValueError(f"Expected {path} to be a fine-tuning of FedMeDUET; {error}") from None

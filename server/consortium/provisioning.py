@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from cryptography import x509
@@ -36,7 +36,14 @@ from federation.keys.certificates import (
     same_fingerprint,
     utc_now,
 )
-from federation.keys.key_files import PUBLIC, private_folder, read_file, refuse_work_tree, write_file
+from federation.keys.key_files import (
+    PUBLIC,
+    private_folder,
+    read_file,
+    read_text,
+    refuse_work_tree,
+    write_file,
+)
 from federation.keys.kits import (
     AUTHORITY,
     CERTIFICATE,
@@ -44,11 +51,15 @@ from federation.keys.kits import (
     KEY,
     README,
     SETTINGS,
+    Address,
     Connection,
     host_and_port,
     pack_kit,
 )
-from federation.plan import build
+from forms.form import build, check
+from forms.names import SiteName
+from forms.ranges import Entries, Range
+from forms.yaml_text import read_yaml
 from server.kit_texts import readme_text, settings_text
 
 CONSORTIUM = "consortium.yaml"
@@ -60,7 +71,7 @@ SERVER = "server"
 class SiteEntry:
     """One hospital in consortium.yaml."""
 
-    name: str
+    name: SiteName
     """Name of the site in plans."""
     expires: date | None = None
     """Last day of its certificate; none: `valid_days` from when it is made."""
@@ -72,26 +83,26 @@ class SiteEntry:
 class ConsortiumSettings:
     """What is in consortium.yaml."""
 
-    name: str
+    name: SiteName
     """Name of the consortium."""
-    server: str
+    server: Address
     """Where sites reach the centre, host:port."""
-    sites: tuple[SiteEntry, ...]
+    sites: Annotated[tuple[SiteEntry, ...], Entries(1000)]
     """The hospitals."""
-    valid_days: int = 365
+    valid_days: Annotated[int, Range(at_least=1, at_most=36_500)] = 365
     """Days for which the server's and the sites' certificates are made."""
-    authority_valid_days: int = 3650
+    authority_valid_days: Annotated[int, Range(at_least=1, at_most=36_500)] = 3650
     """Days for which the authority is made."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
-        checked_name(self.name)
+        check(self, "consortium")
         host_and_port(self.server)
-        names = [checked_name(site.name) for site in self.sites]
+        names = [site.name for site in self.sites]
         if len({name.lower() for name in names}) < len(names) or SERVER in names:
             raise ValueError(f"Expected distinct sites, none called {SERVER!r}; got {', '.join(names)}.")
-        if not 0 < self.valid_days <= self.authority_valid_days:
-            raise ValueError("Expected valid_days above 0 and at most authority_valid_days.")
+        if self.valid_days > self.authority_valid_days:
+            raise ValueError("Expected consortium.valid_days to be at most consortium.authority_valid_days.")
         if any(isinstance(site.expires, datetime) for site in self.sites):
             raise ValueError("Expected expires to be a day (2027-06-30) without a time.")
 
@@ -110,10 +121,8 @@ class ConsortiumSettings:
 def load_consortium(path: Path) -> ConsortiumSettings:
     """Read consortium.yaml, strictly; raises `ValueError` naming file and setting."""
     try:
-        values = yaml.safe_load(read_file(path, "the consortium's settings"))
+        values = read_yaml(read_text(path, "the consortium's settings"), "settings")
         return build(ConsortiumSettings, values, "consortium")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"Expected {path} to be YAML; {' '.join(str(error).split())}.") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

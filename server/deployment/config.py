@@ -9,16 +9,20 @@ Does not do: start anything (`server/deployment/superlink.py`).
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
-from cryptography import x509
-
-from federation.keys.certificates import read_certificate
+from federation.keys.certificates import read_certificate, read_revocations
+from federation.keys.key_files import read_file, read_text
 from federation.keys.kits import AUTHORITY, CERTIFICATE
-from federation.plan import build
+from forms.form import build, check
+from forms.names import Letters
+from forms.paths import resolve_paths
+from forms.ranges import Range, shown
+from forms.yaml_text import read_yaml
 
 _PATHS = ("state_dir", "consortium")
+PORT = Range(at_least=1, at_most=65535)
+HOST = Letters(r"[A-Za-z0-9._:\[\]-]{1,253}", "a host's name or address")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,24 +33,25 @@ class ServerConfig:
     """Folder for what runs here: logs, Flower's state and database."""
     consortium: Path
     """Folder that `meduet-server provision` made: `server/`, `sites/` and `crl.pem` are read."""
-    port: int = 8443
+    port: Annotated[int, PORT] = 8443
     """Port of Flower's SuperLink, on loopback."""
-    health_port: int = 8444
+    health_port: Annotated[int, PORT] = 8444
     """Port of its gRPC health service, on loopback, without TLS; sites reach it through the proxy."""
     proxy: Literal["nginx", "none"] = "nginx"
     """`nginx`: started and supervised here, with mutual TLS, fleet routes only. `none`: somebody else's proxy
     does that (`meduet-server proxy` prints what it has to do); without one, no site on another machine gets
     in."""
-    public_host: str = "0.0.0.0"
+    public_host: Annotated[str, HOST] = "0.0.0.0"
     """Address on which the proxy listens."""
-    public_port: int = 443
+    public_port: Annotated[int, PORT] = 443
     """Port on which the proxy listens, as consortium.yaml tells the sites."""
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be meant."""
+        check(self, "server")
         ports = [self.port, self.health_port, self.public_port]
-        if len(set(ports)) < len(ports) or not all(0 < port < 65536 for port in ports):
-            raise ValueError(f"Expected different ports from 1 to 65535; got {', '.join(map(str, ports))}.")
+        if len(set(ports)) < len(ports):
+            raise ValueError(f"Expected different ports; got {', '.join(map(str, ports))}.")
 
     @property
     def ca(self) -> Path:
@@ -71,10 +76,10 @@ class ServerConfig:
     def site_keys(self) -> dict[str, Path]:
         """Public key of each site that may take part, as Flower registers it: those with a certificate that
         is not on the list of revoked ones."""
-        revocations = x509.load_pem_x509_crl(self.revoked.read_bytes())
+        revocations = read_revocations(read_file(self.revoked, "the list of revoked certificates"))
         found = {}
         for path in sorted(self.consortium.glob(f"sites/*/{CERTIFICATE}")):
-            serial = read_certificate(path.read_bytes()).serial_number
+            serial = read_certificate(read_file(path, "a site's certificate")).serial_number
             if revocations.get_revoked_certificate_by_serial_number(serial) is None:
                 found[path.parent.name] = path.with_name("node.pub")
         return found
@@ -86,20 +91,12 @@ def load_server_config(path: Path) -> ServerConfig:
     Raises `ValueError` naming the file, and the setting that is unknown, missing or ill-typed, or what is not
     in the consortium's folder.
     """
-    try:
-        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"Expected the centre's settings at {path}; nothing is there.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"Expected {path} to be a readable YAML file; {reason}.") from None
+    values: Any = read_yaml(read_text(path, "the centre's settings"), f"settings in {path}")
     if not isinstance(values, dict):
-        raise ValueError(f"Expected {path} to hold settings (name: value); got {values!r}.")
+        raise ValueError(f"Expected {path} to hold settings (name: value); got {shown(values)}.")
     folder = path.resolve().parent
-    for name in _PATHS:
-        if isinstance(values.get(name), str):
-            values[name] = folder / Path(values[name]).expanduser()
     try:
+        resolve_paths(values, _PATHS, folder, "server")
         config = build(ServerConfig, values, "server")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from federation.processes import read_state
+from federation.terminal import cell, visible
 from server.deployment.status import read_status
 from server.run_folder import is_held
 
@@ -70,13 +71,13 @@ def picture(told: Mapping[str, Any]) -> RenderableType:
     head = f"{run['name']}  plan {run['plan'][:12]}  {run['state']}  round {run['round']} of {run['rounds']}"
     when = f"{run['state']} for {_span(run['since'])}, submitted {_ago(run['started'])}"
     when += f", resumed {run['resumed']} times" if run["resumed"] else ""
-    parts: list[RenderableType] = [Text(head, style="bold"), Text(when, style="dim")]
+    parts: list[RenderableType] = [Text(visible(head), style="bold"), Text(when, style="dim")]
     if run["reason"]:
-        parts.append(Text(run["reason"], style="red"))
+        parts.append(Text(visible(run["reason"]), style="red"))
     sites = Table("site", "state", "round", "last reply", "examples", "seconds", "loss", "up", "down")
     for name, site in run["sites"].items():
         sites.add_row(
-            name,
+            cell(name),
             site["state"],
             str(site["round"] or ""),
             _ago(site["last_seen"]),
@@ -92,12 +93,12 @@ def picture(told: Mapping[str, Any]) -> RenderableType:
     if run["quarantined"]:
         aside = Table("round", "site", "why its reply did not count", title="Put aside", title_justify="left")
         for one in run["quarantined"][-_SHOWN:]:
-            aside.add_row(str(one["round"]), Text(one["site"]), Text(one["why"]))
+            aside.add_row(str(one["round"]), cell(one["site"]), cell(one["why"]))
         parts.append(aside)
     if told["centre"] is not None:
         centre = Table("process", "state", "pid", "restarts", title="This centre", title_justify="left")
         for name, one in told["centre"]["processes"].items():
-            centre.add_row(name, one["state"], str(one["pid"] or ""), str(one["restarts"]))
+            centre.add_row(cell(name), one["state"], str(one["pid"] or ""), str(one["restarts"]))
         parts.append(centre)
     return Group(*parts)
 

@@ -23,4 +23,5 @@ def ask_erasure(
 ) -> tuple[dict[str, ErasureReply], dict[str, str]]:
     """Valid replies by site, and who was put aside why. Raises as `ask_sites`."""
     ask = ErasureAsk(plan_json=plan.to_json(), shared=shared, bank=bank)
-    return ask_sites(grid, roster, plan, ERASURE, ask, check, book)
+    at_least = min(2, len(plan.participants))  # of one site there is nothing to erase
+    return ask_sites(grid, roster, plan, ERASURE, ask, check, book, at_least=at_least)

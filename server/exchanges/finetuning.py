@@ -17,6 +17,7 @@ from flwr.serverapp import Grid
 
 from federation.exchanges.finetuning import FINETUNING, FinetuneAsk, FinetunePlan, FinetuneReply
 from federation.journal import Journal
+from federation.limits import MOST_SCANS
 from federation.messages import Tensors
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
@@ -137,7 +138,9 @@ def _round(
     fixed: Tensors,
 ) -> tuple[Tensors, dict[str, Any]]:
     """The weights after a round, and its report."""
-    bounds = Bounds(num_replies=len(roster.sites), max_norm=finetuning.update_clip_norm)
+    bounds = Bounds(
+        num_replies=len(roster.sites), max_norm=finetuning.update_clip_norm, max_examples=MOST_SCANS
+    )
     total = StreamingSum(trained, bounds, threads=torch.get_num_threads())
 
     def fold(reply: FinetuneReply) -> None:

@@ -1,9 +1,10 @@
 """Collecting latents: before a round is trained on, every site is asked for what it releases in that round.
 
 Part by part until a site has told all, from where the bank stands: cut off anywhere and begun again, the bank
-ends the same. A site that refuses, is silent, or answers with something else is put aside with its reason
-until the next round; a site that withdrew is not asked. What this file does not do: store (`latent_bank.py`),
-or decide what a site releases (`client/exchanges/latents.py`).
+ends the same. How much that can be is bounded (`federation/limits.py`), and so is the time: a collection
+takes what a round may take, and one question. A site that refuses, is silent, or answers with something else
+is put aside with its reason until the next round; a site that withdrew is not asked. What this file does not
+do: store (`server/latent_bank/bank.py`), or decide what a site releases (`client/exchanges/latents.py`).
 """
 
 import logging
@@ -27,6 +28,7 @@ from federation.exchanges.latents import (
     to_tensors,
     told_shapes,
 )
+from federation.limits import MOST_SCANS
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
 from meduet_models.diffusion.conditions import UNKNOWN
@@ -67,6 +69,9 @@ def collect(
     while waiting := {
         site: first for site, first in _standing(bank, plan, round).items() if site not in refused
     }:
+        if told and time.monotonic() - began > plan.aggregation.deadline_s:
+            refused |= {s: f"not all told within {plan.aggregation.deadline_s:g} s" for s in waiting}
+            break
         first = min(waiting.values())
         asked = {site for site, stands in waiting.items() if stands == first}
         ask = LatentsAsk(plan_json=plan.to_json(), round=round, first=first, count=count)
@@ -115,10 +120,8 @@ def check_reply(reply: LatentsReply, ask: LatentsAsk, plan: RunPlan, bank: Laten
     if (reply.round, reply.first) != (ask.round, ask.first):
         raise ReplyRefused(f"Expected items from {ask.first} of round {ask.round}; got others.")
     diffusion = releasing(plan)
-    most = min(
-        (limit for limit in (diffusion.items_per_site, diffusion.items_per_round) if limit),
-        default=reply.total,
-    )
+    limits = (diffusion.items_per_site, diffusion.items_per_round, MOST_SCANS)
+    most = min(limit for limit in limits if limit)
     if not 0 <= reply.total <= most:
         raise ReplyRefused(f"Expected at most {most} items in a round; got {reply.total}.")
     known = bank.dealt_with(plan, reply.site, ask.round)

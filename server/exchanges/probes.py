@@ -2,8 +2,9 @@
 
 Two exchanges. First the sites' sums: ridge readings (anatomy, content through style), recognition among each
 site's own patients, and swap fidelity follow at once; the linear site probe of each fold is fitted. Then the
-fitted probes go out and the hits come back. The readings equal those of the pooled patients; with style heads
-at home, each site's style is what its own head says. A site that refuses is listed and the run goes on.
+fitted probes go out to the sites whose sums came, and the hits come back. The readings equal those of the
+pooled patients; with style heads at home, each site's style is what its own head says. A site that refuses is
+listed and the run goes on.
 
 After the erasure the linear site probe of content is not read from the patients that the erasure was fitted
 on: it made the site means of exactly these patients coincide, so leaving some out moves the others' mean the
@@ -14,7 +15,7 @@ What this file does not do: it changes no weight, and sees nothing but sums.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,13 +46,15 @@ from federation.exchanges.probes import (
     sums_shapes,
 )
 from federation.exchanges.survey import smallest_cohort
+from federation.limits import MOST_PATIENTS
 from federation.messages import Tensors
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
+from meduet_models.erasure import ErasureMoments
 from meduet_models.probes.sums import explained_from_sums, pooled_folds, site_probes_by_fold
 from meduet_models.probes.swap_fidelity import style_gap_closed
 from meduet_models.style.bank import StyleBank
-from meduet_models.style.moments import StyleEntry
+from meduet_models.style.moments import StyleEntry, StyleMoments
 from privacy.clipping import joint_norm
 from server.directions import directions_of_sums
 from server.exchanges.queries import ask_sites
@@ -68,6 +71,8 @@ class FederatedProbes:
         self._grid, self._roster, self._plan, self._book = grid, roster, plan, book
         self.directions: dict[str, Tensor] = {}
         """Directions of anatomy in content, under the weights that were last read (`directions.py`)."""
+        self._patients: dict[str, float] = {}
+        """Patients behind the sums of each site that told any."""
 
     def due(self, round: int) -> bool:
         """Whether a round is followed by probes."""
@@ -80,15 +85,16 @@ class FederatedProbes:
         Readings are absent where fewer than two sites told their sums. `erased` says that these weights hold
         an erasure, fitted on the patients trained on.
         """
-        self._round, self.directions = round, {}
+        self._round, self.directions, self._patients = round, {}, {}
         told, refused = self._ask(shared, bank, {}, self._check_sums)
         if len(told) < 2:
             return {"readings": {}, "sites": {}, "refused": refused}
         sums = {site: reply.sums for site, reply in told.items()}
         self.directions = directions_of_sums(sums, self._plan)
-        hits, refused_hits = self._ask(shared, bank, fitted_probes(sums, self._plan), self._check_hits)
+        fitted = fitted_probes(sums, self._plan)
+        hits, refused_hits = self._ask(shared, bank, fitted, self._check_hits, only=set(sums))
         readings = readings_of_sums(sums, bank, self._plan)
-        readings |= readings_of_hits({s: r.sums for s, r in hits.items() if s in sums})
+        readings |= readings_of_hits({site: reply.sums for site, reply in hits.items()})
         if erased and self._plan.probes.patients == "train":
             readings.pop("site_from_content", None)
         sites = {
@@ -98,7 +104,12 @@ class FederatedProbes:
         return {"readings": readings, "sites": sites, "refused": refused_hits | refused}
 
     def _ask(
-        self, shared: Tensors, bank: Tensors, probe: Tensors, check: Any
+        self,
+        shared: Tensors,
+        bank: Tensors,
+        probe: Tensors,
+        check: Callable[[ProbeReply], None],
+        only: Collection[str] | None = None,
     ) -> tuple[dict[str, ProbeReply], dict[str, str]]:
         ask = ProbeAsk(
             plan_json=self._plan.to_json(), round=self._round, shared=shared, bank=bank, probe=probe
@@ -112,24 +123,56 @@ class FederatedProbes:
             check,
             self._book,
             stops=False,
+            only=only,
         )
 
     def _check_sums(self, reply: ProbeReply) -> None:
-        """Finite sums of declared shapes, of whole folds, within what was agreed per patient."""
+        """Sums of declared shapes that whole patients of whole folds can have, within what was agreed for
+        each."""
         self._check_shapes(reply, sums_shapes(self._plan))
         folds = fold_moments(reply.sums, FACTORS, self._plan)
+        self._check_moments(folds)
         least = smallest_cohort(self._plan)
-        if any(float(f.count) < least or float(f.count) != round(float(f.count)) for f in folds):
+        if any(float(f.count) < least for f in folds):
             raise ReplyRefused(f"Expected at least {least} patients in each fold of a probe; got fewer.")
+        if self._plan.probes.anatomy:
+            known = fold_moments(reply.sums, ANATOMY, self._plan)
+            self._check_moments(known)
+            if any(float(some.count) > float(fold.count) for some, fold in zip(known, folds, strict=True)):
+                raise ReplyRefused("Expected no more patients with anatomy than there are; got more.")
         patients = sum(float(f.count) for f in folds)
         covered = {name: tensor for name, tensor in reply.sums.items() if name not in UNBOUNDED}
         if joint_norm(covered) > patients * sums_bound(self._plan) * _ROUNDING:
             raise ReplyRefused("Expected probe sums within the bound per patient; they are longer.")
+        self._check_counts(reply.sums, patients)
+        self._patients[reply.site] = patients
+
+    def _check_moments(self, told: Sequence[ErasureMoments | StyleMoments]) -> None:
+        try:
+            for moments in told:
+                moments.check(MOST_PATIENTS)
+        except ValueError as reason:
+            raise ReplyRefused(str(reason)) from reason
+
+    def _check_counts(self, sums: Tensors, patients: float) -> None:
+        """What the bound leaves out: counts, and sums of nobody are none."""
+        if RECOGNITION in sums:
+            content, style, asked, chance = sums[RECOGNITION].tolist()
+            if not 0 <= max(content, style, chance) <= asked <= len(self._plan.sites) * patients:
+                raise ReplyRefused("Expected no more recognised than there were; got others.")
+            if min(content, style, chance) < 0:
+                raise ReplyRefused("Expected counts of recognised patients of 0 and more; got others.")
+        for vector, count in zip(sums.get(SWAPPED, ()), sums.get(SWAPPED_PATIENTS, ()), strict=True):
+            if not (count == 0 and not bool(vector.any())) and count != patients:
+                raise ReplyRefused("Expected swapped scans of all patients or of none; got others.")
+            self._check_moments([style_moments(vector, count, self._plan)])
 
     def _check_hits(self, reply: ProbeReply) -> None:
-        """Counts, no more hits than patients."""
+        """Counts, no more hits than patients, who are those whose sums came before."""
         self._check_shapes(reply, hits_shapes())
         content, style, patients = reply.sums[HITS].tolist()
+        if patients != self._patients.get(reply.site):
+            raise ReplyRefused("Expected hits of the patients whose sums the site told; got others.")
         if not (0 <= content <= patients and 0 <= style <= patients):
             raise ReplyRefused("Expected no more hits of a probe than patients; got others.")
 

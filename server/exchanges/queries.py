@@ -1,25 +1,22 @@
 """Queries: one question to every site outside of the rounds (survey, erasure), and its valid replies.
 
-Bounded and strict like a round: nodes and replies are awaited until the deadline, each reply is read and
-checked alone, a bad one is put aside with its reason, and below the quorum the run stops.
+Bounded and strict like a round: nodes and replies are awaited until the deadline, each reply is pulled, read
+and checked alone behind the same wall (`strategies/reply_wall.py`), a bad one is put aside with its reason,
+and below the quorum the run stops.
 What this file does not do: it knows nothing of what is asked.
 """
 
-import logging
 from collections.abc import Callable, Collection
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from federation.exchanges.exchange import AskKind, Exchange, ReplyKind
-from federation.messages import MessageError, Refusal, kind_of
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
-from strategies.aggregation import ReplyRefused
 from strategies.quorum import Roster, check_quorum, needed, wait_for_nodes
+from strategies.reply_wall import ReplyWall
 from strategies.streaming_grid import Late, StreamingGrid
-
-_log = logging.getLogger(__name__)
 
 
 def ask_sites(
@@ -30,48 +27,45 @@ def ask_sites(
     question: AskKind,
     check: Callable[[ReplyKind], None],
     book: ReplyBook,
+    *,
     stops: bool = True,
+    at_least: int = 1,
     only: Collection[str] | None = None,
 ) -> tuple[dict[str, ReplyKind], dict[str, str]]:
     """Valid replies by site, in the plan's order, and who was put aside why.
 
-    `check` raises `ValueError` on a reply that is not to be used; the others are entered in `book`.
-    Raises `RoundFailed` below the quorum; without `stops`, the run goes on with whoever answered. With
-    `only`, other sites that are known are not asked.
+    `check` raises on a reply that is not to be used; the others are entered in `book`. Raises `RoundFailed`
+    below the quorum, or with fewer than `at_least`; without `stops`, the run goes on with whoever answered.
+    With `only`, other sites that are known are not asked.
     """
     settings, record = plan.aggregation, question.to_record()
-    least = needed(settings.quorum, len(roster.sites)) if stops else 1
+    quorum = max(settings.quorum, at_least / len(roster.sites))
+    least = needed(quorum, len(roster.sites)) if stops else 1
     nodes = wait_for_nodes(grid, roster, least, settings.deadline_s)
     nodes = _of(nodes, roster, only)
     stream = StreamingGrid(grid)
+    route = exchange.route
+    wall = ReplyWall(route, route, plan.sha256, roster, book, exchange.reply.from_record, check)
     replies: dict[str, ReplyKind] = {}
-    refused: dict[str, str] = {}
 
     def ask(node: int) -> Message:
-        return Message(record, node, exchange.route, ttl=settings.deadline_s)
+        return Message(record, node, route, ttl=settings.deadline_s)
 
     for message in stream.send_and_receive(
         [ask(node) for node in nodes],
         timeout=settings.deadline_s,
         late=Late(ask, lambda: _to_ask(grid, roster, only), lambda: not stops or len(replies) >= least),
+        largest=exchange.largest(plan, question),
     ):
-        node = stream.node_of(message)
-        try:
-            reply = _read(message, node, roster, plan, exchange)
-            if reply.site in replies:
-                raise ReplyRefused(f"Expected one reply of {reply.site!r}; got a second.")
-            draft = book.draft(exchange.route, reply)
-            check(reply)
-            book.enter(draft)
+        if (reply := wall.take(stream.node_of(message), message)) is not None:
             replies[reply.site] = reply
-        except ValueError as error:
-            refused[roster.name(node)] = str(error)
-    refused |= {roster.name(n): f"no reply within {settings.deadline_s:g} s" for n in stream.unanswered}
-    for who, why in refused.items():
-        _log.warning("%s goes on without %s: %s", exchange.route, who, why)
+    for node, why in stream.not_pulled.items():
+        wall.put_aside(node, why)
+    for node in stream.unanswered:
+        wall.put_aside(node, f"no reply within {settings.deadline_s:g} s")
     if stops:
-        check_quorum(f"{exchange.route!r}", len(replies), settings.quorum, len(roster.sites), refused)
-    return {site: replies[site] for site in roster.sites if site in replies}, refused
+        check_quorum(f"{route!r}", len(replies), quorum, len(roster.sites), wall.refused)
+    return {site: replies[site] for site in roster.sites if site in replies}, wall.refused
 
 
 def _to_ask(grid: Grid, roster: Roster, only: Collection[str] | None) -> list[int]:
@@ -82,20 +76,3 @@ def _of(nodes: list[int], roster: Roster, only: Collection[str] | None) -> list[
     """The nodes without sites that are known and not among `only`."""
     others = set(roster.sites) - set(only) if only is not None else set()
     return [node for node in nodes if roster.name(node) not in others]
-
-
-def _read(
-    message: Message, node: int, roster: Roster, plan: RunPlan, exchange: Exchange[AskKind, ReplyKind]
-) -> ReplyKind:
-    if message.has_error():
-        raise ReplyRefused(f"Flower error {message.error.code}")  # its words may be the site's: not kept
-    if kind_of(message.content) == "refusal":
-        refusal = Refusal.from_record(message.content)
-        roster.bind(node, refusal.site)
-        raise ReplyRefused(f"refused: {refusal.kind.value}")
-    reply = exchange.reply.from_record(message.content)
-    if problem := roster.bind(node, reply.site):
-        raise ReplyRefused(problem)
-    if reply.plan_sha256 != plan.sha256:
-        raise MessageError(f"Expected a reply under plan {plan.sha256[:12]}; it names another.")
-    return reply

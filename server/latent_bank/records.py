@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from federation.exchanges.latents import releasing
-from federation.plan import LatentDtype, RunPlan, build
+from federation.plan import LatentDtype, RunPlan
+from forms.form import build
 from meduet_models.diffusion.conditions import Examples
 
 

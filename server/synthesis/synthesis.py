@@ -23,7 +23,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from federation.plan import VolumePlan, build
+from federation.plan import VolumePlan
+from forms.form import build
 from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.diffusion.conditions import UNKNOWN, Condition, Conditions
 from meduet_models.diffusion.draws import generator_of

@@ -29,6 +29,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from federation.terminal import say
 from server.config import plain
 from server.run_folder import write_whole
 from simulations.benchmark.jobs import Job, run_jobs
@@ -100,7 +101,7 @@ def _compute(
             running.remove(job.label)
             cell = by_label.get(job.label)
             if error is not None:
-                bars.console.print(f"{job.label} failed: {error}", markup=False)
+                say(bars.console, f"{job.label} failed: {error}")
                 if cell is not None:
                     _write_error(cell, error)
             if cell is not None:

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from federation.plan import build
+from forms.form import build
 from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
 from server.config import CONF, compose_config, plain, plan_from
 from simulations.settings import settings_from

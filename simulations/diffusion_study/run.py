@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from federation.plan import build
+from forms.form import build
 from meduet_models.diffusion.artefact import GenerativeModel, save_generative_model
 from meduet_models.diffusion.training import validation_loss
 from meduet_models.weights import sha256_of_tensors

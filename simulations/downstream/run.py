@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from client.app import make_client_app
 from client.latents.labelled import LabelledScans, NoLabels
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning, check_target
-from federation.plan import build
+from forms.form import build
 from server.config import plain
 from server.exchanges.finetuning import FinetunedRun, pretrained_sha256, run_finetuning
 from simulations.downstream.evaluate import (

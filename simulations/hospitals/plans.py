@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from client.scans.layouts import Layout, LayoutRules
-from federation.plan import build
+from forms.form import build
 from simulations.phantoms.patients import Population
 
 NAMES = ("north", "harbour", "valley", "island", "forest", "castle", "market", "lake")

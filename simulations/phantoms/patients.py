@@ -195,14 +195,6 @@ def lattice_affine() -> NDArray[np.float64]:
     return affine
 
 
-def jacobian_determinant(displacement: NDArray[np.float32], spacing_mm: float) -> NDArray[np.float32]:
-    """Local volume ratio of `x + displacement(x)` by central differences, [x y z]; positive: invertible."""
-    gradient = np.stack([np.stack(np.gradient(d, spacing_mm)) for d in displacement])  # 3 3 x y z
-    matrices = np.moveaxis(gradient, (0, 1), (-2, -1)) + np.eye(3)
-    ratio: NDArray[np.float32] = np.linalg.det(matrices).astype(np.float32)
-    return ratio
-
-
 def apply_patient(
     patient: Patient,
     atlas: Atlas,

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from federation.plan import build
+from forms.form import build
 from simulations.phantoms.patients import TISSUES
 
 PROTON_DENSITY = {

@@ -207,7 +207,7 @@ def test_a_plan_is_submitted_shown_approved_and_withdrawn_by_typing(
         status = client.cli.main([*typed, "--config", str(settings)], Console(file=screen, width=300))
         return status, screen.getvalue()
 
-    assert server.cli.main(["submit", str(tmp_path / "plan.json"), "--out", str(tmp_path / "plans")]) == 0
+    assert server.cli.main(["publish", str(tmp_path / "plan.json"), "--out", str(tmp_path / "plans")]) == 0
     assert running_bundle() in capsys.readouterr().out
     (path,) = (tmp_path / "plans").iterdir()
     assert path.name == f"{plan.sha256}.plan.json" and plan_to_run(path) == plan

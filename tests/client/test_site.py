@@ -94,22 +94,22 @@ BAD = {
     "name: north\n": "site lacks data_root, state_dir",
     MINIMAL + "device: gpu\n": "Expected site.device to be one of auto, cpu, cuda; got 'gpu'",
     MINIMAL + "threads: many\n": "Expected site.threads to be int; got 'many'",
-    MINIMAL + "threads: -1\n": "Expected threads to be at least 0",
+    MINIMAL + "threads: -1\n": "Expected site.threads from 0",
     MINIMAL + "allow_non_private: 'yes'\n": "Expected site.allow_non_private to be bool",
-    MINIMAL + "split_fractions: [0.8, 0.1, 0.2]\n": "Expected split_fractions of at least 0 that sum to 1",
-    MINIMAL + "minimum_cohort: 0\n": "Expected minimum_cohort to be at least 1",
-    MINIMAL + "progress_every_s: -1\n": "Expected progress_every_s of at least 0; got -1",
-    MINIMAL + "progress_every_s: .inf\n": "Expected progress_every_s of at least 0; got inf",
+    MINIMAL + "split_fractions: [0.8, 0.1, 0.2]\n": "Expected split_fractions that sum to 1",
+    MINIMAL + "minimum_cohort: 0\n": "Expected site.minimum_cohort from 1",
+    MINIMAL + "progress_every_s: -1\n": "Expected site.progress_every_s from 0 to 86,400; got -1",
+    MINIMAL + "progress_every_s: .inf\n": "Expected site.progress_every_s to be float",
     MINIMAL + "tokenizer: {kind: magic}\n": "Expected site.tokenizer.kind to be one of",
-    MINIMAL.replace("north", "'../north'"): "Expected name to be letters",
+    MINIMAL.replace("north", "'../north'"): "Expected site.name to be 1 to 63 letters",
     MINIMAL.replace(
         "state_dir: state", "state_dir: scans/state"
     ): "Expected state_dir outside the data folder",
     MINIMAL + "cache_dir: scans/cache\n": "Expected cache_dir outside the data folder",
     MINIMAL.replace("scans", "7"): "Expected site.data_root to be Path; got 7",
     "- a list\n": "to hold settings",
-    "name: [": "to be a readable YAML file",
-    "name: !!python/object/apply:os.getcwd []\n": "to be a readable YAML file",
+    "name: [": "it is not YAML",
+    "name: !!python/object/apply:os.getcwd []\n": "tags are not read",
 }
 
 
@@ -123,7 +123,7 @@ def test_settings_that_cannot_be_meant_are_refused_in_one_line(tmp_path: Path, t
 
 
 def test_settings_that_are_not_there_say_where_they_were_expected(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"Expected the site's settings at .*site\.yaml; nothing is there"):
+    with pytest.raises(ValueError, match=r"Expected the site's settings at .*site\.yaml; No such file"):
         open_site(tmp_path / "site.yaml")
 
 

@@ -80,7 +80,7 @@ def test_every_command_has_help(module: str, command: tuple[str, ...]) -> None:
                 "renew",
                 "revoke",
                 "certificates",
-                "submit",
+                "publish",
                 "start",
                 "run",
                 "status",
@@ -99,6 +99,15 @@ def test_the_runbook_shows_every_command_for_hospital_it(command: str) -> None:
 
 def test_the_architecture_names_every_module() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    packages = ("meduet_models", "privacy", "federation", "strategies", "client", "server", "simulations")
+    packages = (
+        "forms",
+        "meduet_models",
+        "privacy",
+        "federation",
+        "strategies",
+        "client",
+        "server",
+        "simulations",
+    )
     modules = {p.name for package in packages for p in (ROOT / package).glob("*.py")} - {"__init__.py"}
     assert [name for name in sorted(modules) if name not in text] == []

@@ -12,8 +12,17 @@ import pytest
 from federation.bundle import bundle_hash, running_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("meduet_models", "privacy", "federation", "strategies", "client", "server", "simulations")
-BUNDLED = ("meduet_models", "privacy", "federation", "strategies", "client", "server")
+PACKAGES = (
+    "forms",
+    "meduet_models",
+    "privacy",
+    "federation",
+    "strategies",
+    "client",
+    "server",
+    "simulations",
+)
+BUNDLED = ("forms", "meduet_models", "privacy", "federation", "strategies", "client", "server")
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -35,7 +35,9 @@ from simulations.downstream.run import DownstreamRunSettings
 from simulations.settings import EngineSettings, EvaluationSettings, SimulationSettings, SiteSettings
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("meduet_models", "privacy", "federation", "strategies", "client", "server", "simulations")
+PACKAGES = (
+    "forms", "meduet_models", "privacy", "federation", "strategies", "client", "server", "simulations",
+)  # fmt: skip
 SETTINGS = (
     RunPlan,
     VolumePlan,

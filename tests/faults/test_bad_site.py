@@ -1,6 +1,7 @@
 """A hospital whose replies are wrong in every way we could think of, one way per round: each is put aside
 with its reason, the round goes on, and the final weights are those of a run in which it kept silent."""
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 import client.app
+from client.exchanges import pretraining
 from client.exchanges.exchange import AskRefused
 from federation.wire import RefusalKind
 from tests.faults.consortium import Consortium, Weights, consortium, same_bits, undisturbed
@@ -38,9 +40,14 @@ WAYS: dict[str, tuple[dict[str, Any], str, str]] = {
         "taken out of the sum again, exactly",
     ),
     "truncated message": ({"reply": "truncated"}, "bytes", "put aside"),
+    "oversized array (one chunk named 3,000 times)": (
+        {"reply": "oversized"},
+        "bytes in arrays",
+        "left at SuperLink: its size is checked before it is put together",
+    ),
     "replayed message": (
         {"reply": "replayed"},
-        "round 14; got one to round 13",
+        "round 15; got one to round 14",
         "put aside: another round's",
     ),
     "a site raises (with a patient's name in the text)": (
@@ -72,19 +79,20 @@ PLAN = (
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Consortium, Weights]]:
     folder = tmp_path_factory.mktemp("bad")
     steps = {FIRST + number: way[0] for number, way in enumerate(WAYS.values())}
-    answer_round = client.app.answer_round
+    honest = pretraining.ANSWER
 
     def silent(site: Any, ask: Any, *rest: Any) -> Any:
         """It trains where the bad one does, and says nothing of it."""
         step = steps.get(ask.round) if site.name == BAD else None
         if step is None or "reply" in step:
-            answered = answer_round(site, ask, *rest)
+            answered = honest.work(site, ask, *rest)
         if step is not None:
             raise AskRefused("silent", RefusalKind.INTERNAL)
         return answered
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client.app, "answer_round", silent)
+        rows = [row for row in client.app.exchanges() if row is not honest]
+        patch.setattr(client.app, "exchanges", lambda: (*rows, dataclasses.replace(honest, work=silent)))
         made, expected = undisturbed(folder / "undisturbed", PLAN)
     assert made.hospitals[0].name == BAD
     whole = consortium(folder, PLAN, made, {BAD: steps})

@@ -166,7 +166,7 @@ def test_bf16_autocast_stays_near_float32(paths: str) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"latent_grid": (4, 7, 4)}, "multiples of patch_size 2"),
+        ({"latent_grid": (4, 7, 4)}, "multiples of network.patch_size 2"),
         ({"width": 25}, "width to be a multiple of its 2 heads"),
         ({"decoder_heads": 5}, "decoder_width to be a multiple of its 5 heads"),
         ({"style_ratio": 0.001}, "at least one style channel"),

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from meduet_models.random_features import NUM_FEATURES, network_sha256, random_features
+from meduet_models.random_features import NUM_FEATURES, network, random_features
+from meduet_models.weights import sha256_of_tensors
 
 
 def blobs(count: int, seed: int = 0) -> Tensor:
@@ -13,7 +14,7 @@ def blobs(count: int, seed: int = 0) -> Tensor:
 
 
 def test_the_network_is_the_one_that_was_published() -> None:
-    assert network_sha256() == "d42255807ba635528a5e5f1fad6564ce841206b88d0ae9014632d1f586c864f3"
+    assert sha256_of_tensors(network()) == "d42255807ba635528a5e5f1fad6564ce841206b88d0ae9014632d1f586c864f3"
 
 
 def test_features_are_finite_different_and_the_same_in_any_batch() -> None:

@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import privacy
-from privacy.chain import BrokenChain, Chain, canonical
+from forms.json_text import canonical
+from privacy.chain import BrokenChain, Chain
 
 
 def written(path: Path, lines: int) -> Chain:

@@ -1,14 +1,18 @@
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from flwr.app import Array, RecordDict
 
 from federation.exchanges.pretraining import TrainReply
 from federation.messages import Refusal, RefusalKind
 from server.app import run
 from simulations.engines.in_process import InProcessGrid
+from strategies.aggregation import StreamingSum
 from strategies.quorum import RoundFailed
 
 
@@ -36,7 +40,55 @@ def other_version(reply: TrainReply) -> Any:
     return record
 
 
+def metric(name: str, value: float) -> Any:
+    def bad(reply: TrainReply) -> Any:
+        record = reply.to_record()
+        record.metric_records["metrics"][name] = value
+        return record
+
+    return bad
+
+
+def with_array(record: RecordDict, name: str, data: bytes) -> RecordDict:
+    arrays = record.array_records["update"]
+    arrays[name] = Array(arrays[name].dtype, arrays[name].shape, arrays[name].stype, data)
+    return record
+
+
+def damaged_header(reply: TrainReply) -> Any:
+    """One byte of it: numpy's own reader raises a SyntaxError."""
+    record = reply.to_record()
+    data = bytearray(record.array_records["update"]["float32"].data)
+    data[data.index(b"'fortran_order'")] = ord("(")
+    return with_array(record, "float32", bytes(data))
+
+
+def seventy_dimensions(reply: TrainReply) -> Any:
+    record = reply.to_record()
+    arrays = record.array_records["update"]
+    index = json.loads(arrays["index"].numpy().tobytes())
+    index[0][2] += [1] * 70
+    arrays["index"] = Array(np.frombuffer(json.dumps(index).encode(), dtype=np.uint8))
+    return record
+
+
+def deep_index(reply: TrainReply) -> Any:
+    record = reply.to_record()
+    record.array_records["update"]["index"] = Array(np.frombuffer(b"[" * 100_000, dtype=np.uint8))
+    return record
+
+
+def other_dtype(reply: TrainReply) -> Any:
+    return dataclasses.replace(reply, wire_dtype="mxint8")
+
+
 BAD = {
+    "'loss.total' from": metric("loss.total", 1.7e308),
+    "'seconds' from": metric("seconds", -1.0),
+    "index of [name": seventy_dimensions,
+    "got another header": damaged_header,
+    "index in JSON": deep_index,
+    "values as float32": other_dtype,
     "finite": nan,
     "shape": lambda reply: with_update(reply, weight=torch.ones(1)),
     "float32": lambda reply: with_update(reply, weight=reply.update["weight"].double()),
@@ -128,3 +180,39 @@ def test_too_few_connected_sites_are_awaited_until_the_deadline_and_no_longer(
     grid = InProcessGrid(miniature.client(tmp_path / "sites"), 2)
     with pytest.raises(RoundFailed, match=r"connected sites within 0\.2 s; got 2"):
         run(grid, plan, tmp_path, model=miniature.model(plan))
+
+
+def test_a_failure_that_nobody_thought_of_puts_the_reply_aside_and_leaves_the_sum_as_before(
+    miniature: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of the addition, where part of a reply is in the sum already."""
+    subtracted = []
+    add, subtract = StreamingSum._add, StreamingSum._subtract
+
+    def failing(self: StreamingSum, pieces: Any, added: Any) -> float:
+        squares = add(self, pieces, added)
+        if self.num_replies == 1:
+            raise MemoryError("patient Smith")
+        return squares
+
+    def noted(self: StreamingSum, pieces: Any) -> None:
+        subtracted.append(len(pieces))
+        subtract(self, pieces)
+
+    monkeypatch.setattr(StreamingSum, "_add", failing)
+    monkeypatch.setattr(StreamingSum, "_subtract", noted)
+    plan = miniature.plan(rounds=1, quorum=0.3)
+    grid = InProcessGrid(miniature.client(tmp_path / "sites"), 3)
+    result = run(grid, plan, tmp_path / "bad", model=miniature.model(plan))
+    report = result.metrics["rounds"][0]
+    assert list(report["sites"]) == ["oslo"] and subtracted == [2, 2]
+    assert report["refused"]["lyon"] == "Expected a reply that can be read; MemoryError was raised."
+    monkeypatch.undo()
+
+    def alone(site: str, kind: str, reply: Any) -> Any:
+        silent = (kind, site) in (("train", "lyon"), ("train", "turin"))
+        return Refusal(kind=RefusalKind.INTERNAL, site=site) if silent else reply
+
+    other = InProcessGrid(miniature.client(tmp_path / "alone" / "sites", tamper=alone), 3)
+    expected = run(other, plan, tmp_path / "alone", model=miniature.model(plan)).shared
+    assert all(torch.equal(result.shared[name], expected[name]) for name in expected)

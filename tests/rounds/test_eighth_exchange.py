@@ -17,6 +17,7 @@ from client.exchanges.exchange import Answer, OnStep
 from client.release import Gate, Released
 from federation.exchanges.exchange import Exchange
 from federation.journal import Journal
+from federation.limits import largest_reply
 from federation.messages import Ask, Reply, Tensors
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
@@ -45,6 +46,7 @@ VISITS = Exchange(
     ask=VisitsAsk,
     reply=VisitsReply,
     rounds=lambda plan: range(1),
+    largest=lambda plan, ask: largest_reply({"visits": torch.zeros(1)}),
     promise=lambda plan, ask: Promise(
         kind="visits", bound=float(ask.most), unit="patient statistics", enforcement="check"
     ),

@@ -349,6 +349,40 @@ def test_an_answer_that_is_not_one_is_put_aside(
     bank.close()
 
 
+def test_a_site_that_claims_latents_without_end_is_not_asked_for_ever(
+    make_plan: Callable[..., RunPlan], tmp_path: Path
+) -> None:
+    plan = make_plan()
+    ask = LatentsAsk(plan_json=plan.to_json(), round=1, first=0, count=2)
+    reply = LatentsReply(
+        plan_sha256=plan.sha256,
+        site="oslo",
+        round=1,
+        first=0,
+        total=1 << 20,
+        items=tuple(f"{n:032x}" for n in range(2)),
+        examples=examples_of(Scans(0), [0, 1], plan),
+    )
+    bank = LatentBank(tmp_path / "bank")
+    check_reply(reply, ask, plan, bank)
+    for claimed in ((1 << 20) + 1, 1 << 40, (1 << 63) - 1, -1):
+        with pytest.raises(ReplyRefused, match="at most 1048576 items"):
+            check_reply(dataclasses.replace(reply, total=claimed), ask, plan, bank)
+    bank.close()
+
+
+def test_a_collection_takes_no_longer_than_a_round_may(
+    make_plan: Callable[..., RunPlan], tmp_path: Path
+) -> None:
+    plan = make_plan()
+    hurried = dataclasses.replace(plan, aggregation=dataclasses.replace(plan.aggregation, deadline_s=1e-3))
+    consortium = Consortium(hurried, tmp_path)
+    report = consortium.collect(hurried, 1, count=4)
+    assert {site: told["kept"] for site, told in report["sites"].items()} == dict.fromkeys(plan.sites, 4)
+    assert set(report["refused"]) == set(plan.sites)
+    assert all("not all told within 0.001 s" in why for why in report["refused"].values())
+
+
 def examples(reply: LatentsReply, **changes: Any) -> dict[str, Any]:
     return {"examples": dataclasses.replace(reply.examples, **changes)}
 

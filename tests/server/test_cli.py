@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from server.cli import main
-from server.commands import service as service_commands
 from server.deployment.submission import RunGivenUp
 
 
@@ -43,5 +42,4 @@ def test_a_run_that_was_given_up_refused_or_interrupted_exits_so(
     monkeypatch.setattr("server.deployment.submission.Submission.see_through", see_through)
     monkeypatch.setattr("server.deployment.control.Control.__init__", lambda self, config: None)
     monkeypatch.setattr("server.deployment.config.load_server_config", lambda path: None)
-    assert service_commands.GIVEN_UP == 1
     assert main(["run", "plan.json", "--folder", "run", "--config", "server.yaml"]) == status

@@ -132,7 +132,29 @@ def tampered(reply: Any, how: str) -> Any:
             whole = arrays["float32"]
             arrays["float32"] = Array(whole.dtype, whole.shape, whole.stype, whole.data[:-7])
             return record
+        case "oversized":
+            record = reply.to_record()
+            arrays = record["update"]
+            arrays["float32"] = oversized(arrays["float32"])
+            return record
     raise ValueError(how)
+
+
+def oversized(array: Any) -> Any:
+    """An array whose one chunk is named 3,000 times: as small as before on its way, and enormous where it is
+    put together."""
+    from flwr.app import Array
+
+    class Named(Array):
+        def deflate(self) -> bytes:
+            head, body = super().deflate().split(b"\0", 1)
+            told = json.loads(body)
+            body = json.dumps(told | {"arraychunk_ids": told["arraychunk_ids"] * 3000}).encode()
+            kind, children, _ = head.decode().split(" ")
+            return f"{kind} {children} {len(body)}".encode() + b"\0" + body
+
+    Named.__qualname__ = "Array"  # what it says it is
+    return Named(array.dtype, array.shape, array.stype, array.data)
 
 
 def date(module: ModuleType) -> None:

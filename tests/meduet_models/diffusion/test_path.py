@@ -30,14 +30,6 @@ def test_the_velocity_is_the_derivative_of_the_path(name: PathName) -> None:
     torch.testing.assert_close(path.velocity(DATA, NOISE, TIME), derivative, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", PATHS)
-def test_sample_and_velocity_give_data_and_noise_back(name: PathName) -> None:
-    path = Path(name)
-    noisy, velocity = path.noisy(DATA, NOISE, TIME), path.velocity(DATA, NOISE, TIME)
-    torch.testing.assert_close(path.data_of(noisy, velocity, TIME), DATA)
-    torch.testing.assert_close(path.noise_of(noisy, velocity, TIME), NOISE)
-
-
 def test_the_variance_is_preserved_and_the_velocity_finite_at_both_ends() -> None:
     path, one, nothing = (
         Path("variance_preserving"),

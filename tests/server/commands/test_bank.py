@@ -10,11 +10,12 @@ import torch
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.latents import LatentsReply
 from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan, VolumePlan
+from federation.terminal import NOT_POSSIBLE
 from meduet_models.diffusion.conditions import Examples
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.meduet import NetworkConfig
 from meduet_models.objective import ObjectiveConfig
-from server.cli import NOT_POSSIBLE, main
+from server.cli import main
 from server.latent_bank.bank import LatentBank
 
 ITEM = "0" * 31

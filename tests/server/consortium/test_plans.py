@@ -43,7 +43,7 @@ def test_an_experiment_or_a_group_says_another_grid_and_a_name_another_name() ->
         ("training.rounds=many", "training.rounds to be int"),
         ("release.wire_dtype=int3", "float32, bfloat16, mxint8"),
         ("volumes.shape=[33,32,32]", "multiples of the tokenizer's stride"),
-        ("training.batch_size=3", "batch_size to be even"),
+        ("training.batch_size=3", "batch_size from 4"),
         ("tokenizer.kind=maisi", "path of a weights file"),
     ],
 )
@@ -62,7 +62,7 @@ def test_from_the_command_line_to_what_sites_approve(
     assert main(command) == 0 and main(command) == 0  # the same again
     plan = RunPlan.from_json(out.read_text())
     assert plan.sha256 in capsys.readouterr().out
-    assert main(["submit", str(out), "--out", str(tmp_path / "plans")]) == 0
+    assert main(["publish", str(out), "--out", str(tmp_path / "plans")]) == 0
     (published,) = (tmp_path / "plans").iterdir()
     assert plan_of(published.read_text()) == plan
     capsys.readouterr()

@@ -287,11 +287,11 @@ BAD = {
     YAML.replace(":8443", ""): "host:port",
     YAML.replace("- name: south", "- name: North"): "distinct sites",
     YAML.replace("- name: south", "- name: server"): "none called 'server'",
-    YAML.replace("- name: south", "- name: ../south"): "Expected a name",
+    YAML.replace("- name: south", "- name: ../south"): "1 to 63 letters",
     YAML.replace("2026-06-30", "soon"): "expires to be date",
     YAML.replace("key: site", "key: none"): "one of kit, site",
     YAML + "valid_days: 0\n": "valid_days",
-    "name: [": "to be YAML",
+    "name: [": "it is not YAML",
 }
 
 

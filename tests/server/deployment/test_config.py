@@ -21,11 +21,11 @@ BAD = {
     FULL + "prot: 1\n": "server has no setting 'prot'",
     FULL.replace("consortium: consortium\n", ""): "server lacks consortium",
     FULL.replace("18444", "18443"): "Expected different ports",
-    FULL.replace("18445", "70000"): "Expected different ports from 1 to 65535",
+    FULL.replace("18445", "70000"): "Expected server.public_port from 1 to 65,535",
     FULL + "proxy: apache\n": "to be one of nginx, none",
     FULL.replace("consortium\n", "elsewhere\n"): "expected server/ca.pem in",
     "- a list\n": "to hold settings",
-    "state_dir: [": "to be a readable YAML file",
+    "state_dir: [": "it is not YAML",
 }
 
 

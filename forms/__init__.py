@@ -1,0 +1,1 @@
+"""What comes from elsewhere in writing: numbers in a range, names of known letters, strict JSON and YAML."""
