@@ -19,7 +19,6 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.markup import escape
 
 from client.connection.keys import install
 from client.site import SiteConfig, confirm_patients
@@ -130,7 +129,7 @@ def provision(folder: Path, overrides: Sequence[str], live: Live, made: Made | N
         own = dataclasses.replace(config, keys_dir=keys.folder, port=port, threads=1)
         write_whole(home / SETTINGS, _site_yaml(own))
         found = confirm_patients(own)
-        live.say(escape(f"{config.name}: {found.guess()}; {found.rule}"))
+        live.say(f"{config.name}: {found.guess()}; {found.rule}")
     server = {
         "state_dir": "centre",
         "consortium": "consortium",

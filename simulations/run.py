@@ -21,7 +21,6 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 import torch
 from flwr.serverapp import Grid
 from omegaconf import DictConfig, OmegaConf
-from rich.markup import escape
 
 from client.app import make_client_app
 from client.site import resolve_device
@@ -158,7 +157,7 @@ def run(config: DictConfig) -> Path:
             with live.reading(name) as progress:
                 simulation.consortium.site(name).scans(plan, progress)
         for name, found in simulation.consortium.patients.items():
-            live.say(escape(f"{name}: {found.guess()}; {found.rule}"))
+            live.say(f"{name}: {found.guess()}; {found.rule}")
         everyone = simulation.consortium.everyone
         for name in simulation.consortium.held_out:
             with live.reading(name) as progress:
