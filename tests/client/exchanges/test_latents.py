@@ -81,6 +81,13 @@ def site_yaml(folder: Path, sentence: str = "") -> Path:
     return path
 
 
+def a_site(folder: Path) -> Site:
+    """The site that agreed to the release, and confirmed who its patients are."""
+    path = site_yaml(folder, RAW_CONSENT)
+    confirm_patients(load_site_config(path))
+    return open_site(path)
+
+
 def ask(plan: RunPlan, first: int = 0, count: int = 5) -> LatentsAsk:
     return LatentsAsk(plan_json=plan.to_json(), round=1, first=first, count=count)
 
@@ -122,7 +129,7 @@ def test_another_sentence_is_an_error_of_the_settings(folder: Path, sentence: st
 
 
 def test_a_real_site_releases_its_training_scans_as_they_are_encoded(folder: Path, plan: RunPlan) -> None:
-    site = open_site(site_yaml(folder, RAW_CONSENT))
+    site = a_site(folder)
     released = [answer_latents(site, ask(plan, first), plan) for first in (0, 5, 10)]
     names = [name for one in released for name in one.record["items"]]
     table = list(csv.DictReader((folder / "state" / TABLE_NAME).read_text().splitlines()))
@@ -143,8 +150,8 @@ def test_a_real_site_releases_its_training_scans_as_they_are_encoded(folder: Pat
 
 
 def test_the_same_question_has_the_same_answer_after_a_restart(folder: Path, plan: RunPlan) -> None:
-    first = answer_latents(open_site(site_yaml(folder, RAW_CONSENT)), ask(plan), plan)
-    again = answer_latents(open_site(site_yaml(folder, RAW_CONSENT)), ask(plan), plan)
+    first = answer_latents(a_site(folder), ask(plan), plan)
+    again = answer_latents(a_site(folder), ask(plan), plan)
     assert first.record["sha256"] == again.record["sha256"]
     assert first.record["items"] == again.record["items"]
     assert first.record["ledger"] == again.record["ledger"]  # charged once
@@ -153,7 +160,7 @@ def test_the_same_question_has_the_same_answer_after_a_restart(folder: Path, pla
 
 
 def test_the_key_of_the_names_is_not_replaced_when_it_is_damaged(folder: Path, plan: RunPlan) -> None:
-    site = open_site(site_yaml(folder, RAW_CONSENT))
+    site = a_site(folder)
     answer_latents(site, ask(plan), plan)
     (folder / "state" / KEY_NAME).write_bytes(b"short")
     with pytest.raises(ValueError, match=r"32 bytes .* got 5"):
