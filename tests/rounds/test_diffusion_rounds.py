@@ -65,14 +65,14 @@ class Scans:
 class Hospital:
     """A site in a folder, with latents in memory."""
 
-    progress_every_s = 30.0
+    progress_every_s, exact_sums, secret = 30.0, True, b"1" * 32
 
     def __init__(self, folder: Path, name: str, scans: Scans) -> None:
         self.name, self.state_dir, self._scans = name, folder, scans
         self.device, self.compile, self.minimum_cohort = torch.device("cpu"), False, 0
         self.ledger, self.journal = Ledger(folder / "ledger.jsonl"), Journal(folder / "journal.jsonl")
 
-    def accept(self, plan: RunPlan) -> None:
+    def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
         """Every plan."""
 
     def scans(self, plan: RunPlan) -> Any:

@@ -97,6 +97,7 @@ def model(
         body_parts=(),
         categories=(),
         policy=policy,
+        patient_data=policy == "raw",
         provenance={},
     )
 
