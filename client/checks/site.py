@@ -12,7 +12,7 @@ from typing import Literal
 
 from client.approvals import Approvals
 from client.books import open_books
-from client.centre_checks import centre_check, clock_check
+from client.checks.centre import centre_check, clock_check
 from client.checks.intake import (
     closing,
     cohort_lines,
