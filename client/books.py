@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from federation.journal import Journal
-from federation.journal_reading import read_journal
+from federation.journal import Journal, read_journal
 from privacy.chain import BrokenChain, Chain, Entry, read_chain
 
 LEDGER, JOURNAL, APPROVALS = "ledger.jsonl", "journal.jsonl", "approvals.jsonl"

@@ -13,7 +13,7 @@ from typing import Literal
 
 from client.approvals import Approvals
 from client.books import open_books
-from client.centre_checks import centre_check, clock_check
+from client.checks.centre import centre_check, clock_check
 from client.checks.machine import device_check, disk_check, folder_check, memory_check
 from client.connection.certificate_checks import certificate_check
 from client.connection.keys import SiteKeys

@@ -53,7 +53,7 @@ from forms.form import build, check
 from forms.names import SiteName
 from forms.ranges import Entries, Range
 from forms.yaml_text import read_yaml
-from server.kit_texts import readme_text, settings_text
+from server.consortium.kit_texts import readme_text, settings_text
 from storage.files import PUBLIC, write_whole
 
 CONSORTIUM = "consortium.yaml"

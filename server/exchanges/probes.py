@@ -56,7 +56,7 @@ from meduet_models.probes.swap_fidelity import style_gap_closed
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleEntry, StyleMoments
 from privacy.clipping import joint_norm
-from server.directions import directions_of_sums
+from server.exchanges.directions import directions_of_sums
 from server.exchanges.queries import ask_sites
 from strategies.aggregation import ReplyRefused
 from strategies.quorum import Roster

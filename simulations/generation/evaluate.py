@@ -54,8 +54,8 @@ from simulations.generation.samples import (
     told_of,
     usable_rows,
 )
+from simulations.generation.settings import GenerationSettings
 from simulations.generation.use import use_rows
-from simulations.generation_settings import GenerationSettings
 from simulations.hospitals.held_out import Held
 from storage.files import private_folder, write_whole
 

@@ -20,6 +20,7 @@ from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.diffusion.draws import generator_of
 from meduet_models.sample_quality import nearest
 from meduet_models.tokenizer.tokenizer import Tokenizer
+from simulations.generation.figures import Cell, draw_gallery, draw_grid, draw_nearest, draw_steps
 from simulations.generation.quality import ScanSet
 from simulations.generation.samples import (
     NOTHING,
@@ -31,8 +32,7 @@ from simulations.generation.samples import (
     styled_sites,
     told_of,
 )
-from simulations.generation_figures import Cell, draw_gallery, draw_grid, draw_nearest, draw_steps
-from simulations.generation_settings import GenerationSettings
+from simulations.generation.settings import GenerationSettings
 from simulations.hospitals.held_out import Held
 from simulations.report.figures import Volume
 from simulations.report.viewer import ViewedVolume, ViewerMissing, write_viewer

@@ -28,7 +28,7 @@ from client.scans.layouts import Candidate, LayoutRules, survey
 from client.scans.nifti import nifti_stem
 from client.scans.scans import Scan, UnusableScan
 from client.scans.volumes import read_files, read_label
-from simulations.appearance import appearance, by_appearance
+from simulations.hospitals.appearance import appearance, by_appearance
 from simulations.hospitals.manifests import read_record, write_left_out, write_manifest, write_record
 from simulations.hospitals.phantom import Progress
 from simulations.hospitals.plans import TRUTH, Hospital, SplitHospitals, hospital_names

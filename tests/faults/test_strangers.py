@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from client.connection.keys import install
-from federation.journal_reading import read_journal
+from federation.journal import read_journal
 from federation.keys.certificates import certificate_pem, key_pem, new_key, utc_now
 from federation.keys.kits import (
     AUTHORITY,
