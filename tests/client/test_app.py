@@ -130,7 +130,7 @@ def test_a_patient_name_in_an_exception_does_not_reach_the_server(
 
     site = ToySite(folder, toy_scans(PATIENTS))
     train = TrainAsk.from_record(asks[PRETRAINING.route])
-    StateFolder(folder / "state", train.plan_sha256).begin(train.home or {})  # as after round 1
+    StateFolder(folder / "state", train.plan_sha256).enter(1, lambda: train.home or {})  # as after round 1
     if where != "open":
         setattr(site, where, fail)
     reply = send(make_client_app(fail if where == "open" else lambda _: site), kind, asks[kind])

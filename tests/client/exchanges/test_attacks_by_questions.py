@@ -80,7 +80,7 @@ def plan(toy_plan: Callable[..., RunPlan]) -> RunPlan:
 @pytest.fixture
 def site(tmp_path: Path, toy_scans: Any, plan: RunPlan) -> ToySite:
     site = ToySite(tmp_path / "north", toy_scans(PATIENTS))
-    StateFolder(site.state_dir / "state", plan.sha256).begin(parts(plan, home_keys))
+    StateFolder(site.state_dir / "state", plan.sha256).enter(1, lambda: parts(plan, home_keys))
     return site
 
 
@@ -199,7 +199,7 @@ def test_whether_questions_are_answered_does_not_read_a_latent(
     if not defended:
         monkeypatch.setattr(refusals, "MOST", 10**9)
     plan = replace(plan, style=replace(plan.style, head="shared", anchor=0.0))
-    StateFolder(site.state_dir / "state", plan.sha256).begin(parts(plan, home_keys))
+    StateFolder(site.state_dir / "state", plan.sha256).enter(1, lambda: parts(plan, home_keys))
     grid = InProcessGrid(make_client_app(lambda context: site), 1)
     words: list[str] = []
 
@@ -264,7 +264,7 @@ def test_probe_sums_tell_what_was_measured_of_each_patient_only_where_the_site_a
 ) -> None:
     """Whoever holds other copies of the scans knows their factors; products with the target do the rest."""
     plan = replace(plan, probes=replace(plan.probes, anatomy={"age": (20.0, 90.0)}))
-    StateFolder(site.state_dir / "state", plan.sha256).begin(parts(plan, home_keys))
+    StateFolder(site.state_dir / "state", plan.sha256).enter(1, lambda: parts(plan, home_keys))
     site.exact_sums, network = agreed, student(plan)
     ages = torch.linspace(25.0, 85.0, len(PATIENTS), dtype=torch.float64)
     site.held.covariates = [{"age": age} for age in ages.tolist()]

@@ -225,7 +225,7 @@ def test_too_small_a_cohort_tells_no_style_and_no_content(site: ToySite, plan: R
     with pytest.raises(CohortTooSmall, match="at least 7 patients"):
         answer_survey(site, SurveyAsk(plan_json=plan.to_json()), plan)
     states = answers.StateFolder(site.state_dir / "state", plan.sha256)
-    states.begin(weights(plan)[1])
+    states.enter(1, lambda: weights(plan)[1])
     with pytest.raises(CohortTooSmall, match="at least 7 patients"):
         answer_erasure(site, ErasureAsk(plan_json=plan.to_json(), shared=weights(plan)[0], bank={}), plan)
     assert site.journal.verify() == 0
@@ -291,7 +291,7 @@ def test_a_site_that_missed_round_1_begins_from_the_start_that_comes_later(
 
 
 def test_a_site_that_never_had_a_start_is_out_of_order(site: ToySite, plan: RunPlan, toy_bank: Any) -> None:
-    with pytest.raises(StateMissing, match="never received it"):
+    with pytest.raises(StateMissing, match="does not have it"):
         answer_round(site, ask(plan, toy_bank(plan), 2), plan)
 
 

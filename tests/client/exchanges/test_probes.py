@@ -181,7 +181,7 @@ def site(tmp_path: Path, scans: Any, plan: RunPlan) -> ToySite:
     site = ToySite(tmp_path / "south", scans)
     named = network(plan).state_dict()
     home = {n: named[n] for n in home_keys(network(plan), plan.style.head, plan.aggregation.method)}
-    StateFolder(site.state_dir / "state", plan.sha256).begin(home)
+    StateFolder(site.state_dir / "state", plan.sha256).enter(1, lambda: home)
     return site
 
 
