@@ -22,7 +22,7 @@ from client.scans.contrasts import ModalityNames
 from client.scans.layouts import Candidate, Layout, LayoutRules, survey
 from client.scans.names import readable
 from client.scans.patients import PatientMap
-from client.scans.scans import Exclusion, Reason, Scan, UnusableScan, is_label_map
+from client.scans.scans import Exclusion, Note, Reason, Scan, UnusableScan, is_hounsfield, is_label_map
 from client.scans.tables import Covariates, Join
 from client.scans.volumes import kept_share, read_files, read_label, same_grid
 from federation.plan import VolumePlan
@@ -59,6 +59,8 @@ class ScanEntry:
     """Share of what is brighter than the scan's mean that lies within the plan's crop."""
     placed_label: bool = False
     """Whether the label says nothing of where it lies, and was given the place of its image."""
+    notes: tuple[Note, ...] = ()
+    """What a person should look at."""
 
 
 @dataclass(frozen=True)
@@ -119,13 +121,14 @@ class Cohort:
         with (folder / "cohort.csv").open("w", newline="", encoding="utf-8") as stream:
             table = csv.writer(stream)
             fixed = ["scan_id", "patient", "visit", "split", "modality", "path", "label"]
-            table.writerow([*fixed, "num_files", "num_volumes", "num_repaired", "kept", *names])
+            counted = ["num_files", "num_volumes", "num_repaired", "kept", "notes"]
+            table.writerow([*fixed, *counted, *names])
             for scan in self.scans:
                 label = self._below(scan.label_path) if scan.label_path else ""
                 table.writerow(
                     [scan.scan_id, scan.patient, scan.visit, scan.split, scan.modality,
                      self._below(scan.path), label, len(scan.files), scan.num_volumes, scan.num_repaired,
-                     f"{scan.kept:.3f}", *(scan.covariates.get(name, "") for name in names)]
+                     f"{scan.kept:.3f}", " ".join(scan.notes), *(scan.covariates.get(name, "") for name in names)]
                 )  # fmt: skip
         with (folder / "exclusions.csv").open("w", newline="", encoding="utf-8") as stream:
             table = csv.writer(stream)
@@ -272,6 +275,8 @@ def _admit(
         visit=candidate.visit,
         kept=kept_share(scan, plan),
         placed_label=placed,
+        notes=scan.notes
+        + (Note.NOT_HOUNSFIELD,) * (plan.window == "ct_hu" and not is_hounsfield(scan.array)),
         num_repaired=scan.num_repaired,
     )
     return entry, exclusions

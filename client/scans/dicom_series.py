@@ -31,7 +31,7 @@ def survey_dicom(files: Files, rules: LayoutRules) -> Found:
             wrong = is_nifti_name(path) and kind in ("gzip", "nifti")
             exclusions.append(Exclusion(path, Reason.UNSUPPORTED_FORMAT) if wrong else not_nifti(path, kind))
     found, left_over = find_series([path for path, kind in files.kinds.items() if kind == "dicom"])
-    exclusions += [Exclusion(path, reason) for path, reason in left_over]
+    exclusions += left_over
     by_uid = defaultdict(list)
     for one in found:
         by_uid[one.uid].append(one)
