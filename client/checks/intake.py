@@ -49,7 +49,7 @@ NOTED = {
     "straight stack",
     Note.ROUNDED_POSITIONS: "have slices off a regular grid by less than a tenth of the spacing, which is "
     "taken for rounding",
-    Note.ORDER_BY_NUMBER: "have volumes that only InstanceNumber tells apart, in whole blocks; it is followed",
+    Note.ORDER_BY_NUMBER: "have volumes that only InstanceNumber tells apart, in whole blocks; it decides",
     Note.NOT_HOUNSFIELD: "are read as CT and cannot be HU by their range (nothing below water, or much below "
     "air); values are taken as stored",
 }

@@ -128,7 +128,8 @@ class Cohort:
                 table.writerow(
                     [scan.scan_id, scan.patient, scan.visit, scan.split, scan.modality,
                      self._below(scan.path), label, len(scan.files), scan.num_volumes, scan.num_repaired,
-                     f"{scan.kept:.3f}", " ".join(scan.notes), *(scan.covariates.get(name, "") for name in names)]
+                     f"{scan.kept:.3f}", " ".join(scan.notes),
+                     *(scan.covariates.get(name, "") for name in names)]
                 )  # fmt: skip
         with (folder / "exclusions.csv").open("w", newline="", encoding="utf-8") as stream:
             table = csv.writer(stream)

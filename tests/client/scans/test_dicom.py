@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
+from scipy.ndimage import gaussian_filter, map_coordinates
 
 from client.scans.contrasts import ModalityNames
 from client.scans.dicom import find_series
@@ -171,7 +172,7 @@ def test_a_real_tilted_head_lies_where_each_slice_says(data_root: Path) -> None:
     to_index = np.linalg.inv(scan.affine)
     for path in sorted(folder.iterdir()):
         header = pydicom.dcmread(path)
-        x, y = np.meshgrid(range(0, 512, 16), range(0, 512, 16), indexing="ij")
+        x, y = np.meshgrid(range(16, 500, 16), range(16, 500, 16), indexing="ij")
         across, down = np.array(header.ImageOrientationPatient, float).reshape(2, 3)
         edges = [float(edge) for edge in header.PixelSpacing]
         world = np.array(header.ImagePositionPatient, float) + x[..., None] * across * edges[1]
@@ -179,11 +180,10 @@ def test_a_real_tilted_head_lies_where_each_slice_says(data_root: Path) -> None:
         place = world @ to_index[:3, :3].T + to_index[:3, 3]
         z = int(np.rint(place[..., 2].mean()))
         np.testing.assert_allclose(place[..., 2], z, atol=0.02)
-        rows = np.clip(np.floor(place[..., 1] + 1e-6).astype(int), 0, scan.array.shape[1] - 2)
-        part = place[..., 1] - rows
-        columns = np.rint(place[..., 0]).astype(int)
-        read = (1 - part) * scan.array[columns, rows, z] + part * scan.array[columns, rows + 1, z]
-        truth = header.pixel_array.T[x, y] * float(header.RescaleSlope) + float(header.RescaleIntercept)
+        smooth = gaussian_filter(scan.array[:, :, z], 1.5)  # its makers replaced the head by noise
+        read = map_coordinates(smooth, [place[..., 0], place[..., 1]], order=3)
+        stored = header.pixel_array.T * float(header.RescaleSlope) + float(header.RescaleIntercept)
+        truth = gaussian_filter(stored, 1.5)[x, y]
         assert np.corrcoef(read.ravel(), truth.ravel())[0, 1] >= 0.99
 
 
