@@ -1,4 +1,4 @@
-"""Whatever is shuffled in a folder of slices, a volume is one volume of the folder, or is excluded: never a mix.
+"""Whatever is shuffled in a folder of slices, each volume is one of the folder, or excluded: never a mix.
 
 The generator draws volumes whose voxels say which volume and which place they belong to, writes them as a
 scanner, a PACS and a USB stick might (names, numbers, echoes, parts, times, copies, scouts, screenshots), and
