@@ -17,8 +17,8 @@ help:            ## what can be made
 demo: .venv/.installed   ## three simulated hospitals pretrain together; ends with the page's address
 	$(BIN)/meduet-simulate
 
-test: .venv/.installed   ## the tests (minutes on 2 cores)
-	$(BIN)/python -m pytest -q
+test: .venv/.installed   ## the tests, a process for each core (minutes on 2 cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 faults: .venv/.installed  ## kill, cut and lie to a consortium of real processes (under 15 minutes on 2 cores, 8 GB); writes docs/faults.md
 	$(BIN)/python -m tests.faults docs/faults.md

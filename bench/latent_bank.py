@@ -3,8 +3,8 @@
 Records of the small preset's latents (4 x 8 x 12 x 8) and of the paper's (4 x 24 x 24 x 24). Reading is a
 random batch at a time, as training reads; plainly means `os.pread` of as many bytes at random places of an
 ordinary file, and a memory-mapped numpy array of the same rows. Everything was just written, so both come
-from memory where it suffices (`--cold` asks the kernel to drop what it can). Then an index alone: its
-size, and the seconds to open a source and to find a batch.
+from memory where it suffices (`--cold` asks the kernel to drop what it can). Then items without records:
+their size, and the seconds to open a source and to find a batch.
 
     OMP_NUM_THREADS=1 python bench/latent_bank.py                      512 MB of records, an index of 1e6 rows
     OMP_NUM_THREADS=1 python bench/latent_bank.py --megabytes 64 --rows 100000
@@ -29,8 +29,8 @@ from meduet_models.diffusion.conditions import Examples
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.meduet import NetworkConfig
 from meduet_models.objective import ObjectiveConfig
-from server.latent_bank.bank import LatentBank
-from server.latent_bank.index import Item
+from server.latent_bank.bank import BANK, LatentBank
+from server.latent_bank.tables import Item
 
 MEGABYTE = 2**20
 BATCH = 16
@@ -152,16 +152,15 @@ def index(folder: Path, rows: int) -> None:
     plan = a_plan(GRIDS["small"])
     bank = LatentBank(folder / "index")
     bank.add(replies(plan, BATCH)[0], plan)
-    origin = next(iter(bank.index.origins()))
+    origin = next(iter(bank.tables.origins()))
     begin = time.perf_counter()
-    with bank.index.writing():
+    with bank.tables.writing():
         for number in range(BATCH, rows):
             digest = hashlib.sha256(str(number).encode()).hexdigest()
             item = Item(
-                number=0, origin=origin, name=digest[:32], position=number, sha256=digest, slot=number,
-                state="kept",
-            )  # fmt: skip
-            bank.index.insert(item)
+                number=0, origin=origin, name=digest[:32], position=number, sha256=digest, state="kept"
+            )
+            bank.tables.insert(item)
     filled = time.perf_counter() - begin
     begin = time.perf_counter()
     source = bank.source(plan, 1)
@@ -169,12 +168,12 @@ def index(folder: Path, rows: int) -> None:
     draws = np.random.default_rng(0)
     begin, batches = time.perf_counter(), 200
     for _ in range(batches):
-        bank.index.numbered((1 + draws.integers(rows, size=BATCH)).tolist())
+        bank.tables.numbered((1 + draws.integers(rows, size=BATCH)).tolist())
     found = (time.perf_counter() - begin) / batches
     begin = time.perf_counter()
     length = len(bank)
     counted = time.perf_counter() - begin
-    size = (folder / "index" / "index.sqlite").stat().st_size
+    size = (folder / "index" / BANK).stat().st_size
     print(f"\nindex of {length} rows: {size / MEGABYTE:.0f} MiB, {size / length:.0f} bytes a row")
     print(f"  fill {filled:.1f} s; open a source {opened:.2f} s; count {counted:.2f} s")
     print(f"  find a batch of {BATCH} {1000 * found:.2f} ms")

@@ -96,7 +96,7 @@ def held_out_error(model: Trainee, held_out: Batches, plan: RunPlan, site: int) 
     errors = []
     with torch.no_grad():
         for step in range(4):
-            draw = held_out.draw(step_generator(0, site, 0, step))
+            draw = held_out.draw(step_generator(bytes([site]), 0, 0, step))
             batch = held_out.apply(draw, CPU)
             losses = MeduetObjective(RECONSTRUCTION)(model.student, model.teacher, batch, draw.step, 0.0)
             errors.append(float(losses.terms["reconstruction"]))
@@ -125,7 +125,7 @@ def run(plan: RunPlan, latents: list[torch.Tensor], keep: bool) -> list[float]:
         updates = []
         for site, state in enumerate(kept):
             trainee = Trainee.of(plan, shared, state if keep else replace(state, optimiser={}), CPU)
-            updates.append(train_round(trainee, batches[site], plan, round, site, start).update)
+            updates.append(train_round(trainee, batches[site], plan, round, bytes([site]), start).update)
             kept[site] = trainee.state(plan, round, round - 1)
         shared = {n: t + torch.stack([u[n] for u in updates]).mean(0) for n, t in shared.items()}
         now = [Trainee.of(plan, shared, state, CPU) for state in kept]

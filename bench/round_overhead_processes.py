@@ -18,12 +18,12 @@ _PR_SET_CHILD_SUBREAPER = 36
 _LOOK_S = 0.25
 _TICKS = os.sysconf("SC_CLK_TCK")
 ROLES = (
-    ("flower-superlink", "SuperLink"),
-    ("flwr-serverapp", "ServerApp"),
-    ("flwr-clientapp", "ClientApp"),
-    ("mutual_tls.py", "SuperNode"),
+    ("local_socket.py superlink", "SuperLink"),
+    ("local_socket.py serverapp", "ServerApp"),
+    ("local_socket.py clientapp", "ClientApp"),
+    ("connection.mutual_tls", "SuperNode"),
     ("nginx", "nginx"),
-    ("flower-superexec", "SuperExec"),
+    ("local_socket.py superexec", "SuperExec"),
     ("processes.py", "site's supervisor"),
     ("server.cli", "centre's supervisor"),
     ("round_overhead_centre.py", "centre's supervisor"),
@@ -139,6 +139,6 @@ def _command(pid: int) -> str:
 
 def _role(command: str) -> str:
     role = next((role for part, role in ROLES if part in command), "other")
-    if role == "SuperExec":  # the centre's speaks TLS, a site's to its own loopback
+    if role == "SuperExec":  # the centre's speaks TLS, a site's to its own socket alone
         return "site's SuperExec" if "--insecure" in command else "centre's SuperExec"
     return role

@@ -34,7 +34,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from client.app import make_client_app
-from client.exchanges.pretraining import answer_round
+from client.exchanges.pretraining import ANSWER
 from federation.exchanges.pretraining import TrainAsk, TrainReply
 from federation.exchanges.survey import survey_layout
 from federation.journal import Journal
@@ -92,6 +92,7 @@ class Site:
         """Ledger and journal in `folder`."""
         self.name, self.state_dir, self.progress_every_s = SITES[0], folder, progress_every_s
         self.device, self.compile, self.minimum_cohort = torch.device("cpu"), False, 0
+        self.exact_sums, self.secret = False, b"1" * 32
         self.ledger, self.journal = Ledger(folder / "ledger.jsonl"), Journal(folder / "journal.jsonl")
 
     def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
@@ -167,7 +168,7 @@ def answer(folder: Path, size: str, case: str) -> None:
     if ask is None:
         reply = make_client_app(lambda context: site)(message, context)
     else:
-        released = answer_round(site, ask, plan, on_step)
+        released = ANSWER.once(site, ask, plan, on_step)
     seconds, peak = time.perf_counter() - began, resident("VmHWM") - before
     if ask is None:
         TrainReply.from_record(reply.content)  # raises: a refusal is no answer

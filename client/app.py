@@ -9,9 +9,10 @@ opened, so nothing here asks whether it is simulated; `app` is the one of a depl
 keyboard passes.
 """
 
+import errno
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -22,10 +23,13 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from client.exact_sums import TooFewForSums
 from client.exchanges import diffusion, erasure, latents, pretraining, probes, survey
 from client.exchanges.exchange import Answer, AskRefused, Site
 from client.latents.labelled import NoLabels
-from client.release import GateRefusal, Released
+from client.refusals import note_refusal, told_as
+from client.release import Gate, GateRefusal, Released
+from client.scans.cohort import NoScans
 from client.site import open_site
 from client.training.pretraining import NotFinite
 from client.training.site_state import StateMissing
@@ -36,11 +40,14 @@ from federation.messages import Ask, MessageError, Refusal, RefusalKind, Reply
 from federation.plan import RunPlan
 from meduet_models.diffusion.training import LossNotFinite
 from meduet_models.style.moments import CohortTooSmall
-from privacy.ledger import LedgerRefusal
+from privacy.ledger import AnsweredBefore, LedgerRefusal
+from storage.files import private_folder
 
 LOG_NAME = "site.log"
 SITE_CONFIG = "site-config"
 """Key of the SuperNode's `--node-config` that says where this hospital's site.yaml is."""
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+"""What an operating system says of a disk that takes nothing more."""
 _log = logging.getLogger(__name__)
 
 _answering: ContextVar[object] = ContextVar("_answering", default=None)
@@ -60,7 +67,7 @@ def exchanges() -> tuple[Answer[Any, Any], ...]:
         erasure.ANSWER,
         latents.ANSWER,
         diffusion.ANSWER,
-        Answer(FINETUNING, _answer_finetuning, _finetuning_mail),
+        Answer(FINETUNING, _answer_finetuning, pretraining.train_mail),
     )
 
 
@@ -88,14 +95,14 @@ def _handler(
     """What Flower calls for one exchange."""
 
     def handle(message: Message, context: Context) -> Message:
-        def answer(site: Site, content: RecordDict) -> RecordDict:
+        def answer(site: Site, content: RecordDict, asked: dict[str, Any]) -> RecordDict:
             ask = row.exchange.ask.from_record(content)
             plan = _plan(ask)
             left_s = _left_s(message.metadata.created_at, plan.aggregation.deadline_s)
             released = watch(
                 site.state_dir / LOG_NAME,
                 left_s,
-                lambda: row.work(site, ask, plan, lambda step, loss: on_step(site.name, step, loss)),
+                lambda: row.once(site, ask, plan, lambda step, loss: on_step(site.name, step, loss), asked),
             )
             return _mail(row, released, ask, site.name)
 
@@ -108,20 +115,32 @@ def _behind_the_wall(
     message: Message,
     context: Context,
     open_the_site: Callable[[Context], Site],
-    answer: Callable[[Site, RecordDict], RecordDict],
+    answer: Callable[[Site, RecordDict, dict[str, Any]], RecordDict],
 ) -> Message:
-    name = ""
+    site: Site | None = None
+    asked: dict[str, Any] = {"to": message.metadata.message_type}
     with ExitStack() as log:
         try:
             site = open_the_site(context)
-            name = site.name
             log.enter_context(_site_log(site.state_dir / LOG_NAME))
-            content = answer(site, message.content)
+            content = answer(site, message.content, asked)
         except Exception as error:  # noqa: BLE001, the wall: the one place where everything is caught
             kind = _kind(error)
             _log.exception("Refused %s: %s.", message.metadata.message_type, kind.value)
-            content = Refusal(kind=kind, site=name).to_record()
+            content = _no(site, asked, kind).to_record()
     return Message(content, reply_to=message)
+
+
+def _no(site: Site | None, asked: Mapping[str, Any], kind: RefusalKind) -> Refusal:
+    """The refusal, once it stands in the site's books: in one word that tells nothing of a patient."""
+    if site is None:
+        return Refusal(kind=told_as(kind, reserved=False))
+    try:
+        return Refusal(kind=note_refusal(site.journal, asked, kind), site=site.name)
+    except Exception as error:  # noqa: BLE001, still the wall: what a book says when it fails stays here
+        _log.exception("The refusal could not be written into the journal.")
+        full = _kind(error) is RefusalKind.STORAGE  # so it is whatever is asked
+        return Refusal(kind=RefusalKind.STORAGE if full else RefusalKind.NOT_ANSWERED, site=site.name)
 
 
 def _mail(row: Answer[Any, Any], released: object, ask: Ask, site: str) -> RecordDict:
@@ -133,17 +152,11 @@ def _mail(row: Answer[Any, Any], released: object, ask: Ask, site: str) -> Recor
 
 
 def _answer_finetuning(
-    site: Site, ask: Any, plan: RunPlan, on_step: Callable[[int, float], None]
+    site: Site, ask: Any, plan: RunPlan, gate: Gate, on_step: Callable[[int, float], None]
 ) -> Released:
     from client.exchanges.finetuning import answer_finetuning  # MONAI takes seconds to import
 
-    return answer_finetuning(site, ask, plan, on_step)
-
-
-def _finetuning_mail(released: Released, ask: Any, site: str) -> Reply:
-    from client.exchanges.finetuning import finetuning_mail
-
-    return finetuning_mail(released, ask, site)
+    return answer_finetuning(site, ask, plan, gate, on_step)
 
 
 def _plan(ask: Ask) -> RunPlan:
@@ -164,14 +177,20 @@ def _left_s(asked: float, deadline_s: float) -> float:
 
 
 def _kind(error: Exception) -> RefusalKind:
-    """The one word that leaves the site."""
+    """Which refusal it is, for the site's own books; what leaves says `client/refusals.py`."""
     match error:
         case MessageError() | GateRefusal() | AskRefused():
             return error.kind
         case LedgerRefusal():
             return RefusalKind.BUDGET
+        case AnsweredBefore():
+            return RefusalKind.ANSWERED_BEFORE
+        case TooFewForSums():
+            return RefusalKind.TOO_FEW_FOR_SUMS
         case CohortTooSmall():
             return RefusalKind.COHORT_TOO_SMALL
+        case NoScans():
+            return RefusalKind.NO_SCANS
         case NoLabels():
             return RefusalKind.NO_LABELS
         case StateMissing():
@@ -182,6 +201,8 @@ def _kind(error: Exception) -> RefusalKind:
             return RefusalKind.NON_FINITE
         case DeadlineMissed():
             return RefusalKind.DEADLINE
+        case OSError() if error.errno in _NO_ROOM:
+            return RefusalKind.STORAGE
         case MemoryError() | torch.OutOfMemoryError():
             return RefusalKind.OUT_OF_MEMORY
         case RuntimeError() if "can't allocate memory" in str(error):  # as PyTorch says it on a CPU
@@ -190,14 +211,25 @@ def _kind(error: Exception) -> RefusalKind:
             return RefusalKind.INTERNAL
 
 
+class _LogFile(logging.FileHandler):
+    """A log file that, when it cannot be opened, costs its lines and not the wall."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """As any handler: what goes wrong is said on the standard error of this process."""
+        try:
+            super().emit(record)
+        except OSError:
+            self.handleError(record)
+
+
 @contextmanager
 def _site_log(path: Path) -> Iterator[None]:
     """Write what is logged while a message is answered, in this thread or in the watchdog's, to the site's
     own file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    private_folder(path.parent)
     mine = object()  # sites may share a process, but not a context
     token = _answering.set(mine)
-    handler = logging.FileHandler(path, delay=True, encoding="utf-8")
+    handler = _LogFile(path, delay=True, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     handler.addFilter(lambda record: _answering.get() is mine)
     root = logging.getLogger("client")

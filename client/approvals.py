@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from datetime import time
 from pathlib import Path
 
-from federation.keys.key_files import read_text, write_file
+from federation.keys.key_files import read_text
 from federation.published_plan import PublishedPlan
 from forms.ranges import shown
 from privacy.chain import Chain
+from storage.files import private_folder, write_whole
 
 SHORTEST = 12
 """Hex digits of a plan's hash that name it, at least."""
@@ -30,8 +31,8 @@ class Approvals(Chain):
 
     def keep(self, published: PublishedPlan) -> None:
         """Keep a plan that was looked at, so that its hash can be approved."""
-        self._plans.mkdir(parents=True, exist_ok=True)
-        write_file(self._plans / published.file_name, published.to_json().encode())
+        private_folder(self._plans)
+        write_whole(self._plans / published.file_name, published.to_json().encode())
 
     def kept(self) -> Iterator[PublishedPlan]:
         """The plans that were looked at, by hash."""

@@ -3,7 +3,9 @@
 Ledger, journal and the states of training are written in a known order: a place in the ledger, the charge,
 the line of the journal, the state. So a charge that the journal names, or a round that a state has seen, must
 be in the ledger. Where it is not, the ledger is older than what was done, or lines were cut off its end: the
-chains alone cannot tell (`privacy/chain.py`).
+chains alone cannot tell (`privacy/chain.py`). A ledger that is gone is one that is older than everything:
+losing what was spent never means beginning at nothing in silence. Whoever lost all of `state_dir` has lost
+the approvals, too, and answers nothing until the hospital's people approve again.
 
 Does not do: notice that all of them were put back together; that shows against a hash kept elsewhere, or
 the centre's journal.
@@ -14,13 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from federation.journal import Journal
-from federation.journal_reading import read_journal
+from federation.journal import Journal, read_journal
 from privacy.chain import BrokenChain, Chain, Entry, read_chain
 
 LEDGER, JOURNAL, APPROVALS = "ledger.jsonl", "journal.jsonl", "approvals.jsonl"
-_STATES = ("state", "diffusion")
-_STATE = re.compile(r"round-(\d+)\.safetensors")
+_DONE = ("state", "diffusion", "answers")
+_STATE = re.compile(r"[a-z_]+-(\d+)(-\w+)?\.safetensors")
 _ADVICE = (
     "Was an older backup put back? Put back the newest copy of state_dir, and keep these files as evidence."
 )
@@ -76,17 +77,17 @@ def _held_together(state_dir: Path, ledger: Sequence[Entry], journal: Sequence[E
     for plan, round in _rounds_done(state_dir):
         if (plan, round) not in places:
             raise BrokenChain(
-                f"{path}: expected the place of round {round} of plan {plan}…, which was trained here; it "
-                f"is not there. {_ADVICE}"
+                f"{path}: expected the place of round {round} of plan {plan}…, which was done here; it is "
+                f"not there. {_ADVICE}"
             )
     charged = {entry.sha256 for entry in ledger if entry.record.get("event") == "settle"}
     return Books(ledger, journal, len(charged - named.keys()))
 
 
 def _rounds_done(state_dir: Path) -> list[tuple[str, int]]:
-    """Plan (12 digits) and round of each state that training left; the common start is none."""
+    """Plan (12 digits) and round of each state and answer that was kept; the common start is none."""
     found = []
-    for path in sorted(file for folder in _STATES for file in (state_dir / folder).glob("*/round-*")):
+    for path in sorted(file for folder in _DONE for file in (state_dir / folder).glob("*/*-*")):
         match = _STATE.fullmatch(path.name)
         if match and int(match[1]):
             found.append((path.parent.name, int(match[1])))

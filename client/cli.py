@@ -25,6 +25,7 @@ from client.commands import plan as plan_commands
 from client.commands import service as service_commands
 from federation.loopback import spare_loopback
 from federation.terminal import DONE, FAILED, VisibleFormatter, cell, ended, failing, say, terminal
+from storage.files import keep_to_owner
 
 _ABOUT = """\
 One hospital's side of FedMeDUET. Only `start` connects to the centre: scans are read where they lie, and
@@ -75,6 +76,7 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
 
 
 def _parser() -> argparse.ArgumentParser:
+    keep_to_owner()
     parser = argparse.ArgumentParser(
         prog="meduet-site",
         description=_ABOUT,

@@ -13,8 +13,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from client.scans.fingerprints import write_atomically
 from client.scans.patients import PatientMap
+from storage.files import write_whole
 
 FILE = "patients.json"
 CURE = "Look at it: meduet-site check; if it is right: meduet-site check --confirm-patients."
@@ -34,7 +34,7 @@ def confirm(state_dir: Path, data_root: Path, found: PatientMap) -> str:
         "doubts": len(found.doubts),
         "patients": dict(found.patients),
     }
-    write_atomically(state_dir / FILE, json.dumps(kept, indent=0).encode())
+    write_whole(state_dir / FILE, json.dumps(kept, indent=0).encode())
     return found.sha256
 
 

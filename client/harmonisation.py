@@ -27,7 +27,6 @@ import torch
 from jaxtyping import Float32, Float64
 
 from client.latents.examples import ras_spacing
-from client.scans.fingerprints import write_atomically
 from client.scans.nifti import is_nifti_name, nifti_stem
 from client.scans.scans import Scan, UnusableScan
 from client.scans.volumes import intensity_range, lay_back, prepare, read_scan
@@ -37,6 +36,7 @@ from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.diffusion.harmonisation import HarmonisationSettings, check, harmonise
 from meduet_models.encoded_scan import EncodedScan
 from meduet_models.tokenizer.tokenizer import Tokenizer
+from storage.files import write_whole
 
 OnStep = Callable[[int, int], None]
 _DESCRIPTION_BYTES = 79
@@ -164,9 +164,9 @@ def write_harmonised(path: Path, harmonised: Harmonised) -> None:
     content: bytes = image.to_bytes()
     if path.name.lower().endswith(".gz"):
         content = gzip.compress(content, mtime=0)  # the same volume is the same file
-    write_atomically(path, content)
+    write_whole(path, content)
     facts = json.dumps(dict(harmonised.facts), indent=1, sort_keys=True) + "\n"
-    write_atomically(path.with_name(f"{nifti_stem(path)}.json"), facts.encode())
+    write_whole(path.with_name(f"{nifti_stem(path)}.json"), facts.encode())
 
 
 def target_paths(scans: Sequence[Path], out: Path, style: str) -> list[Path]:

@@ -2,22 +2,26 @@
 
 Every tensor and every number that leaves passes `Gate.release`, in this order: a place in the ledger, exactly
 the declared tensors, finite, bounded, noise as promised, wire dtype, still waited for
-(`client/watchdog.py`), charge in the ledger, line in the journal. Whatever fails, nothing is returned.
-Replies are built from `Released` values alone, and only the gate makes one.
+(`client/watchdog.py`), kept at the site (`client/answers.py`), charge in the ledger, line in the journal.
+Whatever fails, nothing is returned; a site that is killed in between, and is asked again, does the rest.
+Replies are built from `Released` values alone, and only the gate makes one: a new one once for each place in
+the ledger, and that one again for the same question.
 
 Does not do: decide what is shared (`meduet_models/sharing.py`) or bound one patient's share of a sum: that
 happens where the sum is made; the gate checks that the sum is no longer than that allows. Noise enters
 nowhere in this version; the step exists as the identity and says so in the journal.
 """
 
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final, NoReturn, final
 
 import torch
 from torch import Tensor
 
+from client.answers import Answer, KeptAnswers
 from client.watchdog import may_leave
 from federation.exchanges.latents import is_item
 from federation.journal import Journal
@@ -26,7 +30,7 @@ from federation.plan import WireDtype
 from federation.wire import GROWTH, RefusalKind, num_bytes, rounded
 from meduet_models.weights import sha256_of_tensors
 from privacy.clipping import clip, joint_norm
-from privacy.ledger import Ledger, Reservation
+from privacy.ledger import Ledger, Reservation, Settled
 from privacy.promise import Promise
 
 COUNT_NAMES: Final = frozenset({"examples", "num_patients", "num_scans", "first_item", "num_items"})
@@ -78,15 +82,36 @@ class Released:
 
 
 class Gate:
-    """The gate of one site, with the ledger it charges and the journal it writes."""
+    """The gate of one site for the answer to one question: a place in the ledger that was reserved for it,
+    the ledger that is charged, the journal that is written, and the answers that are kept."""
 
-    def __init__(self, ledger: Ledger, journal: Journal) -> None:
+    def __init__(
+        self, reservation: Reservation, ledger: Ledger, journal: Journal, answers: KeptAnswers
+    ) -> None:
+        self._reservation = reservation
         self._ledger = ledger
         self._journal = journal
+        self._answers = answers
+
+    @property
+    def promise(self) -> Promise:
+        """Under which promise the answer leaves."""
+        return self._reservation.promise
+
+    def again(self) -> Released | None:
+        """The answer that left before, to the bit and for no second charge; None where none left, or it is
+        not kept. The journal says that it left again."""
+        settled = self._ledger.settled(self._reservation)
+        if settled is None:
+            return None
+        answer = self._answers.read(self._reservation.place, settled.released)
+        if answer is None:
+            return None
+        self._leaves_now()
+        return self._out(answer, settled.entry)
 
     def release(
         self,
-        reservation: Reservation | None,
         tensors: Mapping[str, Tensor],
         declared: Mapping[str, tuple[int, ...]],
         *,
@@ -96,6 +121,7 @@ class Gate:
         not_covered: frozenset[str] = frozenset(),
         items: Sequence[str] = (),
         wire_dtype: WireDtype = "float32",
+        keep: Callable[[], None] = lambda: None,
     ) -> Released:
         """Let `tensors`, `counts` and `metrics` out under the reservation's promise, or raise.
 
@@ -104,16 +130,17 @@ class Gate:
         they are sums over `weight` contributors; with one that bounds each, row i of every tensor is the
         share of the contributor whom `items[i]` names, an opaque name that leaves too, and `weight` is their
         number (0 for an empty answer). `not_covered` names tensors that the bound leaves out (how many
-        contributors there were).
+        contributors there were). `keep` is called once nothing but the books is left to do, and before them:
+        for what must be on disk when an answer has left.
 
         Guarantee: the released vector's L2 norm is at most `weight * promise.bound` (of each row
         `promise.bound`, with one that bounds each), rounding to the wire's dtype included; a sum that was
         bounded where it was made may pass that by one part in a million, its own rounding. Not covered:
         `not_covered`, counts and metrics; the journal lists them.
-        Raises `GateRefusal` (kind `non_finite` for NaN and infinity), `BrokenChain` or `OSError`.
+        Raises `GateRefusal` (kind `non_finite` for NaN and infinity), `AnsweredBefore` when another answer
+        left under this reservation, `BrokenChain` or `OSError`.
         """
-        if reservation is None:
-            raise GateRefusal("Expected a reservation of the ledger, made before reading; got none.")
+        reservation = self._reservation
         promise = reservation.promise
         each = promise.enforcement == "each"
         if not (math.isfinite(weight) and (weight > 0 or (each and weight == 0))):
@@ -142,9 +169,8 @@ class Gate:
         _finite_norm(leaving)
         sha256 = sha256_of_tensors(leaving)
         record: dict[str, Any] = {
-            "kind": promise.kind,
-            "plan": reservation.plan_sha256,
-            "round": reservation.round,
+            **reservation.place.record(),
+            "question": reservation.question,
             "tensors": len(leaving),
             "bytes": num_bytes(leaving, wire_dtype),
             "sha256": sha256,
@@ -162,20 +188,43 @@ class Gate:
             "metrics": real,
             **({"items": list(items)} if each else {}),
         }
+        self._leaves_now()
+        answer = Answer(leaving, record, promise)
+        if (settled := self._ledger.settled(reservation)) is None:
+            keep()
+            if not each:
+                self._answers.write(reservation.place, answer)
+            return self._out(answer, self._ledger.settle(reservation, weight, sha256))
+        charge = self._ledger.settle(reservation, weight, sha256)  # the same answer, or none
+        keep()
+        # What is said beside the tensors is what was said with them.
+        return self._out(dataclasses.replace(answer, record=self._line_of(settled) or record), charge)
+
+    def _leaves_now(self) -> None:
         if not may_leave():
             raise GateRefusal(
                 "Expected to be in time; the site has answered `deadline`. Nothing is released.",
                 RefusalKind.DEADLINE,
             )
-        record["ledger"] = self._ledger.settle(reservation, weight, sha256)
+
+    def _line_of(self, settled: Settled) -> dict[str, Any] | None:
+        """The line of the journal that names this charge; None when the site was killed before it."""
+        for entry in self._journal.entries():
+            if entry.record.get("ledger") == settled.entry:
+                return {name: value for name, value in entry.record.items() if name != "ledger"}
+        return None
+
+    def _out(self, answer: Answer, charge: str) -> Released:
+        """The line of the journal, and what may be sent."""
+        record = {**answer.record, "ledger": charge}
         self._journal.append(record)
         return Released(
             _MAKERS_MARK,
-            promise=promise,
-            tensors=leaving,
-            counts=whole,
-            metrics=real,
-            wire_dtype=wire_dtype,
+            promise=answer.promise,
+            tensors=answer.tensors,
+            counts=record["counts"],
+            metrics=record["metrics"],
+            wire_dtype=record["dtype"],
             record=record,
         )
 

@@ -19,15 +19,19 @@ from typing import Annotated, Any, Literal
 import torch
 
 from client.approvals import AllowedHours, Approvals
+from client.books import open_books
 from client.confirmation import CURE, confirm, unconfirmed
+from client.exact_sums import EXACT_SUMS_CONSENT
+from client.exact_sums import check_sentence as check_exact_sums
 from client.exchanges.exchange import AskRefused
 from client.exchanges.latents import check_sentence, consent
 from client.latents.cache import LatentCache
 from client.latents.latent_set import LatentSet
-from client.scans.cohort import Cohort, open_cohort
+from client.scans.cohort import Cohort, NoScans, open_cohort
 from client.scans.cohort_memo import remembered
 from client.scans.layouts import Found, LayoutRules, survey
 from client.scans.patients import PatientMap
+from client.site_secret import DRAWS, site_secret
 from federation.bundle import running_bundle
 from federation.journal import Journal
 from federation.keys.key_files import read_text
@@ -41,6 +45,7 @@ from forms.ranges import Entries, Range, Share, shown
 from forms.yaml_text import read_yaml
 from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
 from privacy.ledger import Ledger
+from storage.files import private_folder
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 SiteProgress = Callable[[str, int, int], None]
@@ -83,9 +88,13 @@ class SiteConfig:
     latent_release: str = ""
     """Agreement that latents leave, as the full sentence of `client/exchanges/latents.py`; empty: no latents
     leave, and no plan that asks for them is accepted."""
+    allow_exact_sums: str = ""
+    """Agreement that sums of products over few patients leave, as the full sentence of
+    `client/exact_sums.py`; empty: they leave only above ten times as many patients as numbers."""
     plan_approval: Literal["required", "implied"] = "required"
     """`required`: a plan runs here only after `meduet-site plan approve`, in the code it was approved with;
-    `implied`: any plan that lists this site (simulated hospitals)."""
+    `implied`: any plan that lists this site (simulated hospitals). Other code than what is installed here
+    runs in neither case."""
     allowed_hours: str = ""
     """Hours in which an answer may begin, local time ("18:00-06:00"); empty: always."""
     keys_dir: Path | None = None
@@ -102,8 +111,6 @@ class SiteConfig:
     """Seconds between two writes of a round under way, from which a killed round goes on; more where writing
     would take over a twentieth of the time. 0: after each step, whatever it takes. A shorter round writes
     nothing."""
-    port: Annotated[int, Range(at_least=1, at_most=65535)] = 9094
-    """Port on this machine's loopback where the parts of this site talk to each other."""
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be meant."""
@@ -118,6 +125,7 @@ class SiteConfig:
         if abs(sum(self.split_fractions) - 1.0) > 1e-9:
             raise ValueError(f"Expected split_fractions that sum to 1; got {list(self.split_fractions)}.")
         check_sentence(self.latent_release)
+        check_exact_sums(self.allow_exact_sums)
         if self.allowed_hours:
             AllowedHours.parse(self.allowed_hours)
 
@@ -170,21 +178,25 @@ def resolve_device(choice: DeviceChoice) -> torch.device:
 class Site:
     """One hospital. Its books are open; its scans are read when `scans` is called, and not before."""
 
-    def __init__(self, config: SiteConfig, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(
+        self, config: SiteConfig, tokenizer: Tokenizer | None = None, secret: bytes | None = None
+    ) -> None:
         """Open the books in `config.state_dir`, creating it for its owner only.
 
-        `tokenizer`: None loads the one that `config.tokenizer` names, when it is first needed. Raises
-        `BrokenChain` when a book was tampered with, and `ValueError` when the device is not there.
+        `tokenizer`: None loads the one that `config.tokenizer` names, when it is first needed. `secret`: what
+        batches and folds are drawn from; None takes the site's own file, as every real site does. Raises
+        `BrokenChain` when a book was tampered with or lost, and `ValueError` when the device is not there.
         """
         self.config = config
         self.name = config.name
         self.state_dir = config.state_dir
         self.compile = config.compile
         self.minimum_cohort = config.minimum_cohort
+        self.exact_sums = config.allow_exact_sums == EXACT_SUMS_CONSENT
         self.progress_every_s = config.progress_every_s
         self.device = resolve_device(config.device)
         """Where scans are encoded and the network is trained."""
-        config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_folder(config.state_dir)
         if config.threads:
             torch.set_num_threads(config.threads)
         # Consent or a ceiling of 0: the ledger compares it with the epsilon of each promise.
@@ -193,13 +205,19 @@ class Site:
         """What this site's patients have been charged; reserves before anything is read."""
         self.journal = Journal(self.state_dir / "journal.jsonl")
         """What left this site."""
-        self._given = tokenizer
+        open_books(self.state_dir)
+        self._given, self._secret = tokenizer, secret
         self._opened: dict[tuple[VolumePlan, int], LatentSet] = {}
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The site's frozen tokenizer. Raises `ValueError` when its file is absent or damaged."""
         return self._given if self._given is not None else load_tokenizer(self.config.tokenizer)
+
+    @cached_property
+    def secret(self) -> bytes:
+        """What its batches and folds are drawn from. Raises `ValueError` when its file is damaged."""
+        return self._secret if self._secret is not None else site_secret(self.state_dir / DRAWS)
 
     def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
         """Raise `AskRefused` unless the plan fits this site, makes no latents leave without its agreement,
@@ -275,7 +293,7 @@ class Site:
             "split_salt": config.split_salt,
         }
         if not config.data_root.exists():
-            raise ValueError(
+            raise NoScans(
                 f"Expected scans at {config.data_root} (site.yaml: data_root); nothing is there. "
                 "Is it mounted?"
             )
@@ -316,7 +334,7 @@ class Site:
 
         Scans that could not be encoded join exclusions.csv. Raises `AskRefused`, before any scan is read,
         when the plan does not fit (whether it was approved is asked by `accept`, before anything leaves);
-        `ValueError` when no scan is usable; and what `cohort` and `LatentCache.encode` raise.
+        `NoScans` when no scan is usable; and what `cohort` and `LatentCache.encode` raise.
         """
         self.fits(plan)
         label = plan.sites.index(self.name)
@@ -327,7 +345,7 @@ class Site:
             opened = cache.encode(cohort, self.device, _phase(progress, "encoding"), label)
             opened.cohort.write_csv(self.state_dir)
             if not opened.num_scans:
-                raise ValueError(
+                raise NoScans(
                     f"Expected a usable scan in {self.config.data_root}; got none. Excluded: "
                     f"{opened.cohort.summary()['exclusions']}. exclusions.csv in {self.state_dir} lists them."
                 )

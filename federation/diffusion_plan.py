@@ -1,24 +1,23 @@
 """The diffusion model in the plan: from what it learns, how long, and what sites may release for it.
 
-Two policies. `raw`: sites release the latents of training scans, from which the scans can be decoded; each
-site must have said so in its own settings. `federated`: no latent leaves; the diffusion model is trained at
-the sites and its updates are averaged. What this file does not do: it decides nothing for a site
-(`client/exchanges/latents.py`).
+What leaves is a release policy (`federation/release_policy.py`). `raw`: sites release the latents of training
+scans, from which the scans can be decoded; each site must have said so in its own settings. `federated`: no
+latent leaves; the diffusion model is trained at the sites and its updates are averaged. What this file does
+not do: it decides nothing for a site (`client/exchanges/latents.py`).
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
+from federation.release_policy import ReleasePolicy, release_policy
 from forms.names import OptionalPhrase, Phrase
 from forms.ranges import Entries, Range
 from meduet_models.diffusion.conditions import CONDITIONS, Condition
 from meduet_models.diffusion.initialisation import size_mismatch
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.meduet import MOST_ACTIVATIONS, NetworkConfig
-
-Policy = Literal["raw", "federated"]
 
 MOST_STEPS = 20_000_000
 """Optimiser steps of a run: years at any speed."""
@@ -28,7 +27,7 @@ MOST_STEPS = 20_000_000
 class DiffusionPlan:
     """A diffusion model beside the pretraining."""
 
-    policy: Policy
+    policy: Phrase
     """What leaves a site for it: `raw` latents, or (`federated`) model updates only."""
     transformer: TransformerShape
     """The network."""
@@ -59,9 +58,18 @@ class DiffusionPlan:
     update_clip_norm: Annotated[float, Range(above=0, at_most=10_000)] = 20.0
     """`federated`: L2 norm to which a site's mean update is clipped at the gate."""
 
+    def __post_init__(self) -> None:
+        """Refuse a policy that nobody knows: what it lets out would be told in another's words."""
+        release_policy(self.policy)
+
+    @property
+    def release(self) -> ReleasePolicy:
+        """What leaves, with all that is said of it."""
+        return release_policy(self.policy)
+
     def steps(self, pretraining_rounds: int) -> int:
         """Optimiser steps over the whole run; schedules run over these."""
-        if self.policy == "federated":
+        if self.release.trained_at == "sites":
             return self.rounds * self.steps_per_round
         return (pretraining_rounds - self.begin_round + 1) * self.steps_per_round + self.final_steps
 
@@ -71,13 +79,10 @@ def contradictions(
 ) -> Iterator[str]:
     """Say what in the plan cannot be, or would have no effect; one line each."""
     defaults = {f: DiffusionPlan.__dataclass_fields__[f].default for f in DiffusionPlan.__dataclass_fields__}
-    others = ("rounds", "update_clip_norm") if plan.policy == "raw" else (
-        "begin_round", "final_steps", "items_per_site", "items_per_round", "latent_clip",
-    )  # fmt: skip
-    for name in others:
+    for name in plan.release.without_effect:
         if getattr(plan, name) != defaults[name]:
             yield f"diffusion.{name} has no effect with diffusion.policy={plan.policy}: leave it out."
-    if plan.policy == "raw" and not 1 <= plan.begin_round <= rounds:
+    if plan.release.trained_at == "centre" and not 1 <= plan.begin_round <= rounds:
         yield f"Expected diffusion.begin_round from 1 to {rounds}; got {plan.begin_round}."
     if not 1 <= plan.steps(rounds) <= MOST_STEPS:
         yield (

@@ -1,7 +1,8 @@
-"""Flower's programs: where they are, and the environment in which both sides run them.
+"""Flower's programs: how they are called, and the environment in which both sides run them.
 
-Telemetry, the update check and the installation of dependencies at run time are off, everywhere. Each side
-has a FLWR_HOME of its own. Programs are those of this Python environment, never whatever PATH holds.
+Telemetry, the update check, the installation of dependencies at run time and Flower's older servers without
+accounts are off, everywhere. Each side has a FLWR_HOME of its own, and a socket that only its own account can
+open (`federation/local_socket.py`).
 
 Does not do: start anything (`processes.py`).
 Source: flwr 1.41, environment variables read at import.
@@ -14,8 +15,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from federation.processes import ChildProcess
+from storage.files import private_folder
 
 SUPEREXEC = "superexec"
+SOCKET = "MEDUET_FLOWER_SOCKET"
+"""Environment variable with the path of the socket; `federation/local_socket.py`, which imports nothing of
+ours, reads it."""
 EXIT_MEANINGS = {
     200: "the server application failed; see the run's status",
     401: "the centre does not accept this site's signature: is its clock right (5 s ahead or 5 minutes "
@@ -28,23 +33,24 @@ EXIT_PATTERN = r"Exit Code: (\d+)"
 """How Flower's programs tell their exit code: in words; the status that the system sees is 1 for all."""
 
 
-def program(name: str) -> str:
-    """The path of one of Flower's programs beside this Python; `ValueError` when it is not installed."""
-    path = Path(sys.executable).with_name(name)
-    if not path.is_file():
-        raise ValueError(f"Expected {name} beside {sys.executable}; install flwr into this environment.")
-    return str(path)
+def program(name: str) -> tuple[str, ...]:
+    """The command of one of Flower's programs (`PROGRAMS` in `federation/local_socket.py`)."""
+    return (sys.executable, "-P", str(Path(__file__).with_name("local_socket.py")), name)
 
 
-def environment(home: Path) -> dict[str, str]:
-    """Variables for every program of Flower's, with `home` as its FLWR_HOME."""
-    home.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # `mode` is not for the parents of a folder
-    home.mkdir(exist_ok=True, mode=0o700)
+def environment(home: Path, socket: Path) -> dict[str, str]:
+    """Variables for every program of Flower's, with `home` as its FLWR_HOME; `socket` is where its server
+    answers on this machine."""
+    private_folder(home.parent)
+    private_folder(home)  # applications are unpacked there: nobody else may put code beside or in place
     return {
         "FLWR_HOME": str(home),
+        SOCKET: str(socket),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_INTERNAL_GRPC_CONTROL_API": "0",  # both listen on every interface and ask for no account
+        "FLWR_INTERNAL_GRPC_FLEET_API": "0",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
     }
 
@@ -54,7 +60,7 @@ def superexec_process(secret: str, variables: Mapping[str, str], runtime_api: Se
     return ChildProcess(
         name=SUPEREXEC,
         command=(
-            program("flower-superexec"),
+            *program("superexec"),
             "--runtime-api-address",
             *runtime_api,
             *("--superexec-auth-secret-file", secret),
@@ -68,7 +74,7 @@ def superexec_process(secret: str, variables: Mapping[str, str], runtime_api: Se
 def secret_file(path: Path) -> Path:
     """A file with a secret that the parts of one side share; made once, for its owner only (mode 0600)."""
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_folder(path.parent)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(secrets.token_bytes(32))

@@ -118,6 +118,9 @@ class StylePlan:
     worse); `none`: nothing."""
     map_grid: Annotated[tuple[int, int, int], Range(at_least=1, at_most=64)] = (2, 3, 2)
     """Coarse mean map, registered crops only."""
+    centre: Literal["coarse", "full"] = "coarse"
+    """What latents of registered crops are centred on: the coarse mean map, or (`full`) the mean of every
+    voxel, as many numbers as a scan has: these tell whether a known scan is among a site's patients."""
     minimum_cohort: Annotated[int, Range(at_least=1, at_most=1_000_000)] = 10
     """Fewest patients whose statistics may leave a site together; a site may ask for more."""
     head: Literal["local", "shared"] = "local"
@@ -289,6 +292,8 @@ def _contradictions(plan: RunPlan) -> Iterator[str]:
         )
     if network.style_map_grid != style.map_grid:
         yield "Expected network.style_map_grid and style.map_grid to be equal."
+    if style.centre == "full" and not plan.volumes.registered:
+        yield "style.centre=full needs registered crops; with volumes.registered=false there is no such map."
     if aggregation.method == "fedprox" and training.proximal <= 0:
         yield "aggregation.method=fedprox needs training.proximal above 0."
     if aggregation.method in ("alone", "pooled") and style.exchange != "none":

@@ -27,6 +27,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
+from storage.files import keep_to_owner, private_folder, write_whole
+
 STATE_NAME = "processes.json"
 LOCK_NAME = "supervisor.lock"
 SPEC_NAME = "supervisor.json"
@@ -112,7 +114,7 @@ class Supervisor:
 
     def __enter__(self) -> "Supervisor":
         """Take the folder and start every child. Raises `AlreadySupervised`."""
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_folder(self.folder)
         self._lock = (self.folder / LOCK_NAME).open("a+", encoding="utf-8")
         end = time.monotonic() + _LOOK_S
         while not _locks(self._lock):
@@ -298,9 +300,7 @@ class Supervisor:
             "processes": processes,
         }
         path = self.folder / STATE_NAME
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, json.dumps(state, indent=1) + "\n")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._asked_to_stop = True
@@ -311,14 +311,15 @@ def become_supervisor(children: Iterable[ChildProcess], folder: Path) -> NoRetur
 
     Whoever prepared the children may have loaded hundreds of megabytes; what stays for months is small.
     """
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_folder(folder)
     spec = folder / SPEC_NAME
-    spec.write_text(json.dumps([dataclasses.asdict(child) for child in children], indent=1), encoding="utf-8")
+    write_whole(spec, json.dumps([dataclasses.asdict(child) for child in children], indent=1))
     os.execv(sys.executable, [sys.executable, "-P", __file__, str(spec)])
 
 
 def main() -> int:
     """Supervise the children in the file that the first argument names, until SIGTERM or SIGINT."""
+    keep_to_owner()
     spec = Path(sys.argv[1])
 
     def say(line: str) -> None:

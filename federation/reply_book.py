@@ -19,8 +19,6 @@ from federation.wire import num_bytes
 from meduet_models.diffusion.conditions import Examples
 from meduet_models.weights import sha256_of_tensors
 
-_NAMES = ("site", "finetuning_sha256")
-
 
 class ReplyBook:
     """Writes drafts of replies into a journal, which is opened once the folder of the run is claimed."""
@@ -43,7 +41,7 @@ class ReplyBook:
             "kind": "reply",
             "to": kind,
             "plan": values["plan_sha256"],
-            **{name: values[name] for name in _NAMES if name in values},
+            "site": values["site"],
             **numbers,
             "tensors": len(tensors),
             "bytes": num_bytes(tensors, values.get("wire_dtype", "float32")),

@@ -50,8 +50,13 @@ _HEADER = re.compile(
 
 
 class RefusalKind(StrEnum):
-    """Why a site does not answer. Closed: an exception's own words never leave the site."""
+    """Why a site does not answer. Closed: an exception's own words never leave the site.
 
+    The last four stay in the site's books: a centre could bring them about by its choice of weights, and
+    learn from which one came. What leaves instead is `not_answered` (`client/refusals.py`).
+    """
+
+    BUNDLE_NOT_APPROVED = "bundle_not_approved"
     PLAN_NOT_ACCEPTED = "plan_not_accepted"
     OUTSIDE_HOURS = "outside_hours"
     PATIENTS_NOT_CONFIRMED = "patients_not_confirmed"
@@ -59,10 +64,16 @@ class RefusalKind(StrEnum):
     MALFORMED = "malformed"
     WRONG_TOKENIZER = "wrong_tokenizer"
     COHORT_TOO_SMALL = "cohort_too_small"
+    NO_SCANS = "no_scans"
     NO_LABELS = "no_labels"
     OUT_OF_ORDER = "out_of_order"
-    NON_FINITE = "non_finite"
+    STORAGE = "storage"
     BUDGET = "budget"
+    ANSWERED_BEFORE = "answered_before"
+    TOO_FEW_FOR_SUMS = "too_few_for_sums"
+    NOT_ANSWERED = "not_answered"
+    STOPPED = "stopped"
+    NON_FINITE = "non_finite"
     DEADLINE = "deadline"
     OUT_OF_MEMORY = "out_of_memory"
     INTERNAL = "internal"

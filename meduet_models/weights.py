@@ -8,8 +8,6 @@ that. Format: https://huggingface.co/docs/safetensors.
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from safetensors import SafetensorError, TensorSpec, safe_open
 from torch import Tensor
 
 from forms.json_text import read_json
+from storage.files import whole_file
 
 HEADER_KEY = "provenance"
 LONGEST_HEADER = 100_000_000
@@ -73,23 +72,10 @@ def save_weights(path: str | Path, tensors: Mapping[str, Tensor], provenance: Ma
     names = sorted(
         tensors, key=lambda name: (-tensors[name].element_size(), name)
     )  # each aligned to its size
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # 0600
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(_header({name: tensors[name] for name in names}, provenance))
-            for name in names:
-                file.write(_values(tensors[name]))
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself survives a power cut
-    finally:
-        os.close(folder)
+    with whole_file(path) as file:
+        file.write(_header({name: tensors[name] for name in names}, provenance))
+        for name in names:
+            file.write(_values(tensors[name]))
 
 
 def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -12,7 +12,7 @@ ledger's).
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -72,6 +72,16 @@ class Chain:
         with self._locked() as descriptor:
             self._catch_up(descriptor)
             return self._write(descriptor, dict(record))
+
+    def extend(self, decide: Callable[[Sequence[Entry]], Mapping[str, Any] | None]) -> str | None:
+        """Show `decide` all lines and write the record that it gives, with no other writer in between.
+
+        The hash of the new line; None where it gave none. Raises what `decide` and `append` raise.
+        """
+        with self._locked() as descriptor:
+            self._catch_up(descriptor)
+            record = decide(_parse(_read(descriptor), self.path, self._genesis))
+            return None if record is None else self._write(descriptor, dict(record))
 
     def entries(self) -> list[Entry]:
         """All lines, in order, verified; raises `BrokenChain` naming the line."""

@@ -36,9 +36,10 @@ from server.exchanges.pretraining import pretraining
 from server.exchanges.probes import FederatedProbes
 from server.exchanges.survey import ask_survey
 from server.model import MeduetModel, SharedModel
+from server.observer import RoundObserver
 from server.run_folder import claim, write_metrics
 from strategies.content_share import ContentShare
-from strategies.quorum import Roster
+from strategies.quorum import Roster, SiteOf
 
 MODEL = "model.safetensors"
 DIFFUSION_MODEL = "diffusion.safetensors"
@@ -47,23 +48,11 @@ _CPU = torch.device("cpu")
 _log = logging.getLogger(__name__)
 
 
-class RunObserver:
-    """Told what happens; this one does nothing. What it is given is the run's own: read, do not write."""
+class RunObserver(RoundObserver):
+    """Told what happens in a whole run; this one does nothing."""
 
     def on_survey(self, summary: Mapping[str, Any], bank: Mapping[str, Any]) -> None:
         """The survey is done: who told what, and the style bank's tensors."""
-
-    def on_round_start(self, round: int, num_rounds: int) -> None:
-        """A round begins."""
-
-    def on_site_reply(self, round: int, site: str, report: Mapping[str, Any]) -> None:
-        """A site's valid reply is in: examples, seconds, bytes, losses."""
-
-    def on_round_end(
-        self, round: int, shared: Mapping[str, Any], metrics: Mapping[str, Any]
-    ) -> Mapping[str, Any]:
-        """A round is aggregated, not yet on disk. What is returned becomes the round's "probes"."""
-        return {}
 
     def on_diffusion(self, done: int, total: int, loss: float) -> None:
         """After the last round the diffusion model is trained on: steps (or rounds) done, in all, loss."""
@@ -98,15 +87,17 @@ def run(
     resume: bool = True,
     device: torch.device = _CPU,
     bank_key: Path | None = None,
+    site_of: SiteOf | None = None,
 ) -> RunResult:
     """Run `plan` in `folder`, or go on with what is there.
 
+    `site_of` says which site a node is registered as; none: as in a simulation.
     A central diffusion model is trained on `device`, on latents that are encrypted with the key in the file
     `bank_key`; none: beside the run's folder, `<folder>.key`, made at first use.
     Raises `RoundFailed` below the quorum (the last checkpoint stays), `OtherPlan` when the folder is another
     plan's, and `ValueError` when it holds a run and `resume` is false.
     """
-    made = _Run(grid, plan, folder, model or MeduetModel(plan), observer or RunObserver())
+    made = _Run(grid, plan, folder, model or MeduetModel(plan), observer or RunObserver(), site_of)
     return made.complete(resume, device, bank_key or folder.with_name(f"{folder.name}.key"))
 
 
@@ -114,10 +105,16 @@ class _Run:
     """One run from wherever it is to its end."""
 
     def __init__(
-        self, grid: Grid, plan: RunPlan, folder: Path, model: SharedModel, observer: RunObserver
+        self,
+        grid: Grid,
+        plan: RunPlan,
+        folder: Path,
+        model: SharedModel,
+        observer: RunObserver,
+        site_of: SiteOf | None,
     ) -> None:
         self.grid, self.plan, self.folder, self.model, self.observer = grid, plan, folder, model, observer
-        self.roster = Roster(plan.participants)
+        self.roster = Roster(plan.participants, site_of)
         self.checkpoints = Checkpoints(folder / "checkpoints", plan.sha256)
         self.book = ReplyBook()
         self.probes = FederatedProbes(grid, self.roster, plan, self.book)
@@ -213,16 +210,11 @@ class _Run:
         if (done := self._finished(path)) is not None:
             shared, kept = done
             return RunResult(shared, last.bank, last.metrics | kept, path)
-        shared, erasure = last.shared, {}
-        if self.model.erased:
-            replies, refused = ask_erasure(
-                self.grid, self.roster, self.plan, shared, last.bank, self.model.check_erasure, self.book
-            )
-            shared, summary = self.model.after_erasure(shared, replies)
-            erasure = {**summary, "refused": refused}
+        shared, erasure = self._erased(last)
         told: dict[str, Any] = {"erasure": erasure}
         if self.probes.due(last.round):
-            told["federated_probes"] = self.probes.read(last.round, shared, last.bank, bool(erasure))
+            erased = bool(erasure) and "skipped" not in erasure
+            told["federated_probes"] = self.probes.read(last.round + erased, shared, last.bank, erased)
             told["directions"] = {name: one.tolist() for name, one in self.probes.directions.items()}
         sha256 = sha256_of_tensors(shared)
         provenance = {
@@ -236,6 +228,22 @@ class _Run:
         save_weights(path, shared, provenance)
         self._note("end", tensors_sha256=sha256)
         return RunResult(shared, last.bank, last.metrics | told, path)
+
+    def _erased(self, last: Checkpoint) -> tuple[Tensors, dict[str, Any]]:
+        """The final weights, and what to say of the erasure; as they are where fewer than two sites tell
+        their sums."""
+        if not self.model.erased:
+            return last.shared, {}
+        replies, refused = ask_erasure(
+            self.grid, self.roster, self.plan, last.shared, last.bank, self.model.check_erasure, self.book
+        )
+        if len(replies) < 2:
+            why = f"{len(replies)} of {len(self.roster.sites)} sites told their sums; the site is not erased"
+            _log.warning("query.erasure: %s.", why)
+            self._note("erasure", skipped=why, refused=refused)
+            return last.shared, {"rank": 0, "sites": {}, "skipped": why, "refused": refused}
+        shared, summary = self.model.after_erasure(last.shared, replies)
+        return shared, {**summary, "refused": refused}
 
     def _generative(self, result: RunResult) -> RunResult:
         """With the diffusion model, if the plan has one."""

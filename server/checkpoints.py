@@ -19,6 +19,7 @@ from torch import Tensor
 from forms.json_text import read_json
 from forms.ranges import shown
 from meduet_models.weights import LONGEST_HEADER, load_weights, save_weights, sha256_of_tensors
+from storage.files import private_folder
 
 KEPT = 3
 _NAME = re.compile(r"round-([0-9]{4,9})\.safetensors")
@@ -57,7 +58,7 @@ class Checkpoints:
 
     def save(self, checkpoint: Checkpoint) -> Path:
         """Write a checkpoint (temporary file, fsync, rename, fsync of the folder) and drop old ones."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        private_folder(self._folder)
         tensors = {
             f"{group}:{name}": tensor
             for group in _GROUPS

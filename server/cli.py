@@ -17,6 +17,7 @@ from server.commands import provisioning as provisioning_commands
 from server.commands import service as service_commands
 from server.commands import synthesis as synthesis_commands
 from server.commands import tokenizer as tokenizer_commands
+from storage.files import keep_to_owner
 
 _STATUS = (
     "exit status: 0 done, or stopped in good order; 1 a run was given up, or a file could not be read or "
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (0: done, 1: given up, 2: refused; a line says why)."""
     console = terminal()
     spare_loopback()
+    keep_to_owner()
     parser = argparse.ArgumentParser(
         prog="meduet-server",
         description="The coordinating centre of a FedMeDUET federation.",

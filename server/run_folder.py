@@ -9,20 +9,25 @@ import csv
 import fcntl
 import io
 import json
-import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from federation.exchanges.finetuning import FinetunePlan
 from federation.plan import RunPlan
 from server.checkpoints import OtherPlan
+from storage.files import private_folder, write_whole
 
 LOCK_NAME = "run.lock"
 _LOOK_S = 2.0
 """Looking whether the lock is held takes it for a moment; on a busy machine, for a long one."""
+_AGREED: dict[type[RunPlan] | type[FinetunePlan], str] = {
+    RunPlan: "plan.json",
+    FinetunePlan: "finetuning.json",
+}
+"""What a folder is of: a run's plan, or a fine-tuning."""
 _FIRST = ("round", "site", "examples", "seconds")
 
 
@@ -30,31 +35,18 @@ class FolderBusy(RuntimeError):
     """Another process writes this run."""
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file (text as UTF-8) atomically: a reader sees the old one or the new one."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def claim(folder: Path, plan: RunPlan) -> None:
-    """Make the folder this plan's, or raise `OtherPlan` when it is another's."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "plan.json"
-    if path.is_file() and path.read_text(encoding="utf-8") != plan.to_json():
-        raise OtherPlan(
-            f"Expected {folder} to be empty or of plan {plan.sha256[:12]}; its plan.json is another. "
-            "Give the run another name, or remove its folder."
-        )
-    if not path.is_file():
-        write_whole(path, plan.to_json())
+def claim(folder: Path, agreed: RunPlan | FinetunePlan) -> None:
+    """Make the folder this plan's or fine-tuning's, or raise `OtherPlan` when it is another's."""
+    private_folder(folder)
+    for kind, name in _AGREED.items():
+        path, ours = folder / name, isinstance(agreed, kind)
+        if path.is_file() and (not ours or path.read_text(encoding="utf-8") != agreed.to_json()):
+            raise OtherPlan(
+                f"Expected {folder} to be empty or of plan {agreed.sha256[:12]}; its {name} is another. "
+                "Give the run another name, or remove its folder."
+            )
+        if ours and not path.is_file():
+            write_whole(path, agreed.to_json())
 
 
 @contextmanager
@@ -63,7 +55,7 @@ def held(folder: Path) -> Iterator[None]:
 
     Raises `FolderBusy` when another process holds it for longer than somebody who only looks.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    private_folder(folder)
     with (folder / LOCK_NAME).open("a", encoding="utf-8") as lock:
         end = time.monotonic() + _LOOK_S
         while not _locks(lock):
@@ -92,14 +84,20 @@ def _locks(lock: TextIO) -> bool:
 
 
 def is_complete(folder: Path, plan_sha256: str) -> bool:
-    """Whether the folder holds the end of a run of this plan. Raises `OtherPlan` when it holds another's."""
-    path = folder / "plan.json"
-    if not path.is_file():
+    """Whether the folder holds the end of a run of this plan, or of this fine-tuning.
+
+    Raises `OtherPlan` when it holds another's.
+    """
+    found = [
+        kind.from_json((folder / name).read_text(encoding="utf-8")).sha256
+        for kind, name in _AGREED.items()
+        if (folder / name).is_file()
+    ]
+    if not found:
         return False
-    plan = RunPlan.from_json(path.read_text(encoding="utf-8"))
-    if plan.sha256 != plan_sha256:
+    if found != [plan_sha256]:
         raise OtherPlan(
-            f"Expected {folder} to be empty or of plan {plan_sha256[:12]}; it is of {plan.sha256[:12]}. Give "
+            f"Expected {folder} to be empty or of plan {plan_sha256[:12]}; it is of {found[0][:12]}. Give "
             "the run another folder."
         )
     metrics = folder / "metrics.json"

@@ -1,24 +1,31 @@
 """The ServerApp of a deployment: reads the plan, holds the run's folder, keeps its status, runs.
 
-Run configuration: `plan` is the path of a plan, `folder` where the run goes, both on this machine; `device`
-(cpu if not given) and `bank_key` as in `server.app.run`, for a central diffusion model.
+Run configuration: `plan` is the path of a plan, `folder` where the run goes, `consortium` the folder of its
+keys, by which nodes are told apart, all on this machine; `device` (cpu if not given) and `bank_key` as in
+`server.app.run`, for a central diffusion model. Where the file publishes a fine-tuning, that is what runs,
+from the weights in `pretrained`: the folder of the pretraining, or its model.safetensors.
 What ends it is written to `status.json`, so that whoever submits it (`server/deployment/submission.py`) knows
 whether to submit it again.
 
 Does not do: a round; `server/app.py` does, for every engine.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from federation.exchanges.finetuning import FinetunePlan
 from federation.plan import RunPlan
 from server.app import run
-from server.consortium.plans import plan_to_run
+from server.consortium.plans import finetuning_to_run, plan_to_run
+from server.consortium.registrations import Registrations
 from server.deployment.status import StatusFile
 from server.run_folder import held
+from strategies.quorum import SiteOf
 
 app = ServerApp()
 _CPU = torch.device("cpu")
@@ -27,21 +34,22 @@ _CPU = torch.device("cpu")
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the plan that the run configuration names, or go on with it."""
-    plan_path, folder, device, key = (
-        str(context.run_config.get(name, "")) for name in ("plan", "folder", "device", "bank_key")
+    plan_path, folder, consortium, device, key, pretrained = (
+        str(context.run_config.get(name, ""))
+        for name in ("plan", "folder", "consortium", "device", "bank_key", "pretrained")
     )
-    if not plan_path or not folder:
+    if not plan_path or not folder or not consortium:
         raise ValueError(
-            "Expected the run configuration to name plan=<path of plan.json> and folder=<folder of the run>, "
-            "both on the centre's machine."
+            "Expected the run configuration to name plan=<path of plan.json>, folder=<folder of the run> and "
+            "consortium=<folder of the consortium>, all on the centre's machine."
         )
-    run_in_folder(
-        grid,
-        plan_to_run(Path(plan_path)),
-        Path(folder),
-        torch.device(device or "cpu"),
-        Path(key) if key else None,
-    )
+    plan, finetuning = plan_to_run(Path(plan_path)), finetuning_to_run(Path(plan_path))
+    registered = Registrations(Path(consortium))
+    if finetuning is not None:
+        finetune_in_folder(grid, plan, finetuning, Path(pretrained), Path(folder), registered)
+        return
+    bank_key = Path(key) if key else None
+    run_in_folder(grid, plan, Path(folder), torch.device(device or "cpu"), bank_key, registered)
 
 
 def run_in_folder(
@@ -50,15 +58,43 @@ def run_in_folder(
     folder: Path,
     device: torch.device = _CPU,
     bank_key: Path | None = None,
+    site_of: SiteOf | None = None,
 ) -> None:
     """Run `plan` in `folder`, which nobody else may write meanwhile, and leave in `status.json` how it ended.
+    `site_of`: as in `server.app.run`.
 
     Raises what `run` raises, and `FolderBusy`.
     """
+    with _watched(plan, folder) as status:
+        run(grid, plan, folder, observer=status, device=device, bank_key=bank_key, site_of=site_of)
+
+
+def finetune_in_folder(
+    grid: Grid,
+    plan: RunPlan,
+    finetuning: FinetunePlan,
+    pretrained: Path,
+    folder: Path,
+    site_of: SiteOf | None = None,
+) -> None:
+    """The same for a fine-tuning, from the weights of its pretraining.
+
+    Raises what `run_finetuning` raises, `ValueError` for a file that is no run's weights, and `FolderBusy`.
+    """
+    from server.exchanges.finetuning import pretrained_of, run_finetuning  # MONAI takes seconds to import
+
+    with _watched(plan, folder, finetuning) as status:
+        network = pretrained_of(pretrained).network
+        run_finetuning(grid, plan, finetuning, network, folder, observer=status, site_of=site_of)
+
+
+@contextmanager
+def _watched(plan: RunPlan, folder: Path, finetuning: FinetunePlan | None = None) -> Iterator[StatusFile]:
+    """Hold the folder, and write down how the run is and how it ended."""
     with held(folder):
-        status = StatusFile(plan, folder)
+        status = StatusFile(plan, folder, finetuning)
         try:
-            run(grid, plan, folder, observer=status, device=device, bank_key=bank_key)
+            yield status
         except Exception as error:
             status.failed(" ".join(str(error).split()), final=isinstance(error, ValueError))
             raise

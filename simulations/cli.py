@@ -4,6 +4,8 @@ import logging
 import os
 import sys
 
+from storage.files import keep_to_owner
+
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read when Flower is imported
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
@@ -64,6 +66,7 @@ def _page(config: DictConfig, console: Console) -> None:
 def main() -> None:
     """Entry point of `meduet-simulate`."""
     spare_loopback()
+    keep_to_owner()
     _main()
 
 

@@ -7,6 +7,7 @@ Does not do: make hospitals (`hospitals.py`), pass messages (`in_process.py`, `r
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from flwr.app import Context
 
-from client.exchanges.latents import RAW_CONSENT
+from client.exact_sums import EXACT_SUMS_CONSENT
 from client.latents.latent_set import LatentSet
 from client.scans.patients import PatientMap
 from client.site import Site, SiteConfig, SiteProgress, confirm_patients
@@ -31,8 +32,10 @@ ANY = "*"
 class PooledSite(Site):
     """The one participant of the pooled baseline: it holds every hospital's scans, each with its label."""
 
-    def __init__(self, config: SiteConfig, hospitals: Sequence[Site], tokenizer: Tokenizer) -> None:
-        super().__init__(config, tokenizer)
+    def __init__(
+        self, config: SiteConfig, hospitals: Sequence[Site], tokenizer: Tokenizer, secret: bytes
+    ) -> None:
+        super().__init__(config, tokenizer, secret)
         self._hospitals = hospitals
 
     def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
@@ -86,9 +89,10 @@ class Consortium:
         configs = {config.name: config for config in self.configs}
         if name in configs:
             self.patients[name] = confirm_patients(configs[name])  # as a person does at a hospital
-            return Site(configs[name], tokenizer)
+            return Site(configs[name], tokenizer, simulated_secret(self.plan.seed, name))
         own = dataclasses.replace(self.configs[0], name=name, state_dir=self.state / name)
-        return PooledSite(own, [self.site(hospital) for hospital in self.plan.sites], tokenizer)
+        hospitals = [self.site(hospital) for hospital in self.plan.sites]
+        return PooledSite(own, hospitals, tokenizer, simulated_secret(self.plan.seed, name))
 
     def open_by_context(self, context: Context) -> Site:
         """The participant whose number the engine put into the node's configuration."""
@@ -99,6 +103,11 @@ class Consortium:
         return {"plan": self.plan, "configs": self.configs, "state": self.state, "patients": {}, "_open": {}}
 
 
+def simulated_secret(seed: int, site: str) -> bytes:
+    """What a simulated site draws its batches from: no secret, so that the seed fixes the run."""
+    return hashlib.sha256(f"fedmeduet simulated site {seed} {site}".encode()).digest()
+
+
 def site_configs(
     hospitals: Sequence[Hospital],
     plan: RunPlan,
@@ -106,8 +115,8 @@ def site_configs(
     state: Path,
     cache: Path | None = None,
 ) -> tuple[SiteConfig, ...]:
-    """The `site.yaml` that each hospital would have; every one agrees to releases that are not private, and
-    to the release of latents where the plan asks for it.
+    """The `site.yaml` that each hospital would have; every one agrees to releases that are not private, to
+    exact sums over few patients, and to the release of latents where the plan asks for it.
 
     `cache`: folder of the hospitals' encodings where several runs share them; none: each in its state folder.
     """
@@ -123,7 +132,8 @@ def site_configs(
             split_fractions=settings.site.split_fractions,
             minimum_cohort=plan.style.minimum_cohort,
             allow_non_private=True,
-            latent_release=RAW_CONSENT if plan.diffusion and plan.diffusion.policy == "raw" else "",
+            allow_exact_sums=EXACT_SUMS_CONSENT,
+            latent_release=plan.diffusion.release.consent if plan.diffusion else "",
             plan_approval="implied",
             tokenizer=settings.tokenizer,
             device=settings.device,

@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from federation.plan import RunPlan
 from simulations.generation.page import generation_part
 from simulations.report.figures import draw_losses, draw_probes, draw_traffic, human_bytes
+from storage.files import write_whole
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _PROBES = (
@@ -47,10 +48,6 @@ _PROMISE = (
     "Releases of this run are bounded, not differentially private: each is clipped to its bound and entered "
     "in the hospital's ledger with epsilon = infinity. Who sees the updates may learn about the patients "
     "behind them."
-)
-_RAW = (
-    " Under this plan raw latents of training scans left too: the scans can be reconstructed from them, so "
-    "they are patient data at the centre, and so is a model that learned from them."
 )
 
 
@@ -94,14 +91,14 @@ def write_page(folder: Path, hospitals_text: str, held_out: Sequence[str] = ()) 
         losses=_embed(draw_losses(rounds, figures / "losses.png")),
         traffic=_embed(draw_traffic(_traffic(folder, rounds, hospitals), figures / "traffic.png")),
         crossed=[row for hospital in hospitals for row in _crossed(folder, hospital["site"])],
-        promise_text=_PROMISE + (_RAW if plan.diffusion and plan.diffusion.policy == "raw" else ""),
+        promise_text=_PROMISE + (plan.diffusion.release.page if plan.diffusion else ""),
         hospitals=hospitals,
         facts=_facts(plan, versions, last),
         plan_text=json.dumps(json.loads(plan.to_json()), indent=2),
         versions_text=json.dumps(versions, indent=2),
     )
     target = folder / "report.html"
-    target.write_text(page, encoding="utf-8")
+    write_whole(target, page)
     return target
 
 
@@ -208,7 +205,7 @@ def _summary(
         "fedbn": "average every weight but the norm layers (FedBN)",
         "alone": "train alone",
         "pooled": "are pooled in one place, an upper bound that no consortium may run, and",
-    }[plan.aggregation.method]
+    }.get(plan.aggregation.method, f"work by the method {plan.aggregation.method}")
     steps = f"{plan.training.rounds} rounds of {plan.training.steps_per_round} steps"
     apart = f" Held out, and never asked anything: {', '.join(held_out)}." if held_out else ""
     return f"{hospitals_text} {len(plan.sites)} hospitals with {patients} patients {method}: {steps}.{apart}"
@@ -217,8 +214,7 @@ def _summary(
 def _tiles(
     plan: RunPlan, rounds: list[dict[str, Any]], hospitals: list[dict[str, Any]], last: Mapping[str, float]
 ) -> list[dict[str, str]]:
-    released = plan.diffusion is not None and plan.diffusion.policy == "raw"
-    moved = "scans; latents of those for training left" if released else "scans, none of which moved"
+    moved = "scans, none of which moved" if plan.diffusion is None else plan.diffusion.release.moved
     tiles = [
         (str(len(plan.sites)), "hospitals"),
         (str(sum(h["scans"] for h in hospitals)), moved),
@@ -261,6 +257,8 @@ def _swap_text(last: Mapping[str, float]) -> str:
 def _erasure_text(metrics: Mapping[str, Any]) -> str:
     if not metrics.get("erasure"):
         return ""
+    if why := metrics["erasure"].get("skipped"):
+        return f"The last row is the final model: {why}."
     return (
         "The last row is the final model, after the linear erasure of the hospital from content that was "
         "fitted from the hospitals' sums."

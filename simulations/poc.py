@@ -22,6 +22,7 @@ from rich.console import Console
 
 from client.connection.keys import install
 from client.site import SiteConfig, confirm_patients
+from client.site_secret import DRAWS
 from federation.keys.certificates import utc_now
 from federation.keys.key_files import refuse_work_tree
 from federation.keys.kits import SETTINGS
@@ -38,9 +39,10 @@ from server.deployment.control import Control
 from server.deployment.proxy import nginx_is_there
 from server.deployment.status import read_status
 from server.deployment.submission import RunGivenUp, Submission
-from server.run_folder import write_whole
+from simulations.consortium import simulated_secret
 from simulations.progress import Live
 from simulations.run import Made, Simulation, prepare
+from storage.files import keep_to_owner, write_whole
 
 SMALL = (
     "name=poc",
@@ -116,18 +118,20 @@ def provision(folder: Path, overrides: Sequence[str], live: Live, made: Made | N
     simulation = prepare(plain(settings), live, made)
     plan, configs = simulation.plan, simulation.consortium.configs
     proxy = "nginx" if nginx_is_there() else "none"
-    ports = reserve_ports(3 + len(configs))
+    ports = reserve_ports(3)
     address = f"localhost:{ports[2] if proxy == 'nginx' else ports[0]}"
     sites = tuple(SiteEntry(name=config.name) for config in configs)
     consortium = ConsortiumSettings(name="poc", server=address, sites=sites, valid_days=90)
     done = make_consortium(consortium, folder / "consortium")
     site_yamls = {}
-    for config, kit, port in zip(configs, done.kits, ports[3:], strict=True):
+    for config, kit in zip(configs, done.kits, strict=True):
         home = folder / config.name
         keys = install(kit, home, utc_now())
         site_yamls[config.name] = home / SETTINGS
-        own = dataclasses.replace(config, keys_dir=keys.folder, port=port, threads=1)
+        own = dataclasses.replace(config, keys_dir=keys.folder, threads=1)
         write_whole(home / SETTINGS, _site_yaml(own))
+        config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_whole(config.state_dir / DRAWS, simulated_secret(plan.seed, config.name))
         found = confirm_patients(own)
         live.say(f"{config.name}: {found.guess()}; {found.rule}")
     server = {
@@ -251,6 +255,7 @@ def reserve_ports(count: int) -> list[int]:
 
 def main() -> int:
     """`python -m simulations.poc SITES FOLDER`; what `meduet-server poc` becomes."""
+    keep_to_owner()
     console = terminal()
     return ended(
         lambda: _poc(int(sys.argv[1]), Path(sys.argv[2]), console),

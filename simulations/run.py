@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from storage.files import write_whole
+
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read when Flower is imported
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
@@ -30,7 +32,6 @@ from meduet_models.tokenizer.tokenizer import load_tokenizer
 from server.app import RunObserver, RunResult
 from server.app import run as run_plan
 from server.config import plain, plan_from
-from server.run_folder import write_whole
 from simulations.consortium import Consortium, site_configs
 from simulations.engines.in_process import FixedThreads, InProcessGrid, fixed_threads
 from simulations.generation.judge import judge
@@ -54,6 +55,8 @@ class Simulation:
     hospitals: list[Hospital]
     """Those of the plan in its order, then those held out."""
     folder: Path
+    real_scans: bool
+    """Whether scans of patients are among them; phantoms are nobody's."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,8 @@ def prepare(config: Mapping[str, Any], live: Live, made: Made | None = None) -> 
     state = folder / "sites"
     hospitals = [*taking_part, *apart]
     configs = site_configs(hospitals, plan, settings, state, None if made is None else made.cache)
-    return Simulation(plan, settings, Consortium(plan, configs, state), hospitals, folder)
+    real = not isinstance(hospitals_plan, PhantomHospitals)
+    return Simulation(plan, settings, Consortium(plan, configs, state), hospitals, folder, real)
 
 
 def held_apart(
@@ -141,6 +145,7 @@ def simulate(simulation: Simulation, live: Live, observer: RunObserver) -> RunRe
                 client_app,
                 num_sites,
                 address=engine.address,
+                real_scans=simulation.real_scans,
                 cpus_per_site=engine.cpus_per_site,
                 gpus_per_site=gpus,
             )

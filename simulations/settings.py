@@ -9,7 +9,7 @@ from forms.form import build
 from forms.names import Phrase
 from forms.ranges import Entries, Range, Share
 from meduet_models.tokenizer.tokenizer import TokenizerSpec
-from simulations.generation_settings import GenerationSettings
+from simulations.generation.settings import GenerationSettings
 from simulations.hospitals.plans import HospitalsPlan, hospitals_plan
 
 

@@ -25,6 +25,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from storage.files import private_folder
+
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
 Result = TypeVar("Result")
@@ -220,7 +222,7 @@ class StreamingSum:
         self.num_replies += 1
 
     def _keep(self, folder: Path, values: list[Floats], examples: int, norm: float) -> _Kept:
-        folder.mkdir(parents=True, exist_ok=True)
+        private_folder(folder)
         path = folder / f"{self.num_replies}.float32"
         with path.open("wb") as file:
             for value in values:

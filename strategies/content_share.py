@@ -2,9 +2,9 @@
 
 A Flower `Strategy` with its own resumable loop of rounds. What is averaged is what it was given: the shared
 tensors that the model declares (`meduet_models/sharing.py`); it looks at no name. What sites are asked to do
-with them is a `Task`: to pretrain, or to train the diffusion model. With the same messages and
-more, or no, shared tensors it is FedAvg, FedProx (whose other half is at the sites), all data pooled, or each
-site alone. Each reply is pulled, read, validated and folded alone behind a wall
+with them is a `Task`: to pretrain, to train the diffusion model, or to fine-tune with their labels. With the
+same messages and more, or no, shared tensors it is FedAvg, FedProx (whose other half is at the sites), all
+data pooled, or each site alone. Each reply is pulled, read, validated and folded alone behind a wall
 (`strategies/reply_wall.py`), and dropped; a bad one is put aside with its reason, and the round goes on as
 long as the quorum holds.
 What this file does not do: it makes no checkpoint and no survey (`server/app.py`).
@@ -25,10 +25,10 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
-from federation.exchanges.pretraining import PRETRAINING, TrainReply
+from federation.exchanges.pretraining import TrainReply
 from federation.limits import MOST_SCANS, largest_reply
 from federation.messages import RefusalKind
-from federation.plan import RunPlan
+from federation.plan import RunPlan, WireDtype
 from federation.reply_book import ReplyBook
 from federation.wire import array_record
 from strategies.aggregation import Bounds, ReplyRefused, StreamingSum
@@ -62,6 +62,8 @@ class Task:
 
     message_type: str
     """Flower's route of the question; the answer is a `TrainReply`."""
+    sha256: str
+    """Hash of what the sites agreed to, under which they answer: the plan, or the fine-tuning."""
     rounds: int
     """Rounds."""
     max_norm: float
@@ -69,6 +71,8 @@ class Task:
     question: Callable[[int, bool], RecordDict]
     """The question of a round, with the start for a site that missed it or without; the strategy puts the
     record "shared" into it."""
+    wire_dtype: WireDtype
+    """How the shared weights travel to the sites."""
 
 
 class ContentShare(Strategy):
@@ -95,13 +99,12 @@ class ContentShare(Strategy):
             )
         self.optimiser = ServerOptimiser(settings.optimiser, settings.learning_rate, settings.momentum)
         self.report = RoundReport(0)
-        self._plan_sha256 = plan.sha256
         self._folder, self._book, self._on_reply = folder, book, on_reply
         self._bytes_down = 0
         self._behind: set[int] = set()
         self._stream: StreamingGrid | None = None
         self._bounds = Bounds(num_replies=len(roster.sites), max_norm=task.max_norm, max_examples=MOST_SCANS)
-        self._largest = largest_reply(self.shared, plan.release.wire_dtype)
+        self._largest = largest_reply(self.shared, task.wire_dtype)
         self._sum: StreamingSum | None = None
         if settings.rule == "mean":
             spill = folder / "replies" if settings.norm_tolerance else None
@@ -142,7 +145,7 @@ class ContentShare(Strategy):
         return [self._message(server_round, node, records[node in behind]) for node in nodes]
 
     def _arrays(self) -> ArrayRecord:
-        return array_record(self.shared, self.plan.release.wire_dtype)
+        return array_record(self.shared, self.task.wire_dtype)
 
     def _record(self, round: int, arrays: ArrayRecord, start: bool) -> RecordDict:
         record = self.task.question(round, start)
@@ -161,7 +164,7 @@ class ContentShare(Strategy):
         least = needed(self.plan.aggregation.quorum, len(self.roster.sites))
         return Late(
             question,
-            nodes=lambda: self.roster.asked(list(grid.get_node_ids())),
+            nodes=lambda: self.roster.asked(grid.get_nodes()),
             enough=lambda: len(self.report.sites) >= least,
         )
 
@@ -184,6 +187,8 @@ class ContentShare(Strategy):
                 bytes_up = _num_bytes(message.content)
                 report = site_report(reply, bytes_down=self._bytes_down, bytes_up=bytes_up)
                 self.report.sites[reply.site] = report
+                wall.refused.pop(reply.site, None)  # what it said before it had the start
+                self._behind.discard(node)
                 self._on_reply(server_round, reply.site, report)
             del message, reply
         for node, why in (self._stream.not_pulled if self._stream else {}).items():
@@ -222,18 +227,18 @@ class ContentShare(Strategy):
         def use(reply: TrainReply) -> None:
             if reply.round != round:
                 raise ReplyRefused(f"Expected a reply to round {round}; got one to round {reply.round}.")
-            if reply.wire_dtype != (asked := self.plan.release.wire_dtype):
+            if reply.wire_dtype != (asked := self.task.wire_dtype):
                 raise ReplyRefused(f"Expected values as {asked}; got {reply.wire_dtype}.")
             fold.fold(reply.site, reply.update, reply.examples)
 
         def on_refusal(node: int, kind: RefusalKind) -> None:
             if kind is RefusalKind.OUT_OF_ORDER:
-                self._behind.add(node)  # it missed the round that brought the start: the next one brings it
+                self._ask_with_start(round, node)
 
         wall = ReplyWall(
             f"round {round}",
-            PRETRAINING.route,
-            self._plan_sha256,
+            self.task.message_type,
+            self.task.sha256,
             self.roster,
             self._book,
             lambda record: TrainReply.from_record(record, copy=False),
@@ -242,6 +247,14 @@ class ContentShare(Strategy):
         )
         self.report.refused = wall.refused
         return wall
+
+    def _ask_with_start(self, round: int, node: int) -> None:
+        """Ask a site that missed or lost the start once more in this round, with the start; a site that had
+        it and refuses all the same is put aside."""
+        if round == 1 or node in self._behind or self._stream is None:
+            return
+        self._behind.add(node)
+        self._stream.ask(self._message(round, node, self._record(round, self._arrays(), True)))
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

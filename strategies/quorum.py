@@ -1,6 +1,8 @@
 """Quorum: who is asked, how many must answer, what a straggler costs.
 
-Asked are all connected nodes that are a site of the plan, or may be one. A phase needs valid replies of
+A node is the site that its registration says: at a centre, the one whose key the node proves at every call;
+in a simulation, the one that the engine started it as. What a reply says of its site is only checked against
+that. Asked are all connected nodes that are a site of the plan. A phase needs valid replies of
 ceil(quorum · sites). Everything is bounded: nodes are awaited until the deadline, and for little over a
 minute when the quorum is there; replies are awaited until the deadline; a reply after it is never read, and
 one of another round is refused. A site that is lost (its process died, its network is gone) is asked again
@@ -11,8 +13,9 @@ What this file does not do: it reads no weights (`strategies/aggregation.py`).
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 PATIENCE_S = 90.0
@@ -46,42 +49,52 @@ def check_quorum(what: str, valid: int, quorum: float, num_sites: int, reasons: 
         )
 
 
+SiteOf = Callable[[NodeInfo], str]
+"""The site that a node is, from what it is registered with; empty when it is none."""
+
+
+def numbered(node: int, number: int) -> NodeInfo:
+    """A node of a simulation, registered under the number of its site in the plan; no site's name has a
+    space."""
+    return NodeInfo(node_id=node, name=f"site {number}")
+
+
+def by_number(sites: tuple[str, ...]) -> SiteOf:
+    """Who the nodes of a simulation are."""
+    names = {numbered(0, number).name: site for number, site in enumerate(sites)}
+    return lambda node: names.get(node.name, "")
+
+
 class Roster:
-    """Which node is which site, as the nodes' replies say; a node keeps its name for the whole run."""
+    """Which node is which site of a run. `site_of` knows it from a node's registration; by default as in a
+    simulation, where no node of a deployment is anybody."""
 
-    def __init__(self, sites: tuple[str, ...]) -> None:
+    def __init__(self, sites: tuple[str, ...], site_of: SiteOf | None = None) -> None:
         self.sites = sites
+        self._registered = site_of or by_number(sites)
         self._site_of: dict[int, str] = {}
-        self._strangers: set[int] = set()
 
-    def bind(self, node: int, site: str) -> str | None:
-        """Note that `node` says it is `site`; why it cannot be, in one line, or None when it can."""
-        if site not in self.sites:
-            if node not in self._site_of:
-                self._strangers.add(node)
-            return f"Expected a site of the plan; got {site[:60]!r}."
-        if (known := self._site_of.get(node, site)) != site:
-            return f"Expected node {node} to be {known!r} as before; it now says {site!r}."
-        for other, taken in self._site_of.items():
-            if taken == site and other != node:
-                return f"Expected one node per site; {site!r} is node {other} already."
-        self._site_of[node] = site
+    def asked(self, connected: Iterable[NodeInfo]) -> list[int]:
+        """Nodes to ask, in the order of the plan's sites; others are nobody."""
+        nodes: dict[str, int] = {}
+        for node in connected:
+            if (site := self._registered(node)) in self.sites:
+                nodes[site] = node.node_id
+                self._site_of[node.node_id] = site
+        return [nodes[site] for site in self.sites if site in nodes]
+
+    def objection(self, node: int, said: str) -> str | None:
+        """Why a reply of `node` that names the site `said` is not to be used, in one line; None when it is
+        that site."""
+        if (site := self._site_of.get(node)) is None:
+            return f"Expected a reply of a registered site of the plan; node {node} is none."
+        if said != site:
+            return f"Expected a reply of {site!r}, as this node is registered; it says {said[:60]!r}."
         return None
 
     def name(self, node: int) -> str:
-        """The node's site, or "node …" as long as it has not said."""
+        """The node's site, or "node …" for one that is none."""
         return self._site_of.get(node, f"node {node}")
-
-    def asked(self, connected: list[int]) -> list[int]:
-        """Nodes to ask, in the order of the plan's sites, then those that have not said who they are.
-
-        When every site is known, nobody else is asked.
-        """
-        known = {site: node for node, site in self._site_of.items() if node in connected}
-        first = [known[site] for site in self.sites if site in known]
-        if len(first) == len(self.sites):
-            return first
-        return first + sorted(set(connected) - set(self._site_of) - self._strangers)
 
 
 def wait_for_nodes(
@@ -94,7 +107,7 @@ def wait_for_nodes(
     start = time.monotonic()
     end, patient, pause_s = start + deadline_s, start + min(patience_s, deadline_s), 0.05
     while True:
-        asked = roster.asked(list(grid.get_node_ids()))
+        asked = roster.asked(grid.get_nodes())
         if len(asked) >= len(roster.sites) or (len(asked) >= least and time.monotonic() >= patient):
             return asked
         if time.monotonic() >= end:

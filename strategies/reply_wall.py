@@ -97,11 +97,10 @@ class ReplyWall(Generic[Reply]):
             raise ReplyRefused(f"Flower error {message.error.code}")  # its words may be the site's: not kept
         if kind_of(message.content) == "refusal":
             refusal = Refusal.from_record(message.content)
-            self._roster.bind(node, refusal.site)
             self._on_refusal(node, refusal.kind)
             raise ReplyRefused(f"refused: {refusal.kind.value}")
         reply = self._read(message.content)
-        if problem := self._roster.bind(node, reply.site):
+        if problem := self._roster.objection(node, reply.site):
             raise ReplyRefused(problem)
         if reply.plan_sha256 != self._plan_sha256:
             raise ReplyRefused(f"Expected a reply under plan {self._plan_sha256[:12]}; it names another.")

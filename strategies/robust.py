@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from storage.files import private_folder
 from strategies.aggregation import Bounds, Floats, ReplyRefused, Validation, outliers
 
 Rule = Literal["trimmed_mean", "median", "krum"]
@@ -41,7 +42,7 @@ class SpilledReplies:
         self._files: dict[str, Path] = {}
         self._norms: dict[str, float] = {}
         shutil.rmtree(folder, ignore_errors=True)  # what an interrupted round left
-        folder.mkdir(parents=True)
+        private_folder(folder)
 
     def fold(self, site: str, update: Mapping[str, Tensor], examples: int) -> None:
         """Validate one reply and write `update` / examples to a file; whatever is raised, the replies so far

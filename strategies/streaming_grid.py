@@ -11,7 +11,8 @@ that is not pulled is in `not_pulled`, with the reason.
 Such an error means that a site's process or its SuperNode died, or that the network was gone: nobody has
 answered. While others are awaited anyway, or too few have answered, a lost site, or one that was not there
 when the round began, is asked as soon as it is connected, a few times at most; it goes on from what it has on
-disk. For such a site alone nobody waits.
+disk. For such a site alone nobody waits. Whoever reads the replies may also put another question to a site
+that has answered (`ask`), and its reply is awaited with the others.
 What this file does not do: it judges no reply. `unanswered` says who was silent at the deadline.
 """
 
@@ -58,6 +59,7 @@ class StreamingGrid(Grid):
         self._node_of: dict[str, int] = {}
         self.unanswered: dict[int, str] = {}
         """Nodes of the last question that have not answered, with the id of their question."""
+        self._asked: dict[int, int] = {}
         self.not_pulled: dict[int, str] = {}
         """Nodes whose answer to the last question was left at SuperLink, and why."""
         self._pull: Callable[[str], Message | None] = self._pull_as_it_is
@@ -88,6 +90,15 @@ class StreamingGrid(Grid):
         end = None if timeout is None else time.monotonic() + timeout
         return self._replies(end, late)
 
+    def ask(self, message: Message) -> bool:
+        """Put a question to a node while the replies to the last ones are read; whether it was taken. A node
+        is asked `ASKS` times at most."""
+        node = message.metadata.dst_node_id
+        if self._asked.get(node, 0) >= ASKS or not self._push(message):
+            return False
+        self._asked[node] = self._asked.get(node, 0) + 1
+        return True
+
     def _push(self, message: Message) -> bool:
         taken = list(self._inner.push_messages([message]))
         if not taken or not taken[0]:
@@ -98,7 +109,7 @@ class StreamingGrid(Grid):
 
     def _replies(self, end: float | None, late: Late | None) -> Iterator[Message]:
         pause_s, next_look = _SHORTEST_PAUSE_S, time.monotonic() + _LOOK_S
-        asked = dict.fromkeys(self.unanswered, 1)
+        asked = self._asked = dict.fromkeys(self.unanswered, 1)
         lost: dict[int, Message] = {}  # Flower's last error for each
         while self.unanswered or lost:
             answered = False
@@ -126,9 +137,8 @@ class StreamingGrid(Grid):
                     break
                 if time.monotonic() >= next_look:
                     for node in late.nodes():
-                        if (node in lost or node not in asked) and self._push(late.question(node)):
+                        if (node in lost or node not in asked) and self.ask(late.question(node)):
                             lost.pop(node, None)
-                            asked[node] = asked.get(node, 0) + 1
                             _log.warning("Node %d is asked, for time %d of %d.", node, asked[node], ASKS)
                     next_look = time.monotonic() + _LOOK_S
             if not answered:

@@ -46,6 +46,7 @@ def small_model(tokenizer: Tokenizer, **changes: Any) -> GenerativeModel:
         "body_parts": ("head",),
         "categories": ("ill", "well"),
         "policy": "federated",
+        "patient_data": False,
         "provenance": {},
     }
     return GenerativeModel(**parts | changes)

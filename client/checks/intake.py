@@ -62,6 +62,11 @@ LEAST_KEPT = 0.95
 def data_line(found: Found) -> Line:
     """What the folder holds, by names and headers alone; nothing found comes with the reasons."""
     what = f"{len(found.candidates)} files or series that may be scans"
+    contrasts = Counter(candidate.modality for candidate in found.candidates)
+    if len(contrasts) > 1:
+        what += ", of contrasts " + ", ".join(
+            f"{shown(name) or 'unnamed'} {count}" for name, count in contrasts.most_common(MOST_LINES)
+        )
     reasons = Counter(one.reason for one in found.exclusions)
     cures = [CURES[reason] for reason in _unwanted(reasons) if reason in CURES]
     if not found.candidates:
@@ -172,12 +177,12 @@ def closing(found: Found | Cohort, rule: PatientMap, looks: Sequence[str]) -> It
     if isinstance(found, Cohort):
         scans = [file for scan in found.scans for file in scan.files]
         labels = {scan.label_path for scan in found.scans} - {None}
-        inside = f"in {len(scans)} of {len(found.scans)} scans and {len(labels)} labels"
+        inside = f"in: {len(scans)} files of {len(found.scans)} scans, {len(labels)} labels"
         num_patients = len(found.patients())
     else:
         scans = [file for candidate in found.candidates for file in candidate.files]
         labels = {candidate.label for candidate in found.candidates} - {None}
-        inside = f"{len(scans)} of {len(found.candidates)} scans and {len(labels)} labels, unread"
+        inside = f"maybe in: {len(scans)} files of {len(found.candidates)} scans, {len(labels)} labels"
         num_patients = rule.num_patients
     tables = sum(one.reason is Reason.TABLE for one in found.exclusions)
     others = [one for one in found.exclusions if one.reason is not Reason.TABLE]

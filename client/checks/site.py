@@ -12,7 +12,7 @@ from typing import Literal
 
 from client.approvals import Approvals
 from client.books import open_books
-from client.centre_checks import centre_check, clock_check
+from client.checks.centre import centre_check, clock_check
 from client.checks.intake import (
     closing,
     cohort_lines,
@@ -25,14 +25,18 @@ from client.checks.machine import device_check, disk_check, folder_check, memory
 from client.checks.proxies import proxy_check
 from client.connection.certificate_checks import certificate_check
 from client.connection.keys import SiteKeys
+from client.exact_sums import fewest_patients
 from client.exchanges.exchange import AskRefused
-from client.exchanges.latents import RAW_CONSENT, consent
+from client.exchanges.latents import consent
+from client.refusals import stopped_plans
 from client.scans.cohort import SPLITS, Cohort
 from client.scans.layouts import Found
 from client.scans.names import alike
 from client.scans.scans import Reason
 from client.site import Site, SiteConfig, SiteProgress, survey_site
 from federation.bundle import running_bundle
+from federation.exchanges.erasure import ERASURE
+from federation.exchanges.probes import PROBES, widest_sums
 from federation.exchanges.survey import smallest_cohort
 from federation.keys.certificates import utc_now
 from federation.plan import RunPlan
@@ -102,6 +106,7 @@ def _checks(
     try:
         site = Site(config)
         yield _books(config)
+        yield _stopped(site)
     except BrokenChain as error:
         yield Check("ledger and journal", "failed", str(error), "Do not delete it: ask who changed it.")
         return
@@ -128,6 +133,7 @@ def _checks(
         return
     yield from _cohort(cohort, plan, config)
     yield from (Check(*line) for line in cohort_lines(cohort, plan.volumes))
+    yield _sums(cohort, plan, config)
     yield from _cache(site, cohort, plan)
 
 
@@ -136,7 +142,8 @@ def _advice(plan: RunPlan, config: SiteConfig) -> str:
     try:
         consent(plan, config.latent_release)
     except AskRefused:
-        return f"If your hospital agrees, set in site.yaml latent_release: {RAW_CONSENT!r}"
+        assert plan.diffusion is not None
+        return f"If your hospital agrees, set in site.yaml latent_release: {plan.diffusion.release.consent!r}"
     return "Ask the centre for the plan of your consortium."
 
 
@@ -180,6 +187,41 @@ def _books(config: SiteConfig) -> Check:
         advice = "Was an older journal put back? Compare with the centre's: meduet-server journal show."
         return Check("ledger and journal", "look", found, advice)
     return Check("ledger and journal", "ok", f"{found}, and they agree")
+
+
+def _stopped(site: Site) -> Check:
+    """Whether the site has stopped under a plan, as too many questions could not be answered."""
+    stopped = stopped_plans(site.journal.entries())
+    if not stopped:
+        return Check("questions", "ok", "answered under every plan")
+    named = ", ".join(f"{sha256[:12]}…" for sha256 in stopped)
+    advice = (
+        "Read site.log and meduet-site journal show: a fault here, or weights made to read a patient? Then "
+    )
+    return Check(
+        "questions", "failed", f"no longer answered under {named}", advice + "meduet-site plan resume HASH."
+    )
+
+
+def _sums(cohort: Cohort, plan: RunPlan, config: SiteConfig) -> Check:
+    """Whether the sums of products that the plan asks for would be of too few patients."""
+    if config.allow_exact_sums:
+        return Check("exact sums", "ok", "may leave over few patients, too (site.yaml: allow_exact_sums)")
+    train = len(cohort.patients("train"))
+    probed = train if plan.probes.patients == "train" else len(cohort.patients()) - train
+    needed = {
+        "site erasure": (train, fewest_patients(plan.network.width), ERASURE.rounds(plan)),
+        "probes": (probed, plan.probes.folds * fewest_patients(widest_sums(plan)), PROBES.rounds(plan)),
+    }
+    short = [
+        f"{name}: {came} of {least} patients"
+        for name, (came, least, asked) in needed.items()
+        if asked and came < least
+    ]
+    if not short:
+        return Check("exact sums", "ok", "none that the plan asks for would be of too few patients")
+    advice = "This site is left out of these; the run goes on. To agree: allow_exact_sums in site.yaml."
+    return Check("exact sums", "look", "; ".join(short), advice)
 
 
 def _approvals(config: SiteConfig) -> Check:

@@ -1,6 +1,6 @@
 """`meduet-site journal show | verify`: what left this hospital, and whether the record of it is whole.
 
-What it does not do: any of the work; see `federation/journal_reading.py`.
+What it does not do: any of the work; see `federation/journal.py`.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def add_to(commands: Any) -> None:
 def _show(chosen: argparse.Namespace, console: Console) -> int:
     from client.books import JOURNAL
     from client.site import load_site_config
-    from federation.journal_reading import journal_lines, read_journal
+    from federation.journal import journal_lines, read_journal
 
     entries = read_journal(load_site_config(chosen.config).state_dir / JOURNAL)
     say(console, *journal_lines(entries, chosen.full))
@@ -45,7 +45,7 @@ def _show(chosen: argparse.Namespace, console: Console) -> int:
 def _verify(chosen: argparse.Namespace, console: Console) -> int:
     from client.books import JOURNAL, read_books
     from client.site import load_site_config
-    from federation.journal_reading import journal_verdict
+    from federation.journal import journal_verdict
     from privacy.chain import BrokenChain
 
     state = load_site_config(chosen.config).state_dir

@@ -1,4 +1,5 @@
-"""`meduet-site plan show | list | approve | withdraw`: a hospital reads a plan and says yes, or no longer.
+"""`meduet-site plan show | list | approve | withdraw | resume`: a hospital reads a plan and says yes, or no
+longer.
 
 What it does not do: any of the work; see `plan_words.py` and `approvals.py`.
 """
@@ -9,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from client.approvals import SHORTEST
 from federation.terminal import DONE, cell, say
+from storage.files import private_folder
 
 if TYPE_CHECKING:
     from client.approvals import Approvals
@@ -26,6 +29,7 @@ def add_to(commands: Any) -> None:
         ("show", "what will run, on which data, what will leave, in which code", _show, named),
         ("approve", "agree to a plan that was shown", _approve, "hash of the plan"),
         ("withdraw", "no longer agree to it", _withdraw, "hash of the plan"),
+        ("resume", "answer again, after the site stopped and you read why", _resume, "hash of the plan"),
         ("list", "the plans that were shown, and which are approved", _list, ""),
     ):
         action = actions.add_parser(name, help=help, description=help.capitalize() + ".")
@@ -42,7 +46,7 @@ def _at_the_site(chosen: argparse.Namespace, console: Console) -> int:
     from client.site import load_site_config
 
     config = load_site_config(chosen.config)
-    config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_folder(config.state_dir)
     status: int = chosen.action(chosen, console, config, Approvals(config.state_dir))
     return status
 
@@ -116,6 +120,25 @@ def _withdraw(
     approvals.withdraw(published)
     say(console, f"Withdrawn: {published.plan.name}, {published.sha256}. The next question is refused;")
     say(console, f"stop meduet-site start to end one that {config.name} is answering now.")
+    return DONE
+
+
+def _resume(
+    chosen: argparse.Namespace, console: Console, config: "SiteConfig", approvals: "Approvals"
+) -> int:
+    from client.books import JOURNAL
+    from client.refusals import resume, stopped_plans
+    from federation.journal import Journal
+
+    journal = Journal(config.state_dir / JOURNAL)
+    found = [sha256 for sha256 in stopped_plans(journal.entries()) if sha256.startswith(chosen.plan)]
+    if len(chosen.plan) < SHORTEST or len(found) != 1:
+        raise ValueError(
+            f"Expected the hash ({SHORTEST} digits or more) of a plan under which this site stopped; got "
+            f"{chosen.plan[:80]!r}. meduet-site check lists them."
+        )
+    resume(journal, found[0])
+    say(console, f"Questions of plan {found[0][:12]}… are answered again.")
     return DONE
 
 

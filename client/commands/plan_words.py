@@ -2,22 +2,50 @@
 code.
 
 For the person at a hospital who says yes or no. Every sentence is read from the plan; where numbers leave,
-it is said how many, under which bound, and that no noise is added. Does not do: recommend.
+it is said how many, under which bound, what can be told from them, how often they may be asked for, and that
+no noise is added. Does not do: recommend.
 """
 
 import dataclasses
 import math
 from collections.abc import Iterator
 
-from federation.exchanges.erasure import content_bound, erasure_shapes, share_bound
+from client.exact_sums import fewest_patients
+from client.refusals import MOST
+from federation.exchanges.diffusion import DIFFUSION
+from federation.exchanges.erasure import ERASURE, content_bound, erasure_shapes, share_bound
 from federation.exchanges.finetuning import FinetunePlan
-from federation.exchanges.probes import sums_bound, sums_shapes
-from federation.exchanges.survey import smallest_cohort, survey_layout
+from federation.exchanges.latents import LATENTS
+from federation.exchanges.pretraining import PRETRAINING
+from federation.exchanges.probes import PROBES, sums_bound, sums_shapes, widest_sums
+from federation.exchanges.survey import SURVEY, smallest_cohort, survey_layout
 from federation.plan import RunPlan
 from federation.published_plan import PublishedPlan
 from federation.wire import num_bytes
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import shared_keys
+
+ONCE = (
+    "Each is answered once: the same question gets the same answer again, another in its place is refused, "
+    f"and stands in your journal. After {MOST} questions that could not be answered your site stops, until "
+    "you say to go on."
+)
+_SURVEY_TELLS = (
+    "how your scanner's images look, on average; of one patient little, unless nearly all of your scans are "
+    "known to somebody."
+)
+_CENTRE_TELLS = (
+    " THE MEAN OF EVERY VOXEL IS AMONG THEM (style.centre=full): from it, whether a person whose scan "
+    "somebody else holds is among yours."
+)
+_UPDATE_TELLS = (
+    "from the change and the weights before it, parts of the scans of a small batch can be reconstructed, "
+    "and whether a known scan was trained on. Which scans met in a batch is drawn from a secret of your site."
+)
+_HITS_TELL = (
+    " The number of recognised patients answers one question of the centre's choosing about them, such as "
+    "whether a known person is there."
+)
 
 Line = tuple[str, str]
 """A heading (empty: the paragraph before goes on) and a sentence."""
@@ -50,8 +78,9 @@ def _run(plan: RunPlan, site_minimum: int) -> Iterator[Line]:
         f"{training.rounds * aggregation.deadline_s / 3600:.1f} hours of waiting.",
     )
     least = smallest_cohort(plan, site_minimum)
-    raw = plan.diffusion is not None and plan.diffusion.policy == "raw"
-    beside = "AND LATENTS OF SINGLE SCANS, SEE BELOW" if raw else "no scan, no file name, no label"
+    beside = (
+        "no scan, no file name, no label" if plan.diffusion is None else plan.diffusion.release.beside_sums
+    )
     yield "What leaves", f"Sums over your patients, never of fewer than {least}; {beside}."
     if aggregation.method != "alone":
         layout = survey_layout(plan)
@@ -61,6 +90,7 @@ def _run(plan: RunPlan, site_minimum: int) -> Iterator[Line]:
             f"spreads of latents); one patient's share is at most {layout.bound:g} long; and how many "
             "patients and scans.",
         )
+        yield _told(_SURVEY_TELLS + (_CENTRE_TELLS if layout.centre else ""))
     yield from _round(plan)
     if plan.probes.every_rounds:
         yield (
@@ -70,6 +100,7 @@ def _run(plan: RunPlan, site_minimum: int) -> Iterator[Line]:
             f"{', '.join(plan.probes.anatomy) or 'none'}); one patient's share is at most "
             f"{sums_bound(plan):.3g} long; then how many patients were recognised.",
         )
+        yield _told(_few(widest_sums(plan), " in each fold") + _HITS_TELL)
     if aggregation.method not in ("alone", "pooled"):
         yield (
             "",
@@ -77,11 +108,40 @@ def _run(plan: RunPlan, site_minimum: int) -> Iterator[Line]:
             f"(each at most {content_bound(plan):.3g} long); one patient's share is at most "
             f"{share_bound(plan):.3g} long.",
         )
+        yield _told(_few(network.width))
     if plan.diffusion is not None:
         yield from _diffusion(plan)
+    yield from _how_often(plan)
     yield (
         "Noise",
         "None is added anywhere: what leaves is bounded, not differentially private (epsilon infinite).",
+    )
+
+
+def _how_often(plan: RunPlan) -> Iterator[Line]:
+    """How often each thing may be asked, in all."""
+    counted = (
+        ("survey", SURVEY),
+        ("rounds of training", PRETRAINING),
+        ("probes (two questions each)", PROBES),
+        ("site erasure", ERASURE),
+        ("releases of latents", LATENTS),
+        ("rounds of the diffusion model", DIFFUSION),
+    )
+    asked = [f"{name}: {times}" for name, one in counted if (times := len(one.rounds(plan)))]
+    yield "How often", f"In all: {', '.join(asked)}. {ONCE}"
+
+
+def _told(what: str) -> Line:
+    return "", f"  What that can tell: {what}"
+
+
+def _few(width: int, where: str = "") -> str:
+    return (
+        "over few patients, exactly whether a person whose scan somebody else holds is among yours, and what "
+        f"was measured of that patient. So they leave only from {fewest_patients(width)} patients{where}, or "
+        "where site.yaml agrees (allow_exact_sums); otherwise your site says so and the run goes on. Larger "
+        "sums blur that; they do not rule it out."
     )
 
 
@@ -103,39 +163,30 @@ def _round(plan: RunPlan) -> Iterator[Line]:
         f"{plan.release.wire_dtype}), clipped to a length of {plan.release.update_clip_norm:g} times how "
         "many scans were trained on; that number; losses and seconds.",
     )
+    yield _told(_UPDATE_TELLS)
 
 
 def _diffusion(plan: RunPlan) -> Iterator[Line]:
     diffusion = plan.diffusion
     assert diffusion is not None
-    if diffusion.policy == "raw":
-        amount = f"at most {diffusion.items_per_site}" if diffusion.items_per_site else "all"
-        yield (
-            "",
-            f"For a diffusion model: LATENTS OF {amount} of your training scans, each clipped to a root mean "
-            f"square of {diffusion.latent_clip:g}, told with {', '.join(diffusion.conditions) or 'nothing'}. "
-            "The tokenizer's decoder is public: whoever holds a latent can see the scan.",
-        )
-    else:
-        yield (
-            "",
-            f"For a diffusion model, in {diffusion.rounds} more rounds: the change of its weights, clipped "
-            f"to a length of {diffusion.update_clip_norm:g} times how many scans were trained on; no latent "
-            "leaves.",
-        )
+    amount = f"at most {diffusion.items_per_site}" if diffusion.items_per_site else "all"
+    told = ", ".join(diffusion.conditions) or "nothing"
+    yield "", diffusion.release.sentence.format(diffusion=diffusion, amount=amount, told=told)
 
 
 def _finetuning(plan: RunPlan, finetuning: FinetunePlan) -> Iterator[Line]:
+    from meduet_models.downstream.tasks import task_of  # MONAI takes seconds to import
+
     local = finetuning.local
     trained = "the head alone" if local.encoder == "frozen" else "encoder and head"
+    target = task_of(local.task).words(finetuning.named)
     told = ", ".join(f"{value} as {label}" for value, label in local.label_values.items())
     told = f", label values {told}, all others as 0" if told else ""
-    target = "a class of every voxel" if local.task == "segmentation" else f"{finetuning.target!r}"
     yield "Who", f"{len(plan.sites)} sites: {', '.join(plan.sites)}."
     yield (
         "What",
         f"Fine-tuning of run {plan.sha256[:12]}… with your labels: {trained} learn to predict {target} "
-        f"({local.classes} classes{told}).",
+        f"(task {local.task}, {local.classes} outputs{told}).",
     )
     yield "On which data", f"{_data(plan)} Of those with a label, {finetuning.label_share:.0%}."
     yield (
@@ -149,6 +200,8 @@ def _finetuning(plan: RunPlan, finetuning: FinetunePlan) -> Iterator[Line]:
         f"{finetuning.update_clip_norm:g} times how many scans were trained on; that number; losses and "
         "seconds.",
     )
+    yield _told(_UPDATE_TELLS)
+    yield "How often", f"In all: rounds of fine-tuning: {finetuning.rounds}. {ONCE}"
     yield (
         "Noise",
         "None is added anywhere: what leaves is bounded, not differentially private (epsilon infinite).",

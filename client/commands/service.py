@@ -9,6 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
+from storage.files import private_folder
+
 
 def add_to(commands: Any) -> None:
     """Add these commands to `meduet-site`'s parser."""
@@ -16,7 +18,7 @@ def add_to(commands: Any) -> None:
         "start",
         help="join the federation: run Flower's SuperNode, until SIGTERM or Ctrl-C",
         description="Start and supervise what connects this site to the centre. Only this machine calls out; "
-        "nothing listens but on loopback. What ends is started again. Refuses until a person here has "
+        "nothing listens on a port. What ends is started again. Refuses until a person here has "
         "confirmed who the patients are (check --confirm-patients).",
     )
     start.add_argument("--config", type=Path, required=True, metavar="FILE", help="the site's site.yaml")
@@ -31,7 +33,7 @@ def _start(chosen: argparse.Namespace, console: Console) -> int:
     from federation.processes import become_supervisor
 
     config = load_site_config(chosen.config)
-    config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_folder(config.state_dir)
     children = supernode_processes(config, chosen.config)
     open_books(config.state_dir)
     found = survey_site(config).patients

@@ -29,8 +29,9 @@ from federation.keys.certificates import (
     read_key,
     site_of,
 )
-from federation.keys.key_files import PUBLIC, private_folder, read_file, refuse_work_tree, write_file
+from federation.keys.key_files import key_folder, read_file, refuse_work_tree
 from federation.keys.kits import AUTHORITY, CERTIFICATE, CONNECTION, KEY, SETTINGS, Connection, unpack_kit
+from storage.files import PUBLIC, write_whole
 
 KEYS = "keys"
 """Folder of the keys, beside site.yaml."""
@@ -84,13 +85,13 @@ def request_certificate(site: str, into: Path) -> tuple[Path, str]:
     Asked again, the same key asks again. Raises `ValueError` when `into` is in a git work tree.
     """
     refuse_work_tree(into)
-    folder = private_folder(into / KEYS)
+    folder = key_folder(into / KEYS)
     path = folder / KEY
     key = read_key(read_file(path, "the site's private key")) if path.exists() else new_key()
     if not path.exists():
-        write_file(path, key_pem(key))
+        write_whole(path, key_pem(key))
     request = into / f"{checked_name(site)}.csr"
-    write_file(request, certificate_pem(make_request(site, key)), PUBLIC)
+    write_whole(request, certificate_pem(make_request(site, key)), PUBLIC)
     return request, key_fingerprint(key.public_key())
 
 
@@ -124,14 +125,14 @@ def install(source: Path, into: Path, now: datetime) -> SiteKeys:
     check_certificate(certificate, authority, "site", now)
     if site_of(certificate) != connection.site or public_key_of(certificate) != key.public_key():
         raise ValueError("Expected a kit whose certificate is for its site and key; it is for another.")
-    private_folder(folder)
-    write_file(folder / KEY, key_pem(key))
-    write_file(folder / NODE_KEY, node_key(key))
-    write_file(folder / NODE_PUBLIC_KEY, node_public_key(key.public_key()), PUBLIC)
+    key_folder(folder)
+    write_whole(folder / KEY, key_pem(key))
+    write_whole(folder / NODE_KEY, node_key(key))
+    write_whole(folder / NODE_PUBLIC_KEY, node_public_key(key.public_key()), PUBLIC)
     for name in (AUTHORITY, CERTIFICATE, CONNECTION):
-        write_file(folder / name, files[name], PUBLIC)
+        write_whole(folder / name, files[name], PUBLIC)
     if not (into / SETTINGS).exists():
-        write_file(into / SETTINGS, files[SETTINGS], PUBLIC)
+        write_whole(into / SETTINGS, files[SETTINGS], PUBLIC)
     return SiteKeys.open(folder)
 
 
@@ -149,7 +150,7 @@ def _install_certificate(content: bytes, into: Path, now: datetime) -> SiteKeys:
         raise ValueError(
             f"Expected a certificate for the key in {folder}; it is for another. Ask the centre."
         )
-    write_file(folder / CERTIFICATE, certificate_pem(certificate), PUBLIC)
+    write_whole(folder / CERTIFICATE, certificate_pem(certificate), PUBLIC)
     return SiteKeys.open(folder)
 
 

@@ -4,11 +4,14 @@ Flower 1.41 speaks TLS to the centre without showing a certificate of its own, s
 refuse it. This program is `flower-supernode`, with one class changed: connections to the centre carry the
 site's certificate. It is run as a program (`client/connection/supernode.py`), with the same arguments.
 
-Three more things a hospital needs. With a network that drops packets for two minutes, Flower takes a TLS
-handshake that nobody answers for a wrong certificate and gives up for good; here it is a connection that
-failed, and tried again. A SuperNode that gave up stays as a process that does nothing, since one of its
-threads never ends; here the process ends, and its supervisor starts it again. And where the centre does not
-accept the signature, as when the clock is off, Flower ends "gracefully"; here it is said.
+Five more things a hospital needs. What SuperNode serves to this machine it serves on a socket of its own
+account (`federation/local_socket.py`), and no port is open. With a network that drops packets for two
+minutes, Flower takes a TLS handshake that nobody answers for a wrong certificate and gives up for good; here
+it is a connection that failed, and tried again. A SuperNode that gave up stays as a process that does
+nothing, since one of its threads never ends; here the process ends, and its supervisor starts it again. Where
+the centre does not accept the signature, as when the clock is off, Flower ends "gracefully"; here it is
+said. And Flower runs whatever code the centre sends; here it is checked first
+(`client/connection/checked_fetch.py`).
 
 Does not do: anything else; Flower's own checks of the server's certificate and name hold.
 Source: flwr 1.41, `flwr/supernode/fleet_http_connection.py`; a private class, pinned with Flower.
@@ -17,15 +20,21 @@ Source: flwr 1.41, `flwr/supernode/fleet_http_connection.py`; a private class, p
 import logging
 import os
 import ssl
+from pathlib import Path
 from typing import Any, NoReturn
 
 import httpx
-from flwr.supernode import fleet_http_connection
+from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.cli.flower_supernode import flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
+from client.connection.checked_fetch import checked
+from federation.local_socket import serve_on_socket_only
+
 CERTIFICATE, KEY = "MEDUET_CLIENT_CERTIFICATE", "MEDUET_CLIENT_KEY"
 """Environment variables with the paths of the site's certificate and key, PEM."""
+STATE = "MEDUET_STATE"
+"""Environment variable with the folder of the site's books."""
 LOST = 1
 """Exit status of a SuperNode that lost the centre."""
 NOT_ACCEPTED = 401
@@ -60,7 +69,10 @@ class MutualTls(FleetHttpClient):
 
 def main() -> NoReturn:
     """`flower-supernode`, with the same arguments; ends this process, whatever its threads do."""
+    pull = checked(start_client_internal._pull_and_store_message, Path(os.environ[STATE]))
     fleet_http_connection.FleetHttpClient = MutualTls  # type: ignore[attr-defined,assignment]
+    serve_on_socket_only()
+    start_client_internal._pull_and_store_message = pull
     try:
         flower_supernode()
     except SystemExit:

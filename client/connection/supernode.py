@@ -1,10 +1,10 @@
 """Flower's side of a site: SuperNode and SuperExec as children of one supervisor.
 
 SuperNode fetches questions from the centre and brings answers back; it only calls out. SuperExec starts a
-process per question (`client/app.py`), and the two share a secret, so that no other user of the machine can
-hand in an answer. A SuperNode that was killed is refused for up to 66 s (exit 305): the supervisor tries on.
-SuperNode reads the site's certificate when it starts only: when another lies there that checks out, it is
-started again between two questions.
+process per question (`client/app.py`). The two share a secret, and speak through a socket that no other user
+of the machine can open, so that none can take a question or hand in an answer. A SuperNode that was killed is
+refused for up to 66 s (exit 305): the supervisor tries on. SuperNode reads the site's certificate when it
+starts only: when another lies there that checks out, it is started again between two questions.
 
 Does not do: answer anything, or read a scan.
 Source: flwr 1.41, `flower-supernode --help`.
@@ -17,6 +17,7 @@ from pathlib import Path
 import meduet_models.tokenizer.tokenizer
 from client.app import SITE_CONFIG
 from client.connection import mutual_tls
+from client.connection.arriving_bundle import InstalledCode
 from client.connection.certificate_checks import certificate_check
 from client.connection.keys import NODE_KEY, SiteKeys
 from client.site import SiteConfig
@@ -35,9 +36,10 @@ from federation.processes import ChildProcess
 
 SUPERNODE = "supernode"
 FOLDER = "processes"
-_CHECK = (
+SOCKET = "supernode.sock"
+_PROGRAM = (
     "import sys; root = sys.argv.pop(1); root in sys.path or sys.path.insert(0, root); "  # this code's
-    "from client.connection.certificate_checks import main; sys.exit(main())"
+    "from client.connection.{} import main; sys.exit(main())"
 )
 
 
@@ -45,38 +47,40 @@ def supernode_processes(config: SiteConfig, config_path: Path) -> tuple[ChildPro
     """SuperNode and SuperExec of the site that `config_path` describes, in the order of their start.
 
     Raises `ValueError` when there are no keys, they do not belong together, are not valid now or can be read
-    by others, or when the application would not find the tokenizer.
+    by others, when the application would not find the tokenizer, or when this code is not a checkout.
     """
     keys = _usable_keys(config)
     _check_tokenizer(config)
+    InstalledCode.read()
     folder = config.state_dir / FOLDER
-    variables = environment(folder / "flower")
+    variables = environment(folder / "flower", folder / SOCKET)
     secret = str(secret_file(folder / "superexec.secret"))
     supernode = ChildProcess(
         name=SUPERNODE,
-        # -P: this file's folder must not be searched for modules; it has names that others use
         command=(
-            *(sys.executable, "-P", mutual_tls.__file__),
+            *(sys.executable, "-P", "-c", _PROGRAM.format("mutual_tls"), str(ROOT)),
             *("--superlink", keys.connection.server),
             *("--root-certificates", str(keys.folder / AUTHORITY)),
             *("--auth-supernode-private-key", str(keys.folder / NODE_KEY)),
             *("--node-config", f"{SITE_CONFIG}={json.dumps(str(config_path.resolve()))}"),
             *("--isolation", "process", "--superexec-auth-secret-file", secret),
-            *("--host", "127.0.0.1", "--port", str(config.port)),
         ),
         environment={
             **variables,
             mutual_tls.CERTIFICATE: str(keys.folder / CERTIFICATE),
             mutual_tls.KEY: str(keys.folder / KEY),
+            mutual_tls.STATE: str(config.state_dir.resolve()),
         },
         meanings=EXIT_MEANINGS,
         exit_pattern=EXIT_PATTERN,
         reads_once=tuple(str(keys.folder / name) for name in (CERTIFICATE, KEY, NODE_KEY, AUTHORITY)),
-        check=(sys.executable, "-P", "-c", _CHECK, str(ROOT), str(keys.folder), config.name),
+        check=(
+            *(sys.executable, "-P", "-c", _PROGRAM.format("certificate_checks"), str(ROOT)),
+            *(str(keys.folder), config.name),
+        ),
         not_while=SUPEREXEC,
     )
-    runtime_api = (f"127.0.0.1:{config.port}", "--insecure")  # loopback, and the secret
-    superexec = superexec_process(secret, variables, runtime_api)
+    superexec = superexec_process(secret, variables, ("localhost", "--insecure"))  # a name; the socket is it
     return supernode, superexec
 
 

@@ -1,10 +1,8 @@
 """A site's answer to the federated diffusion model: a round of the federated diffusion model on its own
 latents.
 
-In the order of every answer: accept, a place in the ledger, then the first scan; what leaves passes the gate.
 AdamW's moments (and the alignment's projector, which never travels) stay at the site between rounds, one
-state per round, so a round that is asked twice is answered the same, without training if it was done
-(`client/round_result.py`); one that was cut short goes on where it was (`client/partial_round.py`). Does not
+state per round; a round that was cut short goes on where it was (`client/training/site_state.py`). Does not
 do: know Flower's messages, catch anything, release a latent (`client/exchanges/latents.py`), use held-out
 patients.
 """
@@ -15,13 +13,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from client.exchanges.exchange import Answer, AskRefused, OnStep, Site, bank_of, before_deadline, no_step
+from client.exchanges.exchange import Answer, AskRefused, OnStep, Site, bank_of, before_deadline
 from client.exchanges.pretraining import train_mail
 from client.latents.examples import ScansWithGeometry, SiteExamples
-from client.partial_round import PartialRound, cohort_sha256
 from client.release import Gate, Released
-from client.round_result import RoundResult
-from client.training.site_state import SiteState, StateFolder
+from client.site_secret import seed_of
+from client.training.site_state import RoundResult, SiteState, StateFolder, UnderWay, cohort_sha256
 from client.training.trainee import WrongWeights
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.diffusion import DIFFUSION, DiffusionAsk, encoder_of, transformer_of
@@ -48,24 +45,17 @@ def answer_diffusion(
     site: Site,
     ask: DiffusionAsk,
     plan: RunPlan,
-    on_step: OnStep = no_step,
+    gate: Gate,
+    on_step: OnStep,
 ) -> Released:
     """Train the diffusion model for a round and release examples · (weights after - before).
 
-    Raises `AskRefused` when the plan has no federated diffusion model, the round is not one of its, or took
-    longer than the plan's deadline, and `WrongWeights` for another model or encoder.
+    Raises `AskRefused` when the round took longer than the plan's deadline, and `WrongWeights` for another
+    model or encoder.
     """
     on_step = before_deadline(plan.aggregation.deadline_s, on_step)
-    site.accept(plan)
     diffusion = plan.diffusion
-    if diffusion is None or ask.round not in DIFFUSION.rounds(plan):
-        raise AskRefused(
-            f"Expected a plan with a federated diffusion model and one of its rounds; got round {ask.round}.",
-            RefusalKind.MALFORMED,
-        )
-    promise = DIFFUSION.promise(plan, ask)
-    reservation = site.ledger.reserve(ask.plan_sha256, ask.round, promise)
-
+    assert diffusion is not None, "the plan has this question"
     try:
         encoder = encoder_of(plan, ask.encoder).to(site.device)
     except ValueError as error:
@@ -78,19 +68,17 @@ def answer_diffusion(
         raise WrongWeights(f"Expected the diffusion model of this plan; {odd!r} is another.")
 
     states = StateFolder(site.state_dir / "diffusion", ask.plan_sha256)
-    if ask.round == 1:
-        states.begin({})
-    kept = states.before(ask.round)
+    place = states.enter(ask.round, dict)  # the model comes whole: who lost AdamW's moments starts them anew
     trainee = DiffusionTrainee(
         transformer,
         Conditioner(encoder, maps=plan.volumes.registered),
         diffusion.training,
         total_steps=diffusion.steps(plan.training.rounds),
-        seed=_seed(plan, site),
+        seed=seed_of(site.secret, "diffusion", plan.seed),
         bank=bank_of(plan, ask.bank),
     )
-    if kept.optimiser:
-        trainee.load(kept.optimiser)
+    if place.kept.optimiser:
+        trainee.load(place.kept.optimiser)
     transformer.load_state_dict({**transformer.state_dict(), **ask.shared})
 
     scans = site.scans(plan)
@@ -104,31 +92,29 @@ def answer_diffusion(
         "bank_sha256": sha256_of_tensors(ask.bank),
         "cohort_sha256": cohort_sha256(scans),
     }
-    keep = states.result(ask.round, kept, question)
-    before = keep.read()
-    result = before or _train(
+    result = _train(
         trainee,
         source,
         diffusion,
         ask,
-        states.partial(ask.round, kept, question, site.progress_every_s),
+        place.under_way(question, site.progress_every_s),
         on_step,
     )
     norm = result.metrics["update_norm"]
-    released = Gate(site.ledger, site.journal).release(
-        reservation,
+
+    def keep() -> None:
+        after = SiteState(round=ask.round, began_from=place.kept.round, home={}, optimiser=trainee.state())
+        place.leave(after, shared_sha256)
+
+    return gate.release(
         result.update,
         mine,
         weight=float(result.examples),
         counts={"examples": result.examples},
-        metrics=result.metrics | {"clip_factor": clip_factor(norm, promise.bound)},
+        metrics=result.metrics | {"clip_factor": clip_factor(norm, gate.promise.bound)},
         wire_dtype=plan.release.wire_dtype,
+        keep=keep,
     )
-    if before is None:
-        after = SiteState(round=ask.round, began_from=kept.round, home={}, optimiser=trainee.state())
-        states.save(after, shared_sha256)
-        keep.write(result)
-    return released
 
 
 def _train(
@@ -136,7 +122,7 @@ def _train(
     source: SiteExamples,
     diffusion: DiffusionPlan,
     ask: DiffusionAsk,
-    partial: PartialRound,
+    under_way: UnderWay,
     on_step: OnStep,
 ) -> RoundResult:
     """The steps of a round, from wherever it is."""
@@ -150,13 +136,13 @@ def _train(
         lists = {f"{_TOLD}{name}": torch.tensor(values, dtype=torch.float64) for name, values in told.items()}
         return trainee.state() | lists
 
-    done, spent = partial.resume(load)
+    done, spent = under_way.resume(load)
     began = time.perf_counter() - spent
     first = (ask.round - 1) * diffusion.steps_per_round
     for step in range(done, diffusion.steps_per_round):
         for name, value in trainee.step(source, first + step).items():
             told.setdefault(name, []).append(value)
-        partial.offer(step + 1, time.perf_counter() - began, tensors)
+        under_way.offer(step + 1, time.perf_counter() - began, tensors)
         on_step(step + 1, told["loss"][-1])
 
     after = trainee.transformer.named_parameters()
@@ -171,11 +157,6 @@ def _train(
         },
         examples=len(source),
     )
-
-
-def _seed(plan: RunPlan, site: Site) -> int:
-    """Another stream of draws at each site."""
-    return plan.seed * 1_000 + plan.participants.index(site.name)
 
 
 ANSWER = Answer(DIFFUSION, answer_diffusion, train_mail)

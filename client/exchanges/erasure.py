@@ -3,15 +3,17 @@
 Does not do: fit anything (`meduet_models/erasure.py`).
 """
 
+import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from client.exchanges.exchange import Answer, AskRefused, OnStep, Site, bank_of, no_step
+from client.exact_sums import check_sums
+from client.exchanges.exchange import Answer, AskRefused, OnStep, Site, bank_of
 from client.latents.batches import Batches
 from client.release import Gate, Released
-from client.training.site_state import StateFolder
+from client.training.site_state import StateFolder, StateMissing
 from client.training.trainee import student_of
 from federation.exchanges.erasure import (
     ERASURE,
@@ -30,18 +32,22 @@ from meduet_models.erasure import ErasureMoments
 from meduet_models.style.moments import CohortTooSmall
 
 _SCANS_AT_ONCE = 16
+_log = logging.getLogger(__name__)
 
 
-def answer_erasure(site: Site, ask: ErasureAsk, plan: RunPlan, on_step: OnStep = no_step) -> Released:
+def answer_erasure(site: Site, ask: ErasureAsk, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
     """Sums of pooled content over the training patients, under the run's last weights: in their own style,
     and how it varies when they wear every style of the bank.
 
-    Raises `CohortTooSmall` below the minimum.
+    Raises `CohortTooSmall` below the minimum, and `TooFewForSums` below ten times the width.
     """
-    site.accept(plan)
-    reservation = site.ledger.reserve(ask.plan_sha256, plan.training.rounds, ERASURE.promise(plan, ask))
     states = StateFolder(site.state_dir / "state", ask.plan_sha256)
-    student = student_of(plan, ask.shared, states.before(plan.training.rounds + 1)).to(site.device).eval()
+    try:
+        kept = states.before(plan.training.rounds + 1)
+    except StateMissing as error:  # what content takes came with the question, but for norm layers at home
+        _log.warning("The sums are told with home weights of the plan's seed: %s", error)
+        kept = None
+    student = student_of(plan, ask.shared, kept).to(site.device).eval()
     width = plan.network.width
     student.set_erasure(torch.zeros(width), torch.eye(width))  # content before any erasure, whatever came
 
@@ -51,6 +57,7 @@ def answer_erasure(site: Site, ask: ErasureAsk, plan: RunPlan, on_step: OnStep =
     least = smallest_cohort(plan, site.minimum_cohort)
     if (came := len(set(patients))) < least:
         raise CohortTooSmall(f"Expected at least {least} patients behind content sums; got {came}.")
+    check_sums(came, width, site.exact_sums)
 
     def content(read: Callable[[list[int]], Tensor]) -> Tensor:
         chunks = [rows[first : first + _SCANS_AT_ONCE] for first in range(0, len(rows), _SCANS_AT_ONCE)]
@@ -66,9 +73,7 @@ def answer_erasure(site: Site, ask: ErasureAsk, plan: RunPlan, on_step: OnStep =
         if not worn:
             raise AskRefused("Expected the run's style bank; got an empty one.", RefusalKind.MALFORMED)
         renderings = RenderingMoments.of(torch.stack(worn), patients, bound)
-    return Gate(site.ledger, site.journal).release(
-        reservation, erasure_tensors(moments, renderings), erasure_shapes(plan), weight=float(came)
-    )
+    return gate.release(erasure_tensors(moments, renderings), erasure_shapes(plan), weight=float(came))
 
 
 def erasure_mail(released: Released, ask: ErasureAsk, site: str) -> ErasureReply:

@@ -1,8 +1,10 @@
 """What every answer of a site shares: the site that answers, its no, the row of the table, the deadline.
 
-An answer goes in this order, always: is the plan one that this site accepts, a place in the ledger, and only
-then the first scan. It returns what passed the gate, and nothing else can be sent (`client/app.py`); each of
-the other files of this folder holds one.
+Every answer goes through `Answer.once`, in this order, always: does the plan have this question, does the
+site still answer, is the plan one that it accepts, a place in the ledger for this question, what left for it
+before, and only then the work, which opens the first scan. The law of an exchange (one answer for each place,
+to one question) stands here and in the ledger, in no exchange's own file: each of the other files of this
+folder holds the work of one. It returns what passed the gate, and nothing else can be sent (`client/app.py`).
 
 Does not do: know Flower's messages, or catch anything.
 Source: docs/architecture.md, "One round".
@@ -12,17 +14,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from client.answers import ANSWERS, KeptAnswers
 from client.latents.batches import TrainingScans
-from client.release import Released
+from client.refusals import is_stopped
+from client.release import Gate, Released
 from client.watchdog import DEADLINE_SHARE
 from federation.exchanges.exchange import Exchange
 from federation.journal import Journal
-from federation.messages import Ask, Reply
+from federation.messages import Ask, MessageError, Reply
 from federation.plan import RunPlan
 from federation.wire import RefusalKind
 from meduet_models.style.bank import StyleBank
@@ -76,6 +80,14 @@ class Site(Protocol):
         """Seconds between two writes of a round under way; 0: after each step."""
 
     @property
+    def exact_sums(self) -> bool:
+        """Whether it lets sums of products over few patients leave (`client/exact_sums.py`)."""
+
+    @property
+    def secret(self) -> bytes:
+        """What its batches and folds are drawn from; stays here."""
+
+    @property
     def ledger(self) -> Ledger:
         """What its patients have been charged."""
 
@@ -97,10 +109,47 @@ class Answer(Generic[AskKind, ReplyKind]):
 
     exchange: Exchange[AskKind, ReplyKind]
     """What is asked."""
-    work: Callable[[Site, AskKind, RunPlan, OnStep], Released]
-    """Reserves, reads, computes and releases."""
+    work: Callable[[Site, AskKind, RunPlan, Gate, OnStep], Released]
+    """Reads, computes and releases through the gate that was opened for this question."""
     mail: Callable[[Released, AskKind, str], ReplyKind]
     """The reply of the site of this name, from what passed the gate and from nothing else."""
+
+    def once(
+        self,
+        site: Site,
+        ask: AskKind,
+        plan: RunPlan,
+        on_step: OnStep = no_step,
+        asked: dict[str, Any] | None = None,
+    ) -> Released:
+        """What leaves for a question: once for each place in the plan, and that again for the same question.
+
+        `asked` is filled with what the books say of the question. Raises `AskRefused` when the plan has no
+        such question, the site has stopped or does not accept the plan, `LedgerRefusal`, `AnsweredBefore`
+        when the place was given to another question, and what the work raises.
+        """
+        asked = {} if asked is None else asked
+        question = ask.sha256()
+        asked.update(plan=ask.plan_sha256, question=question)
+        try:
+            place = self.exchange.place(plan, ask)
+        except MessageError:
+            raise
+        except ValueError as error:
+            raise AskRefused(str(error), RefusalKind.MALFORMED) from error
+        asked.update(place.record())
+        if is_stopped(site.journal.entries(), place.plan_sha256):
+            raise AskRefused(
+                f"Expected a plan whose questions can be answered; too many of {place.plan_sha256[:12]}… "
+                f"could not. Read why above, then: meduet-site plan resume {place.plan_sha256[:12]}.",
+                RefusalKind.STOPPED,
+            )
+        own = place.plan_sha256 if place.plan_sha256 != ask.plan_sha256 else ""
+        site.accept(plan, own)
+        reservation = site.ledger.reserve(place, question, self.exchange.promise(plan, ask))
+        asked["reserved"] = reservation.entry
+        gate = Gate(reservation, site.ledger, site.journal, KeptAnswers(site.state_dir / ANSWERS))
+        return gate.again() or self.work(site, ask, plan, gate, on_step)
 
 
 def bank_of(plan: RunPlan, tensors: dict[str, Tensor]) -> StyleBank | None:

@@ -1,27 +1,22 @@
 """A site's answer to a fine-tuning: a round of federated fine-tuning with its own labels.
 
-In the order of every answer: accept, a place in the ledger, then the first scan; what leaves passes the gate.
 Nothing is kept between rounds, nor within one (they are short): the weights come with the question, and AdamW
-starts anew, so a round that is asked twice is answered the same. Does not do: know Flower's messages, catch
+starts anew. Does not do: know Flower's messages, catch
 anything, use held-out patients.
 """
 
-from client.exchanges.exchange import Answer, AskRefused, OnStep, Site, before_deadline, no_step
+from client.exchanges.exchange import AskRefused, OnStep, Site, before_deadline
 from client.latents.batches import FEWEST_SCANS
 from client.latents.labelled import ScansWithLabels, labelled_scans
 from client.release import Gate, Released
+from client.site_secret import seed_of
 from client.training.finetuning import finetune
 from client.training.trainee import WrongWeights
-from federation.exchanges.finetuning import FINETUNING, FinetuneAsk, FinetunePlan, FinetuneReply
+from federation.exchanges.finetuning import FinetuneAsk, FinetunePlan
 from federation.plan import RunPlan
 from federation.wire import RefusalKind
-from meduet_models.downstream import (
-    ClassificationNetwork,
-    SegmentationNetwork,
-    encoder_tensors,
-    trained_keys,
-    with_head,
-)
+from meduet_models.downstream.networks import PretrainedNetwork, encoder_tensors, trained_keys
+from meduet_models.downstream.tasks import task_of
 from meduet_models.meduet import FactorNetwork
 from meduet_models.style.moments import CohortTooSmall
 from meduet_models.weights import sha256_of_tensors
@@ -32,22 +27,16 @@ def answer_finetuning(
     site: Site,
     ask: FinetuneAsk,
     plan: RunPlan,
-    on_step: OnStep = no_step,
+    gate: Gate,
+    on_step: OnStep,
 ) -> Released:
     """Fine-tune a round and release examples · (trained weights after - before).
 
-    Raises `AskRefused` when the round or a label is not one of the plan's, `WrongWeights` for another
+    Raises `AskRefused` when a label is not one of the plan's, `WrongWeights` for another
     pretrained encoder, `NoLabels`, and `CohortTooSmall` below four labelled patients.
     """
     on_step = before_deadline(plan.aggregation.deadline_s, on_step)
     finetuning = ask.finetuning(plan)
-    site.accept(plan, finetuning.sha256)
-    if not 1 <= ask.round <= finetuning.rounds:
-        raise AskRefused(
-            f"Expected a round from 1 to {finetuning.rounds}; got round {ask.round}.", RefusalKind.MALFORMED
-        )
-    promise = FINETUNING.promise(plan, ask)
-    reservation = site.ledger.reserve(finetuning.sha256, ask.round, promise)
     network = network_of(plan, finetuning, ask)
 
     scans = site.scans(plan)
@@ -59,7 +48,7 @@ def answer_finetuning(
     if (came := len(found.patients)) < FEWEST_SCANS:
         raise CohortTooSmall(f"Expected labels of at least {FEWEST_SCANS} patients; got {came}.")
     try:
-        found.answers(finetuning.local)
+        task_of(finetuning.local.task).check_answers(found.answers, finetuning.local.classes)
     except ValueError as error:
         raise AskRefused(str(error), RefusalKind.PLAN_NOT_ACCEPTED) from error
 
@@ -69,19 +58,17 @@ def answer_finetuning(
         network,
         found,
         local,
-        seed=finetuning.seed,
-        site=plan.participants.index(site.name),
+        seed=seed_of(site.secret, "finetuning", finetuning.seed),
         first_step=(ask.round - 1) * local.steps,
         total_steps=finetuning.rounds * local.steps,
         on_step=on_step,
     )
     after = dict(network.named_parameters())
-    update = {name: after[name].detach().cpu() - before for name, before in ask.trained.items()}
+    update = {name: after[name].detach().cpu() - before for name, before in ask.shared.items()}
     norm = joint_norm(update)
-    return Gate(site.ledger, site.journal).release(
-        reservation,
+    return gate.release(
         update,
-        {name: tuple(tensor.shape) for name, tensor in ask.trained.items()},
+        {name: tuple(tensor.shape) for name, tensor in ask.shared.items()},
         weight=float(len(found)),
         counts={"examples": len(found)},
         metrics={
@@ -89,47 +76,29 @@ def answer_finetuning(
             "seconds": done.seconds,
             "steps": float(local.steps),
             "update_norm": norm,
-            "clip_factor": clip_factor(norm, promise.bound),
+            "clip_factor": clip_factor(norm, gate.promise.bound),
         },
     )
 
 
-def finetuning_mail(released: Released, ask: FinetuneAsk, site: str) -> FinetuneReply:
-    """The reply."""
-    return FinetuneReply(
-        plan_sha256=ask.plan_sha256,
-        finetuning_sha256=released.record["plan"],
-        site=site,
-        round=released.record["round"],
-        examples=released.counts["examples"],
-        update=dict(released.tensors),
-        metrics=dict(released.metrics),
-    )
-
-
-def network_of(
-    plan: RunPlan, finetuning: FinetunePlan, ask: FinetuneAsk
-) -> SegmentationNetwork | ClassificationNetwork:
+def network_of(plan: RunPlan, finetuning: FinetunePlan, ask: FinetuneAsk) -> PretrainedNetwork:
     """The network with the weights that came, checked against the fine-tuning plan's hash where they are
     still the pretrained ones. Raises `WrongWeights`."""
     local = finetuning.local
     trainable = local.encoder == "finetuned"
-    network = with_head(FactorNetwork(plan.network), local.task, local.classes, trainable=trainable)
+    network = task_of(local.task).network(FactorNetwork(plan.network), local.classes, trainable=trainable)
     trained = trained_keys(network)
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    came = {name: tuple(tensor.shape) for name, tensor in {**ask.fixed, **ask.trained}.items()}
-    if expected != came or set(trained) != set(ask.trained):
-        odd = {name for name, _ in expected.items() ^ came.items()} or set(trained) ^ set(ask.trained)
+    came = {name: tuple(tensor.shape) for name, tensor in {**ask.fixed, **ask.shared}.items()}
+    if expected != came or set(trained) != set(ask.shared):
+        odd = {name for name, _ in expected.items() ^ came.items()} or set(trained) ^ set(ask.shared)
         raise WrongWeights(f"Expected the weights of this fine-tuning; {min(odd)!r} is another.")
-    encoder = encoder_tensors({**ask.fixed, **ask.trained})
+    encoder = encoder_tensors({**ask.fixed, **ask.shared})
     untouched = not trainable or ask.round == 1
     if untouched and sha256_of_tensors(encoder) != finetuning.pretrained_sha256:
         raise WrongWeights(
             f"Expected the pretrained encoder {finetuning.pretrained_sha256[:12]}; other weights came. "
             "Nothing was read."
         )
-    network.load_state_dict({**ask.fixed, **ask.trained})
+    network.load_state_dict({**ask.fixed, **ask.shared})
     return network
-
-
-ANSWER = Answer(FINETUNING, answer_finetuning, finetuning_mail)

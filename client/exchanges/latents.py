@@ -3,8 +3,8 @@
 `raw`: latents of training scans leave as they are, each scaled to the plan's bound. They are patient data:
 the decoder is public, so the scans can be reconstructed from them, and the minimum cohort, which is a rule
 about sums, protects no single item. A site takes part in such a plan only if its site.yaml says so in the
-words of `RAW_CONSENT`. `federated`: no latent leaves. A protected policy is a case of `consent` (may this
-site?) and of `answer_latents` (what of the scans, under which promise?).
+words of the policy (`federation/release_policy.py`). `federated`: no latent leaves. A protected policy is a
+value there, and a case of `answer_latents` (what of the scans, under which promise?).
 
 Items leave under opaque names: a keyed hash of the scan, whose key stays here. The site's own table
 released_latents.csv says which scan is which, so that a patient who withdraws can be taken out at the centre.
@@ -15,37 +15,33 @@ import csv
 import hashlib
 import hmac
 import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from client.exchanges.exchange import Answer, AskRefused, OnStep, Site, no_step
+from client.exchanges.exchange import Answer, AskRefused, OnStep, Site
 from client.latents.examples import ScansWithGeometry, examples_of
 from client.release import Gate, Released
 from client.scans.cohort import ScanEntry
+from client.scans.names import readable
+from client.site_secret import site_secret
 from federation.exchanges.latents import (
     BOUNDED,
     LATENTS,
     LatentsAsk,
     LatentsReply,
     from_tensors,
-    items_per_chunk,
     nothing,
     releases_of,
     to_tensors,
     told_shapes,
 )
 from federation.plan import RunPlan
+from federation.release_policy import POLICIES
 from federation.wire import RefusalKind
 
-RAW_CONSENT = (
-    "We release raw latents, from which our patients' scans can be reconstructed, to the coordinating centre."
-)
-"""What site.yaml must say, in these words, before raw latents leave."""
 KEY_NAME = "latent-items.key"
 TABLE_NAME = "released_latents.csv"
-_KEY_BYTES = 32
 
 
 @runtime_checkable
@@ -59,10 +55,11 @@ class ReleasableScans(ScansWithGeometry, Protocol):
 
 def check_sentence(sentence: str) -> None:
     """Raise `ValueError` unless site.yaml's `latent_release` is empty or the sentence of a policy."""
-    if sentence not in ("", RAW_CONSENT):
+    agreements = [policy.consent for policy in POLICIES.values() if policy.consent]
+    if sentence and sentence not in agreements:
         raise ValueError(
-            f"Expected latent_release to be left out, or to be, word for word: {RAW_CONSENT!r}; got "
-            f"{sentence[:60]!r}."
+            "Expected latent_release to be left out, or to be, word for word: "
+            f"{' or '.join(map(repr, agreements))}; got {sentence[:60]!r}."
         )
 
 
@@ -71,53 +68,37 @@ def consent(plan: RunPlan, sentence: str) -> str:
 
     Raises `AskRefused` where it has not. Reads no scan.
     """
-    policy = None if plan.diffusion is None else plan.diffusion.policy
-    match policy:
-        case None:
-            return "no diffusion model; no latents leave"
-        case "federated":
-            return "no latents leave; the diffusion model's updates do, bounded"
-        case "raw" if sentence == RAW_CONSENT:
-            return "raw latents leave: patient data, from which scans can be reconstructed; site.yaml agrees"
+    if plan.diffusion is None:
+        return "no diffusion model; no latents leave"
+    policy = plan.diffusion.release
+    if policy.consent in ("", sentence):
+        return policy.agreed
     raise AskRefused(
-        f"Plan {plan.sha256[:8]}… makes sites release {policy} latents, from which scans can be "
-        "reconstructed; this site has not agreed to that (site.yaml: latent_release). Nothing was read.",
+        f"Plan {plan.sha256[:8]}… makes sites release {policy.warning}; this site has not agreed to that "
+        "(site.yaml: latent_release). Nothing was read.",
         RefusalKind.PLAN_NOT_ACCEPTED,
     )
 
 
-def answer_latents(site: Site, ask: LatentsAsk, plan: RunPlan, on_step: OnStep = no_step) -> Released:
+def answer_latents(site: Site, ask: LatentsAsk, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
     """Items `ask.first` to `ask.first + ask.count` of what this site releases in a round.
 
-    Guarantee: only training scans, each bounded by itself; nothing else. Raises `AskRefused` when the plan's
-    policy releases no latents, the round is not one of the release, or more is asked for than fits a message.
+    Guarantee: only training scans, each bounded by itself; nothing else. Raises `AskRefused` for scans
+    that do not fit the plan.
     """
-    site.accept(plan)
-    try:
-        releases_of(plan, ask.round, 0)
-        most = items_per_chunk(plan)
-    except ValueError as error:
-        raise AskRefused(str(error), RefusalKind.MALFORMED) from error
-    if ask.first < 0 or not 1 <= ask.count <= most:
-        raise AskRefused(
-            f"Expected 1 to {most} items from the 0th or a later one; got {ask.count} from {ask.first}.",
-            RefusalKind.MALFORMED,
-        )
-    reservation = site.ledger.reserve(ask.plan_sha256, ask.round, LATENTS.promise(plan, ask))
     scans = site.scans(plan)
     if not isinstance(scans, ReleasableScans):
         raise AskRefused("Expected a site that knows the geometry of its scans.", RefusalKind.INTERNAL)
     released = raw_items(scans, plan, ask.round)
     rows = released[ask.first : ask.first + ask.count]
-    key = _key(site.state_dir / KEY_NAME)
+    key = site_secret(site.state_dir / KEY_NAME)
     names = [item_name(key, scans, row) for row in rows]
     try:
         tensors = to_tensors(examples_of(scans, rows, plan)) if rows else nothing(plan)
     except ValueError as error:
         raise AskRefused(str(error), RefusalKind.PLAN_NOT_ACCEPTED) from error
     _note(site.state_dir / TABLE_NAME, scans, dict(zip(names, rows, strict=True)))
-    return Gate(site.ledger, site.journal).release(
-        reservation,
+    return gate.release(
         tensors,
         told_shapes(plan, len(rows)),
         weight=float(len(rows)),
@@ -162,23 +143,6 @@ def item_name(key: bytes, scans: ReleasableScans, row: int) -> str:
     return hmac.new(key, known.encode(), hashlib.sha256).hexdigest()[:32]
 
 
-def _key(path: Path) -> bytes:
-    """The site's secret for names, made when first needed."""
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        key = path.read_bytes()
-        if len(key) != _KEY_BYTES:
-            raise ValueError(f"Expected {_KEY_BYTES} bytes in {path}; got {len(key)}. Restore it.") from None
-        return key
-    key = secrets.token_bytes(_KEY_BYTES)
-    with os.fdopen(handle, "wb") as file:
-        file.write(key)
-        file.flush()
-        os.fsync(file.fileno())
-    return key
-
-
 def _note(path: Path, scans: ReleasableScans, rows: dict[str, int]) -> None:
     """Say in the site's own table which scan is which item."""
     known: set[str] = set()
@@ -192,7 +156,7 @@ def _note(path: Path, scans: ReleasableScans, rows: dict[str, int]) -> None:
             writer.writerow(("item", "patient", "scan"))
         for name, row in rows.items():
             if name not in known:
-                writer.writerow((name, scans.patients[row], scans.entries[row].path))
+                writer.writerow((name, scans.patients[row], readable(str(scans.entries[row].path))))
 
 
 ANSWER = Answer(LATENTS, answer_latents, latents_mail)

@@ -1,9 +1,10 @@
 """A site's answer to the probes: what its patients' content and style say, as sums that add over sites.
 
-Patients are dealt into folds by a hash of their names, evenly; each fold holds the minimum cohort or nothing
-is told. A patient is one vector, the mean over her scans. With a style bank her scans are also seen in every
-other site's style: is she recognised among this site's own patients, and do the swapped scans look like the
-other site's?
+Patients are dealt into folds by a keyed hash of their names, evenly, the same in every plan: folds that the
+centre could deal anew would tell single patients by their differences. Each fold holds the minimum cohort or
+nothing is told. A patient is one vector, the mean over her scans. With a style bank her scans are also seen
+in every other site's style: is she recognised among this site's own patients, and do the swapped scans look
+like the other site's?
 
 What this file does not do: it fits no probe and
 knows no other site's patients: recognition here is top-1 within a site, not among all patients of the
@@ -15,7 +16,6 @@ Axes: b = scans, n = patients, k = content channels, s = style channels, t = tar
 """
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,9 +25,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from client.exchanges.exchange import Answer, AskRefused, OnStep, Site, bank_of, no_step
+from client.exact_sums import check_sums
+from client.exchanges.exchange import Answer, AskRefused, OnStep, Site, bank_of
 from client.latents.batches import TrainingScans
 from client.release import Gate, Released
+from client.site_secret import digest_of
 from client.training.site_state import StateFolder
 from client.training.trainee import student_of
 from federation.exchanges.probes import (
@@ -50,6 +52,7 @@ from federation.exchanges.probes import (
     style_vector,
     sums_shapes,
     told_of_swaps,
+    widest_sums,
 )
 from federation.exchanges.survey import smallest_cohort, survey_layout
 from federation.plan import RunPlan
@@ -92,34 +95,27 @@ class Probed:
     """Fewest patients behind any sum that is told."""
 
 
-def answer_probe(site: Site, ask: ProbeAsk, plan: RunPlan, on_step: OnStep = no_step) -> Released:
+def answer_probe(site: Site, ask: ProbeAsk, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
     """Sums of the factors of this site's patients after a round; asked with fitted probes, their hits.
 
-    Raises `CohortTooSmall` when a fold would hold fewer than the minimum, `AskRefused` for a plan without
-    probes, a round that is not one of its, or probes of other shapes.
+    Raises `CohortTooSmall` when a fold would hold fewer than the minimum, `TooFewForSums` when it holds fewer
+    than ten times the width of what is summed, `AskRefused` for probes of other shapes.
     """
-    site.accept(plan)
-    if ask.round not in PROBES.rounds(plan):
-        raise AskRefused(
-            f"Expected a plan with probes and one of its rounds; got round {ask.round}.",
-            RefusalKind.MALFORMED,
-        )
     fitted = bool(ask.probe)
-    reservation = site.ledger.reserve(ask.plan_sha256, ask.round, PROBES.promise(plan, ask))
     states = StateFolder(site.state_dir / "state", ask.plan_sha256)
     student = student_of(plan, ask.shared, states.before(ask.round + 1)).to(site.device).eval()
     bank, index = bank_of(plan, ask.bank), plan.sites.index(site.name)
     scans = site.scans(plan)
-    probed = probed_patients(scans, plan, site.minimum_cohort)
+    probed = probed_patients(scans, plan, site.minimum_cohort, site.secret)
     if fitted:
         try:
             tensors = probe_hits(student, scans, probed, plan, ask.probe, index)
         except ValueError as error:
             raise AskRefused(str(error), RefusalKind.MALFORMED) from error
     else:
+        check_sums(len(probed.folds) // plan.probes.folds, widest_sums(plan), site.exact_sums)
         tensors = probe_sums(student, scans, probed, plan, bank, index)
-    return Gate(site.ledger, site.journal).release(
-        reservation,
+    return gate.release(
         tensors,
         hits_shapes() if fitted else sums_shapes(plan),
         weight=float(len(probed.folds)),
@@ -137,8 +133,8 @@ def probe_mail(released: Released, ask: ProbeAsk, site: str) -> ProbeReply:
     )
 
 
-def probed_patients(scans: TrainingScans, plan: RunPlan, site_minimum: int) -> Probed:
-    """Whose scans are read, and their folds.
+def probed_patients(scans: TrainingScans, plan: RunPlan, site_minimum: int, secret: bytes) -> Probed:
+    """Whose scans are read, and their folds, dealt by the site's own secret.
 
     Raises `CohortTooSmall` when a fold would hold fewer patients than the stricter of plan and site wants.
     """
@@ -152,7 +148,7 @@ def probed_patients(scans: TrainingScans, plan: RunPlan, site_minimum: int) -> P
             f"Expected at least {least} patients in each of {plan.probes.folds} folds of a probe; got "
             f"{len(names)} patients."
         )
-    order = sorted(names, key=lambda n: hashlib.sha256(f"probe {plan.seed}\0{n}".encode()).digest())
+    order = sorted(names, key=lambda name: digest_of(secret, "fold", name))
     place = {name: i % plan.probes.folds for i, name in enumerate(order)}
     return Probed(rows, patients, {name: place[name] for name in names}, least)
 

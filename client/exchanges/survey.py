@@ -3,23 +3,20 @@
 Does not do: compute them (`client/latents/style_moments.py`).
 """
 
-from client.exchanges.exchange import Answer, OnStep, Site, no_step
+from client.exchanges.exchange import Answer, OnStep, Site
 from client.latents.style_moments import survey
 from client.release import Gate, Released
 from federation.exchanges.survey import SURVEY, SurveyAsk, SurveyReply, survey_layout
 from federation.plan import RunPlan
 
 
-def answer_survey(site: Site, ask: SurveyAsk, plan: RunPlan, on_step: OnStep = no_step) -> Released:
+def answer_survey(site: Site, ask: SurveyAsk, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
     """Sums that describe the appearance of the training scans. Raises `CohortTooSmall` below the minimum."""
-    site.accept(plan)
-    reservation = site.ledger.reserve(ask.plan_sha256, 0, SURVEY.promise(plan, ask))
     scans = site.scans(plan)
     moments = survey(scans, plan, site.minimum_cohort)
     rows = scans.indices("train")
     num_patients = len({scans.patients[row] for row in rows})
-    return Gate(site.ledger, site.journal).release(
-        reservation,
+    return gate.release(
         moments.to_tensors(),
         survey_layout(plan).shapes(),
         weight=float(num_patients),

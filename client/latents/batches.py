@@ -1,10 +1,11 @@
 """Batches: which scans a training step sees, in whose style, and next to whom. Drawn, then applied.
 
 A step draws patients (each at most once, where there are enough), a scan of each, a cached view, partners,
-and whose style each scan wears; all of it from one generator that depends on the run's seed, the site, the
-round and the step alone, so that any step can be replayed. Applying a draw reads latents and restyles them to
-the style bank's entries, labelled with the site whose style they wear: that is how a site with one scanner
-sees all scanners on its own patients. Without entries scans stay as they are, with their own site's label.
+and whose style each scan wears; all of it from one generator that depends on the site's own secret, the
+run's seed, the round and the step alone, so that the site, and nobody else, can replay any step. Applying a
+draw reads latents and restyles them to the style bank's entries, labelled with the site whose style they
+wear: that is how a site with one scanner sees all scanners on its own patients. Without entries scans stay as
+they are, with their own site's label.
 
 Does not do: augment (views are made before encoding), or keep anything of another site but its bank entry.
 Source: patient-balanced choice and virtual cross-site batches are ours; pairing is MeDUET's
@@ -13,7 +14,6 @@ Source: patient-balanced choice and virtual cross-site batches are ours; pairing
 Axes: b = scans of a step, c = latent channels, d h w = latent voxels.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from client.latents.style_moments import body_parts, own_moments
+from client.site_secret import seed_of
 from federation.plan import RunPlan
 from meduet_models.objective import StepBatch, StepDraws, draw_step
 from meduet_models.style.bank import StyleBank
@@ -57,13 +58,12 @@ class TrainingScans(Protocol):
         """Latents of these scans, float32 on the CPU."""
 
 
-def step_generator(seed: int, site_index: int, round: int, step: int) -> torch.Generator:
-    """The generator of one step: a stable hash of run, site, round and step, so that it can be replayed
-    alone."""
-    text = f"fedmeduet step {seed} {site_index} {round} {step}"
-    return torch.Generator().manual_seed(
-        int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-    )
+def step_generator(secret: bytes, seed: int, round: int, step: int) -> torch.Generator:
+    """The generator of one step: a keyed hash of run, round and step, so that the site can replay it alone.
+
+    `secret` is the site's own (`client/site_secret.py`), `seed` the run's.
+    """
+    return torch.Generator().manual_seed(seed_of(secret, "step", seed, round, step))
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from client.scans.volumes import Prepared, prepare
 from federation.plan import VolumePlan
 from meduet_models.tokenizer.tokenizer import Tokenizer
 from meduet_models.weights import save_weights
+from storage.files import private_folder
 
 CACHE_FORMAT = 1
 """Part of every key: raise it when what is stored changes, or what `client/scans/volumes.py` computes."""
@@ -99,7 +100,7 @@ class LatentCache:
             )
         if volumes.views < 1:
             raise ValueError(f"Expected volumes.views to be at least 1; got {volumes.views}.")
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_folder(folder)
         self._folder = folder
         self._tokenizer = tokenizer
         self._volumes = volumes
@@ -234,7 +235,7 @@ class LatentCache:
             if prepared.label is not None:
                 small = bool(((prepared.label >= 0) & (prepared.label <= 255)).all())
                 tensors[LABEL] = prepared.label.to(torch.uint8 if small else torch.int16)
-            path.parent.mkdir(exist_ok=True, mode=0o700)
+            private_folder(path.parent)
             save_weights(path, tensors, {"geometry": json.dumps(prepared.geometry.to_dict())})
 
 

@@ -4,7 +4,7 @@ A label share is a share of patients, never of scans, and the patients of a smal
 every larger one: the order depends on the seed and the patient's name alone. Does not do: decide who is held
 out (`client/scans/cohort.py`), or train (`client/training/finetuning.py`).
 
-Axes: b = scans, c d h w = latents, D H W = voxels.
+Axes: b = scans, c d h w = latents, D H W = voxels, ... = what an answer is made of.
 """
 
 import hashlib
@@ -14,14 +14,12 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Int64, Shaped
 from torch import Tensor
 
 from client.latents.batches import TrainingScans
 from federation.exchanges.finetuning import LocalFinetuning
-
-VALUES_SHOWN = 8
-"""Values of labels that do not fit, in the error."""
+from meduet_models.downstream.task import Target
 
 
 class NoLabels(ValueError):
@@ -42,14 +40,12 @@ class ScansWithLabels(TrainingScans, Protocol):
 
 @dataclass(frozen=True)
 class LabelledScans:
-    """Scans with the answer: a class per voxel (`labels`), or per scan (`target`)."""
+    """Scans with their answers."""
 
     latents: Float32[Tensor, "b c d h w"]
     """Their latents."""
-    labels: Int64[Tensor, "b 1 D H W"] | None
-    """A class per voxel of the encoded volume."""
-    target: Int64[Tensor, " b"] | None
-    """A class per scan."""
+    answers: Shaped[Tensor, "b ..."]
+    """What is to be predicted of each, as the task reads it: a label volume, a class, a number."""
     patient: tuple[str, ...]
     """Patient of each scan."""
     site: tuple[int, ...]
@@ -57,10 +53,9 @@ class LabelledScans:
 
     def __post_init__(self) -> None:
         """Refuse rows that do not belong together."""
-        sizes = {len(self.latents), len(self.patient), len(self.site)}
-        sizes |= {len(t) for t in (self.labels, self.target) if t is not None}
+        sizes = {len(self.latents), len(self.answers), len(self.patient), len(self.site)}
         if len(sizes) > 1:
-            raise ValueError(f"Expected as many labels, patients and sites as scans; got {sorted(sizes)}.")
+            raise ValueError(f"Expected as many answers, patients and sites as scans; got {sorted(sizes)}.")
 
     def __len__(self) -> int:
         """Scans."""
@@ -76,28 +71,10 @@ class LabelledScans:
         chosen = torch.tensor(list(indices), dtype=torch.long)
         return LabelledScans(
             self.latents[chosen],
-            None if self.labels is None else self.labels[chosen],
-            None if self.target is None else self.target[chosen],
+            self.answers[chosen],
             tuple(self.patient[i] for i in indices),
             tuple(self.site[i] for i in indices),
         )
-
-    def answers(self, local: LocalFinetuning) -> Tensor:
-        """What `local.task` predicts: labels or targets.
-
-        Raises `ValueError` when it is missing or a class is out of range.
-        """
-        answers = self.labels if local.task == "segmentation" else self.target
-        if answers is None:
-            raise NoLabels(f"Expected what a {local.task} predicts with the scans; got none.")
-        if len(answers) and not (0 <= int(answers.min()) and int(answers.max()) < local.classes):
-            found = torch.unique(answers).tolist()
-            odd = next(value for value in found if not 0 <= value < local.classes)
-            raise ValueError(
-                f"Expected classes from 0 to {local.classes - 1}; found {_listed(found)}. Say which values "
-                f"are which classes, e.g. label_values: {{{odd}: 1}}, or set classes."
-            )
-        return answers
 
     def share(self, share: float, seed: int) -> "LabelledScans":
         """The scans of this share of the patients (at least one patient); a larger share holds a smaller."""
@@ -115,64 +92,42 @@ def labelled_scans(
     target: str = "",
     values: Sequence[str] = (),
 ) -> LabelledScans:
-    """Those of `rows` whose answer is known: with a label volume, or with one of `values` as `target`.
+    """Those of `rows` whose answer is known to the task.
 
     Raises `NoLabels` when no row has an answer.
     """
-    if local.task == "segmentation":
-        known = [row for row in rows if scans.has_label[row]]
-    else:
-        known = [row for row in rows if covariate_text(scans.covariates[row], target) in values]
+    from meduet_models.downstream.tasks import task_of  # MONAI takes seconds to import
+
+    task, named = task_of(local.task), Target(target, tuple(values))
+    known = [row for row in rows if task.known(scans, row, named)]
     if not known:
         raise NoLabels(f"Expected scans with {target or 'a label'}; none of {len(rows)} has one.")
-    classes = (
-        [list(values).index(covariate_text(scans.covariates[row], target)) for row in known]
-        if values
-        else None
-    )
     return LabelledScans(
         scans.latents(known),
-        _classes(scans.labels(known), local.label_values) if local.task == "segmentation" else None,
-        None if classes is None else torch.tensor(classes),
+        _classes(task.answers(scans, known, named), local.label_values),
         tuple(scans.patients[row] for row in known),
         tuple(int(scans.site_index[row]) for row in known),
     )
 
 
-def _classes(
-    labels: Int64[Tensor, "b 1 D H W"] | None, label_values: Mapping[int, int]
-) -> Int64[Tensor, "b 1 D H W"] | None:
+def _classes(answers: Shaped[Tensor, "b ..."], label_values: Mapping[int, int]) -> Shaped[Tensor, "b ..."]:
     """Labels as classes: each value's class, every value without one background."""
-    if labels is None or not label_values:
-        return labels
-    classes = torch.zeros_like(labels)
+    if not label_values:
+        return answers
+    classes = torch.zeros_like(answers)
     for value, label in label_values.items():
-        classes[labels == value] = label
+        classes[answers == value] = label
     return classes
-
-
-def _listed(values: Sequence[int]) -> str:
-    shown = ", ".join(map(str, values[:VALUES_SHOWN]))
-    return shown + (f", … {values[-1]}" if len(values) > VALUES_SHOWN else "")
 
 
 def join(parts: Sequence[LabelledScans]) -> LabelledScans:
     """Scans of several places as one set; patients keep their names, so name them apart before."""
-    labels = [part.labels for part in parts if part.labels is not None]
-    targets = [part.target for part in parts if part.target is not None]
     return LabelledScans(
         torch.cat([part.latents for part in parts]),
-        torch.cat(labels) if labels else None,
-        torch.cat(targets) if targets else None,
+        torch.cat([part.answers for part in parts]),
         tuple(patient for part in parts for patient in part.patient),
         tuple(site for part in parts for site in part.site),
     )
-
-
-def covariate_text(covariates: Mapping[str, str | float], target: str) -> str:
-    """A covariate as the text that a plan names it by; empty when it is not known."""
-    value = covariates.get(target, "")
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _place(seed: int, patient: str) -> bytes:

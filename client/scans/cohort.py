@@ -12,6 +12,7 @@ who else is there. A patient who arrives later moves nobody, and no patient is i
 import csv
 import dataclasses
 import hashlib
+import io
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from client.scans.scans import Exclusion, Note, Reason, Scan, UnusableScan, is_h
 from client.scans.tables import Covariates, Join
 from client.scans.volumes import kept_share, read_files, read_label, same_grid
 from federation.plan import VolumePlan
+from storage.files import write_whole
 
 __all__ = ["Cohort", "Exclusion", "ScanEntry", "Split", "open_cohort", "read_entry", "split_of"]
 
@@ -116,37 +118,32 @@ class Cohort:
     def write_csv(self, folder: Path) -> None:
         """Write cohort.csv and exclusions.csv, for the site's own eyes; paths are relative to the data
         root."""
-        folder.mkdir(parents=True, exist_ok=True)
         names = sorted({name for scan in self.scans for name in scan.covariates})
-        with (folder / "cohort.csv").open("w", newline="", encoding="utf-8") as stream:
-            table = csv.writer(stream)
-            fixed = ["scan_id", "patient", "visit", "split", "modality", "path", "label"]
-            counted = ["num_files", "num_volumes", "num_repaired", "kept", "notes"]
-            table.writerow([*fixed, *counted, *names])
-            for scan in self.scans:
-                label = self._below(scan.label_path) if scan.label_path else ""
-                table.writerow(
-                    [scan.scan_id, scan.patient, scan.visit, scan.split, scan.modality,
-                     self._below(scan.path), label, len(scan.files), scan.num_volumes, scan.num_repaired,
-                     f"{scan.kept:.3f}", " ".join(scan.notes),
-                     *(scan.covariates.get(name, "") for name in names)]
-                )  # fmt: skip
-        with (folder / "exclusions.csv").open("w", newline="", encoding="utf-8") as stream:
-            table = csv.writer(stream)
-            table.writerow(["path", "reason", "detail", "num_files"])
-            for exclusion in self.exclusions:
-                table.writerow(
-                    [
-                        self._below(exclusion.path),
-                        exclusion.reason.value,
-                        exclusion.detail,
-                        len(exclusion.all_files),
-                    ]
-                )
+        rows: list[list[object]] = [
+            ["scan_id", "patient", "visit", "split", "modality", "path", "label",
+             "num_files", "num_volumes", "num_repaired", "kept", "notes", *names]
+        ]  # fmt: skip
+        for scan in self.scans:
+            label = self._below(scan.label_path) if scan.label_path else ""
+            rows.append(
+                [scan.scan_id, scan.patient, scan.visit, scan.split, scan.modality, self._below(scan.path),
+                 label, len(scan.files), scan.num_volumes, scan.num_repaired, f"{scan.kept:.3f}",
+                 " ".join(scan.notes), *(scan.covariates.get(name, "") for name in names)]
+            )  # fmt: skip
+        write_whole(folder / "cohort.csv", _table(rows))
+        rows = [["path", "reason", "detail", "num_files"]]
+        rows += [[self._below(e.path), e.reason.value, e.detail, len(e.all_files)] for e in self.exclusions]
+        write_whole(folder / "exclusions.csv", _table(rows))
 
     def _below(self, path: Path) -> str:
         below = path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
         return readable(below)
+
+
+def _table(rows: list[list[object]]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue()
 
 
 def split_of(patient: str, fractions: tuple[float, float, float], salt: str) -> Split:
@@ -164,6 +161,10 @@ def read_entry(entry: ScanEntry, plan: VolumePlan) -> tuple[Scan, Scan | None]:
     if scan.scan_id != entry.scan_id:
         raise UnusableScan(Reason.CORRUPT, "the file changed since the cohort was opened")
     return scan, read_label(entry.label_path, scan) if entry.label_path is not None else None
+
+
+class NoScans(ValueError):
+    """There is nothing to train on: the folder is not mounted, or holds no usable scan."""
 
 
 def open_cohort(

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from client.scans.cohort import Cohort, Exclusion, ScanEntry
-from client.scans.fingerprints import SETTLED_S, write_atomically
+from client.scans.fingerprints import SETTLED_S
 from client.scans.patients import PatientMap
 from client.scans.scans import Note, Reason
 from client.scans.tables import Join
+from storage.files import write_whole
 
 _CODE = Path(__file__).parent
 
@@ -41,7 +42,7 @@ def remembered(memo: Path, root: Path, settings: Mapping[str, Any], open_it: Cal
     named, newest_named_s = _named(cohort)
     if time.time() - max(newest_s, newest_named_s) > SETTLED_S:
         content = {"below": before, "named": named, "cohort": dataclasses.asdict(cohort)}
-        write_atomically(memo, json.dumps(content, default=str).encode())
+        write_whole(memo, json.dumps(content, default=str).encode())
     return cohort
 
 

@@ -10,10 +10,10 @@ Does not do: watch folders; say which scan is which (`client/scans/cohort.py`).
 
 import hashlib
 import json
-import os
-import tempfile
 import time
 from pathlib import Path
+
+from storage.files import write_whole
 
 SETTLED_S = 2.0
 """A file must be this old before its hash is remembered (git's "racily clean" rule)."""
@@ -57,25 +57,5 @@ class Fingerprints:
     def save(self) -> None:
         """Write what was asked for since opening, and only that: files that are gone are forgotten."""
         if self._used != self._known:
-            write_atomically(self._memo, json.dumps(self._used).encode())
+            write_whole(self._memo, json.dumps(self._used).encode())
             self._known = dict(self._used)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Put `content` at `path`, whole or not at all, readable by its owner only.
-
-    Written beside it, forced to the disk, then renamed. Raises `OSError` (a full disk, say); the file that
-    was there before is then still there.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)  # mode 0600
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

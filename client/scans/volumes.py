@@ -35,8 +35,8 @@ __all__ = ["Geometry", "Prepared", "Reason", "Scan", "UnusableScan", "View", "dr
            "intensity_range", "kept_share", "lay_back", "prepare", "read_files", "read_label",
            "read_scan", "same_grid"]  # fmt: skip
 
-SAMPLED = 20_000
-"""Voxels of a scan, about, from which the share within the crop is told: to a third of a percent."""
+SAMPLED = 100_000
+"""Voxels of a scan, about, from which the share within the crop is told."""
 BACKGROUND_SHARE = 0.1
 """Share of exactly equal lowest voxels from which on they are background, not tissue."""
 LARGEST_TURN_DEGREES = 8.0
@@ -99,11 +99,12 @@ def kept_share(scan: Scan, plan: VolumePlan) -> float:
     limits = np.array(plan.shape)
     if corners.min() >= -0.5 and (corners <= limits - 0.5).all():
         return 1.0
-    bright = scan.array > scan.array.mean()
-    places = np.argwhere(bright)
+    step = max(1, round((scan.array.size / SAMPLED) ** (1 / 3)))
+    sample = scan.array[::step, ::step, ::step]
+    places = np.argwhere(sample > sample.mean())
     if not len(places):
         return 1.0
-    inside = _world(to_crop, places[:: max(1, len(places) // SAMPLED)])
+    inside = _world(to_crop, places * step)
     return float(((inside >= -0.5) & (inside < limits - 0.5)).all(axis=1).mean())
 
 

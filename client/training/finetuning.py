@@ -6,8 +6,8 @@ step. Given validation scans, the weights of the step that served them best are 
 seen here. In a federation no validation is given: a round ends where its steps end.
 
 Does not do: choose scans (`client/latents/labelled.py`), send anything (`client/exchanges/finetuning.py`),
-measure on test patients (`simulations/downstream/evaluate.py`). Source: Dice with cross-entropy, as nnU-Net;
-style bank for labels of one site: ours.
+measure on test patients (`simulations/downstream/evaluate.py`); the loss is the task's. Source: style bank
+for labels of one site: ours.
 """
 
 import hashlib
@@ -18,15 +18,14 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float32
-from monai.losses import DiceCELoss
-from monai.metrics import compute_dice
 from torch import Tensor
-from torch.nn import functional as F
 
 from client.latents.labelled import LabelledScans, NoLabels
 from client.training.pretraining import NotFinite
 from federation.exchanges.finetuning import LocalFinetuning
-from meduet_models.downstream import DownstreamNetwork, predict
+from meduet_models.downstream.networks import predict
+from meduet_models.downstream.tasks import task_of
+from meduet_models.downstream.unet import DownstreamNetwork
 from meduet_models.style.bank import StyleBank
 
 _VALIDATIONS = 10  # over a whole run
@@ -42,7 +41,7 @@ class Finetuned:
     best_step: int
     """Steps after which the kept weights were reached."""
     validation: float | None
-    """Score of the kept weights on the validation scans (Dice, or minus cross-entropy); None without them."""
+    """Score of the kept weights on the validation scans ; None without them."""
     seconds: float
     """Wall time."""
 
@@ -67,11 +66,12 @@ def finetune(
     range, and `NotFinite` before the weights are touched.
     """
     began = time.perf_counter()
-    answers = scans.answers(local)
+    task, answers = task_of(local.task), scans.answers
+    task.check_answers(answers, local.classes)
     if not len(scans):
         raise NoLabels("Expected at least one labelled scan; got none.")
     if validation is not None:
-        validation.answers(local)
+        task.check_answers(validation.answers, local.classes)
         validation = validation if len(validation) else None
     total = total_steps or local.steps
     device = next(network.parameters()).device
@@ -86,7 +86,7 @@ def finetune(
         latents = scans.latents[rows]
         if bank is not None:
             latents = _restyled(bank, latents, [scans.site[row] for row in rows], generator)
-        loss = task_loss(network(latents.to(device)), answers[rows].to(device))
+        loss = task.loss(network(latents.to(device)), answers[rows].to(device))
         losses.append(_finite(loss, "loss", first_step + step))
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -111,23 +111,9 @@ def finetune(
     )
 
 
-def task_loss(logits: Tensor, answers: Tensor) -> Tensor:
-    """Dice with cross-entropy per voxel [b classes D H W], or cross-entropy per scan [b classes]."""
-    if logits.ndim == 2:
-        return F.cross_entropy(logits, answers)
-    loss: Tensor = DiceCELoss(to_onehot_y=True, softmax=True)(logits, answers)
-    return loss
-
-
 def validation_score(network: DownstreamNetwork, scans: LabelledScans, local: LocalFinetuning) -> float:
-    """Mean foreground Dice, or minus cross-entropy; higher is better."""
-    answers = scans.answers(local)
-    logits = predict(network, scans.latents)
-    if local.task == "classification":
-        return -float(F.cross_entropy(logits, answers))
-    predicted = logits.argmax(dim=1, keepdim=True)
-    dice = compute_dice(predicted, answers, include_background=False, num_classes=local.classes)
-    return float(dice.nanmean()) if bool(dice.isfinite().any()) else 0.0
+    """The task's score on scans; higher is better."""
+    return task_of(local.task).score(predict(network, scans.latents), scans.answers)
 
 
 def _optimiser(network: DownstreamNetwork, local: LocalFinetuning) -> torch.optim.AdamW:

@@ -5,7 +5,7 @@ moments), takes the plan's number of steps, and gives back the difference of the
 over all steps of the run and depend on round and step alone, so a run that was resumed never notices. No draw
 touches a global generator. What stays here: everything in `SiteState`; AdamW's moments of the shared weights
 too. A round that was cut short by the end of its process goes on after the last step that was written
-(`client/partial_round.py`), to the same bits.
+(`client/training/site_state.py`), to the same bits.
 
 Does not do: read scans (`client/latents/batches.py`), bound or send anything (`client/release.py`), show
 progress. Source: MeDUET (arXiv:2602.17901), section "Implementation": AdamW, warm-up and cosine, clipping,
@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from client.latents.batches import Batches, step_generator
-from client.partial_round import PartialRound
-from client.round_result import RoundResult
+from client.training.site_state import RoundResult, UnderWay
 from client.training.trainee import Trainee
 from federation.plan import RunPlan
 from meduet_models.meduet import MeDUET
@@ -47,16 +46,17 @@ def train_round(
     batches: Batches,
     plan: RunPlan,
     round: int,
-    site_index: int,
+    secret: bytes,
     start: Mapping[str, Tensor],
     on_step: Callable[[int, float], None] = lambda step, loss: None,
-    partial: PartialRound | None = None,
+    under_way: UnderWay | None = None,
 ) -> RoundResult:
     """Train `plan.training.steps_per_round` steps and give back what changed in the shared weights.
 
-    `round` counts from 1; `trainee` is as the round begins. `start` is the common start of the style branch,
+    `round` counts from 1; `trainee` is as the round begins; `secret` is what the site draws its batches from.
+    `start` is the common start of the style branch,
     its anchor when it stays home. `on_step` is called after each step with its number (from 1) and loss.
-    `partial` is where the round under way is kept; without, it begins at its first step. Raises `NotFinite`
+    `under_way` is how far the round has come; without, it begins at its first step. Raises `NotFinite`
     before the weights are touched.
     """
     student, teacher, optimiser = trainee.student, trainee.teacher, trainee.optimiser
@@ -69,11 +69,11 @@ def train_round(
         trainee.load(tensors.part(_TRAINEE))
         means.load(tensors.part(_MEANS))
 
-    def under_way() -> dict[str, Tensor]:
+    def changed() -> dict[str, Tensor]:
         whole = {f"{_TRAINEE}{name}": tensor for name, tensor in trainee.tensors().items()}
         return whole | {f"{_MEANS}{name}": tensor for name, tensor in means.tensors().items()}
 
-    done, spent = (0, 0.0) if partial is None else partial.resume(load)
+    done, spent = (0, 0.0) if under_way is None else under_way.resume(load)
     began = time.perf_counter() - spent
     if batches.is_small:
         _log.warning(
@@ -85,7 +85,7 @@ def train_round(
         number = first + step
         progress = number / plan.total_steps
 
-        draw = batches.draw(step_generator(plan.seed, site_index, round, step))
+        draw = batches.draw(step_generator(secret, plan.seed, round, step))
         batch, draws = batches.apply(draw, device), draw.step.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"):
             losses = objective(student, teacher, batch, draws, progress)
@@ -104,9 +104,9 @@ def train_round(
 
         means.add({"loss.total": losses.total, "grad_norm": norm})
         means.add({f"loss.{name}": term for name, term in losses.terms.items()})
-        if partial is not None:
+        if under_way is not None:
             seconds = time.perf_counter() - began
-            partial.offer(step + 1, seconds, under_way)
+            under_way.offer(step + 1, seconds, changed)
         on_step(step + 1, loss)
 
     last = first + training.steps_per_round - 1

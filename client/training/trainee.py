@@ -129,15 +129,17 @@ class Trainee:
         )
 
 
-def student_of(plan: RunPlan, shared: Mapping[str, Tensor], kept: SiteState) -> MeDUET:
-    """The network with the shared weights that came and the home weights that were kept; on the CPU."""
+def student_of(plan: RunPlan, shared: Mapping[str, Tensor], kept: SiteState | None) -> MeDUET:
+    """The network with the shared weights that came and the home weights that were kept, or those of the
+    plan's seed; on the CPU."""
     student = MeDUET(plan.network, len(plan.sites), seed=plan.seed)
     expected = set(shared_keys(student, plan.style.head, plan.aggregation.method))
     if wrong := sorted(expected ^ set(shared)):
         raise WrongWeights(
             f"Expected the shared weights of this plan; {wrong[0]!r} is missing or not one of them."
         )
-    _load(student, {**kept.home, **shared}, "shared and home weights together")
+    home = {n: t for n, t in student.state_dict().items() if n not in shared} if kept is None else kept.home
+    _load(student, {**home, **shared}, "shared and home weights together")
     return student
 
 

@@ -78,8 +78,9 @@ def transformer_of(plan: RunPlan, encoder: FactorNetwork) -> DiffusionTransforme
 
 def diffusion_rounds(plan: RunPlan) -> range:
     """The rounds of a plan with a federated diffusion model."""
-    federated = plan.diffusion is not None and plan.diffusion.policy == "federated"
-    return range(1, plan.diffusion.rounds + 1) if plan.diffusion is not None and federated else range(0)
+    if plan.diffusion is None or plan.diffusion.release.trained_at != "sites":
+        return range(0)
+    return range(1, plan.diffusion.rounds + 1)
 
 
 def diffusion_promise(plan: RunPlan, ask: DiffusionAsk) -> Promise:

@@ -95,11 +95,17 @@ def erasure_promise(plan: RunPlan, ask: ErasureAsk) -> Promise:
     return Promise(kind="erasure", bound=share_bound(plan), unit="patient statistics", enforcement="check")
 
 
+def erasure_rounds(plan: RunPlan) -> range:
+    """With the last round, where there is a shared model and more than one site to tell apart."""
+    shares = plan.aggregation.method != "alone" and len(plan.participants) > 1
+    return range(plan.training.rounds, plan.training.rounds + 1) if shares else range(0)
+
+
 ERASURE = Exchange(
     route="query.erasure",
     ask=ErasureAsk,
     reply=ErasureReply,
-    rounds=lambda plan: range(plan.training.rounds, plan.training.rounds + 1),
+    rounds=erasure_rounds,
     largest=largest_erasure,
     promise=erasure_promise,
 )

@@ -1,8 +1,8 @@
-"""Federated fine-tuning: the agreement, the question and the answer.
+"""Federated fine-tuning: the agreement and the question; the answer is that of every round, a `TrainReply`.
 
 `FinetunePlan` names the run by its plan's hash and the pretrained encoder by its own, so that no site adds
 labels to a model that is not the agreed one; it is as frozen and hashed as `RunPlan`. Both travel with every
-question. Does not do: train (`client/training/finetuning.py`), average (`server/exchanges/finetuning.py`).
+question. Does not do: train (`client/training/finetuning.py`), ask (`server/exchanges/finetuning.py`).
 """
 
 import dataclasses
@@ -11,14 +11,16 @@ from typing import Annotated, Literal
 
 from federation.diffusion_plan import MOST_STEPS
 from federation.exchanges.exchange import Exchange
+from federation.exchanges.pretraining import TrainReply
 from federation.limits import largest_reply
-from federation.messages import Ask, Metrics, Reply
+from federation.messages import Ask
 from federation.plan import RunPlan
 from federation.wire import MessageError, RefusalKind, Tensors
 from forms.form import build, check
 from forms.json_text import canonical, read_json, sha256_of
 from forms.names import OptionalPhrase, Phrase, Sha256
 from forms.ranges import Entries, Range, Share
+from meduet_models.downstream.task import Target
 from privacy.promise import Promise
 
 
@@ -26,10 +28,10 @@ from privacy.promise import Promise
 class LocalFinetuning:
     """The local loop: the same alone and in a federation."""
 
-    task: Literal["segmentation", "classification"]
-    """What is predicted: a class per voxel, or per scan."""
-    classes: Annotated[int, Range(at_least=2, at_most=1000)]
-    """Classes, the background of a segmentation included."""
+    task: Phrase
+    """What is predicted: the name of a downstream task (`meduet_models/downstream/tasks.py`)."""
+    classes: Annotated[int, Range(at_least=1, at_most=1000)]
+    """Classes, the background of a segmentation included; 1 for a number."""
     label_values: Annotated[dict[int, int], Entries(1000)] = field(default_factory=dict)
     """Segmentation: values of label files and the classes that they become (`{255: 1}`); every other value is
     background. Empty: the values are the classes."""
@@ -50,9 +52,15 @@ class LocalFinetuning:
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be meant."""
+        from meduet_models.downstream.tasks import task_of  # MONAI takes seconds to import
+
         check(self, "finetuning.local")
+        if self.classes < (least := task_of(self.task).least_classes):
+            raise ValueError(
+                f"Expected classes to be at least {least} with task={self.task}; got {self.classes}."
+            )
         if self.label_values and self.task != "segmentation":
-            raise ValueError("label_values has no effect with task=classification: leave it out.")
+            raise ValueError(f"label_values has no effect with task={self.task}: leave it out.")
         for value, label in self.label_values.items():
             if not (0 <= label < self.classes and -(2**15) <= value < 2**15):
                 raise ValueError(
@@ -78,11 +86,16 @@ class FinetunePlan:
     label_share: Annotated[float, Range(above=0, at_most=1)] = 1.0
     """Share of a site's labelled training patients whose labels are used."""
     target: OptionalPhrase = ""
-    """Classification: the covariate to predict."""
+    """The covariate to predict, of a task that predicts one."""
     target_values: Annotated[tuple[Phrase, ...], Entries(1000)] = ()
-    """Classification: its values, in the order of the classes."""
+    """Its values, in the order of the classes; of a number the ends of its range."""
     update_clip_norm: Annotated[float, Range(above=0, at_most=10_000)] = 20.0
     """L2 norm to which a site's mean update is clipped at the gate."""
+
+    @property
+    def named(self) -> Target:
+        """What is predicted, as the task takes it."""
+        return Target(self.target, self.target_values)
 
     def __post_init__(self) -> None:
         """Refuse a plan out of its ranges, or one that contradicts itself."""
@@ -110,23 +123,20 @@ class FinetunePlan:
 
 
 def check_target(local: LocalFinetuning, target: str, values: tuple[str, ...]) -> None:
-    """Raise `ValueError` unless a classification, and nothing else, has a target with a value per class."""
-    if local.task == "segmentation" and (target or values):
-        raise ValueError("target and target_values have no effect with task=segmentation: leave them out.")
-    if local.task == "classification" and (not target or len(set(values)) != local.classes):
-        raise ValueError(
-            f"Expected task=classification to name a target covariate and its {local.classes} values; got "
-            f"{target or 'none'} with {', '.join(values) or 'none'}."
-        )
+    """Raise `ValueError` unless the outputs and the target are ones of the task."""
+    from meduet_models.downstream.tasks import task_of  # MONAI takes seconds to import
+
+    task_of(local.task).check(local.classes, Target(target, values))
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneAsk(Ask, kind="finetune_ask"):
-    """One round of fine-tuning from these weights: `trained` changes and travels back, `fixed` does not."""
+    """One round of fine-tuning from these weights: `shared` changes and travels back, `fixed` does not. The
+    answer is a `TrainReply` under the fine-tuning's hash."""
 
     finetuning_json: str
     round: int
-    trained: Tensors
+    shared: Tensors
     fixed: Tensors
 
     def finetuning(self, plan: RunPlan) -> FinetunePlan:
@@ -147,28 +157,24 @@ class FinetuneAsk(Ask, kind="finetune_ask"):
         return finetuning
 
 
-@dataclass(frozen=True, kw_only=True)
-class FinetuneReply(Reply, kind="finetune_reply"):
-    """A site's round: `update` = examples · (trained weights after - before), a vector of sums."""
-
-    finetuning_sha256: str
-    round: int
-    examples: int
-    update: Tensors
-    metrics: Metrics = field(default_factory=dict)
-
-
 def finetuning_promise(plan: RunPlan, ask: FinetuneAsk) -> Promise:
     """A site's mean update is clipped at the gate. Raises as `FinetuneAsk.finetuning`."""
     bound = ask.finetuning(plan).update_clip_norm
     return Promise(kind="finetuning", bound=bound, unit="site update", enforcement="clip")
 
 
+def agreed(plan: RunPlan, ask: FinetuneAsk) -> tuple[str, range]:
+    """Hash and rounds of the fine-tuning. Raises as `FinetuneAsk.finetuning`."""
+    finetuning = ask.finetuning(plan)
+    return finetuning.sha256, range(1, finetuning.rounds + 1)
+
+
 FINETUNING = Exchange(
     route="train.finetune",
     ask=FinetuneAsk,
-    reply=FinetuneReply,
-    rounds=lambda plan: range(0),  # a fine-tuning is a plan of its own, and says its rounds
-    largest=lambda plan, ask: largest_reply(ask.trained),
+    reply=TrainReply,
+    rounds=lambda plan: range(0),  # a fine-tuning is an agreement of its own, and says its rounds
+    agreement=agreed,
+    largest=lambda plan, ask: largest_reply(ask.shared),
     promise=finetuning_promise,
 )

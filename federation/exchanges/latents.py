@@ -102,7 +102,7 @@ class LatentsAsk(Ask, kind="latents_ask"):
 
 @dataclass(frozen=True, kw_only=True)
 class LatentsReply(Reply, kind="latents_reply"):
-    """A part of what a site releases in a round. Patient data under the policy `raw`."""
+    """A part of what a site releases in a round. Patient data, where the policy says so."""
 
     round: int
     first: int
@@ -126,7 +126,7 @@ class LatentsReply(Reply, kind="latents_reply"):
 
 def releasing(plan: RunPlan) -> DiffusionPlan:
     """The diffusion model's part of a plan under which latents leave; raises `ValueError` for another."""
-    if plan.diffusion is None or plan.diffusion.policy != "raw":
+    if plan.diffusion is None or not plan.diffusion.release.releases_latents:
         policy = "none" if plan.diffusion is None else plan.diffusion.policy
         raise ValueError(f"Expected a plan under which sites release latents; its policy is {policy}.")
     return plan.diffusion
@@ -195,7 +195,7 @@ def _grid(plan: RunPlan) -> tuple[int, int, int]:
 
 def latents_rounds(plan: RunPlan) -> range:
     """The rounds of a plan in which latents leave."""
-    if plan.diffusion is None or plan.diffusion.policy != "raw":
+    if plan.diffusion is None or not plan.diffusion.release.releases_latents:
         return range(0)
     return range(plan.diffusion.begin_round, plan.training.rounds + 1)
 
@@ -205,6 +205,16 @@ def latents_promise(plan: RunPlan, ask: LatentsAsk) -> Promise:
     return Promise(kind="latents", bound=latent_bound(plan), unit="scan", enforcement="each")
 
 
+def latents_part(plan: RunPlan, ask: LatentsAsk) -> str:
+    """Which items; raises `ValueError` when these are more than one answer holds."""
+    most = items_per_chunk(plan)
+    if ask.first < 0 or not 1 <= ask.count <= most:
+        raise ValueError(
+            f"Expected 1 to {most} items from the 0th or a later one; got {ask.count} from {ask.first}."
+        )
+    return f"{ask.first}_{ask.count}"
+
+
 LATENTS = Exchange(
     route="query.latents",
     ask=LatentsAsk,
@@ -212,4 +222,5 @@ LATENTS = Exchange(
     rounds=latents_rounds,
     largest=largest_latents,
     promise=latents_promise,
+    part=latents_part,
 )

@@ -4,6 +4,7 @@ What this file does not do: it trains nothing (`client/training/pretraining.py`)
 (`strategies/content_share.py`).
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -28,6 +29,12 @@ class TrainAsk(Ask, kind="train_ask"):
     bank: Tensors
     home: Tensors | None = None
     wire_dtype: WireDtype = "float32"
+
+    def sha256(self) -> str:
+        """As `Ask`; a start that comes after round 1 is no part of the question: a site that has one does not
+        look at it, and one that lost its own is asked the same again, with a start."""
+        asked = dataclasses.replace(self, home=None) if self.round > 1 else self
+        return Ask.sha256(asked)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,7 @@ class ProbeAsk(Ask, kind="probe_ask"):
     """After a round: tell the sums of your factors under these weights, or the hits of the fitted `probe`."""
 
     round: int
+    """The round whose weights these are; the last plus one: the last's, with the erasure."""
     shared: Tensors
     bank: Tensors
     probe: Tensors
@@ -85,6 +86,11 @@ def joint_bound(plan: RunPlan) -> float:
 def anatomy_bound(plan: RunPlan) -> float:
     """The same with the targets, each within [-1, 1]."""
     return math.sqrt(joint_width(plan) + len(plan.probes.anatomy))
+
+
+def widest_sums(plan: RunPlan) -> int:
+    """Numbers of the longest vector whose products with itself are summed."""
+    return joint_width(plan) + len(plan.probes.anatomy)
 
 
 def told_of_swaps(plan: RunPlan) -> bool:
@@ -176,9 +182,11 @@ def probe_promise(plan: RunPlan, ask: ProbeAsk) -> Promise:
     )
 
 
-def probed_rounds(plan: RunPlan) -> range:
-    """The rounds of a plan with probes."""
-    return range(1, plan.training.rounds + 1) if plan.probes.every_rounds else range(0)
+def probed_rounds(plan: RunPlan) -> tuple[int, ...]:
+    """The rounds after which a plan has probes: every few of them and the last, and once more under the
+    number that follows, when the weights hold the erasure."""
+    every, last = plan.probes.every_rounds, plan.training.rounds
+    return (*range(every, last, every), last, last + 1) if every else ()
 
 
 PROBES = Exchange(

@@ -34,7 +34,8 @@ class SurveyReply(Reply, kind="survey_reply"):
 def survey_layout(plan: RunPlan) -> StyleLayout:
     """Names, shapes and per-patient bound of the style sums that the plan asks for.
 
-    The coarse map and the full-resolution centre are there only for registered crops. With `style.exchange:
+    The coarse map, and the centre of every voxel where the plan wants it, are there only for registered
+    crops. With `style.exchange:
     none` the sums still travel, but only their pooled centre and scale come back.
     """
     return StyleLayout(
@@ -44,6 +45,7 @@ def survey_layout(plan: RunPlan) -> StyleLayout:
         bound=plan.release.style_clip,
         parts=max(1, len(plan.style.body_parts)),
         amplitude=plan.style.exchange == "amplitude",
+        centre=plan.style.centre == "full",
     )
 
 
@@ -70,7 +72,7 @@ SURVEY = Exchange(
     route="query.survey",
     ask=SurveyAsk,
     reply=SurveyReply,
-    rounds=lambda plan: range(1),
+    rounds=lambda plan: range(plan.aggregation.method != "alone"),
     largest=largest_survey,
     promise=survey_promise,
 )

@@ -1,26 +1,22 @@
-"""Files of keys on disk: written whole, readable by their owner alone, never where git would pick them up.
+"""Files of keys on disk: readable by their owner alone, never where git would pick them up.
 
 Does not do: know what is in them (`federation/keys/certificates.py`), or encrypt them.
 """
 
-import os
-import tempfile
 from pathlib import Path
 
+from storage.files import private_folder
+
 _LONGEST = 1_000_000  # bytes of a key, certificate, kit, plan, or settings
-PRIVATE, PUBLIC = 0o600, 0o644
-"""Mode of what must stay secret, and of what need not."""
 
 
-def private_folder(folder: Path) -> Path:
+def key_folder(folder: Path) -> Path:
     """Make `folder` and its parents, and open `folder` to its owner only (mode 0700); returns it.
 
-    Raises `ValueError` inside of a git work tree.
+    Raises `ValueError` inside of a git work tree, and as `private_folder`.
     """
     refuse_work_tree(folder)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    folder.chmod(0o700)
-    return folder
+    return private_folder(folder)
 
 
 def refuse_work_tree(folder: Path) -> None:
@@ -32,21 +28,6 @@ def refuse_work_tree(folder: Path) -> None:
                 f"Expected a folder outside of any git work tree; {folder} lies in that of {parent}. Keys "
                 "must not be committed: give another folder."
             )
-
-
-def write_file(path: Path, content: bytes, mode: int = PRIVATE) -> None:
-    """Write a file whole or not at all; it never exists with a wider mode than `mode`."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 0600
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(mode)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def read_file(path: Path, what: str) -> bytes:

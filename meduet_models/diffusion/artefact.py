@@ -59,6 +59,8 @@ class GenerativeModel:
     """Names behind the condition `category`."""
     policy: str
     """What the sites released for it: the plan's `diffusion.policy`."""
+    patient_data: bool
+    """Whether what they released is patient data: then the model is handled as scans are."""
     provenance: dict[str, str]
     """Plan, rounds, steps, hashes."""
 
@@ -66,11 +68,6 @@ class GenerativeModel:
     def conditioner(self) -> Conditioner:
         """What turns scans and styles into conditions of this model."""
         return Conditioner(self.encoder, maps=bool(self.volumes["registered"]))
-
-    @property
-    def patient_data(self) -> bool:
-        """Whether the model has seen raw latents, and is handled as scans are."""
-        return self.policy == "raw"
 
     def to(self, device: torch.device) -> "GenerativeModel":
         """This model, its transformer and encoder moved to a device."""
@@ -97,6 +94,7 @@ def save_generative_model(path: str | Path, model: GenerativeModel) -> None:
         "body_parts": json.dumps(model.body_parts),
         "categories": json.dumps(model.categories),
         "policy": model.policy,
+        "patient_data": json.dumps(model.patient_data),
         "provenance": json.dumps(model.provenance, sort_keys=True),
         "sha256": sha256_of_tensors(tensors),
     }
@@ -127,6 +125,7 @@ def load_generative_model(path: str | Path) -> GenerativeModel:
             "body_parts": _texts(header, "body_parts"),
             "categories": _texts(header, "categories"),
             "policy": header["policy"],
+            "patient_data": header.get("patient_data") != "false",  # of one that does not say, nobody knows
             "provenance": _mapping(header, "provenance"),
         }
     except (KeyError, TypeError) as error:

@@ -47,13 +47,16 @@ class StyleLayout:
     latent_grid: tuple[int, int, int]
     """Voxels of the latents per axis."""
     map_grid: tuple[int, int, int] | None
-    """Cells of the coarse mean map per axis; None when crops are not registered (then there is no centre)."""
+    """Cells of the coarse mean map per axis; None when crops are not registered."""
     bound: float
     """L2 norm to which one patient's statistics are scaled before they are summed."""
     parts: int = 1
     """Body parts with sums of their own."""
     amplitude: bool = False
     """Whether low-frequency amplitudes travel too (baseline of `amplitude.py`)."""
+    centre: bool = False
+    """Whether the mean latents of every voxel travel too, of registered crops: as many numbers as a scan
+    has, from which a member of a cohort can be told."""
 
     def __post_init__(self) -> None:
         """Refuse a bound that bounds nothing and a map finer than the latents."""
@@ -77,7 +80,9 @@ class StyleLayout:
         }
         if self.map_grid is not None:
             cells = (*per_channel, *self.map_grid)
-            shapes |= {"map": cells, "map_square": cells, "centre": (*per_channel, *self.latent_grid)}
+            shapes |= {"map": cells, "map_square": cells}
+            if self.centre:
+                shapes["centre"] = (*per_channel, *self.latent_grid)
         if self.amplitude:
             shapes["amplitude"] = (*per_channel, 3, 3, 2)
         return shapes
@@ -291,19 +296,23 @@ class StyleMoments:
     def latent_scale(self) -> tuple[Float[Tensor, "c d h w"], Float[Tensor, " c"]]:
         """Centre and deviation that standardise latents, over all patients and body parts in the sums.
 
-        The centre is the full-resolution mean map of registered crops, else the channel mean everywhere. Use
-        it on pooled sums only: on one site's it would show that site's mean anatomy (and with two sites, each
-        can subtract its own).
+        The centre is the coarse mean map of registered crops at the resolution of the latents, or their mean
+        in every voxel where that travels; else the channel mean everywhere. Use it on pooled sums only: on
+        one site's it would show that site's mean anatomy (and with two sites, each can subtract its own).
         """
         count = float(self.sums["count"].sum())
         if count < 1:
             raise CohortTooSmall("Expected at least one patient behind the latent scale; got none.")
         average = {name: total.sum(0) / count for name, total in self.sums.items() if name != "count"}
         second = average["variance"] + average["mean_square"]
+        grid = self.layout.latent_grid
         if "centre" in average:
-            centre = average["centre"] * math.sqrt(math.prod(self.layout.latent_grid))
+            centre = average["centre"] * math.sqrt(math.prod(grid))
+        elif self.layout.map_grid is not None:
+            coarse = average["map"] * math.sqrt(math.prod(self.layout.map_grid))
+            centre = smooth_map(coarse, grid)
         else:
-            centre = average["mean"][:, None, None, None].expand(-1, *self.layout.latent_grid)
+            centre = average["mean"][:, None, None, None].expand(-1, *grid)
         return centre.float().clone(), _deviation(second - centre.square().mean((1, 2, 3)))
 
 
@@ -338,6 +347,17 @@ def upsample(coarse: Float[Tensor, "*b c x y z"], grid: tuple[int, int, int]) ->
     return fine.reshape(*coarse.shape[:-3], *grid)
 
 
+def smooth_map(coarse: Float[Tensor, "c x y z"], grid: tuple[int, int, int]) -> Float[Tensor, "c d h w"]:
+    """A coarse map at the resolution of the latents, as `upsample`, but so that the mean of each cell stays
+    what it was: of all maps that are trilinear between cells, about the nearest to what was averaged."""
+    x, y, z = coarse.shape[1:]
+    cells = x * y * z
+    single = torch.eye(cells, dtype=coarse.dtype).reshape(cells, x, y, z)
+    blurred = F.adaptive_avg_pool3d(upsample(single, grid), (x, y, z)).reshape(cells, cells)
+    sharpened = torch.linalg.solve(blurred.T, coarse.reshape(-1, cells).T).T
+    return upsample(sharpened.reshape(coarse.shape), grid)
+
+
 def _statistics(
     latents: Tensor, layout: StyleLayout
 ) -> dict[str, Tensor]:  # m c d h w, of one patient and part
@@ -354,7 +374,8 @@ def _statistics(
         values["map"] = coarse_map(centre[None], layout.map_grid)[0] / cells
         squares = latents.square().mean(0)
         values["map_square"] = coarse_map(squares[None], layout.map_grid)[0] / cells
-        values["centre"] = centre / math.sqrt(math.prod(layout.latent_grid))
+        if layout.centre:
+            values["centre"] = centre / math.sqrt(math.prod(layout.latent_grid))
     if layout.amplitude:
         values["amplitude"] = low_amplitude(latents).mean(0)
     return values

@@ -1,6 +1,6 @@
 """`meduet-server bank`: what is in a latent bank, whether it opens, and taking a site or an item out.
 
-What it does not do: any of the work (`latent_bank.py`, `latent_listing.py`), or show a scan.
+What it does not do: any of the work (`server/latent_bank/`), or show a scan.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from rich.table import Table
 
 from federation.terminal import cell, say
 from server.latent_bank.bank import LatentBank
-from server.latent_listing import items, summary
+from server.latent_bank.listing import items, summary
 
 
 def add_to(commands: Any) -> None:
@@ -77,10 +77,10 @@ def _list(chosen: argparse.Namespace, console: Console) -> None:
     if told["models"]:
         console.print(_models(told["models"]))
     if chosen.items:
-        columns = ("item", "site", "round", "state", "shard", "record", "sha256")
+        columns = ("item", "site", "round", "state", "sha256")
         listed = Table(*columns)
         for item in items(bank):
-            listed.add_row(*("" if item[name] is None else cell(item[name]) for name in columns))
+            listed.add_row(*(cell(item[name]) for name in columns))
         console.print(listed)
 
 

@@ -1,6 +1,6 @@
 """`meduet-server journal show | verify`: what crossed, who was asked, and whether the record is whole.
 
-What it does not do: any of the work; see `federation/journal_reading.py`.
+What it does not do: any of the work; see `federation/journal.py`.
 """
 
 import argparse
@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from federation.journal_reading import journal_lines, journal_verdict, read_journal
+from federation.journal import journal_lines, journal_verdict, read_journal
 from federation.terminal import say
 
 

@@ -1,4 +1,5 @@
-"""`meduet-server plan` and `publish`: make a consortium's plan, and publish it for the sites to approve.
+"""`meduet-server plan`, `finetuning` and `publish`: make a consortium's plan, and publish
+it for the sites to approve.
 
 What it does not do: any of the work; see `plans.py`.
 """
@@ -13,7 +14,7 @@ from federation.terminal import say
 
 
 def add_to(commands: Any) -> None:
-    """Add `plan` and `publish` to the parser of `meduet-server`."""
+    """Add `plan`, `finetuning` and `publish` to the parser of `meduet-server`."""
     about = "make the plan of a consortium's run from settings"
     plan = commands.add_parser(
         "plan",
@@ -37,6 +38,25 @@ def add_to(commands: Any) -> None:
         help="where to write (default: plan.json)",
     )
     plan.set_defaults(run=_plan)
+    about = "make a fine-tuning of a finished run"
+    finetuning = commands.add_parser(
+        "finetuning",
+        help=about,
+        description=f"{about.capitalize()}, for `publish --finetuning`: local.task=segmentation "
+        "local.classes=3 rounds=5 ... The run's plan and the hash of its encoder are read from its weights.",
+    )
+    finetuning.add_argument(
+        "pretrained", type=Path, metavar="RUN", help="folder of the finished run, or its model.safetensors"
+    )
+    finetuning.add_argument("settings", nargs="*", metavar="SETTING=VALUE", help="of the fine-tuning")
+    finetuning.add_argument(
+        "--out",
+        type=Path,
+        default=Path("finetuning.json"),
+        metavar="FILE",
+        help="where to write (default: finetuning.json)",
+    )
+    finetuning.set_defaults(run=_finetuning)
     about = "publish a plan as a file that every site looks at and approves"
     publish = commands.add_parser(
         "publish",
@@ -57,14 +77,9 @@ def add_to(commands: Any) -> None:
 def _plan(chosen: argparse.Namespace, console: Console) -> None:
     from server.consortium.plans import make_plan
     from server.consortium.provisioning import load_consortium
-    from server.run_folder import write_whole
 
     made = make_plan(load_consortium(chosen.consortium), chosen.settings)
-    if chosen.out.is_file() and chosen.out.read_text(encoding="utf-8") != made.to_json():
-        raise ValueError(
-            f"Expected no other plan at {chosen.out}; there is one. Name another file with --out."
-        )
-    write_whole(chosen.out, made.to_json())
+    _write_new(chosen.out, made.to_json(), "plan")
     say(
         console,
         f"{chosen.out}",
@@ -72,6 +87,28 @@ def _plan(chosen: argparse.Namespace, console: Console) -> None:
         f"{len(made.sites)} sites, {made.training.rounds} rounds; publish it with:",
         f"  meduet-server publish {chosen.out}",
     )
+
+
+def _finetuning(chosen: argparse.Namespace, console: Console) -> None:
+    from server.consortium.plans import make_finetuning
+
+    made = make_finetuning(chosen.pretrained, chosen.settings)
+    _write_new(chosen.out, made.to_json(), "fine-tuning")
+    say(
+        console,
+        f"{chosen.out}",
+        f"fine-tuning {made.sha256}",
+        f"of run {made.run_sha256}, {made.rounds} rounds; publish it with:",
+        f"  meduet-server publish PLAN.json --finetuning {chosen.out}",
+    )
+
+
+def _write_new(path: Path, text: str, what: str) -> None:
+    from storage.files import write_whole
+
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise ValueError(f"Expected no other {what} at {path}; there is one. Name another file with --out.")
+    write_whole(path, text)
 
 
 def _publish(chosen: argparse.Namespace, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""`meduet-server start | run | status | proxy | poc`: the centre as something that runs.
+"""`meduet-server start | run | stop | status | proxy | poc`: the centre as something that runs.
 
 Does not do: more than read arguments and call the module that does the work; heavy ones are imported then.
 """
@@ -31,10 +31,25 @@ def add_to(commands: Any) -> None:
         description="Submit a run to the centre that `start` keeps up, watch it, and submit it again when it "
         "fails, until its own checkpoints say it is complete. Given again, goes on with the same run.",
     )
-    run.add_argument("plan", type=Path, metavar="PLAN", help="plan.json of the run")
+    run.add_argument("plan", type=Path, metavar="PLAN", help="plan.json of the run, or a published plan")
     run.add_argument("--folder", type=Path, required=True, help="where the run goes")
+    run.add_argument(
+        "--pretrained",
+        type=Path,
+        metavar="RUN",
+        help="of a fine-tuning: the folder of the pretraining, or its model.safetensors",
+    )
     _config(run)
     run.set_defaults(run=_run)
+
+    stop = commands.add_parser(
+        "stop",
+        help="stop what runs at the centre; `run` goes on with it",
+        description="Stop every run that is under way. Sites finish what they compute, and nobody reads it. "
+        "`meduet-server run`, given again, goes on after the last round.",
+    )
+    _config(stop)
+    stop.set_defaults(run=_stop)
 
     status = commands.add_parser(
         "status",
@@ -88,9 +103,25 @@ def _run(chosen: argparse.Namespace, console: Console) -> None:
     from server.deployment.submission import RunGivenUp, Submission
 
     control = Control(load_server_config(chosen.config))
-    submission = Submission(control, chosen.plan, chosen.folder, lambda line: say(console, line))
+    submission = Submission(
+        control, chosen.plan, chosen.folder, lambda line: say(console, line), chosen.pretrained
+    )
     with failing(RunGivenUp):
         submission.see_through()
+
+
+def _stop(chosen: argparse.Namespace, console: Console) -> None:
+    from server.deployment.config import load_server_config
+    from server.deployment.control import Control, ControlFailed
+
+    control = Control(load_server_config(chosen.config))
+    with failing(ControlFailed):
+        under_way = [run for run in control.runs() if not run.finished]
+        for run in under_way:
+            control.stop(run.identity)
+            say(console, f"stopped: Flower's run {run.identity}")
+    if not under_way:
+        say(console, "nothing is under way")
 
 
 def _status(chosen: argparse.Namespace, console: Console) -> None:

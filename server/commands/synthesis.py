@@ -110,7 +110,7 @@ def add_to(commands: Any) -> None:
 def _synthesize(chosen: argparse.Namespace, console: Console) -> None:
     from meduet_models.diffusion.artefact import load_generative_model
     from meduet_models.weights import sha256_of_file
-    from server.banked_scan import named_scan
+    from server.synthesis.banked_scan import named_scan
     from server.synthesis.synthesis import SynthesisRequest, synthesise
 
     way = bool(chosen.between or chosen.along)

@@ -6,6 +6,7 @@ Does not do: start a run (`server/app.py`), or send the file: it holds no secret
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -17,13 +18,16 @@ from federation.plan import RunPlan
 from federation.published_plan import PublishedPlan, plan_of
 from forms.form import build
 from forms.json_text import read_json
+from forms.yaml_text import read_yaml
 from meduet_models.tokenizer.tokenizer import TokenizerSpec, load_tokenizer
 from server.config import FROM_CONFIG, compose_config, plain, plan_from
 from server.consortium.provisioning import ConsortiumSettings
-from server.run_folder import write_whole
+from storage.files import write_whole
 
 _SETTINGS = ("network", "tokenizer", "hospitals", "experiment", "method")
 """Settings and groups of settings that decide on a plan, beside its own parts."""
+_VALUES = "target_values"
+"""Values of a covariate are texts, also those that YAML takes for numbers or for true and false."""
 
 
 def make_plan(consortium: ConsortiumSettings, overrides: Sequence[str] = ()) -> RunPlan:
@@ -83,6 +87,47 @@ def plan_to_run(path: Path) -> RunPlan:
             f"{published[:12]}…. Publish it again (meduet-server publish) and let the sites approve it."
         )
     return plan
+
+
+def finetuning_to_run(path: Path) -> FinetunePlan | None:
+    """The fine-tuning that a file publishes; None when what it publishes is the run itself.
+
+    Raises `ValueError` as `plan_to_run`.
+    """
+    plan_to_run(path)
+    text = read_text(path, "a plan")
+    published = "bundle_sha256" in read_json(text, "a plan")
+    return PublishedPlan.from_json(text).finetuning if published else None
+
+
+def make_finetuning(pretrained: Path, settings: Sequence[str]) -> FinetunePlan:
+    """The fine-tuning of a finished run (its folder, or its model.safetensors), from settings as ``rounds=5``
+    or ``local.task=segmentation``.
+
+    Raises `ValueError` for a setting that is wrong, and for a file that is no run's final weights.
+    """
+    from server.exchanges.finetuning import pretrained_of, pretrained_sha256  # MONAI takes seconds to import
+
+    found = pretrained_of(pretrained)
+    values: dict[str, Any] = {
+        "run_sha256": found.provenance.get("plan_sha256", ""),
+        "pretrained_sha256": pretrained_sha256(found.network),
+        "local": {},
+    }
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        part, _, inner = name.rpartition(".")
+        if not equals or part not in ("", "local") or name in values:
+            raise ValueError(
+                f"Expected settings of a fine-tuning as rounds=5 or local.classes=3; got {setting!r}."
+            )
+        value = (
+            [one.strip() for one in text.strip("[]").split(",")]
+            if inner == _VALUES
+            else read_yaml(text, name)
+        )
+        (values["local"] if part else values)[inner] = text if inner == "target" else value
+    return build(FinetunePlan, values, "finetuning")
 
 
 def _plan(path: Path) -> RunPlan:

@@ -36,14 +36,7 @@ from federation.keys.certificates import (
     same_fingerprint,
     utc_now,
 )
-from federation.keys.key_files import (
-    PUBLIC,
-    private_folder,
-    read_file,
-    read_text,
-    refuse_work_tree,
-    write_file,
-)
+from federation.keys.key_files import key_folder, read_file, read_text, refuse_work_tree
 from federation.keys.kits import (
     AUTHORITY,
     CERTIFICATE,
@@ -60,7 +53,8 @@ from forms.form import build, check
 from forms.names import SiteName
 from forms.ranges import Entries, Range
 from forms.yaml_text import read_yaml
-from server.kit_texts import readme_text, settings_text
+from server.consortium.kit_texts import readme_text, settings_text
+from storage.files import PUBLIC, write_whole
 
 CONSORTIUM = "consortium.yaml"
 SERVER = "server"
@@ -212,10 +206,10 @@ class Office:
         host, _ = host_and_port(self.settings.server)
         not_after = now + timedelta(days=self.settings.valid_days)
         certificate = self.authority.server(key.public_key(), [host], not_after, now)
-        folder = private_folder(self.folder / SERVER)
-        write_file(folder / "server.key", key_pem(key))
-        write_file(folder / "server.pem", certificate_pem(certificate), PUBLIC)
-        write_file(folder / AUTHORITY, certificate_pem(self.authority.certificate), PUBLIC)
+        folder = key_folder(self.folder / SERVER)
+        write_whole(folder / "server.key", key_pem(key))
+        write_whole(folder / "server.pem", certificate_pem(certificate), PUBLIC)
+        write_whole(folder / AUTHORITY, certificate_pem(self.authority.certificate), PUBLIC)
         self._note(SERVER, certificate)
         return folder / "server.pem"
 
@@ -240,7 +234,7 @@ class Office:
     def write_revocations(self, now: datetime) -> None:
         """Write the revocation list as the book has it."""
         revocations = self.authority.revocation_list(self._revoked(), now)
-        write_file(self.folder / "crl.pem", crl_pem(revocations), PUBLIC)
+        write_whole(self.folder / "crl.pem", crl_pem(revocations), PUBLIC)
 
     def _revoke(self, site: str, now: datetime, but_key: str = "") -> None:
         serials = [
@@ -270,8 +264,8 @@ class Office:
 
     def _enter(self, site: str, certificate: x509.Certificate) -> None:
         folder = self._site_folder(site)
-        write_file(folder / CERTIFICATE, certificate_pem(certificate), PUBLIC)
-        write_file(folder / "node.pub", node_public_key(public_key_of(certificate)), PUBLIC)
+        write_whole(folder / CERTIFICATE, certificate_pem(certificate), PUBLIC)
+        write_whole(folder / "node.pub", node_public_key(public_key_of(certificate)), PUBLIC)
         self._note(site, certificate)
 
     def _write_kit(self, entry: SiteEntry, certificate: x509.Certificate, key: bytes | None = None) -> Path:
@@ -284,12 +278,12 @@ class Office:
             SETTINGS: settings_text(connection).encode(),
             README: readme_text(connection, self.fingerprint, expiry(certificate), key is not None).encode(),
         }
-        path = private_folder(self.folder / "kits") / f"{entry.name}.zip"
-        write_file(path, pack_kit(files if key is None else files | {KEY: key}))
+        path = key_folder(self.folder / "kits") / f"{entry.name}.zip"
+        write_whole(path, pack_kit(files if key is None else files | {KEY: key}))
         return path
 
     def _site_folder(self, site: str) -> Path:
-        return private_folder(self.folder / "sites" / checked_name(site))
+        return key_folder(self.folder / "sites" / checked_name(site))
 
     def _note(self, name: str, certificate: x509.Certificate) -> None:
         record: dict[str, Any] = {
@@ -324,7 +318,7 @@ def provision(settings: ConsortiumSettings, folder: Path, now: datetime | None =
     """
     now = now or utc_now()
     refuse_work_tree(folder)
-    private_folder(folder)
+    key_folder(folder)
     created = not (folder / "ca.key").exists()
     if created:
         if others := sorted(path.name for path in folder.iterdir()):
@@ -333,9 +327,9 @@ def provision(settings: ConsortiumSettings, folder: Path, now: datetime | None =
                 "Restore ca.key from its backup, or give another folder."
             )
         authority = Authority.create(settings.name, settings.authority_valid_days, now)
-        write_file(folder / CONSORTIUM, _canonical(settings))
-        write_file(folder / AUTHORITY, certificate_pem(authority.certificate), PUBLIC)
-        write_file(folder / "ca.key", key_pem(authority.key))
+        write_whole(folder / CONSORTIUM, _canonical(settings))
+        write_whole(folder / AUTHORITY, certificate_pem(authority.certificate), PUBLIC)
+        write_whole(folder / "ca.key", key_pem(authority.key))
         office = Office(folder, settings, authority)
         office.journal.append({"kind": "authority", "name": settings.name, "fingerprint": office.fingerprint})
     else:
@@ -345,7 +339,7 @@ def provision(settings: ConsortiumSettings, folder: Path, now: datetime | None =
                 f"Expected {folder} to be of consortium {settings.name!r}; it is of "
                 f"{before.settings.name!r}. An authority is not overwritten: give another folder."
             )
-        write_file(folder / CONSORTIUM, _canonical(settings))
+        write_whole(folder / CONSORTIUM, _canonical(settings))
         office = Office(folder, settings, before.authority)
         if before.settings.server != settings.server:
             office.renew_server(now)

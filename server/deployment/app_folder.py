@@ -12,7 +12,17 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("forms", "meduet_models", "privacy", "federation", "strategies", "client", "server", "conf")
+PACKAGES = (
+    "storage",
+    "forms",
+    "meduet_models",
+    "privacy",
+    "federation",
+    "strategies",
+    "client",
+    "server",
+    "conf",
+)
 NAME = "fedmeduet"
 _SHIPPED = (".py", ".yaml")
 

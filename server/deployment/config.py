@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from federation.keys.certificates import read_certificate, read_revocations
-from federation.keys.key_files import read_file, read_text
-from federation.keys.kits import AUTHORITY, CERTIFICATE
+from federation.keys.key_files import read_text
+from federation.keys.kits import AUTHORITY
 from forms.form import build, check
 from forms.names import Letters
 from forms.paths import resolve_paths
 from forms.ranges import Range, shown
 from forms.yaml_text import read_yaml
+from server.consortium.registrations import REVOKED
 
 _PATHS = ("state_dir", "consortium")
 PORT = Range(at_least=1, at_most=65535)
@@ -71,18 +71,7 @@ class ServerConfig:
     @property
     def revoked(self) -> Path:
         """The authority's list of revoked certificates, PEM."""
-        return self.consortium / "crl.pem"
-
-    def site_keys(self) -> dict[str, Path]:
-        """Public key of each site that may take part, as Flower registers it: those with a certificate that
-        is not on the list of revoked ones."""
-        revocations = read_revocations(read_file(self.revoked, "the list of revoked certificates"))
-        found = {}
-        for path in sorted(self.consortium.glob(f"sites/*/{CERTIFICATE}")):
-            serial = read_certificate(read_file(path, "a site's certificate")).serial_number
-            if revocations.get_revoked_certificate_by_serial_number(serial) is None:
-                found[path.parent.name] = path.with_name("node.pub")
-        return found
+        return self.consortium / REVOKED
 
 
 def load_server_config(path: Path) -> ServerConfig:

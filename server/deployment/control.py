@@ -1,7 +1,8 @@
-"""Flower's control API, on loopback: who may take part, which runs there are, start one, stop one.
+"""Flower's control API: who may take part, which runs there are, start one, stop one.
 
 Spoken through Flower's own command, whose JSON is its stable surface. Whoever reaches this API can start code
-at every site, which is why the proxy refuses its routes to the network.
+at every site, which is why it answers on a socket of the centre's own account only
+(`federation/local_socket.py`).
 
 Does not do: decide when to start (`server/deployment/submission.py`).
 """
@@ -14,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from federation.flower_programs import environment, program
+from federation.flower_programs import program
 from federation.health import NotServing, check_health
+from server.consortium.registrations import site_keys
 from server.deployment.config import ServerConfig
-from server.deployment.superlink import address, home
-from server.run_folder import write_whole
+from server.deployment.superlink import address, flower_environment, home
+from storage.files import write_whole
 
 _CONNECTION = "centre"
 _NODES = "nodes.json"
@@ -48,13 +50,18 @@ class Control:
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
-        self._environment = {**os.environ, **environment(home(config))}
+        self._environment = {**os.environ, **flower_environment(config)}
         quoted = json.dumps(str(config.ca))  # a TOML basic string is a JSON string
         write_whole(
             home(config) / "config.toml",
             f'[superlink]\ndefault = "{_CONNECTION}"\n[superlink.{_CONNECTION}]\n'
             f'address = "{address(config)}"\nroot-certificates = {quoted}\n',
         )
+
+    @property
+    def consortium(self) -> Path:
+        """The folder whose sites may take part; it says whose key a node has."""
+        return self._config.consortium
 
     def runs(self) -> list[FlowerRun]:
         """Every run that SuperLink remembers."""
@@ -70,7 +77,7 @@ class Control:
         known: dict[str, dict[str, str]] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
         listed = {str(node["node-id"]): str(node["status"]) for node in self._nodes()}
         known = {n: e for n, e in known.items() if listed.get(e["node"], "unregistered") != "unregistered"}
-        files = self._config.site_keys()
+        files = site_keys(self._config.consortium)
         keys = {name: file.read_text(encoding="utf-8").strip() for name, file in files.items()}
         for name in [name for name, entry in known.items() if keys.get(name) != entry["key"]]:
             known.pop(name)
@@ -123,7 +130,7 @@ class Control:
             raise ControlFailed("Expected SuperLink to be up; it is not (yet).") from None
         try:
             return subprocess.run(
-                [program("flwr"), *arguments],
+                [*program("flwr"), *arguments],
                 env=self._environment,
                 capture_output=True,
                 text=True,

@@ -17,7 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from federation.processes import ChildProcess
 from server.deployment.app_folder import ROOT
 from server.deployment.config import ServerConfig
-from server.run_folder import write_whole
+from storage.files import write_whole
 
 PROXY = "nginx"
 TEMPLATE = "nginx.conf.j2"

@@ -13,9 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from federation.exchanges.finetuning import FinetunePlan
 from federation.plan import RunPlan
 from server.app import RunObserver, RunResult
-from server.run_folder import write_whole
+from storage.files import private_folder, write_whole
 
 STATUS_NAME = "status.json"
 _KEPT = 50
@@ -25,20 +26,23 @@ _SUMS = ("bytes_up", "bytes_down")
 class StatusFile(RunObserver):
     """Writes `status.json` in the run's folder; picks up what an earlier process of the run left there."""
 
-    def __init__(self, plan: RunPlan, folder: Path) -> None:
+    def __init__(self, plan: RunPlan, folder: Path, finetuning: FinetunePlan | None = None) -> None:
+        """Of `plan`'s run, or of a `finetuning` of it."""
         self._path = folder / STATUS_NAME
         before = read_status(folder) or {}
-        if before.get("plan") != plan.sha256:
+        sha256 = plan.sha256 if finetuning is None else finetuning.sha256
+        self._last = "erasure" if finetuning is None else "round"
+        if before.get("plan") != sha256:
             before = {}
         blank = {"state": "not asked yet", "last_seen": None, "round": 0, **dict.fromkeys(_SUMS, 0)}
         sites = before.get("sites", {})
         self._status: dict[str, Any] = {
-            "plan": plan.sha256,
+            "plan": sha256,
             "name": plan.name,
-            "state": "survey",
+            "state": "survey" if finetuning is None else "round",
             "reason": "",
             "round": before.get("round", 0),
-            "rounds": plan.training.rounds,
+            "rounds": (plan.training if finetuning is None else finetuning).rounds,
             "started": before.get("started", _now()),
             "since": _now(),
             "resumed": before.get("resumed", -1) + 1,
@@ -47,7 +51,7 @@ class StatusFile(RunObserver):
             "sites": {name: sites.get(name, dict(blank)) for name in plan.participants},
             "quarantined": before.get("quarantined", []),
         }
-        folder.mkdir(parents=True, exist_ok=True)
+        private_folder(folder)
         self._write()
 
     def on_survey(self, summary: Mapping[str, Any], bank: Mapping[str, Any]) -> None:
@@ -82,15 +86,19 @@ class StatusFile(RunObserver):
         self._status["loss"] = dict(metrics["loss"])
         self._put_aside(round, metrics["refused"])
         if round == self._status["rounds"]:
-            self._status |= {"state": "erasure", "since": _now()}
+            self._status |= {"state": self._last, "since": _now()}
         self._write()
         return {}
 
     def on_end(self, result: RunResult) -> Mapping[str, Any]:
         """The run is complete."""
+        self.on_complete()
+        return {}
+
+    def on_complete(self) -> None:
+        """So it is."""
         self._status |= {"state": "complete", "reason": "", "pid": None, "since": _now()}
         self._write()
-        return {}
 
     def failed(self, reason: str, final: bool) -> None:
         """The run stopped; `final`: it would stop in the same way again."""

@@ -6,9 +6,9 @@ twice in the same way; so all that is missing is somebody who submits it. The sa
 watches the run that is under way.
 
 A run that died is noticed by the lock on its folder, which goes with the process, and not a minute later by
-Flower's heartbeat. A run that an operator stopped (`flwr stop`) stays stopped; one that would end in the same
-way again (another plan's folder, say) is not repeated; neither is one that failed several times in a row
-without getting any further.
+Flower's heartbeat. A run that an operator stopped (`meduet-server stop`) stays stopped; one that would end in
+the same way again (another plan's folder, say) is not repeated; neither is one that failed several times in a
+row without getting any further.
 
 Does not do: run anything itself.
 """
@@ -22,11 +22,12 @@ from pathlib import Path
 
 from federation.processes import Say
 from server.checkpoints import Checkpoints
-from server.consortium.plans import plan_to_run
+from server.consortium.plans import finetuning_to_run, plan_to_run
 from server.deployment.app_folder import write_app_folder
 from server.deployment.control import Control, ControlFailed, FlowerRun
 from server.deployment.status import read_status
-from server.run_folder import is_complete, is_held, write_whole
+from server.run_folder import is_complete, is_held
+from storage.files import private_folder, write_whole
 
 RECORD = "submission.json"
 ATTEMPTS = 5
@@ -53,12 +54,39 @@ class _Record:
 class Submission:
     """One run, from `plan_path` to `folder`, seen through to its end."""
 
-    def __init__(self, control: Control, plan_path: Path, folder: Path, say: Say = lambda line: None) -> None:
+    def __init__(
+        self,
+        control: Control,
+        plan_path: Path,
+        folder: Path,
+        say: Say = lambda line: None,
+        pretrained: Path | None = None,
+    ) -> None:
+        """Of a fine-tuning, `pretrained` is the folder or the file of the weights that it starts from.
+
+        Raises `ValueError` for a file that is no plan, and for one kind of plan run as the other.
+        """
         self._control, self._say, self._fresh = control, say, True
         self._trouble = ""
         self._lived = self._died = False  # was the application of the last submission seen at work, and gone?
         self._plan_path, self.folder = plan_path.resolve(), folder.resolve()
-        self.plan = plan_to_run(plan_path)
+        self.plan, finetuning = plan_to_run(plan_path), finetuning_to_run(plan_path)
+        if finetuning is not None and pretrained is None:
+            raise ValueError(
+                f"{plan_path} is a fine-tuning of run {self.plan.sha256[:12]}: name that run's folder, or "
+                "its model.safetensors, with --pretrained."
+            )
+        if finetuning is None and pretrained is not None:
+            raise ValueError(f"--pretrained has no effect: {plan_path} is a pretraining, no fine-tuning.")
+        self._settings = {
+            "plan": str(self._plan_path),
+            "folder": str(self.folder),
+            "consortium": str(self._control.consortium.resolve()),
+        }
+        if pretrained is not None:
+            self._settings["pretrained"] = str(pretrained.resolve())
+        self._sha256 = self.plan.sha256 if finetuning is None else finetuning.sha256
+        self._kind = "plan" if finetuning is None else "fine-tuning"
 
     def see_through(self, while_waiting: Callable[[], None] = lambda: None) -> None:
         """Return when the run is complete; `while_waiting` is called twice a second.
@@ -66,7 +94,7 @@ class Submission:
         Raises `RunGivenUp`, and `ValueError` when the folder is another plan's.
         """
         next_look = 0.0
-        while not is_complete(self.folder, self.plan.sha256):
+        while not is_complete(self.folder, self._sha256):
             while_waiting()
             lives = is_held(self.folder)
             died = self._lived and not lives
@@ -74,7 +102,7 @@ class Submission:
             if died or time.monotonic() >= next_look:
                 if died:
                     time.sleep(_TICK_S)  # an end in good order shows in the folder by now
-                    if is_complete(self.folder, self.plan.sha256):
+                    if is_complete(self.folder, self._sha256):
                         break
                 self._look()
                 next_look = time.monotonic() + PAUSE_S
@@ -97,8 +125,7 @@ class Submission:
             self._write(record)
             with tempfile.TemporaryDirectory(prefix="meduet-app-") as parent:
                 app = write_app_folder(Path(parent))
-                settings = {"plan": str(self._plan_path), "folder": str(self.folder)}
-                record.run = self._control.start(app, settings)
+                record.run = self._control.start(app, self._settings)
         except (ControlFailed, OSError) as error:  # SuperLink is away, or the disk takes nothing
             if (words := str(error)) != self._trouble:
                 self._say(f"{words} Tried again every {PAUSE_S:g} s.")
@@ -109,7 +136,7 @@ class Submission:
         self._write(record)
         again = "" if record.submissions == 1 else f" again ({record.submissions})"
         self._say(
-            f"submitted{again}: {self.plan.name}, plan {self.plan.sha256[:12]}, Flower's run {record.run}"
+            f"submitted{again}: {self.plan.name}, {self._kind} {self._sha256[:12]}, Flower's run {record.run}"
         )
 
     def _after_an_end(self, record: _Record, run: FlowerRun | None) -> None:
@@ -137,7 +164,7 @@ class Submission:
             self._control.stop(run.identity)  # the application is gone, SuperLink does not know yet
 
     def _progress(self) -> str:
-        rounds = Checkpoints(self.folder / "checkpoints", self.plan.sha256).rounds()
+        rounds = Checkpoints(self.folder / "checkpoints", self._sha256).rounds()
         if not rounds:
             return "no checkpoint"
         return f"round {rounds[-1]}" if rounds[-1] else "the survey"
@@ -147,5 +174,5 @@ class Submission:
         return _Record(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else _Record()
 
     def _write(self, record: _Record) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        private_folder(self.folder)
         write_whole(self.folder / RECORD, json.dumps(vars(record)) + "\n")

@@ -22,8 +22,10 @@ from federation.flower_programs import (
 )
 from federation.processes import ChildProcess
 from server.deployment.config import ServerConfig
+from storage.files import private_folder
 
 SUPERLINK = "superlink"
+SOCKET = "superlink.sock"
 
 
 def home(config: ServerConfig) -> Path:
@@ -32,19 +34,25 @@ def home(config: ServerConfig) -> Path:
 
 
 def address(config: ServerConfig) -> str:
-    """Where SuperLink answers, on this machine."""
+    """Where SuperLink answers sites, on this machine; its certificate holds for it."""
     return f"127.0.0.1:{config.port}"
+
+
+def flower_environment(config: ServerConfig) -> dict[str, str]:
+    """Variables of Flower's programs at the centre, among them the socket on which SuperLink answers the
+    centre's own account."""
+    return environment(home(config), config.state_dir / SOCKET)
 
 
 def superlink_processes(config: ServerConfig) -> tuple[ChildProcess, ...]:
     """SuperLink and SuperExec, in the order in which they are started."""
-    config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    variables = environment(home(config))
+    private_folder(config.state_dir)
+    variables = flower_environment(config)
     secret = str(secret_file(config.state_dir / "superexec.secret"))
     superlink = ChildProcess(
         name=SUPERLINK,
         command=(
-            program("flower-superlink"),
+            *program("superlink"),
             *("--host", "127.0.0.1", "--port", str(config.port)),
             *("--ssl-ca-certfile", str(config.ca)),
             *("--ssl-certfile", str(config.certificate), "--ssl-keyfile", str(config.key)),

@@ -52,8 +52,8 @@ class CentralDiffusion:
         book: ReplyBook,
         on_step: OnStep = lambda done, total, loss: None,
     ) -> None:
-        if plan.diffusion is None or plan.diffusion.policy != "raw":
-            raise ValueError("Expected a plan with diffusion.policy=raw.")
+        if plan.diffusion is None or plan.diffusion.release.trained_at != "centre":
+            raise ValueError("Expected a plan with a diffusion model of the centre (diffusion.policy=raw).")
         self.plan, self.diffusion = plan, plan.diffusion
         self.latents = bank
         self._grid, self._roster, self._book = grid, roster, book

@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from federation.exchanges.diffusion import encoder_of
 from federation.messages import Tensors
 from federation.plan import RunPlan
+from federation.release_policy import release_policy
 from federation.reply_book import ReplyBook
 from meduet_models.diffusion.artefact import GenerativeModel, save_generative_model
 from meduet_models.style.bank import StyleBank
@@ -102,12 +103,12 @@ def diffusion_of(
 ) -> DiffusionPhase:
     """The kind that the plan asks for. Raises `ValueError` when a latent bank that is there cannot be
     opened."""
-    match None if plan.diffusion is None else plan.diffusion.policy:
+    match None if plan.diffusion is None else plan.diffusion.release.trained_at:
         case None:
             return NoDiffusion()
-        case "federated":
+        case "sites":
             return FederatedDiffusion(grid, roster, plan, folder, book, on_diffusion)
-        case "raw":
+        case "centre":
             bank = LatentBank(folder / "latents", bank_key)
             return CentralDiffusion(grid, roster, plan, folder, bank, device, book, on_diffusion)
 
@@ -136,6 +137,7 @@ def save_diffusion(
             body_parts=plan.style.body_parts,
             categories=diffusion.categories,
             policy=finished.policy,
+            patient_data=release_policy(finished.policy).is_patient_data,
             provenance={
                 "plan_sha256": plan.sha256,
                 "plan": plan.to_json(),

@@ -1,11 +1,14 @@
-"""The site erasure: asked once, after the last round. What is made of it says `server/model.py`."""
+"""The site erasure: asked once, after the last round. What is made of it says `server/model.py`.
+
+A site whose sums would be of too few patients to leave is left out; that ends nobody's run.
+"""
 
 from collections.abc import Callable
 
 from flwr.serverapp import Grid
 
 from federation.exchanges.erasure import ERASURE, ErasureAsk, ErasureReply
-from federation.messages import Tensors
+from federation.messages import RefusalKind, Tensors
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
 from server.exchanges.queries import ask_sites
@@ -24,4 +27,5 @@ def ask_erasure(
     """Valid replies by site, and who was put aside why. Raises as `ask_sites`."""
     ask = ErasureAsk(plan_json=plan.to_json(), shared=shared, bank=bank)
     at_least = min(2, len(plan.participants))  # of one site there is nothing to erase
-    return ask_sites(grid, roster, plan, ERASURE, ask, check, book, at_least=at_least)
+    few = (RefusalKind.TOO_FEW_FOR_SUMS,)
+    return ask_sites(grid, roster, plan, ERASURE, ask, check, book, at_least=at_least, excused=few)

@@ -15,7 +15,6 @@ from typing import Any
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
-from federation.diffusion_plan import Policy
 from federation.exchanges.diffusion import DIFFUSION, DiffusionAsk, encoder_of, transformer_of
 from federation.messages import Tensors
 from federation.plan import RunPlan
@@ -37,7 +36,7 @@ class FinishedDiffusion:
 
     transformer: DiffusionTransformer
     """Averaged weights, for evaluation, on the CPU."""
-    policy: Policy
+    policy: str
     """What left the sites for it."""
     steps: int
     """Optimiser steps; of each site where it was trained there."""
@@ -61,7 +60,7 @@ def run_diffusion_rounds(
     checkpoint stays) and `ValueError` when `shared` is not a whole encoder.
     """
     diffusion = plan.diffusion
-    if diffusion is None or diffusion.policy != "federated":
+    if diffusion is None or diffusion.release.trained_at != "sites":
         raise ValueError("Expected a plan with diffusion.policy=federated.")
     encoder = encoder_of(plan, shared)
     transformer = transformer_of(plan, encoder)
@@ -81,9 +80,11 @@ def run_diffusion_rounds(
 
     task = Task(
         message_type=DIFFUSION.route,
+        sha256=plan.sha256,
         rounds=diffusion.rounds,
         max_norm=diffusion.update_clip_norm,
         question=question,
+        wire_dtype=plan.release.wire_dtype,
     )
     checkpoints = Checkpoints(folder / "checkpoints", plan.sha256)
     start = {name: p.detach().clone() for name, p in transformer.named_parameters()}

@@ -1,62 +1,65 @@
 """The centre of a federated fine-tuning: rounds over the sites' labels, resumable anywhere.
 
-Starts from the pretrained encoder and a head from the plan's seed; each round asks every site, folds each
-valid reply into an exact sum as it arrives, and writes the weights down before the next round. With a frozen
-encoder only the head is trained, travels back and is averaged. The quorum rule is the run's. What this file
-does not do: it trains nothing, sees no label, chooses no best round: sites tell no validation score, as few
+Starts from the pretrained encoder and a head from the plan's seed. The rounds are those of
+`strategies/content_share.py` with another task, so the run's rule, tolerance, quorum and server optimiser
+hold here too; what is averaged is what is trained, with a frozen encoder the head alone. What this file does
+not do: it trains nothing, sees no label, chooses no best round: sites tell no validation score, as few
 patients would be behind one.
 """
 
-from collections.abc import Callable, Mapping
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
-from federation.exchanges.finetuning import FINETUNING, FinetuneAsk, FinetunePlan, FinetuneReply
+from federation.exchanges.finetuning import FINETUNING, FinetuneAsk, FinetunePlan
 from federation.journal import Journal
-from federation.limits import MOST_SCANS
-from federation.messages import Tensors
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
-from meduet_models.downstream import (
-    ClassificationNetwork,
-    SegmentationNetwork,
-    encoder_tensors,
+from meduet_models.downstream.networks import (
+    ContentEncoder,
+    PretrainedNetwork,
     trained_keys,
-    with_head,
 )
+from meduet_models.downstream.tasks import task_of
 from meduet_models.meduet import FactorNetwork
+from meduet_models.pretrained import Pretrained, load_pretrained
 from meduet_models.weights import save_weights, sha256_of_tensors
 from server.checkpoints import Checkpoint, Checkpoints
-from server.exchanges.queries import ask_sites
-from server.run_folder import write_whole
-from strategies.aggregation import Bounds, ReplyRefused, StreamingSum
-from strategies.quorum import Roster
+from server.observer import RoundObserver
+from server.run_folder import claim, write_metrics
+from strategies.content_share import ContentShare, Task
+from strategies.quorum import Roster, SiteOf
 
 FINETUNED = "finetuned.safetensors"
-OnRound = Callable[[int, Mapping[str, Any]], None]
-"""Called after each round with its number and report."""
+MODEL = "model.safetensors"
+"""What a pretraining leaves in its folder."""
 
 
 @dataclass(frozen=True)
 class FinetunedRun:
     """A complete federated fine-tuning."""
 
-    network: SegmentationNetwork | ClassificationNetwork
+    network: PretrainedNetwork
     """After the last round, on the CPU."""
     rounds: tuple[dict[str, Any], ...]
-    """One report per round: sites with examples, loss and seconds; refused with reasons."""
+    """One report per round: as in `metrics.json` of a run."""
     path: Path
     """The file of the weights."""
 
 
+def pretrained_of(path: Path) -> Pretrained:
+    """The final weights of a run, from its folder or from the file itself; raises `ValueError`."""
+    return load_pretrained(path / MODEL if path.is_dir() else path)
+
+
 def pretrained_sha256(network: FactorNetwork) -> str:
     """Hash that a `FinetunePlan` names the encoder of `network` by."""
-    start = with_head(network, "classification", 2, trainable=True)
-    return sha256_of_tensors(encoder_tensors(start.state_dict()))
+    encoder = ContentEncoder(network, trainable=False).state_dict()
+    return sha256_of_tensors({f"encoder.{name}": tensor for name, tensor in encoder.items()})
 
 
 def run_finetuning(
@@ -66,13 +69,16 @@ def run_finetuning(
     pretrained: FactorNetwork,
     folder: Path,
     *,
-    on_round: OnRound = lambda round, report: None,
+    observer: RoundObserver | None = None,
+    site_of: SiteOf | None = None,
 ) -> FinetunedRun:
     """Fine-tune `pretrained` in `folder`, or go on with what is there.
 
+    `site_of` says which site a node is registered as; none: as in a simulation.
     Raises `ValueError` when `pretrained` is not the encoder that `finetuning` names, `OtherPlan` when the
-    folder holds another fine-tuning, and `RoundFailed` below the quorum (the last checkpoint stays).
+    folder holds another fine-tuning or a run, and `RoundFailed` below the quorum (the last checkpoint stays).
     """
+    observer = observer or RoundObserver()
     local = finetuning.local
     if finetuning.run_sha256 != plan.sha256:
         raise ValueError(f"Expected a fine-tuning of run {plan.sha256[:12]}; it names another.")
@@ -81,83 +87,69 @@ def run_finetuning(
             f"Expected the pretrained encoder {finetuning.pretrained_sha256[:12]}; got {found[:12]}."
         )
     trainable = local.encoder == "finetuned"
-    network = with_head(pretrained, local.task, local.classes, trainable=trainable, seed=finetuning.seed)
+    network = task_of(local.task).network(
+        pretrained, local.classes, trainable=trainable, seed=finetuning.seed
+    )
     start = network.state_dict()
     names = trained_keys(network)
     fixed = {name: tensor for name, tensor in start.items() if name not in names}
-    folder.mkdir(parents=True, exist_ok=True)
+    plan_json, finetuning_json = plan.to_json(), finetuning.to_json()
+
+    def question(round: int, start: bool) -> RecordDict:
+        return FinetuneAsk(
+            plan_json=plan_json, finetuning_json=finetuning_json, round=round, shared={}, fixed=fixed
+        ).to_record()
+
+    task = Task(
+        message_type=FINETUNING.route,
+        sha256=finetuning.sha256,
+        rounds=finetuning.rounds,
+        max_norm=finetuning.update_clip_norm,
+        question=question,
+        wire_dtype="float32",  # a site knows the pretrained encoder by the hash of its very bits
+    )
+    claim(folder, finetuning)
     checkpoints = Checkpoints(folder / "checkpoints", finetuning.sha256)
     journal = Journal(folder / "journal.jsonl")
-    book = ReplyBook(journal)
     last = checkpoints.latest() or Checkpoint(
         plan_sha256=finetuning.sha256,
         round=0,
         shared={name: start[name].clone() for name in names},
         optimiser={},
-        bank={},
         metrics={"rounds": []},
     )
     if last.round == 0:
         checkpoints.save(last)
-    write_whole(folder / "finetuning.json", finetuning.to_json())
-    roster = Roster(plan.participants)
+    strategy = ContentShare(
+        plan,
+        last.shared,
+        task,
+        roster=Roster(plan.participants, site_of),
+        folder=folder,
+        book=ReplyBook(journal),
+        on_reply=observer.on_site_reply,
+    )
+    strategy.optimiser.load(last.optimiser)
+    rounds = strategy.rounds(grid, done=last.round)
     for round in range(last.round + 1, finetuning.rounds + 1):
-        trained, report = _round(grid, roster, book, plan, finetuning, round, last.shared, fixed)
-        metrics = {"rounds": [*last.metrics["rounds"], report]}
+        observer.on_round_start(round, finetuning.rounds)
+        report = dataclasses.asdict(next(rounds))
+        observer.on_round_end(round, strategy.shared, report)
         last = Checkpoint(
             plan_sha256=finetuning.sha256,
             round=round,
-            shared=trained,
-            optimiser={},
-            bank={},
-            metrics=metrics,
+            shared=dict(strategy.shared),
+            optimiser=strategy.optimiser.state(),
+            metrics={"rounds": [*last.metrics["rounds"], report]},
         )
         checkpoints.save(last)
+        write_metrics(folder, last.metrics)
         journal.append({"kind": "finetuning", "plan": finetuning.sha256, **report})
-        on_round(round, report)
     network.load_state_dict({**fixed, **last.shared})
-    path = folder / FINETUNED
-    tensors = network.state_dict()
-    provenance = {
-        "finetuning": finetuning.to_json(),
-        "plan": plan.to_json(),
-        "tensors_sha256": sha256_of_tensors(tensors),
-    }
-    save_weights(path, tensors, provenance)
+    path, tensors = folder / FINETUNED, network.state_dict()
+    sha256 = sha256_of_tensors(tensors)
+    save_weights(path, tensors, {"finetuning": finetuning_json, "plan": plan_json, "tensors_sha256": sha256})
+    journal.append({"kind": "end", "plan": finetuning.sha256, "tensors_sha256": sha256})
+    observer.on_complete()
+    write_metrics(folder, last.metrics | {"final": {}})
     return FinetunedRun(network.eval(), tuple(last.metrics["rounds"]), path)
-
-
-def _round(
-    grid: Grid,
-    roster: Roster,
-    book: ReplyBook,
-    plan: RunPlan,
-    finetuning: FinetunePlan,
-    round: int,
-    trained: Tensors,
-    fixed: Tensors,
-) -> tuple[Tensors, dict[str, Any]]:
-    """The weights after a round, and its report."""
-    bounds = Bounds(
-        num_replies=len(roster.sites), max_norm=finetuning.update_clip_norm, max_examples=MOST_SCANS
-    )
-    total = StreamingSum(trained, bounds, threads=torch.get_num_threads())
-
-    def fold(reply: FinetuneReply) -> None:
-        if reply.finetuning_sha256 != finetuning.sha256 or reply.round != round:
-            raise ReplyRefused(f"Expected a reply to round {round} of this fine-tuning; got another.")
-        total.fold(reply.site, reply.update, reply.examples)
-        reply.update.clear()  # folded: memory holds one update, not one of each site
-
-    ask = FinetuneAsk(
-        plan_json=plan.to_json(),
-        finetuning_json=finetuning.to_json(),
-        round=round,
-        trained=trained,
-        fixed=fixed,
-    )
-    replies, refused = ask_sites(grid, roster, plan, FINETUNING, ask, fold, book)
-    mean = total.mean()
-    sites = {site: {"examples": reply.examples, **reply.metrics} for site, reply in replies.items()}
-    report = {"round": round, "sites": sites, "refused": refused}
-    return {name: before + mean[name] for name, before in trained.items()}, report

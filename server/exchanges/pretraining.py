@@ -23,7 +23,9 @@ def pretraining(plan: RunPlan, bank: Mapping[str, Tensor], home: Mapping[str, Te
 
     return Task(
         message_type=PRETRAINING.route,
+        sha256=plan.sha256,
         rounds=plan.training.rounds,
         max_norm=plan.release.update_clip_norm,
         question=question,
+        wire_dtype=wire_dtype,
     )

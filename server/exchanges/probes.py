@@ -56,7 +56,7 @@ from meduet_models.probes.swap_fidelity import style_gap_closed
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleEntry, StyleMoments
 from privacy.clipping import joint_norm
-from server.directions import directions_of_sums
+from server.exchanges.directions import directions_of_sums
 from server.exchanges.queries import ask_sites
 from strategies.aggregation import ReplyRefused
 from strategies.quorum import Roster
@@ -76,14 +76,13 @@ class FederatedProbes:
 
     def due(self, round: int) -> bool:
         """Whether a round is followed by probes."""
-        every = self._plan.probes.every_rounds
-        return every > 0 and (round % every == 0 or round == self._plan.training.rounds)
+        return round in PROBES.rounds(self._plan)
 
     def read(self, round: int, shared: Tensors, bank: Tensors, erased: bool = False) -> dict[str, Any]:
         """Readings by name, patients by site, and who was put aside why.
 
         Readings are absent where fewer than two sites told their sums. `erased` says that these weights hold
-        an erasure, fitted on the patients trained on.
+        an erasure, fitted on the patients trained on; they are asked about under the round that would follow.
         """
         self._round, self.directions, self._patients = round, {}, {}
         told, refused = self._ask(shared, bank, {}, self._check_sums)

@@ -12,6 +12,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from federation.exchanges.exchange import AskKind, Exchange, ReplyKind
+from federation.messages import RefusalKind
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
 from strategies.quorum import Roster, check_quorum, needed, wait_for_nodes
@@ -31,11 +32,13 @@ def ask_sites(
     stops: bool = True,
     at_least: int = 1,
     only: Collection[str] | None = None,
+    excused: Collection[RefusalKind] = (),
 ) -> tuple[dict[str, ReplyKind], dict[str, str]]:
     """Valid replies by site, in the plan's order, and who was put aside why.
 
     `check` raises on a reply that is not to be used; the others are entered in `book`. Raises `RoundFailed`
-    below the quorum, or with fewer than `at_least`; without `stops`, the run goes on with whoever answered.
+    below the quorum, or with fewer than `at_least`; without `stops`, the run goes on with whoever answered. A
+    site that refuses for a reason in `excused` has said all it has to say, and counts as one that answered.
     With `only`, other sites that are known are not asked.
     """
     settings, record = plan.aggregation, question.to_record()
@@ -45,7 +48,13 @@ def ask_sites(
     nodes = _of(nodes, roster, only)
     stream = StreamingGrid(grid)
     route = exchange.route
-    wall = ReplyWall(route, route, plan.sha256, roster, book, exchange.reply.from_record, check)
+    declined: set[int] = set()
+
+    def on_refusal(node: int, kind: RefusalKind) -> None:
+        if kind in excused:
+            declined.add(node)
+
+    wall = ReplyWall(route, route, plan.sha256, roster, book, exchange.reply.from_record, check, on_refusal)
     replies: dict[str, ReplyKind] = {}
 
     def ask(node: int) -> Message:
@@ -54,7 +63,11 @@ def ask_sites(
     for message in stream.send_and_receive(
         [ask(node) for node in nodes],
         timeout=settings.deadline_s,
-        late=Late(ask, lambda: _to_ask(grid, roster, only), lambda: not stops or len(replies) >= least),
+        late=Late(
+            ask,
+            lambda: _to_ask(grid, roster, only),
+            lambda: not stops or len(replies) + len(declined) >= least,
+        ),
         largest=exchange.largest(plan, question),
     ):
         if (reply := wall.take(stream.node_of(message), message)) is not None:
@@ -64,12 +77,12 @@ def ask_sites(
     for node in stream.unanswered:
         wall.put_aside(node, f"no reply within {settings.deadline_s:g} s")
     if stops:
-        check_quorum(f"{route!r}", len(replies), quorum, len(roster.sites), wall.refused)
+        check_quorum(f"{route!r}", len(replies) + len(declined), quorum, len(roster.sites), wall.refused)
     return {site: replies[site] for site in roster.sites if site in replies}, wall.refused
 
 
 def _to_ask(grid: Grid, roster: Roster, only: Collection[str] | None) -> list[int]:
-    return _of(roster.asked(list(grid.get_node_ids())), roster, only)
+    return _of(roster.asked(grid.get_nodes()), roster, only)
 
 
 def _of(nodes: list[int], roster: Roster, only: Collection[str] | None) -> list[int]:

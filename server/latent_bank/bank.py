@@ -3,10 +3,10 @@
 Takes items once, however often they come; keeps one of those with the same latents; keeps no more of a site
 than the plan says. A site or an item that is withdrawn is overwritten, never taken again, and counted at
 every model that learned from it. A record that does not open is put aside and training goes on without it.
-What this file does not do: ask sites (`latent_collection.py`), encrypt (`latent_shards.py`), decide what a
-site releases (`client/exchanges/latents.py`).
+What this file does not do: ask sites (`server/exchanges/latents.py`), encrypt (`records.py`), lay out the
+file (`tables.py`), decide what a site releases (`client/exchanges/latents.py`).
 
-In the folder: `index.sqlite`, `shards/`, and a file that says what this is. The key lies beside the folder.
+In the folder: `bank.sqlite` and a file that says what this is. The key lies beside the folder.
 """
 
 import dataclasses
@@ -14,7 +14,6 @@ import hashlib
 import itertools
 import json
 import logging
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -25,12 +24,14 @@ import numpy as np
 
 from federation.exchanges.latents import LatentsReply, is_item, releasing
 from federation.plan import RunPlan
-from server.latent_bank.index import STATES, Item, LatentIndex, Origin
-from server.latent_bank.records import Codes, RecordLayout
-from server.latent_bank.shards import DamagedRecord, Shards, read_key
-from server.latent_source import LatentSource
+from server.latent_bank.records import Codes, DamagedRecord, RecordLayout, Seal, read_key
+from server.latent_bank.source import LatentSource
+from server.latent_bank.tables import STATES, Item, Origin, Tables
+from storage.files import private_folder
 
-INDEX, SHARDS, MARKER = "index.sqlite", "shards", "PATIENT-DATA.txt"
+BANK, MARKER = "bank.sqlite", "PATIENT-DATA.txt"
+_EARLIER = "index.sqlite"
+"""What a bank of an earlier form has in its folder."""
 _MARKER_TEXT = """This folder holds latents of patients' scans, from which the scans can be reconstructed.
 It is patient data, encrypted under a key that lies beside the folder. Do not copy, share or publish it.
 `meduet-server bank list` says what is in it; `meduet-server bank forget` takes a site or an item out.
@@ -92,45 +93,54 @@ class LatentBank:
         self._key_path = key or folder.with_name(folder.name + ".key")
         if folder.resolve() in self._key_path.resolve().parents:
             raise ValueError(f"Expected the key outside the bank {folder}; got {self._key_path}.")
-        new = not (folder / INDEX).is_file()
+        if (folder / _EARLIER).is_file():
+            raise ValueError(
+                f"Expected a latent bank in one file at {folder}; it is of an earlier form ({_EARLIER} and "
+                "shards), which this version does not read. Begin a bank in another folder: the sites send "
+                "again what they still release. Ask them first to take out at home whom they had withdrawn: "
+                "the new bank does not know. Then delete the old folder and its key."
+            )
+        new = not (folder / BANK).is_file()
         if new and not create:
             raise ValueError(f"Expected a latent bank at {folder}; there is none.")
-        self._key = read_key(self._key_path, create=new)
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        key_bytes = read_key(self._key_path, create=new)
+        private_folder(folder)
         folder.chmod(0o700)
         (folder / MARKER).write_text(_MARKER_TEXT, encoding="utf-8")
-        self.index = LatentIndex(folder / INDEX)
-        """What is where (`latent_index.py`)."""
-        self._origins: dict[int, Origin] = {}
-        self._reading = threading.Lock()
-        self._check_key()
-        self._open: tuple[RecordLayout, Shards] | None = None
+        self.tables = Tables(folder / BANK)
+        """What is in it (`tables.py`)."""
+        self._seal = Seal(key_bytes)
+        try:
+            self._check_key(key_bytes)
+        except ValueError:
+            self.close()
+            raise
 
     def close(self) -> None:
-        """Let go of the index."""
-        self.index.close()
+        """Let go of the file."""
+        self.tables.close()
 
     def __len__(self) -> int:
         """Items that training can read."""
-        return self.index.count("kept")
+        return self.tables.count("kept")
 
     @property
     def patient_data(self) -> bool:
         """Whether scans can be reconstructed from what is in it."""
-        return self.index.meta("patient_data") == "true"
+        return self.tables.meta("patient_data") == "true"
 
     def dealt_with(self, plan: RunPlan, site: str, round: int) -> tuple[int, int] | None:
         """How many of a site's items of a round were dealt with, and how many there are; None before it said.
 
         A site that withdrew has none.
         """
-        if site in self.index.withdrawn_sites():
+        if site in self.tables.withdrawn_sites():
             return 0, 0
-        origin = self.index.origin_of(plan.sha256, site, round)
+        origin = self.tables.origin_of(plan.sha256, site, round)
         return None if origin is None else (origin.next, origin.total)
 
     def add(self, reply: LatentsReply, plan: RunPlan, codes: Codes | None = None) -> Added:
-        """Take the items of an answer that was checked (`latent_collection.py`); all on the disk, or none.
+        """Take the items of an answer that was checked (`server/exchanges/latents.py`): all of them or none.
 
         Raises `ValueError` when the bank is of other sites, volumes or tokenizer than the plan, when codes
         come for some items only, and when an item was released by another site.
@@ -140,13 +150,11 @@ class LatentBank:
         records = layout.pack(reply.examples, codes)
         hashes = [hashlib.sha256(record["latents"].tobytes()).hexdigest() for record in records]
         counts: Counter[str] = Counter()
-        with self.index.writing():
-            shards = self._claim(plan, layout)
+        with self.tables.writing():
+            self._claim(plan, layout)
             origin = self._origin(reply, plan, "" if codes is None else codes.encoder_sha256)
-            gone = reply.site in self.index.withdrawn_sites()
-            room = diffusion.items_per_site - self.index.count("kept", reply.site)
-            slot = first = int(self.index.meta("next_slot") or 0)
-            sealed: list[tuple[bytes, bytes]] = []
+            gone = reply.site in self.tables.withdrawn_sites()
+            room = diffusion.items_per_site - self.tables.count("kept", reply.site)
             for place, (name, sha256) in enumerate(zip(reply.items, hashes, strict=True)):
                 new = Item(
                     number=0,
@@ -154,27 +162,22 @@ class LatentBank:
                     name=name,
                     position=reply.first + place,
                     sha256=sha256,
-                    slot=None,
                     state="duplicate",
                 )
-                if gone or self.index.is_buried(name):
+                if gone or self.tables.is_buried(name):
                     counts["withdrawn"] += 1
                 elif self._is_known(name, reply.site):
                     counts["known"] += 1
-                elif self.index.kept_twin(sha256):
-                    self.index.insert(new)
+                elif self.tables.of_content(sha256, "kept"):
+                    self.tables.insert(new)
                     counts["duplicate"] += 1
                 elif diffusion.items_per_site and counts["kept"] >= room:
                     counts["over_quota"] += 1
                 else:
-                    new = dataclasses.replace(new, slot=slot, state="kept")
-                    self.index.insert(new)
-                    sealed.append((new.header(origin), records[place].tobytes()))
+                    new = dataclasses.replace(new, state="kept")
+                    self.tables.insert(new, self._seal.close(records[place].tobytes(), new.header(origin)))
                     counts["kept"] += 1
-                    slot += 1
-            shards.write(first, sealed)  # on the disk before the index says so
-            self.index.set_meta("next_slot", str(slot))
-            self.index.dealt_with(origin, reply.first + len(reply.items))
+            self.tables.dealt_with(origin, reply.first + len(reply.items))
         return Added(**counts)
 
     def source(self, plan: RunPlan, last_round: int) -> LatentSource:
@@ -182,14 +185,14 @@ class LatentBank:
 
         Raises `ValueError` when there is nothing, or what there is may not be used under the plan.
         """
-        origins = [origin for origin in self.index.origins().values() if origin.round <= last_round]
+        origins = [origin for origin in self.tables.origins().values() if origin.round <= last_round]
         allowed = None if plan.diffusion is None else plan.diffusion.policy
         if odd := sorted({origin.policy for origin in origins if origin.total} - {allowed}):
             raise ValueError(
                 f"Expected the bank {self.folder} to hold what the plan's policy ({allowed or 'none'}) "
                 f"allows; it holds {odd[0]} latents. Use another bank, or take them out."
             )
-        numbers = [self.index.numbers(origin.origin, "kept") for origin in origins]
+        numbers = [self.tables.numbers(origin.origin, "kept") for origin in origins]
         found = np.concatenate([np.empty(0, np.int64), *numbers])
         if not len(found):
             raise ValueError(
@@ -202,31 +205,29 @@ class LatentBank:
 
     def records(self, numbers: Sequence[int]) -> "tuple[np.ndarray[Any, Any], list[bool]]":
         """Records of these items, and which of them could be read; damaged ones are put aside."""
-        layout, shards = self._opened()
-        items = self.index.numbered(list(set(numbers)))
+        layout = self.layout
+        found = self.tables.numbered(list(set(numbers)))
+        items = {number: item for number, item in found.items() if item.state == "kept"}
+        origins = {item.origin: self.tables.origin(item) for item in items.values()}
+        sealed = self.tables.sealed(list(items.values()))
         read = np.zeros(len(numbers), layout.record)
-        sound = []
         for place, number in enumerate(numbers):
-            item = items.get(number)
-            sound.append(item is not None and item.state == "kept" and item.slot is not None)
-            if item is None or not sound[-1] or item.slot is None:
+            if number not in items:
                 continue
-            row = read[place : place + 1].view(np.uint8).data
+            item, row = items[number], read[place : place + 1].view(np.uint8).data
             try:
-                with self._reading:
-                    shards.read(item.slot, item.header(self._origin_of(item)), row)
+                self._seal.open(sealed.get(number, b""), item.header(origins[item.origin]), row)
             except DamagedRecord as error:
-                sound[-1] = False
                 _log.warning("Item %s of the latent bank is put aside: %s", item.name, error)
-                with self.index.writing():
-                    self.index.set_state(item, "quarantined")
-        return read, sound
+                with self.tables.writing():
+                    self.tables.set_state(items.pop(number), "quarantined")
+        return read, [number in items for number in numbers]
 
     def verify(self, on_item: Callable[[int, int], None] = lambda done, total: None) -> tuple[int, int]:
         """Open every kept record; how many opened, and how many were put aside now. Reports items done."""
         total, sound, damaged = len(self), 0, 0
-        for origin in self.index.origins():
-            numbers = self.index.numbers(origin, "kept")
+        for origin in self.tables.origins():
+            numbers = self.tables.numbers(origin, "kept")
             for first in range(0, len(numbers), _AT_ONCE):
                 _, opened = self.records(numbers[first : first + _AT_ONCE].tolist())
                 sound += sum(opened)
@@ -242,97 +243,78 @@ class LatentBank:
         """
         if (site is None) == (item is None):
             raise ValueError("Expected a site or an item to forget; got both or neither.")
-        before = self.index.num_buried()
+        before = self.tables.num_buried()
         models: set[str] = set()
-        with self.index.writing():
+        with self.tables.deleting():
             if item is not None:
-                found = self.index.item(item) if is_item(item) else None
+                found = self.tables.item(item) if is_item(item) else None
                 if found is None:
                     raise ValueError(f"Expected an item of the bank {self.folder}; it has no {item[:40]!r}.")
                 models |= self._bury([found])
             elif site is not None:
-                mine = [origin for origin in self.index.origins().values() if origin.site == site]
+                mine = [origin for origin in self.tables.origins().values() if origin.site == site]
                 if not mine:
                     raise ValueError(
                         f"Expected a site of the bank {self.folder}; it has nothing of {site!r}."
                     )
-                self.index.withdraw_site(site)
+                self.tables.withdraw_site(site)
                 for origin, state in itertools.product(mine, STATES):
-                    numbers = self.index.numbers(origin.origin, state).tolist()
+                    numbers = self.tables.numbers(origin.origin, state).tolist()
                     for first in range(0, len(numbers), _AT_ONCE):
-                        models |= self._bury(self.index.numbered(numbers[first : first + _AT_ONCE]).values())
-        return Withdrawal(items=self.index.num_buried() - before, models=tuple(sorted(models)))
+                        models |= self._bury(self.tables.numbered(numbers[first : first + _AT_ONCE]).values())
+        return Withdrawal(items=self.tables.num_buried() - before, models=tuple(sorted(models)))
 
     def learned(self, path: Path, sha256: str, last_round: int) -> None:
         """Note that a model learned from what was released up to a round, each time its file is written."""
-        origins = [origin.origin for origin in self.index.origins().values() if origin.round <= last_round]
-        items = sum(len(self.index.numbers(origin, "kept")) for origin in origins)
-        with self.index.writing():
-            self.index.learned(str(path.resolve()), sha256, last_round, items)
+        origins = [origin.origin for origin in self.tables.origins().values() if origin.round <= last_round]
+        items = sum(len(self.tables.numbers(origin, "kept")) for origin in origins)
+        with self.tables.writing():
+            self.tables.learned(str(path.resolve()), sha256, last_round, items)
 
     def models(self) -> list[TrainedModel]:
         """The models that learned from the bank."""
         return [
             TrainedModel(path=path, sha256=sha256, last_round=last, items=items, withdrawn=withdrawn)
-            for path, sha256, last, items, withdrawn in self.index.models()
+            for path, sha256, last, items, withdrawn in self.tables.models()
         ]
-
-    def place(self, slot: int) -> tuple[int, int]:
-        """Shard and record of a slot."""
-        return self._opened()[1].place(slot)
 
     @property
     def layout(self) -> RecordLayout:
         """What a record holds. Raises `ValueError` before the first item."""
-        return self._opened()[0]
-
-    def _opened(self) -> tuple[RecordLayout, Shards]:
-        """What a record holds, and the record files."""
-        if self._open is None:
-            if (text := self.index.meta("layout")) is None:
-                raise ValueError(f"Expected latents in the bank {self.folder}; it is empty.")
-            self._open = self._shards_of(RecordLayout.from_json(text))
-        return self._open
-
-    def _shards_of(self, layout: RecordLayout) -> tuple[RecordLayout, Shards]:
-        return layout, Shards(self.folder / SHARDS, self._key, layout.record.itemsize)
+        if (text := self.tables.meta("layout")) is None:
+            raise ValueError(f"Expected latents in the bank {self.folder}; it is empty.")
+        return RecordLayout.from_json(text)
 
     def _bury(self, items: Iterable[Item]) -> set[str]:
         """Overwrite items and their duplicates, then leave tombstones; the models that learned from them."""
         gone = {item.number: item for item in items}
         for item in [item for item in gone.values() if item.state == "kept"]:
-            gone |= {twin.number: twin for twin in self.index.twins(item)}
-        slots = [item.slot for item in gone.values() if item.slot is not None]
-        self._opened()[1].erase(slots)  # first: what is cut off here is asked for again
+            twins = self.tables.of_content(item.sha256, "duplicate")
+            gone |= {twin.number: twin for twin in twins}
         models: set[str] = set()
         for item in gone.values():
-            origin = self._origin_of(item)
-            models |= set(self.index.mark_models(item, origin.round))
-            self.index.bury(item, origin.site)
+            origin = self.tables.origin(item)
+            models |= set(self.tables.mark_models(item, origin.round))
+            self.tables.bury(item, origin.site)
         return models
-
-    def _origin_of(self, item: Item) -> Origin:
-        if item.origin not in self._origins:
-            self._origins = self.index.origins()
-        return self._origins[item.origin]
 
     def _is_known(self, name: str, site: str) -> bool:
         """Whether this site's item is there; a quarantined one is removed, to be taken anew."""
-        there = self.index.item(name)
+        there = self.tables.item(name)
         if there is None:
             return False
-        if (other := self._origin_of(there).site) != site:
+        if (other := self.tables.origin(there).site) != site:
             raise ValueError(f"Expected items of {site!r}; {name} was released by {other!r}.")
         if there.state == "quarantined":
-            self.index.remove(there)
+            self.tables.remove(there)
             return False
         return True
 
     def _origin(self, reply: LatentsReply, plan: RunPlan, encoder: str) -> Origin:
-        there = self.index.origin_of(plan.sha256, reply.site, reply.round)
+        there = self.tables.origin_of(plan.sha256, reply.site, reply.round)
         if there is not None:
             return there
-        return self.index.begin(
+        return self.tables.begin(
             Origin(
                 origin=0,
                 plan=plan.sha256,
@@ -346,31 +328,28 @@ class LatentBank:
             )
         )
 
-    def _claim(self, plan: RunPlan, layout: RecordLayout) -> Shards:
+    def _claim(self, plan: RunPlan, layout: RecordLayout) -> None:
         """Make the bank this plan's when it is new; otherwise check that what it holds means the same."""
-        if self.index.meta("layout") is None:
+        if self.tables.meta("layout") is None:
             for name, value in {"layout": layout.to_json(), **_terms(plan)}.items():
-                self.index.set_meta(name, value)
-            self.index.set_meta("patient_data", json.dumps(releasing(plan).policy == "raw"))
+                self.tables.set_meta(name, value)
+            self.tables.set_meta("patient_data", json.dumps(releasing(plan).release.is_patient_data))
         self._check(plan, layout)
-        if self._open is None or self._open[0] != layout:  # another, if what was claimed first was cut off
-            self._open = self._shards_of(layout)
-        return self._open[1]
 
     def _check(self, plan: RunPlan, layout: RecordLayout) -> None:
         for name, value in {"layout": layout.to_json(), **_terms(plan)}.items():
-            if (there := self.index.meta(name)) != value:
+            if (there := self.tables.meta(name)) != value:
                 raise ValueError(
                     f"Expected the bank {self.folder} to be of this {name}: {value}; it is of {there}. Use "
                     "another bank for this plan."
                 )
 
-    def _check_key(self) -> None:
-        fingerprint = hashlib.sha256(b"fedmeduet latent bank" + self._key).hexdigest()
-        known = self.index.meta("key")
+    def _check_key(self, key_bytes: bytes) -> None:
+        fingerprint = hashlib.sha256(b"fedmeduet latent bank" + key_bytes).hexdigest()
+        known = self.tables.meta("key")
         if known is None:
-            with self.index.writing():
-                self.index.set_meta("key", fingerprint)
+            with self.tables.writing():
+                self.tables.set_meta("key", fingerprint)
         elif known != fingerprint:
             raise ValueError(
                 f"Expected the key of the bank {self.folder} in {self._key_path}; it is another's."

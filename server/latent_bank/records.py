@@ -1,17 +1,25 @@
-"""An item of the latent bank as bytes, and back: all records of a bank have one layout and one size.
+"""An item of the latent bank as sealed bytes, and back: all records of a bank have one layout and one size.
 
-Does not do: encrypt (`latent_shards.py`) or know where a record lies (`latent_index.py`).
+AES-256-GCM (`cryptography`): a random nonce, the record, a tag. The header of a record, which lies beside it
+in clear, is authenticated with it: a record that was changed, moved or swapped does not open. What this file
+does not do: know where a record lies (`tables.py`) or which are taken (`bank.py`).
 
 Axes: b = items, c d h w = latents, l = label values, k = content channels, s = numbers in a style code.
 """
 
 import dataclasses
 import json
+import os
+import secrets
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from jaxtyping import Float
 from torch import Tensor
 
@@ -19,6 +27,12 @@ from federation.exchanges.latents import releasing
 from federation.plan import LatentDtype, RunPlan
 from forms.form import build
 from meduet_models.diffusion.conditions import Examples
+
+KEY_BYTES, NONCE_BYTES, TAG_BYTES = 32, 12, 16
+
+
+class DamagedRecord(ValueError):
+    """A record is not what was written in its place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +78,7 @@ class RecordLayout:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
     @staticmethod
+    @lru_cache(maxsize=8)
     def from_json(text: str) -> "RecordLayout":
         """The inverse of `to_json`."""
         return build(RecordLayout, json.loads(text), "layout")
@@ -99,9 +114,9 @@ class RecordLayout:
     def unpack(self, records: "np.ndarray[Any, Any]") -> Examples:
         """The examples of these records, copied."""
         latents = np.array(records["latents"], order="C")
-        told = torch.from_numpy(latents)
+        values = torch.from_numpy(latents)
         return Examples(
-            latents=told if self.dtype == "float32" else told.view(torch.bfloat16).float(),
+            latents=values if self.dtype == "float32" else values.view(torch.bfloat16).float(),
             site=torch.from_numpy(records["site"].astype(np.int64)),
             body_part=torch.from_numpy(records["body_part"].astype(np.int64)),
             spacing=torch.from_numpy(np.array(records["spacing"])),
@@ -114,3 +129,51 @@ class RecordLayout:
         if self.dtype == "float32":
             return latents.numpy()
         return latents.to(torch.bfloat16).view(torch.uint16).numpy()
+
+
+def read_key(path: Path, create: bool) -> bytes:
+    """The key in a file that only its owner may read; with `create`, made when there is no file.
+
+    Raises `ValueError` when the file is absent, others may read it, or it holds no key.
+    """
+    if not path.is_file():
+        if not create:
+            raise ValueError(
+                f"Expected the bank's key at {path}; there is none. Restore it: nothing opens without."
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            file.write(secrets.token_bytes(KEY_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    if (mode := path.stat().st_mode & 0o777) & 0o077:
+        raise ValueError(
+            f"Expected the key {path} to be its owner's alone (0600); its mode is {mode:o}. If others may "
+            "have read it, the bank is no longer secret; otherwise chmod 600."
+        )
+    key = path.read_bytes()
+    if len(key) != KEY_BYTES:
+        raise ValueError(f"Expected {KEY_BYTES} bytes of key in {path}; got {len(key)}.")
+    return key
+
+
+class Seal:
+    """What closes and opens records under one key. May be used by several threads."""
+
+    def __init__(self, key: bytes) -> None:
+        self._cipher = AESGCM(key)
+
+    def close(self, record: bytes, header: bytes) -> bytes:
+        """The record, sealed with its header."""
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        return nonce + self._cipher.encrypt(nonce, record, header)
+
+    def open(self, sealed: bytes, header: bytes, into: memoryview) -> None:
+        """Open what `close` gave into a buffer of the record's size. Raises `DamagedRecord`."""
+        if len(sealed) != NONCE_BYTES + len(into) + TAG_BYTES:
+            raise DamagedRecord(f"Expected {len(into)} bytes and their seal; got {len(sealed)} in all.")
+        try:
+            self._cipher.decrypt_into(sealed[:NONCE_BYTES], memoryview(sealed)[NONCE_BYTES:], header, into)
+        except InvalidTag:
+            raise DamagedRecord("The record is not as it was written.") from None

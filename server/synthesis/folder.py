@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from federation.plan import VolumePlan
-from server.run_folder import write_whole
+from storage.files import private_folder, write_whole
 
 REQUEST = "request.json"
 _PATIENT_DATA = "PATIENT DATA"
@@ -54,7 +54,7 @@ class SynthesisFolder:
             self._compare(path)
         elif folder.is_dir() and any(folder.iterdir()):
             raise ValueError(f"Expected {folder} to be new, or of this request; it holds other files.")
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        private_folder(folder)
         write_whole(path, json.dumps(self._asked, indent=1, sort_keys=True) + "\n")
         write_whole(folder / "README.txt", self._readme())
 

@@ -10,7 +10,8 @@ What this file does not do: it computes no number (`benchmark_tables.py`).
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from simulations.benchmark.tables import MAIN_METRICS, Summaries, Summary, downstream_measure
+from meduet_models.downstream.tasks import metric_of
+from simulations.benchmark.tables import Summaries, Summary, downstream_measure
 
 OURS, POOLED = "meduet", "pooled"
 RIVALS = {"fedavg_mae": "FedAvg", "alone": "alone", "scratch": "from scratch"}
@@ -23,7 +24,6 @@ LINEAR_ABOVE_CHANCE, MLP_ABOVE_CHANCE = 0.05, 0.10
 RECOGNISED = 0.95
 PATIENT_FROM_STYLE_TIMES_CHANCE = 5
 NEARER_DB = 3.0
-_HIGHER_IS_BETTER = ("dice", "auc")
 _CONTENT = {"content": "pooled content", "code": "the content code"}
 
 
@@ -110,12 +110,12 @@ def _probe_aims(data: str, summaries: Summaries) -> Iterator[Aim]:
 def _downstream_aims(data: str, summaries: Summaries) -> Iterator[Aim]:
     told = sorted({m for own, _, m in summaries if own == data and m.startswith("downstream.")})
     found = {tuple(measure.split(".", 5)[1:]) for measure in told}
-    for task, metric in sorted({(t, m) for t, m, *_ in found if m in _HIGHER_IS_BETTER}):
+    for task, metric in sorted({(t, m) for t, m, *_ in found if metric_of(m).main}):
         for mode in ("frozen", "finetuned"):
             shares = sorted({float(s) for t, m, _, own, s in found if (t, m, own) == (task, metric, mode)})
             if not shares:
                 continue
-            words = f"{task} ({MAIN_METRICS[metric]}, {mode})"
+            words = f"{task} ({metric_of(metric).title}, {mode})"
             yield _near_pooled(data, task, metric, mode, shares[-1], words, summaries)
             cases = [("held_out", shares[-1])]
             cases += [("seen", share) for share in shares if FEW_LABELS[0] <= share <= FEW_LABELS[1]]

@@ -32,7 +32,6 @@ from meduet_models.style.bank import StyleBank
 from meduet_models.tokenizer.tokenizer import Tokenizer
 from meduet_models.weights import sha256_of_tensors
 from server.app import RunObserver
-from server.run_folder import write_whole
 from simulations.benchmark.downstream import Downstream, downstream_rows
 from simulations.benchmark.settings import Cell, DataSet
 from simulations.downstream.evaluate import evaluate_downstream
@@ -45,6 +44,7 @@ from simulations.observer import TRAINING_SCANS, site_models
 from simulations.progress import Live
 from simulations.run import Made, Simulation, prepare, simulate
 from simulations.settings import settings_from
+from storage.files import write_whole
 
 _MADE = "hospitals.json"
 

@@ -19,6 +19,7 @@ from typing import Literal
 from client.latents.labelled import LabelledScans, NoLabels, join, labelled_scans
 from client.latents.latent_set import LatentSet
 from federation.exchanges.finetuning import LocalFinetuning
+from meduet_models.downstream.task import Target
 from meduet_models.meduet import MeDUET
 from simulations.benchmark.settings import Cell, Task
 from simulations.downstream.evaluate import DownstreamRow, DownstreamSettings
@@ -48,6 +49,7 @@ def downstream_rows(
         settings = DownstreamSettings(
             task=task.task,
             classes=task.classes,
+            target=Target(task.target, task.values),
             spacing_mm=simulation.plan.volumes.spacing_mm,
             label_shares=task.label_shares,
             modes=modes,

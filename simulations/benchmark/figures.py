@@ -9,8 +9,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from meduet_models.downstream.tasks import metric_of
 from simulations.benchmark.aims import OURS
-from simulations.benchmark.tables import MAIN_METRICS, Summaries, Summary
+from simulations.benchmark.tables import Summaries, Summary
 from simulations.report.figures import BAD, GOOD, INK, MUTED, SITE_COLOURS, save, style_axes
 
 
@@ -71,7 +72,7 @@ def draw_gaps(data: str, titles: Mapping[str, str], summaries: Summaries, path: 
 def draw_downstream(
     data: str, titles: Mapping[str, str], summaries: Summaries, methods: Sequence[str], path: Path
 ) -> Path | None:
-    """Draw Dice or AUC by share of labels, a panel per task, way of training and test; None without numbers.
+    """Draw main metrics by share of labels, a panel per task, way of training and test; None without any.
 
     Only `methods` are drawn; those without pretraining are in every panel.
     """
@@ -79,7 +80,7 @@ def draw_downstream(
     for (own, method, measure), summary in summaries.items():
         if own == data and method in methods and measure.startswith("downstream."):
             task, metric, test, mode, share = measure.split(".", 5)[1:]
-            if metric in ("dice", "auc"):
+            if metric_of(metric).main:
                 for panel in ("frozen", "finetuned") if mode in ("scratch", "unet") else (mode,):
                     line = titles[method] if mode == panel else f"{titles[method]}: {mode}"
                     lines = panels.setdefault((task, metric, panel, test), {})
@@ -95,7 +96,7 @@ def draw_downstream(
     for axes, ((task, metric, mode, test), lines) in zip(axes_of, sorted(panels.items()), strict=False):
         _lines(axes, lines, colours)
         where = "hospitals that took part" if test == "seen" else test.replace("_", " ")
-        style_axes(axes, f"{task}, {mode}: {where}", MAIN_METRICS[metric])
+        style_axes(axes, f"{task}, {mode}: {where}", metric_of(metric).title)
         axes.set_xlabel("share of patients with labels", fontsize=8, color=MUTED)
     for axes in axes_of[len(panels) :]:
         axes.set_visible(False)

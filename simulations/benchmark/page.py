@@ -13,7 +13,6 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from server.run_folder import write_whole
 from simulations.benchmark.aims import OURS, POOLED, RIVALS, Aim, aims_of
 from simulations.benchmark.figures import draw_downstream, draw_factors, draw_gaps
 from simulations.benchmark.settings import BenchmarkSettings
@@ -25,6 +24,7 @@ from simulations.benchmark.tables import (
     summarise,
     tables_of,
 )
+from storage.files import write_whole
 
 _TEMPLATES = Path(__file__).resolve().parents[1]
 _TEMPLATE = "benchmark/page.html"
@@ -124,7 +124,7 @@ def _page(
         parts=[
             {
                 "data": data,
-                "text": _TEXTS[data],
+                "text": _TEXTS.get(data, ""),
                 "figures": _figures(settings, data, titles, summaries),
                 "tables": own,
             }

@@ -31,10 +31,10 @@ from rich.progress import (
 
 from federation.terminal import say
 from server.config import plain
-from server.run_folder import write_whole
 from simulations.benchmark.jobs import Job, run_jobs
 from simulations.benchmark.page import write_benchmark
 from simulations.benchmark.settings import BenchmarkSettings, Cell, DataSet, benchmark_settings, cells_of
+from storage.files import private_folder, write_whole
 
 _MODULE = "simulations.benchmark.cell"
 
@@ -54,7 +54,7 @@ def run_benchmark(config: DictConfig, console: Console | None = None) -> Path:
     sets, cells = cells_of(settings)
     folder = Path(settings.folder)
     for name in ("data", "runs", "results", "logs", "jobs"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+        private_folder(folder / name)
     todo = [cell for cell in cells if not _done(cell)]
     needed = [made for made in sets if any(cell.made == made.folder for cell in todo)]
     _compute(settings, needed, todo, len(cells) - len(todo), console or Console(stderr=True, highlight=False))

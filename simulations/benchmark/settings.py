@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from federation.exchanges.finetuning import LocalFinetuning, check_target
 from forms.form import build
 from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
 from server.config import CONF, compose_config, plain, plan_from
@@ -49,14 +50,14 @@ class Variant:
 class Task:
     """A downstream task on a data set."""
 
-    task: Literal["segmentation", "classification"]
-    """Kind of task."""
+    task: str
+    """Name of a downstream task."""
     classes: int
-    """Classes, background included."""
+    """Classes, background included; 1 for a number."""
     target: str = ""
-    """Covariate that is to be told (classification)."""
+    """Covariate that is to be told, of a task that tells one."""
     values: tuple[str, ...] = ()
-    """Its values, in the order of the classes."""
+    """Its values, in the order of the classes; of a number the ends of its range."""
     label_shares: tuple[float, ...]
     """Shares of the training patients whose labels are used."""
     steps: int
@@ -64,10 +65,8 @@ class Task:
 
     def __post_init__(self) -> None:
         """Refuse a task that contradicts itself."""
-        if (self.task == "classification") != bool(self.target) or bool(self.target) != bool(self.values):
-            raise ValueError("Expected target and values with task=classification, and only there.")
-        if self.values and len(self.values) != self.classes:
-            raise ValueError(f"Expected as many values as classes ({self.classes}); got {len(self.values)}.")
+        local = LocalFinetuning(task=self.task, classes=self.classes)
+        check_target(local, self.target, self.values)
 
 
 @dataclass(frozen=True, kw_only=True)

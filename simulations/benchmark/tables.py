@@ -15,6 +15,8 @@ from typing import Any
 
 from scipy.stats import norm, t
 
+from meduet_models.downstream.tasks import metric_of
+
 LEVEL = 0.95
 SHARES = (
     "site_from_content",
@@ -46,7 +48,6 @@ COLUMNS = (
 )
 """The probes that the tables show, and what they call them."""
 GROUPS = {"seen": "hospitals that took part", "all": "with the hospital held out"}
-MAIN_METRICS = {"dice": "Dice", "surface_dice": "surface Dice", "hd95": "HD95 (mm)", "auc": "AUC"}
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def _downstream_tables(
         told = {m: title for m, title in titles.items() if any((data, m, x) in summaries for x in measures)}
         missing = {key: error for key, error in failed.items() if key[1] in told}
         header = tuple(f"{test.replace('_', ' ')}, {share:g} of labels" for test, share in ordered)
-        title = f"{data}: {task}, {MAIN_METRICS.get(metric, metric)}, {mode}"
+        title = f"{data}: {task}, {metric_of(metric).title}, {mode}"
         rows = _rows(data, told, measures, summaries, missing)
         tables.append(Table(title, ("method", *header), rows))
     return tables

@@ -16,9 +16,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from server.run_folder import write_whole
 from simulations.generation.quality import FIXED
 from simulations.report.figures import INK, SITE_COLOURS, save, style_axes
+from storage.files import private_folder, write_whole
 
 _TEMPLATES = Path(__file__).resolve().parents[1]
 _TEMPLATE = "diffusion_study/report.html"
@@ -47,7 +47,7 @@ def write_study(
     folder: Path, curves: Sequence[Curve], sources: Mapping[str, Any], facts: Mapping[str, Any]
 ) -> Path:
     """Write everything below `folder`; returns the page's path."""
-    folder.mkdir(parents=True, exist_ok=True)
+    private_folder(folder)
     rows = summary(curves)
     told = {
         "facts": facts,

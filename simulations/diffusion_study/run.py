@@ -20,7 +20,6 @@ from meduet_models.diffusion.artefact import GenerativeModel, save_generative_mo
 from meduet_models.diffusion.training import validation_loss
 from meduet_models.weights import sha256_of_tensors
 from server.config import plain
-from server.run_folder import write_whole
 from simulations.diffusion_study.report import Curve, write_study
 from simulations.diffusion_study.study import Source, Study, StudySettings, cells
 from simulations.engines.in_process import fixed_threads
@@ -29,6 +28,7 @@ from simulations.generation.evaluate import evaluate_generation
 from simulations.generation.quality import averaged
 from simulations.hospitals.held_out import join, own_scans
 from simulations.progress import Live
+from storage.files import private_folder, write_whole
 
 _RESAMPLES = 200
 
@@ -111,6 +111,7 @@ def _model(study: Study, source: Source, site: str | None, live: Live) -> Genera
         body_parts=plan.style.body_parts,
         categories=(),
         policy="federated" if source == "federated" else "raw",
+        patient_data=source != "federated",
         provenance={"plan_sha256": plan.sha256, "study": source},
     )
 
@@ -118,7 +119,7 @@ def _model(study: Study, source: Source, site: str | None, live: Live) -> Genera
 def _judged(study: Study, source: Source, site: str | None, live: Live) -> dict[str, Any]:
     model = _model(study, source, site, live)
     folder = study.folder / "sources" / source
-    folder.mkdir(parents=True, exist_ok=True)
+    private_folder(folder)
     save_generative_model(folder / "diffusion.safetensors", model)
     opened, plan = study.opened, study.opened.plan
     held = join(
@@ -168,6 +169,5 @@ def _once(study: Study, name: str, compute: Callable[[], dict[str, Any]]) -> dic
             return kept
     with torch.random.fork_rng(devices=[]):
         made = compute()
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps({"key": key, **made}, allow_nan=False) + "\n")
     return made

@@ -35,7 +35,7 @@ from meduet_models.weights import sha256_of_tensors
 from server.exchanges.federated_diffusion import run_diffusion_rounds
 from simulations.engines.in_process import FixedThreads, InProcessGrid
 from simulations.finished_run import FinishedRun
-from simulations.generation_settings import GenerationSettings
+from simulations.generation.settings import GenerationSettings
 from simulations.hospitals.labelled import labels_for_segmenters
 from simulations.progress import Live
 from strategies.quorum import Roster

@@ -9,24 +9,23 @@ Does not do: pretrain, federate (`server/exchanges/finetuning.py`), draw (`simul
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from client.latents.labelled import LabelledScans
 from client.training.finetuning import finetune
 from federation.exchanges.finetuning import LocalFinetuning
-from meduet_models.downstream import ClassificationNetwork, DownstreamNetwork, SmallUNet, predict, with_head
+from meduet_models.downstream.networks import PretrainedNetwork, predict
+from meduet_models.downstream.task import Grid, Pooled, Target, Task
+from meduet_models.downstream.tasks import task_of
+from meduet_models.downstream.unet import DownstreamNetwork, SmallUNet
 from meduet_models.meduet import FactorNetwork, NetworkConfig
 from meduet_models.style.bank import StyleBank
-from simulations.downstream.metrics import auc_estimate, estimates, segmentation_values
+from simulations.downstream.metrics import estimates
 
 __all__ = [
     "DownstreamRow",
@@ -39,20 +38,21 @@ __all__ = [
 
 Mode = Literal["frozen", "finetuned", "scratch", "unet", "federated"]
 Predictor = Callable[[Tensor], Tensor]
-"""Latents to logits or probabilities, per voxel or per scan."""
+"""Latents to the outputs of a task, per voxel or per scan."""
 
 _PRETRAINED: tuple[Mode, ...] = ("frozen", "finetuned")
-_PENALTIES = (0.01, 0.1, 1.0, 10.0)  # inverse regularisation of the logistic regression
 
 
 @dataclass(frozen=True, kw_only=True)
 class DownstreamSettings:
     """How downstream networks are trained and measured."""
 
-    task: Literal["segmentation", "classification"]
-    """What is predicted: a class per voxel, or per scan."""
+    task: str
+    """What is predicted: the name of a downstream task."""
     classes: int
-    """Classes, the background of a segmentation included."""
+    """Classes, the background of a segmentation included; 1 for a number."""
+    target: Target = field(default_factory=Target)
+    """What is predicted, where a covariate is."""
     spacing_mm: tuple[float, float, float]
     """Voxel spacing of the volumes; distances are in mm."""
     label_shares: tuple[float, ...] = (0.01, 0.05, 0.1, 1.0)
@@ -99,9 +99,9 @@ class DownstreamRow:
     test: str
     """Which test scans: "seen", "held_out", or any other name."""
     metric: str
-    """"dice", "surface_dice", "hd95" or "auc"."""
+    """Name of one of the task's metrics."""
     value: float
-    """Mean over patients; `hd95` in mm. NaN where no patient has a value."""
+    """Mean over patients, or of all of them. NaN where there is none."""
     low: float
     high: float
     """95% interval, bootstrap over patients."""
@@ -165,19 +165,11 @@ def rows_of(
     labelled: int,
 ) -> list[DownstreamRow]:
     """Measure one trained network on one test set."""
-    answers = scans.answers(settings.local(mode))
-    scores = predictor(scans.latents)
-    if settings.task == "classification":
-        found = {"auc": auc_estimate(scores, answers, scans.patient, settings.bootstrap, seed)}
-    else:
-        values = segmentation_values(
-            scores.argmax(dim=1, keepdim=True),
-            answers,
-            classes=settings.classes,
-            spacing_mm=settings.spacing_mm,
-            tolerance_mm=settings.tolerance_mm,
-        )
-        found = estimates(values, scans.patient, settings.bootstrap, seed)
+    task = task_of(settings.task)
+    task.check_answers(scans.answers, settings.classes)
+    grid = Grid(spacing_mm=settings.spacing_mm, tolerance_mm=settings.tolerance_mm)
+    measured = task.measure(predictor(scans.latents), scans.answers, settings.target, grid)
+    found = estimates(measured, scans.patient, settings.bootstrap, seed)
     patients = len(scans.patients)
     return [
         DownstreamRow(
@@ -188,7 +180,7 @@ def rows_of(
 
 
 def predictor_of(network: DownstreamNetwork) -> Predictor:
-    """A trained network as a predictor of logits."""
+    """A trained network as a predictor."""
     network.eval()
     return lambda latents: predict(network, latents)
 
@@ -203,9 +195,10 @@ def _check(model: FactorNetwork | None, settings: DownstreamSettings, bank: Styl
         )
     if model is None and settings.network is None and "scratch" in settings.modes:
         raise ValueError("Expected network for mode scratch without a pretrained model; got none.")
-    if bank is not None and settings.task == "classification" and "frozen" in settings.modes:
+    if bank is not None and task_of(settings.task).fits_pooled and "frozen" in settings.modes:
         raise ValueError(
-            "bank has no effect on the logistic regression of mode frozen: leave one of them out."
+            f"bank has no effect on mode frozen with task={settings.task}, which fits pooled content: leave "
+            "one of them out."
         )
 
 
@@ -220,20 +213,19 @@ def _trained(
     report: Callable[[int, float], None],
 ) -> Predictor:
     network: DownstreamNetwork
+    task, classes = task_of(settings.task), settings.classes
     match mode:
         case "unet":
             channels = labelled.latents.shape[1]
-            network = SmallUNet(channels, settings.classes, settings.task, seed=seed)
+            network = SmallUNet(channels, classes, per_voxel=task.per_voxel, seed=seed)
         case "scratch":
             fresh = _fresh(model, labelled, settings, seed)
-            network = with_head(fresh, settings.task, settings.classes, trainable=True, seed=seed)
+            network = task.network(fresh, classes, trainable=True, seed=seed)
         case _:
             assert model is not None
-            network = with_head(
-                model, settings.task, settings.classes, trainable=mode == "finetuned", seed=seed
-            )
-            if mode == "frozen" and isinstance(network, ClassificationNetwork):
-                return _logistic(network, labelled, validation, settings, seed)
+            network = task.network(model, classes, trainable=mode == "finetuned", seed=seed)
+            if mode == "frozen" and task.fits_pooled:
+                return _fitted(task, network, labelled, validation, classes, seed)
     finetune(
         network, labelled, settings.local(mode), seed=seed, validation=validation, bank=bank, on_step=report
     )
@@ -255,45 +247,25 @@ def _fresh(
     return fresh
 
 
-def _logistic(
-    network: ClassificationNetwork,
+def _fitted(
+    task: Task,
+    network: PretrainedNetwork,
     labelled: LabelledScans,
     validation: LabelledScans,
-    settings: DownstreamSettings,
+    classes: int,
     seed: int,
 ) -> Predictor:
-    """Logistic regression of pooled content, its penalty chosen on the validation patients."""
-    local = settings.local("frozen")
-    x, y = _pooled(network, labelled.latents), labelled.answers(local).numpy()
-    if len(np.unique(y)) < 2:  # one class is all that was seen: no scan is told from another
-        share = torch.eye(settings.classes)[int(y[0])]
-        return lambda latents: share.expand(len(latents), -1)
-    fits = [
-        make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=2000, random_state=seed)).fit(
-            x, y
-        )
-        for penalty in _PENALTIES
-    ]
-
-    def probabilities(fit: object, latents: Tensor) -> Float[Tensor, "b classes"]:
-        told = torch.zeros(len(latents), settings.classes)
-        told[:, fit.classes_] = torch.from_numpy(  # type: ignore[attr-defined]
-            fit.predict_proba(_pooled(network, latents))  # type: ignore[attr-defined]
-        ).float()
-        return told
-
-    best = fits[_PENALTIES.index(1.0)]
-    if len(validation):
-        truth = validation.answers(local)
-        losses = [
-            float(torch.nn.functional.nll_loss(probabilities(f, validation.latents).clamp(1e-6).log(), truth))
-            for f in fits
-        ]
-        best = fits[int(np.argmin(losses))]
-    return lambda latents: probabilities(best, latents)
+    """What the task fits to pooled content, chosen on the validation patients."""
+    for scans in (labelled, validation):
+        task.check_answers(scans.answers, classes)
+    held = _pooled(network, validation.latents) if len(validation) else np.zeros((0, 0), dtype=np.float32)
+    fit = task.fit(
+        _pooled(network, labelled.latents), labelled.answers, held, validation.answers, classes, seed
+    )
+    return lambda latents: fit(_pooled(network, latents))
 
 
 @torch.inference_mode()
-def _pooled(network: ClassificationNetwork, latents: Tensor) -> np.ndarray:
+def _pooled(network: PretrainedNetwork, latents: Tensor) -> Pooled:
     chunks: Sequence[Tensor] = torch.split(latents, 16)
     return torch.cat([network.encoder(chunk)[0].mean(dim=1) for chunk in chunks]).numpy()

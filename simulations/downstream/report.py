@@ -16,9 +16,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from server.run_folder import write_whole
+from meduet_models.downstream.tasks import metric_of
 from simulations.downstream.evaluate import DownstreamRow
 from simulations.report.figures import INK, SITE_COLOURS, save, style_axes
+from storage.files import private_folder, write_whole
 
 _TEMPLATES = Path(__file__).resolve().parents[1]
 _TEMPLATE = "downstream/report.html"
@@ -29,13 +30,12 @@ _MODES = {
     "unet": "small U-Net",
     "federated": "pretrained, fine-tuned in the federation",
 }
-_METRICS = {"dice": "Dice", "surface_dice": "surface Dice", "hd95": "HD95, mm", "auc": "AUC"}
 _TESTS = {"seen": "seen hospitals", "unlabelled": "hospitals without labels", "held_out": "held-out hospital"}
 
 
 def write_downstream(folder: Path, rows: Sequence[DownstreamRow], facts: Mapping[str, Any]) -> Path:
     """Write the table below `folder`; `facts` (JSON values) say what was run. Returns the page's path."""
-    folder.mkdir(parents=True, exist_ok=True)
+    private_folder(folder)
     plain = [
         {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(row).items()}
         for row in rows
@@ -69,7 +69,7 @@ def draw_downstream(rows: Sequence[DownstreamRow], path: Path) -> Path:
     panels = figure.subplots(len(tests), len(metrics), squeeze=False)
     for line, test in zip(panels, tests, strict=True):
         for axes, metric in zip(line, metrics, strict=True):
-            style_axes(axes, f"{_METRICS[metric]}, {_TESTS.get(test, test)}")
+            style_axes(axes, f"{metric_of(metric).title}, {_TESTS.get(test, test)}")
             axes.set_xlabel("patients with labels", fontsize=8, color=INK)
             for mode, colour in zip(modes, SITE_COLOURS, strict=False):
                 own = {
@@ -82,7 +82,7 @@ def draw_downstream(rows: Sequence[DownstreamRow], path: Path) -> Path:
                 spread = [[r.value - r.low for r in known], [r.high - r.value for r in known]]
                 axes.errorbar(
                     x, [r.value for r in known], spread, marker="o", markersize=4, capsize=2,
-                    linewidth=1.2, color=colour, label=_MODES[mode],
+                    linewidth=1.2, color=colour, label=_MODES.get(mode, mode),
                 )  # fmt: skip
             axes.set_xscale("log")
     panels[0][0].legend(fontsize=7, frameon=False)
@@ -91,12 +91,12 @@ def draw_downstream(rows: Sequence[DownstreamRow], path: Path) -> Path:
 
 def _cells(row: DownstreamRow) -> dict[str, str]:
     told = not math.isnan(row.value)
-    digits = 2 if row.metric == "hd95" else 3
+    digits = metric_of(row.metric).digits
     return {
         "test": _TESTS.get(row.test, row.test),
-        "mode": _MODES[row.mode],
+        "mode": _MODES.get(row.mode, row.mode),
         "share": f"{row.label_share:.0%} ({row.labelled})",
-        "metric": _METRICS[row.metric],
+        "metric": metric_of(row.metric).title,
         "value": f"{row.value:.{digits}f}" if told else "none",
         "interval": f"{row.low:.{digits}f} to {row.high:.{digits}f}" if told else "",
         "patients": f"{row.patients}" + (f", {row.undefined} without a value" if row.undefined else ""),

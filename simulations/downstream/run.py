@@ -8,7 +8,7 @@ anything of the run but the books of its sites, which record what left them.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +19,11 @@ from client.app import make_client_app
 from client.latents.labelled import LabelledScans, NoLabels
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning, check_target
 from forms.form import build
+from meduet_models.downstream.task import Target
+from meduet_models.downstream.tasks import task_of
 from server.config import plain
 from server.exchanges.finetuning import FinetunedRun, pretrained_sha256, run_finetuning
+from server.observer import RoundObserver
 from simulations.downstream.evaluate import (
     DownstreamSettings,
     evaluate_downstream,
@@ -46,16 +49,16 @@ class DownstreamRunSettings:
     """Where table, figure and page go."""
     seed: int
     """Fixes every draw."""
-    task: Literal["segmentation", "classification"]
-    """What is predicted."""
+    task: str
+    """What is predicted: the name of a downstream task."""
     classes: int | None
-    """Classes; none: counted, from the labels or from `target_values`."""
+    """Classes; none: they follow from the target or `label_values`, or are counted from the labels."""
     label_values: dict[int, int]
     """Segmentation: values of label files and the classes that they become; all others are background."""
     target: str
-    """Classification: the covariate."""
+    """The covariate to predict, of a task that predicts one."""
     target_values: tuple[str, ...]
-    """Classification: its values, in the order of the classes."""
+    """Its values, in the order of the classes; of a number the ends of its range."""
     modes: tuple[Literal["frozen", "finetuned", "scratch", "unet"], ...]
     """What is compared."""
     label_shares: tuple[float, ...]
@@ -100,6 +103,8 @@ def run_downstream(config: DictConfig) -> Path:
     Raises `ValueError` for settings that are wrong, and for a folder that holds no finished run.
     """
     values = plain(config)
+    ends = values["target_values"]  # a plan names values by their text
+    values["target_values"] = [f"{end:g}" if isinstance(end, (int, float)) else end for end in ends]
     asked = build(
         DownstreamRunSettings,
         {f.name: values[f.name] for f in dataclasses.fields(DownstreamRunSettings)},
@@ -140,6 +145,7 @@ def _evaluate(asked: DownstreamRunSettings, opened: FinishedRun, live: Live) -> 
     settings = DownstreamSettings(
         task=asked.task,
         classes=local.classes,
+        target=Target(asked.target, asked.target_values),
         spacing_mm=plan.volumes.spacing_mm,
         label_shares=asked.label_shares,
         modes=asked.modes,
@@ -151,7 +157,7 @@ def _evaluate(asked: DownstreamRunSettings, opened: FinishedRun, live: Live) -> 
     )
     sizes = ", ".join(f"{name} ({len(scans.patients)})" for name, scans in tests.items())
     live.say(
-        f"{asked.task} of {local.classes} classes: {len(train.patients)} patients with labels in "
+        f"{asked.task}, {local.classes} outputs: {len(train.patients)} patients with labels in "
         f"{', '.join(with_labels)}; tested on {sizes}"
     )
     facts: dict[str, Any] = {
@@ -185,9 +191,24 @@ def _evaluate(asked: DownstreamRunSettings, opened: FinishedRun, live: Live) -> 
     return write_downstream(Path(asked.folder), rows, facts)
 
 
+class _Counted(RoundObserver):
+    """Shows how many rounds are done."""
+
+    def __init__(self, show: Callable[[int], None]) -> None:
+        self._show = show
+
+    def on_round_end(
+        self, round: int, shared: Mapping[str, Any], metrics: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """One more is."""
+        self._show(round)
+        return {}
+
+
 def _local(asked: DownstreamRunSettings, opened: FinishedRun) -> LocalFinetuning:
     """The local loop; classes are counted where they were not given."""
-    classes = asked.classes or len(asked.target_values) or max(asked.label_values.values(), default=-1) + 1
+    classes = asked.classes or task_of(asked.task).classes(Target(asked.target, asked.target_values))
+    classes = classes or max(asked.label_values.values(), default=-1) + 1
     if not classes:
         classes = num_classes(opened.scans.values())
         if not classes:
@@ -234,5 +255,5 @@ def _federate(
             finetuning,
             opened.pretrained,
             folder,
-            on_round=lambda round, report: count(round, finetuning.rounds),
+            observer=_Counted(lambda round: count(round, finetuning.rounds)),
         )

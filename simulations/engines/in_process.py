@@ -19,9 +19,12 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as WireMessage
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+
+from strategies.quorum import numbered
 
 _SUPERLINK = 1
 _FIRST_NODE = 1000
@@ -77,6 +80,10 @@ class InProcessGrid(Grid):
     def get_node_ids(self) -> Iterable[int]:
         """All sites, ascending."""
         return list(self._contexts)
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """All sites, each registered under its number."""
+        return [numbered(node, number) for number, node in enumerate(self._contexts)]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Keep the questions; their ids."""

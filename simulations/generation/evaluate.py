@@ -28,7 +28,6 @@ from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.diffusion.conditions import Examples
 from meduet_models.sample_quality import frechet_distance, principal_axes
 from meduet_models.tokenizer.tokenizer import Tokenizer
-from server.run_folder import write_whole
 from simulations.generation.controls import content_rows, site_row, style_gap_row
 from simulations.generation.pictures import Pictures
 from simulations.generation.quality import (
@@ -55,9 +54,10 @@ from simulations.generation.samples import (
     told_of,
     usable_rows,
 )
+from simulations.generation.settings import GenerationSettings
 from simulations.generation.use import use_rows
-from simulations.generation_settings import GenerationSettings
 from simulations.hospitals.held_out import Held
+from storage.files import private_folder, write_whole
 
 FOLDER = "generation"
 _MOST_PAIRED = 8  # scans whose pairs are compared by MS-SSIM
@@ -96,7 +96,7 @@ def evaluate_generation(
             f"Expected the model's tokenizer, {model.tokenizer_sha256[:12]}…; got {tokenizer.sha256[:12]}…."
         )
     target = folder / FOLDER
-    target.mkdir(parents=True, exist_ok=True)
+    private_folder(target)
     conditioner, seed = model.conditioner, plan.seed
     sampler = Sampler(
         model,

@@ -31,10 +31,10 @@ from meduet_models.diffusion.sampling import SamplingSettings
 from meduet_models.meduet import MeDUET
 from meduet_models.probes.swap_fidelity import match_histogram, quantiles
 from meduet_models.tokenizer.tokenizer import Tokenizer
-from server.run_folder import write_whole
 from simulations.evaluation import mean_style, swap
 from simulations.hospitals.held_out import Held
 from simulations.report.figures import GOOD, INK, MUTED, save, style_axes
+from storage.files import private_folder, write_whole
 
 MEASURES = ("psnr_db", "ssim")
 ALL = "all"
@@ -201,7 +201,7 @@ def _rows(
 
 
 def _write(folder: Path, rows: Sequence[HarmonisationRow], settings: SamplingSettings) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    private_folder(folder)
     plain = [dataclasses.asdict(row) for row in rows]
     told = {"sampling": dataclasses.asdict(settings), "rows": plain}
     write_whole(folder / "harmonisation.json", json.dumps(told, indent=1) + "\n")

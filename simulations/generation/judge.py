@@ -27,7 +27,7 @@ from meduet_models.meduet import MeDUET
 from meduet_models.tokenizer.tokenizer import Tokenizer
 from simulations.generation.evaluate import FOLDER, evaluate_generation
 from simulations.generation.harmonisation import measure_harmonisation
-from simulations.generation_settings import GenerationSettings
+from simulations.generation.settings import GenerationSettings
 from simulations.hospitals.held_out import Held
 from simulations.hospitals.labelled import labels_for_segmenters
 

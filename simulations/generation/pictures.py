@@ -5,6 +5,7 @@ measure (`generation.py`), lay out figures (`generation_figures.py`).
 """
 
 import dataclasses
+import gzip
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.diffusion.draws import generator_of
 from meduet_models.sample_quality import nearest
 from meduet_models.tokenizer.tokenizer import Tokenizer
+from simulations.generation.figures import Cell, draw_gallery, draw_grid, draw_nearest, draw_steps
 from simulations.generation.quality import ScanSet
 from simulations.generation.samples import (
     NOTHING,
@@ -30,11 +32,11 @@ from simulations.generation.samples import (
     styled_sites,
     told_of,
 )
-from simulations.generation_figures import Cell, draw_gallery, draw_grid, draw_nearest, draw_steps
-from simulations.generation_settings import GenerationSettings
+from simulations.generation.settings import GenerationSettings
 from simulations.hospitals.held_out import Held
 from simulations.report.figures import Volume
 from simulations.report.viewer import ViewedVolume, ViewerMissing, write_viewer
+from storage.files import private_folder, write_whole
 
 Samples = Mapping[str, tuple[Request, ScanSet]]
 """What was told, and what came."""
@@ -147,7 +149,7 @@ class Pictures:
     def _write_volumes(self, samples: Samples) -> list[str]:
         """The first samples of each kind as NIfTI, marked in the header and by a note beside them."""
         folder = self._folder / "volumes"
-        folder.mkdir(exist_ok=True)
+        private_folder(folder)
         names = []
         for told, (_, scans) in samples.items():
             for i, volume in enumerate(scans.volumes[: self._settings.volumes]):
@@ -155,12 +157,12 @@ class Pictures:
                 image.header.set_xyzt_units("mm")
                 image.header["descrip"] = f"FedMeDUET, {_MARK[self._model.patient_data]}"[:79]
                 name = f"volumes/{told.replace(', ', '-').replace(' ', '-')}-{i + 1}.nii.gz"
-                nib.save(image, self._folder / name)
+                write_whole(self._folder / name, gzip.compress(image.to_bytes(), mtime=0))
                 names.append(name)
         if self._model.patient_data:
-            (folder / "PATIENT_DATA.txt").write_text(
+            write_whole(
+                folder / "PATIENT_DATA.txt",
                 "From a model that was trained on raw latents of patients: handle these as their scans.\n",
-                encoding="utf-8",
             )
         return names
 
@@ -191,7 +193,7 @@ class Pictures:
             )
         except ViewerMissing as missing:
             path.unlink(missing_ok=True)
-            (self._folder / "viewer.txt").write_text(f"{missing}\n", encoding="utf-8")
+            write_whole(self._folder / "viewer.txt", f"{missing}\n")
             return None
         return path.name
 

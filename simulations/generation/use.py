@@ -18,7 +18,8 @@ from torch import Tensor
 from client.latents.labelled import LabelledScans, NoLabels, join
 from client.training.finetuning import finetune
 from federation.exchanges.finetuning import LocalFinetuning
-from meduet_models.downstream import SmallUNet, predict
+from meduet_models.downstream.networks import predict
+from meduet_models.downstream.unet import SmallUNet
 from meduet_models.style.bank import StyleBank
 from simulations.downstream.metrics import mean_estimate, per_patient
 from simulations.generation.quality import UNKNOWN, Interval, QualityRow, quality_row
@@ -59,15 +60,15 @@ def use_rows(
     """Dice on `test` with synthetic and with restyled scans beside few real ones; the floor is the real ones
     alone. A row of the gain beside each, patient by patient.
 
-    Raises `NoLabels` without labels, `ValueError` for fewer than two sites in the bank.
+    Raises `NoLabels` without label volumes, `ValueError` for fewer than two sites in the bank.
     """
-    if labelled.labels is None or test.labels is None or not len(labelled) or not len(test):
+    if any(not len(scans) or scans.answers.ndim != 5 for scans in (labelled, test)):
         raise NoLabels("Expected labelled scans to train and to test on; got none.")
     if len(bank.present) < 2:
         raise ValueError(
             "Expected the styles of two sites or more; the bank has fewer: nothing to render in."
         )
-    classes = 1 + int(max(labelled.labels.max(), test.labels.max()))
+    classes = 1 + int(max(labelled.answers.max(), test.answers.max()))
 
     def restyled(scans: LabelledScans, asked: Sequence[int], seed: int) -> Tensor:
         return bank.restyle(scans.latents, torch.tensor(scans.site), torch.tensor(asked))
@@ -122,11 +123,10 @@ def _dice(
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
     )
-    network = SmallUNet(scans.latents.shape[1], classes, "segmentation", seed=seed)
+    network = SmallUNet(scans.latents.shape[1], classes, per_voxel=True, seed=seed)
     finetune(network, scans, local, seed=seed)
-    assert test.labels is not None
     predicted = predict(network.eval(), test.latents).argmax(dim=1, keepdim=True)
-    dice = compute_dice(predicted, test.labels, include_background=False, num_classes=classes)
+    dice = compute_dice(predicted, test.answers, include_background=False, num_classes=classes)
     scores: np.ndarray = dice.nanmean(dim=1).double().numpy()
     return scores
 

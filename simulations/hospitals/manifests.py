@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from client.scans.fingerprints import write_atomically
 from client.scans.layouts import Candidate
 from client.scans.scans import Exclusion
 from simulations.hospitals.plans import TRUTH
+from storage.files import write_whole
 
 
 def write_manifest(path: Path, candidates: Sequence[Candidate]) -> None:
@@ -31,7 +31,7 @@ def write_table(path: Path, header: Sequence[str], rows: Sequence[Sequence[objec
     table = csv.writer(text, lineterminator="\n")
     table.writerow(header)
     table.writerows(rows)
-    write_atomically(path, text.getvalue().encode())
+    write_whole(path, text.getvalue().encode())
 
 
 def write_left_out(folder: Path, root: Path, exclusions: Sequence[Exclusion]) -> None:
@@ -46,7 +46,7 @@ def write_left_out(folder: Path, root: Path, exclusions: Sequence[Exclusion]) ->
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Write a JSON object, keys in order. Atomic."""
-    write_atomically(path, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+    write_whole(path, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from client.scans.fingerprints import write_atomically
 from simulations.hospitals.manifests import read_record, write_record, write_table
 from simulations.hospitals.plans import TRUTH, Hospital, PhantomHospitals, hospital_names
 from simulations.phantoms.atlas import load_atlas
@@ -35,6 +34,7 @@ from simulations.phantoms.patients import (
 )
 from simulations.phantoms.scanners import Acquisition, Scanner, draw_acquisition, draw_scanner, with_settings
 from simulations.phantoms.scans import field_of_view, render, slice_anatomy, write_labels, write_scan
+from storage.files import write_whole
 
 Progress = Callable[[int, int], None]
 """Called with scans done and scans in all."""
@@ -169,7 +169,7 @@ def _make(appointment: Appointment, path: Path) -> dict[str, Any]:
     write_labels(appointment.labels, label_volume(slice_anatomy(anatomy, scanner)), scan_affine, scanner)
     velocity = io.BytesIO()
     np.savez(velocity, velocity=patient.velocity)
-    write_atomically(path.with_suffix(".npz"), velocity.getvalue())
+    write_whole(path.with_suffix(".npz"), velocity.getvalue())
     record = {
         "draw_sha256": appointment.sha256,
         "files": _hashes(appointment),

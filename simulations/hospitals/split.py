@@ -28,12 +28,13 @@ from client.scans.layouts import Candidate, LayoutRules, survey
 from client.scans.nifti import nifti_stem
 from client.scans.scans import Scan, UnusableScan
 from client.scans.volumes import read_files, read_label
-from simulations.appearance import appearance, by_appearance
+from simulations.hospitals.appearance import appearance, by_appearance
 from simulations.hospitals.manifests import read_record, write_left_out, write_manifest, write_record
 from simulations.hospitals.phantom import Progress
 from simulations.hospitals.plans import TRUTH, Hospital, SplitHospitals, hospital_names
 from simulations.phantoms.scanners import Acquisition, Scanner, draw_acquisition, draw_scanner, with_settings
 from simulations.phantoms.scans import Affine, scan_image, write_labels, write_scan
+from storage.files import private_folder
 
 RESTYLING = 1
 """Counts changes of the restyling's mathematics; files of another generation are made anew."""
@@ -234,7 +235,7 @@ def _keep_or_restyle(
         except UnusableScan:
             return None
         for path in written:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            private_folder(path.parent)
         write_scan(image, styled, affine, scanner)
         if label is not None and labels is not None:
             write_labels(label, labels[0].astype(np.int16), labels[1], scanner)

@@ -23,6 +23,7 @@ from scipy.spatial.transform import Rotation
 from simulations.phantoms.atlas import Volume, grid_affine, grid_shape
 from simulations.phantoms.patients import TISSUES, Anatomy
 from simulations.phantoms.scanners import COIL_ORDER, REFERENCE_VOXEL_MM, Acquisition, Scanner
+from storage.files import OWNER
 
 Affine = NDArray[np.float64]
 
@@ -246,4 +247,5 @@ def _save(
         image.header.set_slope_inter(*slope)  # written as it is: the voxels are divided already
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     nib.save(image, partial)
+    partial.chmod(OWNER)  # it may be a patient's, restyled
     partial.replace(path)

@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from storage.files import whole_file
+
 Volume = NDArray[np.float32]
 
 INK, MUTED, GRID = "#1b2733", "#6b7a89", "#e3e8ee"
@@ -30,13 +32,17 @@ PLANES = ("sagittal", "coronal", "axial")
 _LABELS = {
     "reconstruction": "reconstruction, hidden tokens",
     "visible_reconstruction": "reconstruction, visible tokens",
+    "restyled_reconstruction": "reconstruction, restyled scans",
     "site_adversary": "site read from content (adversary)",
     "site_from_style": "site read from style",
     "mftd": "MFTD",
     "siqc": "SiQC",
     "invariance": "invariance",
+    "anchor": "anchor of the style branch",
+    "proximal": "distance to the shared weights",
     "total": "total",
 }
+"""Terms in the order of their panels; one that is not here comes after them, under its name."""
 
 
 @dataclass(frozen=True)
@@ -71,16 +77,23 @@ def style_axes(axes: Axes, title: str, ylabel: str = "") -> None:
 
 def save(figure: Figure, path: Path) -> Path:
     """Write a figure on white; its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=170, facecolor="white")
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=170, facecolor="white")
     return path
 
 
+def loss_terms(rounds: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Every loss term that any hospital told in any round, with its title; one without a title is called by
+    its name."""
+    told = {term for entry in rounds for site in entry["sites"].values() for term in site["loss"]}
+    ordered = [*(term for term in _LABELS if term in told), *sorted(told - set(_LABELS))]
+    return {term: _LABELS.get(term, term) for term in ordered}
+
+
 def draw_losses(rounds: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Draw every loss term over rounds, a line per hospital."""
+    """Draw every loss term that any hospital told over rounds, a line per hospital."""
     sites = sorted({name for entry in rounds for name in entry["sites"]})
-    first = next(iter(rounds[-1]["sites"].values()))["loss"]
-    terms = [t for t in _LABELS if t in first]
+    terms = loss_terms(rounds)
     columns = min(4, len(terms))
     rows = -(-len(terms) // columns)
     figure = Figure(figsize=(10.5, 2.35 * rows), layout="constrained")
@@ -95,7 +108,7 @@ def draw_losses(rounds: Sequence[Mapping[str, Any]], path: Path) -> Path:
             if points:
                 x, y = zip(*points, strict=True)
                 axes.plot(x, y, color=colour, linewidth=1.6, label=site)
-        style_axes(axes, _LABELS[term])
+        style_axes(axes, terms[term])
     for axes in panels.flat[len(terms) :]:
         axes.set_visible(False)
     for axes in panels.flat:
@@ -186,8 +199,8 @@ def draw_swaps(row: SwapRow, path: Path, zoom: int = 3) -> Path:
         panels[0, column].set_title(
             f"{kind}\n{caption}", fontsize=11, color=KIND_COLOURS[kind], linespacing=1.25
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, facecolor=figure.get_facecolor())
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=150, facecolor=figure.get_facecolor())
     return path
 
 

@@ -23,7 +23,7 @@ from jaxtyping import Float, Float32
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from server.run_folder import write_whole
+from storage.files import write_whole
 
 _TEMPLATES = Path(__file__).resolve().parents[1]
 _TEMPLATE = "report/viewer.html"
@@ -89,7 +89,6 @@ def write_viewer(
         volumes=Markup(json.dumps(embedded).replace("<", "\\u003c")),
         niivue=Markup(base64.b64encode(gzip.compress(source.encode(), mtime=0)).decode()),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, page)
     return path
 

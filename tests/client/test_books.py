@@ -1,13 +1,21 @@
 """A site's books are held against each other: an older one that was put back does not pass for whole."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from client.approvals import Approvals
 from client.books import open_books, read_books
+from client.exchanges.exchange import AskRefused
+from client.site import Site, SiteConfig
+from federation.bundle import running_bundle
 from federation.journal import Journal
+from federation.published_plan import PublishedPlan
+from federation.wire import RefusalKind
 from privacy.chain import BrokenChain
-from privacy.ledger import Ledger
+from privacy.ledger import Ledger, Place
 from privacy.promise import Promise
 
 PLAN = "ab" * 32
@@ -17,7 +25,7 @@ PROMISE = Promise(kind="round", bound=1.0, unit="site update", enforcement="clip
 def answer(state: Path, round: int, journal: bool = True) -> None:
     """What a site writes for a round, in its order."""
     ledger = Ledger(state / "ledger.jsonl")
-    place = ledger.reserve(PLAN, round, PROMISE)
+    place = ledger.reserve(Place(plan_sha256=PLAN, kind="round", round=round), "a5" * 32, PROMISE)
     charge = ledger.settle(place, 1.0, f"{round:064x}")
     if journal:
         Journal(state / "journal.jsonl").append({"kind": "round", "round": round, "ledger": charge})
@@ -46,7 +54,7 @@ def test_books_that_were_written_together_agree(state: Path) -> None:
 
 
 def test_a_place_in_the_ledger_without_anything_that_left_is_no_fault(state: Path) -> None:
-    Ledger(state / "ledger.jsonl").reserve(PLAN, 3, PROMISE)
+    Ledger(state / "ledger.jsonl").reserve(Place(plan_sha256=PLAN, kind="round", round=3), "a5" * 32, PROMISE)
     assert read_books(state).unnamed == 0
 
 
@@ -97,3 +105,38 @@ def test_a_site_that_never_answered_has_empty_books(tmp_path: Path) -> None:
     assert open_books(tmp_path).ledger == []
     with pytest.raises(ValueError, match="Expected a journal at"):
         read_books(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    "lost", [("ledger.jsonl",), ("ledger.jsonl", "journal.jsonl"), ("ledger.jsonl", "journal.jsonl", "state")]
+)
+def test_a_site_whose_ledger_is_lost_does_not_open_as_if_nothing_had_been_spent(
+    state: Path, tmp_path: Path, lost: tuple[str, ...]
+) -> None:
+    kept = state / "answers" / PLAN[:12] / "round-0002.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"")
+    config = SiteConfig(name="north", data_root=tmp_path.parent / "scans", state_dir=state, device="cpu")
+    Site(config)
+    for name in lost:
+        path = state / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(BrokenChain, match="ledger"):
+        Site(config)
+
+
+def test_a_site_that_lost_its_whole_folder_answers_nothing_before_its_people_approve_again(
+    tmp_path: Path, toy_plan: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Site, "fits", lambda self, plan: None)
+    config = SiteConfig(
+        name="north", data_root=tmp_path / "scans", state_dir=tmp_path / "state", device="cpu"
+    )
+    plan = toy_plan()
+    config.state_dir.mkdir()
+    Approvals(config.state_dir).approve(PublishedPlan(plan=plan, bundle_sha256=running_bundle()))
+    Site(config).accept(plan)
+    shutil.rmtree(config.state_dir)
+    with pytest.raises(AskRefused) as raised:
+        Site(config).accept(plan)
+    assert raised.value.kind is RefusalKind.PLAN_NOT_ACCEPTED

@@ -18,6 +18,7 @@ from rich.console import Console
 import client.latents.cache
 from client.approvals import Approvals
 from client.cli import main
+from client.exact_sums import EXACT_SUMS_CONSENT
 from client.scans.cohort import split_of
 from federation.bundle import running_bundle
 from federation.plan import RunPlan, VolumePlan
@@ -193,6 +194,7 @@ def test_a_plan_for_another_tokenizer_exits_2_and_reads_no_scan(hospital: Hospit
 def test_a_ready_site_passes_every_check(hospital: Hospital) -> None:
     for name in NAMES[8:]:  # each split gets patients, and training enough
         hospital.scan(name)
+    hospital.settings(allow_non_private="true", allow_exact_sums=EXACT_SUMS_CONSENT)
     hospital.run("prepare")
     hospital.run("check", "--confirm-patients")
     status, screen = hospital.run("check")

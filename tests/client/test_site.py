@@ -19,10 +19,12 @@ from client.site import Site, SiteConfig, load_site_config, open_site, resolve_d
 from federation.plan import RunPlan, VolumePlan
 from federation.wire import RefusalKind
 from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec
-from privacy.ledger import LedgerRefusal
+from privacy.ledger import LedgerRefusal, Place
 from privacy.promise import Promise
 
 MINIMAL = "name: north\ndata_root: scans\nstate_dir: state\n"
+
+PLACE = Place(plan_sha256="0" * 64, kind="round", round=1)
 
 
 class Blocks(nn.Module):
@@ -142,7 +144,7 @@ def test_cuda_is_refused_where_there_is_none_and_auto_takes_what_there_is(
 def test_opening_a_site_opens_its_books_and_no_scan(config: SiteConfig, no_scan_is_read: None) -> None:
     site = Site(dataclasses.replace(config, allow_non_private=True), tokenizer(Blocks()))
     promise = Promise(kind="round", bound=1.0, unit="site update", enforcement="clip")
-    assert site.ledger.reserve("0" * 64, 1, promise).round == 1
+    assert site.ledger.reserve(PLACE, "a5" * 32, promise).place == PLACE
     assert {path.name for path in config.state_dir.iterdir()} == {"ledger.jsonl", "journal.jsonl"}
     assert stat.S_IMODE(config.state_dir.stat().st_mode) == 0o700
 
@@ -153,7 +155,7 @@ def test_without_consent_the_ledger_refuses_before_any_scan(
     site = Site(config, tokenizer(Blocks()))
     promise = Promise(kind="round", bound=1.0, unit="site update", enforcement="clip")
     with pytest.raises(LedgerRefusal, match="Nothing was read"):
-        site.ledger.reserve("0" * 64, 1, promise)
+        site.ledger.reserve(PLACE, "a5" * 32, promise)
 
 
 @pytest.mark.parametrize(

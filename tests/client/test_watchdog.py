@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from client.answers import KeptAnswers
 from client.release import Gate, GateRefusal
 from client.watchdog import DeadlineMissed, unwatched, watchdog
 from federation.journal import Journal
 from federation.wire import RefusalKind
-from privacy.ledger import Ledger
+from privacy.ledger import Ledger, Place
 from privacy.promise import Promise
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,9 +110,10 @@ def test_the_work_has_the_callers_threads_gradients_and_context(log: Path) -> No
 def gate_of(folder: Path) -> tuple[Ledger, Journal, Callable[[], Any]]:
     ledger, journal = Ledger(folder / "ledger.jsonl"), Journal(folder / "journal.jsonl")
     promise = Promise(kind="round", bound=10.0, unit="site update", enforcement="clip")
-    reservation = ledger.reserve(PLAN, 1, promise)
+    place = Place(plan_sha256=PLAN, kind="round", round=1)
+    gate = Gate(ledger.reserve(place, "a5" * 32, promise), ledger, journal, KeptAnswers(folder / "answers"))
     tensors = {"w": torch.ones(2)}
-    return ledger, journal, lambda: Gate(ledger, journal).release(reservation, tensors, {"w": (2,)})
+    return ledger, journal, lambda: gate.release(tensors, {"w": (2,)})
 
 
 def test_an_answer_that_was_given_up_does_not_pass_the_gate_later(log: Path, tmp_path: Path) -> None:

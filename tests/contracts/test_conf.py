@@ -1,5 +1,6 @@
 """Every configuration composes into a plan, names no class, and has no setting that nobody reads."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,23 @@ def test_every_configuration_makes_a_plan(option: str) -> None:
     volumes = ["volumes.shape=[96,96,96]"] if option == "network=paper" else []
     plan = plan_of(option, "root=/somewhere", *volumes)
     assert RunPlan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("method", ["alone", "fedavg", "fedavg_mae", "fedbn", "fedprox", "pooled"])
+def test_a_baseline_named_after_the_published_method_has_its_objective_and_no_term_of_ours(
+    method: str,
+) -> None:
+    own, published = (
+        plan_of(option, "style.exchange=none").objective
+        if option.startswith("objective")
+        else plan_of(option).objective
+        for option in (f"method={method}", "objective=published")
+    )
+    if method != "fedavg_mae":  # which asks for no factors, and hides single scans
+        assert own == published
+    assert own.estimator == published.estimator
+    terms = {name for name, weight in dataclasses.asdict(own.weights).items() if weight}
+    assert terms <= {name for name, weight in dataclasses.asdict(published.weights).items() if weight}
 
 
 def test_the_paper_preset_has_the_published_values() -> None:

@@ -97,17 +97,50 @@ def test_the_runbook_shows_every_command_for_hospital_it(command: str) -> None:
     )
 
 
-def test_the_architecture_names_every_module() -> None:
+def layout() -> set[str]:
+    """Paths of the modules that the architecture's layout names: files stand below their folder."""
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    packages = (
-        "forms",
-        "meduet_models",
-        "privacy",
-        "federation",
-        "strategies",
-        "client",
-        "server",
-        "simulations",
+    block = text[text.index("```\npyproject.toml") :].split("```")[1]
+    named: set[str] = set()
+    folders: dict[int, str] = {}
+    for line in block.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if heading := re.match(r" *(\w+)/ ", line):
+            folders = {depth: name for depth, name in folders.items() if depth < indent}
+            folders[indent] = heading[1]
+            continue
+        folder = "/".join(name for depth, name in sorted(folders.items()) if depth < indent)
+        named |= {f"{folder}/{name}" for name in re.findall(r"\w+\.py\b", line)}
+    return named
+
+
+def test_the_layout_names_every_module_where_it_is_and_no_other() -> None:
+    packages = [p.parent.name for p in ROOT.glob("*/__init__.py")]
+    modules = {p.relative_to(ROOT).as_posix() for package in packages for p in (ROOT / package).rglob("*.py")}
+    assert layout() == {name for name in modules if not name.endswith("__init__.py")}
+
+
+def test_every_file_that_a_document_names_is_there() -> None:
+    pages = [ROOT / "README.md", *(p for p in (ROOT / "docs").glob("*.md") if p.name != "log.md")]
+    named = {
+        (page.name, path)
+        for page in pages
+        for path in re.findall(r"`((?:\w+/)+[\w.]+\.(?:py|yaml|md|html))`", page.read_text(encoding="utf-8"))
+    }
+    packages = {p.name for p in ROOT.iterdir() if p.is_dir()}
+    lost = sorted(
+        f"{path} in {page}"
+        for page, path in named
+        if path.split("/")[0] in packages - {"runs"}
+        and not path.endswith(("/X.py", "/__init__.py"))
+        and not (ROOT / path).exists()
     )
-    modules = {p.name for package in packages for p in (ROOT / package).glob("*.py")} - {"__init__.py"}
-    assert [name for name in sorted(modules) if name not in text] == []
+    assert lost == []
+
+
+def test_every_test_that_the_threats_name_is_there() -> None:
+    named = set(
+        re.findall(r"`(tests/[\w/]+\.py)`", (ROOT / "docs" / "threats.md").read_text(encoding="utf-8"))
+    )
+    assert len(named) >= 25
+    assert sorted(path for path in named if not (ROOT / path).is_file()) == []

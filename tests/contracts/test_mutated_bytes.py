@@ -23,8 +23,7 @@ import server.cli
 from client.approvals import Approvals
 from client.site import load_plan, load_site_config
 from federation.bundle import running_bundle
-from federation.journal import Journal
-from federation.journal_reading import journal_lines, read_journal
+from federation.journal import Journal, journal_lines, read_journal
 from federation.keys.certificates import (
     Authority,
     certificate_pem,

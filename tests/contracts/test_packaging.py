@@ -13,6 +13,7 @@ from federation.bundle import bundle_hash, running_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
+    "storage",
     "forms",
     "meduet_models",
     "privacy",
@@ -22,7 +23,7 @@ PACKAGES = (
     "server",
     "simulations",
 )
-BUNDLED = ("forms", "meduet_models", "privacy", "federation", "strategies", "client", "server")
+BUNDLED = ("storage", "forms", "meduet_models", "privacy", "federation", "strategies", "client", "server")
 
 
 @pytest.mark.parametrize("package", PACKAGES)

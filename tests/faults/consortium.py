@@ -232,17 +232,6 @@ def command(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def family(pid: int) -> list[int]:
-    """A process and all that it started, however deep."""
-    found, todo = [], [pid]
-    while todo:
-        one = todo.pop()
-        found.append(one)
-        for task in Path(f"/proc/{one}/task").glob("*/children"):
-            todo += [int(child) for child in task.read_text().split()]
-    return found
-
-
 def kill(*pids: int) -> None:
     """`kill -9`, all at once."""
     for pid in pids:

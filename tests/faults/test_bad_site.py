@@ -22,8 +22,8 @@ WAYS: dict[str, tuple[dict[str, Any], str, str]] = {
     # first: it computes nothing while the other consortia of `make faults` begin
     "a site hangs": (
         {"do": "hang", "at_step": 1},
-        "refused: deadline",
-        "its watchdog says `deadline` at nine tenths of it, and ends the process",
+        "refused: not_answered",
+        "its watchdog gives it up at nine tenths of it, says so, and ends the process",
     ),
     "NaN in an update": ({"reply": "nan"}, "Expected finite values", "put aside"),
     "infinite value": ({"reply": "infinite"}, "Expected finite values", "put aside"),
@@ -52,13 +52,13 @@ WAYS: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "a site raises (with a patient's name in the text)": (
         {"do": "raise", "at_step": 1},
-        "refused: internal",
-        "one word crosses: `internal`; the text stays in the site's log",
+        "refused: not_answered",
+        "one word crosses: `not_answered`; the text stays in the site's log",
     ),
     "a site runs out of memory": (
         {"do": "memory", "at_step": 1},
-        "refused: out_of_memory",
-        "the site says so: `out_of_memory`",
+        "refused: not_answered",
+        "its log says so; one word crosses: `not_answered`",
     ),
 }
 BAD = "north"
@@ -87,7 +87,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Consortium, 
         if step is None or "reply" in step:
             answered = honest.work(site, ask, *rest)
         if step is not None:
-            raise AskRefused("silent", RefusalKind.INTERNAL)
+            # as often as the bad one cannot answer: after three such questions a site stops
+            kind = RefusalKind.BUDGET if "reply" in step else RefusalKind.INTERNAL
+            raise AskRefused("silent", kind)
         return answered
 
     with pytest.MonkeyPatch.context() as patch:

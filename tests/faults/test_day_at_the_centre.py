@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.consortium import RUN, family, kill
+from tests.faults.consortium import RUN, kill
 from tests.faults.day import Day
 from tests.faults.day import day as one_day
 from tests.faults.page import Book
+from tests.local_account import family
 
 pytestmark = pytest.mark.faults
 

@@ -2,17 +2,18 @@
 round is lost, and the final weights are those of a day on which nothing happened.
 """
 
+import shutil
 import time
 from collections.abc import Iterator
 
 import pytest
 import yaml
 
-from simulations.poc import reserve_ports
-from tests.faults.consortium import beside, family, kill
+from tests.faults.consortium import beside, kill, site_command
 from tests.faults.day import Day
 from tests.faults.day import day as one_day
 from tests.faults.page import Book
+from tests.local_account import family
 
 pytestmark = pytest.mark.faults
 
@@ -101,7 +102,6 @@ def test_a_second_process_with_a_sites_key_is_refused(day: Day, book: Book) -> N
     twin.mkdir()
     settings = yaml.safe_load(config.read_text()) | {
         "state_dir": str(twin / "state"),
-        "port": reserve_ports(1)[0],
     }
     (twin / "site.yaml").write_text(yaml.safe_dump(settings))
     with beside(twin / "site.yaml") as said:
@@ -116,3 +116,26 @@ def test_a_second_process_with_a_sites_key_is_refused(day: Day, book: Book) -> N
 
 def test_the_day_ends_in_the_bits_of_a_day_on_which_nothing_happened(day: Day) -> None:
     day.ends_as_if_nothing_had_happened()
+
+
+def test_a_site_that_lost_its_state_is_in_the_same_round(
+    tmp_path_factory: pytest.TempPathFactory, book: Book
+) -> None:
+    with one_day(tmp_path_factory.mktemp("lost"), rounds=4) as day:
+        day.next_round()
+        pid = day.run.supervisor.pid(day.site)
+        assert pid is not None
+        kill(*family(pid))
+        shutil.rmtree(day.run.config(day.site).state_dir / "state")
+        resumed = day.run.status()["resumed"]
+        seconds = day.next_round()
+        assert day.run.status()["resumed"] == resumed  # within the round
+        for config in day.run.poc.site_yamls.values():
+            verified = site_command("journal", "verify", config=config)
+            assert verified.returncode == 0, verified.stdout
+        book.note(
+            "a site's `state/` removed while it was down, in a run that waits for all",
+            "the site says so; the centre asks again in the same round, with the start",
+            "the style branch and AdamW's moments of that site: it begins them anew",
+            seconds,
+        )

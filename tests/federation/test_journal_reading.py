@@ -11,8 +11,7 @@ from rich.console import Console
 import client.cli
 import server.cli
 from federation.exchanges.pretraining import PRETRAINING, TrainReply
-from federation.journal import Journal
-from federation.journal_reading import journal_lines, read_journal
+from federation.journal import Journal, journal_lines, read_journal
 from federation.reply_book import ReplyBook
 from meduet_models.weights import sha256_of_tensors
 from privacy.chain import BrokenChain

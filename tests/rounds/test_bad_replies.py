@@ -9,6 +9,7 @@ import torch
 from flwr.app import Array, RecordDict
 
 from federation.exchanges.pretraining import TrainReply
+from federation.journal import Journal
 from federation.messages import Refusal, RefusalKind
 from server.app import run
 from simulations.engines.in_process import InProcessGrid
@@ -100,8 +101,8 @@ BAD = {
     "L2 norm": lambda reply: with_update(reply, weight=torch.full((3, 4), 1e6)),
     "round 1": lambda reply: dataclasses.replace(reply, round=7),
     "plan": lambda reply: dataclasses.replace(reply, plan_sha256="0" * 64),
-    "now says": lambda reply: dataclasses.replace(reply, site="turin"),
-    "site of the plan": lambda reply: dataclasses.replace(reply, site="atlantis"),
+    "it says 'turin'": lambda reply: dataclasses.replace(reply, site="turin"),
+    "it says 'atlantis'": lambda reply: dataclasses.replace(reply, site="atlantis"),
     "wire version": other_version,
     "refused: budget": lambda reply: Refusal(kind=RefusalKind.BUDGET, site="lyon"),
 }
@@ -151,25 +152,37 @@ def test_below_the_quorum_the_run_stops_with_its_checkpoint_and_the_reasons(
     assert all(torch.equal(resumed[name], never[name]) for name in never)
 
 
-def test_two_nodes_of_one_name_do_not_count_as_two_sites(miniature: Any, tmp_path: Path) -> None:
-    plan = miniature.plan()
-    grid = InProcessGrid(miniature.client(tmp_path / "sites", ("oslo", "oslo", "turin")), 3)
-    with pytest.raises(RoundFailed, match="one node per site"):
-        run(grid, plan, tmp_path, model=miniature.model(plan))
+@pytest.mark.parametrize("named", [("oslo", "turin", "turin"), ("turin", "lyon", "turin")])
+def test_a_site_that_answers_as_another_is_put_aside_and_no_number_stands_under_a_wrong_name(
+    miniature: Any, tmp_path: Path, named: tuple[str, ...]
+) -> None:
+    plan = miniature.plan(rounds=1, quorum=0.3)
+    grid = InProcessGrid(miniature.client(tmp_path / "sites", named), 3)
+    report = run(grid, plan, tmp_path, model=miniature.model(plan)).metrics["rounds"][0]
+    honest = {site for site, said in zip(plan.sites, named, strict=True) if site == said}
+    assert set(report["sites"]) == honest
+    for site, said in zip(plan.sites, named, strict=True):
+        if site != said:
+            wrong = f"Expected a reply of '{site}', as this node is registered; it says '{said}'."
+            assert report["refused"][site] == wrong
+    entered = [
+        line.record["site"] for line in Journal(tmp_path / "journal.jsonl").entries() if "site" in line.record
+    ]
+    assert set(entered) == honest
 
 
-def test_an_unknown_node_is_refused_and_not_asked_again(miniature: Any, tmp_path: Path) -> None:
-    asked: list[tuple[str, str]] = []
+def test_a_node_that_is_no_site_of_the_plan_is_never_asked(miniature: Any, tmp_path: Path) -> None:
+    asked: list[str] = []
 
     def note(site: str, kind: str, reply: Any) -> Any:
-        asked.append((site, kind))
+        asked.append(site)
         return reply
 
     plan = miniature.plan(rounds=1)
-    sites = ("atlantis", "oslo", "lyon", "turin")
+    sites = ("oslo", "lyon", "turin", "atlantis")
     grid = InProcessGrid(miniature.client(tmp_path / "sites", sites, note), 4)
     result = run(grid, plan, tmp_path, model=miniature.model(plan))
-    assert [kind for site, kind in asked if site == "atlantis"] == ["survey"]
+    assert "atlantis" not in asked
     assert set(result.metrics["rounds"][0]["sites"]) == {"oslo", "lyon", "turin"}
 
 

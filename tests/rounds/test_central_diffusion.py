@@ -15,12 +15,13 @@ import torch
 from flwr.app import Context
 
 from client.app import make_client_app
-from client.exchanges.latents import RAW_CONSENT, consent
+from client.exchanges.latents import consent
 from client.latents.examples import examples_of
 from client.scans.volumes import Geometry
 from federation.diffusion_plan import DiffusionPlan
 from federation.journal import Journal
 from federation.plan import RunPlan, StylePlan, TrainingPlan
+from federation.release_policy import RAW
 from meduet_models.diffusion.artefact import load_generative_model
 from meduet_models.diffusion.sampling import SamplingSettings, sample
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
@@ -67,10 +68,10 @@ class Hospital:
         folder.mkdir(parents=True, exist_ok=True)
         self.name, self.state_dir, self._scans, self._sentence = name, folder, scans, sentence
         self.device, self.compile, self.minimum_cohort = torch.device("cpu"), False, 0
-        self.progress_every_s = 30.0
+        self.progress_every_s, self.exact_sums, self.secret = 30.0, True, b"1" * 32
         self.ledger, self.journal = Ledger(folder / "ledger.jsonl"), Journal(folder / "journal.jsonl")
 
-    def accept(self, plan: RunPlan) -> None:
+    def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
         consent(plan, self._sentence)
 
     def scans(self, plan: RunPlan) -> Any:
@@ -83,7 +84,7 @@ def federation(
     def open_site(context: Context) -> Hospital:
         index = int(context.node_config["partition-id"])
         name = plan.sites[index]
-        sentence = "" if name == silent else RAW_CONSENT
+        sentence = "" if name == silent else RAW.consent
         return Hospital(folder / "sites" / name, name, Scans(index), sentence)
 
     client = make_client_app(open_site, on_step=lambda site, step, loss: on_step())

@@ -55,14 +55,10 @@ VISITS = Exchange(
 # client/exchanges/visits.py
 
 
-def answer_visits(site: Any, ask: VisitsAsk, plan: RunPlan, on_step: OnStep) -> Released:
-    site.accept(plan)
-    reservation = site.ledger.reserve(ask.plan_sha256, 0, VISITS.promise(plan, ask))
+def answer_visits(site: Any, ask: VisitsAsk, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
     visits = Counter(site.scans(plan))
     total = torch.tensor([float(sum(min(count, ask.most) for count in visits.values()))])
-    return Gate(site.ledger, site.journal).release(
-        reservation, {"visits": total}, {"visits": (1,)}, weight=float(len(visits))
-    )
+    return gate.release({"visits": total}, {"visits": (1,)}, weight=float(len(visits)))
 
 
 def visits_mail(released: Released, ask: VisitsAsk, site: str) -> VisitsReply:
@@ -87,13 +83,15 @@ class Hospital:
     minimum_cohort: int = 0
     compile: bool = False
     progress_every_s: float = 30.0
+    exact_sums: bool = False
+    secret: bytes = b"1" * 32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.state_dir / "ledger.jsonl")
         self.journal = Journal(self.state_dir / "journal.jsonl")
 
-    def accept(self, plan: RunPlan) -> None:
+    def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
         """Every plan."""
 
     def scans(self, plan: RunPlan) -> list[str]:

@@ -12,12 +12,13 @@ from flwr.app import Context
 
 from client.app import make_client_app
 from client.latents.labelled import labelled_scans
+from client.site_secret import seed_of
 from client.training.finetuning import finetune
 from federation.exchanges.finetuning import FinetuneAsk, FinetunePlan, LocalFinetuning
 from federation.journal import Journal
 from federation.messages import MessageError
 from federation.plan import RunPlan
-from meduet_models.downstream import with_head
+from meduet_models.downstream.tasks import task_of
 from meduet_models.meduet import FactorNetwork
 from meduet_models.weights import load_weights
 from privacy.ledger import Ledger
@@ -41,7 +42,7 @@ class Scans:
         self.values = torch.randn(10, 2, 4, 6, 4, generator=draws) + site
         self._labels = (torch.rand(10, 1, 16, 24, 16, generator=draws) > 0.7).long() * highest
         self.patients = [f"{site}-{n}" for n in range(10)]
-        self.covariates = [{"sex": "FM"[n % 2]} for n in range(10)]
+        self.covariates = [{"sex": "FM"[n % 2], "age": 30.0 + 3 * n} for n in range(10)]
         self.site_index = torch.full((10,), site)
         self.has_label = [True] * 10
 
@@ -61,7 +62,7 @@ class Hospital:
     def __init__(self, folder: Path, name: str, scans: Scans) -> None:
         self.name, self.state_dir, self._scans = name, folder, scans
         self.device, self.compile, self.minimum_cohort = torch.device("cpu"), False, 0
-        self.progress_every_s = 30.0
+        self.progress_every_s, self.exact_sums, self.secret = 30.0, True, b"1" * 32
         self.ledger, self.journal = Ledger(folder / "ledger.jsonl"), Journal(folder / "journal.jsonl")
 
     def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
@@ -109,7 +110,7 @@ def test_rounds_train_what_the_plan_says_and_every_release_is_in_the_books(
     done = run_finetuning(grid_of(plan, tmp_path), plan, finetuning, pretrained, tmp_path / "fine")
     assert [report["round"] for report in done.rounds] == [1, 2, 3]
     assert all(set(report["sites"]) == set(plan.sites) and not report["refused"] for report in done.rounds)
-    start = with_head(pretrained, "segmentation", 2, trainable=True, seed=0).state_dict()
+    start = task_of("segmentation").network(pretrained, 2, trainable=True, seed=0).state_dict()
     changed = {n for n, t in done.network.state_dict().items() if not torch.equal(t, start[n])}
     assert any(name.startswith("head.") for name in changed)
     assert any(name.startswith("encoder.") for name in changed) is (encoder == "finetuned")
@@ -132,10 +133,15 @@ def test_one_site_in_a_federation_is_the_loop_alone(miniature: Any, tmp_path: Pa
     pretrained = FactorNetwork(plan.network, seed=5)
     finetuning = agreed(plan, pretrained, rounds=1, update_clip_norm=1e4)
     done = run_finetuning(grid_of(plan, tmp_path), plan, finetuning, pretrained, tmp_path / "fine")
-    alone = with_head(pretrained, "segmentation", 2, trainable=True, seed=0)
+    alone = task_of("segmentation").network(pretrained, 2, trainable=True, seed=0)
     start = {name: tensor.clone() for name, tensor in alone.state_dict().items()}
     scans = Scans(0)
-    finetune(alone, labelled_scans(scans, scans.indices("train"), LOCAL), LOCAL, seed=0)
+    finetune(
+        alone,
+        labelled_scans(scans, scans.indices("train"), LOCAL),
+        LOCAL,
+        seed=seed_of(b"1" * 32, "finetuning", 0),
+    )
     # the sum of updates is kept in steps of 2^-q, so the last bits of a weight are the grid's, not the loop's
     bound = 2.0**-20
     for name, tensor in done.network.state_dict().items():
@@ -174,6 +180,17 @@ def test_classes_of_scans_are_learned_through_the_same_walls(
     finetuning = agreed(plan, pretrained, local=local, rounds=1, target="sex", target_values=("F", "M"))
     done = run_finetuning(grid_of(plan, tmp_path), plan, finetuning, pretrained, tmp_path / "fine")
     assert done.rounds[0]["sites"]["oslo"]["examples"] == 8
+
+
+def test_a_number_is_learned_through_the_same_walls(
+    plan: RunPlan, pretrained: FactorNetwork, tmp_path: Path
+) -> None:
+    local = LocalFinetuning(task="regression", classes=1, steps=8)
+    finetuning = agreed(plan, pretrained, local=local, rounds=3, target="age", target_values=("20", "90"))
+    done = run_finetuning(grid_of(plan, tmp_path), plan, finetuning, pretrained, tmp_path / "fine")
+    losses = [round["loss"]["total"] for round in done.rounds]
+    assert losses[-1] < losses[0]
+    assert done.network(Scans(0).values).shape == (10, 1)
 
 
 def broken(kind: str) -> Callable[[int], Any]:
@@ -217,7 +234,7 @@ def test_other_pretrained_weights_are_refused_on_both_sides(
     monkeypatch.setattr(
         "server.exchanges.finetuning.pretrained_sha256", lambda network: finetuning.pretrained_sha256
     )
-    with pytest.raises(RoundFailed, match="malformed"):
+    with pytest.raises(RoundFailed, match="not_answered"):
         run_finetuning(grid_of(plan, tmp_path), plan, finetuning, pretrained, tmp_path / "fine")
     log = (tmp_path / "sites" / "oslo" / "site.log").read_text()
     assert "Expected the pretrained encoder" in log
@@ -237,7 +254,7 @@ def test_a_question_of_another_run_or_in_other_words_is_malformed(
     plan: RunPlan, pretrained: FactorNetwork
 ) -> None:
     def ask(text: str) -> FinetuneAsk:
-        return FinetuneAsk(plan_json=plan.to_json(), finetuning_json=text, round=1, trained={}, fixed={})
+        return FinetuneAsk(plan_json=plan.to_json(), finetuning_json=text, round=1, shared={}, fixed={})
 
     finetuning = agreed(plan, pretrained)
     assert FinetuneAsk.from_record(ask(finetuning.to_json()).to_record()).finetuning(plan) == finetuning

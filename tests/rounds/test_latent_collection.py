@@ -14,20 +14,21 @@ import torch
 from flwr.app import Context, Message
 
 from client.app import make_client_app
-from client.exchanges.latents import KEY_NAME, RAW_CONSENT, TABLE_NAME, consent
+from client.exchanges.latents import KEY_NAME, TABLE_NAME, consent
 from client.latents.examples import examples_of
 from client.scans.volumes import Geometry
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.latents import LatentsAsk, LatentsReply, latent_bound
 from federation.journal import Journal
 from federation.plan import ReleasePlan, RunPlan, StylePlan
+from federation.release_policy import RAW
 from federation.reply_book import ReplyBook
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from privacy.ledger import Ledger
 from server.exchanges.latents import check_reply, collect
 from server.latent_bank.bank import LatentBank
+from server.latent_bank.listing import items
 from server.latent_bank.records import Codes
-from server.latent_listing import items
 from simulations.engines.in_process import InProcessGrid
 from strategies.aggregation import ReplyRefused
 from strategies.quorum import Roster
@@ -72,10 +73,10 @@ class Hospital:
     def __init__(self, folder: Path, name: str, scans: Scans, sentence: str) -> None:
         self.name, self.state_dir, self._scans, self._sentence = name, folder, scans, sentence
         self.device, self.compile, self.minimum_cohort = torch.device("cpu"), False, 0
-        self.progress_every_s = 30.0
+        self.progress_every_s, self.exact_sums, self.secret = 30.0, True, b"1" * 32
         self.ledger, self.journal = Ledger(folder / "ledger.jsonl"), Journal(folder / "journal.jsonl")
 
-    def accept(self, plan: RunPlan) -> None:
+    def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
         consent(plan, self._sentence)
 
     def scans(self, plan: RunPlan) -> Any:
@@ -95,7 +96,7 @@ class Consortium:
             self.asked.append(name)
             own = folder / "sites" / name
             own.mkdir(parents=True, exist_ok=True)
-            return Hospital(own, name, self.scans[name], "" if name in silent else RAW_CONSENT)
+            return Hospital(own, name, self.scans[name], "" if name in silent else RAW.consent)
 
         self.grid = InProcessGrid(make_client_app(open_site), len(plan.sites), through_wire=True)
         self.roster = Roster(plan.sites)
@@ -168,7 +169,7 @@ def test_the_latents_in_the_bank_are_the_sites_and_everything_is_in_the_books(
                 getattr(mine, name), getattr(truth, name), rtol=0, atol=0, equal_nan=True
             )
         ledger, journal = books(consortium, site)
-        assert [line["event"] for line in ledger] == ["reserve", "settle", "settle", "settle"]
+        assert [line["event"] for line in ledger] == ["reserve", "settle"] * 3
         assert "can be reconstructed" in ledger[0]["promise"] and ledger[0]["epsilon"] == "inf"
         assert [line["kind"] for line in journal] == ["latents"] * 3
         assert [len(line["items"]) for line in journal] == [4, 4, 2]
@@ -187,7 +188,8 @@ def test_a_site_that_has_not_agreed_releases_nothing_and_no_scan_is_read(
     assert list(report["sites"]) == ["oslo", "turin"] and len(consortium.bank) == 20
     assert "plan_not_accepted" in " ".join(report["refused"].values())
     assert consortium.scans["lyon"].reads == 0
-    assert books(consortium, "lyon") == ([], [])
+    ledger, journal = books(consortium, "lyon")
+    assert ledger == [] and {line["kind"] for line in journal} == {"refusal"}
     assert not (tmp_path / "sites" / "lyon" / KEY_NAME).exists()
 
 
@@ -405,7 +407,7 @@ def test_a_question_for_what_is_not_released_is_refused_before_a_scan_is_read(
     question = LatentsAsk(plan_json=plan.to_json(), **{"round": 1, "first": 0, "count": 4, **ask})
     (answer,) = consortium.grid.send_and_receive([Message(question.to_record(), 1000, "query.latents")])
     assert answer.content["head"]["reason"] == word
-    assert consortium.scans["oslo"].reads == 0 and books(consortium, "oslo") == ([], [])
+    assert consortium.scans["oslo"].reads == 0 and books(consortium, "oslo")[0] == []
 
 
 def test_a_federated_plan_asks_for_no_consent_and_releases_no_latents(

@@ -1,4 +1,5 @@
 import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -55,6 +56,7 @@ def test_what_travels_and_what_stays_are_the_whole_network_and_its_common_start(
 @pytest.mark.parametrize("method", ["content_share", "fedavg", "pooled"])
 def test_a_survey_sets_the_latent_scale_to_that_of_the_union(miniature: Any, method: str) -> None:
     plan = miniature.plan(method=method)
+    plan = replace(plan, style=replace(plan.style, centre="full"))
     model = MeduetModel(plan)
     replies = {site: surveyed(plan, site, i) for i, site in enumerate(plan.participants)}
     for reply in replies.values():

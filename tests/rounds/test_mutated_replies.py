@@ -59,7 +59,7 @@ from server.model import MeduetModel
 from simulations.engines.in_process import InProcessGrid
 from strategies.aggregation import Bounds, ReplyRefused, StreamingSum
 from strategies.content_share import ContentShare, Task
-from strategies.quorum import Roster
+from strategies.quorum import Roster, numbered
 from strategies.reply_pull import inflated
 from strategies.reply_wall import ReplyWall
 from strategies.style_bank import StyleSurvey
@@ -67,6 +67,15 @@ from tests.rounds.mutated_replies import Mutator
 from tests.rounds.test_model import content, surveyed
 
 NODE, SITE, HONEST = 7, "lyon", "oslo"
+
+
+def registered(sites: tuple[str, ...]) -> Roster:
+    """A roster that knows which site the node is."""
+    roster = Roster(sites)
+    roster.asked([numbered(NODE, sites.index(SITE))])
+    return roster
+
+
 GROWTH_BYTES = 300 << 20
 Settle = Callable[[Any], None]
 
@@ -149,11 +158,13 @@ def update_case(plan: RunPlan, folder: Path, finetuning: bool = False, diffusion
     bounds = Bounds(num_replies=3, max_norm=20.0, max_examples=MOST_SCANS)
     honest = {name: torch.randn(t.shape, generator=draws) for name, t in shared.items()}
     task = Task(message_type=exchange.route, rounds=1, max_norm=20.0, question=lambda round, start: valid)
-    strategy = ContentShare(plan, shared, task, roster=Roster(plan.sites), folder=folder, book=Unwritten())
+    strategy = ContentShare(
+        plan, shared, task, roster=registered(plan.sites), folder=folder, book=Unwritten()
+    )
     book, sha256 = Unwritten(), plan.sha256
 
     def begin() -> tuple[ReplyWall[Any], Settle]:
-        total, roster = StreamingSum(shared, bounds), Roster(plan.sites)
+        total, roster = StreamingSum(shared, bounds), registered(plan.sites)
         total.fold(HONEST, honest, 30)
         before = [one.integers.copy() for one in total._sum]
         if finetuning:
@@ -194,7 +205,7 @@ def survey_case(plan: RunPlan) -> Case:
         model._survey = StyleSurvey(plan)
         model.check_survey(honest)
         wall = ReplyWall(
-            "survey", SURVEY.route, sha256, Roster(plan.sites), book,
+            "survey", SURVEY.route, sha256, registered(plan.sites), book,
             SURVEY.reply.from_record, model.check_survey,
         )  # fmt: skip
 
@@ -224,7 +235,7 @@ def erasure_case(plan: RunPlan) -> Case:
 
     def begin() -> tuple[ReplyWall[Any], Settle]:
         wall = ReplyWall(
-            "erasure", ERASURE.route, sha256, Roster(plan.sites), book,
+            "erasure", ERASURE.route, sha256, registered(plan.sites), book,
             ERASURE.reply.from_record, model.check_erasure,
         )  # fmt: skip
 
@@ -266,7 +277,7 @@ def probe_reply(plan: RunPlan, site: str, seed: int) -> ProbeReply:
 
 
 def probe_case(plan: RunPlan, hits: bool) -> Case:
-    roster, book, sha256 = Roster(plan.sites), Unwritten(), plan.sha256
+    roster, book, sha256 = registered(plan.sites), Unwritten(), plan.sha256
     probes = FederatedProbes(InProcessGrid(lambda m, c: m, 1), roster, plan, book)  # type: ignore[arg-type]
     probes._round = 1
     honest = probe_reply(plan, HONEST, 0)
@@ -282,7 +293,7 @@ def probe_case(plan: RunPlan, hits: bool) -> Case:
     def begin() -> tuple[ReplyWall[Any], Settle]:
         probes._patients = {site: 18.0 for site in plan.sites} if hits else {}
         wall = ReplyWall(
-            "probe", PROBES.route, sha256, Roster(plan.sites), book,
+            "probe", PROBES.route, sha256, registered(plan.sites), book,
             PROBES.reply.from_record, probes._check_hits if hits else probes._check_sums,
         )  # fmt: skip
 
@@ -334,7 +345,7 @@ def latents_case(plan: RunPlan, folder: Path) -> Case:
 
     def begin() -> tuple[ReplyWall[Any], Settle]:
         wall = ReplyWall(
-            "latents", LATENTS.route, sha256, Roster(plan.sites), book,
+            "latents", LATENTS.route, sha256, registered(plan.sites), book,
             LATENTS.reply.from_record, lambda reply: check_reply(reply, ask, plan, bank),
         )  # fmt: skip
 

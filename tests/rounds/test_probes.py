@@ -49,11 +49,11 @@ class Hospital:
     def __init__(self, folder: Path, name: str, scans: Latents) -> None:
         self.name, self.state_dir, self._scans = name, folder, scans
         self.device, self.compile, self.minimum_cohort = torch.device("cpu"), False, 0
-        self.progress_every_s = 30.0
+        self.progress_every_s, self.exact_sums, self.secret = 30.0, True, b"1" * 32
         self.ledger = Ledger(folder / "ledger.jsonl")
         self.journal = Journal(folder / "journal.jsonl")
 
-    def accept(self, plan: RunPlan) -> None:
+    def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
         """Every plan."""
 
     def scans(self, plan: RunPlan) -> Any:
@@ -129,7 +129,7 @@ def test_the_readings_are_those_of_everybodys_factors_in_one_place(probed: Any) 
         own = patient_means(own.double(), scans.patients)
         joint.append(own * (joint_bound(plan) / own.norm(dim=1, keepdim=True).clamp(min=joint_bound(plan))))
         sites += [index] * 18
-        folds += list(probed_patients(scans, plan, 0).folds.values())
+        folds += list(probed_patients(scans, plan, 0, b"1" * 32).folds.values())
     x, site, fold = torch.cat(joint), torch.tensor(sites), torch.tensor(folds)
 
     def moments(rows: torch.Tensor) -> ErasureMoments:
@@ -169,7 +169,7 @@ def test_a_site_below_the_cohort_is_listed_and_stops_nothing(miniature: Any, tmp
     journal = Journal(tmp_path / "sites" / plan.sites[1] / "journal.jsonl")
     lines = (tmp_path / "sites" / plan.sites[1] / "journal.jsonl").read_text().splitlines()
     assert journal.verify() == len(lines)
-    assert {json.loads(line)["record"]["kind"] for line in lines} == {"survey", "round", "erasure"}
+    assert {json.loads(line)["record"]["kind"] for line in lines} == {"survey", "round", "erasure", "refusal"}
 
 
 def test_where_too_few_can_answer_there_is_no_reading(miniature: Any, tmp_path: Path) -> None:

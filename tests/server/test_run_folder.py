@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from server.run_folder import write_metrics, write_whole
+from server.run_folder import write_metrics
+from storage.files import write_whole
 
 ROUND = {
     "round": 1,

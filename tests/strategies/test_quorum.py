@@ -2,9 +2,10 @@ import time
 
 import pytest
 from flwr.clientapp import ClientApp
+from flwr.proto.node_pb2 import NodeInfo
 
 from simulations.engines.in_process import InProcessGrid
-from strategies.quorum import Roster, RoundFailed, check_quorum, needed, wait_for_nodes
+from strategies.quorum import Roster, RoundFailed, check_quorum, needed, numbered, wait_for_nodes
 
 
 @pytest.mark.parametrize(
@@ -30,26 +31,33 @@ def test_a_failed_round_names_everyone_and_why_in_one_line() -> None:
     check_quorum("round 4", 2, 0.6, 3, {"turin": "NaN"})
 
 
-def test_a_node_keeps_its_name_and_a_name_its_node() -> None:
+def test_a_node_is_the_site_that_it_is_registered_as_whatever_it_says() -> None:
     roster = Roster(("oslo", "lyon"))
-    assert roster.bind(7, "oslo") is None
-    assert roster.bind(7, "oslo") is None
-    assert "as before" in (roster.bind(7, "lyon") or "")
-    assert "one node per site" in (roster.bind(8, "oslo") or "")
-    assert "site of the plan" in (roster.bind(7, "turin") or "")
-    assert (roster.name(7), roster.name(8)) == ("oslo", "node 8")
+    assert roster.asked([numbered(7, 0), numbered(8, 1)]) == [7, 8]
+    assert roster.objection(7, "oslo") is None
+    assert "Expected a reply of 'oslo', as this node is registered; it says 'lyon'" in (
+        roster.objection(7, "lyon") or ""
+    )
+    assert "node 9 is none" in (roster.objection(9, "oslo") or "")
+    assert (roster.name(7), roster.name(9)) == ("oslo", "node 9")
 
 
-def test_known_sites_are_asked_in_the_plans_order_and_strangers_never_again() -> None:
+def test_sites_are_asked_in_the_plans_order_and_nodes_that_are_none_never() -> None:
     roster = Roster(("oslo", "lyon", "turin"))
-    assert roster.asked([9, 3, 5, 4]) == [3, 4, 5, 9]
-    roster.bind(9, "oslo")
-    roster.bind(4, "atlantis")
-    assert roster.asked([9, 3, 5, 4]) == [9, 3, 5]
-    roster.bind(3, "turin")
-    roster.bind(5, "lyon")
-    assert roster.asked([2, 9, 3, 5]) == [9, 5, 3]
-    assert roster.asked([3, 5]) == [5, 3]
+    nobody = [numbered(2, 3), NodeInfo(node_id=1), NodeInfo(node_id=6, name="oslo")]
+    assert roster.asked([numbered(9, 2), numbered(3, 1), *nobody, numbered(5, 0)]) == [5, 3, 9]
+    assert roster.asked([numbered(9, 2), *nobody]) == [9]
+    assert roster.name(5) == "oslo"  # it was
+
+
+def test_a_site_with_another_key_is_another_node_of_the_same_name() -> None:
+    names = {b"old": "oslo", b"key": "lyon"}
+    roster = Roster(("oslo", "lyon"), lambda node: names.get(node.public_key, ""))
+    old, lyon, new = (NodeInfo(node_id=n, public_key=k) for n, k in ((4, b"old"), (5, b"key"), (6, b"new")))
+    assert roster.asked([old, lyon, new]) == [4, 5]
+    names.pop(b"old")
+    names[b"new"] = "oslo"
+    assert roster.asked([old, lyon, new]) == [6, 5]
 
 
 def test_who_is_not_there_is_awaited_for_a_while_and_not_until_the_deadline() -> None:

@@ -11,7 +11,7 @@ import pytest
 from flwr.proto.fleet_pb2 import PullMessagesRequest
 
 from client.connection.keys import install
-from client.connection.mutual_tls import CERTIFICATE, KEY, LOST, MutualTls
+from client.connection.mutual_tls import CERTIFICATE, KEY, LOST, STATE, MutualTls, main
 from federation.keys.certificates import utc_now
 from server.consortium.provisioning import ConsortiumSettings, SiteEntry, provision
 
@@ -45,11 +45,18 @@ def test_a_supernode_that_gave_up_ends_whatever_its_threads_do() -> None:
     program = (
         "import threading, time\n"
         "import client.connection.mutual_tls as program\n"
+        "program.os.environ[program.STATE] = '.'\n"
         "program.flower_supernode = lambda: threading.Thread(target=time.sleep, args=(600,)).start()\n"
         "program.main()\n"
     )
     done = subprocess.run([sys.executable, "-c", program], timeout=120, check=False)
     assert done.returncode == LOST
+
+
+def test_without_the_folder_of_its_books_it_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(STATE, raising=False)
+    with pytest.raises(KeyError, match=STATE):
+        main()
 
 
 def test_a_signature_that_is_not_accepted_is_said_and_ends_the_process() -> None:

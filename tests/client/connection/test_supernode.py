@@ -22,7 +22,6 @@ name: north
 data_root: scans
 state_dir: state
 keys_dir: keys
-port: 19094
 tokenizer: {kind: file, path: tokenizer.safetensors, channels: 4}
 """
 
@@ -44,25 +43,38 @@ def config(site_yaml: Path) -> SiteConfig:
     return load_site_config(site_yaml)
 
 
-def test_the_centre_is_reached_with_the_sites_certificate_and_loopback_with_a_secret(
+def test_the_centre_is_reached_with_the_sites_certificate_and_this_machine_by_a_socket_with_a_secret(
     config: SiteConfig, site_yaml: Path
 ) -> None:
     folder = site_yaml.parent
     supernode, superexec = supernode_processes(config, site_yaml)
-    told = dict(zip(supernode.command[3::2], supernode.command[4::2], strict=False))
-    assert supernode.command[1] == "-P" and supernode.command[2].endswith("mutual_tls.py")
+    told = dict(zip(supernode.command[5::2], supernode.command[6::2], strict=False))
+    assert supernode.command[1:3] == ("-P", "-c") and "mutual_tls" in supernode.command[3]
     assert told["--superlink"] == "centre.example:443"
     assert told["--root-certificates"] == str(folder / "keys" / "ca.pem")
     assert told["--node-config"] == f'site-config="{site_yaml}"'
-    assert (told["--host"], told["--port"], told["--isolation"]) == ("127.0.0.1", "19094", "process")
+    assert told["--isolation"] == "process" and not {"--host", "--port"} & set(supernode.command)
     assert supernode.environment["MEDUET_CLIENT_CERTIFICATE"] == str(folder / "keys" / "site.pem")
     assert supernode.environment["MEDUET_CLIENT_KEY"] == str(folder / "keys" / "site.key")
-    assert "127.0.0.1:19094" in superexec.command
+    for child in (supernode, superexec):
+        assert child.environment["MEDUET_FLOWER_SOCKET"] == str(folder / "state/processes/supernode.sock")
     secret = told["--superexec-auth-secret-file"]
     assert secret in superexec.command and stat.S_IMODE(Path(secret).stat().st_mode) == 0o600
     node_key = Path(told["--auth-supernode-private-key"])
     assert stat.S_IMODE(node_key.stat().st_mode) == 0o600
     load_ssh_private_key(node_key.read_bytes(), None)
+
+
+def test_where_applications_are_unpacked_is_closed_to_others_even_if_somebody_opened_it(
+    config: SiteConfig, site_yaml: Path
+) -> None:
+    supernode, superexec = supernode_processes(config, site_yaml)
+    home = Path(supernode.environment["FLWR_HOME"])
+    assert superexec.environment["FLWR_HOME"] == str(home)
+    assert supernode.environment["MEDUET_STATE"] == str(config.state_dir)
+    home.chmod(0o777)
+    supernode_processes(config, site_yaml)
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
 
 
 def test_a_renewed_certificate_is_watched_for_and_only_one_that_checks_out_is_taken_up(
@@ -122,6 +134,6 @@ def test_a_tokenizer_that_the_application_would_not_find_is_refused_with_the_lin
 def test_the_command_says_in_one_line_what_is_wrong(
     site_yaml: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    site_yaml.write_text(YAML.replace("19094", "190940"))
+    site_yaml.write_text(YAML + "threads: -1\n")
     assert main(["start", "--config", str(site_yaml)]) == 2
     assert capsys.readouterr().out.count("\n") == 1

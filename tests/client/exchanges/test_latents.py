@@ -15,21 +15,23 @@ import torch
 from rich.console import Console
 
 import client.site
+from client.answers import KeptAnswers
 from client.cli import main
 from client.exchanges.exchange import AskRefused
-from client.exchanges.latents import KEY_NAME, RAW_CONSENT, TABLE_NAME, answer_latents
+from client.exchanges.latents import ANSWER, KEY_NAME, TABLE_NAME
 from client.latents.examples import examples_of
 from client.release import Gate, GateRefusal
-from client.site import Site, open_site
+from client.site import Site, confirm_patients, load_site_config, open_site
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.latents import LatentsAsk, from_tensors
 from federation.journal import Journal
 from federation.plan import RunPlan, VolumePlan
+from federation.release_policy import RAW
 from federation.wire import RefusalKind
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.tokenizer.patch_pca import PatchMoments
 from meduet_models.tokenizer.tokenizer import Tokenizer, pca_tokenizer, save_tokenizer
-from privacy.ledger import Ledger, LedgerRefusal
+from privacy.ledger import Ledger, LedgerRefusal, Place
 from privacy.promise import Promise
 from server.config import compose_config, plain
 from simulations.consortium import site_configs
@@ -81,6 +83,13 @@ def site_yaml(folder: Path, sentence: str = "") -> Path:
     return path
 
 
+def a_site(folder: Path) -> Site:
+    """The site that agreed to the release, and confirmed who its patients are."""
+    path = site_yaml(folder, RAW.consent)
+    confirm_patients(load_site_config(path))
+    return open_site(path)
+
+
 def ask(plan: RunPlan, first: int = 0, count: int = 5) -> LatentsAsk:
     return LatentsAsk(plan_json=plan.to_json(), round=1, first=first, count=count)
 
@@ -99,7 +108,7 @@ def test_without_the_sentence_no_part_of_a_raw_plan_is_answered_and_no_scan_is_r
 
     monkeypatch.setattr(client.site, "remembered", read)
     site = open_site(site_yaml(folder))
-    for answer in (lambda: site.accept(plan), lambda: answer_latents(site, ask(plan), plan)):
+    for answer in (lambda: site.accept(plan), lambda: ANSWER.once(site, ask(plan), plan)):
         with pytest.raises(AskRefused, match=r"latent_release.*Nothing was read") as refusal:
             answer()
         assert refusal.value.kind is RefusalKind.PLAN_NOT_ACCEPTED
@@ -114,7 +123,7 @@ def _with(plan: RunPlan, diffusion: DiffusionPlan) -> RunPlan:
     return replace(plan, diffusion=diffusion)
 
 
-@pytest.mark.parametrize("sentence", ["yes", RAW_CONSENT.rstrip("."), RAW_CONSENT.lower(), " " + RAW_CONSENT])
+@pytest.mark.parametrize("sentence", ["yes", RAW.consent.rstrip("."), RAW.consent.lower(), " " + RAW.consent])
 def test_another_sentence_is_an_error_of_the_settings(folder: Path, sentence: str) -> None:
     with pytest.raises(ValueError, match=r"site\.yaml: Expected latent_release .* word for word") as error:
         open_site(site_yaml(folder, sentence))
@@ -122,8 +131,8 @@ def test_another_sentence_is_an_error_of_the_settings(folder: Path, sentence: st
 
 
 def test_a_real_site_releases_its_training_scans_as_they_are_encoded(folder: Path, plan: RunPlan) -> None:
-    site = open_site(site_yaml(folder, RAW_CONSENT))
-    released = [answer_latents(site, ask(plan, first), plan) for first in (0, 5, 10)]
+    site = a_site(folder)
+    released = [ANSWER.once(site, ask(plan, first), plan) for first in (0, 5, 10)]
     names = [name for one in released for name in one.record["items"]]
     table = list(csv.DictReader((folder / "state" / TABLE_NAME).read_text().splitlines()))
     assert [line["item"] for line in table] == names
@@ -143,8 +152,8 @@ def test_a_real_site_releases_its_training_scans_as_they_are_encoded(folder: Pat
 
 
 def test_the_same_question_has_the_same_answer_after_a_restart(folder: Path, plan: RunPlan) -> None:
-    first = answer_latents(open_site(site_yaml(folder, RAW_CONSENT)), ask(plan), plan)
-    again = answer_latents(open_site(site_yaml(folder, RAW_CONSENT)), ask(plan), plan)
+    first = ANSWER.once(a_site(folder), ask(plan), plan)
+    again = ANSWER.once(a_site(folder), ask(plan), plan)
     assert first.record["sha256"] == again.record["sha256"]
     assert first.record["items"] == again.record["items"]
     assert first.record["ledger"] == again.record["ledger"]  # charged once
@@ -153,28 +162,28 @@ def test_the_same_question_has_the_same_answer_after_a_restart(folder: Path, pla
 
 
 def test_the_key_of_the_names_is_not_replaced_when_it_is_damaged(folder: Path, plan: RunPlan) -> None:
-    site = open_site(site_yaml(folder, RAW_CONSENT))
-    answer_latents(site, ask(plan), plan)
+    site = a_site(folder)
+    ANSWER.once(site, ask(plan), plan)
     (folder / "state" / KEY_NAME).write_bytes(b"short")
     with pytest.raises(ValueError, match=r"32 bytes .* got 5"):
-        answer_latents(site, ask(plan), plan)
+        ANSWER.once(site, ask(plan), plan)
 
 
 def test_a_site_that_agrees_to_nothing_without_privacy_releases_no_latents(
     folder: Path, plan: RunPlan
 ) -> None:
-    path = site_yaml(folder, RAW_CONSENT)
+    path = site_yaml(folder, RAW.consent)
     path.write_text(path.read_text().replace("allow_non_private: true", "allow_non_private: false"))
     with pytest.raises(LedgerRefusal, match="Nothing was read"):
-        answer_latents(open_site(path), ask(plan), plan)
+        ANSWER.once(open_site(path), ask(plan), plan)
 
 
 def test_check_says_whether_the_plans_policy_is_agreed_to(folder: Path, plan: RunPlan) -> None:
     site_yaml(folder)
     status, screen = checked(folder)
     assert status == 1 and "makes sites release raw latents" in screen
-    assert RAW_CONSENT in " ".join(screen.split())  # what to write, if one agrees
-    site_yaml(folder, RAW_CONSENT)
+    assert RAW.consent in " ".join(screen.split())  # what to write, if one agrees
+    site_yaml(folder, RAW.consent)
     assert "raw latents leave: patient data" in checked(folder)[1]
     (folder / "plan.json").write_text(_with_none(plan).to_json())
     assert "no latents leave" in checked(folder)[1]
@@ -197,9 +206,13 @@ def test_simulated_hospitals_agree_to_what_the_plan_asks(plan: RunPlan, tmp_path
 class Door:
     def __init__(self, folder: Path) -> None:
         self.ledger, self.journal = Ledger(folder / "l.jsonl"), Journal(folder / "j.jsonl")
-        promise = Promise(kind="latents", bound=2.0, unit="scan", enforcement="each")
-        self.place = self.ledger.reserve("9f3c" * 16, 1, promise)
-        self.gate = Gate(self.ledger, self.journal)
+        self.answers = KeptAnswers(folder / "answers")
+        self.gate = self.opened(Promise(kind="latents", bound=2.0, unit="scan", enforcement="each"))
+
+    def opened(self, promise: Promise) -> Gate:
+        place = Place(plan_sha256="9f3c" * 16, kind=promise.kind, round=1)
+        reservation = self.ledger.reserve(place, "a5" * 32, promise)
+        return Gate(reservation, self.ledger, self.journal, self.answers)
 
 
 NAMES = [f"{n:032x}" for n in range(3)]
@@ -210,9 +223,7 @@ def test_the_gate_bounds_each_scan_by_itself(tmp_path: Path) -> None:
     rows = torch.tensor([[3.0, 4.0], [0.6, 0.8], [0.0, 0.0]])
     told = {"latents": rows, "site": torch.tensor([900.0, 1.0, 2.0], dtype=torch.float64)}
     shapes = {"latents": (3, 2), "site": (3,)}
-    released = door.gate.release(
-        door.place, told, shapes, weight=3.0, not_covered=frozenset({"site"}), items=NAMES
-    )
+    released = door.gate.release(told, shapes, weight=3.0, not_covered=frozenset({"site"}), items=NAMES)
     lengths = released.tensors["latents"].norm(dim=1)
     assert lengths[0] <= 2.0 and lengths[0] == pytest.approx(2.0, rel=1e-5)
     assert torch.equal(released.tensors["latents"][1:], rows[1:])
@@ -226,27 +237,21 @@ def test_the_gate_bounds_each_scan_by_itself(tmp_path: Path) -> None:
 def test_a_scan_without_an_opaque_name_of_its_own_stays_inside(tmp_path: Path, items: list[str]) -> None:
     door = Door(tmp_path)
     with pytest.raises(GateRefusal, match="opaque names"):
-        door.gate.release(
-            door.place, {"latents": torch.ones(3, 2)}, {"latents": (3, 2)}, weight=3.0, items=items
-        )
+        door.gate.release({"latents": torch.ones(3, 2)}, {"latents": (3, 2)}, weight=3.0, items=items)
     assert door.journal.verify() == 0
 
 
 def test_a_row_more_than_there_are_names_and_names_beside_a_sum_stay_inside(tmp_path: Path) -> None:
     door = Door(tmp_path)
     with pytest.raises(GateRefusal, match="row of every tensor"):
-        door.gate.release(
-            door.place, {"latents": torch.ones(4, 2)}, {"latents": (4, 2)}, weight=3.0, items=NAMES
-        )
-    total = door.ledger.reserve(
-        "9f3c" * 16, 1, Promise(kind="round", bound=2.0, unit="site update", enforcement="clip")
-    )
+        door.gate.release({"latents": torch.ones(4, 2)}, {"latents": (4, 2)}, weight=3.0, items=NAMES)
+    total = door.opened(Promise(kind="round", bound=2.0, unit="site update", enforcement="clip"))
     with pytest.raises(GateRefusal, match="opaque names"):
-        door.gate.release(total, {"w": torch.ones(3)}, {"w": (3,)}, weight=3.0, items=NAMES)
+        total.release({"w": torch.ones(3)}, {"w": (3,)}, weight=3.0, items=NAMES)
     assert door.journal.verify() == 0
 
 
 def test_an_empty_answer_passes_and_is_in_the_journal(tmp_path: Path) -> None:
     door = Door(tmp_path)
-    released = door.gate.release(door.place, {"latents": torch.ones(0, 2)}, {"latents": (0, 2)}, weight=0.0)
+    released = door.gate.release({"latents": torch.ones(0, 2)}, {"latents": (0, 2)}, weight=0.0)
     assert released.record["items"] == [] and door.journal.verify() == 1

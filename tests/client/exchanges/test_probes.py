@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from client.exchanges.exchange import AskRefused
-from client.exchanges.probes import answer_probe, probe_hits, probe_sums, probed_patients
+from client.exchanges.probes import ANSWER, probe_hits, probe_sums, probed_patients
 from client.training.site_state import StateFolder
 from federation.exchanges.probes import (
     ANATOMY,
@@ -34,6 +34,8 @@ from meduet_models.style.moments import CohortTooSmall, StyleMoments
 from privacy.clipping import joint_norm
 from privacy.ledger import Ledger
 
+answer_probe = ANSWER.once
+SECRET = b"1" * 32
 PATIENTS = [f"p{n // 2}" for n in range(24)]
 PROBES = ProbePlan(every_rounds=1, folds=3, anatomy={"age": (20.0, 90.0), "sex": (0.0, 1.0)})
 
@@ -46,6 +48,8 @@ class ToySite:
     held: Any
     name: str = "south"
     minimum_cohort: int = 0
+    exact_sums: bool = True
+    secret: bytes = b"1" * 32
     compile: bool = False
     progress_every_s: float = 30.0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -58,7 +62,7 @@ class ToySite:
     def journal(self) -> Journal:
         return Journal(self.state_dir / "journal.jsonl")
 
-    def accept(self, plan: RunPlan) -> None:
+    def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
         """Every plan."""
 
     def scans(self, plan: RunPlan) -> Any:
@@ -83,14 +87,14 @@ def network(plan: RunPlan) -> MeDUET:
 
 
 def test_folds_are_even_by_patient_and_do_not_depend_on_the_order_of_scans(plan: RunPlan, scans: Any) -> None:
-    probed = probed_patients(scans, plan, 0)
+    probed = probed_patients(scans, plan, 0, SECRET)
     assert sorted(probed.folds.values()) == [0] * 4 + [1] * 4 + [2] * 4
     scans.train = scans.train[::-1]
-    assert dict(probed_patients(scans, plan, 0).folds) == dict(probed.folds)
+    assert dict(probed_patients(scans, plan, 0, SECRET).folds) == dict(probed.folds)
 
 
 def test_the_sums_are_those_of_each_folds_patients(plan: RunPlan, scans: Any, toy_bank: Any) -> None:
-    student, probed = network(plan), probed_patients(scans, plan, 0)
+    student, probed = network(plan), probed_patients(scans, plan, 0, SECRET)
     told = probe_sums(student, scans, probed, plan, toy_bank(plan), 1)
     assert {name: tuple(t.shape) for name, t in told.items()} == sums_shapes(plan)
     with torch.no_grad():
@@ -108,7 +112,7 @@ def test_the_sums_are_those_of_each_folds_patients(plan: RunPlan, scans: Any, to
 
 
 def test_one_patients_share_is_within_the_promise(plan: RunPlan, scans: Any, toy_bank: Any) -> None:
-    student, probed = network(plan), probed_patients(scans, plan, 0)
+    student, probed = network(plan), probed_patients(scans, plan, 0, SECRET)
     told = probe_sums(student, scans, probed, plan, toy_bank(plan), 1)
     covered = {name: tensor for name, tensor in told.items() if name not in UNBOUNDED}
     assert 0 < joint_norm(covered) <= 12 * sums_bound(plan)
@@ -122,7 +126,7 @@ def test_one_patients_share_is_within_the_promise(plan: RunPlan, scans: Any, toy
 def test_patients_are_recognised_and_swaps_described_in_every_other_style(
     plan: RunPlan, scans: Any, toy_bank: Any
 ) -> None:
-    student, probed, bank = network(plan), probed_patients(scans, plan, 0), toy_bank(plan)
+    student, probed, bank = network(plan), probed_patients(scans, plan, 0, SECRET), toy_bank(plan)
     told = probe_sums(student, scans, probed, plan, bank, 1)
     content, style, asked, chance = told[RECOGNITION].tolist()
     assert (asked, chance) == (24, 2) and 0 <= style <= content <= 24
@@ -146,19 +150,19 @@ def test_style_sums_survive_the_vector(plan: RunPlan, scans: Any) -> None:
 def test_anatomy_is_told_of_patients_of_whom_all_is_known_or_of_nobody(
     plan: RunPlan, scans: Any, toy_bank: Any
 ) -> None:
-    student, probed = network(plan), probed_patients(scans, plan, 0)
+    student, probed = network(plan), probed_patients(scans, plan, 0, SECRET)
     first = next(name for name, fold in probed.folds.items() if fold == 0)
     for row, patient in enumerate(PATIENTS):
         if patient == first:
             scans.covariates[row] = {"age": 50.0}
     told = probe_sums(student, scans, probed, plan, None, 1)
     assert [float(f.count) for f in fold_moments(told, ANATOMY, plan)] == [3, 4, 4]
-    strict = probed_patients(scans, plan, 4)
+    strict = probed_patients(scans, plan, 4, SECRET)
     assert not probe_sums(student, scans, strict, plan, None, 1)[ANATOMY].any()
 
 
 def test_hits_are_counts_of_the_probe_fitted_without_the_patient(plan: RunPlan, scans: Any) -> None:
-    student, probed = network(plan), probed_patients(scans, plan, 0)
+    student, probed = network(plan), probed_patients(scans, plan, 0, SECRET)
     probe = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in probe_shapes(plan).items()}
     probe["content_bias"][:, 1] = 1.0  # everybody is of site 1
     probe["style_bias"][0, 1] = 1.0  # those of fold 0 are, by style; the rest of site 0
@@ -177,7 +181,7 @@ def site(tmp_path: Path, scans: Any, plan: RunPlan) -> ToySite:
     site = ToySite(tmp_path / "south", scans)
     named = network(plan).state_dict()
     home = {n: named[n] for n in home_keys(network(plan), plan.style.head, plan.aggregation.method)}
-    StateFolder(site.state_dir / "state", plan.sha256).begin(home)
+    StateFolder(site.state_dir / "state", plan.sha256).enter(1, lambda: home)
     return site
 
 
@@ -209,7 +213,7 @@ def test_a_fold_below_the_cohort_tells_nothing(site: ToySite, plan: RunPlan, toy
 
 def test_probes_that_the_plan_does_not_have_are_refused(site: ToySite, plan: RunPlan, toy_bank: Any) -> None:
     off = replace(plan, probes=ProbePlan())
-    for refused, round in ((off, 1), (plan, 4), (plan, 0)):
+    for refused, round in ((off, 1), (plan, 5), (plan, 0)):
         with pytest.raises(AskRefused) as refusal:
             answer_probe(site, ask(refused, toy_bank(plan), round), refused)
         assert refusal.value.kind is RefusalKind.MALFORMED

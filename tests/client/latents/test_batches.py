@@ -15,19 +15,19 @@ from meduet_models.style.moments import CohortTooSmall, StyleMoments, restyle
 
 CPU = torch.device("cpu")
 PATIENTS = [f"p{n}" for n in range(10)]
+SECRET = b"1" * 32
 
 
-def test_a_step_is_replayed_from_run_site_round_and_step_alone() -> None:
-    def first(*key: int) -> int:
-        return int(torch.randint(2**62, (), generator=step_generator(*key)))
+def test_a_step_is_replayed_from_secret_run_round_and_step_alone() -> None:
+    def first(secret: bytes, *key: int) -> int:
+        return int(torch.randint(2**62, (), generator=step_generator(secret, *key)))
 
-    assert first(7, 0, 3, 2) == first(7, 0, 3, 2)
-    assert (
-        step_generator(7, 0, 3, 2).initial_seed() == 5906889489453853642
-    )  # recorded: part of what a plan's seed means
-    keys = [(s, i, r, t) for s in (7, 8) for i in (0, 1) for r in (1, 12) for t in (0, 1, 2)]
+    assert first(SECRET, 7, 3, 2) == first(SECRET, 7, 3, 2)
+    recorded = 1938080441763482225  # part of what a site's secret means
+    assert step_generator(SECRET, 7, 3, 2).initial_seed() == recorded
+    keys = [(k, s, r, t) for k in (SECRET, b"2" * 32) for s in (7, 8) for r in (1, 12) for t in (0, 1, 2)]
     assert len({first(*key) for key in keys}) == len(keys)
-    assert first(7, 1, 12, 3) != first(7, 11, 2, 3)
+    assert first(SECRET, 1, 12, 3) != first(SECRET, 11, 2, 3)
 
 
 def test_a_draw_applied_twice_is_the_same_batch_and_touches_no_global_generator(
@@ -35,12 +35,12 @@ def test_a_draw_applied_twice_is_the_same_batch_and_touches_no_global_generator(
 ) -> None:
     batches = Batches(toy_scans(PATIENTS), toy_plan(), toy_bank(toy_plan()))
     before = torch.get_rng_state()
-    draw = batches.draw(step_generator(7, 0, 1, 0))
+    draw = batches.draw(step_generator(SECRET, 7, 1, 0))
     one, two = batches.apply(draw, CPU), batches.apply(draw, CPU)
     assert torch.equal(torch.get_rng_state(), before)
     assert one.restyled is not None and two.restyled is not None
     assert torch.equal(one.latents, two.latents) and torch.equal(one.restyled, two.restyled)
-    other = batches.draw(step_generator(7, 0, 1, 1))
+    other = batches.draw(step_generator(SECRET, 7, 1, 1))
     assert not torch.equal(one.latents, batches.apply(other, CPU).latents)
 
 
@@ -51,7 +51,7 @@ def test_patients_are_drawn_equally_often_however_many_scans_they_have(
     batches = Batches(toy_scans(patients), toy_plan(), None)
     counts: Counter[str] = Counter()
     for step in range(800):
-        scans = batches.draw(step_generator(7, 0, 1, step)).scans.tolist()
+        scans = batches.draw(step_generator(SECRET, 7, 1, step)).scans.tolist()
         drawn = [patients[scan] for scan in scans]
         assert len(set(drawn)) == 4  # distinct patients, as there are enough
         counts.update(drawn)
@@ -64,7 +64,7 @@ def test_only_training_scans_are_read(toy_plan: Callable[..., RunPlan], toy_scan
     scans.train = [1, 3, 5, 7, 9]
     batches = Batches(scans, toy_plan(), None)
     for step in range(50):
-        batches.apply(batches.draw(step_generator(7, 0, 1, step)), CPU)
+        batches.apply(batches.draw(step_generator(SECRET, 7, 1, step)), CPU)
     assert {scan for scan, _ in scans.asked} == {1, 3, 5, 7, 9}
     assert batches.num_scans == 5
 
@@ -76,7 +76,7 @@ def test_a_second_scan_of_a_patient_comes_before_any_scan_twice(
     batches = Batches(toy_scans(["a", "a", "a", "b", "b", "b", "c", "c"]), plan, None)
     assert not batches.is_small
     for step in range(20):
-        assert batches.draw(step_generator(7, 0, 1, step)).num_repeated == 0
+        assert batches.draw(step_generator(SECRET, 7, 1, step)).num_repeated == 0
 
 
 def test_a_cohort_below_the_batch_repeats_scans_and_says_so(
@@ -85,7 +85,7 @@ def test_a_cohort_below_the_batch_repeats_scans_and_says_so(
     plan = toy_plan(training=TrainingPlan(rounds=1, steps_per_round=1, batch_size=12))
     batches = Batches(toy_scans(PATIENTS[:5]), plan, None)
     assert batches.is_small
-    draw = batches.draw(step_generator(7, 0, 1, 0))
+    draw = batches.draw(step_generator(SECRET, 7, 1, 0))
     assert draw.num_repeated == 12 - 5
     assert max(Counter(draw.scans.tolist()).values()) == 3  # 12 of 5: each twice, two of them three times
     batch = batches.apply(draw, CPU)
@@ -105,7 +105,7 @@ def test_every_style_of_the_bank_is_worn_and_labelled_and_own_style_leaves_a_sca
     batches = Batches(scans, plan, bank)
     worn: Counter[int] = Counter()
     for step in range(100):
-        draw = batches.draw(step_generator(7, 1, 1, step))
+        draw = batches.draw(step_generator(SECRET, 7, 1, step))
         batch = batches.apply(draw, CPU)
         for row, (scan, site) in enumerate(zip(draw.scans.tolist(), batch.site.tolist(), strict=True)):
             raw = scans.values[scan]  # one view: 1 c d h w
@@ -122,7 +122,7 @@ def test_the_known_answer_of_the_swap_is_the_scan_in_its_partners_style(
     plan, scans = toy_plan(), toy_scans(PATIENTS, 1)
     bank = toy_bank(plan)
     batches = Batches(scans, plan, bank)
-    draw = batches.draw(step_generator(7, 1, 1, 0))
+    draw = batches.draw(step_generator(SECRET, 7, 1, 0))
     batch = batches.apply(draw, CPU)
     assert batch.restyled is not None and batch.restyled_site is not None
     assert torch.equal(batch.restyled_site, batch.site[draw.step.partner])
@@ -139,7 +139,7 @@ def test_without_a_bank_each_scan_keeps_its_latents_and_its_own_sites_label(
     scans = toy_scans(PATIENTS)
     scans.site_index = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 2])  # the pooled baseline
     batches = Batches(scans, toy_plan(), None)
-    draw = batches.draw(step_generator(7, 0, 1, 0))
+    draw = batches.draw(step_generator(SECRET, 7, 1, 0))
     batch = batches.apply(draw, CPU)
     assert torch.equal(batch.latents, scans.values[draw.scans, 0])
     assert torch.equal(batch.site, scans.site_index[draw.scans])
@@ -155,7 +155,7 @@ def test_a_site_that_told_nothing_dresses_its_scans_with_its_own_sums(
     joined = bank.joined_by("south", own_moments(scans, plan))
     seen = set()
     for step in range(20):
-        draw = batches.draw(step_generator(7, 1, 1, step))
+        draw = batches.draw(step_generator(SECRET, 7, 1, step))
         batch = batches.apply(draw, CPU)
         seen |= set(batch.site.tolist())
         row = int((batch.site != 1).nonzero()[0]) if bool((batch.site != 1).any()) else None
@@ -181,7 +181,7 @@ def test_a_body_part_that_a_site_did_not_tell_keeps_its_scans_as_they_are(
     batches = Batches(scans, plan, StyleBank.of(plan.sites, moments))
     worn = set()
     for step in range(40):
-        worn |= set(batches.apply(batches.draw(step_generator(7, 0, 1, step)), CPU).site.tolist())
+        worn |= set(batches.apply(batches.draw(step_generator(SECRET, 7, 1, step)), CPU).site.tolist())
     assert worn == {0, 1}  # west told no knees
 
 
@@ -192,7 +192,7 @@ def test_views_are_drawn_per_scan_from_those_that_are_cached(
     scans = toy_scans(PATIENTS, views=3)
     batches = Batches(scans, plan, None)
     for step in range(40):
-        draw = batches.draw(step_generator(7, 0, 1, step))
+        draw = batches.draw(step_generator(SECRET, 7, 1, step))
         assert torch.equal(batches.apply(draw, CPU).latents, scans.values[draw.scans, draw.views])
     assert {view for _, view in scans.asked} == {0, 1, 2}
 

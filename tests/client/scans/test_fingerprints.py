@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import client.scans.fingerprints
-from client.scans.fingerprints import Fingerprints, write_atomically
+from client.scans.fingerprints import Fingerprints
+from storage.files import write_whole
 
 
 @pytest.fixture
@@ -85,12 +86,12 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "memo.json"
-    write_atomically(path, b"old")
+    write_whole(path, b"old")
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        write_atomically(path, b"new")
+        write_whole(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

@@ -104,4 +104,4 @@ def test_what_a_crop_keeps_of_a_scan_is_counted(tmp_path: Path) -> None:
     assert kept_share(read, VolumePlan(modality="any", shape=(40, 20, 20))) == 1.0
     half = kept_share(read, VolumePlan(modality="any", shape=(15, 20, 20)))
     assert abs(half - 0.5) < 0.03
-    assert kept_share(read, VolumePlan(modality="any", shape=(8, 10, 10), spacing_mm=(4, 4, 4))) == 1.0
+    assert kept_share(read, VolumePlan(modality="any", shape=(8, 10, 10), spacing_mm=(4, 4, 4))) > 0.95

@@ -208,5 +208,5 @@ def test_check_shows_the_guess_and_ends_with_the_sums(odd: Path, tmp_path: Path)
     main(["check", "--config", str(tmp_path / "site.yaml")], Console(file=screen, width=300, soft_wrap=True))
     said = screen.getvalue()
     assert "4 patients, e.g. P001/2019-03-04_1/t1.nii.gz is patient P001" in said
-    assert "Files: 8 seen; 8 of 8 scans and 0 labels, unread; 0 tables read; 0 left out" in said
+    assert "Files: 8 seen; maybe in: 8 files of 8 scans, 0 labels; 0 tables read; 0 left out" in said
     assert "Patients: 4, by this rule: a patient is a folder of the data root" in said

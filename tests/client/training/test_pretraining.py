@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from client.latents.batches import Batches, step_generator
-from client.round_result import RoundResult
 from client.training.pretraining import NotFinite, learning_rate_at, train_round
-from client.training.site_state import SiteState, StateFolder
+from client.training.site_state import RoundResult, SiteState, StateFolder
 from client.training.trainee import Trainee, WrongWeights, student_of
 from federation.messages import METRIC_NAMES
 from federation.plan import AggregationPlan, RunPlan, StylePlan, TrainingPlan
@@ -21,6 +20,7 @@ from meduet_models.sharing import home_keys, shared_keys, style_keys
 from meduet_models.teacher import momentum_at
 from privacy.clipping import joint_norm
 
+SECRET = b"1" * 32
 CPU = torch.device("cpu")
 PATIENTS = [f"p{n}" for n in range(10)]
 Tensors = dict[str, torch.Tensor]
@@ -51,7 +51,7 @@ class Site:
             self.batches,
             self.plan,
             number,
-            0,
+            SECRET,
             self.start,
             lambda step, loss: self.losses.append(loss),
         )
@@ -85,7 +85,7 @@ def test_a_run_resumed_from_disk_equals_one_that_never_stopped_bit_for_bit(
     for number in (1, 2, 3):
         last = whole.round(number)
     folder = StateFolder(tmp_path, resumed.plan.sha256)
-    folder.begin(resumed.kept.home)
+    folder.enter(1, lambda: resumed.kept.home)
     for number in (1, 2, 3):
         shared = resumed.shared
         torch.manual_seed(number)  # no global generator may matter
@@ -112,7 +112,7 @@ def test_the_update_is_after_minus_before_of_exactly_the_shared_tensors(site: Ca
     one = site()
     shared, kept = one.shared, one.kept
     trainee = Trainee.of(one.plan, shared, kept, CPU)
-    result = train_round(trainee, one.batches, one.plan, 1, 0, one.start)
+    result = train_round(trainee, one.batches, one.plan, 1, SECRET, one.start)
     after = trainee.student.state_dict()
     assert result.update.keys() == shared.keys()
     assert not set(result.update) & set(style_keys(trainee.student))
@@ -173,7 +173,7 @@ def test_a_loss_that_is_not_finite_is_raised_before_the_weights_are_touched(
     student = {name: tensor.clone() for name, tensor in trainee.student.state_dict().items()}
     teacher = {name: tensor.clone() for name, tensor in trainee.teacher.state_dict().items()}
     with pytest.raises(NotFinite, match="finite loss at step 2 of the run; got nan"):
-        train_round(trainee, one.batches, one.plan, 2, 0, one.start)
+        train_round(trainee, one.batches, one.plan, 2, SECRET, one.start)
     for before, now in ((student, trainee.student.state_dict()), (teacher, trainee.teacher.state_dict())):
         assert all(torch.equal(before[n].nan_to_num(7.0), now[n].nan_to_num(7.0)) for n in before)
     assert len(trainee.optimiser.state) == 0
@@ -187,11 +187,11 @@ def test_a_gradient_that_is_not_finite_is_raised_before_the_weights_are_touched(
     before = trainee.student.embed.weight.detach().clone()
     trainee.student.embed.bias.register_hook(lambda gradient: gradient * math.inf)  # type: ignore[no-untyped-call]
     with pytest.raises(NotFinite, match="finite gradient at step 0"):
-        train_round(trainee, one.batches, one.plan, 1, 0, one.start)
+        train_round(trainee, one.batches, one.plan, 1, SECRET, one.start)
     assert torch.equal(trainee.student.embed.weight, before)
 
 
-def test_each_step_draws_from_the_generator_of_its_site_round_and_step(
+def test_each_step_draws_from_the_generator_of_its_sites_secret_round_and_step(
     site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = site()
@@ -199,8 +199,8 @@ def test_each_step_draws_from_the_generator_of_its_site_round_and_step(
     draw = one.batches.draw
     monkeypatch.setattr(one.batches, "draw", lambda g: (seeds.append(g.initial_seed()), draw(g))[1])
     trainee = Trainee.of(one.plan, one.shared, one.kept, CPU)
-    train_round(trainee, one.batches, one.plan, 2, 1, one.start)
-    assert seeds == [step_generator(one.plan.seed, 1, 2, step).initial_seed() for step in (0, 1)]
+    train_round(trainee, one.batches, one.plan, 2, SECRET, one.start)
+    assert seeds == [step_generator(SECRET, one.plan.seed, 2, step).initial_seed() for step in (0, 1)]
 
 
 def test_the_last_step_has_the_scheduled_rate_and_a_clipped_gradient(site: Callable[..., Site]) -> None:
@@ -214,7 +214,7 @@ def test_the_last_step_has_the_scheduled_rate_and_a_clipped_gradient(site: Calla
         norms.append(joint_norm(gradients))
 
     trainee.optimiser.register_step_pre_hook(measure)
-    result = train_round(trainee, one.batches, one.plan, 2, 0, one.start)
+    result = train_round(trainee, one.batches, one.plan, 2, SECRET, one.start)
     rates = {group["lr"] for group in trainee.optimiser.param_groups}
     assert rates == {learning_rate_at(3, one.plan)} == {result.metrics["learning_rate"]}
     assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
@@ -230,7 +230,7 @@ def test_no_gradient_is_held_through_a_forward_pass_or_after_the_round(site: Cal
         held.append(any(p.grad is not None for p in trainee.student.parameters()))
 
     trainee.student.encoder.register_forward_pre_hook(look)
-    train_round(trainee, one.batches, one.plan, 1, 0, one.start, lambda step, loss: look())
+    train_round(trainee, one.batches, one.plan, 1, SECRET, one.start, lambda step, loss: look())
     look()
     assert len(held) > 5 and not any(held)
     assert same(came, dict(trainee.shared)) and all(trainee.shared[n] is one.shared[n] for n in came)

@@ -3,7 +3,7 @@ do what its people would never let them.
 
 `$MEDUET_SABOTAGE` is this hospital's folder. `script.json` there says, by round, what happens once: a reply
 that is not what the site computed, or something in the middle of training. `clock` holds seconds by which the
-clock is off.
+clock is off; `name` the name of another hospital, as which it answers.
 """
 
 import dataclasses
@@ -61,12 +61,12 @@ def answers(module: ModuleType) -> None:
     """`client.exchanges.pretraining`: a place in the middle of training."""
     inner = module.answer_round
 
-    def answer_round(site: Any, ask: Any, plan: Any, on_step: Callable[[int, float], None]) -> Any:
+    def answer_round(site: Any, ask: Any, plan: Any, gate: Any, on_step: Callable[[int, float], None]) -> Any:
         def stepped(step: int, loss: float) -> None:
             on_step(step, loss)
             in_training(ask.round, step)
 
-        return inner(site, ask, plan, stepped)
+        return inner(site, ask, plan, gate, stepped)
 
     module.ANSWER = dataclasses.replace(module.ANSWER, work=answer_round)
 
@@ -77,6 +77,8 @@ def app(module: ModuleType) -> None:
 
     def mail(row: Any, released: Any, *rest: Any) -> Any:
         record = inner(row, released, *rest)
+        if (FOLDER / "name").is_file():
+            record["head"]["site"] = (FOLDER / "name").read_text()
         if released.promise.kind != "round":
             return record
         from flwr.common.serde import recorddict_from_proto, recorddict_to_proto

@@ -33,6 +33,7 @@ def model(policy: str = "raw") -> GenerativeModel:
         body_parts=("head",),
         categories=("ill", "well"),
         policy=policy,
+        patient_data=policy == "raw",
         provenance={"plan": "1" * 64},
     )
 

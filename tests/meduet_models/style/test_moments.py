@@ -88,7 +88,7 @@ def test_an_entry_is_what_the_latents_say() -> None:
 
 
 def test_the_latent_scale_standardises_the_pooled_latents() -> None:
-    layout = StyleLayout(channels=2, latent_grid=GRID, map_grid=(2, 3, 2), bound=1e6)
+    layout = StyleLayout(channels=2, latent_grid=GRID, map_grid=(2, 3, 2), bound=1e6, centre=True)
     x = scans(2, 8) * torch.tensor([3.0, 0.5])[:, None, None, None] + scans(12, 1)
     sites = [StyleMoments.of(x[:3], list("abc"), layout), StyleMoments.of(x[3:], list("defgh"), layout)]
     centre, deviation = (sites[0] + sites[1]).latent_scale()
@@ -99,6 +99,24 @@ def test_the_latent_scale_standardises_the_pooled_latents() -> None:
     centre, deviation = unregistered.latent_scale()
     torch.testing.assert_close(centre, x.mean((0, 2, 3, 4))[:, None, None, None].expand(2, *GRID))
     torch.testing.assert_close(deviation, x.std((0, 2, 3, 4), unbiased=False))
+
+
+def test_the_coarse_centre_standardises_smooth_latents_without_the_mean_of_every_voxel() -> None:
+    grid = (8, 12, 8)
+    layout = StyleLayout(channels=2, latent_grid=grid, map_grid=(2, 3, 2), bound=1e6)
+    assert "centre" not in layout.shapes() and layout.length < 2 * 2 * 12 * 2 + 10
+    generator = torch.Generator().manual_seed(3)
+    smooth = upsample(3 * torch.randn(2, 2, 3, 2, generator=generator), grid)
+    x = (
+        smooth
+        + torch.randn(40, 2, *grid, generator=generator) * torch.tensor([1.0, 2.0])[:, None, None, None]
+    )
+    centre, deviation = StyleMoments.of(x, [str(n) for n in range(40)], layout).latent_scale()
+    standard = (x - centre) / deviation[:, None, None, None]
+    torch.testing.assert_close(standard.square().mean((0, 2, 3, 4)), torch.ones(2), rtol=0.03, atol=0.0)
+    assert float((centre - smooth).square().mean()) < 0.05
+    cells = coarse_map(centre[None].double(), (2, 3, 2))
+    torch.testing.assert_close(cells[0], coarse_map(x, (2, 3, 2)).mean(0).double(), rtol=1e-5, atol=1e-5)
 
 
 def test_restyled_scans_have_the_statistics_of_the_target() -> None:

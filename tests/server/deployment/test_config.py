@@ -7,6 +7,7 @@ import pytest
 
 from federation.keys.certificates import utc_now
 from server.consortium.provisioning import ConsortiumSettings, SiteEntry, open_office, provision
+from server.consortium.registrations import site_keys
 from server.deployment.config import load_server_config
 from server.deployment.superlink import superlink_processes
 
@@ -51,10 +52,10 @@ def test_paths_in_the_settings_start_at_their_own_folder(folder: Path) -> None:
 
 def test_the_sites_that_may_take_part_are_those_that_were_not_revoked(folder: Path) -> None:
     config = load_server_config(written(folder, FULL))
-    assert list(config.site_keys()) == ["north", "south"]
-    assert config.site_keys()["north"].read_text().startswith("ecdsa-sha2-nistp384 ")
+    assert list(site_keys(config.consortium)) == ["north", "south"]
+    assert site_keys(config.consortium)["north"].read_text().startswith("ecdsa-sha2-nistp384 ")
     open_office(folder / "consortium").revoke("north", utc_now())
-    assert list(config.site_keys()) == ["south"]
+    assert list(site_keys(config.consortium)) == ["south"]
 
 
 @pytest.mark.parametrize("text", BAD)

@@ -22,7 +22,7 @@ import httpx
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from client.centre_checks import centre_check, clock_check
+from client.checks.centre import centre_check, clock_check
 from client.connection.keys import SiteKeys
 from federation.health import NotServing, check_health
 from federation.keys.certificates import (

@@ -22,6 +22,7 @@ class Centre:
     def __init__(self, act: Act) -> None:
         self.act, self.statuses, self.stopped, self.down = act, dict[str, str](), list[str](), 0
         self.settings: dict[str, str] = {}
+        self.consortium = Path("/srv/consortium")
 
     def runs(self) -> list[FlowerRun]:
         if self.down:
@@ -79,7 +80,11 @@ def test_a_run_that_fails_is_submitted_until_it_is_complete(
     centre.down = 2
     said = seen_through(centre)  # eight failures, but never many without progress
     assert len(centre.statuses) == 9
-    assert centre.settings == {"plan": str(tmp_path / "plan.json"), "folder": str(folder)}
+    assert centre.settings == {
+        "plan": str(tmp_path / "plan.json"),
+        "folder": str(folder),
+        "consortium": "/srv/consortium",  # whose key a node has
+    }
     assert said[0].startswith("Expected SuperLink to be up")
     assert said[-1].startswith("complete:")
     assert sum("submitted" in line for line in said) == 9

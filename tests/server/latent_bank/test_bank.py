@@ -1,9 +1,11 @@
 """The latent bank: once, encrypted, in order, withdrawn on request, and never taken down by a bad record."""
 
 import json
-import os
+import sqlite3
 import stat
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,10 @@ from meduet_models.diffusion.conditions import Examples
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.meduet import NetworkConfig
 from meduet_models.objective import ObjectiveConfig
-from server.latent_bank.bank import MARKER, LatentBank
-from server.latent_bank.records import Codes, RecordLayout
-from server.latent_bank.shards import DamagedRecord, Shards
-from server.latent_listing import items, summary
+from server.latent_bank.bank import BANK, MARKER, LatentBank
+from server.latent_bank.listing import items, summary
+from server.latent_bank.records import Codes, DamagedRecord, RecordLayout, Seal
+from server.latent_bank.tables import Item, Tables
 
 SITES = ("north", "south")
 
@@ -136,14 +138,12 @@ def test_an_item_is_taken_once_however_often_it_comes(bank: LatentBank) -> None:
     assert len(bank) == 3 and bank.dealt_with(plan, "north", 1) == (3, 99)
 
 
-def test_the_same_latents_under_another_name_are_counted_and_not_stored(
-    bank: LatentBank, tmp_path: Path
-) -> None:
+def test_the_same_latents_under_another_name_are_counted_and_not_stored(bank: LatentBank) -> None:
     plan = a_plan()
     bank.add(reply(plan, [0, 1]), plan)
-    size = sum(path.stat().st_size for path in (tmp_path / "bank" / "shards").iterdir())
+    before = len(ciphertexts(bank))
     assert bank.add(reply(plan, [1], "south"), plan).duplicate == 1
-    assert sum(path.stat().st_size for path in (tmp_path / "bank" / "shards").iterdir()) == size
+    assert len(ciphertexts(bank)) == before
     twice = replace(reply(plan, [7, 7]), items=(name(7), name(8)))
     added = bank.add(twice, plan)
     assert (added.kept, added.duplicate) == (1, 1)
@@ -164,7 +164,7 @@ def test_nothing_on_the_disk_shows_a_latent_or_is_readable_by_others(
     bank.add(reply(plan, [0]), plan)
     row = some([0]).latents.numpy().tobytes()
     files = [path for path in (tmp_path / "bank").rglob("*") if path.is_file()]
-    assert {path.name for path in files} == {"index.sqlite", MARKER, "00000.shard"}
+    assert {path.name for path in files} == {BANK, f"{BANK}-journal", MARKER}
     for path in files:
         assert row[:16] not in path.read_bytes()
         assert path.name == MARKER or stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -201,15 +201,26 @@ def test_a_key_that_is_anothers_absent_or_open_to_others_opens_nothing(
         LatentBank(tmp_path / "elsewhere", create=False)
 
 
-def damage(bank: LatentBank, slot: int, flipped: int = 40) -> None:
-    shard, record = bank.place(slot)
-    path = bank.folder / "shards" / f"{shard:05d}.shard"
-    size = path.stat().st_size // bank.index.last_number()
-    with path.open("r+b") as file:
-        file.seek(record * size + flipped)
-        byte = file.read(1)
-        file.seek(record * size + flipped)
-        file.write(bytes([byte[0] ^ 1]))
+def ciphertexts(bank: LatentBank) -> dict[int, bytes]:
+    """The sealed records by number, as another program reads them."""
+    with closing(sqlite3.connect(bank.folder / BANK)) as database:
+        return dict(database.execute("SELECT number, sealed FROM records ORDER BY number"))
+
+
+def damage(bank: LatentBank, place: int, flipped: int = 40) -> None:
+    """Flip a bit of the record at this place, where it lies in the file."""
+    sealed = list(ciphertexts(bank).values())[place]
+    path = bank.folder / BANK
+    content = bytearray(path.read_bytes())
+    content[content.index(sealed[:200]) + flipped] ^= 1
+    path.write_bytes(content)
+    read_anew(bank)
+
+
+def read_anew(bank: LatentBank) -> None:
+    """Let go of what is in memory."""
+    bank.tables.close()
+    bank.tables = Tables(bank.folder / BANK)
 
 
 def test_a_damaged_record_is_put_aside_and_training_goes_on_without_it(bank: LatentBank) -> None:
@@ -218,7 +229,7 @@ def test_a_damaged_record_is_put_aside_and_training_goes_on_without_it(bank: Lat
     source = bank.source(plan, 1)
     damage(bank, 1)
     assert source.read(torch.tensor([0, 1, 2, 1])).category.tolist() == [0, 2, 2, 2]
-    assert (len(bank), bank.index.count("quarantined")) == (3, 1)
+    assert (len(bank), bank.tables.count("quarantined")) == (3, 1)
     assert everything(bank.source(plan, 1)).category.tolist() == [0, 2, 3]
     damage(bank, 3)
     seen: list[tuple[int, int]] = []
@@ -226,34 +237,69 @@ def test_a_damaged_record_is_put_aside_and_training_goes_on_without_it(bank: Lat
     assert seen == [(3, 3)]
     assert bank.add(reply(plan, [1]), plan).kept == 1  # taken anew when it comes again
     assert everything(bank.source(plan, 1)).category.tolist() == [0, 1, 2]
-    for slot in (0, 2, 4):
-        damage(bank, slot)
+    for place in range(3):
+        damage(bank, place)
     with pytest.raises(ValueError, match="none opens"):
         source.read(torch.tensor([0]))
+
+
+def test_a_page_of_a_record_that_is_damaged_costs_that_record_only(bank: LatentBank) -> None:
+    plan = replace(a_plan(), network=replace(a_plan().network, latent_grid=(16, 24, 16)))
+    coming = reply(plan, [0, 1, 2])
+    wide = torch.randn(3, 2, 16, 24, 16)  # a record takes several pages, each of which names the next
+    bank.add(replace(coming, examples=replace(coming.examples, latents=wide)), plan)
+    path = bank.folder / BANK
+    content = bytearray(path.read_bytes())
+    page = content.index(ciphertexts(bank)[2][20_000:20_032]) // 16384 * 16384
+    content[page : page + 4] = (2**31 - 2).to_bytes(4)
+    path.write_bytes(content)
+    read_anew(bank)
+    assert bank.verify() == (2, 1)
+    assert torch.equal(everything(bank.source(plan, 1)).latents, wide[[0, 2]])
 
 
 def test_records_that_change_places_do_not_open(bank: LatentBank) -> None:
     plan = a_plan()
     bank.add(reply(plan, [0, 1, 2]), plan)
-    path = bank.folder / "shards" / "00000.shard"
-    content = path.read_bytes()
-    size = len(content) // 3
-    path.write_bytes(content[size : 2 * size] + content[:size] + content[2 * size :])
+    with bank.tables.writing():
+        for before, after in ((1, 9), (2, 1), (9, 2)):
+            bank.tables._run("UPDATE records SET number = ? WHERE number = ?", after, before)
     assert bank.verify() == (1, 2)
 
 
-def test_a_shard_that_was_cut_short_or_is_gone_costs_its_records_only(bank: LatentBank) -> None:
+def test_a_record_that_is_gone_or_no_record_costs_itself_only(bank: LatentBank) -> None:
+    plan = a_plan()
+    bank.add(reply(plan, [0, 1, 2, 3]), plan)
+    with bank.tables.writing():
+        bank.tables._run("DELETE FROM records WHERE number = 1")
+        bank.tables._run("UPDATE records SET sealed = x'00' WHERE number = 2")
+        bank.tables._run("UPDATE records SET sealed = 'words' WHERE number = 3")
+    assert bank.verify() == (1, 3)
+    assert everything(bank.source(plan, 1)).category.tolist() == [3]
+
+
+def test_a_file_that_is_no_bank_or_was_cut_short_is_one_line(
+    bank: LatentBank, open_bank: Callable[..., LatentBank]
+) -> None:
     plan = a_plan()
     bank.add(reply(plan, [0, 1, 2]), plan)
-    path = bank.folder / "shards" / "00000.shard"
-    os.truncate(path, path.stat().st_size - 1)
-    assert bank.verify() == (2, 1)
-    path.unlink()
-    fresh = LatentBank(bank.folder)
-    assert fresh.verify() == (0, 2)
-    with pytest.raises(ValueError, match="it has none"):
-        fresh.source(plan, 1)
-    fresh.close()
+    bank.close()
+    path = bank.folder / BANK
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b"no bank at all" * 1000, whole[:1000]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=BANK) as raised:
+            open_bank().verify()
+        assert "\n" not in str(raised.value)
+
+
+def test_a_bank_of_an_earlier_form_is_refused_by_name_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "bank").mkdir()
+    (tmp_path / "bank" / "index.sqlite").write_bytes(b"")
+    for create in (True, False):
+        with pytest.raises(ValueError, match=r"earlier form .* Begin a bank in another folder"):
+            LatentBank(tmp_path / "bank", create=create)
+    assert [path.name for path in tmp_path.rglob("*")] == ["bank", "index.sqlite"]
 
 
 def test_a_write_that_is_cut_off_leaves_the_bank_as_it_was(
@@ -261,14 +307,15 @@ def test_a_write_that_is_cut_off_leaves_the_bank_as_it_was(
 ) -> None:
     plan = a_plan()
     bank.add(reply(plan, [0]), plan)
-    write = Shards.write
+    insert, calls = Tables.insert, iter(range(9))
 
-    def torn(self: Shards, first: int, records: Any) -> None:
-        write(self, first, records[:1])
-        raise OSError("no space left")
+    def torn(self: Tables, item: Item, sealed: bytes | None = None) -> None:
+        if next(calls):
+            raise OSError("no space left")
+        insert(self, item, sealed)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Shards, "write", torn)
+        patched.setattr(Tables, "insert", torn)
         with pytest.raises(OSError, match="no space"):
             bank.add(reply(plan, [1, 2], first=1), plan)
     assert len(bank) == 1 and bank.dealt_with(plan, "north", 1) == (1, 99)
@@ -281,11 +328,11 @@ def test_a_write_that_is_cut_off_leaves_the_bank_as_it_was(
 def test_a_first_write_that_is_cut_off_does_not_decide_what_the_bank_is_of(
     bank: LatentBank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(self: Shards, first: int, records: Any) -> None:
+    def fails(self: Tables, item: Item, sealed: bytes | None = None) -> None:
         raise OSError("no space left")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Shards, "write", fails)
+        patched.setattr(Tables, "insert", fails)
         with pytest.raises(OSError, match="no space"):
             bank.add(reply(a_plan("bfloat16"), [0]), a_plan("bfloat16"))
     plan = a_plan()
@@ -303,8 +350,6 @@ def test_a_site_that_is_forgotten_is_overwritten_never_taken_again_and_marks_wha
     bank.add(reply(plan, [3], round=2), plan)
     bank.learned(tmp_path / "late.safetensors", "b" * 64, 2)
     source = bank.source(plan, 2)
-    path = bank.folder / "shards" / "00000.shard"
-    size = path.stat().st_size // 4
     withdrawal = bank.forget(site="north")
     assert withdrawal.items == 3
     assert [Path(model).name for model in withdrawal.models] == ["early.safetensors", "late.safetensors"]
@@ -312,8 +357,6 @@ def test_a_site_that_is_forgotten_is_overwritten_never_taken_again_and_marks_wha
         "early.safetensors": (3, 2),
         "late.safetensors": (4, 3),
     }
-    content = path.read_bytes()
-    assert content[: 2 * size] == bytes(2 * size) and content[3 * size :] == bytes(size)
     assert bank.verify() == (1, 0)
     assert everything(source).category.tolist() == [
         2,
@@ -328,6 +371,70 @@ def test_a_site_that_is_forgotten_is_overwritten_never_taken_again_and_marks_wha
     assert {Path(m.path).name: m.withdrawn for m in bank.models()}["early.safetensors"] == 2
     told = summary(bank)["sites"]
     assert (told["north"]["withdrawn"], told["north"]["site_withdrew"], told["south"]["kept"]) == (3, True, 1)
+
+
+def left_on_the_disk(folder: Path, sealed: bytes) -> list[str]:
+    """Files of a bank that still hold a piece of this record."""
+    pieces = [sealed[first : first + 32] for first in range(0, len(sealed) - 32, 32)]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [path.name for path in files if any(piece in path.read_bytes() for piece in pieces)]
+
+
+def test_no_byte_of_a_forgotten_record_is_left_in_any_file(bank: LatentBank) -> None:
+    plan = a_plan()
+    bank.add(reply(plan, list(range(40))), plan)  # records of a size that share a page, and more than one
+    bank.add(reply(plan, [50], "south"), plan)
+    before = ciphertexts(bank)
+    assert left_on_the_disk(bank.folder, before[1]) == [BANK]
+    bank.forget(item=name(3))
+    assert left_on_the_disk(bank.folder, before[4]) == []
+    assert left_on_the_disk(bank.folder, before[5]) == [BANK]
+    damage(bank, 6)
+    assert bank.verify()[1] == 1
+    damaged = ciphertexts(bank)
+    bank.forget(site="north")  # a record that was put aside goes too
+    assert [n for n, sealed in (before | damaged).items() if left_on_the_disk(bank.folder, sealed)] == [41]
+    assert bank.verify() == (1, 0)
+
+
+def test_a_forgetting_that_is_cut_off_is_finished_when_the_bank_is_opened_next(
+    bank: LatentBank, open_bank: Callable[..., LatentBank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: Tables) -> None:
+        raise KeyboardInterrupt
+
+    plan = a_plan()
+    bank.add(reply(plan, [0, 1]), plan)
+    sealed = ciphertexts(bank)[1]
+    with monkeypatch.context() as patched:
+        patched.setattr(Tables, "wipe", killed)
+        with pytest.raises(KeyboardInterrupt):
+            bank.forget(item=name(0))
+    bank.close()
+    assert left_on_the_disk(bank.folder, sealed) == [f"{BANK}-journal"]
+    again = open_bank()
+    assert left_on_the_disk(bank.folder, sealed) == []
+    assert again.verify() == (1, 0) and again.add(reply(plan, [0]), plan).withdrawn == 1
+
+
+def test_several_threads_read_while_one_adds_and_forgets(bank: LatentBank) -> None:
+    plan = a_plan()
+    bank.add(reply(plan, list(range(20))), plan)
+    source = bank.source(plan, 1)
+    expected = some(list(range(20))).latents
+
+    def reads(seed: int) -> bool:
+        draws = torch.Generator().manual_seed(seed)
+        chosen = [torch.randint(10, (4,), generator=draws) for _ in range(30)]
+        return all(torch.equal(source.read(rows).latents, expected[rows]) for rows in chosen)
+
+    with ThreadPoolExecutor(4) as pool:
+        read = [pool.submit(reads, seed) for seed in range(4)]
+        for number in range(10, 20):
+            bank.add(reply(plan, [number + 90]), plan)
+            bank.forget(item=name(number))
+        assert all(one.result() for one in read)
+    assert bank.verify() == (20, 0)
 
 
 def test_an_item_is_forgotten_with_its_twins_and_models_of_earlier_rounds_are_left_alone(
@@ -427,28 +534,27 @@ def test_every_item_is_listed_with_where_it_comes_from(bank: LatentBank) -> None
     bank.add(reply(plan, [0, 1]), plan)
     bank.add(reply(plan, [1], "south"), plan)
     told = list(items(bank))
-    assert [(one["item"], one["site"], one["state"], one["record"]) for one in told] == [
-        (name(0), "north", "kept", 0),
-        (name(1), "north", "kept", 1),
-        (name(1, "south"), "south", "duplicate", None),
+    assert [(one["item"], one["site"], one["state"]) for one in told] == [
+        (name(0), "north", "kept"),
+        (name(1), "north", "kept"),
+        (name(1, "south"), "south", "duplicate"),
     ]
     assert {(one["policy"], one["plan"], one["round"]) for one in told} == {("raw", plan.sha256, 1)}
     json.dumps(summary(bank))
 
 
-def test_records_go_on_in_the_next_shard(tmp_path: Path) -> None:
-    shards = Shards(tmp_path / "s", bytes(range(32)), 8, shard_bytes=3 * (8 + 28))
-    written = [(f"h{n}".encode(), f"record {n}".encode()[:8]) for n in range(8)]
-    shards.write(0, written[:2])
-    shards.write(2, written[2:])
-    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == [f"0000{n}.shard" for n in range(3)]
-    for slot, (header, plain) in enumerate(written):
-        into = bytearray(8)
-        shards.read(slot, header, memoryview(into))
-        assert bytes(into) == plain
-    with pytest.raises(DamagedRecord):
-        shards.read(3, b"h4", memoryview(bytearray(8)))
-    with pytest.raises(DamagedRecord):
-        shards.read(8, b"h8", memoryview(bytearray(8)))
-    with pytest.raises(DamagedRecord):
-        shards.read(99, b"h", memoryview(bytearray(8)))
+def test_a_sealed_record_opens_with_its_own_header_under_its_own_key_only() -> None:
+    seal, into = Seal(bytes(32)), bytearray(8)
+    sealed = seal.close(b"a record", b"header")
+    assert b"a record" not in sealed and seal.close(b"a record", b"header") != sealed
+    seal.open(sealed, b"header", memoryview(into))
+    assert into == b"a record"
+    for other, header, read in (
+        (sealed, b"another", seal),
+        (sealed, b"header", Seal(bytes(31) + b"1")),
+        (sealed[:-1] + bytes([sealed[-1] ^ 1]), b"header", seal),
+        (sealed[:-1], b"header", seal),
+        (b"", b"header", seal),
+    ):
+        with pytest.raises(DamagedRecord):
+            read.open(other, header, memoryview(bytearray(8)))

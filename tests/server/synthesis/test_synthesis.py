@@ -199,7 +199,7 @@ def test_spherical_ways_keep_lengths_and_turn_evenly() -> None:
 def test_volumes_of_a_model_of_raw_latents_and_of_a_patients_content_are_marked(
     model: GenerativeModel, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    raw = dataclasses.replace(model, policy="raw")
+    raw = dataclasses.replace(model, policy="raw", patient_data=True)
     cases = {
         "raw": (raw, {}, "raw latents"),
         "content": (model, {"content": encoded(tokenizer)}, "a real scan"),

@@ -43,7 +43,7 @@ SETTINGS = DownstreamSettings(
 )
 
 
-def scans(count: int, seed: int) -> LabelledScans:
+def scans(count: int, seed: int, task: str = "segmentation") -> LabelledScans:
     draws = torch.Generator().manual_seed(seed)
     latents = torch.randn(count, 2, *GRID, generator=draws)
     target = torch.arange(count) % 2
@@ -51,15 +51,17 @@ def scans(count: int, seed: int) -> LabelledScans:
     labels = (latents[:, :1] > 0.3).long()
     for axis in (2, 3, 4):
         labels = labels.repeat_interleave(4, dim=axis)
-    return LabelledScans(latents, labels, target, tuple(f"{seed}-{n}" for n in range(count)), (0,) * count)
+    answers = {"segmentation": labels, "classification": target, "regression": target.float() - 0.5}[task]
+    return LabelledScans(latents, answers, tuple(f"{seed}-{n}" for n in range(count)), (0,) * count)
 
 
 def evaluated(settings: DownstreamSettings = SETTINGS, seed: int = 0, **changes: Any) -> list[Any]:
+    task = settings.task
     values: dict[str, Any] = {
         "model": FactorNetwork(CONFIG),
-        "train": scans(10, 1),
-        "validation": scans(4, 2),
-        "tests": {"seen": scans(6, 3), "held_out": scans(5, 4)},
+        "train": scans(10, 1, task),
+        "validation": scans(4, 2, task),
+        "tests": {"seen": scans(6, 3, task), "held_out": scans(5, 4, task)},
     }
     return evaluate_downstream(**{**values, **changes}, settings=settings, seed=seed)
 
@@ -118,14 +120,16 @@ def test_without_a_pretrained_model_only_what_needs_none() -> None:
 
 def test_a_planted_class_is_recognised_by_the_logistic_regression_of_frozen_content() -> None:
     settings = replace(SETTINGS, task="classification", label_shares=(1.0,), modes=("frozen",))
-    (row,) = evaluated(settings, train=scans(40, 1), tests={"seen": scans(30, 3)})
+    (row,) = evaluated(
+        settings, train=scans(40, 1, "classification"), tests={"seen": scans(30, 3, "classification")}
+    )
     assert row.metric == "auc"
     assert row.value > 0.9
 
 
 def test_labels_of_one_class_only_tell_nothing_apart() -> None:
     settings = replace(SETTINGS, task="classification", label_shares=(0.1,), modes=("frozen",))
-    (row,) = evaluated(settings, tests={"seen": scans(6, 3)})
+    (row,) = evaluated(settings, tests={"seen": scans(6, 3, "classification")})
     assert (row.value, row.labelled) == (0.5, 1)
 
 
@@ -133,8 +137,7 @@ def test_a_class_out_of_range_is_said_before_anything_is_trained() -> None:
     done: list[str] = []
     with pytest.raises(ValueError, match="classes from 0 to 1"):
         train = scans(10, 1)
-        assert train.labels is not None
-        wrong = replace(train, labels=train.labels * 5)
+        wrong = replace(train, answers=train.answers * 5)
         evaluated(train=wrong, progress=lambda what, step, total: done.append(what))
     assert done == []
 
@@ -214,9 +217,23 @@ def test_a_covariate_is_classified(pretrained: Path, tmp_path: Path) -> None:
     assert {row["metric"] for row in rows} == {"auc"}
 
 
+def test_a_number_is_predicted_at_every_mode_and_in_the_federation(pretrained: Path, tmp_path: Path) -> None:
+    age = ["task=regression", "target=age", "target_values=[20,90]", "federated=true", "rounds=2"]
+    page = command(pretrained, tmp_path, *age)
+    told = json.loads((tmp_path / "downstream.json").read_text())
+    assert told["classes"] == 1
+    assert {row["metric"] for row in told["rows"]} == {"mae", "r2"}
+    assert {row["mode"] for row in told["rows"]} == {"frozen", "finetuned", "scratch", "unet", "federated"}
+    errors = [row["value"] for row in told["rows"] if row["metric"] == "mae"]
+    assert all(0 < error < 70 for error in errors)  # years
+    assert "mean absolute error" in page.read_text()
+
+
 @pytest.mark.parametrize(
     ("more", "what"),
     [
+        (["task=regression", "target=age"], "lowest and the highest"),
+        (["task=guessing"], "task to be one of segmentation, classification, regression"),
         (["rounds=3"], "no effect without federated"),
         (["label_sites=[atlantis]"], "label_sites among"),
         (["target=sex"], "no effect with task=segmentation"),

@@ -27,7 +27,7 @@ from simulations.generation import page as generation_page
 from simulations.generation.evaluate import evaluate_generation
 from simulations.generation.page import generation_part
 from simulations.generation.samples import CONTENT, NOTHING, OTHER, OWN, STYLE, requests, usable_rows
-from simulations.generation_settings import GenerationSettings
+from simulations.generation.settings import GenerationSettings
 from simulations.hospitals.held_out import Held
 
 SITES = ("north", "harbour")
@@ -97,6 +97,7 @@ def model(
         body_parts=(),
         categories=(),
         policy=policy,
+        patient_data=policy == "raw",
         provenance={},
     )
 

@@ -180,7 +180,7 @@ def labelled(count: int, seed: int) -> LabelledScans:
         first = int(torch.randint(0, 3, (), generator=draws))
         labels[row, :, 4 * first : 4 * first + 8, 4:12] = 1
         latents[row, :, first : first + 2, 1:3] += 1
-    return LabelledScans(latents, labels, None, tuple(f"p{seed}-{i}" for i in range(count)), (0,) * count)
+    return LabelledScans(latents, labels, tuple(f"p{seed}-{i}" for i in range(count)), (0,) * count)
 
 
 def test_use_is_the_dice_beside_that_of_the_few_real_labels_alone() -> None:
@@ -202,6 +202,6 @@ def test_use_is_the_dice_beside_that_of_the_few_real_labels_alone() -> None:
 
 
 def test_use_without_labels_is_refused(tmp_path: Path) -> None:
-    bare = LabelledScans(torch.zeros(1, 4, *GRID), None, torch.zeros(1, dtype=torch.long), ("p",), (0,))
+    bare = LabelledScans(torch.zeros(1, 4, *GRID), torch.zeros(1, dtype=torch.long), ("p",), (0,))
     with pytest.raises(NoLabels):
         use_rows(bare, bare, lambda s, a, n: s.latents, bank_of_two(), UseSettings(), resamples=2, seed=0)

@@ -8,7 +8,7 @@ import pytest
 
 from client.scans.scans import Scan
 from client.scans.volumes import read_scan
-from simulations.appearance import appearance, by_appearance, constrained_k_means
+from simulations.hospitals.appearance import appearance, by_appearance, constrained_k_means
 from simulations.hospitals.make import SplitHospitals, make_hospitals
 
 

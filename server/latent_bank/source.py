@@ -1,6 +1,6 @@
 """A bank's items as examples, in an order that does not change: what training draws from.
 
-What this file does not do: choose the items (`LatentBank.source`), or open records (`latent_bank.py`).
+What this file does not do: choose the items (`LatentBank.source`), or open records (`bank.py`).
 
 Axes: b = items.
 """
@@ -18,7 +18,7 @@ from server.latent_bank.records import RecordLayout
 
 
 class Records(Protocol):
-    """What a source needs of a bank (`latent_bank.py`)."""
+    """What a source needs of a bank (`bank.py`)."""
 
     @property
     def layout(self) -> RecordLayout:

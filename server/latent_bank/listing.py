@@ -9,20 +9,20 @@ from collections.abc import Iterator
 from typing import Any
 
 from server.latent_bank.bank import LatentBank
-from server.latent_bank.index import STATES, Item, Origin
+from server.latent_bank.tables import STATES
 
 _AT_ONCE = 500
 
 
 def summary(bank: LatentBank) -> dict[str, Any]:
     """Counts per site, layout, models. Names no item."""
-    origins = bank.index.origins().values()
-    withdrawn = bank.index.withdrawn_sites()
-    layout = bank.index.meta("layout")
+    origins = bank.tables.origins().values()
+    withdrawn = bank.tables.withdrawn_sites()
+    layout = bank.tables.meta("layout")
     sites = {
         site: {
-            **{state: bank.index.count(state, site) for state in STATES},
-            "withdrawn": bank.index.num_buried(site),
+            **{state: bank.tables.count(state, site) for state in STATES},
+            "withdrawn": bank.tables.num_buried(site),
             "site_withdrew": site in withdrawn,
             "policies": sorted({origin.policy for origin in origins if origin.site == site}),
             "plans": sorted({origin.plan for origin in origins if origin.site == site}),
@@ -43,25 +43,19 @@ def summary(bank: LatentBank) -> dict[str, Any]:
 def items(bank: LatentBank) -> Iterator[dict[str, Any]]:
     """Every item with where it comes from, in the order of training, those that are not kept last."""
     for state in STATES:
-        for origin in bank.index.origins().values():
-            numbers = bank.index.numbers(origin.origin, state).tolist()
+        for origin in bank.tables.origins().values():
+            numbers = bank.tables.numbers(origin.origin, state).tolist()
             for first in range(0, len(numbers), _AT_ONCE):
                 some = numbers[first : first + _AT_ONCE]
-                found = bank.index.numbered(some)
-                yield from (_told(bank, found[number], origin) for number in some if number in found)
-
-
-def _told(bank: LatentBank, item: Item, origin: Origin) -> dict[str, Any]:
-    place = None if item.slot is None else bank.place(item.slot)
-    return {
-        "item": item.name,
-        "site": origin.site,
-        "round": origin.round,
-        "policy": origin.policy,
-        "plan": origin.plan,
-        "encoder": origin.encoder,
-        "sha256": item.sha256,
-        "shard": None if place is None else place[0],
-        "record": None if place is None else place[1],
-        "state": item.state,
-    }
+                found = bank.tables.numbered(some)
+                for item in (found[number] for number in some if number in found):
+                    yield {
+                        "item": item.name,
+                        "site": origin.site,
+                        "round": origin.round,
+                        "policy": origin.policy,
+                        "plan": origin.plan,
+                        "encoder": origin.encoder,
+                        "sha256": item.sha256,
+                        "state": item.state,
+                    }

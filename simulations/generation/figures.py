@@ -21,6 +21,7 @@ from simulations.report.figures import (
     save,
     style_axes,
 )
+from storage.files import whole_file
 
 _DARK = "#10161d"
 _INCH = 3 / 66  # of a voxel
@@ -139,6 +140,6 @@ def _label(axes: Axes, text: str) -> None:
 
 
 def _save_dark(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, facecolor=_DARK)
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=130, facecolor=_DARK)
     return path

@@ -19,7 +19,7 @@ from federation.plan import (
 from meduet_models.erasure import ErasureMoments
 from meduet_models.meduet import NetworkConfig
 from meduet_models.objective import ObjectiveConfig
-from server.directions import directions_of_sums
+from server.exchanges.directions import directions_of_sums
 
 FOLDS = 4
 WIDTH = 8

@@ -1,25 +1,23 @@
-"""A round that is killed in the middle goes on where it was, to the bits of one that never was; one that is
-asked again when it was done is answered from what was kept."""
+"""A round that is killed in the middle goes on where it was, to the bits of one that never was."""
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from client.exchanges.pretraining import answer_round
-from client.partial_round import PartialRound, cohort_sha256
+from client.exchanges.pretraining import ANSWER
 from client.release import Released
-from client.training.site_state import SiteState, StateFolder
+from client.training.site_state import SiteState, StateFolder, UnderWay, cohort_sha256
 from federation.exchanges.pretraining import TrainAsk
 from federation.journal import Journal
 from federation.plan import RunPlan, TrainingPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import home_keys, shared_keys
-from privacy.ledger import Ledger
+from privacy.ledger import AnsweredBefore, Ledger
 
 PATIENTS = [f"p{n // 2}" for n in range(12)]
 STEPS = 3
@@ -39,9 +37,13 @@ class ToySite:
     progress_every_s: float = 0.0
     name: str = "north"
     minimum_cohort: int = 0
+    exact_sums: bool = False
+    secret: bytes = b"1" * 32
     compile: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     steps: list[int] = field(default_factory=list)
+    secret: bytes = bytes(32)
+    exact_sums: bool = True
 
     @property
     def ledger(self) -> Ledger:
@@ -63,7 +65,7 @@ class ToySite:
             if step == kill_after:
                 raise Killed
 
-        return answer_round(self, question, plan, on_step)
+        return ANSWER.once(self, question, plan, on_step)
 
     def left(self) -> list[str]:
         return sorted(path.name for path in (self.state_dir / "state").rglob("*") if path.is_file())
@@ -236,11 +238,10 @@ def test_what_a_kill_in_the_middle_of_a_write_leaves_goes_with_the_round(
 ) -> None:
     one = site()
     one.answer(ask(plan), plan)
-    (state,) = one.state_dir.rglob("round-0001.safetensors")
+    (state,) = one.state_dir.rglob("state/*/round-0001.safetensors")
     (state.parent / ".round-0002.partial.safetensors.x7").write_bytes(b"half")
     one.answer(ask(plan, 2), plan)
-    states = [f"round-000{n}.safetensors" for n in (0, 1, 2)]
-    assert one.left() == sorted([*states, "round-0002.result.safetensors"])
+    assert one.left() == [f"round-000{n}.safetensors" for n in (0, 1, 2)]
 
 
 class Clock:
@@ -256,11 +257,11 @@ def tensors() -> Tensors:
 
 def test_it_is_written_when_the_interval_has_passed_since_the_last_write(tmp_path: Path) -> None:
     clock, path = Clock(), tmp_path / "round-0001.partial.safetensors"
-    partial = PartialRound(path, {"round": "1"}, 30.0, clock)
+    under_way = UnderWay(path, {"round": "1"}, 30.0, clock)
     written: list[int] = []
     for step in range(1, 8):
         clock.now += 12.0
-        partial.offer(step, 0.0, lambda step=step: written.append(step) or tensors())  # type: ignore[misc]
+        under_way.offer(step, 0.0, lambda step=step: written.append(step) or tensors())  # type: ignore[misc]
     assert written == [3, 6]
 
 
@@ -269,7 +270,7 @@ def test_a_write_that_takes_long_is_made_less_often_unless_each_step_was_asked_f
     tmp_path: Path, every_s: float, writes: list[int]
 ) -> None:
     clock, written = Clock(), list[int]()
-    partial = PartialRound(tmp_path / "round-0001.partial.safetensors", {"round": "1"}, every_s, clock)
+    under_way = UnderWay(tmp_path / "round-0001.partial.safetensors", {"round": "1"}, every_s, clock)
 
     def slow(step: int) -> Tensors:
         clock.now += 6.0
@@ -278,16 +279,16 @@ def test_a_write_that_takes_long_is_made_less_often_unless_each_step_was_asked_f
 
     for step in range(1, 21):
         clock.now += 10.0
-        partial.offer(step, 0.0, lambda step=step: slow(step))  # type: ignore[misc]
+        under_way.offer(step, 0.0, lambda step=step: slow(step))  # type: ignore[misc]
     # step 3 is at 30 s, and steps follow in 10 s: the next write is 6 s / 0.05 = 120 s later
     assert written == writes
 
 
 def test_seconds_before_an_interruption_are_counted(tmp_path: Path) -> None:
     path = tmp_path / "round-0001.partial.safetensors"
-    PartialRound(path, {"round": "1"}, 0.0).offer(5, 12.5, tensors)
+    UnderWay(path, {"round": "1"}, 0.0).offer(5, 12.5, tensors)
     taken: list[Any] = []
-    assert PartialRound(path, {"round": "1"}, 0.0).resume(taken.append) == (5, 12.5)
+    assert UnderWay(path, {"round": "1"}, 0.0).resume(taken.append) == (5, 12.5)
     assert same(taken[0], tensors())
 
 
@@ -299,8 +300,8 @@ def test_the_seconds_of_a_round_include_those_before_it_was_killed(
 ) -> None:
     with pytest.raises(Killed):
         site().answer(ask(plan), plan, kill_after=1)
-    resume = PartialRound.resume
-    monkeypatch.setattr(PartialRound, "resume", lambda self, load: (resume(self, load)[0], 1000.0))
+    resume = UnderWay.resume
+    monkeypatch.setattr(UnderWay, "resume", lambda self, load: (resume(self, load)[0], 1000.0))
     assert 1000.0 < site().answer(ask(plan), plan).metrics["seconds"] < 1100.0
 
 
@@ -308,13 +309,13 @@ def test_tensors_that_the_round_cannot_take_are_removed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "round-0001.partial.safetensors"
-    PartialRound(path, {"round": "1"}, 0.0).offer(5, 12.5, tensors)
+    UnderWay(path, {"round": "1"}, 0.0).offer(5, 12.5, tensors)
 
     def refuse(came: Any) -> None:
         raise ValueError("Expected another network.")
 
     with caplog.at_level(logging.WARNING, "client"):
-        assert PartialRound(path, {"round": "1"}, 0.0).resume(refuse) == (0, 0.0)
+        assert UnderWay(path, {"round": "1"}, 0.0).resume(refuse) == (0, 0.0)
     assert "Expected another network" in caplog.text and not path.exists()
 
 
@@ -324,9 +325,9 @@ def test_a_full_disk_costs_the_partial_round_and_not_the_round(
     def full(*given: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("client.partial_round.save_weights", full)
+    monkeypatch.setattr("client.training.site_state.save_weights", full)
     with caplog.at_level(logging.WARNING, "client"):
-        PartialRound(tmp_path / "round-0001.partial.safetensors", {}, 0.0).offer(4, 1.0, tensors)
+        UnderWay(tmp_path / "round-0001.partial.safetensors", {}, 0.0).offer(4, 1.0, tensors)
     assert "could not be written after step 4" in caplog.text and list(tmp_path.iterdir()) == []
 
 
@@ -363,34 +364,68 @@ def test_asked_again_when_it_was_done_the_site_answers_the_same_without_a_step(
     assert alike(whole, again, plan, (expected, again.answer(ask(plan, following), plan)), following)
 
 
-@pytest.mark.parametrize("what", ["shared", "bank", "cohort", "damaged", "state"])
-def test_a_result_of_another_question_or_a_damaged_one_is_not_used(
+@pytest.mark.parametrize("what", ["shared", "bank"])
+def test_a_round_that_was_answered_is_answered_to_no_other_question(
     site: Callable[..., ToySite], ask: Callable[..., TrainAsk], plan: RunPlan, what: str
 ) -> None:
-    one, patients = site(), [*PATIENTS[:-1], "new"] if what == "cohort" else PATIENTS
-    whole = site("whole", patients)
-    for done in (one, whole):
-        done.answer(ask(plan), plan)
-    one.answer(ask(plan, 2), plan)
+    site().answer(ask(plan), plan)
+    site().answer(ask(plan, 2), plan)
     shared = dict(ask(plan).shared)
     if what == "shared":
         shared["embed.bias"] = shared["embed.bias"] + 1e-3
-    question = ask(plan, 2, shared, ("north", "south") if what == "bank" else None)
-    (path,) = one.state_dir.rglob("round-0002.result.safetensors")
+    again = site()
+    with pytest.raises(AnsweredBefore, match="of round 2 of plan"):
+        again.answer(ask(plan, 2, shared, ("north", "south") if what == "bank" else None), plan)
+    assert again.steps == [] and again.ledger.verify() == 4 and again.journal.verify() == 2
+
+
+def test_ten_sets_of_weights_for_one_round_are_one_answer(
+    site: Callable[..., ToySite], ask: Callable[..., TrainAsk], plan: RunPlan
+) -> None:
+    """Ten updates from ten points are what an inversion of gradients asks for."""
+    told = []
+    for number in range(10):
+        shared = {name: tensor + 1e-3 * number for name, tensor in ask(plan).shared.items()}
+        try:
+            told.append(site().answer(ask(plan, shared=shared), plan))
+        except AnsweredBefore:
+            continue
+    assert len(told) == 1 and site().ledger.verify() == 2
+    a_new_plan = replace(plan, name="another agreement")
+    site().answer(ask(a_new_plan), a_new_plan)
+    assert site().ledger.verify() == 4  # is a question of its own, and charged
+
+
+@pytest.mark.parametrize("what", ["damaged", "cohort"])
+def test_an_answer_that_left_leaves_again_whatever_the_cohort_is_now(
+    site: Callable[..., ToySite], ask: Callable[..., TrainAsk], plan: RunPlan, what: str
+) -> None:
+    expected = site().answer(ask(plan), plan)
+    (path,) = site().state_dir.rglob("answers/*/round-0001.safetensors")
     if what == "damaged":
         content = bytearray(path.read_bytes())
         content[-2] ^= 1
         path.write_bytes(content)
-    if what == "state":
-        path.with_name("round-0002.safetensors").unlink()
-    again = site("a", patients)
-    came = again.answer(question, plan)
-    assert again.steps == [1, 2, 3]
-    if what != "cohort":  # there the two began round 2 from other states
-        assert alike(whole, again, plan, (whole.answer(question, plan), came), 2)
+    again = site("a", [*PATIENTS[:-1], "new"] if what == "cohort" else PATIENTS)
+    came = again.answer(ask(plan), plan)
+    assert again.steps == ([1, 2, 3] if what == "damaged" else [])
+    assert same(came.tensors, expected.tensors) and came.record == expected.record
+    assert again.ledger.verify() == 2
 
 
-def test_a_result_that_finds_no_room_costs_no_round(
+def test_a_damaged_answer_of_a_cohort_that_is_gone_leaves_no_more(
+    site: Callable[..., ToySite], ask: Callable[..., TrainAsk], plan: RunPlan
+) -> None:
+    site().answer(ask(plan), plan)
+    (path,) = site().state_dir.rglob("answers/*/round-0001.safetensors")
+    path.unlink()
+    again = site("a", [*PATIENTS[:-1], "new"])
+    with pytest.raises(AnsweredBefore, match="other scans"):
+        again.answer(ask(plan), plan)
+    assert again.journal.verify() == 1 and again.ledger.verify() == 2
+
+
+def test_an_answer_that_finds_no_room_costs_no_round(
     site: Callable[..., ToySite],
     ask: Callable[..., TrainAsk],
     plan: RunPlan,
@@ -400,9 +435,39 @@ def test_a_result_that_finds_no_room_costs_no_round(
     def full(*given: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("client.round_result.save_weights", full)
-    with caplog.at_level(logging.WARNING, "client"):
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "client"):
+        patch.setattr("client.answers.save_weights", full)
         expected = site().answer(ask(plan), plan)
-    assert "round-0001.result.safetensors could not be written" in caplog.text
+    assert "round-0001.safetensors could not be written" in caplog.text
     again = site()
     assert same(again.answer(ask(plan), plan).tensors, expected.tensors) and again.steps == [1, 2, 3]
+
+
+@pytest.mark.parametrize("where", ["state", "answer", "charge", "line"])
+def test_killed_anywhere_on_its_way_out_a_round_ends_in_the_same_bits_and_is_charged_once(
+    site: Callable[..., ToySite],
+    ask: Callable[..., TrainAsk],
+    plan: RunPlan,
+    where: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def die(*given: Any, **named: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        module, name = {
+            "state": ("client.training.site_state.StateFolder", "save"),
+            "answer": ("client.answers.KeptAnswers", "write"),
+            "charge": ("privacy.ledger.Ledger", "settle"),
+            "line": ("federation.journal.Journal", "append"),
+        }[where]
+        patch.setattr(f"{module}.{name}", die)
+        with pytest.raises(Killed):
+            site("killed").answer(ask(plan), plan)
+    whole, again = site("whole"), site("killed")
+    expected, came = whole.answer(ask(plan), plan), again.answer(ask(plan), plan)
+    assert alike(whole, again, plan, (expected, came), 1)
+    assert (again.ledger.verify(), again.journal.verify()) == (2, 1)
+    for number in (2, 3):
+        expected, came = whole.answer(ask(plan, number), plan), again.answer(ask(plan, number), plan)
+    assert alike(whole, again, plan, (expected, came), 3)

@@ -33,7 +33,7 @@ def scan_of_bank(folder: Path, key: Path | None, name: str) -> EncodedScan:
     """
     bank = LatentBank(folder, key, create=False)
     try:
-        item = bank.index.item(name) if is_item(name) else None
+        item = bank.tables.item(name) if is_item(name) else None
         if item is None:
             raise ValueError(f"Expected an item of the bank {folder}; it has no {name[:40]!r}.")
         records, (sound,) = bank.records([item.number])
@@ -43,7 +43,7 @@ def scan_of_bank(folder: Path, key: Path | None, name: str) -> EncodedScan:
                 "Choose another (`meduet-server bank list`)."
             )
         told = bank.layout.unpack(records)
-        terms = {term: json.loads(bank.index.meta(term) or "null") for term in ("tokenizer", "volumes")}
+        terms = {term: json.loads(bank.tables.meta(term) or "null") for term in ("tokenizer", "volumes")}
         x, y, z = told.spacing[0].tolist()
         return EncodedScan(told.latents[0], terms["tokenizer"], terms["volumes"], {}, (x, y, z))
     finally:

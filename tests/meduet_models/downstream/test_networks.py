@@ -1,16 +1,13 @@
 """Downstream networks: shapes, what is frozen, where they start from."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from meduet_models.downstream import (
-    SmallUNet,
-    Task,
-    encoder_tensors,
-    predict,
-    trained_keys,
-    with_head,
-)
+from meduet_models.downstream.networks import PretrainedNetwork, encoder_tensors, predict, trained_keys
+from meduet_models.downstream.tasks import TASKS, task_of
+from meduet_models.downstream.unet import SmallUNet
 from meduet_models.meduet import FactorNetwork, MeDUET, NetworkConfig
 
 
@@ -29,6 +26,10 @@ def config(patch: int = 2, depth: int = 2, grid: tuple[int, int, int] = (4, 8, 4
     )
 
 
+def with_head(network: FactorNetwork, task: str, classes: int, **settings: Any) -> PretrainedNetwork:
+    return task_of(task).network(network, classes, **settings)
+
+
 def latents(grid: tuple[int, int, int] = (4, 8, 4)) -> torch.Tensor:
     return torch.randn(3, 2, *grid, generator=torch.Generator().manual_seed(0))
 
@@ -40,19 +41,19 @@ def test_logits_lie_on_the_voxels_of_the_volume(patch: int, depth: int) -> None:
     assert network(latents(grid)).shape == (3, 5, *(4 * size for size in grid))
 
 
-@pytest.mark.parametrize("task", ["segmentation", "classification"])
-def test_the_unet_has_the_shapes_of_the_others(task: Task) -> None:
+@pytest.mark.parametrize("task", TASKS)
+def test_the_unet_has_the_shapes_of_the_others(task: str) -> None:
     other = with_head(FactorNetwork(config()), task, 3, trainable=True)
-    assert SmallUNet(2, 3, task)(latents()).shape == other(latents()).shape
+    assert SmallUNet(2, 3, per_voxel=task_of(task).per_voxel)(latents()).shape == other(latents()).shape
 
 
 def test_the_unet_refuses_a_grid_that_one_halving_does_not_divide() -> None:
     with pytest.raises(ValueError, match="even latent grid"):
-        SmallUNet(2, 3, "segmentation")(latents((4, 5, 4)))
+        SmallUNet(2, 3, per_voxel=True)(latents((4, 5, 4)))
 
 
-@pytest.mark.parametrize("task", ["segmentation", "classification"])
-def test_a_frozen_encoder_trains_its_head_alone_and_every_parameter_has_a_gradient(task: Task) -> None:
+@pytest.mark.parametrize("task", TASKS)
+def test_a_frozen_encoder_trains_its_head_alone_and_every_parameter_has_a_gradient(task: str) -> None:
     for trainable in (False, True):
         network = with_head(FactorNetwork(config()), task, 3, trainable=trainable)
         network(latents()).square().sum().backward()
@@ -100,6 +101,6 @@ def test_a_head_starts_from_its_seed_and_moves_no_global_generator() -> None:
 
 
 def test_predicting_many_is_predicting_each() -> None:
-    network = SmallUNet(2, 3, "segmentation").eval()
+    network = SmallUNet(2, 3, per_voxel=True).eval()
     many = latents().repeat(7, 1, 1, 1, 1)
     torch.testing.assert_close(predict(network, many)[18:], predict(network, many[18:]))

@@ -1,0 +1,84 @@
+"""Release policies: what sites let out for a diffusion model, each one value with all that is said of it.
+
+A policy carries where the model is trained, whether latents leave, whether what is made of them is patient
+data, the sentence with which a hospital agrees, and the words in which people are told. Whoever decides or
+speaks asks the value; a word that is none of the table's is refused, not taken for the mild one. A further
+policy is a further value, and a case of `client/exchanges/latents.py` if it lets latents out in another way.
+What this file does not do: it decides nothing for a site, and lets nothing out.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleasePolicy:
+    """What leaves a site for a diffusion model."""
+
+    name: str
+    """The word in the plan: `diffusion.policy`."""
+    trained_at: Literal["centre", "sites"]
+    """Where the model is trained."""
+    releases_latents: bool
+    """Whether latents of single scans leave."""
+    is_patient_data: bool
+    """Whether what is made at the centre (latent bank, model, samples) is handled as scans are."""
+    consent: str
+    """What site.yaml must say, word for word, before a site takes part; empty: nothing."""
+    agreed: str
+    """What leaves, for a site that takes part."""
+    warning: str
+    """What a site that has not agreed is told would leave."""
+    beside_sums: str
+    """What leaves besides sums, in a few words for the plan as people read it."""
+    sentence: str
+    """The same in full; the plan's part `diffusion`, `amount` and `told` are filled in."""
+    page: str
+    """What a run's page adds to its promise."""
+    moved: str
+    """What a run's page says moved of the scans."""
+    without_effect: tuple[str, ...]
+    """Settings of the plan's part `diffusion` that mean nothing under this policy."""
+
+
+RAW = ReleasePolicy(
+    name="raw",
+    trained_at="centre",
+    releases_latents=True,
+    is_patient_data=True,
+    consent="We release raw latents, from which our patients' scans can be reconstructed, to the "
+    "coordinating centre.",
+    agreed="raw latents leave: patient data, from which scans can be reconstructed; site.yaml agrees",
+    warning="raw latents, from which scans can be reconstructed",
+    beside_sums="AND LATENTS OF SINGLE SCANS, SEE BELOW",
+    sentence="For a diffusion model: LATENTS OF {amount} of your training scans, each clipped to a root mean "
+    "square of {diffusion.latent_clip:g}, told with {told}. The tokenizer's decoder is public: whoever holds "
+    "a latent can see the scan.",
+    page=" Under this plan raw latents of training scans left too: the scans can be reconstructed from them, "
+    "so they are patient data at the centre, and so is a model that learned from them.",
+    moved="scans; latents of those for training left",
+    without_effect=("rounds", "update_clip_norm"),
+)
+FEDERATED = ReleasePolicy(
+    name="federated",
+    trained_at="sites",
+    releases_latents=False,
+    is_patient_data=False,
+    consent="",
+    agreed="no latents leave; the diffusion model's updates do, bounded",
+    warning="updates of a diffusion model",
+    beside_sums="no scan, no file name, no label",
+    sentence="For a diffusion model, in {diffusion.rounds} more rounds: the change of its weights, clipped "
+    "to a length of {diffusion.update_clip_norm:g} times how many scans were trained on; no latent leaves.",
+    page="",
+    moved="scans, none of which moved",
+    without_effect=("begin_round", "final_steps", "items_per_site", "items_per_round", "latent_clip"),
+)
+POLICIES = {policy.name: policy for policy in (RAW, FEDERATED)}
+
+
+def release_policy(name: str) -> ReleasePolicy:
+    """The policy of this name; raises `ValueError` for a word that is none."""
+    if name not in POLICIES:
+        raise ValueError(f"Expected diffusion.policy to be one of {', '.join(POLICIES)}; got {name[:40]!r}.")
+    return POLICIES[name]

@@ -1,0 +1,136 @@
+"""Classification: a class per scan, which a covariate names.
+
+The head is a linear map of pooled content, trained with cross-entropy; where the encoder is frozen, logistic
+regression, its penalty chosen on the patients held back. Measured by the area under the ROC curve.
+
+Axes: b = scans.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from meduet_models.downstream.networks import PooledNetwork
+from meduet_models.downstream.task import (
+    Floats,
+    Grid,
+    KnownScans,
+    Metric,
+    Pooled,
+    Statistic,
+    Target,
+    Task,
+    check_classes,
+    covariate_text,
+)
+from meduet_models.meduet import FactorNetwork
+
+_PENALTIES = (0.01, 0.1, 1.0, 10.0)  # inverse regularisation of the logistic regression
+
+
+class Classification(Task):
+    """A class per scan."""
+
+    name = "classification"
+    per_voxel = False
+    metrics = (Metric("auc", "AUC", main=True),)
+    fits_pooled = True
+
+    def check(self, classes: int, target: Target) -> None:
+        """A covariate, with a value for each class."""
+        if not target.name or len(set(target.values)) != classes:
+            raise ValueError(
+                f"Expected task=classification to name a target covariate and its {classes} values; got "
+                f"{target.name or 'none'} with {', '.join(target.values) or 'none'}."
+            )
+
+    def classes(self, target: Target) -> int:
+        """As many as values."""
+        return len(target.values)
+
+    def words(self, target: Target) -> str:
+        """The covariate, and which values it has."""
+        return f"{target.name!r} of every scan ({', '.join(target.values)})"
+
+    def known(self, scans: KnownScans, row: int, target: Target) -> bool:
+        """Where the covariate is one of the values."""
+        return covariate_text(scans.covariates[row], target.name) in target.values
+
+    def answers(self, scans: KnownScans, rows: Sequence[int], target: Target) -> Int64[Tensor, " b"]:
+        """Places among the values."""
+        return torch.tensor(
+            [target.values.index(covariate_text(scans.covariates[row], target.name)) for row in rows]
+        )
+
+    def check_answers(self, answers: Tensor, classes: int) -> None:
+        """Classes from 0."""
+        check_classes(answers, classes)
+
+    def network(
+        self, network: FactorNetwork, classes: int, *, trainable: bool, seed: int = 0
+    ) -> PooledNetwork:
+        """A linear map of pooled content."""
+        return PooledNetwork(network, classes, trainable=trainable, seed=seed)
+
+    def loss(self, outputs: Float[Tensor, "b classes"], answers: Int64[Tensor, " b"]) -> Float[Tensor, ""]:
+        """Cross-entropy."""
+        return F.cross_entropy(outputs, answers)
+
+    def score(self, outputs: Tensor, answers: Tensor) -> float:
+        """Minus cross-entropy."""
+        return -float(F.cross_entropy(outputs, answers))
+
+    def measure(
+        self, outputs: Tensor, answers: Tensor, target: Target, grid: Grid
+    ) -> Mapping[str, Floats | Statistic]:
+        """Area under the ROC curve (of class 1; with more classes the mean of each against the rest)."""
+        scores, truth = outputs.double().numpy(), answers.numpy()
+        return {"auc": lambda rows: _auc(scores[rows], truth[rows])}
+
+    def fit(
+        self, pooled: Pooled, answers: Tensor, held: Pooled, held_answers: Tensor, classes: int, seed: int
+    ) -> Callable[[Pooled], Tensor]:
+        """Logistic regression: probabilities of the classes."""
+        from sklearn.linear_model import LogisticRegression  # seconds to import, and sites never come here
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        y = answers.numpy()
+        if len(np.unique(y)) < 2:  # one class is all that was seen: no scan is told from another
+            share = torch.eye(classes)[int(y[0])]
+            return lambda pooled: share.expand(len(pooled), -1)
+        fits = [
+            make_pipeline(
+                StandardScaler(), LogisticRegression(C=penalty, max_iter=2000, random_state=seed)
+            ).fit(pooled, y)
+            for penalty in _PENALTIES
+        ]
+
+        def probabilities(fit: object, pooled: Pooled) -> Float[Tensor, "b classes"]:
+            told = torch.zeros(len(pooled), classes)
+            told[:, fit.classes_] = torch.from_numpy(fit.predict_proba(pooled)).float()  # type: ignore[attr-defined]
+            return told
+
+        best = fits[_PENALTIES.index(1.0)]
+        if len(held):
+            losses = [
+                float(F.nll_loss(probabilities(fit, held).clamp(1e-6).log(), held_answers)) for fit in fits
+            ]
+            best = fits[int(np.argmin(losses))]
+        return lambda pooled: probabilities(best, pooled)
+
+
+def _auc(scores: Floats, truth: NDArray[np.int64]) -> float:
+    from sklearn.metrics import roc_auc_score
+
+    present = np.unique(truth)
+    if len(present) < 2:
+        return float("nan")
+    if scores.shape[1] == 2:
+        return float(roc_auc_score(truth, scores[:, 1]))
+    return float(np.mean([roc_auc_score(truth == one, scores[:, one]) for one in present]))

@@ -1,0 +1,299 @@
+"""Attacks by asking: each reads a patient where its defence is taken away, and nothing where it stands."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Message
+from torch import Tensor
+
+from client import refusals
+from client.app import make_client_app
+from client.exact_sums import TooFewForSums
+from client.exchanges import erasure, probes, survey
+from client.exchanges.probes import probe_hits, probed_patients
+from client.latents.style_moments import own_moments
+from client.training.site_state import StateFolder
+from federation.exchanges.erasure import SUMS, ErasureAsk
+from federation.exchanges.probes import (
+    ANATOMY,
+    HITS,
+    PROBES,
+    ProbeAsk,
+    fold_moments,
+    joint_bound,
+    probe_shapes,
+)
+from federation.exchanges.survey import SurveyAsk
+from federation.journal import Journal
+from federation.messages import Refusal, kind_of
+from federation.plan import ProbePlan, RunPlan, TrainingPlan
+from meduet_models.erasure import ErasureMoments, patient_means
+from meduet_models.meduet import MeDUET
+from meduet_models.sharing import home_keys, shared_keys
+from privacy.ledger import AnsweredBefore, Ledger
+from simulations.engines.in_process import InProcessGrid
+
+PATIENTS = [f"p{n}" for n in range(12)]
+
+
+@dataclass
+class ToySite:
+    """A site in a folder, with latents in memory."""
+
+    state_dir: Path
+    held: Any
+    name: str = "north"
+    minimum_cohort: int = 0
+    exact_sums: bool = True
+    secret: bytes = b"1" * 32
+    compile: bool = False
+    progress_every_s: float = 30.0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def ledger(self) -> Ledger:
+        return Ledger(self.state_dir / "ledger.jsonl")
+
+    @property
+    def journal(self) -> Journal:
+        return Journal(self.state_dir / "journal.jsonl")
+
+    def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
+        """Every plan."""
+
+    def scans(self, plan: RunPlan) -> Any:
+        return self.held
+
+
+@pytest.fixture
+def plan(toy_plan: Callable[..., RunPlan]) -> RunPlan:
+    return toy_plan(
+        probes=ProbePlan(every_rounds=1, folds=3),
+        training=TrainingPlan(rounds=20, steps_per_round=1, batch_size=4),
+    )
+
+
+@pytest.fixture
+def site(tmp_path: Path, toy_scans: Any, plan: RunPlan) -> ToySite:
+    site = ToySite(tmp_path / "north", toy_scans(PATIENTS))
+    StateFolder(site.state_dir / "state", plan.sha256).enter(1, lambda: parts(plan, home_keys))
+    return site
+
+
+def parts(plan: RunPlan, keys: Any) -> dict[str, Tensor]:
+    model = MeDUET(plan.network, len(plan.sites), seed=plan.seed)
+    named = model.state_dict()
+    return {n: named[n] for n in keys(model, plan.style.head, plan.aggregation.method)}
+
+
+def student(plan: RunPlan) -> MeDUET:
+    return MeDUET(plan.network, len(plan.sites), seed=plan.seed).eval()
+
+
+# One patient's content, from counts of hits: a linear reading with a threshold that is moved until nobody but
+# the patient who is farthest along a direction passes; then the direction is turned a little, axis by axis.
+
+
+def content_of_the_farthest(
+    hits: Callable[[Tensor, float], int], width: int, direction: Tensor, bound: float
+) -> Tensor:
+    def farthest(along: Tensor) -> float:
+        low, high = -bound, bound
+        for _ in range(24):
+            middle = (low + high) / 2
+            low, high = (middle, high) if hits(along, middle) > 0 else (low, middle)
+        return low
+
+    rows = [direction, *(direction + 1e-2 * axis for axis in torch.eye(width, dtype=torch.float64))]
+    lengths = torch.tensor([farthest(row) for row in rows], dtype=torch.float64)
+    return torch.linalg.lstsq(torch.stack(rows), lengths[:, None]).solution[:, 0]
+
+
+@pytest.mark.parametrize("defended", [False, True])
+def test_probe_questions_under_one_settlement_do_not_read_a_patients_content(
+    site: ToySite, plan: RunPlan, defended: bool
+) -> None:
+    width, network = plan.network.width, student(plan)
+    probed = probed_patients(site.held, plan, 0, site.secret)
+    with torch.no_grad():
+        latents = site.held.values[:, 0]
+        joint = torch.cat([network.pooled_content(latents), network.pooled_style(latents)], 1)
+    means = patient_means(joint.double(), PATIENTS)[:, :width]
+    direction = means[0] - means.mean(0)  # somebody else's scan of a patient is enough to point at her
+    direction = direction / direction.norm()
+    victim = means[int((means @ direction).argmax())]
+    shared = parts(plan, shared_keys)
+    answered: list[int] = []
+
+    def hits(along: Tensor, threshold: float) -> int:
+        probe = {n: torch.zeros(s, dtype=torch.float64) for n, s in probe_shapes(plan).items()}
+        probe["content_weight"][:, :, 0] = along
+        probe["content_bias"][:, 0] = -threshold
+        probe["content_bias"][:, 2] = -1e30
+        if not defended:  # what one answer for each question gives
+            return int(probe_hits(network, site.held, probed, plan, probe, 0)[HITS][0])
+        ask = ProbeAsk(plan_json=plan.to_json(), round=1, shared=shared, bank={}, probe=probe)
+        try:
+            released = probes.ANSWER.once(site, ask, plan)
+        except AnsweredBefore:
+            return 0
+        answered.append(1)
+        return int(released.tensors[HITS][0])
+
+    found = content_of_the_farthest(hits, width, direction, joint_bound(plan))
+    if not defended:
+        assert float((found - victim).abs().max()) < 1e-3
+        return
+    assert float((found - victim).norm()) > 0.3 * float(victim.norm())
+    assert len(answered) == 1 and site.ledger.verify() == 2 and site.journal.verify() == 1
+
+
+# A newcomer, from two surveys: the sums with her less the sums without.
+
+
+@pytest.mark.parametrize("defended", [False, True])
+def test_two_surveys_around_a_newcomer_do_not_give_her_statistics(
+    site: ToySite, plan: RunPlan, toy_scans: Any, tmp_path: Path, defended: bool
+) -> None:
+    def surveyed() -> Tensor:
+        told = survey.ANSWER.once(site, SurveyAsk(plan_json=plan.to_json()), plan).tensors
+        return torch.cat([told[name].flatten() for name in sorted(told) if name != "count"]).double()
+
+    before = surveyed()
+    site.held = toy_scans([*PATIENTS, "new"])
+    site.held.values[: len(PATIENTS)] = toy_scans(PATIENTS).values
+    if not defended:  # books that forget
+        site.state_dir = tmp_path / "forgetful"
+    difference = surveyed() - before
+    if defended:
+        assert not bool(difference.any()) and site.ledger.verify() == 2
+        return
+    site.held.train = [len(PATIENTS)]
+    hers = own_moments(site.held, plan).to_tensors()
+    own = torch.cat([hers[name].flatten() for name in sorted(hers) if name != "count"]).double()
+    assert float((difference - own).abs().max()) < 1e-5 < 1e-1 < float(own.abs().max())
+
+
+# The largest mean latent of a patient, from whether a question is answered: style heads under which a number
+# overflows where it is larger than a guess.
+
+
+def overflowing_above(guess: float, shared: dict[str, Tensor]) -> dict[str, Tensor]:
+    tensors = {name: tensor.clone() for name, tensor in shared.items()}
+    tensors["latent_mean"].zero_()
+    tensors["latent_deviation"].fill_(1.0)
+    tensors["style_head.expand.weight"].zero_()[0, 0] = 1e30
+    tensors["style_head.expand.bias"].zero_()[0] = -1e30 * guess
+    tensors["style_head.contract.weight"].fill_(1e30)
+    return tensors
+
+
+@pytest.mark.parametrize("defended", [False, True])
+def test_whether_questions_are_answered_does_not_read_a_latent(
+    site: ToySite, plan: RunPlan, monkeypatch: pytest.MonkeyPatch, defended: bool
+) -> None:
+    if not defended:
+        monkeypatch.setattr(refusals, "MOST", 10**9)
+    plan = replace(plan, style=replace(plan.style, head="shared", anchor=0.0))
+    StateFolder(site.state_dir / "state", plan.sha256).enter(1, lambda: parts(plan, home_keys))
+    grid = InProcessGrid(make_client_app(lambda context: site), 1)
+    words: list[str] = []
+
+    def is_answered(round: int, guess: float) -> bool:
+        shared = overflowing_above(guess, parts(plan, shared_keys))
+        ask = ProbeAsk(plan_json=plan.to_json(), round=round, shared=shared, bank={}, probe={})
+        (reply,) = grid.send_and_receive([Message(ask.to_record(), 1000, PROBES.route, ttl=60.0)])
+        if kind_of(reply.content) != "refusal":
+            return True
+        words.append(Refusal.from_record(reply.content).kind.value)
+        return False
+
+    low, high = -4.0, 4.0
+    for round in range(1, 21):  # each in a place of its own: the law of one answer does not stop this
+        middle = (low + high) / 2
+        low, high = (low, middle) if is_answered(round, middle) else (middle, high)
+    truth = float(site.held.values[:, 0, 0].mean((1, 2, 3)).max())
+    lines = [e.record for e in site.journal.entries() if e.record["kind"] == "refusal"]
+    assert len(lines) == len(words) and all(len(line["question"]) == 64 for line in lines)
+    assert lines[0]["reason"] == "internal"
+    if not defended:
+        assert abs(low - truth) < 1e-4 and set(words) == {"not_answered"}
+        return
+    assert abs(low - truth) > 1e-3  # the answers between three refusals tell a little
+    assert words[:3] == ["not_answered"] * 3 and set(words[3:]) == {"stopped"}
+    refusals.resume(site.journal, plan.sha256)  # the site's people looked
+    assert not refusals.is_stopped(site.journal.entries(), plan.sha256)
+
+
+# Who is among few patients, and what was measured of them, from the sums of their products.
+
+
+@pytest.mark.parametrize("agreed", [True, False])
+def test_erasure_sums_tell_members_only_where_the_site_agreed(
+    site: ToySite, plan: RunPlan, toy_scans: Any, toy_bank: Any, agreed: bool
+) -> None:
+    site.exact_sums, network, width = agreed, student(plan), plan.network.width
+    bank = toy_bank(plan).to_tensors()
+    ask = ErasureAsk(plan_json=plan.to_json(), shared=parts(plan, shared_keys), bank=bank)
+    if not agreed:
+        with pytest.raises(TooFewForSums, match=f"at least {10 * width} patients .* got {len(PATIENTS)}"):
+            erasure.ANSWER.once(site, ask, plan)
+        assert site.journal.verify() == 0
+        return
+    sums = erasure.ANSWER.once(site, ask, plan).tensors[SUMS]
+    outer = ErasureMoments.from_vector(sums, width, width**0.5).outer
+    values, vectors = torch.linalg.eigh(outer)
+    beyond = vectors[:, values < 1e-9 * values.max()]
+
+    def residual(cohort: Any) -> Tensor:
+        with torch.no_grad():
+            content = network.pooled_content(cohort.values[:, 0]).double()
+        return (content @ beyond).norm(dim=1) / content.norm(dim=1)
+
+    members, strangers = residual(site.held), residual(toy_scans(PATIENTS, seed=9))
+    assert float(members.max()) < 1e-4 < 1e-3 < float(strangers.min())
+
+
+@pytest.mark.parametrize("agreed", [True, False])
+def test_probe_sums_tell_what_was_measured_of_each_patient_only_where_the_site_agreed(
+    site: ToySite, plan: RunPlan, agreed: bool
+) -> None:
+    """Whoever holds other copies of the scans knows their factors; products with the target do the rest."""
+    plan = replace(plan, probes=replace(plan.probes, anatomy={"age": (20.0, 90.0)}))
+    StateFolder(site.state_dir / "state", plan.sha256).enter(1, lambda: parts(plan, home_keys))
+    site.exact_sums, network = agreed, student(plan)
+    ages = torch.linspace(25.0, 85.0, len(PATIENTS), dtype=torch.float64)
+    site.held.covariates = [{"age": age} for age in ages.tolist()]
+    ask = ProbeAsk(plan_json=plan.to_json(), round=1, shared=parts(plan, shared_keys), bank={}, probe={})
+    if not agreed:
+        with pytest.raises(TooFewForSums, match="patients behind sums of products"):
+            probes.ANSWER.once(site, ask, plan)
+        assert site.journal.verify() == 0
+        return
+    folds = fold_moments(probes.ANSWER.once(site, ask, plan).tensors, ANATOMY, plan)
+    probed = probed_patients(site.held, plan, 0, site.secret)
+    with torch.no_grad():
+        x = site.held.values[:, 0]
+        joint = torch.cat([network.pooled_content(x), network.pooled_style(x)], 1).double()
+    joint = joint * (joint_bound(plan) / joint.norm(dim=1, keepdim=True).clamp(min=joint_bound(plan)))
+    for number, fold in enumerate(folds):
+        mine = [i for i, name in enumerate(PATIENTS) if probed.folds[name] == number]
+        products = fold.outer[: joint.shape[1], -1]  # sum of factors times target
+        told = torch.linalg.lstsq(joint[mine].T, products[:, None]).solution[:, 0]
+        assert torch.allclose((told + 1) / 2 * 70 + 20, ages[mine], atol=0.05)
+
+
+def test_above_ten_times_their_width_sums_leave_and_their_span_tells_nobody(
+    site: ToySite, plan: RunPlan, toy_scans: Any, toy_bank: Any
+) -> None:
+    width = plan.network.width
+    site.exact_sums, site.held = False, toy_scans([f"p{n}" for n in range(10 * width)])
+    bank = toy_bank(plan).to_tensors()
+    ask = ErasureAsk(plan_json=plan.to_json(), shared=parts(plan, shared_keys), bank=bank)
+    sums = erasure.ANSWER.once(site, ask, plan).tensors[SUMS]
+    values = torch.linalg.eigvalsh(ErasureMoments.from_vector(sums, width, width**0.5).outer)
+    assert int((values < 1e-9 * values.max()).sum()) <= 1  # layer-normed content has one direction less
