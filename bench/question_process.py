@@ -74,7 +74,7 @@ def prepare(folder: Path) -> Path:
     plan, told = poc.plan, {}
     for name, path in poc.site_yamls.items():
         cohort = load_site_config(path).minimum_cohort
-        told[name] = survey(open_site(path).scans(plan), plan, cohort)
+        told[name] = survey(open_site(path).prepared(plan), plan, cohort)
     model = MeDUET(plan.network, len(plan.sites), seed=plan.seed)
     weights, scope, method = model.state_dict(), plan.style.head, plan.aggregation.method
     question = {

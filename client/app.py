@@ -137,7 +137,7 @@ def _no(site: Site | None, asked: Mapping[str, Any], kind: RefusalKind) -> Refus
         return Refusal(kind=told_as(kind, reserved=False))
     try:
         return Refusal(kind=note_refusal(site.journal, asked, kind), site=site.name)
-    except (ValueError, OSError) as error:
+    except Exception as error:  # noqa: BLE001, still the wall: what a book says when it fails stays here
         _log.exception("The refusal could not be written into the journal.")
         full = _kind(error) is RefusalKind.STORAGE  # so it is whatever is asked
         return Refusal(kind=RefusalKind.STORAGE if full else RefusalKind.NOT_ANSWERED, site=site.name)

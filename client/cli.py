@@ -23,6 +23,7 @@ from client.commands import journal as journal_commands
 from client.commands import key as key_commands
 from client.commands import plan as plan_commands
 from client.commands import service as service_commands
+from federation.loopback import spare_loopback
 from federation.terminal import DONE, FAILED, VisibleFormatter, cell, ended, failing, say, terminal
 from storage.files import keep_to_owner
 
@@ -60,8 +61,9 @@ exit status: 0 every check is ok or look; 1 a check failed; 2 wrong usage, setti
 
 def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
     """Run one command; returns the exit status (see `meduet-site --help`)."""
-    chosen = _parser().parse_args(arguments)
     console = console or terminal()
+    spare_loopback()
+    chosen = _parser().parse_args(arguments)
     handler = RichHandler(console=console, show_path=False)
     handler.setFormatter(VisibleFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
@@ -104,6 +106,11 @@ def _parser() -> argparse.ArgumentParser:
         "decide) or failed (a run will not work), and says what to do.",
         epilog=_CHECK_STATUS,
     )
+    check.add_argument(
+        "--confirm-patients", action="store_true",
+        help="then say, for this hospital, that patients are as shown; `start` asks for it once, and again"
+        " when a known scan would get another patient",
+    )  # fmt: skip
     check.set_defaults(run=_check)
     key_commands.add_to(commands)
     plan_commands.add_to(commands)
@@ -127,7 +134,7 @@ def _prepare(chosen: argparse.Namespace, console: Console) -> int:
     with failing(ValueError, but=(AskRefused,)):
         site = Site(config)
         with _Bars(console) as bars:
-            scans = site.scans(plan, bars)
+            scans = site.prepared(plan, bars)
     _summary(console, scans.cohort.summary(), bars.begun.get("encoding", 0))
     if chosen.prune:
         say(console, f"Removed {site.cache(plan.volumes).prune(scans)} files that this plan does not use.")
@@ -137,7 +144,7 @@ def _prepare(chosen: argparse.Namespace, console: Console) -> int:
 
 def _check(chosen: argparse.Namespace, console: Console) -> int:
     from client.checks.site import run_checks
-    from client.site import load_plan, load_site_config
+    from client.site import confirm_patients, load_plan, load_site_config
 
     config = load_site_config(chosen.config)
     plan = load_plan(chosen.plan) if chosen.plan else None
@@ -154,6 +161,10 @@ def _check(chosen: argparse.Namespace, console: Console) -> int:
     say(console, f"{counts['ok']} ok, {counts['look']} to look at, {counts['failed']} failed.")
     if plan is None:
         say(console, "Scans were not read: give --plan plan.json to look at them, too.")
+    if chosen.confirm_patients:
+        with failing(ValueError):
+            found = confirm_patients(config)
+        say(console, f"Confirmed: {found.guess()}. patients_confirmed: {found.sha256}")
     return FAILED if counts["failed"] else DONE
 
 

@@ -38,7 +38,8 @@ def note_refusal(journal: Journal, asked: Mapping[str, Any], kind: RefusalKind) 
     """Write a refusal down; the word that leaves.
 
     `asked` is what is known of the question: its route, plan, place and hash, and `reserved`, the ledger's
-    line, once there is one. Raises `BrokenChain` or `OSError`; then nothing must leave but `not_answered`.
+    line, once there is one. Raises what the journal raises; then nothing must leave but
+    `not_answered`.
     """
     told = told_as(kind, "reserved" in asked)
     plan = asked.get("plan", "")

@@ -20,6 +20,7 @@ import torch
 
 from client.approvals import AllowedHours, Approvals
 from client.books import open_books
+from client.confirmation import CURE, confirm, unconfirmed
 from client.exact_sums import EXACT_SUMS_CONSENT
 from client.exact_sums import check_sentence as check_exact_sums
 from client.exchanges.exchange import AskRefused
@@ -28,7 +29,8 @@ from client.latents.cache import LatentCache
 from client.latents.latent_set import LatentSet
 from client.scans.cohort import Cohort, NoScans, open_cohort
 from client.scans.cohort_memo import remembered
-from client.scans.layouts import LayoutRules
+from client.scans.layouts import Found, LayoutRules, survey
+from client.scans.patients import PatientMap
 from client.site_secret import DRAWS, site_secret
 from federation.bundle import running_bundle
 from federation.journal import Journal
@@ -68,9 +70,12 @@ class SiteConfig:
     modality_names: Annotated[dict[str, Phrase], Entries(1000)] = field(default_factory=dict)
     """This site's name of a modality to the plan's; `*` for scans whose modality nothing says."""
     patient_pattern: str = ""
-    """Regular expression searched in a scan's path; group 1 is the patient. Empty: told from the layout."""
+    """Regular expression searched in a scan's path below the data folder, in every layout; group 1 is the
+    patient. Empty: told by the rule that `meduet-site check` shows."""
     label_pattern: str = LayoutRules.label_pattern
     """Regular expression for what a label's name adds to its image's."""
+    follow_links: bool = False
+    """Whether links that lead out of the data folder, and links to folders, are followed."""
     split_fractions: Annotated[tuple[float, float, float], Share] = (0.8, 0.1, 0.1)
     """Share of the patients for training, validation and test."""
     split_salt: str = "1"
@@ -283,6 +288,7 @@ class Site:
             "modality_names": config.modality_names,
             "patient_pattern": config.patient_pattern,
             "label_pattern": config.label_pattern,
+            "follow_links": config.follow_links,
             "split_fractions": config.split_fractions,
             "split_salt": config.split_salt,
         }
@@ -316,6 +322,14 @@ class Site:
         return config.cache_dir / f"cohort-{root[:12]}.json"
 
     def scans(self, plan: RunPlan, progress: SiteProgress | None = None) -> LatentSet:
+        """This site's encoded scans under `plan`, for what leaves: as `prepared`, once a person here has
+        confirmed whose they are. Raises `AskRefused` before that, and as `prepared` does."""
+        opened = self.prepared(plan, progress)
+        if problem := unconfirmed(self.state_dir, self.config.data_root, opened.cohort.patient_map):
+            raise AskRefused(f"{problem[0].upper()}{problem[1:]}. {CURE}", RefusalKind.PATIENTS_NOT_CONFIRMED)
+        return opened
+
+    def prepared(self, plan: RunPlan, progress: SiteProgress | None = None) -> LatentSet:
         """This site's encoded scans under `plan`: opened once, encoding what is not cached.
 
         Scans that could not be encoded join exclusions.csv. Raises `AskRefused`, before any scan is read,
@@ -337,6 +351,31 @@ class Site:
                 )
             self._opened[key] = opened
         return self._opened[key]
+
+
+def survey_site(config: SiteConfig) -> Found:
+    """What the site's data folder holds, by names, tables and headers alone. Raises `ValueError`."""
+    if not config.data_root.exists():
+        raise ValueError(
+            f"Expected scans at {config.data_root} (site.yaml: data_root); nothing is there. Is it mounted?"
+        )
+    rules = LayoutRules(
+        modality_names=config.modality_names,
+        patient_pattern=config.patient_pattern,
+        label_pattern=config.label_pattern,
+        follow_links=config.follow_links,
+    )
+    return survey(config.data_root, config.layout, rules)
+
+
+def confirm_patients(config: SiteConfig) -> PatientMap:
+    """Keep the site's word that its patients are told apart rightly; returns what was confirmed.
+
+    Raises `ValueError` when the data folder makes no sense, or no scan has a patient.
+    """
+    found = survey_site(config).patients
+    confirm(config.state_dir, config.data_root, found)
+    return found
 
 
 def open_site(config_path: Path) -> Site:

@@ -34,12 +34,18 @@ class VolumePlan:
 
     modality: Phrase
     """Shared modality name; sites map their local names to it."""
-    window: Literal["mr_percentiles", "ct_hu"] = "mr_percentiles"
-    """How intensities become [0, 1]."""
+    modalities: Annotated[tuple[Phrase, ...], Entries(100)] = ()
+    """Several contrasts, `modality` among them, each a scan of its own; those of a patient are in one split.
+    Empty: `modality` alone."""
+    window: Literal["mr_percentiles", "ct_hu", "fixed"] = "mr_percentiles"
+    """How intensities become [0, 1]: by percentiles of each scan, by a range in Hounsfield units, or (maps in
+    units of their own) by `fixed_window`."""
     mr_percentiles: Annotated[tuple[float, float], Range(at_least=0, at_most=100)] = (0.5, 99.5)
     """Robust range of an MR scan, in percent of its voxels."""
     ct_window_hu: Annotated[tuple[float, float], Range(at_least=-32768, at_most=65535)] = (-175.0, 250.0)
     """Range of a CT scan, in Hounsfield units."""
+    fixed_window: Annotated[tuple[float, float], Range(at_least=-1e9, at_most=1e9)] = (0.0, 1.0)
+    """Range of a quantitative map, in its own units."""
     spacing_mm: Annotated[tuple[float, float, float], Range(at_least=0.01, at_most=100)] = (1.0, 1.0, 1.0)
     """Voxel spacing after resampling, RAS axes."""
     shape: Annotated[tuple[int, int, int], Range(at_least=1, at_most=2048)] = (32, 48, 32)
@@ -54,10 +60,19 @@ class VolumePlan:
     def __post_init__(self) -> None:
         """Refuse a volume that cannot be made."""
         check(self, "volumes")
-        for name in ("mr_percentiles", "ct_window_hu"):
+        for name in ("mr_percentiles", "ct_window_hu", "fixed_window"):
             low, high = getattr(self, name)
             if not low < high:
                 raise ValueError(f"Expected volumes.{name} to rise; got [{low:g}, {high:g}].")
+        if self.window != "fixed" and self.fixed_window != type(self).fixed_window:
+            raise ValueError(f"volumes.fixed_window has no effect with volumes.window={self.window}.")
+        if self.modalities and (
+            self.modality not in self.modalities or len(set(self.modalities)) < len(self.modalities)
+        ):
+            raise ValueError(
+                f"Expected volumes.modalities to be different names with volumes.modality={self.modality} "
+                f"among them; got {', '.join(self.modalities)}."
+            )
         if math.prod(self.shape) > _MOST_VOXELS:
             raise ValueError(
                 f"Expected volumes.shape of at most {_MOST_VOXELS:,} voxels; got {math.prod(self.shape):,}."

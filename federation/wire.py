@@ -59,6 +59,7 @@ class RefusalKind(StrEnum):
     BUNDLE_NOT_APPROVED = "bundle_not_approved"
     PLAN_NOT_ACCEPTED = "plan_not_accepted"
     OUTSIDE_HOURS = "outside_hours"
+    PATIENTS_NOT_CONFIRMED = "patients_not_confirmed"
     WRONG_VERSION = "wrong_version"
     MALFORMED = "malformed"
     WRONG_TOKENIZER = "wrong_tokenizer"

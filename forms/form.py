@@ -8,6 +8,7 @@ Does not do: rules between two settings; those stand in the form's `__post_init_
 """
 
 import dataclasses
+import re
 import types
 import typing
 from functools import cache
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal, Protocol, TypeVar, runtime_checkable
 from forms.ranges import Range, shown
 
 T = TypeVar("T")
+_WHOLE = re.compile(r"0|-?[1-9][0-9]{0,9}")
 
 
 @runtime_checkable
@@ -107,6 +109,8 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise ValueError(f"Expected {where} to be a mapping; got {shown(value)}.")
+        if arguments[0] is int:  # JSON has no names but texts
+            value = {int(k) if isinstance(k, str) and _WHOLE.fullmatch(k) else k: v for k, v in value.items()}
         return {
             _value(arguments[0], k, f"the name {shown(k)} in {where}"): _value(
                 arguments[1], v, f"{where}.{k}"

@@ -13,8 +13,9 @@ import torch
 
 
 def digest_of(*words: object, separator: str = " ") -> bytes:
-    """32 bytes that follow from these words alone."""
-    return hashlib.sha256(separator.join(map(str, words)).encode()).digest()
+    """32 bytes that follow from these words alone; a name of a file that is no UTF-8 is a word, too."""
+    text = separator.join(map(str, words))
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).digest()
 
 
 def seed_in(digest: bytes) -> int:

@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from federation.loopback import spare_loopback
 from federation.terminal import ended, terminal
 from server.commands import bank as bank_commands
 from server.commands import journal as journal_commands
@@ -28,6 +29,8 @@ _STATUS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (0: done, 1: given up, 2: refused; a line says why)."""
+    console = terminal()
+    spare_loopback()
     keep_to_owner()
     parser = argparse.ArgumentParser(
         prog="meduet-server",
@@ -44,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     journal_commands.add_to(commands)
     chosen = parser.parse_args(arguments)
     return ended(
-        lambda: chosen.run(chosen, terminal()),
+        lambda: chosen.run(chosen, console),
         terminal(stderr=True),
         interrupted="Interrupted. The same command goes on from the last checkpoint, if it made one.",
         advice="Put this right and run the same command again.",

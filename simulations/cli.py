@@ -15,6 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
+from federation.loopback import spare_loopback
 from federation.terminal import ended, failing, say, terminal
 from server.config import CONF
 from simulations.benchmark.run import CellsFailed, run_benchmark
@@ -64,6 +65,7 @@ def _page(config: DictConfig, console: Console) -> None:
 
 def main() -> None:
     """Entry point of `meduet-simulate`."""
+    spare_loopback()
     keep_to_owner()
     _main()
 

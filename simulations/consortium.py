@@ -16,7 +16,8 @@ from flwr.app import Context
 
 from client.exact_sums import EXACT_SUMS_CONSENT
 from client.latents.latent_set import LatentSet
-from client.site import Site, SiteConfig, SiteProgress
+from client.scans.patients import PatientMap
+from client.site import Site, SiteConfig, SiteProgress, confirm_patients
 from federation.plan import RunPlan
 from meduet_models.seeds import digest_of
 from meduet_models.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -58,6 +59,8 @@ class Consortium:
     """One per hospital: the plan's sites in its order, then those held out."""
     state: Path
     """Folder of the participants' state folders."""
+    patients: dict[str, PatientMap] = field(default_factory=dict, repr=False)
+    """Whose the scans of each hospital that was opened are taken to be; the run prints it."""
     _open: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -85,6 +88,7 @@ class Consortium:
     def _opened(self, name: str, tokenizer: Tokenizer) -> Site:
         configs = {config.name: config for config in self.configs}
         if name in configs:
+            self.patients[name] = confirm_patients(configs[name])  # as a person does at a hospital
             return Site(configs[name], tokenizer, simulated_secret(self.plan.seed, name))
         own = dataclasses.replace(self.configs[0], name=name, state_dir=self.state / name)
         hospitals = [self.site(hospital) for hospital in self.plan.sites]
@@ -96,7 +100,7 @@ class Consortium:
 
     def __getstate__(self) -> Mapping[str, Any]:
         """Without what is open."""
-        return {"plan": self.plan, "configs": self.configs, "state": self.state, "_open": {}}
+        return {"plan": self.plan, "configs": self.configs, "state": self.state, "patients": {}, "_open": {}}
 
 
 def simulated_secret(seed: int, site: str) -> bytes:

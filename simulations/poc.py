@@ -21,7 +21,7 @@ import yaml
 from rich.console import Console
 
 from client.connection.keys import install
-from client.site import SiteConfig
+from client.site import SiteConfig, confirm_patients
 from client.site_secret import DRAWS
 from federation.keys.certificates import utc_now
 from federation.keys.key_files import refuse_work_tree
@@ -132,6 +132,8 @@ def provision(folder: Path, overrides: Sequence[str], live: Live, made: Made | N
         write_whole(home / SETTINGS, _site_yaml(own))
         config.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_whole(config.state_dir / DRAWS, simulated_secret(plan.seed, config.name))
+        found = confirm_patients(own)
+        live.say(f"{config.name}: {found.guess()}; {found.rule}")
     server = {
         "state_dir": "centre",
         "consortium": "consortium",

@@ -161,6 +161,8 @@ def run(config: DictConfig) -> Path:
         for name in plan.participants:  # as `meduet-site prepare` does at a hospital
             with live.reading(name) as progress:
                 simulation.consortium.site(name).scans(plan, progress)
+        for name, found in simulation.consortium.patients.items():
+            live.say(f"{name}: {found.guess()}; {found.rule}")
         everyone = simulation.consortium.everyone
         for name in simulation.consortium.held_out:
             with live.reading(name) as progress:

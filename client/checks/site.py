@@ -5,7 +5,6 @@ exclusions.csv), which name patients; what is said here are counts and row numbe
 others see.
 """
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +13,16 @@ from typing import Literal
 from client.approvals import Approvals
 from client.books import open_books
 from client.checks.centre import centre_check, clock_check
+from client.checks.intake import (
+    closing,
+    cohort_lines,
+    data_line,
+    note_lines,
+    patient_lines,
+    table_lines,
+)
 from client.checks.machine import device_check, disk_check, folder_check, memory_check
+from client.checks.proxies import proxy_check
 from client.connection.certificate_checks import certificate_check
 from client.connection.keys import SiteKeys
 from client.exact_sums import fewest_patients
@@ -22,9 +30,10 @@ from client.exchanges.exchange import AskRefused
 from client.exchanges.latents import consent
 from client.refusals import stopped_plans
 from client.scans.cohort import SPLITS, Cohort
-from client.scans.layouts import LayoutRules, survey
+from client.scans.layouts import Found
+from client.scans.names import alike
 from client.scans.scans import Reason
-from client.site import Site, SiteConfig, SiteProgress
+from client.site import Site, SiteConfig, SiteProgress, survey_site
 from federation.bundle import running_bundle
 from federation.exchanges.erasure import ERASURE
 from federation.exchanges.probes import PROBES, widest_sums
@@ -37,8 +46,9 @@ from privacy.chain import BrokenChain
 Verdict = Literal["ok", "look", "failed"]
 HEADROOM = 1.1
 """Free disk space asked for, over what the encodings will take."""
-_VISIT = re.compile(r"(ses|session|visit|run|scan|tp)0*\d+$")
-_EXPECTED = frozenset({Reason.SIDECAR, Reason.HIDDEN, Reason.LABEL_NOT_CHOSEN, Reason.NO_SUCH_MODALITY})
+_EXPECTED = frozenset(
+    {Reason.SIDECAR, Reason.TABLE, Reason.HIDDEN, Reason.LABEL_NOT_CHOSEN, Reason.NO_SUCH_MODALITY}
+)
 
 
 @dataclass(frozen=True)
@@ -52,10 +62,31 @@ class Check:
     """What to do; empty when it is fine."""
 
 
+@dataclass
+class _Seen:
+    """What the checks came to know of the scans, for the last lines."""
+
+    found: Found | None = None
+    cohort: Cohort | None = None
+
+
 def run_checks(
     config: SiteConfig, plan: RunPlan | None = None, progress: SiteProgress | None = None
 ) -> Iterator[Check]:
-    """Look at a site, one check after another; with `plan`, also at every scan, as that plan would."""
+    """Look at a site, one check after another; with `plan`, also at every scan, as that plan would. The last
+    say what was seen, in, left out and why, and whose it is."""
+    seen, looks = _Seen(), []
+    for check in _checks(config, plan, progress, seen):
+        looks += [check.what] if check.verdict != "ok" else []
+        yield check
+    if seen.found is not None:
+        for line in closing(seen.cohort or seen.found, seen.found.patients, looks):
+            yield Check("in all", "ok", line)
+
+
+def _checks(
+    config: SiteConfig, plan: RunPlan | None, progress: SiteProgress | None, seen: _Seen
+) -> Iterator[Check]:
     device, folder = Check("device", *device_check(config)), Check("folder", *folder_check(config.state_dir))
     yield device
     yield Check("memory", *memory_check())
@@ -68,9 +99,9 @@ def run_checks(
         advice = "This version adds no noise: set allow_non_private: true in site.yaml, or take no part."
         yield Check("consent", "failed", "nothing may leave without differential privacy", advice)
     yield from _connection(config)
-    data = _data(config)
-    yield data
-    if "failed" in (data.verdict, device.verdict, folder.verdict):
+    data = list(_data(config, seen))
+    yield from data
+    if "failed" in {*(check.verdict for check in data), device.verdict, folder.verdict}:
         return
     try:
         site = Site(config)
@@ -96,11 +127,12 @@ def run_checks(
     yield Check("latents", "ok", consent(plan, config.latent_release))
     yield _approval(site, plan)
     try:
-        cohort = site.cohort(plan.volumes, progress)
+        cohort = seen.cohort = site.cohort(plan.volumes, progress)
     except ValueError as error:
         yield Check("scans", "failed", str(error), "Correct data_root, layout or modality_names.")
         return
     yield from _cohort(cohort, plan, config)
+    yield from (Check(*line) for line in cohort_lines(cohort, plan.volumes))
     yield _sums(cohort, plan, config)
     yield from _cache(site, cohort, plan)
 
@@ -131,14 +163,17 @@ def _connection(config: SiteConfig) -> Iterator[Check]:
     if config.keys_dir is None:
         if config.plan_approval == "implied":
             yield Check("certificate", "ok", "none (no keys_dir): this site connects to no centre")
+            yield Check("proxy", *proxy_check(""))
             return
         advice = "Install the start-up kit (meduet-site install) and set keys_dir in site.yaml."
         yield Check("certificate", "look", "site.yaml names no keys_dir: this site cannot connect", advice)
+        yield Check("proxy", *proxy_check(""))
         return
     certificate = Check("certificate", *certificate_check(config.keys_dir, config.name, utc_now()))
     yield certificate
     if certificate.verdict != "failed":
         keys = SiteKeys.open(config.keys_dir)
+        yield Check("proxy", *proxy_check(keys.connection.server))
         yield Check("centre", *centre_check(keys))
         yield Check("clock", *clock_check(keys, utc_now))
 
@@ -206,25 +241,18 @@ def _approvals(config: SiteConfig) -> Check:
     return Check("approved plans", "ok", found)
 
 
-def _data(config: SiteConfig) -> Check:
-    """The data folder, by names and headers alone."""
-    rules = LayoutRules(
-        modality_names=config.modality_names,
-        patient_pattern=config.patient_pattern,
-        label_pattern=config.label_pattern,
-    )
+def _data(config: SiteConfig, seen: _Seen) -> Iterator[Check]:
+    """The data folder, by names and headers alone: what it holds, and whose."""
     try:
-        candidates, exclusions = survey(config.data_root, config.layout, rules)
+        found = seen.found = survey_site(config)
     except ValueError as error:
-        return Check("data folder", "failed", str(error), "Correct data_root, layout or the patterns.")
-    unreadable = sum(one.reason is Reason.UNREADABLE for one in exclusions)
-    found = f"{len(candidates)} files or series that may be scans"
-    if not candidates:
-        return Check("data folder", "failed", found, "Check data_root and layout; is the folder mounted?")
-    if unreadable:
-        advice = "Give this user the right to read them."
-        return Check("data folder", "look", f"{found}; {unreadable} files cannot be read", advice)
-    return Check("data folder", "ok", found)
+        yield Check("data folder", "failed", str(error), "Correct data_root, layout, tables or patterns.")
+        return
+    yield Check(*data_line(found))
+    if found.candidates:
+        yield from (Check(*line) for line in patient_lines(found.patients, config))
+    yield from (Check(*line) for line in table_lines(found.joins, found.exclusions))
+    yield from (Check(*line) for line in note_lines(found.notes))
 
 
 def _cohort(cohort: Cohort, plan: RunPlan, config: SiteConfig) -> Iterator[Check]:
@@ -257,14 +285,16 @@ def _cohort(cohort: Cohort, plan: RunPlan, config: SiteConfig) -> Iterator[Check
 def _leakage(cohort: Cohort) -> Check:
     """Is a patient, or what may be the same patient under two names, in more than one split?"""
     splits: dict[str, set[str]] = defaultdict(set)
-    alike: dict[str, dict[str, int]] = defaultdict(dict)  # plain name -> patient -> row of cohort.csv
+    alike_named: dict[str, dict[str, int]] = defaultdict(dict)  # plain name -> patient -> row of cohort.csv
     for row, scan in enumerate(cohort.scans, start=2):  # row 1 is the header
         splits[scan.patient].add(scan.split)
-        alike[_plain(scan.patient)].setdefault(scan.patient, row)
+        alike_named[alike(scan.patient)].setdefault(scan.patient, row)
     if several := sum(len(own) > 1 for own in splits.values()):
         advice = "Do not train; report this with your version of FedMeDUET."
         return Check("patients in one split", "failed", f"{several} patients are in two", advice)
-    suspects = [rows for rows in alike.values() if len({next(iter(splits[patient])) for patient in rows}) > 1]
+    suspects = [
+        rows for rows in alike_named.values() if len({next(iter(splits[patient])) for patient in rows}) > 1
+    ]
     if suspects:
         pairs = "; ".join(" and ".join(map(str, rows.values())) for rows in suspects[:3])
         return Check(
@@ -275,12 +305,6 @@ def _leakage(cohort: Cohort) -> Check:
             "If they are one, set patient_pattern so that group 1 is the same for both.",
         )
     return Check("patients in one split", "ok", "every patient is in one split only")
-
-
-def _plain(patient: str) -> str:
-    """A name without case, punctuation, leading zeros and visit: what two spellings of one patient share."""
-    letters = re.sub(r"[^a-z0-9]", "", patient.lower())
-    return re.sub(r"(?<!\d)0+(?=\d)", "", _VISIT.sub("", letters) or letters)
 
 
 def _cache(site: Site, cohort: Cohort, plan: RunPlan) -> Iterator[Check]:

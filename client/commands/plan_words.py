@@ -180,11 +180,13 @@ def _finetuning(plan: RunPlan, finetuning: FinetunePlan) -> Iterator[Line]:
     local = finetuning.local
     trained = "the head alone" if local.encoder == "frozen" else "encoder and head"
     target = task_of(local.task).words(finetuning.named)
+    told = ", ".join(f"{value} as {label}" for value, label in local.label_values.items())
+    told = f", label values {told}, all others as 0" if told else ""
     yield "Who", f"{len(plan.sites)} sites: {', '.join(plan.sites)}."
     yield (
         "What",
         f"Fine-tuning of run {plan.sha256[:12]}… with your labels: {trained} learn to predict {target} "
-        f"(task {local.task}, {local.classes} outputs).",
+        f"(task {local.task}, {local.classes} outputs{told}).",
     )
     yield "On which data", f"{_data(plan)} Of those with a label, {finetuning.label_share:.0%}."
     yield (
@@ -212,11 +214,14 @@ def _data(plan: RunPlan) -> str:
         f"intensities from percentile {volumes.mr_percentiles[0]:g} to {volumes.mr_percentiles[1]:g}"
         if volumes.window == "mr_percentiles"
         else f"{volumes.ct_window_hu[0]:g} to {volumes.ct_window_hu[1]:g} HU"
+        if volumes.window == "ct_hu"
+        else f"{volumes.fixed_window[0]:g} to {volumes.fixed_window[1]:g} in units of their own"
     )
     spacing = " x ".join(f"{mm:g}" for mm in volumes.spacing_mm)
     shape = " x ".join(map(str, volumes.shape))
+    modalities = " and ".join(volumes.modalities or (volumes.modality,))
     return (
-        f"Your scans of modality {volumes.modality} under data_root, of the patients that your site "
+        f"Your scans of modality {modalities} under data_root, of the patients that your site "
         f"assigned to training; {window}, {spacing} mm, the central {shape} voxels."
     )
 

@@ -18,7 +18,8 @@ def add_to(commands: Any) -> None:
         "start",
         help="join the federation: run Flower's SuperNode, until SIGTERM or Ctrl-C",
         description="Start and supervise what connects this site to the centre. Only this machine calls out; "
-        "nothing listens on a port. What ends is started again.",
+        "nothing listens on a port. What ends is started again. Refuses until a person here has "
+        "confirmed who the patients are (check --confirm-patients).",
     )
     start.add_argument("--config", type=Path, required=True, metavar="FILE", help="the site's site.yaml")
     start.set_defaults(run=_start)
@@ -26,12 +27,16 @@ def add_to(commands: Any) -> None:
 
 def _start(chosen: argparse.Namespace, console: Console) -> int:
     from client.books import open_books
+    from client.confirmation import CURE, unconfirmed
     from client.connection.supernode import FOLDER, supernode_processes
-    from client.site import load_site_config
+    from client.site import load_site_config, survey_site
     from federation.processes import become_supervisor
 
     config = load_site_config(chosen.config)
     private_folder(config.state_dir)
     children = supernode_processes(config, chosen.config)
     open_books(config.state_dir)
+    found = survey_site(config).patients
+    if problem := unconfirmed(config.state_dir, config.data_root, found):
+        raise ValueError(f"Not started: {problem}. {found.guess()}. {CURE}")
     become_supervisor(children, config.state_dir / FOLDER)

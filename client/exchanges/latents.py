@@ -23,6 +23,7 @@ from client.exchanges.exchange import Answer, AskRefused, OnStep, Site
 from client.latents.examples import ScansWithGeometry, examples_of
 from client.release import Gate, Released
 from client.scans.cohort import ScanEntry
+from client.scans.names import readable
 from client.site_secret import site_secret
 from federation.exchanges.latents import (
     BOUNDED,
@@ -156,7 +157,7 @@ def _note(path: Path, scans: ReleasableScans, rows: dict[str, int]) -> None:
             writer.writerow(("item", "patient", "scan"))
         for name, row in rows.items():
             if name not in known:
-                writer.writerow((name, scans.patients[row], scans.entries[row].path))
+                writer.writerow((name, scans.patients[row], readable(str(scans.entries[row].path))))
 
 
 ANSWER = Answer(LATENTS, answer_latents, latents_mail)

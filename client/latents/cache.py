@@ -44,8 +44,11 @@ SCANS_AT_ONCE = 8
 PREPARED_AHEAD = 2
 """Scans that one thread reads and prepares while others are encoded. Measured with an encoder that takes
 150 ms a scan on its own device: 290 ms a scan instead of 430."""
-_NOT_IN_KEY = frozenset({"modality", "registered", "views"})  # what the voxels of a view do not depend on
-_NOT_IN_KEY_OF_WINDOW = {"mr_percentiles": "ct_window_hu", "ct_hu": "mr_percentiles"}
+_NOT_IN_KEY = frozenset(
+    {"modality", "modalities", "registered", "views"}
+)  # a view's voxels do not depend on it
+_WINDOWS = {"mr_percentiles": "mr_percentiles", "ct_hu": "ct_window_hu", "fixed": "fixed_window"}
+"""The setting that each window reads; the others are not in the key."""
 _log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
@@ -188,7 +191,7 @@ class LatentCache:
 
     def _find(self, cohort: Cohort) -> tuple[list[_Row], list[Path], dict[str, UnusableScan]]:
         """A row per scan, the damaged files, and the scans whose label cannot be read."""
-        left_out = {*_NOT_IN_KEY, _NOT_IN_KEY_OF_WINDOW[self._volumes.window]}
+        left_out = _NOT_IN_KEY | set(_WINDOWS.values()) - {_WINDOWS[self._volumes.window]}
         fixed = {
             "format": CACHE_FORMAT,
             "tokenizer": self._tokenizer.sha256,

@@ -8,7 +8,7 @@ Axes: b = scans, c d h w = latents, D H W = voxels, ... = what an answer is made
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -104,10 +104,20 @@ def labelled_scans(
         raise NoLabels(f"Expected scans with {target or 'a label'}; none of {len(rows)} has one.")
     return LabelledScans(
         scans.latents(known),
-        task.answers(scans, known, named),
+        _classes(task.answers(scans, known, named), local.label_values),
         tuple(scans.patients[row] for row in known),
         tuple(int(scans.site_index[row]) for row in known),
     )
+
+
+def _classes(answers: Shaped[Tensor, "b ..."], label_values: Mapping[int, int]) -> Shaped[Tensor, "b ..."]:
+    """Labels as classes: each value's class, every value without one background."""
+    if not label_values:
+        return answers
+    classes = torch.zeros_like(answers)
+    for value, label in label_values.items():
+        classes[answers == value] = label
+    return classes
 
 
 def join(parts: Sequence[LabelledScans]) -> LabelledScans:

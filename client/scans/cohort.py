@@ -13,15 +13,18 @@ import csv
 import dataclasses
 import io
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from client.scans.contrasts import ModalityNames
 from client.scans.layouts import Candidate, Layout, LayoutRules, survey
-from client.scans.scans import Exclusion, Reason, Scan, UnusableScan
-from client.scans.tables import Covariates
-from client.scans.volumes import read_files, read_label, same_grid
+from client.scans.names import readable
+from client.scans.patients import PatientMap
+from client.scans.scans import Exclusion, Note, Reason, Scan, UnusableScan, is_hounsfield, is_label_map
+from client.scans.tables import Covariates, Join
+from client.scans.volumes import kept_share, read_files, read_label, same_grid
 from federation.plan import VolumePlan
 from meduet_models.seeds import digest_of
 from storage.files import write_whole
@@ -52,6 +55,14 @@ class ScanEntry:
     """Volumes in the file (4-D); the plan says which becomes the scan."""
     num_repaired: int = 0
     """NaN or infinite voxels that became the lowest finite value."""
+    visit: str = ""
+    """What tells this study of the patient from others; empty where nothing does."""
+    kept: float = 1.0
+    """Share of what is brighter than the scan's mean that lies within the plan's crop."""
+    placed_label: bool = False
+    """Whether the label says nothing of where it lies, and was given the place of its image."""
+    notes: tuple[Note, ...] = ()
+    """What a person should look at."""
 
 
 @dataclass(frozen=True)
@@ -61,18 +72,36 @@ class Cohort:
     root: Path
     scans: tuple[ScanEntry, ...]
     exclusions: tuple[Exclusion, ...]
+    patient_map: PatientMap = field(default_factory=PatientMap)
+    """Whose every candidate is, those that take no part included, by which rule, and what is doubtful."""
+    joins: tuple[Join, ...] = ()
+    """Tables that were read, and what came of them."""
+    notes: tuple[str, ...] = ()
+    """What else a person should look at; may name files."""
 
     def patients(self, split: Split | None = None) -> list[str]:
         """The patients, of one split or of all, in alphabetical order."""
         return sorted({scan.patient for scan in self.scans if split in (None, scan.split)})
+
+    def studies(self) -> dict[tuple[str, str], list[ScanEntry]]:
+        """The volumes of each patient at each visit, in order: several contrasts of one study."""
+        found: dict[tuple[str, str], list[ScanEntry]] = {}
+        for scan in self.scans:
+            found.setdefault((scan.patient, scan.visit), []).append(scan)
+        return found
 
     def without(self, found: Mapping[str, UnusableScan]) -> "Cohort":
         """The cohort less the scans (by id) that later proved unusable; each moves to the exclusion table."""
         moved: list[Exclusion] = []
         for scan in self.scans:
             if scan.scan_id in found:
-                moved += _excluded(scan.path, scan.files, scan.label_path, found[scan.scan_id])
+                error = found[scan.scan_id]
+                moved.append(Exclusion(scan.path, error.reason, error.detail, scan.files))
         kept = tuple(scan for scan in self.scans if scan.scan_id not in found)
+        moved += _lost(
+            {scan.label_path for scan in self.scans if scan.scan_id in found},
+            {scan.label_path for scan in kept} | {exclusion.path for exclusion in self.exclusions},
+        )
         return dataclasses.replace(self, scans=kept, exclusions=(*self.exclusions, *moved))
 
     def summary(self) -> dict[str, Any]:
@@ -91,15 +120,15 @@ class Cohort:
         root."""
         names = sorted({name for scan in self.scans for name in scan.covariates})
         rows: list[list[object]] = [
-            ["scan_id", "patient", "split", "modality", "path", "label",
-             "num_files", "num_volumes", "num_repaired", *names]
+            ["scan_id", "patient", "visit", "split", "modality", "path", "label",
+             "num_files", "num_volumes", "num_repaired", "kept", "notes", *names]
         ]  # fmt: skip
         for scan in self.scans:
             label = self._below(scan.label_path) if scan.label_path else ""
             rows.append(
-                [scan.scan_id, scan.patient, scan.split, scan.modality, self._below(scan.path), label,
-                 len(scan.files), scan.num_volumes, scan.num_repaired,
-                 *(scan.covariates.get(name, "") for name in names)]
+                [scan.scan_id, scan.patient, scan.visit, scan.split, scan.modality, self._below(scan.path),
+                 label, len(scan.files), scan.num_volumes, scan.num_repaired, f"{scan.kept:.3f}",
+                 " ".join(scan.notes), *(scan.covariates.get(name, "") for name in names)]
             )  # fmt: skip
         write_whole(folder / "cohort.csv", _table(rows))
         rows = [["path", "reason", "detail", "num_files"]]
@@ -107,7 +136,8 @@ class Cohort:
         write_whole(folder / "exclusions.csv", _table(rows))
 
     def _below(self, path: Path) -> str:
-        return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
+        below = path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
+        return readable(below)
 
 
 def _table(rows: list[list[object]]) -> str:
@@ -130,7 +160,7 @@ def read_entry(entry: ScanEntry, plan: VolumePlan) -> tuple[Scan, Scan | None]:
     scan = read_files(entry.files, plan.four_d)
     if scan.scan_id != entry.scan_id:
         raise UnusableScan(Reason.CORRUPT, "the file changed since the cohort was opened")
-    return scan, read_label(entry.label_path) if entry.label_path is not None else None
+    return scan, read_label(entry.label_path, scan) if entry.label_path is not None else None
 
 
 class NoScans(ValueError):
@@ -147,6 +177,7 @@ def open_cohort(
     patient_pattern: str = "",
     label_pattern: str = LayoutRules.label_pattern,
     split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
+    follow_links: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Cohort:
     """Read every scan below `root` once and decide about it.
@@ -160,53 +191,75 @@ def open_cohort(
         modality_names=modality_names or {},
         patient_pattern=patient_pattern,
         label_pattern=label_pattern,
-        default_modality=plan.modality,
+        wanted=plan.modalities or (plan.modality,),
+        follow_links=follow_links,
     )
-    candidates, exclusions = survey(root, layout, rules)
+    found = survey(root, layout, rules)
     scans: list[ScanEntry] = []
+    exclusions = found.exclusions
     seen: set[str] = set()
-    for done, candidate in enumerate(candidates, start=1):
+    for done, candidate in enumerate(found.candidates, start=1):
         try:
-            entry, label_exclusion = _admit(candidate, plan, seen, split_fractions, split_salt)
+            entry, label_exclusion = _admit(candidate, plan, rules.names, seen, split_fractions, split_salt)
             scans.append(entry)
             exclusions += label_exclusion
         except UnusableScan as error:
-            exclusions += _excluded(candidate.path, candidate.files, candidate.label, error)
+            exclusions.append(Exclusion(candidate.path, error.reason, error.detail, candidate.files))
         if progress is not None:
-            progress(done, len(candidates))
-    return Cohort(root if root.is_dir() else root.parent, tuple(scans), tuple(exclusions))
+            progress(done, len(found.candidates))
+    exclusions = _once(exclusions, {scan.label_path for scan in scans})
+    placed = {scan.label_path for scan in scans} | {exclusion.path for exclusion in exclusions}
+    exclusions += _lost((candidate.label for candidate in found.candidates), placed)
+    return Cohort(
+        root if root.is_dir() else root.parent,
+        tuple(scans),
+        tuple(exclusions),
+        found.patients,
+        tuple(found.joins),
+        tuple(found.notes),
+    )
 
 
-def _excluded(
-    path: Path, files: tuple[Path, ...], label: Path | None, error: UnusableScan
-) -> list[Exclusion]:
-    """The exclusion of an unusable scan, and that of its label, which has lost its image."""
-    scan = Exclusion(path, error.reason, error.detail, files)
-    if label is None:
-        return [scan]
-    return [scan, Exclusion(label, Reason.LABEL_WITHOUT_IMAGE, "its image is excluded")]
+def _once(exclusions: Iterable[Exclusion], labels: Container[Path | None]) -> list[Exclusion]:
+    """Each label that fits one image and not another of its study, once: with the one that it fits."""
+    kept: dict[tuple[Path, tuple[Path, ...]], Exclusion] = {}
+    for exclusion in exclusions:
+        if exclusion.path not in labels:
+            kept.setdefault((exclusion.path, exclusion.files), exclusion)
+    return list(kept.values())
+
+
+def _lost(labels: Iterable[Path | None], placed: Container[Path | None]) -> list[Exclusion]:
+    """The exclusions of labels whose images are excluded, but for those that have a place already."""
+    lost = sorted({label for label in labels if label is not None and label not in placed})
+    return [Exclusion(label, Reason.LABEL_WITHOUT_IMAGE, "its image is excluded") for label in lost]
 
 
 def _admit(
     candidate: Candidate,
     plan: VolumePlan,
+    names: ModalityNames,
     seen: set[str],
     fractions: tuple[float, float, float],
     salt: str,
 ) -> tuple[ScanEntry, list[Exclusion]]:
     """The entry of a candidate, and its label's exclusion if the label is unusable; raises `UnusableScan`."""
-    if candidate.modality != plan.modality:
-        raise UnusableScan(Reason.NO_SUCH_MODALITY)
+    if not names.takes(candidate.modality):
+        raise UnusableScan(Reason.NO_SUCH_MODALITY, readable(candidate.modality))
     if not candidate.patient:
         raise UnusableScan(Reason.NO_PATIENT)
     scan = read_files(candidate.files, plan.four_d)
     if scan.voxels_sha256 in seen:
         raise UnusableScan(Reason.DUPLICATE, "the same voxels as an earlier scan")
     seen.add(scan.voxels_sha256)
-    label, exclusions = candidate.label, []
+    if is_label_map(scan.array):
+        raise UnusableScan(Reason.LABEL_MAP)
+    label, exclusions, placed = candidate.label, [], False
     if label is not None:
         try:
-            if not same_grid(scan, read_label(label)):
+            read = read_label(label, scan)
+            placed = read.placed
+            if not same_grid(scan, read):
                 raise UnusableScan(Reason.LABEL_MISMATCH, "not on the grid of its image")
         except UnusableScan as error:
             exclusions.append(Exclusion(label, error.reason, error.detail))
@@ -221,6 +274,11 @@ def _admit(
         label_path=label,
         covariates=candidate.covariates,
         num_volumes=scan.num_volumes,
+        visit=candidate.visit,
+        kept=kept_share(scan, plan),
+        placed_label=placed,
+        notes=scan.notes
+        + (Note.NOT_HOUNSFIELD,) * (plan.window == "ct_hu" and not is_hounsfield(scan.array)),
         num_repaired=scan.num_repaired,
     )
     return entry, exclusions

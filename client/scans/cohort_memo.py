@@ -19,7 +19,9 @@ from typing import Any
 
 from client.scans.cohort import Cohort, Exclusion, ScanEntry
 from client.scans.fingerprints import SETTLED_S
-from client.scans.scans import Reason
+from client.scans.patients import PatientMap
+from client.scans.scans import Note, Reason
+from client.scans.tables import Join
 from storage.files import write_whole
 
 _CODE = Path(__file__).parent
@@ -63,21 +65,25 @@ def _digest(texts: Iterable[str], paths: Iterable[Path]) -> tuple[str, float]:
     """Hash of the texts and of the files' identities, and when the youngest file changed (seconds)."""
     digest, newest_ns = hashlib.sha256(), 0
     for text in texts:
-        digest.update(f"{text}\n".encode())
+        digest.update(_line(text))
     for path in paths:
         try:
             status = path.stat()
             identity = f"{status.st_mode}"
             if path.is_dir():
-                digest.update(f"{path}:folder:{identity}:{path.is_symlink()}\n".encode())
+                digest.update(_line(f"{path}:folder:{identity}:{path.is_symlink()}"))
                 continue
             newest_ns = max(newest_ns, status.st_mtime_ns, status.st_ctime_ns)
             identity += f":{status.st_dev}:{status.st_ino}:{status.st_size}"
             identity += f":{status.st_mtime_ns}:{status.st_ctime_ns}"
         except OSError as error:
             identity = f"errno {error.errno}"
-        digest.update(f"{path}:{identity}\n".encode())
+        digest.update(_line(f"{path}:{identity}"))
     return digest.hexdigest(), newest_ns / 1e9
+
+
+def _line(text: str) -> bytes:
+    return f"{text}\n".encode("utf-8", "surrogateescape")  # names may be in any encoding
 
 
 def _code() -> str:
@@ -96,6 +102,9 @@ def _load(memo: Path) -> tuple[str, str, Cohort] | None:
             Path(fields["root"]),
             tuple(_entry(values) for values in fields["scans"]),
             tuple(_exclusion(values) for values in fields["exclusions"]),
+            PatientMap(**{**fields["patient_map"], "doubts": tuple(fields["patient_map"]["doubts"])}),
+            tuple(Join(**{**values, "table": Path(values["table"])}) for values in fields["joins"]),
+            tuple(fields["notes"]),
         )
         return str(content["below"]), str(content["named"]), cohort
     except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -108,6 +117,7 @@ def _entry(values: dict[str, Any]) -> ScanEntry:
         "path": Path(values["path"]),
         "files": tuple(map(Path, values["files"])),
         "label_path": None if label is None else Path(label),
+        "notes": tuple(map(Note, values["notes"])),
     }
     return ScanEntry(**{**values, **paths})
 

@@ -1,25 +1,29 @@
 """Four ways a hospital lays out its scans, turned into one list of candidates.
 
 `bids`: sub-*/…, labels under derivatives/labels, participants.tsv. `plain`: NIfTI files in any folders,
-labels beside the images or in a folder of their own, covariates.csv. `manifest`: a CSV with a row per scan.
-`dicom`: series, found by what their headers say. Only names, tables and DICOM headers are read here; voxels
-are `client/scans/cohort.py`'s.
+labels beside the images or in a folder of their own, covariates.csv. `manifest`: a CSV with a row per scan
+(`client/scans/manifests.py`). `dicom`: series, found by what their headers say
+(`client/scans/dicom_series.py`). Only names, tables and DICOM headers are read here; voxels are
+`client/scans/cohort.py`'s, who the patient is `client/scans/patients.py`'s.
 
 The law: every file below the root is in exactly one candidate (as image or label) or one exclusion.
 """
 
-import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
-from client.scans.labels import IMAGE_FOLDERS, Offers, choose_labels, find_images, is_label_name, label_folder
+from client.scans.contrasts import ModalityNames, contrasts_of_bids, contrasts_of_files
+from client.scans.files import Files, walk
+from client.scans.labels import Offers, choose_labels, find_images, is_label_name, label_folder
+from client.scans.names import readable, subject_of
 from client.scans.nifti import is_nifti_name, nifti_stem
-from client.scans.scans import Exclusion, FileKind, Reason, UnusableScan, file_kind
-from client.scans.tables import Covariates, covariates_of, read_covariates, read_table
+from client.scans.patients import PatientMap, Reading, Whose, doubts_of, patients_by_path, patients_by_pattern
+from client.scans.scans import Exclusion, FileKind, Reason
+from client.scans.tables import TABLE_SUFFIXES, Covariates, Join, join_covariates
 
 Layout = Literal["auto", "bids", "plain", "manifest", "dicom"]
 
@@ -35,10 +39,9 @@ OTHER_IMAGES = frozenset(
         " .jpeg .tif .tiff .bmp"
     ).split()
 )
-SUBJECT = re.compile(r"(sub-[A-Za-z0-9]+?)(?:[Ss]es[0-9]+)?(?![A-Za-z0-9])")
-"""A BIDS subject. `sub-9709Ses2` is the patient sub-9709: two sessions of one person share a split."""
-UNKNOWN_MODALITY = "*"
-"""The local name, in a site's map, of scans whose modality nothing says."""
+MADE = frozenset({"derivatives", "code", "sourcedata"})
+"""Folders of a BIDS data set that hold no raw scan."""
+_BIDS_OF_LABELS = re.compile(r"_(space|desc|label|res|den)-[A-Za-z0-9]+")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Candidate:
     """Shared name."""
     label: Path | None = None
     covariates: Covariates = field(default_factory=dict)
+    visit: str = ""
+    """What tells this study of the patient from others; empty where nothing does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,26 +64,44 @@ class LayoutRules:
     """How one site names things. Its own; never leaves."""
 
     modality_names: Mapping[str, str] = field(default_factory=dict)
-    """Local name (BIDS suffix, manifest's modality, DICOM series description, protocol or modality, or `*`
-    where nothing says) to shared name. A local name that is not here is taken to be the shared one."""
+    """Local name (`client/scans/contrasts.py`) to shared name; `*` is that of scans that nothing names."""
     patient_pattern: str = ""
-    """Regular expression, searched in the path below the root; group 1 is the patient. Empty: the `sub-…` of
-    the path; else the folder the scan lies in; else the file's stem."""
+    """Regular expression, searched in the path below the root, in every layout; group 1 is the patient.
+    Empty: told from all paths together (`client/scans/patients.py`), from DICOM headers, or the manifest."""
     label_pattern: str = r"d?seg(-[A-Za-z0-9]+)?"
     """Regular expression, matched with what a label's name adds to its image's. Of several labels that match,
     the first in alphabetical order; where none matches, none: the others are `label_not_chosen`."""
-    default_modality: str = ""
-    """Shared name of scans whose modality nothing says, unless the map has `*`."""
+    wanted: tuple[str, ...] = ()
+    """Shared names that the plan asks for; the first is that of scans whose modality nothing says."""
+    follow_links: bool = False
+    """Whether links that lead out of the data root, and to folders, are followed."""
+
+    @property
+    def names(self) -> ModalityNames:
+        """The site's names of modalities, and the plan's."""
+        return ModalityNames(self.modality_names, self.wanted)
 
 
-Found = tuple[list[Candidate], list[Exclusion]]
+@dataclass
+class Found:
+    """What a survey found."""
+
+    layout: Layout
+    candidates: list[Candidate]
+    exclusions: list[Exclusion]
+    patients: PatientMap = field(default_factory=PatientMap)
+    """Whose each candidate is, by which rule."""
+    joins: list[Join] = field(default_factory=list)
+    """Tables that were read, and what came of them."""
+    notes: list[str] = field(default_factory=list)
+    """What else a person should look at; may name files."""
 
 
 def survey(root: Path, layout: Layout, rules: LayoutRules) -> Found:
     """Candidates and exclusions of everything below `root` (a folder, or a manifest).
 
-    Raises `ValueError` when the root is not there, a pattern does not compile, the layout cannot be told, or
-    a table cannot be understood.
+    Raises `ValueError` when the root is not there, a pattern does not compile or matches nothing, the layout
+    cannot be told, or a table cannot be understood.
     """
     if not root.exists():
         raise ValueError(f"Expected a data folder or a manifest at {root}; nothing is there.")
@@ -92,227 +115,191 @@ def survey(root: Path, layout: Layout, rules: LayoutRules) -> Found:
     if root.is_file():
         if layout not in ("auto", "manifest"):
             raise ValueError(f"Expected a folder for layout {layout!r}; {root} is a file.")
-        return _manifest(root, *_walk(root.parent), rules)
-    files, exclusions = _walk(root)
-    chosen = _guess(root, files) if layout == "auto" else layout
-    if chosen == "manifest":
-        return _manifest(root / "manifest.csv", files, exclusions, rules)
-    if chosen == "dicom":
-        return _dicom(files, exclusions, rules)
-    return (_bids if chosen == "bids" else _plain)(root, files, exclusions, rules)
+        return _manifest(root, walk(root.parent, rules.follow_links), rules)
+    files = walk(root, rules.follow_links)
+    match _guess(files) if layout == "auto" else layout:
+        case "manifest":
+            return _manifest(root / "manifest.csv", files, rules)
+        case "dicom":
+            return _dicom(files, rules)
+        case "bids":
+            return _bids(files, rules)
+        case _:
+            return _plain(files, rules)
 
 
-def _walk(root: Path) -> tuple[dict[Path, FileKind], list[Exclusion]]:
-    """All readable, visible files in alphabetical order with what their first bytes say; the rest as
-    exclusions."""
-    files: dict[Path, FileKind] = {}
-    exclusions: list[Exclusion] = []
+def _manifest(manifest: Path, files: Files, rules: LayoutRules) -> Found:
+    from client.scans.manifests import survey_manifest
 
-    def unreadable(error: OSError) -> None:
-        exclusions.append(Exclusion(Path(error.filename), Reason.UNREADABLE, f"errno {error.errno}"))
-
-    for folder, folders, names in os.walk(root, onerror=unreadable):
-        folders.sort()
-        links = [Path(folder, name) for name in folders if Path(folder, name).is_symlink()]
-        exclusions += [Exclusion(link, Reason.LINKED_FOLDER) for link in links]
-        for path in sorted(Path(folder, name) for name in names):
-            if any(part.startswith(".") for part in path.relative_to(root).parts):
-                exclusions.append(Exclusion(path, Reason.HIDDEN))
-                continue
-            try:
-                files[path] = file_kind(path)
-            except UnusableScan as error:
-                exclusions.append(Exclusion(path, error.reason, error.detail))
-    return files, exclusions
+    return survey_manifest(manifest, files, rules)
 
 
-def _guess(root: Path, files: Mapping[Path, FileKind]) -> Layout:
-    if root / "manifest.csv" in files:
+def _dicom(files: Files, rules: LayoutRules) -> Found:
+    from client.scans.dicom_series import survey_dicom  # pydicom takes a fifth of a second to import
+
+    return survey_dicom(files, rules)
+
+
+def _guess(files: Files) -> Layout:
+    if files.root / "manifest.csv" in files.kinds:
         return "manifest"
-    nifti, dicom = any(is_nifti_name(path) for path in files), "dicom" in files.values()
+    nifti, dicom = any(is_nifti_name(path) for path in files.kinds), "dicom" in files.kinds.values()
     if nifti and dicom:
-        raise ValueError(f"Expected one layout; {root} holds both NIfTI and DICOM. Name the layout.")
+        raise ValueError(
+            f"Expected one layout; {files.root} holds both NIfTI and DICOM. Name the layout in site.yaml."
+        )
     if dicom:
         return "dicom"
-    subjects = any(
-        path.relative_to(root).parts[0].startswith("sub-") for path in files if path.parent != root
-    )
-    return "bids" if root / "dataset_description.json" in files or subjects else "plain"
+    subjects = any(_subject_place(path.relative_to(files.root)) is not None for path in files.kinds)
+    return "bids" if files.root / "dataset_description.json" in files.kinds or subjects else "plain"
 
 
-def _other(path: Path, kind: FileKind) -> Exclusion:
+def _subject_place(below: PurePath) -> int | None:
+    """Depth of the `sub-…` folder of a raw BIDS file: at the root, or below `rawdata` or a data set of its
+    own."""
+    for depth, part in enumerate(below.parts[:-1]):
+        if part in MADE:
+            return None
+        if subject_of(part):
+            return depth
+    return None
+
+
+def not_nifti(path: Path, kind: FileKind) -> Exclusion:
     """Why a file that does not claim to be NIfTI is no candidate."""
+    detail = ""
     if kind == "nifti":
         reason = Reason.WRONG_EXTENSION
     elif kind == "dicom":
         reason = Reason.UNSUPPORTED_FORMAT
     elif path.suffix.lower() in SIDECAR_SUFFIXES or path.name in SIDECAR_NAMES:
         reason = Reason.SIDECAR
+        detail = "a table that is not read" if path.suffix.lower() in TABLE_SUFFIXES else ""
     elif path.suffix.lower() in OTHER_IMAGES or path.name.lower().endswith((".tar.gz", ".mgh.gz")):
         reason = Reason.UNSUPPORTED_FORMAT
     else:
         reason = Reason.EMPTY if kind == "empty" else Reason.NOT_A_SCAN
-    return Exclusion(path, reason)
+    return Exclusion(path, reason, detail)
 
 
-def _patient(path: Path, root: Path, rules: LayoutRules) -> str:
-    """The patient of a NIfTI file, or "" when the site's pattern does not match."""
-    below = path.relative_to(root)
+def patients_of(paths: Sequence[PurePath], stems: Sequence[PurePath], rules: LayoutRules) -> Reading:
+    """Whose the files at `paths` (below the root) are: by the site's pattern, else by all paths together;
+    `stems` are the paths without the files' extensions."""
     if rules.patient_pattern:
-        match = re.search(rules.patient_pattern, below.as_posix())
-        return (match.group(1) or "") if match else ""
-    for part in (*below.parts[:-1], nifti_stem(path)):
-        if match := SUBJECT.match(part):
-            return match.group(1)
-    folders = [part for part in below.parts[:-1] if part.lower() not in IMAGE_FOLDERS]
-    return folders[-1] if folders else nifti_stem(path)
+        return patients_by_pattern(paths, rules.patient_pattern)
+    return patients_by_path(stems)
 
 
-def modality_of(names: Sequence[str], modality_names: Mapping[str, str]) -> str:
-    """The shared name of a scan with these local `names`: that of the first the map knows, else the last
-    itself."""
-    known = [modality_names[name] for name in names if name in modality_names]
-    return known[0] if known else (names[-1] if names else "")
+def map_of(paths: Sequence[PurePath], reading: Reading, more: Sequence[str] = ()) -> PatientMap:
+    """The map from scan to patient that a reading makes, with every doubt about it."""
+    named = {
+        readable(path.as_posix()): whose.patient for path, whose in zip(paths, reading.whose, strict=True)
+    }
+    doubts = dict.fromkeys([*reading.doubts, *more, *doubts_of(named)])
+    if nameless := sum(not patient for patient in named.values()):
+        doubts[f"{nameless} of {len(named)} scans have no patient, and are left out."] = None
+    return PatientMap(reading.rule, named, tuple(doubts))
 
 
-def _modality(local: str, rules: LayoutRules) -> str:
-    """The shared name of a scan called `local`; what the plan asks for where nothing says and the map has no
-    `*`."""
-    if local:
-        return modality_of([local], rules.modality_names)
-    return rules.modality_names.get(UNKNOWN_MODALITY, rules.default_modality)
-
-
-def _plain(
-    root: Path, files: Mapping[Path, FileKind], exclusions: list[Exclusion], rules: LayoutRules
-) -> Found:
-    scans = []
-    for path, kind in files.items():
+def _plain(files: Files, rules: LayoutRules) -> Found:
+    root, scans = files.root, []
+    for path, kind in files.kinds.items():
         if is_nifti_name(path):
             scans.append(path)
         else:
-            exclusions.append(_other(path, kind))
+            files.exclusions.append(not_nifti(path, kind))
     labels = [path for path in scans if label_folder(path, root) is not None or is_label_name(path)]
+    if len(labels) == len(scans):  # a folder called for what is in all of it (ms_lesions/P001/…)
+        labels = [path for path in scans if is_label_name(path)]
     images = sorted(set(scans) - set(labels))
-    offers = find_images(labels, images, root)
-    chosen, more = choose_labels(labels, offers, rules.label_pattern)
-    tables = [root / name for name in ("covariates.csv", "participants.tsv") if root / name in files]
-    covariates = read_covariates(tables[0]) if tables else {}
-    candidates = []
-    for path in images:
-        patient = _patient(path, root, rules)
-        extra = covariates.get(patient) or covariates.get(nifti_stem(path)) or {}
-        candidates.append(Candidate(path, (path,), patient, _modality("", rules), chosen.get(path), extra))
-    return candidates, exclusions + more
+    return _with_names(files, "plain", images, labels, find_images(labels, images, root), rules)
 
 
-def _bids(
-    root: Path, files: Mapping[Path, FileKind], exclusions: list[Exclusion], rules: LayoutRules
+def _with_names(
+    files: Files, layout: Layout, images: list[Path], labels: list[Path], offers: Offers, rules: LayoutRules
 ) -> Found:
-    images: dict[Path, str] = {}
+    """Candidates of NIfTI images: patient, contrast, label and covariates of each."""
+    root = files.root
+    below = [image.relative_to(root) for image in images]
+    stems = [path.with_name(nifti_stem(path)) for path in below]
+    reading = patients_of(below, stems, rules)
+    chosen, more = choose_labels(labels, offers, rules.label_pattern)
+    if layout == "bids":
+        local = contrasts_of_bids([stem.name for stem in stems])
+    else:
+        patients = [whose.patient for whose in reading.whose]
+        local = contrasts_of_files(stems, patients, rules.names, root)
+    covariates, joins, exclusions = _joined(files, stems, reading.whose, layout)
+    candidates = [
+        Candidate(image, (image,), whose.patient, rules.names.of(name), chosen.get(image), extra, whose.visit)
+        for image, whose, name, extra in zip(images, reading.whose, local, covariates, strict=True)
+    ]
+    return Found(layout, candidates, exclusions + more, map_of(below, reading), joins)
+
+
+def _joined(
+    files: Files, stems: Sequence[PurePath], whose: Sequence[Whose], layout: Layout
+) -> tuple[list[Covariates], list[Join], list[Exclusion]]:
+    """Covariates of each scan from the data set's table, which then is no sidecar."""
+    names = ["participants.tsv", "covariates.csv"]
+    tops = {
+        files.root.joinpath(*stem.parts[:place])
+        for stem in stems
+        if layout == "bids" and (place := _subject_place(stem)) is not None
+    }
+    folders = [files.root, *sorted(tops - {files.root})]
+    tables = [
+        folder / name
+        for name in (names if layout == "bids" else reversed(names))
+        for folder in folders
+        if folder / name in files.kinds
+    ]
+    if not tables:
+        return [{} for _ in stems], [], files.exclusions
+    scans = [
+        (one.patient, next((part for part in stem.parts if part.startswith("sub-")), ""), stem.name)
+        for one, stem in zip(whose, stems, strict=True)
+    ]
+    covariates, join = join_covariates(tables[0], scans)
+    read = Exclusion(tables[0], Reason.TABLE, join.told)
+    return covariates, [join], [read if one.path == tables[0] else one for one in files.exclusions]
+
+
+def _bids(files: Files, rules: LayoutRules) -> Found:
+    images: list[Path] = []
     labels: list[Path] = []
-    for path, kind in files.items():
-        below = path.relative_to(root)
+    for path, kind in files.kinds.items():
+        below = path.relative_to(files.root)
         if not is_nifti_name(path):
-            exclusions.append(_other(path, kind))
-        elif below.parts[0] == "derivatives":
-            if "labels" in below.parts[1:-1] or is_label_name(path):
-                labels.append(path)
-            else:
-                exclusions.append(Exclusion(path, Reason.DERIVATIVE))
-        elif below.parts[0].startswith("sub-") and len(below.parts) > 1:
-            images[path] = nifti_stem(path).rpartition("_")[2]
+            files.exclusions.append(not_nifti(path, kind))
+        elif _subject_place(below) is not None:
+            (labels if is_label_name(path) else images).append(path)
+        elif "derivatives" in below.parts[:-1] and (
+            label_folder(path, files.root) is not None or is_label_name(path)
+        ):
+            labels.append(path)
         else:
-            exclusions.append(
-                Exclusion(path, Reason.DERIVATIVE if len(below.parts) > 1 else Reason.NO_PATIENT)
-            )
-    by_stem = {nifti_stem(path): path for path in images}
+            loose = len(below.parts) == 1
+            files.exclusions.append(Exclusion(path, Reason.NO_PATIENT if loose else Reason.DERIVATIVE))
+    return _with_names(files, "bids", images, labels, _bids_labels(images, labels), rules)
+
+
+def _bids_labels(images: Sequence[Path], labels: Sequence[Path]) -> Offers:
+    """The image that each label's name extends; else (sub-x_desc-y_dseg) the one whose entities it has."""
+    by_stem: dict[str, list[Path]] = defaultdict(list)
+    by_entities: dict[str, list[Path]] = defaultdict(list)
+    for image in images:
+        by_stem[nifti_stem(image)].append(image)
+        by_entities[nifti_stem(image).rpartition("_")[0]].append(image)
     offers: Offers = defaultdict(list)
-    for path in labels:
-        stem = nifti_stem(path)
+    for label in labels:
+        stem = nifti_stem(label)
         cuts = [cut for cut in range(len(stem) - 1, 0, -1) if stem[cut] == "_" and stem[:cut] in by_stem]
         if cuts:
-            offers[by_stem[stem[: cuts[0]]]].append((stem[cuts[0] + 1 :], path))
-        else:  # BIDS derivatives: sub-1_desc-x_dseg labels sub-1_T1w
-            entities, _, suffix = re.sub(r"_(space|desc|label|res|den)-[A-Za-z0-9]+", "", stem).rpartition(
-                "_"
-            )
-            matching = [image for image in images if nifti_stem(image).rpartition("_")[0] == entities]
-            if len(matching) == 1:
-                offers[matching[0]].append((suffix, path))
-    chosen, more = choose_labels(labels, offers, rules.label_pattern)
-    table = root / "participants.tsv"
-    covariates = read_covariates(table) if table in files else {}
-    candidates = []
-    for path, suffix in images.items():
-        subject = path.relative_to(root).parts[0]
-        patient = _patient(path, root, rules)
-        modality = _modality(suffix, rules)
-        candidates.append(
-            Candidate(path, (path,), patient, modality, chosen.get(path), covariates.get(subject, {}))
-        )
-    return candidates, exclusions + more
-
-
-def _manifest(
-    manifest: Path, files: Mapping[Path, FileKind], exclusions: list[Exclusion], rules: LayoutRules
-) -> Found:
-    if not manifest.is_file():
-        raise ValueError(f"Expected a manifest at {manifest}; nothing is there.")
-    columns, rows = read_table(manifest)
-    if missing := [name for name in ("path", "patient") if name not in columns]:
-        raise ValueError(
-            f"Expected {manifest} to have columns path and patient; it lacks {', '.join(missing)}."
-        )
-    candidates: list[Candidate] = []
-    used: set[Path] = set()
-    for row in rows:
-        named = manifest.parent / row["path"]
-        label = manifest.parent / row["label"] if row.get("label") else None
-        members = tuple(sorted(p for p in named.iterdir() if p.is_file())) if named.is_dir() else (named,)
-        if named.is_dir():  # a DICOM series and what lies beside it
-            series = tuple(path for path in members if files.get(path) == "dicom")
-            exclusions += [_other(p, files[p]) for p in members if p in files and p not in series]
-            used |= set(members)
-            members = series
-        if not members or not members[0].exists():
-            exclusions.append(Exclusion(named, Reason.MISSING_FILE))
-        elif any(candidate.path == named for candidate in candidates):
-            exclusions.append(Exclusion(named, Reason.DUPLICATE, "named twice"))
+            found, added = by_stem[stem[: cuts[0]]], stem[cuts[0] + 1 :]
         else:
-            modality = _modality(row.get("modality", ""), rules)
-            extra = covariates_of(row, {"path", "patient", "modality", "label"})
-            candidates.append(Candidate(named, members, row["patient"], modality, label, extra))
-            used.update(members)
-            if label is not None:
-                used.add(label)
-    for path, kind in files.items():
-        if path not in used and path != manifest:
-            scan = is_nifti_name(path) or kind == "dicom"
-            exclusions.append(Exclusion(path, Reason.NOT_IN_MANIFEST) if scan else _other(path, kind))
-    return candidates, [*exclusions, Exclusion(manifest, Reason.SIDECAR)]
-
-
-def _dicom(files: Mapping[Path, FileKind], exclusions: list[Exclusion], rules: LayoutRules) -> Found:
-    from client.scans.dicom import find_series  # pydicom takes a fifth of a second to import
-
-    for path, kind in files.items():
-        if kind != "dicom":
-            wrong = is_nifti_name(path) and kind in ("gzip", "nifti")
-            exclusions.append(Exclusion(path, Reason.UNSUPPORTED_FORMAT) if wrong else _other(path, kind))
-    series, left_over = find_series([path for path, kind in files.items() if kind == "dicom"])
-    exclusions += [Exclusion(path, reason) for path, reason in left_over]
-    by_uid = defaultdict(list)
-    for one in series:
-        by_uid[one.uid].append(one)
-    candidates = []
-    for one in series:
-        folder = one.files[0].parent
-        elsewhere = [other for other in by_uid[one.uid] if other is not one]
-        if any(not (other.instances & one.instances) for other in elsewhere):
-            detail = f"{len(elsewhere) + 1} folders"
-            exclusions.append(Exclusion(folder, Reason.SPLIT_SERIES, detail, one.files))
-        else:
-            modality = modality_of(one.names, rules.modality_names)
-            candidates.append(Candidate(folder, one.files, one.patient, modality))
-    return candidates, exclusions
+            entities, _, added = _BIDS_OF_LABELS.sub("", stem).rpartition("_")
+            found = by_entities.get(entities, [])
+        if len(found) == 1:
+            offers[found[0]].append((added, label))
+    return offers

@@ -14,6 +14,7 @@ No anti-aliasing: downsampling samples, as `Spacing` does. What a scan is, and w
 Axes: x y z = voxels as stored; d h w = voxels of the prepared volume, towards right, anterior, superior.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,9 +31,12 @@ from client.scans.scans import FourD, Reason, Scan, UnusableScan, accept, accept
 from federation.plan import VolumePlan
 from meduet_models.seeds import digest_of
 
-__all__ = ["Geometry", "Prepared", "Reason", "Scan", "UnusableScan", "View", "draw_view", "intensity_range",
-           "lay_back", "prepare", "read_files", "read_label", "read_scan", "same_grid"]  # fmt: skip
+__all__ = ["Geometry", "Prepared", "Reason", "Scan", "UnusableScan", "View", "draw_view",
+           "intensity_range", "kept_share", "lay_back", "prepare", "read_files", "read_label",
+           "read_scan", "same_grid"]  # fmt: skip
 
+SAMPLED = 100_000
+"""Voxels of a scan, about, from which the share within the crop is told."""
 BACKGROUND_SHARE = 0.1
 """Share of exactly equal lowest voxels from which on they are background, not tissue."""
 LARGEST_TURN_DEGREES = 8.0
@@ -51,7 +55,7 @@ def read_scan(path: Path, four_d: FourD = "first") -> Scan:
     members = sorted(p for p in path.iterdir() if p.is_file() and file_kind(p) == "dicom")
     series, left_over = find_series(members)
     if not series:
-        raise UnusableScan(left_over[0][1] if left_over else Reason.NOT_A_SCAN)
+        raise UnusableScan(left_over[0].reason if left_over else Reason.NOT_A_SCAN)
     if len(series) > 1:
         raise UnusableScan(Reason.SEVERAL_SERIES, f"{len(series)} series")
     return read_files(series[0].files, four_d)
@@ -69,10 +73,39 @@ def read_files(files: Sequence[Path], four_d: FourD = "first") -> Scan:
     return accept(*read_series(files, four_d))
 
 
-def read_label(path: Path) -> Scan:
-    """Read a NIfTI label: integers that fit int16, may be constant. Raises `UnusableScan`."""
-    array, affine, _ = read_nifti(path, "refuse")
-    return accept_label(array, affine)
+def read_label(path: Path, image: Scan | None = None) -> Scan:
+    """Read a NIfTI label: integers that fit int16, may be constant. Raises `UnusableScan`.
+
+    A label whose header says nothing of where it lies takes the place of `image` when it has as many voxels
+    of the same size (`placed` says so).
+    """
+    array, affine, _, _ = read_nifti(path, "refuse", placeless=image is not None)
+    if image is None or np.isfinite(affine).all():
+        return accept_label(array, affine)
+    edges_mm = np.linalg.norm(image.affine[:3, :3], axis=0)
+    if array.shape != image.array.shape or not np.allclose(np.diag(affine)[:3], edges_mm, rtol=1e-2):
+        raise UnusableScan(
+            Reason.NO_ORIENTATION, "neither sform nor qform, and another grid than its image's"
+        )
+    return dataclasses.replace(accept_label(array, image.affine), placed=True)
+
+
+def kept_share(scan: Scan, plan: VolumePlan) -> float:
+    """Share of the voxels brighter than the scan's mean that lie within the plan's crop: how much of the
+    patient a model sees. 1 where the crop holds the whole scan."""
+    to_crop = np.linalg.inv(_prepared_affine(scan, plan, View())) @ scan.affine
+    sizes = np.array(scan.array.shape)
+    corners = _world(to_crop, _CORNERS * (sizes - 1))
+    limits = np.array(plan.shape)
+    if corners.min() >= -0.5 and (corners <= limits - 0.5).all():
+        return 1.0
+    step = max(1, round((scan.array.size / SAMPLED) ** (1 / 3)))
+    sample = scan.array[::step, ::step, ::step]
+    places = np.argwhere(sample > sample.mean())
+    if not len(places):
+        return 1.0
+    inside = _world(to_crop, places * step)
+    return float(((inside >= -0.5) & (inside < limits - 0.5)).all(axis=1).mean())
 
 
 def same_grid(scan: Scan, label: Scan, tolerance: float = 0.25) -> bool:
@@ -191,14 +224,14 @@ def prepare(scan: Scan, plan: VolumePlan, view: int = 0, label: Scan | None = No
 def intensity_range(array: Float32[np.ndarray, "x y z"], plan: VolumePlan) -> tuple[float, float]:
     """The values that become 0 and 1.
 
-    `ct_hu`: the plan's window. `mr_percentiles`: the plan's percentiles over all voxels of the scan, without
-    its background when it has one: the exact value (the minimum, or zero) that fills at least a tenth of the
-    scan, as masked air does. Air that was measured has noise, no exact value, and counts; so does everything
-    in a crop without background. If the percentiles coincide (a few bright voxels on nothing), minimum and
-    maximum are taken.
+    `ct_hu`, `fixed`: the plan's window. `mr_percentiles`: the plan's percentiles over all voxels of the scan,
+    without its background when it has one: the exact value (the minimum, or zero) that fills at least a tenth
+    of the scan, as masked air does. Air that was measured has noise, no exact value, and counts; so does
+    everything in a crop without background. If the percentiles coincide (a few bright voxels on nothing),
+    minimum and maximum are taken.
     """
-    if plan.window == "ct_hu":
-        return plan.ct_window_hu
+    if plan.window != "mr_percentiles":
+        return plan.ct_window_hu if plan.window == "ct_hu" else plan.fixed_window
     background, ties = max(
         ((value, int(np.count_nonzero(array == value))) for value in (array.min(), np.float32(0.0))),
         key=lambda pair: pair[1],

@@ -6,7 +6,7 @@ question. Does not do: train (`client/training/finetuning.py`), ask (`server/exc
 """
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from federation.diffusion_plan import MOST_STEPS
@@ -32,6 +32,9 @@ class LocalFinetuning:
     """What is predicted: the name of a downstream task (`meduet_models/downstream/tasks.py`)."""
     classes: Annotated[int, Range(at_least=1, at_most=1000)]
     """Classes, the background of a segmentation included; 1 for a number."""
+    label_values: Annotated[dict[int, int], Entries(1000)] = field(default_factory=dict)
+    """Segmentation: values of label files and the classes that they become (`{255: 1}`); every other value is
+    background. Empty: the values are the classes."""
     encoder: Literal["frozen", "finetuned"] = "finetuned"
     """Whether the encoder stays as it came."""
     steps: Annotated[int, Range(at_least=1, at_most=1_000_000)] = 200
@@ -56,6 +59,14 @@ class LocalFinetuning:
             raise ValueError(
                 f"Expected classes to be at least {least} with task={self.task}; got {self.classes}."
             )
+        if self.label_values and self.task != "segmentation":
+            raise ValueError(f"label_values has no effect with task={self.task}: leave it out.")
+        for value, label in self.label_values.items():
+            if not (0 <= label < self.classes and -(2**15) <= value < 2**15):
+                raise ValueError(
+                    f"Expected label_values to give classes from 0 to {self.classes - 1} to values that fit "
+                    f"int16; got {value}: {label}."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

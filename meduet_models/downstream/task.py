@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -139,12 +140,20 @@ class Task(ABC):
         raise NotImplementedError
 
 
+VALUES_SHOWN = 8
+"""Values of labels that do not fit, in the error."""
+
+
 def check_classes(answers: Tensor, classes: int) -> None:
     """Raise `ValueError` for a class that is not from 0 to `classes` - 1."""
     if len(answers) and not (0 <= int(answers.min()) and int(answers.max()) < classes):
+        found: list[int] = torch.unique(answers).tolist()
+        odd = next(value for value in found if not 0 <= value < classes)
+        listed = ", ".join(map(str, found[:VALUES_SHOWN]))
+        listed += f", … {found[-1]}" if len(found) > VALUES_SHOWN else ""
         raise ValueError(
-            f"Expected classes from 0 to {classes - 1}; got {int(answers.min())} to "
-            f"{int(answers.max())}. Set classes to one more than the largest label."
+            f"Expected classes from 0 to {classes - 1}; found {listed}. Say which values are which classes, "
+            f"e.g. label_values: {{{odd}: 1}}, or set classes."
         )
 
 

@@ -30,9 +30,10 @@ FedMeDUET: site {site} of consortium {connection.consortium}
 
 2. Fill in /etc/meduet/site.yaml: where the scans are, and what your hospital agrees to.
 
-3. Look at everything, and encode the scans once:
+3. Look at everything, above all at who the patients are taken to be; when that is right, say so:
 
      meduet-site check --config /etc/meduet/site.yaml
+     meduet-site check --config /etc/meduet/site.yaml --confirm-patients
 
 4. Read each plan that the centre publishes, and approve it (nothing runs before):
 

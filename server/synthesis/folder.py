@@ -66,8 +66,8 @@ class SynthesisFolder:
         """Write a volume in [0, 1]; the same volume gives the same bytes."""
         plan = self._volumes
         array = volume[0].numpy().astype(np.float32)
-        if plan.window == "ct_hu":
-            low, high = plan.ct_window_hu
+        if plan.window != "mr_percentiles":
+            low, high = plan.ct_window_hu if plan.window == "ct_hu" else plan.fixed_window
             array = low + array * np.float32(high - low)
         affine = np.diag([*plan.spacing_mm, 1.0])
         affine[:3, 3] = -np.array(plan.spacing_mm) * (np.array(array.shape) - 1) / 2

@@ -52,7 +52,9 @@ class DownstreamRunSettings:
     task: str
     """What is predicted: the name of a downstream task."""
     classes: int | None
-    """Classes; none: they follow from the target, or are counted from the labels."""
+    """Classes; none: they follow from the target or `label_values`, or are counted from the labels."""
+    label_values: dict[int, int]
+    """Segmentation: values of label files and the classes that they become; all others are background."""
     target: str
     """The covariate to predict, of a task that predicts one."""
     target_values: tuple[str, ...]
@@ -206,6 +208,7 @@ class _Counted(RoundObserver):
 def _local(asked: DownstreamRunSettings, opened: FinishedRun) -> LocalFinetuning:
     """The local loop; classes are counted where they were not given."""
     classes = asked.classes or task_of(asked.task).classes(Target(asked.target, asked.target_values))
+    classes = classes or max(asked.label_values.values(), default=-1) + 1
     if not classes:
         classes = num_classes(opened.scans.values())
         if not classes:
@@ -213,6 +216,7 @@ def _local(asked: DownstreamRunSettings, opened: FinishedRun) -> LocalFinetuning
     local = LocalFinetuning(
         task=asked.task,
         classes=classes,
+        label_values=asked.label_values,
         encoder=asked.encoder,
         steps=math.ceil(asked.steps / asked.rounds),
         batch_size=asked.batch_size,

@@ -91,7 +91,7 @@ def paired_set(plan: RunPlan, site: Site, hospital: Hospital) -> LatentSet | Non
         layout="plain",
         split_fractions=(0.0, 0.0, 1.0),
     )
-    return Site(config, site.tokenizer).scans(plan)
+    return Site(config, site.tokenizer).prepared(plan)
 
 
 def join(parts: Sequence[Held]) -> Held:

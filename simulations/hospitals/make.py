@@ -67,7 +67,8 @@ def _folders(plan: FolderHospitals) -> list[Hospital]:
 def _sites(plan: FolderHospitals, folder: Path) -> list[Hospital]:
     root = Path(plan.root)
     rules = LayoutRules(patient_pattern=plan.patient_pattern, label_pattern=plan.label_pattern)
-    candidates, exclusions = survey(root, "bids", rules)
+    found = survey(root, "bids", rules)
+    candidates, exclusions = found.candidates, found.exclusions
     by_site: dict[str, list[Candidate]] = {}
     for candidate in candidates:
         site = candidate.covariates.get(plan.by)

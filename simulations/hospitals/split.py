@@ -50,7 +50,8 @@ def make_split(plan: SplitHospitals, folder: Path, progress: Progress | None = N
     if not root.is_dir():
         raise ValueError(f"Expected a folder of scans to split; {root} is not a folder.")
     rules = LayoutRules(patient_pattern=plan.patient_pattern, label_pattern=plan.label_pattern)
-    candidates, exclusions = survey(root, "auto", rules)
+    found = survey(root, "auto", rules)
+    candidates, exclusions = found.candidates, found.exclusions
     if len({candidate.path for candidate in candidates}) < len(candidates):
         raise ValueError(
             f"Expected each DICOM series below {root} in a folder of its own, so that it can be named."

@@ -196,6 +196,7 @@ def test_a_ready_site_passes_every_check(hospital: Hospital) -> None:
         hospital.scan(name)
     hospital.settings(allow_non_private="true", allow_exact_sums=EXACT_SUMS_CONSENT)
     hospital.run("prepare")
+    hospital.run("check", "--confirm-patients")
     status, screen = hospital.run("check")
     assert status == 0
     assert re.search(r"^\d+ ok, 0 to look at, 0 failed\.$", screen, re.MULTILINE)
@@ -302,7 +303,7 @@ def test_copies_under_two_names_are_shown(hospital: Hospital) -> None:
 
 def test_names_that_look_like_one_patient_in_two_splits_are_shown_by_row(hospital: Hospital) -> None:
     fractions = (0.8, 0.1, 0.1)
-    spellings = [("sub-{}", "SUB_0{}"), ("pat{}tp1", "pat{}tp2")]
+    spellings = [("sub-{}", "SUB_0{}"), ("pat-{}a", "PAT{}A")]
     for first, second in spellings:
         number = next(
             n

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import client.scans.cohort_memo
-from client.site import open_site
+from client.site import confirm_patients, open_site
 from federation.exchanges.survey import survey_layout
 from federation.plan import RunPlan, VolumePlan
 from meduet_models.adamw import AdamW
@@ -43,7 +43,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from safetensors.torch import load_file
 from client.app import app
-from federation.messages import TrainAsk, TrainReply
+from federation.exchanges.pretraining import TrainAsk, TrainReply
 
 folder = Path(sys.argv[1])
 def part(name):
@@ -95,6 +95,7 @@ def test_a_question_about_encoded_scans_loads_no_compiler_and_no_reader_of_scans
     site = open_site(tmp_path / "site.yaml")
     plan = RunPlan.from_json(plan.to_json().replace("0" * 64, site.tokenizer.sha256))
     monkeypatch.setattr(client.scans.cohort_memo, "SETTLED_S", -1.0)  # the scans were written just now
+    confirm_patients(site.config)
     site.scans(plan)  # encodes
 
     model = MeDUET(plan.network, len(plan.sites), seed=plan.seed)

@@ -179,14 +179,14 @@ def test_scans_are_encoded_once_for_all_messages_and_all_processes(config: SiteC
     codec = Blocks()
     site = Site(config, tokenizer(codec))
     seen: list[tuple[str, int, int]] = []
-    scans = site.scans(plan, lambda *done: seen.append(done))
+    scans = site.prepared(plan, lambda *done: seen.append(done))
     assert scans.num_scans == codec.num_encoded == 5
     assert scans.site_index.tolist() == [1] * 5, "the label is the site's place in the plan"
     assert scans.latents([0]).shape == (1, 2, 4, 6, 4)
     assert [phase for phase, _, _ in seen] == sorted((phase for phase, _, _ in seen), reverse=True)
     assert seen[4:6] == [("reading", 5, 5), ("encoding", 0, 5)] and seen[-1] == ("encoding", 5, 5)
-    assert site.scans(plan) is scans
-    again = Site(config, tokenizer(codec)).scans(plan)
+    assert site.prepared(plan) is scans
+    again = Site(config, tokenizer(codec)).prepared(plan)
     assert codec.num_encoded == 5 and torch.equal(again.latents(range(5)), scans.latents(range(5)))
 
 
@@ -205,7 +205,7 @@ def test_a_cache_of_its_own_folder_serves_several_states_and_several_data_roots(
             own = dataclasses.replace(
                 config, state_dir=tmp_path / state / root.name, data_root=root, cache_dir=tmp_path / "cache"
             )
-            Site(own, tokenizer(codec)).scans(plan)
+            Site(own, tokenizer(codec)).prepared(plan)
             assert not (own.state_dir / "cache").exists()
     assert codec.num_encoded == 5, "the other root holds one of the same scans"
     assert len(opens) == 2, "each root's cohort is remembered beside the cache"
@@ -223,7 +223,7 @@ def test_every_file_is_in_the_tables_even_if_it_fails_after_the_cohort_was_opene
         return cohort
 
     monkeypatch.setattr(client.site, "open_cohort", open_then_damage)
-    Site(config, tokenizer(Blocks())).scans(plan)
+    Site(config, tokenizer(Blocks())).prepared(plan)
     taken = (config.state_dir / "cohort.csv").read_text()
     left = (config.state_dir / "exclusions.csv").read_text()
     for number in (0, 1, 2, 4):
@@ -236,11 +236,11 @@ def test_a_folder_without_a_usable_scan_is_an_error_with_counts(config: SiteConf
     for path in config.data_root.iterdir():
         path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"Expected a usable scan in .*\{'empty': 5\}"):
-        Site(config, tokenizer(Blocks())).scans(plan)
+        Site(config, tokenizer(Blocks())).prepared(plan)
     assert (config.state_dir / "exclusions.csv").read_text().count("empty") == 5
 
 
 def test_a_data_folder_that_is_not_mounted_says_so(config: SiteConfig, plan: RunPlan) -> None:
     site = Site(dataclasses.replace(config, data_root=config.data_root / "gone"), tokenizer(Blocks()))
     with pytest.raises(ValueError, match="Is it mounted"):
-        site.scans(plan)
+        site.prepared(plan)

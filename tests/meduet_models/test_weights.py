@@ -135,7 +135,7 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(
     def full_disk(descriptor: int) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("meduet_models.weights.os.fsync", full_disk)
+    monkeypatch.setattr("storage.files.os.fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_weights(path, TENSORS, {"version": "new"})
     assert load_weights(path)[1] == {"version": "old"}

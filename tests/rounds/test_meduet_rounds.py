@@ -148,6 +148,27 @@ def test_in_mxint8_a_run_takes_fewer_bytes_and_both_sides_hash_the_same(
     assert 0 < apart < 0.02 * joint_norm(shared[0])
 
 
+def test_sites_of_too_few_patients_for_sums_end_nobodys_run(
+    miniature: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Hospital.__init__
+
+    def without_consent(self: Hospital, folder: Path, name: str, scans: Latents) -> None:
+        made(self, folder, name, scans)
+        self.exact_sums = False
+
+    monkeypatch.setattr(Hospital, "__init__", without_consent)
+    plan = small(miniature)
+    result = run(federation(plan, tmp_path), plan, tmp_path)
+    told = result.metrics["erasure"]
+    assert told["refused"] == {site: "refused: too_few_for_sums" for site in plan.participants}
+    assert "0 of 3 sites told their sums" in told["skipped"] and told["rank"] == 0
+    assert torch.equal(result.shared["erasure_matrix"], torch.eye(len(result.shared["erasure_matrix"])))
+    assert result.model is not None and result.model.is_file()
+    again = run(federation(plan, tmp_path), plan, tmp_path)
+    assert again.metrics["erasure"] == told
+
+
 def test_a_site_that_missed_the_first_rounds_joins_in_later(miniature: Any, tmp_path: Path) -> None:
     class Missing(InProcessGrid):
         """The last site is lost in round 1."""

@@ -21,7 +21,7 @@ from client.exchanges.exchange import AskRefused
 from client.exchanges.latents import ANSWER, KEY_NAME, TABLE_NAME
 from client.latents.examples import examples_of
 from client.release import Gate, GateRefusal
-from client.site import Site, open_site
+from client.site import Site, confirm_patients, load_site_config, open_site
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.latents import LatentsAsk, from_tensors
 from federation.journal import Journal
@@ -83,6 +83,13 @@ def site_yaml(folder: Path, sentence: str = "") -> Path:
     return path
 
 
+def a_site(folder: Path) -> Site:
+    """The site that agreed to the release, and confirmed who its patients are."""
+    path = site_yaml(folder, RAW.consent)
+    confirm_patients(load_site_config(path))
+    return open_site(path)
+
+
 def ask(plan: RunPlan, first: int = 0, count: int = 5) -> LatentsAsk:
     return LatentsAsk(plan_json=plan.to_json(), round=1, first=first, count=count)
 
@@ -124,7 +131,7 @@ def test_another_sentence_is_an_error_of_the_settings(folder: Path, sentence: st
 
 
 def test_a_real_site_releases_its_training_scans_as_they_are_encoded(folder: Path, plan: RunPlan) -> None:
-    site = open_site(site_yaml(folder, RAW.consent))
+    site = a_site(folder)
     released = [ANSWER.once(site, ask(plan, first), plan) for first in (0, 5, 10)]
     names = [name for one in released for name in one.record["items"]]
     table = list(csv.DictReader((folder / "state" / TABLE_NAME).read_text().splitlines()))
@@ -145,8 +152,8 @@ def test_a_real_site_releases_its_training_scans_as_they_are_encoded(folder: Pat
 
 
 def test_the_same_question_has_the_same_answer_after_a_restart(folder: Path, plan: RunPlan) -> None:
-    first = ANSWER.once(open_site(site_yaml(folder, RAW.consent)), ask(plan), plan)
-    again = ANSWER.once(open_site(site_yaml(folder, RAW.consent)), ask(plan), plan)
+    first = ANSWER.once(a_site(folder), ask(plan), plan)
+    again = ANSWER.once(a_site(folder), ask(plan), plan)
     assert first.record["sha256"] == again.record["sha256"]
     assert first.record["items"] == again.record["items"]
     assert first.record["ledger"] == again.record["ledger"]  # charged once
@@ -155,7 +162,7 @@ def test_the_same_question_has_the_same_answer_after_a_restart(folder: Path, pla
 
 
 def test_the_key_of_the_names_is_not_replaced_when_it_is_damaged(folder: Path, plan: RunPlan) -> None:
-    site = open_site(site_yaml(folder, RAW.consent))
+    site = a_site(folder)
     ANSWER.once(site, ask(plan), plan)
     (folder / "state" / KEY_NAME).write_bytes(b"short")
     with pytest.raises(ValueError, match=r"32 bytes .* got 5"):

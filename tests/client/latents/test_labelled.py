@@ -1,6 +1,7 @@
 """Labelled scans: nested shares of patients, known answers, one line for bad labels."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client.latents.labelled import LabelledScans, NoLabels, join, labelled_scans
-from federation.exchanges.finetuning import LocalFinetuning
+from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning
 from meduet_models.downstream.tasks import task_of
 
 SEGMENTATION = LocalFinetuning(task="segmentation", classes=3)
@@ -87,7 +88,7 @@ def test_no_answer_at_all_is_said() -> None:
 
 
 def test_a_class_out_of_range_is_said() -> None:
-    with pytest.raises(ValueError, match="classes from 0 to 1; got 0 to 2"):
+    with pytest.raises(ValueError, match=r"found 0, 1, 2\. .*label_values: {2: 1}"):
         task_of("segmentation").check_answers(some(["a", "b", "c"]).answers, 2)
 
 
@@ -100,3 +101,30 @@ def test_joined_sets_keep_their_rows() -> None:
     joined = join([some(["a"]), some(["b", "c"])])
     assert joined.patient == ("a", "b", "c")
     assert len(joined.answers) == 3
+
+
+def test_declared_values_become_classes_and_all_others_background() -> None:
+    local = LocalFinetuning(task="segmentation", classes=2, label_values={3: 1, 2: 1})
+    found = labelled_scans(Stored(), [0, 2, 3], local)
+    assert found.answers.flatten().tolist() == [0, 1, 1]
+    chosen = LocalFinetuning(task="segmentation", classes=3, label_values={2: 2})
+    assert labelled_scans(Stored(), [0, 2, 3], chosen).answers.flatten().tolist() == [0, 2, 0]
+
+
+def test_declared_values_travel_as_json_and_stay_numbers() -> None:
+    local = LocalFinetuning(task="segmentation", classes=2, label_values={255: 1})
+    plan = FinetunePlan(run_sha256="0" * 64, pretrained_sha256="1" * 64, local=local)
+    assert FinetunePlan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label_values": {255: 2}}, "classes from 0 to 1"),
+        ({"label_values": {2**15: 1}}, "int16"),
+        ({"label_values": {1: 1}, "task": "classification"}, "no effect"),
+    ],
+)
+def test_declared_values_that_cannot_be_meant_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LocalFinetuning(**{"task": "segmentation", "classes": 2, **change})

@@ -211,7 +211,7 @@ def test_a_manifest_says_everything_and_what_it_does_not_name_is_listed(tmp_path
         assert (scan.patient, scan.covariates) == ("ann", {"age": 61.0, "sex": "F"})
         assert scan.label_path == tmp_path / "x" / "one-label.nii.gz"
         assert reasons(cohort) == {
-            "manifest.csv": "sidecar",
+            "manifest.csv": "table",
             "two.nii.gz": "no_such_modality",
             "three.nii.gz": "no_patient",
             "four.nii.gz": "missing_file",
@@ -226,7 +226,7 @@ def test_a_manifest_may_name_dicom_series(data_root: Path, tmp_path: Path) -> No
     text(tmp_path / "manifest.csv", "path,patient\nseries,ann\n")
     cohort = opened(tmp_path)
     assert [(s.patient, len(s.files)) for s in cohort.scans] == [("ann", 4)]
-    assert reasons(cohort) == {"series/notes.txt": "sidecar", "manifest.csv": "sidecar"}
+    assert reasons(cohort) == {"series/notes.txt": "sidecar", "manifest.csv": "table"}
     scan, label = read_entry(cohort.scans[0], PLAN)
     assert scan.array.shape == (256, 256, 4) and label is None
 
@@ -254,7 +254,7 @@ def test_files_that_are_no_scans_are_listed_with_what_they_are(tmp_path: Path) -
         "old.img": "unsupported_format",
         "fake.nii.gz": "not_a_scan",
         "b.volume": "wrong_extension",
-        "annexed.nii.gz": "unreadable",
+        "annexed.nii.gz": "broken_link",
         "elsewhere": "linked_folder",
     }
 
@@ -339,10 +339,10 @@ def test_tables_say_all_and_the_summary_names_nobody(tmp_path: Path) -> None:
     )  # fmt: skip
     with (tmp_path / "state" / "exclusions.csv").open() as stream:
         listed = {row["path"]: row["reason"] for row in csv.DictReader(stream)}
-    assert listed == {"letter to jane doe.txt": "sidecar", "covariates.csv": "sidecar"}
+    assert listed == {"letter to jane doe.txt": "sidecar", "covariates.csv": "table"}
     told = json.dumps(cohort.summary())
     assert "jane" not in told and str(tmp_path) not in told
-    assert cohort.summary()["exclusions"] == {"sidecar": 2}
+    assert cohort.summary()["exclusions"] == {"sidecar": 1, "table": 1}
 
 
 def test_scans_that_prove_unusable_later_move_to_the_exclusions(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_every_phantom_passes_the_hospitals_own_intake(consortium: tuple[Path, l
             cohort = open_cohort(root, plan=plan, split_salt="", layout=hospital.layout)
             expected = 3 if root == hospital.root else 2
             assert len(cohort.scans) == expected == sum(s.label_path is not None for s in cohort.scans)
-            assert {e.reason for e in cohort.exclusions} == {"sidecar"}
+            assert {e.reason for e in cohort.exclusions} == {"table"}
             for scan in cohort.scans:
                 assert scan.covariates["sex"] in ("F", "M")
                 assert 20 <= float(scan.covariates["age"]) <= 92
