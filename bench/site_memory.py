@@ -119,7 +119,7 @@ def plan_of(size: str) -> RunPlan:
     )  # fmt: skip
 
 
-def question(plan: RunPlan, round: int) -> tuple[Message, int]:
+def question(plan: RunPlan, round_number: int) -> tuple[Message, int]:
     """The centre's message, and how many parameters its network has."""
     model = MeDUET(plan.network, len(SITES), seed=plan.seed)
     told = {}
@@ -129,10 +129,10 @@ def question(plan: RunPlan, round: int) -> tuple[Message, int]:
     weights, scope, method = model.state_dict(), plan.style.head, plan.aggregation.method
     ask = TrainAsk(
         plan_json=plan.to_json(),
-        round=round,
+        round=round_number,
         shared={name: weights[name] for name in shared_keys(model, scope, method)},
         bank=StyleBank.of(SITES, told).to_tensors(),
-        home={name: weights[name] for name in home_keys(model, scope, method)} if round == 1 else None,
+        home={name: weights[name] for name in home_keys(model, scope, method)} if round_number == 1 else None,
     )
     parameters = sum(p.numel() for p in model.parameters())
     TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = (

@@ -181,22 +181,22 @@ class _Run:
         strategy.optimiser.load(last.optimiser)
         strategy.summary()
         rounds = strategy.rounds(self.grid, done=last.round)
-        for round in range(last.round + 1, num_rounds + 1):
-            self.observer.on_round_start(round, num_rounds)
-            released = self.diffusion.before_round(round, strategy.shared, last.bank)
+        for round_number in range(last.round + 1, num_rounds + 1):
+            self.observer.on_round_start(round_number, num_rounds)
+            released = self.diffusion.before_round(round_number, strategy.shared, last.bank)
             report = dataclasses.asdict(next(rounds))
-            trained = self.diffusion.after_round(round)
+            trained = self.diffusion.after_round(round_number)
             if released or trained:
                 report["diffusion"] = {"released": released, **trained}
-            probes = self.observer.on_round_end(round, strategy.shared, report)
+            probes = self.observer.on_round_end(round_number, strategy.shared, report)
             report |= {"probes": dict(probes)} if probes else {}
-            if self.probes.due(round):
-                report["federated_probes"] = self.probes.read(round, strategy.shared, last.bank)
+            if self.probes.due(round_number):
+                report["federated_probes"] = self.probes.read(round_number, strategy.shared, last.bank)
             metrics = last.metrics | {"rounds": [*last.metrics["rounds"], report]}
-            last = self._save(round, strategy.shared, strategy.optimiser.state(), last.bank, metrics)
+            last = self._save(round_number, strategy.shared, strategy.optimiser.state(), last.bank, metrics)
             self._note(
                 "round",
-                round=round,
+                round=round_number,
                 sites=list(report["sites"]),
                 refused=report["refused"],
                 loss=report["loss"],
@@ -280,11 +280,11 @@ class _Run:
         return tensors, told
 
     def _save(
-        self, round: int, shared: Tensors, optimiser: Tensors, bank: Tensors, metrics: dict[str, Any]
+        self, round_number: int, shared: Tensors, optimiser: Tensors, bank: Tensors, metrics: dict[str, Any]
     ) -> Checkpoint:
         checkpoint = Checkpoint(
             plan_sha256=self.plan.sha256,
-            round=round,
+            round=round_number,
             shared=shared,
             optimiser=optimiser,
             bank=bank,

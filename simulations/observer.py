@@ -85,20 +85,20 @@ class Witness(RunObserver):
             return None
         return join(own)
 
-    def on_round_start(self, round: int, num_rounds: int) -> None:
+    def on_round_start(self, round_number: int, num_rounds: int) -> None:
         """Move the bar."""
-        self._live.on_round(round, num_rounds)
+        self._live.on_round(round_number, num_rounds)
 
     def on_round_end(
-        self, round: int, shared: Mapping[str, Any], metrics: Mapping[str, Any]
+        self, round_number: int, shared: Mapping[str, Any], metrics: Mapping[str, Any]
     ) -> Mapping[str, Any]:
         """Probe every few rounds and after the last."""
-        due = round % self._every == 0 or round == self._plan.training.rounds
-        probes = self._measure(shared, self._held, round) if due else {}
-        self._live.on_round_end(round, metrics, probes)
+        due = round_number % self._every == 0 or round_number == self._plan.training.rounds
+        probes = self._measure(shared, self._held, round_number) if due else {}
+        self._live.on_round_end(round_number, metrics, probes)
         if self._events is not None:
             for name, value in {**metrics["loss"], **probes}.items():
-                self._events.add_scalar(name, value, round)
+                self._events.add_scalar(name, value, round_number)
             self._events.flush()
         return probes
 
@@ -142,15 +142,15 @@ class Witness(RunObserver):
         }
 
     def _measure(
-        self, shared: Mapping[str, Tensor], held: Held | None, round: int | None = None
+        self, shared: Mapping[str, Tensor], held: Held | None, round_number: int | None = None
     ) -> dict[str, float]:
         """Mean over the sites' models, what they share with what each keeps at home; after a round, or at the
         end, where more is measured.
         """
         if held is None:
             return {}
-        final = round is None
-        models = self._models(shared, self._plan.training.rounds if round is None else round)
+        final = round_number is None
+        models = self._models(shared, self._plan.training.rounds if round_number is None else round_number)
         measured = [
             measure(
                 model,
@@ -164,8 +164,8 @@ class Witness(RunObserver):
         ]
         return {name: sum(m[name] for m in measured) / len(measured) for name in measured[0]}
 
-    def _models(self, shared: Mapping[str, Tensor], round: int) -> list[MeDUET]:
-        return site_models(self._plan, self._consortium, shared, round)
+    def _models(self, shared: Mapping[str, Tensor], round_number: int) -> list[MeDUET]:
+        return site_models(self._plan, self._consortium, shared, round_number)
 
     def bench(self) -> Bench | None:
         """What a diffusion model is judged on; None where nobody is held out."""
@@ -236,13 +236,13 @@ class Witness(RunObserver):
 
 
 def site_models(
-    plan: RunPlan, consortium: Consortium, shared: Mapping[str, Tensor], round: int
+    plan: RunPlan, consortium: Consortium, shared: Mapping[str, Tensor], round_number: int
 ) -> list[MeDUET]:
     """Each participant's model after `round`: what all share, with what it keeps at home."""
     models = []
     for name in plan.participants:
         states = StateFolder(consortium.site(name).state_dir / "state", plan.sha256)
-        models.append(load_model(plan, {**states.before(round + 1).home, **shared}))
+        models.append(load_model(plan, {**states.before(round_number + 1).home, **shared}))
     return models
 
 

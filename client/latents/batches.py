@@ -58,12 +58,12 @@ class TrainingScans(Protocol):
         """Latents of these scans, float32 on the CPU."""
 
 
-def step_generator(secret: bytes, seed: int, round: int, step: int) -> torch.Generator:
+def step_generator(secret: bytes, seed: int, round_number: int, step: int) -> torch.Generator:
     """The generator of one step: a keyed hash of run, round and step, so that the site can replay it alone.
 
     `secret` is the site's own (`client/site_secret.py`), `seed` the run's.
     """
-    return torch.Generator().manual_seed(seed_of(secret, "step", seed, round, step))
+    return torch.Generator().manual_seed(seed_of(secret, "step", seed, round_number, step))
 
 
 @dataclass(frozen=True)

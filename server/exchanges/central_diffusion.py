@@ -68,22 +68,28 @@ class CentralDiffusion:
         """Optimiser steps over the whole run."""
         return self.diffusion.steps(self.plan.training.rounds)
 
-    def before_round(self, round: int, shared: Tensors, bank: Tensors) -> dict[str, Any]:
+    def before_round(self, round_number: int, shared: Tensors, bank: Tensors) -> dict[str, Any]:
         """Collect the latents of this round and let the training of the round begin; what was collected.
 
         Raises `ValueError` when the bank is empty then.
         """
-        if round < self.diffusion.begin_round:
+        if round_number < self.diffusion.begin_round:
             return {}
         told = collect(
-            self._grid, self._roster, self.plan, round, self.latents, self._book, encode=self._coder(shared)
+            self._grid,
+            self._roster,
+            self.plan,
+            round_number,
+            self.latents,
+            self._book,
+            encode=self._coder(shared),
         )
-        target = (round - self.diffusion.begin_round + 1) * self.diffusion.steps_per_round
+        target = (round_number - self.diffusion.begin_round + 1) * self.diffusion.steps_per_round
         if self._done < target:
-            self._work = self._start(self._ready(shared, bank), round, range(self._done, target))
+            self._work = self._start(self._ready(shared, bank), round_number, range(self._done, target))
         return told
 
-    def after_round(self, round: int) -> dict[str, Any]:
+    def after_round(self, round_number: int) -> dict[str, Any]:
         """Wait for the steps of this round, write them down, and say how long the round waited for them."""
         if self._work is None:
             return {}
@@ -92,12 +98,12 @@ class CentralDiffusion:
         waited = perf_counter() - began
         self._work = None
         report = {
-            "round": round,
+            "round": round_number,
             "steps": len(losses),
             "loss": sum(losses) / len(losses),
             "seconds": seconds,
             "waited_s": waited,
-            "items": len(self.latents.source(self.plan, round)),
+            "items": len(self.latents.source(self.plan, round_number)),
         }
         self._save(report)
         return report
@@ -171,8 +177,8 @@ class CentralDiffusion:
             self._trainee.load(self._last.shared)
         return self._trainee
 
-    def _start(self, trainee: DiffusionTrainee, round: int, steps: range) -> "_Steps":
-        source = self.latents.source(self.plan, round)
+    def _start(self, trainee: DiffusionTrainee, round_number: int, steps: range) -> "_Steps":
+        source = self.latents.source(self.plan, round_number)
         return _Steps(lambda step: trainee.step(source, step)["loss"], steps)
 
     def _save(self, report: dict[str, Any]) -> None:

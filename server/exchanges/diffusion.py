@@ -33,10 +33,10 @@ OnDiffusion = Callable[[int, int, float], None]
 class DiffusionPhase(Protocol):
     """What the run needs of a diffusion model."""
 
-    def before_round(self, round: int, shared: Tensors, bank: Tensors) -> dict[str, Any]:
+    def before_round(self, round_number: int, shared: Tensors, bank: Tensors) -> dict[str, Any]:
         """A round is about to begin."""
 
-    def after_round(self, round: int) -> dict[str, Any]:
+    def after_round(self, round_number: int) -> dict[str, Any]:
         """A round is over."""
 
     def finish(self, shared: Tensors, bank: Tensors) -> FinishedDiffusion | None:
@@ -49,11 +49,11 @@ class DiffusionPhase(Protocol):
 class NoDiffusion:
     """No diffusion model."""
 
-    def before_round(self, round: int, shared: Tensors, bank: Tensors) -> dict[str, Any]:
+    def before_round(self, round_number: int, shared: Tensors, bank: Tensors) -> dict[str, Any]:
         """Nothing."""
         return {}
 
-    def after_round(self, round: int) -> dict[str, Any]:
+    def after_round(self, round_number: int) -> dict[str, Any]:
         """Nothing."""
         return {}
 
@@ -85,8 +85,8 @@ class FederatedDiffusion(NoDiffusion):
         diffusion = self._run[2].diffusion
         assert diffusion is not None
 
-        def on_round(round: int, report: Mapping[str, Any]) -> None:
-            self._on_diffusion(round, diffusion.rounds, report["loss"]["total"])
+        def on_round(round_number: int, report: Mapping[str, Any]) -> None:
+            self._on_diffusion(round_number, diffusion.rounds, report["loss"]["total"])
 
         return run_diffusion_rounds(*self._run, shared, bank, self._folder, self._book, on_round)
 

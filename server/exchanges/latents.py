@@ -49,7 +49,7 @@ def collect(
     grid: Grid,
     roster: Roster,
     plan: RunPlan,
-    round: int,
+    round_number: int,
     bank: LatentBank,
     book: ReplyBook,
     *,
@@ -62,19 +62,19 @@ def collect(
     32 MiB. Raises `ValueError` for a plan without release, `RoundFailed` when no site is connected.
     """
     began = time.monotonic()
-    releases_of(plan, round, 0)
+    releases_of(plan, round_number, 0)
     count = count or items_per_chunk(plan)
     told: dict[str, Counter[str]] = {}
     refused: dict[str, str] = {}
     while waiting := {
-        site: first for site, first in _standing(bank, plan, round).items() if site not in refused
+        site: first for site, first in _standing(bank, plan, round_number).items() if site not in refused
     }:
         if told and time.monotonic() - began > plan.aggregation.deadline_s:
             refused |= {s: f"not all told within {plan.aggregation.deadline_s:g} s" for s in waiting}
             break
         first = min(waiting.values())
         asked = {site for site, stands in waiting.items() if stands == first}
-        ask = LatentsAsk(plan_json=plan.to_json(), round=round, first=first, count=count)
+        ask = LatentsAsk(plan_json=plan.to_json(), round=round_number, first=first, count=count)
 
         def check(reply: LatentsReply, ask: LatentsAsk = ask) -> None:
             check_reply(reply, ask, plan, bank)
@@ -97,7 +97,7 @@ def collect(
         refused |= put_aside
         refused |= {s: "no answer" for s in asked - set(replies) - set(refused)}
     return {
-        "round": round,
+        "round": round_number,
         "sites": {site: {name: told[site][name] for name in sorted(told[site])} for site in told},
         "refused": refused,
         "items": len(bank),
@@ -105,9 +105,9 @@ def collect(
     }
 
 
-def _standing(bank: LatentBank, plan: RunPlan, round: int) -> dict[str, int]:
+def _standing(bank: LatentBank, plan: RunPlan, round_number: int) -> dict[str, int]:
     """Sites that have more to tell, and how many of their items were dealt with."""
-    stands = {site: bank.dealt_with(plan, site, round) for site in plan.participants}
+    stands = {site: bank.dealt_with(plan, site, round_number) for site in plan.participants}
     return {
         site: 0 if known is None else known[0]
         for site, known in stands.items()

@@ -74,17 +74,17 @@ class FederatedProbes:
         self._patients: dict[str, float] = {}
         """Patients behind the sums of each site that told any."""
 
-    def due(self, round: int) -> bool:
+    def due(self, round_number: int) -> bool:
         """Whether a round is followed by probes."""
-        return round in PROBES.rounds(self._plan)
+        return round_number in PROBES.rounds(self._plan)
 
-    def read(self, round: int, shared: Tensors, bank: Tensors, erased: bool = False) -> dict[str, Any]:
+    def read(self, round_number: int, shared: Tensors, bank: Tensors, erased: bool = False) -> dict[str, Any]:
         """Readings by name, patients by site, and who was put aside why.
 
         Readings are absent where fewer than two sites told their sums. `erased` says that these weights hold
         an erasure, fitted on the patients trained on; they are asked about under the round that would follow.
         """
-        self._round, self.directions, self._patients = round, {}, {}
+        self._round, self.directions, self._patients = round_number, {}, {}
         told, refused = self._ask(shared, bank, {}, self._check_sums)
         if len(told) < 2:
             return {"readings": {}, "sites": {}, "refused": refused}

@@ -248,7 +248,7 @@ class Study:
                 self.bank.to_tensors(),
                 self.folder / "federated",
                 ReplyBook(Journal(self.folder / "federated" / "journal.jsonl")),
-                lambda round, report: count(round, diffusion.rounds),
+                lambda round_number, report: count(round_number, diffusion.rounds),
             )
         return finished.transformer
 

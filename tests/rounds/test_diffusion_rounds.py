@@ -146,7 +146,9 @@ def test_the_sites_train_it_and_every_release_is_in_the_books(plan: RunPlan, tmp
         folder = tmp_path / "sites" / site
         assert Ledger(folder / "ledger.jsonl").open_reservations() == []
         records = [json.loads(line)["record"] for line in (folder / "journal.jsonl").read_text().splitlines()]
-        assert [(r["kind"], r["round"]) for r in records] == [("diffusion", round) for round in (1, 2, 3)]
+        assert [(r["kind"], r["round"]) for r in records] == [
+            ("diffusion", round_number) for round_number in (1, 2, 3)
+        ]
         assert all(r["norm_after"] <= r["bound"] for r in records)
     parameters = dict(start.named_parameters())
     assert {r["tensors"] for r in records} == {len(parameters)}, "no latent, no projector, no constant leaves"
