@@ -51,7 +51,7 @@ def codes(
     network: MeDUET, trained: Tensor, site: Tensor, bank: StyleBank, sizes: list[int]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The linear maps to compare, fitted on sums of the sites' training patients."""
-    own, worn = {}, {}
+    own, renderings = {}, {}
     for index, name in enumerate(SITES):
         mine = trained[site == index]
         label, names = torch.full((len(mine),), index), [str(i) for i in range(len(mine))]
@@ -60,8 +60,8 @@ def codes(
             network.pooled_content(bank.restyle(mine, label, torch.full_like(label, s))) for s in styles
         ]
         own[name] = ErasureMoments.of(network.pooled_content(mine), names, BOUND)
-        worn[name] = RenderingMoments.of(torch.stack(rendered), names, BOUND)
-    maps = {f"code {size}": fit_content_code(own, worn, size) for size in sizes}
+        renderings[name] = RenderingMoments.of(torch.stack(rendered), names, BOUND)
+    maps = {f"code {size}": fit_content_code(own, renderings, size) for size in sizes}
     return {"erased": fit_erasure(own), **maps}
 
 

@@ -3,7 +3,7 @@
 Every patient of the hippocampus set is rendered by four simulated scanners (as it is; contrast curve; blur
 with coil shading; noise), so the right answer of a change of style exists. Each scanner trains on patients
 of its own; unseen patients, rendered by all four, are measured. One process, all sites in one place, scans
-dressed by the style bank: the loss is compared, not the federation.
+restyled by the style bank: the loss is compared, not the federation.
 
     python bench/objective_variants.py                              600 steps of `full`: 2 to 3 CPU minutes
     python bench/objective_variants.py one_stream alternate joint   one after the other
@@ -127,9 +127,11 @@ def train(
         progress = step / steps
         rows = torch.randperm(len(latents), generator=generator)[:BATCH]
         draws = draw_step(generator, BATCH, network.config.num_tokens, config, tuple(range(len(SITES))))
-        scans, own, worn = latents[rows], site[rows], draws.target_site
-        assert worn is not None
-        batch = StepBatch(bank.restyle(scans, own, worn), worn, bank.restyle(scans, own, worn[draws.partner]))
+        scans, own, target = latents[rows], site[rows], draws.target_site
+        assert target is not None
+        batch = StepBatch(
+            bank.restyle(scans, own, target), target, bank.restyle(scans, own, target[draws.partner])
+        )
         losses = objective(network, teacher, batch, draws, progress)
         optimiser.zero_grad()
         losses.total.backward()

@@ -166,7 +166,7 @@ def probe_sums(
     if plan.probes.anatomy:
         told[ANATOMY] = _anatomy(joint, scans, probed, plan)
     if told_of_swaps(plan):
-        told |= _worn(student, scans, probed, plan, bank, site, joint)
+        told |= _restyled_sums(student, scans, probed, plan, bank, site, joint)
     return told
 
 
@@ -276,7 +276,7 @@ def _target(scans: TrainingScans, row: int, name: str, plan: RunPlan) -> float:
 
 
 @torch.no_grad()
-def _worn(
+def _restyled_sums(
     student: MeDUET,
     scans: TrainingScans,
     probed: Probed,
@@ -304,11 +304,11 @@ def _worn(
         queries, tokens, total = [], torch.zeros(0), 0
         for latents, _ in _chunks(student, scans, probed):
             here = torch.full((len(latents),), site)
-            dressed = bank.restyle(latents, here, torch.full_like(here, target))
+            restyled = bank.restyle(latents, here, torch.full_like(here, target))
             queries.append(
-                torch.cat([student.pooled_content(dressed), student.pooled_style(dressed)], dim=1).cpu()
+                torch.cat([student.pooled_content(restyled), student.pooled_style(restyled)], dim=1).cpu()
             )
-            style = student.encode(dressed).style.sum(0)
+            style = student.encode(restyled).style.sum(0)
             tokens = style if total == 0 else tokens + style
             total += len(latents)
         asked = _factors(patient_means(torch.cat(queries), probed.patients), plan)

@@ -1,11 +1,11 @@
 """Batches: which scans a training step sees, in whose style, and next to whom. Drawn, then applied.
 
 A step draws patients (each at most once, where there are enough), a scan of each, a cached view, partners,
-and whose style each scan wears; all of it from one generator that depends on the site's own secret, the
+and the target style of each scan; all of it from one generator that depends on the site's own secret, the
 run's seed, the round and the step alone, so that the site, and nobody else, can replay any step. Applying a
-draw reads latents and restyles them to the style bank's entries, labelled with the site whose style they
-wear: that is how a site with one scanner sees all scanners on its own patients. Without entries scans stay as
-they are, with their own site's label.
+draw reads latents and restyles them to the style bank's entries, labelled with the site of their target style:
+that is how a site with one scanner sees all scanners on its own patients. Without entries scans stay as they
+are, with their own site's label.
 
 Does not do: augment (views are made before encoding), or keep anything of another site but its bank entry.
 Source: patient-balanced choice and virtual cross-site batches are ours; pairing is MeDUET's
@@ -128,18 +128,18 @@ class Batches:
         return BatchDraw(scans, views, step)
 
     def apply(self, draw: BatchDraw, device: torch.device) -> StepBatch:
-        """The batch that was drawn, on `device`: scans in the style they should wear, and the known answer of
+        """The batch that was drawn, on `device`: scans in their target style, and the known answer of
         the swap: each scan in the style of its partner.
         """
         latents = self._read(draw).to(device)  # b c d h w
         own, part, subject = self._site[draw.scans], self._part[draw.scans], self._patient[draw.scans]
         if self._bank is None or draw.step.target_site is None:
             return StepBatch(latents, own.to(device), subject=subject.to(device))
-        worn = self._possible(own, draw.step.target_site, part)
-        swapped = self._possible(own, worn[draw.step.partner], part)
+        target = self._possible(own, draw.step.target_site, part)
+        swapped = self._possible(own, target[draw.step.partner], part)
         return StepBatch(
-            latents=self._bank.restyle(latents, own, worn, part),
-            site=worn.to(device),
+            latents=self._bank.restyle(latents, own, target, part),
+            site=target.to(device),
             restyled=self._bank.restyle(latents, own, swapped, part),
             restyled_site=swapped.to(device),
             subject=subject.to(device),
@@ -147,7 +147,7 @@ class Batches:
 
     @property
     def styles(self) -> tuple[int, ...]:
-        """Sites whose style scans can wear, as labels; none without a bank."""
+        """Sites whose style scans can be restyled to, as labels; none without a bank."""
         return self._choices
 
     def in_style(self, rows: Sequence[int], site: int) -> Float[Tensor, "b c d h w"]:

@@ -29,7 +29,7 @@ from meduet_models.downstream.unet import DownstreamNetwork
 from meduet_models.style.bank import StyleBank
 
 _VALIDATIONS = 10  # over a whole run
-_RESTYLED = 0.5  # probability that a scan wears another site's style, where there is a bank
+_RESTYLED = 0.5  # probability that a scan is restyled to another site, where there is a bank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,11 +156,11 @@ def _restyled(
 ) -> Float32[Tensor, "b c d h w"]:
     """Scans of sites with an entry, half of them in the style of a site of the bank."""
     present = torch.tensor([bank.sites.index(site) for site in bank.present])
-    worn = present[torch.randint(len(present), (len(own),), generator=generator)]
+    target = present[torch.randint(len(present), (len(own),), generator=generator)]
     stays = torch.rand(len(own), generator=generator) >= _RESTYLED
     at_home = torch.tensor(own)
     stays |= ~torch.isin(at_home, present)
-    return bank.restyle(latents, at_home, torch.where(stays, at_home, worn))
+    return bank.restyle(latents, at_home, torch.where(stays, at_home, target))
 
 
 def _finite(value: Tensor, what: str, number: int) -> float:

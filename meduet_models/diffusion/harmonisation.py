@@ -36,7 +36,7 @@ class HarmonisationSettings:
     """How scans are moved to a site's style."""
 
     style: str
-    """Site whose style is worn."""
+    """Site of the target style."""
     own_style: str = ""
     """Site that made the scans; empty: each scan's own statistics say how it looks (`invert`, `restyle`)."""
     method: Method = "sample"
@@ -118,8 +118,8 @@ def harmonise(
     if settings.method == "restyle":
         return restyle(latents, _own(model, latents, settings), target)
     conditioner, steps = model.conditioner, settings.sampling.steps
-    worn = conditioner.style_of(target).expand(len(latents), -1)
-    seen = _told(model, latents, settings, spacing_mm, worn)
+    target_codes = conditioner.style_of(target).expand(len(latents), -1)
+    seen = _told(model, latents, settings, spacing_mm, target_codes)
     if settings.method == "sample":
         return sample(
             model.transformer, seen, len(latents), settings.sampling, seed=settings.seed,

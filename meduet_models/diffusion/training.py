@@ -7,7 +7,7 @@ trainee that was put away and loaded again goes on as if nothing had happened.
 
 What a sample is told: each condition is dropped by itself; a share of the samples is told the style of its
 site instead of its own, so that a site's style can be asked for later; and another share is told the content
-of its scan dressed in another site's style, so that style cannot be read from content. With `alignment`,
+of its scan restyled to another site's style, so that style cannot be read from content. With `alignment`,
 tokens after the first half of the blocks are brought near the frozen encoder's content tokens through a small
 network that is not part of the model (REPA); told content makes that task easier, not void, since it is asked
 at all times.
@@ -34,7 +34,7 @@ from meduet_models.diffusion.conditions import Condition, Conditions, Examples, 
 from meduet_models.diffusion.draws import StepDraw, draw_step, generator_of
 from meduet_models.diffusion.path import Path
 from meduet_models.diffusion.settings import DiffusionTraining
-from meduet_models.diffusion.site_styles import SiteStyles, dressed
+from meduet_models.diffusion.site_styles import SiteStyles, restyled_examples
 from meduet_models.diffusion.transformer import DiffusionTransformer, regrid
 from meduet_models.style.bank import StyleBank
 from meduet_models.teacher import early_momentum
@@ -73,8 +73,8 @@ class DiffusionTrainee:
                 "diffusion.training.site_style needs the styles of the sites, and none told one: "
                 "set it to 0, or exchange styles."
             )
-        wearing = {"restyled_content": "content" in self.names, "restyled_scans": True}
-        for name, used in wearing.items():
+        restyling = {"restyled_content": "content" in self.names, "restyled_scans": True}
+        for name, used in restyling.items():
             if used and getattr(settings, name) > 0 and (bank is None or len(bank.present) < 2):
                 raise ValueError(
                     f"diffusion.training.{name} needs the styles of two sites or more, and fewer told one: "
@@ -118,7 +118,7 @@ class DiffusionTrainee:
         draw = draw_step(settings, self.names, len(source), self.seed, step)
         examples = source.read(draw.rows)
         if bool(draw.moved.any()) and self.bank is not None:
-            examples = dressed(self.bank, examples, draw.moved, draw.costume)
+            examples = restyled_examples(self.bank, examples, draw.moved, draw.scan_target)
         told = self._told(examples, draw, device)
         data = transformer.standardise(examples.latents.to(device))
         noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(draw.noise_seed)).to(device)
@@ -205,7 +205,7 @@ class DiffusionTrainee:
         if "content" in self.names:
             seen = examples.latents
             if bool(draw.restyled.any()) and self.bank is not None:
-                seen = dressed(self.bank, examples, draw.restyled, draw.outfit).latents
+                seen = restyled_examples(self.bank, examples, draw.restyled, draw.content_target).latents
             told = dataclasses.replace(told, content=self.conditioner.content(seen))
         told = told.each(lambda t: t.to(device))
         dropped = {name: mask.to(device) for name, mask in draw.dropped.items()}

@@ -37,7 +37,7 @@ _POSITIVE = ("deviation", "map_deviation", "scale")
 
 @dataclass(frozen=True)
 class StyleBank:
-    """The styles of a consortium. Sites that have told nothing have a count of 0 and cannot be worn."""
+    """The styles of a consortium. Sites that have told nothing have a count of 0 and are no target."""
 
     sites: tuple[str, ...]
     """The plan's sites, in its order: the order of the site labels."""

@@ -2,7 +2,7 @@
 
 A style head that stays at a site can drift into a language of its own; then its tokens mean nothing to
 others' decoders (measured: a swap made with tokens of a head started elsewhere was 13 times worse than none).
-The test needs nobody's scans but the site's own. Both sides dress their own scans in every bank entry, so
+The test needs nobody's scans but the site's own. Both sides restyle their own scans to every bank entry, so
 both have tokens of the same styles (`style_tokens`); the site's own decoder is then given its own content and
 the foreign tokens of a style. Two things must come out:
 
@@ -128,10 +128,10 @@ def check_alignment(
             f"{', '.join(bank.present) or 'none'}."
         )
     here = torch.full((len(latents),), site)
-    dressed = [bank.restyle(latents, here, torch.full_like(here, t), part) for t in present]
+    restyled = [bank.restyle(latents, here, torch.full_like(here, t), part) for t in present]
     layout, content = _layout(latents, bank), own.encode(latents).content
     source = _style(latents, layout)
-    asked = torch.stack([_style(x, layout) for x in dressed])  # s v
+    asked = torch.stack([_style(x, layout) for x in restyled])  # s v
 
     def read(tokens: Tensor) -> Reading:
         swapped = [own.decode(Factors(content, tokens[t].expand(len(latents), -1, -1))) for t in present]

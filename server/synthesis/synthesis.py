@@ -45,7 +45,7 @@ class SynthesisRequest:
     count: int = 8
     """Noises drawn; with a way, each is seen at every point of it."""
     style: str = ""
-    """Site whose style is worn; empty: style is not told."""
+    """Site of the target style; empty: style is not told."""
     content: EncodedScan | None = None
     """Scan whose content is told."""
     between: tuple[EncodedScan, EncodedScan] | None = None

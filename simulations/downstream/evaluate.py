@@ -126,8 +126,8 @@ def evaluate_downstream(
 ) -> list[DownstreamRow]:
     """Train every mode at every label share, then measure each on every test set.
 
-    `model` None: only modes that need no pretrained encoder. With a `bank`, half of the scans of a batch wear
-    another site's style. `progress` is called with what is trained, steps done and steps in all. Raises
+    `model` None: only modes that need no pretrained encoder. With a `bank`, half of the scans of a batch are
+    restyled to another site. `progress` is called with what is trained, steps done and steps in all. Raises
     `ValueError` for modes that cannot be, and for labels that are missing or out of range.
     """
     _check(model, settings, bank)

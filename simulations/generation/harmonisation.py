@@ -56,7 +56,7 @@ class HarmonisationRow:
     source: str
     """Site that scanned the patients; `all`: mean over pairs of sites."""
     target: str
-    """Site whose style they wear."""
+    """Site of the target style."""
     method: str
     """How."""
     measure: str

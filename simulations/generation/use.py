@@ -105,7 +105,7 @@ def use_rows(
 
 
 def _others(few: LabelledScans, bank: StyleBank, copies: int, seed: int) -> list[list[int]]:
-    """For each copy the site whose style every scan wears: never its own, another for each copy."""
+    """For each copy the site of the target style of every scan: never its own, another for each copy."""
     present = [bank.sites.index(site) for site in bank.present]
     generator = np.random.default_rng(seed)
     order = [generator.permutation([site for site in present if site != own]) for own in few.site]

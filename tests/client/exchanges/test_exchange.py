@@ -251,11 +251,11 @@ def test_erasure_sums_are_those_of_the_final_network_before_any_erasure(
     torch.testing.assert_close(moments.outer, content.T @ content, rtol=1e-5, atol=1e-5)
     own, latents = site.held.site_index, site.held.values[:, 0]
     with torch.no_grad():
-        worn = torch.stack(
+        restyled = torch.stack(
             [student.pooled_content(styles.restyle(latents, own, torch.full_like(own, s))) for s in range(3)]
         )
-    worn = worn.double().reshape(3, 6, 2, 16).mean(2)  # r n k
-    apart = worn - worn.mean(0)
+    restyled = restyled.double().reshape(3, 6, 2, 16).mean(2)  # r n k
+    apart = restyled - restyled.mean(0)
     assert renderings is not None and float(apart.norm()) > 0.1
     scatter = torch.einsum("rnk,rnj->kj", apart, apart) / 3
     torch.testing.assert_close(renderings.scatter, scatter, rtol=1e-4, atol=1e-5)
