@@ -59,7 +59,7 @@ def replies(plan: RunPlan, count: int) -> list[LatentsReply]:
     """Answers of a site, as many items each as a message takes."""
     draws = torch.Generator().manual_seed(0)
     shape = (plan.network.latent_channels, *plan.network.latent_grid)
-    told = []
+    collected = []
     for first in range(0, count, items_per_chunk(plan)):
         size = min(items_per_chunk(plan), count - first)
         names = tuple(hashlib.sha256(str(first + n).encode()).hexdigest()[:32] for n in range(size))
@@ -68,13 +68,13 @@ def replies(plan: RunPlan, count: int) -> list[LatentsReply]:
             latents=torch.randn(size, *shape, generator=draws), site=torch.zeros(size, dtype=torch.long),
             body_part=unknown, spacing=torch.ones(size, 3), category=unknown,
         )  # fmt: skip
-        told.append(
+        collected.append(
             LatentsReply(
                 plan_sha256=plan.sha256, site="site", round=1, first=first, total=count, items=names,
                 examples=examples,
             )
         )  # fmt: skip
-    return told
+    return collected
 
 
 def drop(folder: Path) -> None:
@@ -92,16 +92,16 @@ def records(folder: Path, which: str, megabytes: int, cold: bool) -> None:
     plan = a_plan(GRIDS[which])
     size = 4 * 4 * int(np.prod(GRIDS[which]))
     count = max(BATCH, megabytes * MEGABYTE // size)
-    told = replies(plan, count)
+    collected = replies(plan, count)
     bank = LatentBank(folder / which)
     begin = time.perf_counter()
-    for reply in told:
+    for reply in collected:
         bank.add(reply, plan)
     written = time.perf_counter() - begin
     plain = folder / f"{which}.bin"
     begin = time.perf_counter()
     with plain.open("wb") as file:
-        for reply in told:
+        for reply in collected:
             file.write(reply.examples.latents.numpy().tobytes())
             file.flush()
             os.fsync(file.fileno())

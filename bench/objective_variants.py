@@ -10,7 +10,7 @@ restyled by the style bank: the loss is compared, not the federation.
     python bench/objective_variants.py --steps 0                    what the untrained network scores
 
 Columns: processor seconds per step; site read from content (linear probe, chance .25) before and after the
-linear erasure; patient found again across scanners from content (chance 1 / 110), erased; site read from
+site erasure; patient found again across scanners from content (chance 1 / 110), erased; site read from
 style; patient from style; squared error at hidden positions, and of a whole decoded grid, over the variance
 left by the centre; share of the style gap closed, and error left, when styles are exchanged (0 perfect, 1
 nothing done).

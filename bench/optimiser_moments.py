@@ -107,11 +107,11 @@ def run(plan: RunPlan, latents: list[torch.Tensor], keep: bool) -> list[float]:
     """Held-out error after each round, averaged over the sites."""
     train = [Latents(values, site, range(PATIENTS)) for site, values in enumerate(latents)]
     held = [Latents(values[PATIENTS:], site, range(HELD_OUT)) for site, values in enumerate(latents)]
-    told = {
+    moments = {
         SITES[t.site]: StyleMoments.of(t.values[:PATIENTS], t.patients[:PATIENTS], survey_layout(plan))
         for t in train
     }
-    bank = StyleBank.of(SITES, told)
+    bank = StyleBank.of(SITES, moments)
     batches = [Batches(t, plan, bank) for t in train]
     unseen = [Batches(h, plan, None) for h in held]
     model = MeDUET(plan.network, len(SITES), seed=plan.seed)

@@ -71,10 +71,10 @@ def prepare(folder: Path) -> Path:
     ]  # fmt: skip
     with Live() as live:
         poc = provision(folder, overrides, live)
-    plan, told = poc.plan, {}
+    plan, moments = poc.plan, {}
     for name, path in poc.site_yamls.items():
         cohort = load_site_config(path).minimum_cohort
-        told[name] = survey(open_site(path).prepared(plan), plan, cohort)
+        moments[name] = survey(open_site(path).prepared(plan), plan, cohort)
     model = MeDUET(plan.network, len(plan.sites), seed=plan.seed)
     weights, scope, method = model.state_dict(), plan.style.head, plan.aggregation.method
     question = {
@@ -83,7 +83,7 @@ def prepare(folder: Path) -> Path:
     question |= {
         f"home/{name}": weights[name].clone().contiguous() for name in home_keys(model, scope, method)
     }
-    bank = StyleBank.of(plan.sites, told).to_tensors()
+    bank = StyleBank.of(plan.sites, moments).to_tensors()
     save_file(question | {f"bank/{name}": t.contiguous() for name, t in bank.items()}, folder / "question")
     return poc.site_yamls[plan.sites[0]]
 
@@ -153,11 +153,11 @@ def measured(folder: Path, site_yaml: Path, round_number: int) -> dict[str, Any]
         log = site_yaml.parent / "state" / "site.log"
         raise RuntimeError(done.stderr + (log.read_text("utf-8") if log.is_file() else ""))
     total = cpu_s(resource.RUSAGE_CHILDREN) - before
-    told: dict[str, Any] = json.loads(done.stdout)
-    ends = [*told["at"], total]
-    told["stages"] = [end - begin for begin, end in zip([0.0, *ends], ends, strict=False)]
-    told["total"] = total
-    return told
+    timings: dict[str, Any] = json.loads(done.stdout)
+    ends = [*timings["at"], total]
+    timings["stages"] = [end - begin for begin, end in zip([0.0, *ends], ends, strict=False)]
+    timings["total"] = total
+    return timings
 
 
 def main() -> None:

@@ -107,7 +107,7 @@ class Witness(RunObserver):
         self._live.on_diffusion(done, total, loss)
 
     def on_end(self, result: RunResult) -> Mapping[str, Any]:
-        """Probe the final weights, erasure included; test whether style heads understand each other.
+        """Probe the final weights, site erasure included; test whether style heads understand each other.
 
         Hospitals held out are measured here and nowhere else: `with_held_out` has the probes on all.
         """
@@ -129,9 +129,9 @@ class Witness(RunObserver):
             return {}
         models = self._models(result.shared, plan.training.rounds)
         training = self._training[: len(plan.sites)]
-        told = [style_tokens(m, x, bank, i) for i, (m, x) in enumerate(zip(models, training, strict=True))]
+        tokens = [style_tokens(m, x, bank, i) for i, (m, x) in enumerate(zip(models, training, strict=True))]
         outcomes = [
-            check_alignment(models[i], told[j], training[i], bank, i)
+            check_alignment(models[i], tokens[j], training[i], bank, i)
             for i in range(len(models))
             for j in range(len(models))
             if i != j

@@ -49,7 +49,7 @@ def answer_erasure(site: Site, ask: ErasureAsk, plan: RunPlan, gate: Gate, on_st
         kept = None
     student = student_of(plan, ask.shared, kept).to(site.device).eval()
     width = plan.network.width
-    student.set_erasure(torch.zeros(width), torch.eye(width))  # content before any erasure, whatever came
+    student.set_erasure(torch.zeros(width), torch.eye(width))  # before any site erasure, whatever came
 
     scans = site.scans(plan)
     rows = list(scans.indices("train"))

@@ -162,12 +162,12 @@ def probe_sums(
     most `federation.exchanges.probes.sums_bound` in L2, while the others stay in their folds.
     """
     joint = _joint(student, scans, probed)
-    told = {FACTORS: _by_fold(joint, probed, plan, joint_bound(plan))}
+    sums = {FACTORS: _by_fold(joint, probed, plan, joint_bound(plan))}
     if plan.probes.anatomy:
-        told[ANATOMY] = _anatomy(joint, scans, probed, plan)
+        sums[ANATOMY] = _anatomy(joint, scans, probed, plan)
     if told_of_swaps(plan):
-        told |= _restyled_sums(student, scans, probed, plan, bank, site, joint)
-    return told
+        sums |= _restyled_sums(student, scans, probed, plan, bank, site, joint)
+    return sums
 
 
 def probe_hits(
@@ -226,11 +226,11 @@ def _by_fold(
 ) -> Float[Tensor, "f v"]:
     """Sums of each fold, as one vector each."""
     fold_of = [probed.folds[patient] for patient in probed.patients]
-    told = []
+    vectors = []
     for fold in range(plan.probes.folds):
         mine = [i for i, own in enumerate(fold_of) if own == fold]
-        told.append(ErasureMoments.of(joint[mine], [probed.patients[i] for i in mine], bound).to_vector())
-    return torch.stack(told)
+        vectors.append(ErasureMoments.of(joint[mine], [probed.patients[i] for i in mine], bound).to_vector())
+    return torch.stack(vectors)
 
 
 def _anatomy(
@@ -290,12 +290,12 @@ def _restyled_sums(
     `joint` are the factors of its scans as they are.
     """
     shapes = sums_shapes(plan)
-    told = {
+    sums = {
         name: torch.zeros(shapes[name], dtype=torch.float64)
         for name in (SWAPPED, SWAPPED_PATIENTS, RECOGNITION)
     }
     if bank is None or plan.sites[site] not in bank.present:
-        return told
+        return sums
     names = list(probed.folds)
     gallery = _factors(patient_means(joint, probed.patients), plan)
     for target in range(len(plan.sites)):
@@ -313,13 +313,13 @@ def _restyled_sums(
             total += len(latents)
         asked = _factors(patient_means(torch.cat(queries), probed.patients), plan)
         hits = [float(recognised(q, g, names, names).sum()) for q, g in zip(asked, gallery, strict=True)]
-        told[RECOGNITION] += torch.tensor([*hits, len(names), 1.0], dtype=torch.float64)
+        sums[RECOGNITION] += torch.tensor([*hits, len(names), 1.0], dtype=torch.float64)
         swapped = _swapped(student, scans, probed, plan, tokens / total)
-        told[SWAPPED][target], told[SWAPPED_PATIENTS][target] = (
+        sums[SWAPPED][target], sums[SWAPPED_PATIENTS][target] = (
             style_vector(swapped),
             swapped.sums["count"][0],
         )
-    return told
+    return sums
 
 
 def _swapped(

@@ -3,9 +3,9 @@
 A step draws patients (each at most once, where there are enough), a scan of each, a cached view, partners,
 and the target style of each scan; all of it from one generator that depends on the site's own secret, the
 run's seed, the round and the step alone, so that the site, and nobody else, can replay any step. Applying a
-draw reads latents and restyles them to the style bank's entries, labelled with the site of their target style:
-that is how a site with one scanner sees all scanners on its own patients. Without entries scans stay as they
-are, with their own site's label.
+draw reads latents and restyles them to the style bank's entries, labelled with the site of their target
+style: that is how a site with one scanner sees all scanners on its own patients. Without entries scans stay
+as they are, with their own site's label.
 
 Does not do: augment (views are made before encoding), or keep anything of another site but its bank entry.
 Source: patient-balanced choice and virtual cross-site batches are ours; pairing is MeDUET's

@@ -64,12 +64,12 @@ def to_tensors(examples: Examples) -> Tensors:
 def from_tensors(tensors: Tensors) -> Examples:
     """The inverse of `to_tensors`; raises `MessageError` for tensors that no examples become."""
     maps = tensors.get("label_map")
-    told = {BOUNDED: 5, **{name: 1 for name in _WHOLE}, "spacing": 2} | (
+    ranks = {BOUNDED: 5, **{name: 1 for name in _WHOLE}, "spacing": 2} | (
         {} if maps is None else {"label_map": 5}
     )
-    if {name: tensor.ndim for name, tensor in tensors.items()} != told:
+    if {name: tensor.ndim for name, tensor in tensors.items()} != ranks:
         raise MessageError(
-            f"Expected the tensors {', '.join(told)}; got {', '.join(sorted(tensors)) or 'none'}."
+            f"Expected the tensors {', '.join(ranks)}; got {', '.join(sorted(tensors)) or 'none'}."
         )
     if len({len(tensor) for tensor in tensors.values()}) > 1:
         raise MessageError("Expected as many of each tensor as there are items.")

@@ -56,10 +56,10 @@ def check(model: GenerativeModel, settings: HarmonisationSettings) -> None:
         if settings.method == "sample":
             raise ValueError("--own-style has no effect with --method sample: content carries no style.")
         site_style(model, settings.own_style, settings.body_part)
-    told = model.transformer.config.sizes.names
+    names = model.transformer.config.sizes.names
     for name in settings.sampling.guidance:
         if (
-            name not in told
+            name not in names
             or name not in ("content", "style", "body_part")[: 3 if settings.body_part else 2]
         ):
             raise ValueError(
@@ -67,10 +67,10 @@ def check(model: GenerativeModel, settings: HarmonisationSettings) -> None:
             )
     if settings.method != "restyle":
         for name in ("content", "style"):
-            if name not in told:
+            if name not in names:
                 raise ValueError(
-                    f"Expected a model that is told {name}; this one is told {', '.join(told) or 'nothing'}. "
-                    "--method restyle needs neither."
+                    f"Expected a model that is told {name}; this one is told "
+                    f"{', '.join(names) or 'nothing'}. --method restyle needs neither."
                 )
 
 

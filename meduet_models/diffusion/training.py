@@ -119,16 +119,16 @@ class DiffusionTrainee:
         examples = source.read(draw.rows)
         if bool(draw.moved.any()) and self.bank is not None:
             examples = restyled_examples(self.bank, examples, draw.moved, draw.scan_target)
-        told = self._told(examples, draw, device)
+        conditions = self._told(examples, draw, device)
         data = transformer.standardise(examples.latents.to(device))
         noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(draw.noise_seed)).to(device)
         time = draw.time.to(device)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             predicted, hidden = transformer.velocity_and_hidden(
-                self._path.noisy(data, noise, time), time, told
+                self._path.noisy(data, noise, time), time, conditions
             )
-            aligned = self._alignment(hidden, told, examples)
+            aligned = self._alignment(hidden, conditions, examples)
         velocity = F.mse_loss(predicted, self._path.velocity(data, noise, time))
         loss = velocity if aligned is None else velocity + settings.alignment * aligned
         _finite(loss, "loss", step)
@@ -201,20 +201,20 @@ class DiffusionTrainee:
     def _told(self, examples: Examples, draw: StepDraw, device: torch.device) -> Conditions:
         codes = None if self._styles is None else self._styles.codes(examples, draw.as_site)
         others = [name for name in self.names if name != "content"]
-        told = self.conditioner.conditions(examples, others, codes)
+        conditions = self.conditioner.conditions(examples, others, codes)
         if "content" in self.names:
             seen = examples.latents
             if bool(draw.restyled.any()) and self.bank is not None:
                 seen = restyled_examples(self.bank, examples, draw.restyled, draw.content_target).latents
-            told = dataclasses.replace(told, content=self.conditioner.content(seen))
-        told = told.each(lambda t: t.to(device))
+            conditions = dataclasses.replace(conditions, content=self.conditioner.content(seen))
+        conditions = conditions.each(lambda t: t.to(device))
         dropped = {name: mask.to(device) for name, mask in draw.dropped.items()}
-        return Conditions(**{name: getattr(told, name) for name in self.names}, dropped=dropped)
+        return Conditions(**{name: getattr(conditions, name) for name in self.names}, dropped=dropped)
 
-    def _alignment(self, hidden: Tensor, told: Conditions, examples: Examples) -> Tensor | None:
+    def _alignment(self, hidden: Tensor, conditions: Conditions, examples: Examples) -> Tensor | None:
         if self.projector is None:
             return None
-        content = told.content
+        content = conditions.content
         if content is None:
             content = self.conditioner.content(examples.latents).to(hidden.device)
         grid = self.conditioner.encoder.config.token_grid
@@ -252,13 +252,13 @@ def validation_loss(
         some = examples.rows(rows)
         everyone = torch.ones(len(some), dtype=torch.bool)
         codes = None if styles is None else styles.codes(some, everyone)
-        told = conditioner.conditions(some, names, codes).each(lambda t: t.to(device))
+        conditions = conditioner.conditions(some, names, codes).each(lambda t: t.to(device))
         data, total = transformer.standardise(some.latents.to(device)), torch.zeros(len(some), device=device)
         for repeat in range(repeats):
             draws = [generator_of("validation", seed, repeat, int(row)) for row in rows]
             time = torch.cat([torch.rand(1, generator=g) for g in draws]).add(repeat).div(repeats).to(device)
             noise = torch.stack([torch.randn(data.shape[1:], generator=g) for g in draws]).to(device)
-            predicted = transformer(path.noisy(data, noise, time), time, told)
+            predicted = transformer(path.noisy(data, noise, time), time, conditions)
             total += (predicted - path.velocity(data, noise, time)).square().mean((1, 2, 3, 4))
         losses.append(total / repeats)
     return torch.cat(losses)

@@ -75,8 +75,8 @@ class StatusFile(RunObserver):
         entry = self._status["sites"][site]
         for name in _SUMS:
             entry[name] += int(report.get(name, 0))
-        told = {name: value for name, value in report.items() if name in ("examples", "seconds", "loss")}
-        entry |= {"state": "answered", "last_seen": _now(), "round": round_number, **told}
+        metrics = {name: value for name, value in report.items() if name in ("examples", "seconds", "loss")}
+        entry |= {"state": "answered", "last_seen": _now(), "round": round_number, **metrics}
         self._write()
 
     def on_round_end(

@@ -75,7 +75,7 @@ class CentralDiffusion:
         """
         if round_number < self.diffusion.begin_round:
             return {}
-        told = collect(
+        collected = collect(
             self._grid,
             self._roster,
             self.plan,
@@ -87,7 +87,7 @@ class CentralDiffusion:
         target = (round_number - self.diffusion.begin_round + 1) * self.diffusion.steps_per_round
         if self._done < target:
             self._work = self._start(self._ready(shared, bank), round_number, range(self._done, target))
-        return told
+        return collected
 
     def after_round(self, round_number: int) -> dict[str, Any]:
         """Wait for the steps of this round, write them down, and say how long the round waited for them."""

@@ -6,7 +6,7 @@ fitted probes go out to the sites whose sums came, and the hits come back. The r
 pooled patients; with style heads at home, each site's style is what its own head says. A site that refuses is
 listed and the run goes on.
 
-After the erasure the linear site probe of content is not read from the patients that the erasure was fitted
+After the site erasure the linear site probe of content is not read from the patients that it was fitted
 on: it made the site means of exactly these patients coincide, so leaving some out moves the others' mean the
 other way, and a cross-validated probe falls below chance (measured: .13 at a chance of .33, while patients
 held out gave .46). With `probes.patients: held_out` it is read.
@@ -85,10 +85,10 @@ class FederatedProbes:
         an erasure, fitted on the patients trained on; they are asked about under the round that would follow.
         """
         self._round, self.directions, self._patients = round_number, {}, {}
-        told, refused = self._ask(shared, bank, {}, self._check_sums)
-        if len(told) < 2:
+        replies, refused = self._ask(shared, bank, {}, self._check_sums)
+        if len(replies) < 2:
             return {"readings": {}, "sites": {}, "refused": refused}
-        sums = {site: reply.sums for site, reply in told.items()}
+        sums = {site: reply.sums for site, reply in replies.items()}
         self.directions = directions_of_sums(sums, self._plan)
         fitted = fitted_probes(sums, self._plan)
         hits, refused_hits = self._ask(shared, bank, fitted, self._check_hits, only=set(sums))
@@ -146,9 +146,9 @@ class FederatedProbes:
         self._check_counts(reply.sums, patients)
         self._patients[reply.site] = patients
 
-    def _check_moments(self, told: Sequence[ErasureMoments | StyleMoments]) -> None:
+    def _check_moments(self, received: Sequence[ErasureMoments | StyleMoments]) -> None:
         try:
-            for moments in told:
+            for moments in received:
                 moments.check(MOST_PATIENTS)
         except ValueError as reason:
             raise ReplyRefused(str(reason)) from reason
@@ -236,8 +236,8 @@ def _anatomy(sums: Mapping[str, Tensors], plan: RunPlan) -> dict[str, float]:
 
 def _recognition(sums: Mapping[str, Tensors]) -> dict[str, float]:
     """Top-1 in other styles among each site's own patients; not among all patients of the federation."""
-    told = [own[RECOGNITION] for own in sums.values() if RECOGNITION in own]
-    total = torch.stack(told).sum(0).tolist() if told else []
+    hits = [own[RECOGNITION] for own in sums.values() if RECOGNITION in own]
+    total = torch.stack(hits).sum(0).tolist() if hits else []
     found = dict(zip(RECOGNISED, total, strict=False))
     if not found.get("asked"):
         return {}

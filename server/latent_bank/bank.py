@@ -358,11 +358,11 @@ class LatentBank:
 
 def _terms(plan: RunPlan) -> dict[str, str]:
     """What the numbers in a record mean, by name, as text."""
-    told = {
+    terms = {
         "tokenizer": plan.tokenizer_sha256,
         "sites": list(plan.sites),
         "body parts": list(plan.style.body_parts),
         "classes": [releasing(plan).category, *releasing(plan).categories],
         "volumes": dataclasses.asdict(plan.volumes),
     }
-    return {name: json.dumps(value, sort_keys=True) for name, value in told.items()}
+    return {name: json.dumps(value, sort_keys=True) for name, value in terms.items()}

@@ -103,8 +103,16 @@ class Item:
 
     def header(self, origin: Origin) -> bytes:
         """What the record is sealed with: under another name, site, round or policy it does not open."""
-        told = (origin.site, self.name, origin.round, self.position, origin.policy, origin.plan, self.sha256)
-        return "\0".join(map(str, told)).encode()
+        sealed = (
+            origin.site,
+            self.name,
+            origin.round,
+            self.position,
+            origin.policy,
+            origin.plan,
+            self.sha256,
+        )
+        return "\0".join(map(str, sealed)).encode()
 
 
 _ORIGIN = ", ".join(column.name for column in fields(Origin))

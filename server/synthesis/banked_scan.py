@@ -42,9 +42,9 @@ def scan_of_bank(folder: Path, key: Path | None, name: str) -> EncodedScan:
                 f"Expected item {name} of the bank {folder} to be readable; it is {item.state}, or damaged. "
                 "Choose another (`meduet-server bank list`)."
             )
-        told = bank.layout.unpack(records)
+        examples = bank.layout.unpack(records)
         terms = {term: json.loads(bank.tables.meta(term) or "null") for term in ("tokenizer", "volumes")}
-        x, y, z = told.spacing[0].tolist()
-        return EncodedScan(told.latents[0], terms["tokenizer"], terms["volumes"], {}, (x, y, z))
+        x, y, z = examples.spacing[0].tolist()
+        return EncodedScan(examples.latents[0], terms["tokenizer"], terms["volumes"], {}, (x, y, z))
     finally:
         bank.close()

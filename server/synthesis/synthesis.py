@@ -232,7 +232,7 @@ def _draw(
         )
     place = body_part_index(model, request.body_part)
     kind = model.categories.index(request.category) if request.category else UNKNOWN
-    told = Conditions(
+    conditions = Conditions(
         content=None if contents is None else contents[[row % request.points for row in rows]],
         style=style,
         body_part=torch.full((count,), place) if "body_part" in request.told else None,
@@ -240,7 +240,7 @@ def _draw(
         spacing=None if request.spacing_mm is None else torch.tensor([request.spacing_mm] * count),
     )
     return sample(
-        model.transformer, told, count, request.sampling,
+        model.transformer, conditions, count, request.sampling,
         seed=request.seed, batch_size=count, noise=noise,
     )  # fmt: skip
 

@@ -62,14 +62,14 @@ def _curves(study: Study, live: Live) -> list[Curve]:
     asked = list(cells(study.asked))
     curves = []
     with live.counting("curves") as progress:
-        for done, (name, start, told, seed) in enumerate(asked):
+        for done, (name, start, given, seed) in enumerate(asked):
             progress(done, len(asked))
             points = _once(
                 study,
                 f"curves/{name}",
-                lambda start=start, told=told, seed=seed: {"points": study.curve(start, told, seed)},  # type: ignore[misc]
+                lambda start=start, given=given, seed=seed: {"points": study.curve(start, given, seed)},  # type: ignore[misc]
             )["points"]
-            curves.append(Curve(start, told, seed, [(int(step), float(loss)) for step, loss in points]))
+            curves.append(Curve(start, given, seed, [(int(step), float(loss)) for step, loss in points]))
             live.say(f"{name}: loss {points[-1][1]:.4f}")
     return curves
 
@@ -129,7 +129,7 @@ def _judged(study: Study, source: Source, site: str | None, live: Live) -> dict[
             if opened.scans[name].indices("test")
         ]
     )
-    told = evaluate_generation(
+    judged = evaluate_generation(
         model,
         plan,
         opened.consortium.site(plan.sites[0]).tokenizer,
@@ -143,7 +143,7 @@ def _judged(study: Study, source: Source, site: str | None, live: Live) -> dict[
         model.transformer, model.conditioner, study.patients.test, ("content", "style"), bank=study.bank
     )
     loss = averaged(losses.double(), [str(i) for i in range(len(losses))], _RESAMPLES, plan.seed)
-    return {"rows": told["rows"], "loss": loss.value, "loss_low": loss.low, "loss_high": loss.high}
+    return {"rows": judged["rows"], "loss": loss.value, "loss_low": loss.low, "loss_high": loss.high}
 
 
 def _once(study: Study, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -96,11 +96,11 @@ def use_rows(
     means = {arm: per_patient(np.mean(values, axis=0), test.patient) for arm, values in scores.items()}
     rows = []
     for arm in arms[1:]:
-        told = "content, style" if "synthetic" in arm else "moved to other styles"
+        kind = "content, style" if "synthetic" in arm else "moved to other styles"
         value, floor = (_interval(means[name], resamples, seed) for name in (arm, arms[0]))
         gain = _interval(means[arm] - means[arms[0]], resamples, seed)
         for measure, here, there in ((f"Dice, {arm}", value, floor), (f"Dice gained, {arm}", gain, UNKNOWN)):
-            rows.append(quality_row(measure, "volumes", told, here, there, samples=added, real=len(test)))
+            rows.append(quality_row(measure, "volumes", kind, here, there, samples=added, real=len(test)))
     return rows
 
 
@@ -132,5 +132,5 @@ def _dice(
 
 
 def _interval(values: np.ndarray, resamples: int, seed: int) -> Interval:
-    told = mean_estimate(values, resamples, seed)
-    return Interval(told.value, told.low, told.high)
+    estimate = mean_estimate(values, resamples, seed)
+    return Interval(estimate.value, estimate.low, estimate.high)
