@@ -113,12 +113,12 @@ def encode_all(crops: np.ndarray) -> Tensor:
 
 
 def train(
-    latents: Tensor, site: Tensor, bank: StyleBank, variant: str, steps: int, seed: int
+    latents: Tensor, site: Tensor, style_bank: StyleBank, variant: str, steps: int, seed: int
 ) -> tuple[MeDUET, float]:
     """Pretrain on scans [n, c, d, h, w] of sites [n]; returns the network and processor seconds per step."""
     paths, config = VARIANTS[variant]
     network = MeDUET(NetworkConfig(**SIZE, factor_paths=paths), len(SITES), seed=seed)
-    network.set_latent_scale(bank.centre, bank.scale)
+    network.set_latent_scale(style_bank.centre, style_bank.scale)
     teacher, objective = Teacher(network), MeduetObjective(config)
     optimiser = torch.optim.AdamW(network.parameters(), lr=PEAK, betas=(0.9, 0.95), weight_decay=1e-2)
     generator = torch.Generator().manual_seed(seed)
@@ -130,7 +130,9 @@ def train(
         scans, own, target = latents[rows], site[rows], draws.target_site
         assert target is not None
         batch = StepBatch(
-            bank.restyle(scans, own, target), target, bank.restyle(scans, own, target[draws.partner])
+            style_bank.restyle(scans, own, target),
+            target,
+            style_bank.restyle(scans, own, target[draws.partner]),
         )
         losses = objective(network, teacher, batch, draws, progress)
         optimiser.zero_grad()
@@ -228,9 +230,9 @@ def main() -> None:
         name: StyleMoments.of(trained[site == s], [str(i) for i in range(share)], layout)
         for s, name in enumerate(SITES)
     }
-    bank = StyleBank.of(SITES, moments)
+    style_bank = StyleBank.of(SITES, moments)
     for variant in arguments.variants:
-        network, step_s = train(trained, site, bank, variant, arguments.steps, arguments.seed)
+        network, step_s = train(trained, site, style_bank, variant, arguments.steps, arguments.seed)
         row = {"s/step": step_s} | measure(network, trained, site, latents[:, TRAINED:])
         print(
             f"{variant} (seed {arguments.seed}): " + "  ".join(f"{k} {v:.3f}" for k, v in row.items()),

@@ -111,11 +111,11 @@ def run(plan: RunPlan, latents: list[torch.Tensor], keep: bool) -> list[float]:
         SITES[t.site]: StyleMoments.of(t.values[:PATIENTS], t.patients[:PATIENTS], survey_layout(plan))
         for t in train
     }
-    bank = StyleBank.of(SITES, moments)
-    batches = [Batches(t, plan, bank) for t in train]
+    style_bank = StyleBank.of(SITES, moments)
+    batches = [Batches(t, plan, style_bank) for t in train]
     unseen = [Batches(h, plan, None) for h in held]
     model = MeDUET(plan.network, len(SITES), seed=plan.seed)
-    model.set_latent_scale(bank.centre, bank.scale)
+    model.set_latent_scale(style_bank.centre, style_bank.scale)
     weights, scope, method = model.state_dict(), plan.style.head, plan.aggregation.method
     shared: Weights = {n: weights[n].clone() for n in shared_keys(model, scope, method)}
     start: Weights = {n: weights[n].clone() for n in home_keys(model, scope, method)}

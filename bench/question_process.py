@@ -83,8 +83,10 @@ def prepare(folder: Path) -> Path:
     question |= {
         f"home/{name}": weights[name].clone().contiguous() for name in home_keys(model, scope, method)
     }
-    bank = StyleBank.of(plan.sites, moments).to_tensors()
-    save_file(question | {f"bank/{name}": t.contiguous() for name, t in bank.items()}, folder / "question")
+    style_bank = StyleBank.of(plan.sites, moments).to_tensors()
+    save_file(
+        question | {f"bank/{name}": t.contiguous() for name, t in style_bank.items()}, folder / "question"
+    )
     return poc.site_yamls[plan.sites[0]]
 
 

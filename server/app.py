@@ -51,7 +51,7 @@ _log = logging.getLogger(__name__)
 class RunObserver(RoundObserver):
     """Told what happens in a whole run; this one does nothing."""
 
-    def on_survey(self, summary: Mapping[str, Any], bank: Mapping[str, Any]) -> None:
+    def on_survey(self, summary: Mapping[str, Any], style_bank: Mapping[str, Any]) -> None:
         """The survey is done: who told what, and the style bank's tensors."""
 
     def on_diffusion(self, done: int, total: int, loss: float) -> None:
@@ -152,17 +152,17 @@ class _Run:
     def _survey(self) -> Checkpoint:
         shared, _ = self.model.start()
         metrics: dict[str, Any] = {"rounds": [], "survey": {}, "erasure": {}}
-        bank: Tensors = {}
+        style_bank: Tensors = {}
         if self.model.surveyed:
             replies, refused = ask_survey(
                 self.grid, self.roster, self.plan, self.model.check_survey, self.book
             )
             surveyed = self.model.after_survey(shared, replies)
-            shared, bank = surveyed.shared, surveyed.bank
+            shared, style_bank = surveyed.shared, surveyed.bank
             metrics["survey"] = {**surveyed.summary, "refused": refused}
             self._note("survey", sites=list(replies), refused=refused)
-        checkpoint = self._save(0, shared, {}, bank, metrics)
-        self.observer.on_survey(metrics["survey"], bank)
+        checkpoint = self._save(0, shared, {}, style_bank, metrics)
+        self.observer.on_survey(metrics["survey"], style_bank)
         return checkpoint
 
     def _rounds(self, last: Checkpoint) -> Checkpoint:
@@ -280,14 +280,19 @@ class _Run:
         return tensors, metrics
 
     def _save(
-        self, round_number: int, shared: Tensors, optimiser: Tensors, bank: Tensors, metrics: dict[str, Any]
+        self,
+        round_number: int,
+        shared: Tensors,
+        optimiser: Tensors,
+        style_bank: Tensors,
+        metrics: dict[str, Any],
     ) -> Checkpoint:
         checkpoint = Checkpoint(
             plan_sha256=self.plan.sha256,
             round=round_number,
             shared=shared,
             optimiser=optimiser,
-            bank=bank,
+            bank=style_bank,
             metrics=metrics,
         )
         self.checkpoints.save(checkpoint)

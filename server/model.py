@@ -112,13 +112,13 @@ class MeduetModel:
 
     def after_survey(self, shared: Tensors, replies: Mapping[str, SurveyReply]) -> Surveyed:
         """Pooled centre and deviation of the latents into the network's constants; entries into the bank."""
-        bank = self._survey.bank()
+        style_bank = self._survey.bank()
         network = self._network()
-        network.set_latent_scale(bank.centre, bank.scale)
+        network.set_latent_scale(style_bank.centre, style_bank.scale)
         constants = {name: network.state_dict()[name] for name in ("latent_mean", "latent_deviation")}
         sites = {s: {"patients": r.num_patients, "scans": r.num_scans} for s, r in replies.items()}
-        summary = {"sites": sites, "latent_deviation": bank.scale.tolist()}
-        tensors = bank.to_tensors() if self.plan.style.exchange != "none" else {}
+        summary = {"sites": sites, "latent_deviation": style_bank.scale.tolist()}
+        tensors = style_bank.to_tensors() if self.plan.style.exchange != "none" else {}
         return Surveyed(shared | constants, tensors, summary)
 
     def check_erasure(self, reply: ErasureReply) -> None:

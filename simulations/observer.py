@@ -124,14 +124,16 @@ class Witness(RunObserver):
         plan = self._plan
         if not result.bank or plan.style.exchange != "bank" or plan.style.head != "local":
             return {}
-        bank = StyleBank.from_tensors(result.bank, plan.sites)
-        if len(bank.present) < len(plan.sites) or len(plan.sites) < 2:
+        style_bank = StyleBank.from_tensors(result.bank, plan.sites)
+        if len(style_bank.present) < len(plan.sites) or len(plan.sites) < 2:
             return {}
         models = self._models(result.shared, plan.training.rounds)
         training = self._training[: len(plan.sites)]
-        tokens = [style_tokens(m, x, bank, i) for i, (m, x) in enumerate(zip(models, training, strict=True))]
+        tokens = [
+            style_tokens(m, x, style_bank, i) for i, (m, x) in enumerate(zip(models, training, strict=True))
+        ]
         outcomes = [
-            check_alignment(models[i], tokens[j], training[i], bank, i)
+            check_alignment(models[i], tokens[j], training[i], style_bank, i)
             for i in range(len(models))
             for j in range(len(models))
             if i != j
@@ -208,16 +210,16 @@ class Witness(RunObserver):
         """These latents moved to the other hospitals' entries; nothing where no bank goes round."""
         if not result.bank:
             return {}
-        bank = StyleBank.from_tensors(result.bank, self._plan.sites)
+        style_bank = StyleBank.from_tensors(result.bank, self._plan.sites)
         for site, scans in list(zip(self._consortium.everyone.sites, self._scans, strict=True))[
-            len(bank.sites) :
+            len(style_bank.sites) :
         ]:
-            bank = bank.joined_by(site, own_moments(scans, self._plan))
-        known = [i for i in (index, *others) if float(bank.count[i].sum()) > 0]
+            style_bank = style_bank.joined_by(site, own_moments(scans, self._plan))
+        known = [i for i in (index, *others) if float(style_bank.count[i].sum()) > 0]
         if index not in known:
             return {}
         own = torch.tensor([index])
-        return {i: bank.restyle(latents, own, torch.tensor([i])) for i in known if i != index}
+        return {i: style_bank.restyle(latents, own, torch.tensor([i])) for i in known if i != index}
 
     def _example(self, index: int) -> tuple[LatentSet, int]:
         paired = self._paired[index]

@@ -75,7 +75,7 @@ def answer_diffusion(
         diffusion.training,
         total_steps=diffusion.steps(plan.training.rounds),
         seed=seed_of(site.secret, "diffusion", plan.seed),
-        bank=bank_of(plan, ask.bank),
+        style_bank=bank_of(plan, ask.bank),
     )
     if place.kept.optimiser:
         trainee.load(place.kept.optimiser)

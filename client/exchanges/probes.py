@@ -104,7 +104,7 @@ def answer_probe(site: Site, ask: ProbeAsk, plan: RunPlan, gate: Gate, on_step: 
     fitted = bool(ask.probe)
     states = StateFolder(site.state_dir / "state", ask.plan_sha256)
     student = student_of(plan, ask.shared, states.before(ask.round + 1)).to(site.device).eval()
-    bank, index = bank_of(plan, ask.bank), plan.sites.index(site.name)
+    style_bank, index = bank_of(plan, ask.bank), plan.sites.index(site.name)
     scans = site.scans(plan)
     probed = probed_patients(scans, plan, site.minimum_cohort, site.secret)
     if fitted:
@@ -114,7 +114,7 @@ def answer_probe(site: Site, ask: ProbeAsk, plan: RunPlan, gate: Gate, on_step: 
             raise AskRefused(str(error), RefusalKind.MALFORMED) from error
     else:
         check_sums(len(probed.folds) // plan.probes.folds, widest_sums(plan), site.exact_sums)
-        tensors = probe_sums(student, scans, probed, plan, bank, index)
+        tensors = probe_sums(student, scans, probed, plan, style_bank, index)
     return gate.release(
         tensors,
         hits_shapes() if fitted else sums_shapes(plan),
@@ -154,7 +154,12 @@ def probed_patients(scans: TrainingScans, plan: RunPlan, site_minimum: int, secr
 
 
 def probe_sums(
-    student: MeDUET, scans: TrainingScans, probed: Probed, plan: RunPlan, bank: StyleBank | None, site: int
+    student: MeDUET,
+    scans: TrainingScans,
+    probed: Probed,
+    plan: RunPlan,
+    style_bank: StyleBank | None,
+    site: int,
 ) -> dict[str, Tensor]:
     """The first exchange: shapes of `federation.exchanges.probes.sums_shapes`.
 
@@ -166,7 +171,7 @@ def probe_sums(
     if plan.probes.anatomy:
         sums[ANATOMY] = _anatomy(joint, scans, probed, plan)
     if told_of_swaps(plan):
-        sums |= _restyled_sums(student, scans, probed, plan, bank, site, joint)
+        sums |= _restyled_sums(student, scans, probed, plan, style_bank, site, joint)
     return sums
 
 
@@ -281,7 +286,7 @@ def _restyled_sums(
     scans: TrainingScans,
     probed: Probed,
     plan: RunPlan,
-    bank: StyleBank | None,
+    style_bank: StyleBank | None,
     site: int,
     joint: Float[Tensor, "b z"],
 ) -> dict[str, Tensor]:
@@ -294,17 +299,17 @@ def _restyled_sums(
         name: torch.zeros(shapes[name], dtype=torch.float64)
         for name in (SWAPPED, SWAPPED_PATIENTS, RECOGNITION)
     }
-    if bank is None or plan.sites[site] not in bank.present:
+    if style_bank is None or plan.sites[site] not in style_bank.present:
         return sums
     names = list(probed.folds)
     gallery = _factors(patient_means(joint, probed.patients), plan)
     for target in range(len(plan.sites)):
-        if target == site or plan.sites[target] not in bank.present:
+        if target == site or plan.sites[target] not in style_bank.present:
             continue
         queries, tokens, total = [], torch.zeros(0), 0
         for latents, _ in _chunks(student, scans, probed):
             here = torch.full((len(latents),), site)
-            restyled = bank.restyle(latents, here, torch.full_like(here, target))
+            restyled = style_bank.restyle(latents, here, torch.full_like(here, target))
             queries.append(
                 torch.cat([student.pooled_content(restyled), student.pooled_style(restyled)], dim=1).cpu()
             )

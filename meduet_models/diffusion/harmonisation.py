@@ -79,15 +79,15 @@ def site_style(model: GenerativeModel, site: str, body_part: str = "") -> StyleE
 
     Raises `ValueError` listing the styles there are, or the body parts.
     """
-    bank = _bank(model)
-    if site not in bank.present:
+    style_bank = _bank(model)
+    if site not in style_bank.present:
         raise ValueError(
-            f"Expected a site whose style the model holds ({', '.join(bank.present)}); got {site!r}."
+            f"Expected a site whose style the model holds ({', '.join(style_bank.present)}); got {site!r}."
         )
     part = body_part_index(model, body_part)
-    if bank.count.shape[1] > 1 and part == UNKNOWN:
+    if style_bank.count.shape[1] > 1 and part == UNKNOWN:
         raise ValueError(f"Expected --body-part, one of {', '.join(model.body_parts)}: styles differ by it.")
-    entry = bank.entry(torch.tensor([bank.sites.index(site)]), torch.tensor([max(part, 0)]))
+    entry = style_bank.entry(torch.tensor([style_bank.sites.index(site)]), torch.tensor([max(part, 0)]))
     return entry.each(lambda values: values[0])
 
 

@@ -30,11 +30,13 @@ class SiteStyles:
     """Where a site has an entry."""
 
     @staticmethod
-    def of(conditioner: Conditioner, bank: StyleBank | None) -> "SiteStyles":
+    def of(conditioner: Conditioner, style_bank: StyleBank | None) -> "SiteStyles":
         """The codes of a style bank."""
-        if bank is None or not bank.present:
+        if style_bank is None or not style_bank.present:
             return SiteStyles(conditioner, None, None)
-        return SiteStyles(conditioner, conditioner.style_of(bank.entries).cpu(), bank.count.cpu() > 0)
+        return SiteStyles(
+            conditioner, conditioner.style_of(style_bank.entries).cpu(), style_bank.count.cpu() > 0
+        )
 
     def codes(self, examples: Examples, as_site: Bool[Tensor, " b"]) -> Float[Tensor, "b s"]:
         """Each scan's own code; its site's where that is asked for and the site has one for its body part."""
@@ -50,7 +52,7 @@ class SiteStyles:
 
 
 def restyled_examples(
-    bank: StyleBank,
+    style_bank: StyleBank,
     examples: Examples,
     who: Bool[Tensor, " b"],
     target_choice: Float[Tensor, " b"],
@@ -60,7 +62,7 @@ def restyled_examples(
 
     `target_choice` in [0, 1) says which of those sites. A scan whose own site told no style stays as it is.
     """
-    present = bank.count.cpu() > 0  # sites, body parts
+    present = style_bank.count.cpu() > 0  # sites, body parts
     site = examples.site.cpu()
     part = examples.body_part.cpu() if present.shape[1] > 1 else torch.zeros_like(site)
     target = site.clone()
@@ -71,5 +73,5 @@ def restyled_examples(
         others = [other for other in present[:, its].nonzero()[:, 0].tolist() if other != own]
         if others:
             target[row] = others[int(float(target_choice[row]) * len(others))]
-    latents = bank.restyle(examples.latents, site, target, part)
+    latents = style_bank.restyle(examples.latents, site, target, part)
     return dataclasses.replace(examples, latents=latents, site=target.to(examples.site.device))

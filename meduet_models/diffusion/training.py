@@ -60,22 +60,26 @@ class DiffusionTrainee:
         *,
         total_steps: int,
         seed: int,
-        bank: StyleBank | None,
+        style_bank: StyleBank | None,
     ) -> None:
-        """`bank`: the sites' styles, for `site_style`, `restyled_content` and `restyled_scans`.
+        """`style_bank`: the sites' styles, for `site_style`, `restyled_content` and `restyled_scans`.
 
         Raises `ValueError` when samples need sites' styles and too few sites have told one.
         """
-        self.transformer, self.settings, self.seed, self.bank = transformer, settings, seed, bank
+        self.transformer, self.settings, self.seed, self.bank = transformer, settings, seed, style_bank
         self.names = transformer.config.sizes.names
-        if "style" in self.names and settings.site_style > 0 and (bank is None or not bank.present):
+        if (
+            "style" in self.names
+            and settings.site_style > 0
+            and (style_bank is None or not style_bank.present)
+        ):
             raise ValueError(
                 "diffusion.training.site_style needs the styles of the sites, and none told one: "
                 "set it to 0, or exchange styles."
             )
         restyling = {"restyled_content": "content" in self.names, "restyled_scans": True}
         for name, used in restyling.items():
-            if used and getattr(settings, name) > 0 and (bank is None or len(bank.present) < 2):
+            if used and getattr(settings, name) > 0 and (style_bank is None or len(style_bank.present) < 2):
                 raise ValueError(
                     f"diffusion.training.{name} needs the styles of two sites or more, and fewer told one: "
                     "set it to 0, or exchange styles."
@@ -235,18 +239,18 @@ def validation_loss(
     examples: Examples,
     names: Sequence[Condition],
     *,
-    bank: StyleBank | None = None,
+    style_bank: StyleBank | None = None,
     seed: int = 0,
     repeats: int = 4,
 ) -> Float[Tensor, " b"]:
     """Mean squared error of the velocity for each example, told the conditions in `names` alone.
 
     The draws are fixed by `seed`: noise and times are the same whatever is told, and each example's times are
-    one in each of `repeats` equal shares of [0, 1]. With a `bank`, style is that of the site (the scan's own
-    where the site has none).
+    one in each of `repeats` equal shares of [0, 1]. With a `style_bank`, style is that of the site (the
+    scan's own where the site has none).
     """
     device, path = transformer.latent_mean.device, Path(transformer.config.path)
-    styles = SiteStyles.of(conditioner, bank) if "style" in names else None
+    styles = SiteStyles.of(conditioner, style_bank) if "style" in names else None
     losses = []
     for rows in torch.split(torch.arange(len(examples)), 32):
         some = examples.rows(rows)

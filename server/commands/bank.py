@@ -60,10 +60,10 @@ def add_to(commands: Any) -> None:
 
 
 def _list(chosen: argparse.Namespace, console: Console) -> None:
-    bank = LatentBank(chosen.bank, chosen.key, create=False)
-    contents = summary(bank)
+    latent_bank = LatentBank(chosen.bank, chosen.key, create=False)
+    contents = summary(latent_bank)
     if chosen.json:
-        _json(console, contents | ({"listed": list(items(bank))} if chosen.items else {}))
+        _json(console, contents | ({"listed": list(items(latent_bank))} if chosen.items else {}))
         return
     kind = (
         "PATIENT DATA: scans can be reconstructed from it" if contents["patient_data"] else "no raw latents"
@@ -81,17 +81,17 @@ def _list(chosen: argparse.Namespace, console: Console) -> None:
     if chosen.items:
         columns = ("item", "site", "round", "state", "sha256")
         listed = Table(*columns)
-        for item in items(bank):
+        for item in items(latent_bank):
             listed.add_row(*(cell(item[name]) for name in columns))
         console.print(listed)
 
 
 def _verify(chosen: argparse.Namespace, console: Console) -> None:
-    bank = LatentBank(chosen.bank, chosen.key, create=False)
+    latent_bank = LatentBank(chosen.bank, chosen.key, create=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=chosen.json) as progress:
-        task = progress.add_task("opening records", total=len(bank))
-        sound, damaged = bank.verify(lambda done, total: progress.update(task, completed=done))
+        task = progress.add_task("opening records", total=len(latent_bank))
+        sound, damaged = latent_bank.verify(lambda done, total: progress.update(task, completed=done))
     if chosen.json:
         _json(console, {"sound": sound, "quarantined_now": damaged})
         return
@@ -99,8 +99,8 @@ def _verify(chosen: argparse.Namespace, console: Console) -> None:
 
 
 def _forget(chosen: argparse.Namespace, console: Console) -> None:
-    bank = LatentBank(chosen.bank, chosen.key, create=False)
-    withdrawal = bank.forget(site=chosen.site, item=chosen.item)
+    latent_bank = LatentBank(chosen.bank, chosen.key, create=False)
+    withdrawal = latent_bank.forget(site=chosen.site, item=chosen.item)
     if chosen.json:
         _json(console, dataclasses.asdict(withdrawal))
         return

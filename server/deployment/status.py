@@ -54,7 +54,7 @@ class StatusFile(RunObserver):
         private_folder(folder)
         self._write()
 
-    def on_survey(self, summary: Mapping[str, Any], bank: Mapping[str, Any]) -> None:
+    def on_survey(self, summary: Mapping[str, Any], style_bank: Mapping[str, Any]) -> None:
         """The survey is done: who was put aside."""
         refused = summary.get("refused", {})
         for name, site in self._status["sites"].items():

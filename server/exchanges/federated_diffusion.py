@@ -49,7 +49,7 @@ def run_diffusion_rounds(
     roster: Roster,
     plan: RunPlan,
     shared: Tensors,
-    bank: Tensors,
+    style_bank: Tensors,
     folder: Path,
     book: ReplyBook,
     on_round: OnRound = lambda round_number, report: None,
@@ -73,7 +73,7 @@ def run_diffusion_rounds(
             round=round_number,
             shared={},
             encoder=fixed,
-            bank=bank,
+            bank=style_bank,
             wire_dtype=plan.release.wire_dtype,
         )
         return ask.to_record()

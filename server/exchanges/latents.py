@@ -50,7 +50,7 @@ def collect(
     roster: Roster,
     plan: RunPlan,
     round_number: int,
-    bank: LatentBank,
+    latent_bank: LatentBank,
     book: ReplyBook,
     *,
     encode: Callable[[Tensor], Codes] | None = None,
@@ -67,7 +67,9 @@ def collect(
     counts: dict[str, Counter[str]] = {}
     refused: dict[str, str] = {}
     while waiting := {
-        site: first for site, first in _standing(bank, plan, round_number).items() if site not in refused
+        site: first
+        for site, first in _standing(latent_bank, plan, round_number).items()
+        if site not in refused
     }:
         if counts and time.monotonic() - began > plan.aggregation.deadline_s:
             refused |= {s: f"not all told within {plan.aggregation.deadline_s:g} s" for s in waiting}
@@ -77,7 +79,7 @@ def collect(
         ask = LatentsAsk(plan_json=plan.to_json(), round=round_number, first=first, count=count)
 
         def check(reply: LatentsReply, ask: LatentsAsk = ask) -> None:
-            check_reply(reply, ask, plan, bank)
+            check_reply(reply, ask, plan, latent_bank)
 
         replies, put_aside = ask_sites(
             grid,
@@ -92,7 +94,7 @@ def collect(
         )
         for site, reply in replies.items():  # in the plan's order: which of two twins is kept is no chance
             codes = None if encode is None else encode(reply.examples.latents)
-            added = vars(bank.add(reply, plan, codes))
+            added = vars(latent_bank.add(reply, plan, codes))
             counts[site] = counts.get(site, Counter()) + Counter(added)
         refused |= put_aside
         refused |= {s: "no answer" for s in asked - set(replies) - set(refused)}
@@ -100,14 +102,14 @@ def collect(
         "round": round_number,
         "sites": {site: {name: counts[site][name] for name in sorted(counts[site])} for site in counts},
         "refused": refused,
-        "items": len(bank),
+        "items": len(latent_bank),
         "seconds": time.monotonic() - began,
     }
 
 
-def _standing(bank: LatentBank, plan: RunPlan, round_number: int) -> dict[str, int]:
+def _standing(latent_bank: LatentBank, plan: RunPlan, round_number: int) -> dict[str, int]:
     """Sites that have more to tell, and how many of their items were dealt with."""
-    stands = {site: bank.dealt_with(plan, site, round_number) for site in plan.participants}
+    stands = {site: latent_bank.dealt_with(plan, site, round_number) for site in plan.participants}
     return {
         site: 0 if known is None else known[0]
         for site, known in stands.items()
@@ -115,7 +117,7 @@ def _standing(bank: LatentBank, plan: RunPlan, round_number: int) -> dict[str, i
     }
 
 
-def check_reply(reply: LatentsReply, ask: LatentsAsk, plan: RunPlan, bank: LatentBank) -> None:
+def check_reply(reply: LatentsReply, ask: LatentsAsk, plan: RunPlan, latent_bank: LatentBank) -> None:
     """Raise `ReplyRefused` unless the answer is one to this question and holds what the plan allows."""
     if (reply.round, reply.first) != (ask.round, ask.first):
         raise ReplyRefused(f"Expected items from {ask.first} of round {ask.round}; got others.")
@@ -124,7 +126,7 @@ def check_reply(reply: LatentsReply, ask: LatentsAsk, plan: RunPlan, bank: Laten
     most = min(limit for limit in limits if limit)
     if not 0 <= reply.total <= most:
         raise ReplyRefused(f"Expected at most {most} items in a round; got {reply.total}.")
-    known = bank.dealt_with(plan, reply.site, ask.round)
+    known = latent_bank.dealt_with(plan, reply.site, ask.round)
     if known is not None and known[1] != reply.total:
         raise ReplyRefused(f"Expected {known[1]} items of this round as before; it now says {reply.total}.")
     expected = max(0, min(ask.count, reply.total - ask.first))

@@ -133,8 +133,8 @@ def _models(cell: Cell, simulation: Simulation, scans: Sequence[LatentSet], live
         case "untrained":
             model = MeDUET(plan.network, len(plan.sites), seed=plan.seed)
             moments = {site: own_moments(own, plan) for site, own in zip(plan.sites, scans, strict=False)}
-            bank = StyleBank.of(plan.sites, moments, with_entries=False)
-            model.set_latent_scale(bank.centre, bank.scale)
+            style_bank = StyleBank.of(plan.sites, moments, with_entries=False)
+            model.set_latent_scale(style_bank.centre, style_bank.scale)
             return [model.eval()]
         case "trained":
             result = simulate(simulation, live, RunObserver())

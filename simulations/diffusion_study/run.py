@@ -92,7 +92,7 @@ def _best_site(study: Study, live: Live) -> str:
             model.conditioner,
             study.patients.validation,
             ("content", "style"),
-            bank=study.bank,
+            style_bank=study.bank,
         )
         losses[site] = float(loss.mean())
     return min(losses, key=losses.__getitem__)
@@ -140,7 +140,7 @@ def _judged(study: Study, source: Source, site: str | None, live: Live) -> dict[
         labelled=study.labelled,
     )
     losses = validation_loss(
-        model.transformer, model.conditioner, study.patients.test, ("content", "style"), bank=study.bank
+        model.transformer, model.conditioner, study.patients.test, ("content", "style"), style_bank=study.bank
     )
     loss = averaged(losses.double(), [str(i) for i in range(len(losses))], _RESAMPLES, plan.seed)
     return {"rows": judged["rows"], "loss": loss.value, "loss_low": loss.low, "loss_high": loss.high}

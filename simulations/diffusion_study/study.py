@@ -190,7 +190,7 @@ class Study:
         for step in range(self.asked.steps + 1):
             if step % self.asked.validate_every == 0:
                 loss = validation_loss(
-                    trainee.ema, conditioner, self.patients.test, conditions, bank=self.bank
+                    trainee.ema, conditioner, self.patients.test, conditions, style_bank=self.bank
                 )
                 points.append((step, float(loss.mean())))
             if step < self.asked.steps:
@@ -223,7 +223,7 @@ class Study:
             plan.diffusion.training,
             total_steps=self.asked.steps,
             seed=plan.seed,
-            bank=self.bank,
+            style_bank=self.bank,
         )
 
     def _federated(self, plan: RunPlan, live: Live) -> DiffusionTransformer:

@@ -177,7 +177,7 @@ def _evaluate(asked: DownstreamRunSettings, opened: FinishedRun, live: Live) -> 
             tests,
             settings,
             asked.seed,
-            bank=opened.bank() if asked.bank else None,
+            style_bank=opened.bank() if asked.bank else None,
             progress=progress,
         )
     if federated is not None:

@@ -50,7 +50,7 @@ def use_rows(
     labelled: LabelledScans,
     test: LabelledScans,
     render: Render,
-    bank: StyleBank,
+    style_bank: StyleBank,
     settings: UseSettings,
     *,
     resamples: int,
@@ -64,21 +64,21 @@ def use_rows(
     """
     if any(not len(scans) or scans.answers.ndim != 5 for scans in (labelled, test)):
         raise NoLabels("Expected labelled scans to train and to test on; got none.")
-    if len(bank.present) < 2:
+    if len(style_bank.present) < 2:
         raise ValueError(
             "Expected the styles of two sites or more; the bank has fewer: nothing to render in."
         )
     classes = 1 + int(max(labelled.answers.max(), test.answers.max()))
 
     def restyled(scans: LabelledScans, asked: Sequence[int], seed: int) -> Tensor:
-        return bank.restyle(scans.latents, torch.tensor(scans.site), torch.tensor(asked))
+        return style_bank.restyle(scans.latents, torch.tensor(scans.site), torch.tensor(asked))
 
     arms = ("few real", "few real, restyled", "few real, synthetic")
     scores: dict[str, list[np.ndarray]] = {arm: [] for arm in arms}
     added, done = 0, 0
     for number in range(settings.seeds):
         few = labelled.share(min(1.0, settings.patients / len(labelled.patients)), seed + number)
-        sites = _others(few, bank, settings.copies, seed + number)
+        sites = _others(few, style_bank, settings.copies, seed + number)
         seen = {"few real": few}
         for arm, again in zip(arms[1:], (restyled, render), strict=True):
             copies = [
@@ -104,9 +104,9 @@ def use_rows(
     return rows
 
 
-def _others(few: LabelledScans, bank: StyleBank, copies: int, seed: int) -> list[list[int]]:
+def _others(few: LabelledScans, style_bank: StyleBank, copies: int, seed: int) -> list[list[int]]:
     """For each copy the site of the target style of every scan: never its own, another for each copy."""
-    present = [bank.sites.index(site) for site in bank.present]
+    present = [style_bank.sites.index(site) for site in style_bank.present]
     generator = np.random.default_rng(seed)
     order = [generator.permutation([site for site in present if site != own]) for own in few.site]
     return [[int(sites[copy % len(sites)]) for sites in order] for copy in range(copies)]

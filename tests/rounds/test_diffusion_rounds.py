@@ -169,7 +169,7 @@ def test_one_site_in_a_federation_is_the_loop_alone(miniature: Any, tmp_path: Pa
         diffusion.training,
         total_steps=2,
         seed=seed_of(b"1" * 32, "diffusion", alone.seed),
-        bank=StyleBank.from_tensors(bank(alone), alone.sites),
+        style_bank=StyleBank.from_tensors(bank(alone), alone.sites),
     )
     source = SiteExamples(Scans(0), alone)
     average = {n: p.detach().clone() for n, p in trainee.transformer.named_parameters()}

@@ -51,7 +51,9 @@ def trainee(
     settings: DiffusionTraining = SETTINGS, names: tuple[Condition, ...] = BOTH, path: PathName = "linear"
 ) -> DiffusionTrainee:
     transformer = first_transformer(small_config(names, path), small_encoder(), settings, seed=1)
-    return DiffusionTrainee(transformer, small_conditioner(), settings, total_steps=20, seed=7, bank=bank())
+    return DiffusionTrainee(
+        transformer, small_conditioner(), settings, total_steps=20, seed=7, style_bank=bank()
+    )
 
 
 @pytest.mark.parametrize(
@@ -179,10 +181,12 @@ def test_a_sample_is_told_its_sites_style_where_there_is_one() -> None:
 def test_sites_styles_without_a_bank_are_refused() -> None:
     with pytest.raises(ValueError, match="site_style needs the styles of the sites"):
         DiffusionTrainee(
-            awake_transformer(BOTH), small_conditioner(), SETTINGS, total_steps=1, seed=0, bank=None
+            awake_transformer(BOTH), small_conditioner(), SETTINGS, total_steps=1, seed=0, style_bank=None
         )
     alone = dataclasses.replace(SETTINGS, site_style=0.0)
-    DiffusionTrainee(awake_transformer(BOTH), small_conditioner(), alone, total_steps=1, seed=0, bank=None)
+    DiffusionTrainee(
+        awake_transformer(BOTH), small_conditioner(), alone, total_steps=1, seed=0, style_bank=None
+    )
 
 
 def test_content_is_told_from_the_scan_in_another_sites_style_and_the_scan_stays() -> None:
@@ -195,7 +199,7 @@ def test_content_is_told_from_the_scan_in_another_sites_style_and_the_scan_stays
     assert torch.equal(restyled_examples(styles, examples, ~everyone, choice).latents, examples.latents)
     settings = dataclasses.replace(SETTINGS, restyled_content=1.0)
     mine = DiffusionTrainee(
-        awake_transformer(BOTH), conditioner, settings, total_steps=1, seed=0, bank=styles
+        awake_transformer(BOTH), conditioner, settings, total_steps=1, seed=0, style_bank=styles
     )
     draw = draw_step(settings, BOTH, 3, 0, 0)
     chosen = small_examples(3).rows(draw.rows)
@@ -232,7 +236,7 @@ def test_restyling_without_target_styles_is_refused(name: str) -> None:
     settings = dataclasses.replace(SETTINGS, **{name: 0.5}, site_style=0.0)
     with pytest.raises(ValueError, match=f"{name} needs the styles of two sites"):
         DiffusionTrainee(
-            awake_transformer(BOTH), small_conditioner(), settings, total_steps=1, seed=0, bank=None
+            awake_transformer(BOTH), small_conditioner(), settings, total_steps=1, seed=0, style_bank=None
         )
 
 
