@@ -298,6 +298,6 @@ def mean_losses(sites: Mapping[str, SiteReport]) -> dict[str, float]:
     terms = sorted({term for report in sites.values() for term in report["loss"]})
     means = {}
     for term in terms:
-        told = [(r["examples"], r["loss"][term]) for r in sites.values() if term in r["loss"]]
-        means[term] = sum(n * value for n, value in told) / sum(n for n, _ in told)
+        values = [(r["examples"], r["loss"][term]) for r in sites.values() if term in r["loss"]]
+        means[term] = sum(n * value for n, value in values) / sum(n for n, _ in values)
     return means
