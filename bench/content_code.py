@@ -48,20 +48,20 @@ def read(features: Tensor, num_patients: int) -> tuple[float, float, float]:
 
 @torch.no_grad()
 def codes(
-    network: MeDUET, trained: Tensor, site: Tensor, bank: StyleBank, sizes: list[int]
+    network: MeDUET, trained: Tensor, site: Tensor, style_bank: StyleBank, sizes: list[int]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The linear maps to compare, fitted on sums of the sites' training patients."""
-    own, worn = {}, {}
+    own, renderings = {}, {}
     for index, name in enumerate(SITES):
         mine = trained[site == index]
         label, names = torch.full((len(mine),), index), [str(i) for i in range(len(mine))]
         styles = range(len(SITES))
         rendered = [
-            network.pooled_content(bank.restyle(mine, label, torch.full_like(label, s))) for s in styles
+            network.pooled_content(style_bank.restyle(mine, label, torch.full_like(label, s))) for s in styles
         ]
         own[name] = ErasureMoments.of(network.pooled_content(mine), names, BOUND)
-        worn[name] = RenderingMoments.of(torch.stack(rendered), names, BOUND)
-    maps = {f"code {size}": fit_content_code(own, worn, size) for size in sizes}
+        renderings[name] = RenderingMoments.of(torch.stack(rendered), names, BOUND)
+    maps = {f"code {size}": fit_content_code(own, renderings, size) for size in sizes}
     return {"erased": fit_erasure(own), **maps}
 
 
@@ -90,14 +90,14 @@ def main() -> None:
             name: StyleMoments.of(trained[site == s], [str(i) for i in range(share)], layout)
             for s, name in enumerate(SITES)
         }
-        bank = StyleBank.of(SITES, moments)
-        network, _ = variants.train(trained, site, bank, "one_stream", arguments.steps, seed)
+        style_bank = StyleBank.of(SITES, moments)
+        network, _ = variants.train(trained, site, style_bank, "one_stream", arguments.steps, seed)
         with torch.no_grad():
             flat, count = unseen.flatten(0, 1), unseen.shape[1]
             content, style = network.pooled_content(flat), network.pooled_style(flat)
             table["style"].append(read(style, count))
             table["content"].append(read(content, count))
-            for name, (mean, matrix) in codes(network, trained, site, bank, arguments.sizes).items():
+            for name, (mean, matrix) in codes(network, trained, site, style_bank, arguments.sizes).items():
                 coded = erase(content, mean, matrix) if name == "erased" else (content - mean) @ matrix.T
                 table[name].append(read(coded.float(), count))
         for name, rows in table.items():

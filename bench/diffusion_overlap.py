@@ -34,8 +34,8 @@ def seconds_of(made: Made, folder: Path, overrides: list[str]) -> tuple[list[flo
         for name in simulation.plan.participants:
             simulation.consortium.site(name).scans(simulation.plan)
         rounds = simulate(simulation, live, RunObserver()).metrics["rounds"]
-    told = [entry.get("diffusion", {"released": {}}) for entry in rounds]
-    waited = [t.get("waited_s", 0.0) + t["released"].get("seconds", 0.0) for t in told]
+    reports = [entry.get("diffusion", {"released": {}}) for entry in rounds]
+    waited = [t.get("waited_s", 0.0) + t["released"].get("seconds", 0.0) for t in reports]
     return [entry["seconds"] for entry in rounds], waited
 
 

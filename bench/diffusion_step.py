@@ -153,7 +153,7 @@ def main() -> None:
     rows = max(size, arguments.volumes)
     sizes = transformer.config.sizes
     tokens = sizes.content_grid[0] * sizes.content_grid[1] * sizes.content_grid[2]
-    told = Conditions(
+    conditions = Conditions(
         content=torch.randn(rows, tokens, sizes.content, generator=generator).to(device),
         style=torch.randn(rows, STYLE, generator=generator).to(device),
     )
@@ -162,7 +162,7 @@ def main() -> None:
     batch = (path.noisy(data, noise, when), when, path.velocity(data, noise, when))
 
     def ours(x: Tensor, time_: Tensor) -> Tensor:
-        return transformer(x, time_, told.each(lambda t: t[: len(x)]))
+        return transformer(x, time_, conditions.each(lambda t: t[: len(x)]))
 
     def theirs(x: Tensor, time_: Tensor) -> Tensor:
         return unet(x, 1000.0 * time_)
@@ -181,7 +181,7 @@ def main() -> None:
     settings, volumes = SamplingSettings(), arguments.volumes
     start = torch.randn(volumes, CHANNELS, *grid, generator=generator)
     times = torch.linspace(0, 1, settings.steps + 1, dtype=torch.float64)
-    one = told.each(lambda t: t[:volumes])
+    one = conditions.each(lambda t: t[:volumes])
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=arguments.bf16):
         sampling = [
             timed(lambda: sample(transformer, one, volumes, settings, seed=0, noise=start), device) / volumes,

@@ -59,7 +59,7 @@ def replies(plan: RunPlan, count: int) -> list[LatentsReply]:
     """Answers of a site, as many items each as a message takes."""
     draws = torch.Generator().manual_seed(0)
     shape = (plan.network.latent_channels, *plan.network.latent_grid)
-    told = []
+    collected = []
     for first in range(0, count, items_per_chunk(plan)):
         size = min(items_per_chunk(plan), count - first)
         names = tuple(hashlib.sha256(str(first + n).encode()).hexdigest()[:32] for n in range(size))
@@ -68,13 +68,13 @@ def replies(plan: RunPlan, count: int) -> list[LatentsReply]:
             latents=torch.randn(size, *shape, generator=draws), site=torch.zeros(size, dtype=torch.long),
             body_part=unknown, spacing=torch.ones(size, 3), category=unknown,
         )  # fmt: skip
-        told.append(
+        collected.append(
             LatentsReply(
                 plan_sha256=plan.sha256, site="site", round=1, first=first, total=count, items=names,
                 examples=examples,
             )
         )  # fmt: skip
-    return told
+    return collected
 
 
 def drop(folder: Path) -> None:
@@ -92,16 +92,16 @@ def records(folder: Path, which: str, megabytes: int, cold: bool) -> None:
     plan = a_plan(GRIDS[which])
     size = 4 * 4 * int(np.prod(GRIDS[which]))
     count = max(BATCH, megabytes * MEGABYTE // size)
-    told = replies(plan, count)
-    bank = LatentBank(folder / which)
+    collected = replies(plan, count)
+    latent_bank = LatentBank(folder / which)
     begin = time.perf_counter()
-    for reply in told:
-        bank.add(reply, plan)
+    for reply in collected:
+        latent_bank.add(reply, plan)
     written = time.perf_counter() - begin
     plain = folder / f"{which}.bin"
     begin = time.perf_counter()
     with plain.open("wb") as file:
-        for reply in told:
+        for reply in collected:
             file.write(reply.examples.latents.numpy().tobytes())
             file.flush()
             os.fsync(file.fileno())
@@ -115,7 +115,7 @@ def records(folder: Path, which: str, megabytes: int, cold: bool) -> None:
     batches = torch.randint(count, (max(8, min(count, 4096) // BATCH), BATCH),
                             generator=torch.Generator().manual_seed(1))  # fmt: skip
     read = batches.numel()
-    source = bank.source(plan, 1)
+    source = latent_bank.source(plan, 1)
     bytes_of = os.open(plain, os.O_RDONLY)
     rows = np.memmap(plain, np.float32, "r").reshape(count, -1)
 
@@ -144,41 +144,41 @@ def records(folder: Path, which: str, megabytes: int, cold: bool) -> None:
         print(f"  read, {name:8s} {rate:9.0f} items/s {speed:8.0f} MiB/s{ratio}")
     assert torch.equal(of_bank(batches[0]).flatten(1), of_file(batches[0]))
     os.close(bytes_of)
-    bank.close()
+    latent_bank.close()
 
 
 def index(folder: Path, rows: int) -> None:
     """An index of many rows: what opening a source and finding a batch costs, without any record."""
     plan = a_plan(GRIDS["small"])
-    bank = LatentBank(folder / "index")
-    bank.add(replies(plan, BATCH)[0], plan)
-    origin = next(iter(bank.tables.origins()))
+    latent_bank = LatentBank(folder / "index")
+    latent_bank.add(replies(plan, BATCH)[0], plan)
+    origin = next(iter(latent_bank.tables.origins()))
     begin = time.perf_counter()
-    with bank.tables.writing():
+    with latent_bank.tables.writing():
         for number in range(BATCH, rows):
             digest = hashlib.sha256(str(number).encode()).hexdigest()
             item = Item(
                 number=0, origin=origin, name=digest[:32], position=number, sha256=digest, state="kept"
             )
-            bank.tables.insert(item)
+            latent_bank.tables.insert(item)
     filled = time.perf_counter() - begin
     begin = time.perf_counter()
-    source = bank.source(plan, 1)
+    source = latent_bank.source(plan, 1)
     opened = time.perf_counter() - begin
     draws = np.random.default_rng(0)
     begin, batches = time.perf_counter(), 200
     for _ in range(batches):
-        bank.tables.numbered((1 + draws.integers(rows, size=BATCH)).tolist())
+        latent_bank.tables.numbered((1 + draws.integers(rows, size=BATCH)).tolist())
     found = (time.perf_counter() - begin) / batches
     begin = time.perf_counter()
-    length = len(bank)
+    length = len(latent_bank)
     counted = time.perf_counter() - begin
     size = (folder / "index" / BANK).stat().st_size
     print(f"\nindex of {length} rows: {size / MEGABYTE:.0f} MiB, {size / length:.0f} bytes a row")
     print(f"  fill {filled:.1f} s; open a source {opened:.2f} s; count {counted:.2f} s")
     print(f"  find a batch of {BATCH} {1000 * found:.2f} ms")
     assert len(source) == rows
-    bank.close()
+    latent_bank.close()
 
 
 def main() -> None:

@@ -3,14 +3,14 @@
 Every patient of the hippocampus set is rendered by four simulated scanners (as it is; contrast curve; blur
 with coil shading; noise), so the right answer of a change of style exists. Each scanner trains on patients
 of its own; unseen patients, rendered by all four, are measured. One process, all sites in one place, scans
-dressed by the style bank: the loss is compared, not the federation.
+restyled by the style bank: the loss is compared, not the federation.
 
     python bench/objective_variants.py                              600 steps of `full`: 2 to 3 CPU minutes
     python bench/objective_variants.py one_stream alternate joint   one after the other
     python bench/objective_variants.py --steps 0                    what the untrained network scores
 
 Columns: processor seconds per step; site read from content (linear probe, chance .25) before and after the
-linear erasure; patient found again across scanners from content (chance 1 / 110), erased; site read from
+site erasure; patient found again across scanners from content (chance 1 / 110), erased; site read from
 style; patient from style; squared error at hidden positions, and of a whole decoded grid, over the variance
 left by the centre; share of the style gap closed, and error left, when styles are exchanged (0 perfect, 1
 nothing done).
@@ -113,12 +113,12 @@ def encode_all(crops: np.ndarray) -> Tensor:
 
 
 def train(
-    latents: Tensor, site: Tensor, bank: StyleBank, variant: str, steps: int, seed: int
+    latents: Tensor, site: Tensor, style_bank: StyleBank, variant: str, steps: int, seed: int
 ) -> tuple[MeDUET, float]:
     """Pretrain on scans [n, c, d, h, w] of sites [n]; returns the network and processor seconds per step."""
     paths, config = VARIANTS[variant]
     network = MeDUET(NetworkConfig(**SIZE, factor_paths=paths), len(SITES), seed=seed)
-    network.set_latent_scale(bank.centre, bank.scale)
+    network.set_latent_scale(style_bank.centre, style_bank.scale)
     teacher, objective = Teacher(network), MeduetObjective(config)
     optimiser = torch.optim.AdamW(network.parameters(), lr=PEAK, betas=(0.9, 0.95), weight_decay=1e-2)
     generator = torch.Generator().manual_seed(seed)
@@ -127,9 +127,13 @@ def train(
         progress = step / steps
         rows = torch.randperm(len(latents), generator=generator)[:BATCH]
         draws = draw_step(generator, BATCH, network.config.num_tokens, config, tuple(range(len(SITES))))
-        scans, own, worn = latents[rows], site[rows], draws.target_site
-        assert worn is not None
-        batch = StepBatch(bank.restyle(scans, own, worn), worn, bank.restyle(scans, own, worn[draws.partner]))
+        scans, own, target = latents[rows], site[rows], draws.target_site
+        assert target is not None
+        batch = StepBatch(
+            style_bank.restyle(scans, own, target),
+            target,
+            style_bank.restyle(scans, own, target[draws.partner]),
+        )
         losses = objective(network, teacher, batch, draws, progress)
         optimiser.zero_grad()
         losses.total.backward()
@@ -226,9 +230,9 @@ def main() -> None:
         name: StyleMoments.of(trained[site == s], [str(i) for i in range(share)], layout)
         for s, name in enumerate(SITES)
     }
-    bank = StyleBank.of(SITES, moments)
+    style_bank = StyleBank.of(SITES, moments)
     for variant in arguments.variants:
-        network, step_s = train(trained, site, bank, variant, arguments.steps, arguments.seed)
+        network, step_s = train(trained, site, style_bank, variant, arguments.steps, arguments.seed)
         row = {"s/step": step_s} | measure(network, trained, site, latents[:, TRAINED:])
         print(
             f"{variant} (seed {arguments.seed}): " + "  ".join(f"{k} {v:.3f}" for k, v in row.items()),

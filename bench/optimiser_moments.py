@@ -107,26 +107,28 @@ def run(plan: RunPlan, latents: list[torch.Tensor], keep: bool) -> list[float]:
     """Held-out error after each round, averaged over the sites."""
     train = [Latents(values, site, range(PATIENTS)) for site, values in enumerate(latents)]
     held = [Latents(values[PATIENTS:], site, range(HELD_OUT)) for site, values in enumerate(latents)]
-    told = {
+    moments = {
         SITES[t.site]: StyleMoments.of(t.values[:PATIENTS], t.patients[:PATIENTS], survey_layout(plan))
         for t in train
     }
-    bank = StyleBank.of(SITES, told)
-    batches = [Batches(t, plan, bank) for t in train]
+    style_bank = StyleBank.of(SITES, moments)
+    batches = [Batches(t, plan, style_bank) for t in train]
     unseen = [Batches(h, plan, None) for h in held]
     model = MeDUET(plan.network, len(SITES), seed=plan.seed)
-    model.set_latent_scale(bank.centre, bank.scale)
+    model.set_latent_scale(style_bank.centre, style_bank.scale)
     weights, scope, method = model.state_dict(), plan.style.head, plan.aggregation.method
     shared: Weights = {n: weights[n].clone() for n in shared_keys(model, scope, method)}
     start: Weights = {n: weights[n].clone() for n in home_keys(model, scope, method)}
     kept = [SiteState(round=0, home=start) for _ in SITES]
     errors = []
-    for round in range(1, plan.training.rounds + 1):
+    for round_number in range(1, plan.training.rounds + 1):
         updates = []
         for site, state in enumerate(kept):
             trainee = Trainee.of(plan, shared, state if keep else replace(state, optimiser={}), CPU)
-            updates.append(train_round(trainee, batches[site], plan, round, bytes([site]), start).update)
-            kept[site] = trainee.state(plan, round, round - 1)
+            updates.append(
+                train_round(trainee, batches[site], plan, round_number, bytes([site]), start).update
+            )
+            kept[site] = trainee.state(plan, round_number, round_number - 1)
         shared = {n: t + torch.stack([u[n] for u in updates]).mean(0) for n, t in shared.items()}
         now = [Trainee.of(plan, shared, state, CPU) for state in kept]
         own = [held_out_error(trainee, unseen[site], plan, site) for site, trainee in enumerate(now)]
@@ -150,9 +152,11 @@ def main() -> None:
             style=StylePlan(), aggregation=AggregationPlan(), release=ReleasePlan(),
         )  # fmt: skip
         kept, anew = run(plan, latents, True), run(plan, latents, False)
-        for round in (3, 6, 12):
-            k, a = kept[round - 1], anew[round - 1]
-            print(f"seed {seed}, round {round:2d}: kept {k:.3f}, anew {a:.3f}, kept / anew {k / a:.3f}")
+        for round_number in (3, 6, 12):
+            k, a = kept[round_number - 1], anew[round_number - 1]
+            print(
+                f"seed {seed}, round {round_number:2d}: kept {k:.3f}, anew {a:.3f}, kept / anew {k / a:.3f}"
+            )
 
 
 if __name__ == "__main__":

@@ -71,10 +71,10 @@ def prepare(folder: Path) -> Path:
     ]  # fmt: skip
     with Live() as live:
         poc = provision(folder, overrides, live)
-    plan, told = poc.plan, {}
+    plan, moments = poc.plan, {}
     for name, path in poc.site_yamls.items():
         cohort = load_site_config(path).minimum_cohort
-        told[name] = survey(open_site(path).prepared(plan), plan, cohort)
+        moments[name] = survey(open_site(path).prepared(plan), plan, cohort)
     model = MeDUET(plan.network, len(plan.sites), seed=plan.seed)
     weights, scope, method = model.state_dict(), plan.style.head, plan.aggregation.method
     question = {
@@ -83,18 +83,20 @@ def prepare(folder: Path) -> Path:
     question |= {
         f"home/{name}": weights[name].clone().contiguous() for name in home_keys(model, scope, method)
     }
-    bank = StyleBank.of(plan.sites, told).to_tensors()
-    save_file(question | {f"bank/{name}": t.contiguous() for name, t in bank.items()}, folder / "question")
+    style_bank = StyleBank.of(plan.sites, moments).to_tensors()
+    save_file(
+        question | {f"bank/{name}": t.contiguous() for name, t in style_bank.items()}, folder / "question"
+    )
     return poc.site_yamls[plan.sites[0]]
 
 
-def answer(folder: Path, site_yaml: str, round: int) -> None:
+def answer(folder: Path, site_yaml: str, round_number: int) -> None:
     """One process: floor, our imports, the question, the answer; prints what each stage took."""
     import torch  # noqa: F401
     from flwr.supernode.cli import flwr_clientapp  # noqa: F401, Flower's program
 
     at = [cpu_s()]
-    if round == 0:
+    if round_number == 0:
         sys.stdout.write(json.dumps({"at": at, "modules": len(sys.modules), "loaded": []}))
         return
     from client.app import make_client_app, open_site_from_context
@@ -114,10 +116,10 @@ def answer(folder: Path, site_yaml: str, round: int) -> None:
     }
     ask = TrainAsk(
         plan_json=(folder / "plan.json").read_text("utf-8"),
-        round=round,
+        round=round_number,
         shared=parts["shared"],
         bank=parts["bank"],
-        home=parts["home"] if round == 1 else None,
+        home=parts["home"] if round_number == 1 else None,
     )
     TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1  # from which a message reads it
     message = Message(ask.to_record(), dst_node_id=1, message_type="train.round")
@@ -142,10 +144,10 @@ HEAVY = ("torch._dynamo", "sympy", "torch._inductor", "nibabel", "pydicom", "mon
 """Libraries that such a question has no use for; those that were loaded are named."""
 
 
-def measured(folder: Path, site_yaml: Path, round: int) -> dict[str, Any]:
+def measured(folder: Path, site_yaml: Path, round_number: int) -> dict[str, Any]:
     """A process of its own, and its stages; `round` 0: the floor."""
     before = cpu_s(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, __file__, "answer", str(folder), str(site_yaml), str(round)]
+    command = [sys.executable, __file__, "answer", str(folder), str(site_yaml), str(round_number)]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
     )
@@ -153,11 +155,11 @@ def measured(folder: Path, site_yaml: Path, round: int) -> dict[str, Any]:
         log = site_yaml.parent / "state" / "site.log"
         raise RuntimeError(done.stderr + (log.read_text("utf-8") if log.is_file() else ""))
     total = cpu_s(resource.RUSAGE_CHILDREN) - before
-    told: dict[str, Any] = json.loads(done.stdout)
-    ends = [*told["at"], total]
-    told["stages"] = [end - begin for begin, end in zip([0.0, *ends], ends, strict=False)]
-    told["total"] = total
-    return told
+    timings: dict[str, Any] = json.loads(done.stdout)
+    ends = [*timings["at"], total]
+    timings["stages"] = [end - begin for begin, end in zip([0.0, *ends], ends, strict=False)]
+    timings["total"] = total
+    return timings
 
 
 def main() -> None:
@@ -168,8 +170,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "consortium"
         site_yaml = prepare(folder)
-        for round in (0, 1):  # bytecode is compiled, files are read; the state of round 1
-            measured(folder, site_yaml, round)
+        for round_number in (0, 1):  # bytecode is compiled, files are read; the state of round 1
+            measured(folder, site_yaml, round_number)
         floors, questions = [], []
         for _ in range(times):  # in turn: what else the machine does falls on both
             floors.append(measured(folder, site_yaml, 0))

@@ -67,16 +67,16 @@ def run_cell(cell: Cell, rounds: int | None, limit_s: float | None, work: Path, 
     slower = 2 if cell.sites > 4 else 1
     limit_s = limit_s or slower * LIMIT_S[cell.megabytes]
     print(f"{cell}: at most {limit_s:.0f} s", flush=True)
-    told = measure(cell, rounds or ROUNDS[cell.megabytes], limit_s, work)
-    write_whole(results, json.dumps([*read(results), told], indent=1) + "\n")
-    if told["left_over"]:
-        print(f"  left over, killed: {told['left_over']}")
-    print(f"  {told.get('failed') or summary(told)}; {told['seconds']:.0f} s", flush=True)
+    result = measure(cell, rounds or ROUNDS[cell.megabytes], limit_s, work)
+    write_whole(results, json.dumps([*read(results), result], indent=1) + "\n")
+    if result["left_over"]:
+        print(f"  left over, killed: {result['left_over']}")
+    print(f"  {result.get('failed') or summary(result)}; {result['seconds']:.0f} s", flush=True)
 
 
 def run_all(asked: argparse.Namespace) -> None:
     """Every cell that is not there yet, each in a process of its own with a hard limit."""
-    there = {_cell(told) for told in read(asked.results) if "failed" not in told}
+    there = {_cell(result) for result in read(asked.results) if "failed" not in result}
     for cell in cells():
         if cell in there or cell.megabytes not in asked.megabytes or cell.sites not in asked.sites:
             continue
@@ -111,40 +111,42 @@ def read(results: Path) -> list[dict[str, Any]]:
     return found
 
 
-def overheads(told: dict[str, Any]) -> list[float]:
+def overheads(result: dict[str, Any]) -> list[float]:
     """Seconds of each round from the second on, without the slowest site's training."""
-    pairs = zip(told["rounds"], told["rounds"][1:], strict=False)
+    pairs = zip(result["rounds"], result["rounds"][1:], strict=False)
     return [after["end"] - before["end"] - after["training_s"] for before, after in pairs]
 
 
-def bytes_a_round(told: dict[str, Any]) -> tuple[float, float]:
+def bytes_a_round(result: dict[str, Any]) -> tuple[float, float]:
     """Megabytes down and up in a round after the first, over all sites."""
-    last = told["rounds"][-1]
+    last = result["rounds"][-1]
     return last["down"] / 1e6, last["up"] / 1e6
 
 
-def summary(told: dict[str, Any]) -> str:
+def summary(result: dict[str, Any]) -> str:
     """A cell in a line."""
-    over, (down, up) = overheads(told), bytes_a_round(told)
-    training = statistics.median(one["training_s"] for one in told["rounds"][1:])
-    inside = [one["round_s"] - one["training_s"] for one in told["rounds"][1:]]
+    over, (down, up) = overheads(result), bytes_a_round(result)
+    training = statistics.median(one["training_s"] for one in result["rounds"][1:])
+    inside = [one["round_s"] - one["training_s"] for one in result["rounds"][1:]]
     return (
         f"overhead {statistics.median(over):.1f} s ({min(over):.1f} to {max(over):.1f}; without checkpoint "
         f"{statistics.median(inside):.1f}), training {training:.1f} s, {down:.1f} MB down, {up:.1f} MB up, "
-        f"centre's memory {centre_mb(told):.0f} MB, everybody's {told['together_mb'] / 1e3:.1f} GB"
+        f"centre's memory {centre_mb(result):.0f} MB, everybody's {result['together_mb'] / 1e3:.1f} GB"
     )
 
 
-def centre_mb(told: dict[str, Any]) -> float:
+def centre_mb(result: dict[str, Any]) -> float:
     """Sum of the largest peaks at the centre."""
-    return float(sum(told["processes"].get(role, {"peak_mb": 0.0})["peak_mb"] for role in CENTRE))
+    return float(sum(result["processes"].get(role, {"peak_mb": 0.0})["peak_mb"] for role in CENTRE))
 
 
 def table(results: Path) -> None:
     """Print what was measured, FedMeDUET beside FedAvg, with ratios; the latest of each cell."""
-    done = [told for told in read(results) if "failed" not in told]
-    latest = {_cell(told): told for told in sorted(done, key=lambda one: (one["megabytes"], one["sites"]))}
-    failed = {_cell(told): told["failed"] for told in read(results) if _cell(told) not in latest}
+    done = [result for result in read(results) if "failed" not in result]
+    latest = {
+        _cell(result): result for result in sorted(done, key=lambda one: (one["megabytes"], one["sites"]))
+    }
+    failed = {_cell(result): result["failed"] for result in read(results) if _cell(result) not in latest}
     print("| in bfloat16 | sites | state | overhead, s | FedAvg's | ratio | MB down+up | FedAvg's | ratio |")
     print("|---|---|---|---|---|---|---|---|---|")
     for cell, ours in latest.items():
@@ -160,30 +162,32 @@ def table(results: Path) -> None:
         words += f"| {ratio:.2f} | {mine[0]:.1f}+{mine[1]:.1f} | {yours[0]:.1f}+{yours[1]:.1f} "
         print(words + f"| {sum(mine) / sum(yours):.2f} |")
     print("\nPeak memory, MB (largest process of its kind); CPU seconds of all of its kind over the run\n")
-    roles = sorted({role for told in latest.values() for role in told["processes"]} - {"other"})
+    roles = sorted({role for result in latest.values() for role in result["processes"]} - {"other"})
     print("| cell | " + " | ".join(roles) + " | centre | everybody at once | load before | locks |")
     print("|---" * (len(roles) + 5) + "|")
-    for cell, told in latest.items():
-        found = [told["processes"].get(role, {"peak_mb": 0.0, "cpu_s": 0.0}) for role in roles]
+    for cell, result in latest.items():
+        found = [result["processes"].get(role, {"peak_mb": 0.0, "cpu_s": 0.0}) for role in roles]
         words = " | ".join(f"{one['peak_mb']:.0f}; {one['cpu_s']:.0f} s" for one in found)
-        words += f" | {centre_mb(told):.0f} | {told['together_mb']:.0f} | {told['load_before']:.1f} "
-        words += f"| {told['locked']} |"
+        words += f" | {centre_mb(result):.0f} | {result['together_mb']:.0f} | {result['load_before']:.1f} "
+        words += f"| {result['locked']} |"
         print(f"| {cell} | {words}")
     for failure, why in failed.items():
         print(f"\nfailed: {failure}: {why}")
 
 
-def _spread(told: dict[str, Any]) -> str:
-    over = overheads(told)
+def _spread(result: dict[str, Any]) -> str:
+    over = overheads(result)
     return f"{statistics.median(over):.1f} ({min(over):.1f} to {max(over):.1f})"
 
 
-def _megabytes(told: dict[str, Any]) -> str:
-    return f"{2 * told['values_shared'] / 1e6:.3g}"
+def _megabytes(result: dict[str, Any]) -> str:
+    return f"{2 * result['values_shared'] / 1e6:.3g}"
 
 
-def _cell(told: dict[str, Any]) -> Cell:
-    return Cell(told["program"], told["megabytes"], told["sites"], told["state"], told["wire_dtype"])
+def _cell(result: dict[str, Any]) -> Cell:
+    return Cell(
+        result["program"], result["megabytes"], result["sites"], result["state"], result["wire_dtype"]
+    )
 
 
 def main() -> None:
@@ -201,10 +205,10 @@ def main() -> None:
     every = commands.add_parser("all", help="measure every cell that is not there yet")
     every.add_argument("--megabytes", type=int, nargs="+", default=sorted(NETWORKS))
     every.add_argument("--sites", type=int, nargs="+", default=[2, 3, 4, 8])
-    told = commands.add_parser("table", help="print the results")
+    table_command = commands.add_parser("table", help="print the results")
     for one in (cell, every):
         one.add_argument("--work", type=Path, default=WORK, help="where keys, hospitals and logs go")
-    for one in (cell, every, told):
+    for one in (cell, every, table_command):
         one.add_argument("--results", type=Path, default=Path("runs/round_overhead.json"))
     asked = parser.parse_args()
     match asked.command:

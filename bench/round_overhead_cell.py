@@ -70,24 +70,24 @@ def measure(cell: Cell, rounds: int, limit_s: float, work: Path) -> dict[str, An
     """Run a cell within `limit_s` (making hospitals not counted); everything it started is stopped."""
     folder = work / str(cell)
     shutil.rmtree(folder, ignore_errors=True)
-    told: dict[str, Any] = {
+    measurement: dict[str, Any] = {
         **asdict(cell),
         "when": datetime.now().astimezone().isoformat(timespec="seconds"),
         "load_before": os.getloadavg()[0],
     }
     poc = _provisioned(cell, rounds, work, folder)
-    told |= _sizes(poc)
+    measurement |= _sizes(poc)
     supervisor = Supervisor(_processes(poc, cell), folder / "processes", _say, grace_s=3 * GRACE_S)
     watcher, began = Watcher(), time.monotonic()
     try:
         with supervisor:
             watcher.start()  # after the fork of those that the supervisor starts
-            told |= _see_through(cell, poc, supervisor, began + limit_s)
+            measurement |= _see_through(cell, poc, supervisor, began + limit_s)
     except CellFailed as error:
-        told["failed"] = str(error)
+        measurement["failed"] = str(error)
     finally:
         left = watcher.finish() if watcher.is_alive() else []
-    told |= {
+    measurement |= {
         "seconds": round(time.monotonic() - began, 1),
         "processes": watcher.peaks_mb(),
         "together_mb": watcher.together_mb,
@@ -95,9 +95,9 @@ def measure(cell: Cell, rounds: int, limit_s: float, work: Path) -> dict[str, An
         "locked": _locked(folder / "centre" / "superlink.log"),
         "database_mb": sum(p.stat().st_size for p in folder.glob("centre/superlink.db*")) / 1e6,
     }
-    if "failed" not in told:
+    if "failed" not in measurement:
         shutil.rmtree(folder)
-    return told
+    return measurement
 
 
 def _provisioned(cell: Cell, rounds: int, work: Path, folder: Path) -> Poc:
@@ -164,8 +164,8 @@ def _see_through(cell: Cell, poc: Poc, supervisor: Supervisor, end: float) -> di
             time.sleep(0.2)
         rounds = _our_rounds(poc) if cell.program == "ours" else _fedavg_rounds(poc)
         # what Flower counted on the fleet routes, of the whole run
-        (told,) = [one for one in control._flwr("list", "centre")["runs"] if one["run-id"] == run]
-    return {"rounds": rounds, "traffic": told["network-traffic"]}
+        (listed,) = [one for one in control._flwr("list", "centre")["runs"] if one["run-id"] == run]
+    return {"rounds": rounds, "traffic": listed["network-traffic"]}
 
 
 def _available_mb() -> float:

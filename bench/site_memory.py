@@ -119,20 +119,20 @@ def plan_of(size: str) -> RunPlan:
     )  # fmt: skip
 
 
-def question(plan: RunPlan, round: int) -> tuple[Message, int]:
+def question(plan: RunPlan, round_number: int) -> tuple[Message, int]:
     """The centre's message, and how many parameters its network has."""
     model = MeDUET(plan.network, len(SITES), seed=plan.seed)
-    told = {}
+    moments = {}
     for index, site in enumerate(SITES):
         scans = Latents(index)
-        told[site] = StyleMoments.of(scans.values, scans.patients, survey_layout(plan))
+        moments[site] = StyleMoments.of(scans.values, scans.patients, survey_layout(plan))
     weights, scope, method = model.state_dict(), plan.style.head, plan.aggregation.method
     ask = TrainAsk(
         plan_json=plan.to_json(),
-        round=round,
+        round=round_number,
         shared={name: weights[name] for name in shared_keys(model, scope, method)},
-        bank=StyleBank.of(SITES, told).to_tensors(),
-        home={name: weights[name] for name in home_keys(model, scope, method)} if round == 1 else None,
+        bank=StyleBank.of(SITES, moments).to_tensors(),
+        home={name: weights[name] for name in home_keys(model, scope, method)} if round_number == 1 else None,
     )
     parameters = sum(p.numel() for p in model.parameters())
     TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = (

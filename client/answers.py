@@ -71,13 +71,13 @@ class KeptAnswers:
         """Keep `answer`; those of older rounds go. A disk that takes nothing costs this safety, not the
         round: it is said in the log."""
         path = self._path(place)
-        told = {
+        metadata = {
             "record": json.dumps(dict(answer.record)),
             "promise": json.dumps(dataclasses.asdict(answer.promise)),
         }
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            save_weights(path, answer.tensors, told)
+            save_weights(path, answer.tensors, metadata)
         except OSError as error:
             _log.warning("%s could not be written: %s", path.name, error)
             return

@@ -74,11 +74,11 @@ def _held_together(state_dir: Path, ledger: Sequence[Entry], journal: Sequence[E
     places = {
         (e.record["plan"][:12], e.record["round"]) for e in ledger if e.record.get("event") == "reserve"
     }
-    for plan, round in _rounds_done(state_dir):
-        if (plan, round) not in places:
+    for plan, round_number in _rounds_done(state_dir):
+        if (plan, round_number) not in places:
             raise BrokenChain(
-                f"{path}: expected the place of round {round} of plan {plan}…, which was done here; it is "
-                f"not there. {_ADVICE}"
+                f"{path}: expected the place of round {round_number} of plan {plan}…, which was done here; "
+                f"it is not there. {_ADVICE}"
             )
     charged = {entry.sha256 for entry in ledger if entry.record.get("event") == "settle"}
     return Books(ledger, journal, len(charged - named.keys()))

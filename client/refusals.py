@@ -41,10 +41,10 @@ def note_refusal(journal: Journal, asked: Mapping[str, Any], kind: RefusalKind) 
     line, once there is one. Raises what the journal raises; then nothing must leave but
     `not_answered`.
     """
-    told = told_as(kind, "reserved" in asked)
+    said = told_as(kind, "reserved" in asked)
     plan = asked.get("plan", "")
     before = is_stopped(journal.entries(), plan)
-    journal.append({**asked, "of": asked.get("kind", ""), "kind": "refusal", "reason": kind, "told": told})
+    journal.append({**asked, "of": asked.get("kind", ""), "kind": "refusal", "reason": kind, "told": said})
     if not before and is_stopped(journal.entries(), plan):
         _log.error(
             "%d questions of plan %s… could not be answered; nothing more is answered under it. Read above "
@@ -53,7 +53,7 @@ def note_refusal(journal: Journal, asked: Mapping[str, Any], kind: RefusalKind) 
             plan[:12],
             plan[:12],
         )
-    return told
+    return said
 
 
 def is_stopped(entries: Sequence[Entry], plan_sha256: str) -> bool:

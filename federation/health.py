@@ -33,11 +33,11 @@ def check_health(
         channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(ca, key, certificate))
     with channel:
         try:
-            told = HealthStub(channel).Check(HealthCheckRequest(), timeout=timeout_s)
+            reply = HealthStub(channel).Check(HealthCheckRequest(), timeout=timeout_s)
         except grpc.RpcError as error:
             code, details = error.code(), " ".join(str(error.details()).split())[:300]
             raise NotServing(
                 f"Expected the centre's health service at {address}; got {code.name.lower()}: {details}"
             ) from None
-    if told.status != HealthCheckResponse.SERVING:
+    if reply.status != HealthCheckResponse.SERVING:
         raise NotServing(f"Expected the health service at {address} to say that it serves; it does not.")

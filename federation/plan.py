@@ -318,8 +318,8 @@ def _contradictions(plan: RunPlan) -> Iterator[str]:
             yield f"Expected probes.anatomy.{name} to be a range [low, high]; got [{low:g}, {high:g}]."
     if plan.diffusion is not None:
         yield from contradictions(plan.diffusion, training.rounds, style.body_parts, network)
-        for setting, told in (("site_style", "style"), ("restyled_content", "content")):
-            used = told in plan.diffusion.conditions and getattr(plan.diffusion.training, setting) > 0
+        for setting, condition in (("site_style", "style"), ("restyled_content", "content")):
+            used = condition in plan.diffusion.conditions and getattr(plan.diffusion.training, setting) > 0
             if used and style.exchange == "none":
                 yield (
                     f"diffusion.training.{setting} needs the styles of the sites; with style.exchange=none "

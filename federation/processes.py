@@ -227,10 +227,10 @@ class Supervisor:
                     preexec_fn=die_with_parent(),
                 )  # fmt: skip
         if running.check is not None and (status := running.check.poll()) is not None:
-            told = running.check.communicate()[0].strip().splitlines() or [""]
+            lines = running.check.communicate()[0].strip().splitlines() or [""]
             running.check, running.is_due = None, status == 0
             verdict = "taken up" if status == 0 else "not taken up"
-            self._say(f"what {child.name} reads has changed, and is {verdict}: {told[-1]}")
+            self._say(f"what {child.name} reads has changed, and is {verdict}: {lines[-1]}")
         if running.is_due and (not child.not_while or not _descendants(self.pid(child.not_while))):
             running.is_due = False
             self.restart(child.name)
@@ -278,8 +278,8 @@ class Supervisor:
             return status
         with self._log(running).open("rb") as log:
             log.seek(max(running.log_start, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            told = re.findall(running.child.exit_pattern, log.read().decode("utf-8", "replace"))
-        return int(told[-1]) if told else status
+            codes = re.findall(running.child.exit_pattern, log.read().decode("utf-8", "replace"))
+        return int(codes[-1]) if codes else status
 
     def _log(self, running: _Running) -> Path:
         return self.folder / f"{running.child.name}.log"

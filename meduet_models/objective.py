@@ -108,7 +108,7 @@ class StepBatch:
 
     latents: Float[Tensor, "b c d h w"]
     site: Int[Tensor, " b"]
-    """Whose style each scan wears (0 ... number of sites - 1)."""
+    """The site of the style that each scan has (0 ... number of sites - 1)."""
     restyled: Float[Tensor, "b c d h w"] | None = None
     """Scan i in the style of its partner's site: the known answer of the swap."""
     restyled_site: Int[Tensor, " b"] | None = None
@@ -130,7 +130,7 @@ class StepDraws:
     turn: Literal["mftd", "siqc"]
     """`alternate`: which of the two is computed."""
     target_site: Int[Tensor, " b"] | None = None
-    """Whose style each scan should wear in this step; the two of a pair differ when there is a choice."""
+    """The target style of each scan in this step; the two of a pair differ when there is a choice."""
 
     def to(self, device: torch.device | str) -> "StepDraws":
         """The same choices on another device."""
@@ -156,7 +156,7 @@ def draw_step(
     config: ObjectiveConfig,
     site_choices: tuple[int, ...] = (),
 ) -> StepDraws:
-    """Draw a step on the CPU. `site_choices`: the sites whose styles this client can dress its scans in,
+    """Draw a step on the CPU. `site_choices`: the sites whose styles this client can restyle its scans to,
     itself included.
 
     Raises `ValueError` when the batch is odd or the mask ratio exchanges nothing.

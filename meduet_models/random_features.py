@@ -50,10 +50,10 @@ def random_features(volumes: Float[Tensor, "b 1 D H W"]) -> Float[Tensor, "b k"]
 
 def _features(weights: dict[str, Tensor], volumes: Tensor) -> Tensor:
     x = volumes.float().clamp(0, 1) * 2 - 1
-    told = []
+    features = []
     for level in range(_LEVELS):
         padded = F.pad(x, (1,) * 6, mode="replicate")
         x = F.leaky_relu(F.conv3d(padded, weights[f"{level}.filters"], weights[f"{level}.biases"]), 0.1)
-        told += [x.mean((2, 3, 4)), x.std((2, 3, 4))]
+        features += [x.mean((2, 3, 4)), x.std((2, 3, 4))]
         x = F.avg_pool3d(x, 2)
-    return torch.cat(told, dim=1)
+    return torch.cat(features, dim=1)

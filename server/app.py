@@ -3,7 +3,7 @@
 Phases: (0) every site tells the sums that describe its scans' appearance, from which come the latent scale
 and the style bank; (1 to R) rounds of `strategies/content_share.py`, every few of them followed by federated
 probes (`server/exchanges/probes.py`), which train nothing and stop nothing; (R + 1) every site tells the sums
-of its pooled content, from which comes the erasure of the site; (R + 2) the diffusion model is trained at the
+of its pooled content, from which comes the site erasure; (R + 2) the diffusion model is trained at the
 sites, or finished, where the centre has trained it on released latents while the rounds ran
 (`server/exchanges/diffusion.py`). After each phase and round everything is on disk before anything else is
 asked. A run that is started again goes on after its last checkpoint; sites answer a round that is asked twice
@@ -51,7 +51,7 @@ _log = logging.getLogger(__name__)
 class RunObserver(RoundObserver):
     """Told what happens in a whole run; this one does nothing."""
 
-    def on_survey(self, summary: Mapping[str, Any], bank: Mapping[str, Any]) -> None:
+    def on_survey(self, summary: Mapping[str, Any], style_bank: Mapping[str, Any]) -> None:
         """The survey is done: who told what, and the style bank's tensors."""
 
     def on_diffusion(self, done: int, total: int, loss: float) -> None:
@@ -152,17 +152,17 @@ class _Run:
     def _survey(self) -> Checkpoint:
         shared, _ = self.model.start()
         metrics: dict[str, Any] = {"rounds": [], "survey": {}, "erasure": {}}
-        bank: Tensors = {}
+        style_bank: Tensors = {}
         if self.model.surveyed:
             replies, refused = ask_survey(
                 self.grid, self.roster, self.plan, self.model.check_survey, self.book
             )
             surveyed = self.model.after_survey(shared, replies)
-            shared, bank = surveyed.shared, surveyed.bank
+            shared, style_bank = surveyed.shared, surveyed.bank
             metrics["survey"] = {**surveyed.summary, "refused": refused}
             self._note("survey", sites=list(replies), refused=refused)
-        checkpoint = self._save(0, shared, {}, bank, metrics)
-        self.observer.on_survey(metrics["survey"], bank)
+        checkpoint = self._save(0, shared, {}, style_bank, metrics)
+        self.observer.on_survey(metrics["survey"], style_bank)
         return checkpoint
 
     def _rounds(self, last: Checkpoint) -> Checkpoint:
@@ -181,22 +181,22 @@ class _Run:
         strategy.optimiser.load(last.optimiser)
         strategy.summary()
         rounds = strategy.rounds(self.grid, done=last.round)
-        for round in range(last.round + 1, num_rounds + 1):
-            self.observer.on_round_start(round, num_rounds)
-            released = self.diffusion.before_round(round, strategy.shared, last.bank)
+        for round_number in range(last.round + 1, num_rounds + 1):
+            self.observer.on_round_start(round_number, num_rounds)
+            released = self.diffusion.before_round(round_number, strategy.shared, last.bank)
             report = dataclasses.asdict(next(rounds))
-            trained = self.diffusion.after_round(round)
+            trained = self.diffusion.after_round(round_number)
             if released or trained:
                 report["diffusion"] = {"released": released, **trained}
-            probes = self.observer.on_round_end(round, strategy.shared, report)
+            probes = self.observer.on_round_end(round_number, strategy.shared, report)
             report |= {"probes": dict(probes)} if probes else {}
-            if self.probes.due(round):
-                report["federated_probes"] = self.probes.read(round, strategy.shared, last.bank)
+            if self.probes.due(round_number):
+                report["federated_probes"] = self.probes.read(round_number, strategy.shared, last.bank)
             metrics = last.metrics | {"rounds": [*last.metrics["rounds"], report]}
-            last = self._save(round, strategy.shared, strategy.optimiser.state(), last.bank, metrics)
+            last = self._save(round_number, strategy.shared, strategy.optimiser.state(), last.bank, metrics)
             self._note(
                 "round",
-                round=round,
+                round=round_number,
                 sites=list(report["sites"]),
                 refused=report["refused"],
                 loss=report["loss"],
@@ -211,26 +211,26 @@ class _Run:
             shared, kept = done
             return RunResult(shared, last.bank, last.metrics | kept, path)
         shared, erasure = self._erased(last)
-        told: dict[str, Any] = {"erasure": erasure}
+        metrics: dict[str, Any] = {"erasure": erasure}
         if self.probes.due(last.round):
             erased = bool(erasure) and "skipped" not in erasure
-            told["federated_probes"] = self.probes.read(last.round + erased, shared, last.bank, erased)
-            told["directions"] = {name: one.tolist() for name, one in self.probes.directions.items()}
+            metrics["federated_probes"] = self.probes.read(last.round + erased, shared, last.bank, erased)
+            metrics["directions"] = {name: one.tolist() for name, one in self.probes.directions.items()}
         sha256 = sha256_of_tensors(shared)
         provenance = {
             **self.model.provenance(),
             "plan_sha256": self.plan.sha256,
             "plan": self.plan.to_json(),
             "rounds": str(last.round),
-            **{name: json.dumps(what, sort_keys=True) for name, what in told.items()},
+            **{name: json.dumps(what, sort_keys=True) for name, what in metrics.items()},
             "tensors_sha256": sha256,
         }
         save_weights(path, shared, provenance)
         self._note("end", tensors_sha256=sha256)
-        return RunResult(shared, last.bank, last.metrics | told, path)
+        return RunResult(shared, last.bank, last.metrics | metrics, path)
 
     def _erased(self, last: Checkpoint) -> tuple[Tensors, dict[str, Any]]:
-        """The final weights, and what to say of the erasure; as they are where fewer than two sites tell
+        """The final weights, and what to say of the site erasure; as they are where fewer than two sites tell
         their sums."""
         if not self.model.erased:
             return last.shared, {}
@@ -255,8 +255,8 @@ class _Run:
         save_diffusion(path, self.plan, finished, result.shared, result.bank, directions)
         self.diffusion.saved(path)
         self._note("diffusion", policy=finished.policy, steps=finished.steps)
-        told = {"diffusion": finished.reports}
-        return dataclasses.replace(result, diffusion=path, metrics=result.metrics | told)
+        reports = {"diffusion": finished.reports}
+        return dataclasses.replace(result, diffusion=path, metrics=result.metrics | reports)
 
     def _finished(self, path: Path) -> tuple[Tensors, dict[str, Any]] | None:
         """The final weights and what the metrics say of them, if this run has written them whole."""
@@ -272,22 +272,27 @@ class _Run:
         if provenance.get("tensors_sha256") != sha256_of_tensors(tensors):
             _log.warning("The final weights are not as they were written and are made again.")
             return None
-        told: dict[str, Any] = {
+        metrics: dict[str, Any] = {
             n: json.loads(provenance[n])
             for n in ("erasure", "federated_probes", "directions")
             if n in provenance
         }
-        return tensors, told
+        return tensors, metrics
 
     def _save(
-        self, round: int, shared: Tensors, optimiser: Tensors, bank: Tensors, metrics: dict[str, Any]
+        self,
+        round_number: int,
+        shared: Tensors,
+        optimiser: Tensors,
+        style_bank: Tensors,
+        metrics: dict[str, Any],
     ) -> Checkpoint:
         checkpoint = Checkpoint(
             plan_sha256=self.plan.sha256,
-            round=round,
+            round=round_number,
             shared=shared,
             optimiser=optimiser,
-            bank=bank,
+            bank=style_bank,
             metrics=metrics,
         )
         self.checkpoints.save(checkpoint)

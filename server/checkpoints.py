@@ -75,7 +75,7 @@ class Checkpoints:
                 "tensors_sha256": sha256_of_tensors(tensors),
             },
         )
-        for later in (round for round in self.rounds() if round > checkpoint.round):
+        for later in (round_number for round_number in self.rounds() if round_number > checkpoint.round):
             self._path(later).unlink()  # of a run that went back
         for old in self.rounds()[:-KEPT]:
             self._path(old).unlink()
@@ -88,15 +88,15 @@ class Checkpoints:
         none of them is whole.
         """
         rounds, self.damaged = self.rounds(), []
-        for round in reversed(rounds):
+        for round_number in reversed(rounds):
             try:
-                return self._load(round)
+                return self._load(round_number)
             except OtherPlan:
                 raise
             except ValueError as error:
-                self.damaged.append(round)
+                self.damaged.append(round_number)
                 _log.warning(
-                    "Checkpoint of round %d is damaged; the one before it is taken. %s", round, error
+                    "Checkpoint of round %d is damaged; the one before it is taken. %s", round_number, error
                 )
         if rounds:
             raise ValueError(
@@ -109,17 +109,19 @@ class Checkpoints:
         """Rounds with a file, ascending; what else lies in the folder is none of ours."""
         named = (_NAME.fullmatch(path.name) for path in self._folder.glob("round-*") if path.is_file())
         rounds = {int(match[1]) for match in named if match is not None}
-        return sorted(round for round in rounds if self._path(round).is_file())
+        return sorted(round_number for round_number in rounds if self._path(round_number).is_file())
 
-    def _path(self, round: int) -> Path:
-        return self._folder / f"round-{round:04d}.safetensors"
+    def _path(self, round_number: int) -> Path:
+        return self._folder / f"round-{round_number:04d}.safetensors"
 
-    def _load(self, round: int) -> Checkpoint:
-        path = self._path(round)
+    def _load(self, round_number: int) -> Checkpoint:
+        path = self._path(round_number)
         tensors, provenance = load_weights(path)
         if missing := {"plan_sha256", "round", "metrics", "tensors_sha256"} - set(provenance):
             raise ValueError(f"Expected a checkpoint in {path}; its header lacks {min(missing)!r}.")
-        if provenance["tensors_sha256"] != sha256_of_tensors(tensors) or provenance["round"] != str(round):
+        if provenance["tensors_sha256"] != sha256_of_tensors(tensors) or provenance["round"] != str(
+            round_number
+        ):
             raise ValueError(f"Expected {path} to be as it was written; its hash is another.")
         if provenance["plan_sha256"] != self._plan_sha256:
             raise OtherPlan(
@@ -135,4 +137,4 @@ class Checkpoints:
         metrics = read_json(provenance["metrics"], f"metrics in {path}", longest=LONGEST_HEADER)
         if not isinstance(metrics, dict):
             raise ValueError(f"Expected metrics in {path} to be a mapping; got {shown(metrics)}.")
-        return Checkpoint(plan_sha256=self._plan_sha256, round=round, metrics=metrics, **groups)
+        return Checkpoint(plan_sha256=self._plan_sha256, round=round_number, metrics=metrics, **groups)

@@ -2,7 +2,7 @@
 
 `SharedModel` is all that the run needs of a model; `MeduetModel` is the one we pretrain. The centre never
 trains and never sees a scan: it makes the common start, sets the latent scale from the pooled survey, and
-fits the erasure of the site from the sums of pooled content.
+fits the site erasure from the sums of pooled content.
 What this file does not do: it sends and stores nothing (`server/app.py`).
 """
 
@@ -112,13 +112,13 @@ class MeduetModel:
 
     def after_survey(self, shared: Tensors, replies: Mapping[str, SurveyReply]) -> Surveyed:
         """Pooled centre and deviation of the latents into the network's constants; entries into the bank."""
-        bank = self._survey.bank()
+        style_bank = self._survey.bank()
         network = self._network()
-        network.set_latent_scale(bank.centre, bank.scale)
+        network.set_latent_scale(style_bank.centre, style_bank.scale)
         constants = {name: network.state_dict()[name] for name in ("latent_mean", "latent_deviation")}
         sites = {s: {"patients": r.num_patients, "scans": r.num_scans} for s, r in replies.items()}
-        summary = {"sites": sites, "latent_deviation": bank.scale.tolist()}
-        tensors = bank.to_tensors() if self.plan.style.exchange != "none" else {}
+        summary = {"sites": sites, "latent_deviation": style_bank.scale.tolist()}
+        tensors = style_bank.to_tensors() if self.plan.style.exchange != "none" else {}
         return Surveyed(shared | constants, tensors, summary)
 
     def check_erasure(self, reply: ErasureReply) -> None:
@@ -133,18 +133,18 @@ class MeduetModel:
                 renderings.check(count)
         except ValueError as reason:
             raise ReplyRefused(str(reason)) from reason
-        told = torch.cat([moments.to_vector(), *([] if renderings is None else [renderings.to_vector()])])
-        if float(told.norm()) > count * share_bound(self.plan) * _ROUNDING:
+        vector = torch.cat([moments.to_vector(), *([] if renderings is None else [renderings.to_vector()])])
+        if float(vector.norm()) > count * share_bound(self.plan) * _ROUNDING:
             raise ReplyRefused("Expected content sums within the bound per patient; they are longer.")
 
     def after_erasure(
         self, shared: Tensors, replies: Mapping[str, ErasureReply]
     ) -> tuple[Tensors, dict[str, Any]]:
-        """The erasure as the last linear layer of the content head; the content code where styles are
+        """The site erasure as the last linear layer of the content head; the content code where styles are
         exchanged."""
-        told = {site: self._moments(reply) for site, reply in replies.items()}
-        moments = {site: own for site, (own, _) in told.items()}
-        renderings = {site: own for site, (_, own) in told.items() if own is not None}
+        sums = {site: self._moments(reply) for site, reply in replies.items()}
+        moments = {site: own for site, (own, _) in sums.items()}
+        renderings = {site: own for site, (_, own) in sums.items() if own is not None}
         network = self._network()
         mean, matrix = fit_erasure(moments)
         network.set_erasure(mean, matrix)

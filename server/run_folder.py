@@ -107,7 +107,7 @@ def is_complete(folder: Path, plan_sha256: str) -> bool:
 def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
     """Rewrite `metrics.json` and `metrics.csv`."""
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=1, allow_nan=False) + "\n")
-    rows = [row for round in metrics.get("rounds", ()) for row in _rows(round)]
+    rows = [row for entry in metrics.get("rounds", ()) for row in _rows(entry)]
     columns = [*_FIRST, *sorted({name for row in rows for name in row} - set(_FIRST))]
     table = io.StringIO()
     writer = csv.DictWriter(table, columns, restval="", lineterminator="\n")
@@ -116,14 +116,14 @@ def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> None:
     write_whole(folder / "metrics.csv", table.getvalue())
 
 
-def _rows(round: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _rows(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
-    for site, report in round["sites"].items():
+    for site, report in entry["sites"].items():
         losses = {f"loss.{term}": value for term, value in report["loss"].items()}
         plain = {name: value for name, value in report.items() if name != "loss"}
-        rows.append({"round": round["round"], "site": site, **plain, **losses})
-    losses = {f"loss.{term}": value for term, value in round["loss"].items()}
+        rows.append({"round": entry["round"], "site": site, **plain, **losses})
+    losses = {f"loss.{term}": value for term, value in entry["loss"].items()}
     probes = {
-        f"probe.{name}": v for name, v in round.get("probes", {}).items() if isinstance(v, (int, float))
+        f"probe.{name}": v for name, v in entry.get("probes", {}).items() if isinstance(v, (int, float))
     }
-    return [*rows, {"round": round["round"], "site": "all", "seconds": round["seconds"], **losses, **probes}]
+    return [*rows, {"round": entry["round"], "site": "all", "seconds": entry["seconds"], **losses, **probes}]

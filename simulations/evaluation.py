@@ -168,18 +168,20 @@ def _code(
     thorough: bool,
 ) -> dict[str, float]:
     codes = _codes(model, plan, held, training)
-    worn = codes if seen is held else _codes(model, plan, seen, training)
+    seen_codes = codes if seen is held else _codes(model, plan, seen, training)
     measured = {
         "site_from_code": site_probe(codes, held.site, held.patient, plan.seed).score,
         "site_from_code_mlp": site_probe(codes, held.site, held.patient, plan.seed, "mlp").score,
-        "patient_from_code": retrieval_across_sites(worn, seen.site, seen.patient).score,
+        "patient_from_code": retrieval_across_sites(seen_codes, seen.site, seen.patient).score,
     }
     if thorough:
         for probe in _PROBES:
             reading = nested_site_probe(codes, held.site, held.patient, plan.seed, probe)
             name = f"nested_site_from_code_{probe}"
             measured |= {name: reading.score, f"{name}_p": reading.p_value, f"{name}_null": reading.null_95}
-        measured["patient_from_code_among_all"] = recognition_among_all(worn, seen.site, seen.patient).score
+        measured["patient_from_code_among_all"] = recognition_among_all(
+            seen_codes, seen.site, seen.patient
+        ).score
         read = anatomy_probe(codes, held.anatomy, held.patient, plan.seed)
         if bool((known := ~torch.isnan(read)).any()):
             measured["anatomy_from_code"] = float(read[known].mean())
@@ -223,7 +225,7 @@ def _means(tokens: Factors) -> tuple[Float[Tensor, "b k"], Float[Tensor, "b s"]]
 
 
 def _restyled(plan: RunPlan, held: Held, training: Sequence[Float[Tensor, "b c d h w"]]) -> Held:
-    """Each held-out scan in the style of every site; a row's site is whose style it wears."""
+    """Each held-out scan in the style of every site; a row's site is that of its target style."""
     entries = [_entry(plan, latents) for latents in training]
     rows = [
         (restyle(held.latents[i : i + 1], entries[own], entry), target, held.patient[i])

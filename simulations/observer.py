@@ -85,20 +85,20 @@ class Witness(RunObserver):
             return None
         return join(own)
 
-    def on_round_start(self, round: int, num_rounds: int) -> None:
+    def on_round_start(self, round_number: int, num_rounds: int) -> None:
         """Move the bar."""
-        self._live.on_round(round, num_rounds)
+        self._live.on_round(round_number, num_rounds)
 
     def on_round_end(
-        self, round: int, shared: Mapping[str, Any], metrics: Mapping[str, Any]
+        self, round_number: int, shared: Mapping[str, Any], metrics: Mapping[str, Any]
     ) -> Mapping[str, Any]:
         """Probe every few rounds and after the last."""
-        due = round % self._every == 0 or round == self._plan.training.rounds
-        probes = self._measure(shared, self._held, round) if due else {}
-        self._live.on_round_end(round, metrics, probes)
+        due = round_number % self._every == 0 or round_number == self._plan.training.rounds
+        probes = self._measure(shared, self._held, round_number) if due else {}
+        self._live.on_round_end(round_number, metrics, probes)
         if self._events is not None:
             for name, value in {**metrics["loss"], **probes}.items():
-                self._events.add_scalar(name, value, round)
+                self._events.add_scalar(name, value, round_number)
             self._events.flush()
         return probes
 
@@ -107,7 +107,7 @@ class Witness(RunObserver):
         self._live.on_diffusion(done, total, loss)
 
     def on_end(self, result: RunResult) -> Mapping[str, Any]:
-        """Probe the final weights, erasure included; test whether style heads understand each other.
+        """Probe the final weights, site erasure included; test whether style heads understand each other.
 
         Hospitals held out are measured here and nowhere else: `with_held_out` has the probes on all.
         """
@@ -124,14 +124,16 @@ class Witness(RunObserver):
         plan = self._plan
         if not result.bank or plan.style.exchange != "bank" or plan.style.head != "local":
             return {}
-        bank = StyleBank.from_tensors(result.bank, plan.sites)
-        if len(bank.present) < len(plan.sites) or len(plan.sites) < 2:
+        style_bank = StyleBank.from_tensors(result.bank, plan.sites)
+        if len(style_bank.present) < len(plan.sites) or len(plan.sites) < 2:
             return {}
         models = self._models(result.shared, plan.training.rounds)
         training = self._training[: len(plan.sites)]
-        told = [style_tokens(m, x, bank, i) for i, (m, x) in enumerate(zip(models, training, strict=True))]
+        tokens = [
+            style_tokens(m, x, style_bank, i) for i, (m, x) in enumerate(zip(models, training, strict=True))
+        ]
         outcomes = [
-            check_alignment(models[i], told[j], training[i], bank, i)
+            check_alignment(models[i], tokens[j], training[i], style_bank, i)
             for i in range(len(models))
             for j in range(len(models))
             if i != j
@@ -142,15 +144,15 @@ class Witness(RunObserver):
         }
 
     def _measure(
-        self, shared: Mapping[str, Tensor], held: Held | None, round: int | None = None
+        self, shared: Mapping[str, Tensor], held: Held | None, round_number: int | None = None
     ) -> dict[str, float]:
         """Mean over the sites' models, what they share with what each keeps at home; after a round, or at the
         end, where more is measured.
         """
         if held is None:
             return {}
-        final = round is None
-        models = self._models(shared, self._plan.training.rounds if round is None else round)
+        final = round_number is None
+        models = self._models(shared, self._plan.training.rounds if round_number is None else round_number)
         measured = [
             measure(
                 model,
@@ -164,8 +166,8 @@ class Witness(RunObserver):
         ]
         return {name: sum(m[name] for m in measured) / len(measured) for name in measured[0]}
 
-    def _models(self, shared: Mapping[str, Tensor], round: int) -> list[MeDUET]:
-        return site_models(self._plan, self._consortium, shared, round)
+    def _models(self, shared: Mapping[str, Tensor], round_number: int) -> list[MeDUET]:
+        return site_models(self._plan, self._consortium, shared, round_number)
 
     def bench(self) -> Bench | None:
         """What a diffusion model is judged on; None where nobody is held out."""
@@ -208,16 +210,16 @@ class Witness(RunObserver):
         """These latents moved to the other hospitals' entries; nothing where no bank goes round."""
         if not result.bank:
             return {}
-        bank = StyleBank.from_tensors(result.bank, self._plan.sites)
+        style_bank = StyleBank.from_tensors(result.bank, self._plan.sites)
         for site, scans in list(zip(self._consortium.everyone.sites, self._scans, strict=True))[
-            len(bank.sites) :
+            len(style_bank.sites) :
         ]:
-            bank = bank.joined_by(site, own_moments(scans, self._plan))
-        known = [i for i in (index, *others) if float(bank.count[i].sum()) > 0]
+            style_bank = style_bank.joined_by(site, own_moments(scans, self._plan))
+        known = [i for i in (index, *others) if float(style_bank.count[i].sum()) > 0]
         if index not in known:
             return {}
         own = torch.tensor([index])
-        return {i: bank.restyle(latents, own, torch.tensor([i])) for i in known if i != index}
+        return {i: style_bank.restyle(latents, own, torch.tensor([i])) for i in known if i != index}
 
     def _example(self, index: int) -> tuple[LatentSet, int]:
         paired = self._paired[index]
@@ -236,13 +238,13 @@ class Witness(RunObserver):
 
 
 def site_models(
-    plan: RunPlan, consortium: Consortium, shared: Mapping[str, Tensor], round: int
+    plan: RunPlan, consortium: Consortium, shared: Mapping[str, Tensor], round_number: int
 ) -> list[MeDUET]:
     """Each participant's model after `round`: what all share, with what it keeps at home."""
     models = []
     for name in plan.participants:
         states = StateFolder(consortium.site(name).state_dir / "state", plan.sha256)
-        models.append(load_model(plan, {**states.before(round + 1).home, **shared}))
+        models.append(load_model(plan, {**states.before(round_number + 1).home, **shared}))
     return models
 
 

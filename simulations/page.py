@@ -179,15 +179,15 @@ def _traffic(
     folder: Path, rounds: list[dict[str, Any]], hospitals: list[dict[str, Any]]
 ) -> Mapping[str, int]:
     site = hospitals[0]["site"]
-    told = {record["kind"]: record["bytes"] for record in _journal(folder, site)}
+    crossed = {record["kind"]: record["bytes"] for record in _journal(folder, site)}
     entry = rounds[-1]["sites"][site]
     kept = sum(p.stat().st_size for p in (folder / "sites" / site / "cache").rglob("*") if p.is_file())
     sizes = {
-        "style statistics, once": told.get("survey", 0),
-        "content sums, once": told.get("erasure", 0),
+        "style statistics, once": crossed.get("survey", 0),
+        "content sums, once": crossed.get("erasure", 0),
         "to the hospital, each round": entry["bytes_down"],
         "from the hospital, each round": entry["bytes_up"],
-        ("its latents, in its cache" if "latents" in told else "its latents: never leave"): kept,
+        ("its latents, in its cache" if "latents" in crossed else "its latents: never leave"): kept,
     }
     leaving = sum(r["bytes"] for r in _journal(folder, site) if r["kind"] == "latents")
     sizes["raw latents, released"] = leaving
@@ -260,28 +260,30 @@ def _erasure_text(metrics: Mapping[str, Any]) -> str:
     if why := metrics["erasure"].get("skipped"):
         return f"The last row is the final model: {why}."
     return (
-        "The last row is the final model, after the linear erasure of the hospital from content that was "
-        "fitted from the hospitals' sums."
+        "The last row is the final model, after the site erasure: the hospital was taken out of content, "
+        "linearly, as fitted from the hospitals' sums."
     )
 
 
 def _federated(metrics: Mapping[str, Any], last: Mapping[str, float]) -> dict[str, Any] | None:
     """Table of the federated probes over rounds, beside what the observer read at the end; None without."""
-    told = [(str(e["round"]), e["federated_probes"]) for e in metrics["rounds"] if "federated_probes" in e]
+    readings = [
+        (str(e["round"]), e["federated_probes"]) for e in metrics["rounds"] if "federated_probes" in e
+    ]
     if "federated_probes" in metrics:
-        told.append((_END, metrics["federated_probes"]))
-    if not told:
+        readings.append((_END, metrics["federated_probes"]))
+    if not readings:
         return None
-    seen = [entry for entry in _FEDERATED if any(entry[0] in probes["readings"] for _, probes in told)]
+    seen = [entry for entry in _FEDERATED if any(entry[0] in probes["readings"] for _, probes in readings)]
 
     def row(label: str, values: Mapping[str, float], names: list[str]) -> list[str]:
         return [label, *(f"{values[name]:.2f}" if name in values else "" for name in names)]
 
-    refused = sorted({site for _, probes in told for site in probes["refused"]})
+    refused = sorted({site for _, probes in readings for site in probes["refused"]})
     return {
         "names": ["round", *(label for _, label, _ in seen)],
         "rows": [
-            *(row(label, probes["readings"], [name for name, _, _ in seen]) for label, probes in told),
+            *(row(label, probes["readings"], [name for name, _, _ in seen]) for label, probes in readings),
             row("observer, held out", last, [name for _, _, name in seen]),
         ],
         "refused": f"Left out: {', '.join(refused)}." if refused else "",

@@ -170,14 +170,14 @@ def run_poc(num_sites: int, folder: Path, say: Say) -> Path:
         say("to see that, too: apt-get install nginx, and the same command with another --folder")
     with poc.running(say) as supervisor:
         say(f"starting the centre and {', '.join(poc.site_yamls)} as processes; logs in {folder}/processes")
-        told = _Teller(poc, say)
+        teller = _Teller(poc, say)
 
         def tick() -> None:
             supervisor.poll()
-            told.tell()
+            teller.tell()
 
         Submission(Control(poc.config), poc.plan_path, poc.run_folder, say).see_through(tick)
-        told.tell()
+        teller.tell()
     say(f"all processes stopped, {time.monotonic() - begun:.0f} s after the start")
     return poc.run_folder
 

@@ -81,12 +81,12 @@ class Live:
         yield update
         self._bars.remove_task(task)
 
-    def on_round(self, round: int, num_rounds: int) -> None:
+    def on_round(self, round_number: int, num_rounds: int) -> None:
         """A round begins."""
         if self._rounds is None:
-            self._rounds = self._bars.add_task("rounds", total=num_rounds, completed=round - 1)
+            self._rounds = self._bars.add_task("rounds", total=num_rounds, completed=round_number - 1)
             self._steps = self._bars.add_task("local steps", total=self._num_steps)
-        self._bars.update(self._rounds, completed=round - 1)
+        self._bars.update(self._rounds, completed=round_number - 1)
 
     def on_diffusion(self, done: int, total: int, loss: float) -> None:
         """The diffusion model is trained on, after the last round."""
@@ -99,11 +99,11 @@ class Live:
         if self._steps is not None:
             self._bars.update(self._steps, description=f"{site}: steps, loss {loss:.2f}", completed=step)
 
-    def on_round_end(self, round: int, report: Mapping[str, Any], probes: Mapping[str, float]) -> None:
+    def on_round_end(self, round_number: int, report: Mapping[str, Any], probes: Mapping[str, float]) -> None:
         """A round is over: its losses, and what was probed."""
         loss = report["loss"]
         words = [
-            f"round {round:3d}",
+            f"round {round_number:3d}",
             f"loss {loss['total']:6.3f}",
             f"reconstruction {loss['reconstruction']:.3f}",
         ]
@@ -120,4 +120,4 @@ class Live:
             words.append(f"diffusion loss {trained['loss']:.3f} on {trained['items']} latents")
         words.append(f"{report['seconds']:.1f} s")
         self.say("  ".join(words))
-        self._bars.update(self._rounds, completed=round)
+        self._bars.update(self._rounds, completed=round_number)

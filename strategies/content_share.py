@@ -88,7 +88,7 @@ class ContentShare(Strategy):
         roster: Roster,
         folder: Path,
         book: ReplyBook,
-        on_reply: OnReply = lambda round, site, report: None,
+        on_reply: OnReply = lambda round_number, site, report: None,
     ) -> None:
         self.plan, self.task, self.roster = plan, task, roster
         self.shared = {name: tensor.detach().clone() for name, tensor in shared.items()}
@@ -118,17 +118,17 @@ class ContentShare(Strategy):
         changed since the last round.
         """
         stream = StreamingGrid(grid)
-        for round in range(done + 1, self.task.rounds + 1):
-            messages = self.configure_train(round, self._arrays(), ConfigRecord(), stream)
+        for round_number in range(done + 1, self.task.rounds + 1):
+            messages = self.configure_train(round_number, self._arrays(), ConfigRecord(), stream)
             replies = stream.send_and_receive(
                 messages,
                 timeout=self.plan.aggregation.deadline_s,
-                late=self._late(round, grid),
+                late=self._late(round_number, grid),
                 largest=self._largest,
             )
             del messages  # the grid holds what it still has to send
             self._stream = stream
-            self._aggregate(round, replies)
+            self._aggregate(round_number, replies)
             yield self.report
 
     def configure_train(
@@ -147,19 +147,19 @@ class ContentShare(Strategy):
     def _arrays(self) -> ArrayRecord:
         return array_record(self.shared, self.task.wire_dtype)
 
-    def _record(self, round: int, arrays: ArrayRecord, start: bool) -> RecordDict:
-        record = self.task.question(round, start)
+    def _record(self, round_number: int, arrays: ArrayRecord, start: bool) -> RecordDict:
+        record = self.task.question(round_number, start)
         record["shared"] = arrays
         return record
 
-    def _message(self, round: int, node: int, record: RecordDict) -> Message:
+    def _message(self, round_number: int, node: int, record: RecordDict) -> Message:
         deadline_s = self.plan.aggregation.deadline_s
-        return Message(record, node, self.task.message_type, ttl=deadline_s, group_id=str(round))
+        return Message(record, node, self.task.message_type, ttl=deadline_s, group_id=str(round_number))
 
-    def _late(self, round: int, grid: Grid) -> Late:
+    def _late(self, round_number: int, grid: Grid) -> Late:
         def question(node: int) -> Message:
-            record = self._record(round, self._arrays(), node in self._behind)
-            return self._message(round, node, record)
+            record = self._record(round_number, self._arrays(), node in self._behind)
+            return self._message(round_number, node, record)
 
         least = needed(self.plan.aggregation.quorum, len(self.roster.sites))
         return Late(
@@ -210,7 +210,7 @@ class ContentShare(Strategy):
         self.report.seconds += time.monotonic()
         self.report.loss = mean_losses(self.report.sites)
 
-    def _fold(self, round: int) -> Fold:
+    def _fold(self, round_number: int) -> Fold:
         settings = self.plan.aggregation
         match settings.rule:
             case "mean":
@@ -218,25 +218,27 @@ class ContentShare(Strategy):
                 self._sum.reset()
                 return self._sum
             case "trimmed_mean" | "median" | "krum":
-                folder = self._folder / f"replies-{round:04d}"
+                folder = self._folder / f"replies-{round_number:04d}"
                 return SpilledReplies(self.shared, self._bounds, folder, settings.rule, settings.trim)
 
-    def _wall(self, round: int, fold: Fold) -> ReplyWall[TrainReply]:
+    def _wall(self, round_number: int, fold: Fold) -> ReplyWall[TrainReply]:
         """The wall around each reply to this round's question."""
 
         def use(reply: TrainReply) -> None:
-            if reply.round != round:
-                raise ReplyRefused(f"Expected a reply to round {round}; got one to round {reply.round}.")
+            if reply.round != round_number:
+                raise ReplyRefused(
+                    f"Expected a reply to round {round_number}; got one to round {reply.round}."
+                )
             if reply.wire_dtype != (asked := self.task.wire_dtype):
                 raise ReplyRefused(f"Expected values as {asked}; got {reply.wire_dtype}.")
             fold.fold(reply.site, reply.update, reply.examples)
 
         def on_refusal(node: int, kind: RefusalKind) -> None:
             if kind is RefusalKind.OUT_OF_ORDER:
-                self._ask_with_start(round, node)
+                self._ask_with_start(round_number, node)
 
         wall = ReplyWall(
-            f"round {round}",
+            f"round {round_number}",
             self.task.message_type,
             self.task.sha256,
             self.roster,
@@ -248,13 +250,13 @@ class ContentShare(Strategy):
         self.report.refused = wall.refused
         return wall
 
-    def _ask_with_start(self, round: int, node: int) -> None:
+    def _ask_with_start(self, round_number: int, node: int) -> None:
         """Ask a site that missed or lost the start once more in this round, with the start; a site that had
         it and refuses all the same is put aside."""
-        if round == 1 or node in self._behind or self._stream is None:
+        if round_number == 1 or node in self._behind or self._stream is None:
             return
         self._behind.add(node)
-        self._stream.ask(self._message(round, node, self._record(round, self._arrays(), True)))
+        self._stream.ask(self._message(round_number, node, self._record(round_number, self._arrays(), True)))
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -296,6 +298,6 @@ def mean_losses(sites: Mapping[str, SiteReport]) -> dict[str, float]:
     terms = sorted({term for report in sites.values() for term in report["loss"]})
     means = {}
     for term in terms:
-        told = [(r["examples"], r["loss"][term]) for r in sites.values() if term in r["loss"]]
-        means[term] = sum(n * value for n, value in told) / sum(n for n, _ in told)
+        values = [(r["examples"], r["loss"][term]) for r in sites.values() if term in r["loss"]]
+        means[term] = sum(n * value for n, value in values) / sum(n for n, _ in values)
     return means

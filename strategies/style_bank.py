@@ -55,10 +55,10 @@ class StyleSurvey:
         least = smallest_cohort(self.plan)
         if not bool(((counts == 0) | (counts >= least)).all()) or not bool(counts.any()):
             raise ValueError(f"Expected style sums of at least {least} patients; got {counts.tolist()}.")
-        told = torch.stack([s.abs().flatten(1).sum(1) for n, s in moments.sums.items() if n != "count"]).sum(
+        sizes = torch.stack([s.abs().flatten(1).sum(1) for n, s in moments.sums.items() if n != "count"]).sum(
             0
         )
-        if bool(((counts == 0) & (told > 0)).any()):
+        if bool(((counts == 0) & (sizes > 0)).any()):
             raise ValueError("Expected nothing to be told of body parts without patients; got sums.")
         moments.check(MOST_PATIENTS)
         if moments.norm() > float(counts.sum()) * self.layout.bound * (1 + _ROUNDING):

@@ -57,6 +57,8 @@ def main(grid: Grid, context: Context) -> None:
     network = {name: tuple(v) if isinstance(v, list) else v for name, v in plan["network"].items()}
     weights = MeDUET(NetworkConfig(**network), len(plan["sites"]), seed=plan["seed"]).state_dict()
     strategy = TimedFedAvg(len(plan["sites"]))
-    told = ConfigRecord({"network": json.dumps(network), "num_sites": len(plan["sites"])})
-    strategy.start(grid, ArrayRecord(weights), num_rounds=plan["training"]["rounds"], train_config=told)
+    train_config = ConfigRecord({"network": json.dumps(network), "num_sites": len(plan["sites"])})
+    strategy.start(
+        grid, ArrayRecord(weights), num_rounds=plan["training"]["rounds"], train_config=train_config
+    )
     write_whole(folder / "rounds.json", json.dumps(strategy.rounds))

@@ -70,11 +70,11 @@ def data_line(found: Found) -> Line:
     reasons = Counter(one.reason for one in found.exclusions)
     cures = [CURES[reason] for reason in _unwanted(reasons) if reason in CURES]
     if not found.candidates:
-        told = f"{what}; {by_reason(found.exclusions) or 'the folder is empty'}"
+        detail = f"{what}; {by_reason(found.exclusions) or 'the folder is empty'}"
         return (
             "data folder",
             "failed",
-            told,
+            detail,
             " ".join(cures or ["Check data_root and layout; is the folder mounted?"]),
         )
     troubles = [
@@ -82,8 +82,8 @@ def data_line(found: Found) -> Line:
     ]
     if not troubles:
         return "data folder", "ok", what, ""
-    told = ", ".join(f"{reason.value} {reasons[reason]}" for reason in troubles)
-    return "data folder", "look", f"{what}; {told}", " ".join(CURES[reason] for reason in troubles)
+    detail = ", ".join(f"{reason.value} {reasons[reason]}" for reason in troubles)
+    return "data folder", "look", f"{what}; {detail}", " ".join(CURES[reason] for reason in troubles)
 
 
 def _unwanted(reasons: Counter[Reason]) -> list[Reason]:
@@ -98,15 +98,15 @@ def by_reason(exclusions: Iterable[Exclusion]) -> str:
 
 def patient_lines(found: PatientMap, config: SiteConfig) -> Iterator[Line]:
     """The guess, its rule and every doubt; once it was confirmed, count and rule, which name nobody."""
-    told = f"{found.guess()}. Rule: {found.rule}"
+    guess = f"{found.guess()}. Rule: {found.rule}"
     problem = unconfirmed(config.state_dir, config.data_root, found)
     if not found.num_patients:
-        yield "patients", "failed", told, CURES[Reason.NO_PATIENT]
+        yield "patients", "failed", guess, CURES[Reason.NO_PATIENT]
         return
     if not problem:
         yield "patients", "ok", f"{found.num_patients} patients, as confirmed. Rule: {found.rule}", ""
         return
-    yield "patients", "look", f"{told}; {problem}", f"start refuses until then. {CURE}"
+    yield "patients", "look", f"{guess}; {problem}", f"start refuses until then. {CURE}"
     for doubt in found.doubts:
         yield "patients", "look", doubt, "If it is wrong, set patient_pattern in site.yaml."
 
@@ -119,11 +119,11 @@ def table_lines(joins: Sequence[Join], exclusions: Sequence[Exclusion]) -> Itera
         yield "table", verdict, f"{shown(join.table.name)}, {join.told}", advice
     unread = [one.path.name for one in exclusions if one.detail == "a table that is not read"]
     if unread:
-        told = ", ".join(map(shown, sorted(set(unread))[:MOST_LINES]))
+        names = ", ".join(map(shown, sorted(set(unread))[:MOST_LINES]))
         advice = (
             "Covariates are read from covariates.csv or participants.tsv at the data root, or the manifest."
         )
-        yield "table", "look", f"{len(unread)} tables are not read: {told}", advice
+        yield "table", "look", f"{len(unread)} tables are not read: {names}", advice
 
 
 def note_lines(notes: Sequence[str]) -> Iterator[Line]:
@@ -139,7 +139,7 @@ def cohort_lines(cohort: Cohort, volumes: VolumePlan) -> Iterator[Line]:
     place."""
     others = Counter(one.detail for one in cohort.exclusions if one.reason is Reason.NO_SUCH_MODALITY)
     if others:
-        told = ", ".join(
+        detail = ", ".join(
             f"{shown(name) or 'unnamed'} {count}" for name, count in others.most_common(MOST_LINES)
         )
         asked = ", ".join(volumes.modalities or (volumes.modality,))
@@ -147,29 +147,39 @@ def cohort_lines(cohort: Cohort, volumes: VolumePlan) -> Iterator[Line]:
         yield (
             "contrasts",
             "ok" if cohort.scans else "look",
-            f"not selected by the plan ({asked}): {told}",
+            f"not selected by the plan ({asked}): {detail}",
             advice,
         )
     cut = [scan.kept for scan in cohort.scans if scan.kept < LEAST_KEPT]
     if cut:
         shape = " x ".join(map(str, volumes.shape))
-        told = (
+        detail = (
             f"{len(cut)} of {len(cohort.scans)} scans reach outside the plan's {shape} voxels, which keep "
             f"{sum(cut) / len(cut):.0%} of what is bright in them, {min(cut):.0%} at least"
         )
-        yield "crop", "look", told, "A model sees nothing outside: ask the centre for a larger volumes.shape."
-    for note, told in NOTED.items():
+        yield (
+            "crop",
+            "look",
+            detail,
+            "A model sees nothing outside: ask the centre for a larger volumes.shape.",
+        )
+    for note, sentence in NOTED.items():
         if noted := [scan for scan in cohort.scans if note in scan.notes]:
             example = shown(noted[0].path.name)
             advice = "Look at one in a viewer; cohort.csv lists all of them in its column notes."
-            yield note.value.replace("_", " "), "look", f"{len(noted)} scans {told}, e.g. {example}", advice
+            yield (
+                note.value.replace("_", " "),
+                "look",
+                f"{len(noted)} scans {sentence}, e.g. {example}",
+                advice,
+            )
     if placed := sum(scan.placed_label for scan in cohort.scans):
-        told = f"{placed} labels do not say where they lie; they are taken to lie as their images"
-        yield "labels", "look", told, "Compare one with its image in a viewer."
+        detail = f"{placed} labels do not say where they lie; they are taken to lie as their images"
+        yield "labels", "look", detail, "Compare one with its image in a viewer."
     misfits = [one for one in cohort.exclusions if one.reason is Reason.LABEL_NOT_INTEGER]
     if misfits:
-        told = f"{len(misfits)} labels are not integers: {misfits[0].detail}"
-        yield "labels", "look", told, "Save them as integers."
+        detail = f"{len(misfits)} labels are not integers: {misfits[0].detail}"
+        yield "labels", "look", detail, "Save them as integers."
 
 
 def closing(found: Found | Cohort, rule: PatientMap, looks: Sequence[str]) -> Iterator[str]:
@@ -188,10 +198,10 @@ def closing(found: Found | Cohort, rule: PatientMap, looks: Sequence[str]) -> It
     others = [one for one in found.exclusions if one.reason is not Reason.TABLE]
     excluded = sum(len(one.all_files) for one in others)
     seen = len(scans) + len(labels) + tables + excluded
-    told = by_reason(others)
+    reasons = by_reason(others)
     yield (
         f"Files: {seen} seen; {inside}; {tables} tables read; {excluded} left out"
-        + (f" ({told})." if told else ".")
+        + (f" ({reasons})." if reasons else ".")
     )
     yield f"Patients: {num_patients}, by this rule: {rule.rule}."
     if looks:

@@ -15,12 +15,12 @@ def proxy_check(server: str, variables: Mapping[str, str] | None = None) -> Find
     proxies = {name: variables[name] for name in PROXY_VARIABLES if variables.get(name)}
     if not proxies:
         return "ok", "no proxy variable is set", ""
-    told = ", ".join(f"{name}={re.sub('//[^/@]*@', '//…@', value)}" for name, value in proxies.items())
-    told += "; what stays on this machine never passes through it"
+    found = ", ".join(f"{name}={re.sub('//[^/@]*@', '//…@', value)}" for name, value in proxies.items())
+    found += "; what stays on this machine never passes through it"
     host = server.rpartition(":")[0]
     if not host:
-        return "look", told, "What goes to the centre will; name the centre in no_proxy if it should not."
+        return "look", found, "What goes to the centre will; name the centre in no_proxy if it should not."
     if not passes_proxy(host, variables):
-        return "ok", f"{told}, nor what goes to {host} (no_proxy)", ""
+        return "ok", f"{found}, nor what goes to {host} (no_proxy)", ""
     advice = f"If it should not, add {host} to no_proxy. It must let TLS through unopened."
-    return "look", f"{told}; what goes to {server} does", advice
+    return "look", f"{found}; what goes to {server} does", advice

@@ -41,7 +41,7 @@ def add_to(commands: Any) -> None:
     harmonise.add_argument(
         "--model", type=Path, required=True, metavar="FILE", help="diffusion.safetensors of a run"
     )
-    harmonise.add_argument("--style", required=True, metavar="SITE", help="site whose style is worn")
+    harmonise.add_argument("--style", required=True, metavar="SITE", help="site of the target style")
     harmonise.add_argument(
         "-o",
         "--out",

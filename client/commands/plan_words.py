@@ -104,9 +104,9 @@ def _run(plan: RunPlan, site_minimum: int) -> Iterator[Line]:
     if aggregation.method not in ("alone", "pooled"):
         yield (
             "",
-            f"Once after the last round: {_numbers(erasure_shapes(plan))} numbers, sums of pooled content "
-            f"(each at most {content_bound(plan):.3g} long); one patient's share is at most "
-            f"{share_bound(plan):.3g} long.",
+            f"Once after the last round: {_numbers(erasure_shapes(plan))} numbers for the site erasure, "
+            f"sums of pooled content (each at most {content_bound(plan):.3g} long); one patient's share "
+            f"is at most {share_bound(plan):.3g} long.",
         )
         yield _told(_few(network.width))
     if plan.diffusion is not None:
@@ -170,8 +170,8 @@ def _diffusion(plan: RunPlan) -> Iterator[Line]:
     diffusion = plan.diffusion
     assert diffusion is not None
     amount = f"at most {diffusion.items_per_site}" if diffusion.items_per_site else "all"
-    told = ", ".join(diffusion.conditions) or "nothing"
-    yield "", diffusion.release.sentence.format(diffusion=diffusion, amount=amount, told=told)
+    conditions = ", ".join(diffusion.conditions) or "nothing"
+    yield "", diffusion.release.sentence.format(diffusion=diffusion, amount=amount, told=conditions)
 
 
 def _finetuning(plan: RunPlan, finetuning: FinetunePlan) -> Iterator[Line]:
@@ -180,13 +180,13 @@ def _finetuning(plan: RunPlan, finetuning: FinetunePlan) -> Iterator[Line]:
     local = finetuning.local
     trained = "the head alone" if local.encoder == "frozen" else "encoder and head"
     target = task_of(local.task).words(finetuning.named)
-    told = ", ".join(f"{value} as {label}" for value, label in local.label_values.items())
-    told = f", label values {told}, all others as 0" if told else ""
+    labels = ", ".join(f"{value} as {label}" for value, label in local.label_values.items())
+    labels = f", label values {labels}, all others as 0" if labels else ""
     yield "Who", f"{len(plan.sites)} sites: {', '.join(plan.sites)}."
     yield (
         "What",
         f"Fine-tuning of run {plan.sha256[:12]}… with your labels: {trained} learn to predict {target} "
-        f"(task {local.task}, {local.classes} outputs{told}).",
+        f"(task {local.task}, {local.classes} outputs{labels}).",
     )
     yield "On which data", f"{_data(plan)} Of those with a label, {finetuning.label_share:.0%}."
     yield (

@@ -75,7 +75,7 @@ def answer_diffusion(
         diffusion.training,
         total_steps=diffusion.steps(plan.training.rounds),
         seed=seed_of(site.secret, "diffusion", plan.seed),
-        bank=bank_of(plan, ask.bank),
+        style_bank=bank_of(plan, ask.bank),
     )
     if place.kept.optimiser:
         trainee.load(place.kept.optimiser)
@@ -126,14 +126,16 @@ def _train(
     on_step: OnStep,
 ) -> RoundResult:
     """The steps of a round, from wherever it is."""
-    told: dict[str, list[float]] = {}
+    metrics: dict[str, list[float]] = {}
 
     def load(tensors: Mapping[str, Tensor]) -> None:
         trainee.load({name: t for name, t in tensors.items() if not name.startswith(_TOLD)})
-        told.update({n.removeprefix(_TOLD): t.tolist() for n, t in tensors.items() if n.startswith(_TOLD)})
+        metrics.update({n.removeprefix(_TOLD): t.tolist() for n, t in tensors.items() if n.startswith(_TOLD)})
 
     def tensors() -> dict[str, Tensor]:
-        lists = {f"{_TOLD}{name}": torch.tensor(values, dtype=torch.float64) for name, values in told.items()}
+        lists = {
+            f"{_TOLD}{name}": torch.tensor(values, dtype=torch.float64) for name, values in metrics.items()
+        }
         return trainee.state() | lists
 
     done, spent = under_way.resume(load)
@@ -141,16 +143,16 @@ def _train(
     first = (ask.round - 1) * diffusion.steps_per_round
     for step in range(done, diffusion.steps_per_round):
         for name, value in trainee.step(source, first + step).items():
-            told.setdefault(name, []).append(value)
+            metrics.setdefault(name, []).append(value)
         under_way.offer(step + 1, time.perf_counter() - began, tensors)
-        on_step(step + 1, told["loss"][-1])
+        on_step(step + 1, metrics["loss"][-1])
 
     after = trainee.transformer.named_parameters()
     update = {name: parameter.detach().cpu() - ask.shared[name] for name, parameter in after}
     return RoundResult(
         update=update,
         metrics={
-            **{_METRICS[name]: sum(values) / len(values) for name, values in told.items()},
+            **{_METRICS[name]: sum(values) / len(values) for name, values in metrics.items()},
             "seconds": time.perf_counter() - began,
             "steps": float(diffusion.steps_per_round),
             "update_norm": joint_norm(update),

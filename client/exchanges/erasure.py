@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 def answer_erasure(site: Site, ask: ErasureAsk, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
     """Sums of pooled content over the training patients, under the run's last weights: in their own style,
-    and how it varies when they wear every style of the bank.
+    and how it varies when they are restyled to every style of the bank.
 
     Raises `CohortTooSmall` below the minimum, and `TooFewForSums` below ten times the width.
     """
@@ -49,7 +49,7 @@ def answer_erasure(site: Site, ask: ErasureAsk, plan: RunPlan, gate: Gate, on_st
         kept = None
     student = student_of(plan, ask.shared, kept).to(site.device).eval()
     width = plan.network.width
-    student.set_erasure(torch.zeros(width), torch.eye(width))  # content before any erasure, whatever came
+    student.set_erasure(torch.zeros(width), torch.eye(width))  # before any site erasure, whatever came
 
     scans = site.scans(plan)
     rows = list(scans.indices("train"))
@@ -68,11 +68,11 @@ def answer_erasure(site: Site, ask: ErasureAsk, plan: RunPlan, gate: Gate, on_st
     moments = ErasureMoments.of(content(scans.latents), patients, bound)
     renderings = None
     if renders(plan):
-        dressed = Batches(scans, plan, bank_of(plan, ask.bank))
-        worn = [content(lambda chunk, s=s: dressed.in_style(chunk, s)) for s in dressed.styles]  # type: ignore[misc]
-        if not worn:
+        batches = Batches(scans, plan, bank_of(plan, ask.bank))
+        contents = [content(lambda chunk, s=s: batches.in_style(chunk, s)) for s in batches.styles]  # type: ignore[misc]
+        if not contents:
             raise AskRefused("Expected the run's style bank; got an empty one.", RefusalKind.MALFORMED)
-        renderings = RenderingMoments.of(torch.stack(worn), patients, bound)
+        renderings = RenderingMoments.of(torch.stack(contents), patients, bound)
     return gate.release(erasure_tensors(moments, renderings), erasure_shapes(plan), weight=float(came))
 
 

@@ -124,7 +124,7 @@ def latents_mail(released: Released, ask: LatentsAsk, site: str) -> LatentsReply
     )
 
 
-def raw_items(scans: ReleasableScans, plan: RunPlan, round: int) -> list[int]:
+def raw_items(scans: ReleasableScans, plan: RunPlan, round_number: int) -> list[int]:
     """Rows that leave in a round, in the order in which they leave.
 
     Training scans in an order fixed by the plan's seed and the scans' own hashes, so that neither file names
@@ -135,7 +135,7 @@ def raw_items(scans: ReleasableScans, plan: RunPlan, round: int) -> list[int]:
         return digest_of(f"latents {plan.seed}", scans.entries[row].scan_id, separator="\0")
 
     rows = sorted(scans.indices("train"), key=place)
-    return [rows[number] for number in releases_of(plan, round, len(rows))]
+    return [rows[number] for number in releases_of(plan, round_number, len(rows))]
 
 
 def item_name(key: bytes, scans: ReleasableScans, row: int) -> str:

@@ -104,7 +104,7 @@ def answer_probe(site: Site, ask: ProbeAsk, plan: RunPlan, gate: Gate, on_step: 
     fitted = bool(ask.probe)
     states = StateFolder(site.state_dir / "state", ask.plan_sha256)
     student = student_of(plan, ask.shared, states.before(ask.round + 1)).to(site.device).eval()
-    bank, index = bank_of(plan, ask.bank), plan.sites.index(site.name)
+    style_bank, index = bank_of(plan, ask.bank), plan.sites.index(site.name)
     scans = site.scans(plan)
     probed = probed_patients(scans, plan, site.minimum_cohort, site.secret)
     if fitted:
@@ -114,7 +114,7 @@ def answer_probe(site: Site, ask: ProbeAsk, plan: RunPlan, gate: Gate, on_step: 
             raise AskRefused(str(error), RefusalKind.MALFORMED) from error
     else:
         check_sums(len(probed.folds) // plan.probes.folds, widest_sums(plan), site.exact_sums)
-        tensors = probe_sums(student, scans, probed, plan, bank, index)
+        tensors = probe_sums(student, scans, probed, plan, style_bank, index)
     return gate.release(
         tensors,
         hits_shapes() if fitted else sums_shapes(plan),
@@ -154,7 +154,12 @@ def probed_patients(scans: TrainingScans, plan: RunPlan, site_minimum: int, secr
 
 
 def probe_sums(
-    student: MeDUET, scans: TrainingScans, probed: Probed, plan: RunPlan, bank: StyleBank | None, site: int
+    student: MeDUET,
+    scans: TrainingScans,
+    probed: Probed,
+    plan: RunPlan,
+    style_bank: StyleBank | None,
+    site: int,
 ) -> dict[str, Tensor]:
     """The first exchange: shapes of `federation.exchanges.probes.sums_shapes`.
 
@@ -162,12 +167,12 @@ def probe_sums(
     most `federation.exchanges.probes.sums_bound` in L2, while the others stay in their folds.
     """
     joint = _joint(student, scans, probed)
-    told = {FACTORS: _by_fold(joint, probed, plan, joint_bound(plan))}
+    sums = {FACTORS: _by_fold(joint, probed, plan, joint_bound(plan))}
     if plan.probes.anatomy:
-        told[ANATOMY] = _anatomy(joint, scans, probed, plan)
+        sums[ANATOMY] = _anatomy(joint, scans, probed, plan)
     if told_of_swaps(plan):
-        told |= _worn(student, scans, probed, plan, bank, site, joint)
-    return told
+        sums |= _restyled_sums(student, scans, probed, plan, style_bank, site, joint)
+    return sums
 
 
 def probe_hits(
@@ -226,11 +231,11 @@ def _by_fold(
 ) -> Float[Tensor, "f v"]:
     """Sums of each fold, as one vector each."""
     fold_of = [probed.folds[patient] for patient in probed.patients]
-    told = []
+    vectors = []
     for fold in range(plan.probes.folds):
         mine = [i for i, own in enumerate(fold_of) if own == fold]
-        told.append(ErasureMoments.of(joint[mine], [probed.patients[i] for i in mine], bound).to_vector())
-    return torch.stack(told)
+        vectors.append(ErasureMoments.of(joint[mine], [probed.patients[i] for i in mine], bound).to_vector())
+    return torch.stack(vectors)
 
 
 def _anatomy(
@@ -276,12 +281,12 @@ def _target(scans: TrainingScans, row: int, name: str, plan: RunPlan) -> float:
 
 
 @torch.no_grad()
-def _worn(
+def _restyled_sums(
     student: MeDUET,
     scans: TrainingScans,
     probed: Probed,
     plan: RunPlan,
-    bank: StyleBank | None,
+    style_bank: StyleBank | None,
     site: int,
     joint: Float[Tensor, "b z"],
 ) -> dict[str, Tensor]:
@@ -290,36 +295,36 @@ def _worn(
     `joint` are the factors of its scans as they are.
     """
     shapes = sums_shapes(plan)
-    told = {
+    sums = {
         name: torch.zeros(shapes[name], dtype=torch.float64)
         for name in (SWAPPED, SWAPPED_PATIENTS, RECOGNITION)
     }
-    if bank is None or plan.sites[site] not in bank.present:
-        return told
+    if style_bank is None or plan.sites[site] not in style_bank.present:
+        return sums
     names = list(probed.folds)
     gallery = _factors(patient_means(joint, probed.patients), plan)
     for target in range(len(plan.sites)):
-        if target == site or plan.sites[target] not in bank.present:
+        if target == site or plan.sites[target] not in style_bank.present:
             continue
         queries, tokens, total = [], torch.zeros(0), 0
         for latents, _ in _chunks(student, scans, probed):
             here = torch.full((len(latents),), site)
-            dressed = bank.restyle(latents, here, torch.full_like(here, target))
+            restyled = style_bank.restyle(latents, here, torch.full_like(here, target))
             queries.append(
-                torch.cat([student.pooled_content(dressed), student.pooled_style(dressed)], dim=1).cpu()
+                torch.cat([student.pooled_content(restyled), student.pooled_style(restyled)], dim=1).cpu()
             )
-            style = student.encode(dressed).style.sum(0)
+            style = student.encode(restyled).style.sum(0)
             tokens = style if total == 0 else tokens + style
             total += len(latents)
         asked = _factors(patient_means(torch.cat(queries), probed.patients), plan)
         hits = [float(recognised(q, g, names, names).sum()) for q, g in zip(asked, gallery, strict=True)]
-        told[RECOGNITION] += torch.tensor([*hits, len(names), 1.0], dtype=torch.float64)
+        sums[RECOGNITION] += torch.tensor([*hits, len(names), 1.0], dtype=torch.float64)
         swapped = _swapped(student, scans, probed, plan, tokens / total)
-        told[SWAPPED][target], told[SWAPPED_PATIENTS][target] = (
+        sums[SWAPPED][target], sums[SWAPPED_PATIENTS][target] = (
             style_vector(swapped),
             swapped.sums["count"][0],
         )
-    return told
+    return sums
 
 
 def _swapped(

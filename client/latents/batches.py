@@ -1,11 +1,11 @@
 """Batches: which scans a training step sees, in whose style, and next to whom. Drawn, then applied.
 
 A step draws patients (each at most once, where there are enough), a scan of each, a cached view, partners,
-and whose style each scan wears; all of it from one generator that depends on the site's own secret, the
+and the target style of each scan; all of it from one generator that depends on the site's own secret, the
 run's seed, the round and the step alone, so that the site, and nobody else, can replay any step. Applying a
-draw reads latents and restyles them to the style bank's entries, labelled with the site whose style they
-wear: that is how a site with one scanner sees all scanners on its own patients. Without entries scans stay as
-they are, with their own site's label.
+draw reads latents and restyles them to the style bank's entries, labelled with the site of their target
+style: that is how a site with one scanner sees all scanners on its own patients. Without entries scans stay
+as they are, with their own site's label.
 
 Does not do: augment (views are made before encoding), or keep anything of another site but its bank entry.
 Source: patient-balanced choice and virtual cross-site batches are ours; pairing is MeDUET's
@@ -58,12 +58,12 @@ class TrainingScans(Protocol):
         """Latents of these scans, float32 on the CPU."""
 
 
-def step_generator(secret: bytes, seed: int, round: int, step: int) -> torch.Generator:
+def step_generator(secret: bytes, seed: int, round_number: int, step: int) -> torch.Generator:
     """The generator of one step: a keyed hash of run, round and step, so that the site can replay it alone.
 
     `secret` is the site's own (`client/site_secret.py`), `seed` the run's.
     """
-    return torch.Generator().manual_seed(seed_of(secret, "step", seed, round, step))
+    return torch.Generator().manual_seed(seed_of(secret, "step", seed, round_number, step))
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,12 @@ class BatchDraw:
 class Batches:
     """The batches of one site in one round.
 
-    `bank` is None, or holds no entries, when sites exchange no style. A site without an entry (too small to
-    tell anything, or new) uses its own sums, which stay here. Raises `CohortTooSmall` below four training
-    scans.
+    `style_bank` is None, or holds no entries, when sites exchange no style. A site without an entry (too
+    small to tell anything, or new) uses its own sums, which stay here. Raises `CohortTooSmall` below four
+    training scans.
     """
 
-    def __init__(self, scans: TrainingScans, plan: RunPlan, bank: StyleBank | None) -> None:
+    def __init__(self, scans: TrainingScans, plan: RunPlan, style_bank: StyleBank | None) -> None:
         self._scans = scans
         self._plan = plan
         self._rows = _rows_of_patients(scans)
@@ -106,9 +106,13 @@ class Batches:
         names = sorted({patient for patient in scans.patients})
         order = {patient: number for number, patient in enumerate(names)}
         self._patient = torch.tensor([order[patient] for patient in scans.patients])
-        self._bank = self._with_own_style(bank) if bank is not None and bank.present else None
+        self._style_bank = (
+            self._with_own_style(style_bank) if style_bank is not None and style_bank.present else None
+        )
         self._choices = (
-            () if self._bank is None else tuple(self._bank.sites.index(site) for site in self._bank.present)
+            ()
+            if self._style_bank is None
+            else tuple(self._style_bank.sites.index(site) for site in self._style_bank.present)
         )
 
     @property
@@ -128,26 +132,26 @@ class Batches:
         return BatchDraw(scans, views, step)
 
     def apply(self, draw: BatchDraw, device: torch.device) -> StepBatch:
-        """The batch that was drawn, on `device`: scans in the style they should wear, and the known answer of
+        """The batch that was drawn, on `device`: scans in their target style, and the known answer of
         the swap: each scan in the style of its partner.
         """
         latents = self._read(draw).to(device)  # b c d h w
         own, part, subject = self._site[draw.scans], self._part[draw.scans], self._patient[draw.scans]
-        if self._bank is None or draw.step.target_site is None:
+        if self._style_bank is None or draw.step.target_site is None:
             return StepBatch(latents, own.to(device), subject=subject.to(device))
-        worn = self._possible(own, draw.step.target_site, part)
-        swapped = self._possible(own, worn[draw.step.partner], part)
+        target = self._possible(own, draw.step.target_site, part)
+        swapped = self._possible(own, target[draw.step.partner], part)
         return StepBatch(
-            latents=self._bank.restyle(latents, own, worn, part),
-            site=worn.to(device),
-            restyled=self._bank.restyle(latents, own, swapped, part),
+            latents=self._style_bank.restyle(latents, own, target, part),
+            site=target.to(device),
+            restyled=self._style_bank.restyle(latents, own, swapped, part),
             restyled_site=swapped.to(device),
             subject=subject.to(device),
         )
 
     @property
     def styles(self) -> tuple[int, ...]:
-        """Sites whose style scans can wear, as labels; none without a bank."""
+        """Sites whose style scans can be restyled to, as labels; none without a bank."""
         return self._choices
 
     def in_style(self, rows: Sequence[int], site: int) -> Float[Tensor, "b c d h w"]:
@@ -156,21 +160,23 @@ class Batches:
         """
         index = torch.tensor(list(rows))
         own, part, latents = self._site[index], self._part[index], self._scans.latents(list(rows))
-        if self._bank is None:
+        if self._style_bank is None:
             raise ValueError("Expected a style bank to render scans with; the plan exchanges no styles.")
-        return self._bank.restyle(latents, own, self._possible(own, torch.full_like(own, site), part), part)
+        return self._style_bank.restyle(
+            latents, own, self._possible(own, torch.full_like(own, site), part), part
+        )
 
-    def _with_own_style(self, bank: StyleBank) -> StyleBank:
+    def _with_own_style(self, style_bank: StyleBank) -> StyleBank:
         labels = {int(self._site[row]) for rows in self._rows for row in rows}
-        own = bank.sites[labels.pop()]
-        if labels or own in bank.present:
-            return bank
-        return bank.joined_by(own, own_moments(self._scans, self._plan))
+        own = style_bank.sites[labels.pop()]
+        if labels or own in style_bank.present:
+            return style_bank
+        return style_bank.joined_by(own, own_moments(self._scans, self._plan))
 
     def _possible(self, own: Tensor, target: Tensor, part: Tensor) -> Tensor:
         """The target where both styles of that body part are in the bank, else the scan stays as it is."""
-        assert self._bank is not None
-        known = self._bank.count > 0  # s p
+        assert self._style_bank is not None
+        known = self._style_bank.count > 0  # s p
         return torch.where(known[own, part] & known[target, part], target, own)
 
     def _read(self, draw: BatchDraw) -> Tensor:

@@ -115,10 +115,10 @@ def _places(
 ) -> Int[Tensor, " b"]:
     """Place of each scan's covariate among the plan's values; -1 where the scan's is not known."""
     places = {value: place for place, value in enumerate(values)}
-    told = [covariate_text(scans.covariates[row], covariate) if values else "" for row in rows]
-    if odd := sorted({value for value in told if value and value not in places}):
+    found = [covariate_text(scans.covariates[row], covariate) if values else "" for row in rows]
+    if odd := sorted({value for value in found if value and value not in places}):
         raise ValueError(
             f"Expected covariate {covariate} to be one of {', '.join(places)} ({setting}), or not known; got "
             f"{odd[0]!r}. Exclude these scans, or name the value in the plan."
         )
-    return torch.tensor([places[value] if value else UNKNOWN for value in told], dtype=torch.long)
+    return torch.tensor([places[value] if value else UNKNOWN for value in found], dtype=torch.long)

@@ -93,10 +93,10 @@ def body_parts(scans: SurveyedScans, plan: RunPlan) -> Int[Tensor, " b"]:
     index = {name: i for i, name in enumerate(plan.style.body_parts)}
     if not index:
         return torch.zeros(len(scans.patients), dtype=torch.long)
-    told = [known.get("body_part") for known in scans.covariates]
-    if unknown := [part for part in told if part not in index]:
+    known_parts = [known.get("body_part") for known in scans.covariates]
+    if unknown := [part for part in known_parts if part not in index]:
         raise ValueError(
             f"Expected covariate body_part to be one of {', '.join(index)}; got {unknown[0]!r} "
             f"({len(unknown)} scans). Exclude these scans, or name the part in style.body_parts."
         )
-    return torch.tensor([index[str(part)] for part in told])
+    return torch.tensor([index[str(part)] for part in known_parts])

@@ -31,7 +31,7 @@ from meduet_models.seeds import generator_of
 from meduet_models.style.bank import StyleBank
 
 _VALIDATIONS = 10  # over a whole run
-_RESTYLED = 0.5  # probability that a scan wears another site's style, where there is a bank
+_RESTYLED = 0.5  # probability that a scan is restyled to another site, where there is a bank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ def finetune(
     first_step: int = 0,
     total_steps: int | None = None,
     validation: LabelledScans | None = None,
-    bank: StyleBank | None = None,
+    style_bank: StyleBank | None = None,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Finetuned:
     """Train `network` for `local.steps` steps on `scans`, in place.
@@ -86,8 +86,8 @@ def finetune(
         generator = generator_of("fedmeduet finetuning", seed, site, first_step + step)
         rows = _draw(scans, local.batch_size, generator)
         latents = scans.latents[rows]
-        if bank is not None:
-            latents = _restyled(bank, latents, [scans.site[row] for row in rows], generator)
+        if style_bank is not None:
+            latents = _restyled(style_bank, latents, [scans.site[row] for row in rows], generator)
         loss = task.loss(network(latents.to(device)), answers[rows].to(device))
         losses.append(_finite(loss, "loss", first_step + step))
         optimiser.zero_grad()
@@ -138,15 +138,15 @@ def _draw(scans: LabelledScans, batch_size: int, generator: torch.Generator) -> 
 
 
 def _restyled(
-    bank: StyleBank, latents: Float32[Tensor, "b c d h w"], own: list[int], generator: torch.Generator
+    style_bank: StyleBank, latents: Float32[Tensor, "b c d h w"], own: list[int], generator: torch.Generator
 ) -> Float32[Tensor, "b c d h w"]:
     """Scans of sites with an entry, half of them in the style of a site of the bank."""
-    present = torch.tensor([bank.sites.index(site) for site in bank.present])
-    worn = present[torch.randint(len(present), (len(own),), generator=generator)]
+    present = torch.tensor([style_bank.sites.index(site) for site in style_bank.present])
+    target = present[torch.randint(len(present), (len(own),), generator=generator)]
     stays = torch.rand(len(own), generator=generator) >= _RESTYLED
     at_home = torch.tensor(own)
     stays |= ~torch.isin(at_home, present)
-    return bank.restyle(latents, at_home, torch.where(stays, at_home, worn))
+    return style_bank.restyle(latents, at_home, torch.where(stays, at_home, target))
 
 
 def _finite(value: Tensor, what: str, number: int) -> float:

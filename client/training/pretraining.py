@@ -46,7 +46,7 @@ def train_round(
     trainee: Trainee,
     batches: Batches,
     plan: RunPlan,
-    round: int,
+    round_number: int,
     secret: bytes,
     start: Mapping[str, Tensor],
     on_step: Callable[[int, float], None] = lambda step, loss: None,
@@ -81,12 +81,12 @@ def train_round(
             "%d training scans fill batches of %d: scans repeat.", batches.num_scans, training.batch_size
         )
 
-    first = (round - 1) * training.steps_per_round
+    first = (round_number - 1) * training.steps_per_round
     for step in range(done, training.steps_per_round):
         number = first + step
         progress = number / plan.total_steps
 
-        draw = batches.draw(step_generator(secret, plan.seed, round, step))
+        draw = batches.draw(step_generator(secret, plan.seed, round_number, step))
         batch, draws = batches.apply(draw, device), draw.step.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"):
             losses = objective(student, teacher, batch, draws, progress)

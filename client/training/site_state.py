@@ -97,7 +97,9 @@ class StateFolder:
         self._folder = folder / plan_sha256[:12]
         self._plan_sha256 = plan_sha256
 
-    def enter(self, round: int, start: Callable[[], Mapping[str, Tensor]] | None = None) -> "SiteRound":
+    def enter(
+        self, round_number: int, start: Callable[[], Mapping[str, Tensor]] | None = None
+    ) -> "SiteRound":
         """This site's place in a round.
 
         `start` makes the common start, where it came with the question. In round 1 a start that is another
@@ -105,12 +107,12 @@ class StateFolder:
         none to read. Raises `StateMissing` when the site has nothing to begin from, or the centre goes back
         further than it keeps.
         """
-        if start is not None and round == 1:
+        if start is not None and round_number == 1:
             self._begin(start())
         elif start is not None and self._whole(0) is None:
             private_folder(self._folder)
             self._write(SiteState(round=0, home=start()), "")
-        return SiteRound(self, round, self.start(), self.before(round))
+        return SiteRound(self, round_number, self.start(), self.before(round_number))
 
     def start(self) -> SiteState:
         """The common start. Raises `StateMissing` if it never came, was lost or is damaged."""
@@ -118,26 +120,33 @@ class StateFolder:
             raise StateMissing("Expected the common start of round 1; this site does not have it.")
         return start
 
-    def before(self, round: int) -> SiteState:
+    def before(self, round_number: int) -> SiteState:
         """The state from which `round` starts: after `round - 1`, or after the last round taken part in; the
         one before that where it is damaged.
 
         Raises `StateMissing` when there is none, or the centre goes back further than this site keeps.
         """
         kept = self.rounds()
-        earlier, later = [r for r in kept if r < round], [r for r in kept if r >= round]
+        earlier, later = [r for r in kept if r < round_number], [r for r in kept if r >= round_number]
         # Unless it is the very last round: a later state knows from which one it began; if that is another,
         # the one asked for was dropped.
-        if earlier and earlier[-1] != round - 1 and later and (after := self._whole(later[0])) is not None:
+        if (
+            earlier
+            and earlier[-1] != round_number - 1
+            and later
+            and (after := self._whole(later[0])) is not None
+        ):
             if after.began_from != earlier[-1]:
                 raise StateMissing(
-                    f"Expected a state after round {round - 1}; this site keeps {', '.join(map(str, kept))}. "
-                    "Restart the run from round 1."
+                    f"Expected a state after round {round_number - 1}; this site keeps "
+                    f"{', '.join(map(str, kept))}. Restart the run from round 1."
                 )
         for one in reversed(earlier):
             if (state := self._whole(one)) is not None:
                 return state
-        raise StateMissing(f"Expected a state before round {round}; this site has none that can be read.")
+        raise StateMissing(
+            f"Expected a state before round {round_number}; this site has none that can be read."
+        )
 
     def save(self, state: SiteState, shared_sha256: str) -> None:
         """Keep the state after a round; later rounds (of a run that went back) and old ones go, and so does
@@ -150,24 +159,24 @@ class StateFolder:
             for path in self._folder.glob(left):
                 path.unlink(missing_ok=True)
         rounds = self.rounds()
-        kept = {0, *[round for round in rounds if round <= state.round][-KEPT:]}
-        for round in set(rounds) - kept:
-            self._path(round).unlink()
+        kept = {0, *[round_number for round_number in rounds if round_number <= state.round][-KEPT:]}
+        for round_number in set(rounds) - kept:
+            self._path(round_number).unlink()
 
     def rounds(self) -> list[int]:
         """Rounds whose state is on disk, ascending."""
         names = (path.stem.removeprefix("round-") for path in self._folder.glob("round-*.safetensors"))
         return sorted(int(name) for name in names if name.isdigit())  # others are rounds under way
 
-    def partial(self, round: int) -> Path:
+    def partial(self, round_number: int) -> Path:
         """Where a round under way is kept."""
-        return self._path(round).with_suffix(PARTIAL)
+        return self._path(round_number).with_suffix(PARTIAL)
 
-    def question(self, round: int, began_from: SiteState) -> dict[str, str]:
+    def question(self, round_number: int, began_from: SiteState) -> dict[str, str]:
         """On what a round depends of all that this site has, as short texts."""
         return {
             "plan_sha256": self._plan_sha256,
-            "round": str(round),
+            "round": str(round_number),
             "began_from": f"{began_from.round} {began_from.sha256}",
         }
 
@@ -181,12 +190,12 @@ class StateFolder:
             return
         if not same:
             self._write(state, "")
-        for round in self.rounds():
-            if round > 0:
-                self._path(round).unlink()
+        for round_number in self.rounds():
+            if round_number > 0:
+                self._path(round_number).unlink()
 
-    def _path(self, round: int) -> Path:
-        return self._folder / f"round-{round:04d}.safetensors"
+    def _path(self, round_number: int) -> Path:
+        return self._folder / f"round-{round_number:04d}.safetensors"
 
     def _write(self, state: SiteState, shared_sha256: str) -> None:
         facts = {
@@ -197,19 +206,19 @@ class StateFolder:
         }
         _write(self._path(state.round), state.named(), facts)
 
-    def _whole(self, round: int) -> SiteState | None:
+    def _whole(self, round_number: int) -> SiteState | None:
         """The state after a round as it was written; None, and a line in the site's log, if it is not."""
-        path = self._path(round)
+        path = self._path(round_number)
         if not path.is_file():
             return None
         try:
-            tensors, provenance = _read(path, {"plan_sha256": self._plan_sha256, "round": str(round)})
+            tensors, provenance = _read(path, {"plan_sha256": self._plan_sha256, "round": str(round_number)})
             began_from = int(provenance["began_from"])
         except (ValueError, KeyError) as error:
             _log.warning("%s is passed over: %s", path.name, error)
             return None
         return SiteState(
-            round=round,
+            round=round_number,
             began_from=began_from,
             sha256=provenance["tensors_sha256"],
             **{part: tensors.part(f"{part}:") for part in _PARTS},
@@ -219,8 +228,8 @@ class StateFolder:
 class SiteRound:
     """A site's place in one round: made by `StateFolder.enter`."""
 
-    def __init__(self, states: StateFolder, round: int, start: SiteState, kept: SiteState) -> None:
-        self._states, self.round = states, round
+    def __init__(self, states: StateFolder, round_number: int, start: SiteState, kept: SiteState) -> None:
+        self._states, self.round = states, round_number
         self.start = start
         """The common start, to which a style branch that stays home is anchored."""
         self.kept = kept

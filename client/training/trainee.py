@@ -112,11 +112,11 @@ class Trainee:
                     moment: tensors[f"{moment}/{name}"].to(parameter.device, copy=True) for moment in _MOMENTS
                 }
 
-    def state(self, plan: RunPlan, round: int, began_from: int) -> SiteState:
+    def state(self, plan: RunPlan, round_number: int, began_from: int) -> SiteState:
         """What the site keeps after a round, where it is; not copied."""
         mine = self.student.state_dict()
         return SiteState(
-            round=round,
+            round=round_number,
             began_from=began_from,
             home={n: mine[n] for n in home_keys(self.student, plan.style.head, plan.aggregation.method)},
             teacher=self.teacher.network.state_dict(),

@@ -72,8 +72,8 @@ def largest_erasure(plan: RunPlan, ask: ErasureAsk) -> Largest:
 
 def erasure_tensors(moments: ErasureMoments, renderings: RenderingMoments | None) -> dict[str, Tensor]:
     """The sums as they travel."""
-    told = {} if renderings is None else {RENDERINGS: renderings.to_vector()}
-    return {SUMS: moments.to_vector()} | told
+    optional = {} if renderings is None else {RENDERINGS: renderings.to_vector()}
+    return {SUMS: moments.to_vector()} | optional
 
 
 def erasure_moments(

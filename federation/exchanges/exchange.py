@@ -57,13 +57,14 @@ class Exchange(Generic[AskKind, ReplyKind]):
         agreed, rounds = (
             (ask.plan_sha256, self.rounds(plan)) if self.agreement is None else self.agreement(plan, ask)
         )
-        round = getattr(ask, "round", rounds[0] if rounds else 0)
-        if round not in rounds:
+        round_number = getattr(ask, "round", rounds[0] if rounds else 0)
+        if round_number not in rounds:
             raise ValueError(
-                f"Expected a question that the plan has ({self.name}: {_said(rounds)}); got round {round}."
+                f"Expected a question that the plan has ({self.name}: {_said(rounds)}); got round "
+                f"{round_number}."
             )
         part, kind = self.part(plan, ask), self.promise(plan, ask).kind
-        return Place(plan_sha256=agreed, kind=kind, round=round, part=part)
+        return Place(plan_sha256=agreed, kind=kind, round=round_number, part=part)
 
     @property
     def name(self) -> str:

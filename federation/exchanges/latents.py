@@ -64,12 +64,12 @@ def to_tensors(examples: Examples) -> Tensors:
 def from_tensors(tensors: Tensors) -> Examples:
     """The inverse of `to_tensors`; raises `MessageError` for tensors that no examples become."""
     maps = tensors.get("label_map")
-    told = {BOUNDED: 5, **{name: 1 for name in _WHOLE}, "spacing": 2} | (
+    ranks = {BOUNDED: 5, **{name: 1 for name in _WHOLE}, "spacing": 2} | (
         {} if maps is None else {"label_map": 5}
     )
-    if {name: tensor.ndim for name, tensor in tensors.items()} != told:
+    if {name: tensor.ndim for name, tensor in tensors.items()} != ranks:
         raise MessageError(
-            f"Expected the tensors {', '.join(told)}; got {', '.join(sorted(tensors)) or 'none'}."
+            f"Expected the tensors {', '.join(ranks)}; got {', '.join(sorted(tensors)) or 'none'}."
         )
     if len({len(tensor) for tensor in tensors.values()}) > 1:
         raise MessageError("Expected as many of each tensor as there are items.")
@@ -132,19 +132,19 @@ def releasing(plan: RunPlan) -> DiffusionPlan:
     return plan.diffusion
 
 
-def releases_of(plan: RunPlan, round: int, available: int) -> range:
+def releases_of(plan: RunPlan, round_number: int, available: int) -> range:
     """Which of `available` scans leave in a round, by their place in the site's fixed order.
 
     Raises `ValueError` for a plan without release, and for a round in which it releases nothing.
     """
     diffusion = releasing(plan)
-    if not diffusion.begin_round <= round <= plan.training.rounds:
+    if not diffusion.begin_round <= round_number <= plan.training.rounds:
         raise ValueError(
-            f"Expected a round from {diffusion.begin_round} to {plan.training.rounds}; got {round}."
+            f"Expected a round from {diffusion.begin_round} to {plan.training.rounds}; got {round_number}."
         )
     limit = min(available, diffusion.items_per_site or available)
     share = diffusion.items_per_round or limit
-    before = (round - diffusion.begin_round) * share
+    before = (round_number - diffusion.begin_round) * share
     return range(min(before, limit), min(before + share, limit))
 
 

@@ -94,7 +94,7 @@ def widest_sums(plan: RunPlan) -> int:
 
 
 def told_of_swaps(plan: RunPlan) -> bool:
-    """Whether there are styles of other sites to wear: a bank, of one entry per site."""
+    """Whether there are styles of other sites to restyle to: a bank, of one entry per site."""
     return plan.style.exchange == "bank" and not plan.style.body_parts
 
 

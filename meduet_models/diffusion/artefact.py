@@ -142,11 +142,11 @@ def load_generative_model(path: str | Path) -> GenerativeModel:
     encoder.load_state_dict(encoder.state_dict() | parts["encoder"])
     for network_ in (transformer, encoder):
         network_.eval().requires_grad_(False)
-    bank = None if bank_sites is None else StyleBank.from_tensors(parts["bank"], tuple(bank_sites))
-    if bank is None and parts["bank"]:
+    style_bank = None if bank_sites is None else StyleBank.from_tensors(parts["bank"], tuple(bank_sites))
+    if style_bank is None and parts["bank"]:
         raise ValueError(f"Expected no style bank in {path.name}, as its header says; got one.")
     return GenerativeModel(
-        transformer=transformer, encoder=encoder, bank=bank, directions=parts["direction"], **rest
+        transformer=transformer, encoder=encoder, bank=style_bank, directions=parts["direction"], **rest
     )
 
 

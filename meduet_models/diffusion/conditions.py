@@ -71,8 +71,8 @@ class Conditions:
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Conditions":
         """With `change` applied to every tensor: a selection of samples, another device."""
-        told = {n: None if (t := getattr(self, n)) is None else change(t) for n in CONDITIONS}
-        return Conditions(**told, dropped={n: change(mask) for n, mask in self.dropped.items()})
+        changed = {n: None if (t := getattr(self, n)) is None else change(t) for n in CONDITIONS}
+        return Conditions(**changed, dropped={n: change(mask) for n, mask in self.dropped.items()})
 
 
 @dataclass(frozen=True, kw_only=True)

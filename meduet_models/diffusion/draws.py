@@ -41,12 +41,12 @@ class StepDraw:
     """Who is not told what."""
     restyled: Bool[Tensor, " b"]
     """Whose content is told from the scan in another site's style."""
-    outfit: Float[Tensor, " b"]
-    """In whose, as a place in [0, 1) among the sites that can be worn."""
+    content_target: Float[Tensor, " b"]
+    """To which site, as a place in [0, 1) among those with a style."""
     moved: Bool[Tensor, " b"]
-    """Who is learned as dressed in another site's style."""
-    costume: Float[Tensor, " b"]
-    """In whose, likewise."""
+    """Who is learned as restyled to another site."""
+    scan_target: Float[Tensor, " b"]
+    """To which site, likewise."""
 
 
 def draw_step(
@@ -68,9 +68,17 @@ def draw_step(
     as_site = torch.rand(size, generator=generator) < settings.site_style
     dropped = {name: torch.rand(size, generator=generator) < settings.drop for name in names}
     restyled = torch.rand(size, generator=generator) < settings.restyled_content
-    outfit = torch.rand(size, generator=generator)
+    content_target = torch.rand(size, generator=generator)
     moved = torch.rand(size, generator=generator) < settings.restyled_scans
-    costume = torch.rand(size, generator=generator)
+    scan_target = torch.rand(size, generator=generator)
     return StepDraw(
-        torch.from_numpy(rows), time, noise_seed, as_site, dropped, restyled, outfit, moved, costume
+        torch.from_numpy(rows),
+        time,
+        noise_seed,
+        as_site,
+        dropped,
+        restyled,
+        content_target,
+        moved,
+        scan_target,
     )

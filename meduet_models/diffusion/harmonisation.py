@@ -36,7 +36,7 @@ class HarmonisationSettings:
     """How scans are moved to a site's style."""
 
     style: str
-    """Site whose style is worn."""
+    """Site of the target style."""
     own_style: str = ""
     """Site that made the scans; empty: each scan's own statistics say how it looks (`invert`, `restyle`)."""
     method: Method = "sample"
@@ -56,10 +56,10 @@ def check(model: GenerativeModel, settings: HarmonisationSettings) -> None:
         if settings.method == "sample":
             raise ValueError("--own-style has no effect with --method sample: content carries no style.")
         site_style(model, settings.own_style, settings.body_part)
-    told = model.transformer.config.sizes.names
+    names = model.transformer.config.sizes.names
     for name in settings.sampling.guidance:
         if (
-            name not in told
+            name not in names
             or name not in ("content", "style", "body_part")[: 3 if settings.body_part else 2]
         ):
             raise ValueError(
@@ -67,10 +67,10 @@ def check(model: GenerativeModel, settings: HarmonisationSettings) -> None:
             )
     if settings.method != "restyle":
         for name in ("content", "style"):
-            if name not in told:
+            if name not in names:
                 raise ValueError(
-                    f"Expected a model that is told {name}; this one is told {', '.join(told) or 'nothing'}. "
-                    "--method restyle needs neither."
+                    f"Expected a model that is told {name}; this one is told "
+                    f"{', '.join(names) or 'nothing'}. --method restyle needs neither."
                 )
 
 
@@ -79,15 +79,15 @@ def site_style(model: GenerativeModel, site: str, body_part: str = "") -> StyleE
 
     Raises `ValueError` listing the styles there are, or the body parts.
     """
-    bank = _bank(model)
-    if site not in bank.present:
+    style_bank = _bank(model)
+    if site not in style_bank.present:
         raise ValueError(
-            f"Expected a site whose style the model holds ({', '.join(bank.present)}); got {site!r}."
+            f"Expected a site whose style the model holds ({', '.join(style_bank.present)}); got {site!r}."
         )
     part = body_part_index(model, body_part)
-    if bank.count.shape[1] > 1 and part == UNKNOWN:
+    if style_bank.count.shape[1] > 1 and part == UNKNOWN:
         raise ValueError(f"Expected --body-part, one of {', '.join(model.body_parts)}: styles differ by it.")
-    entry = bank.entry(torch.tensor([bank.sites.index(site)]), torch.tensor([max(part, 0)]))
+    entry = style_bank.entry(torch.tensor([style_bank.sites.index(site)]), torch.tensor([max(part, 0)]))
     return entry.each(lambda values: values[0])
 
 
@@ -118,8 +118,8 @@ def harmonise(
     if settings.method == "restyle":
         return restyle(latents, _own(model, latents, settings), target)
     conditioner, steps = model.conditioner, settings.sampling.steps
-    worn = conditioner.style_of(target).expand(len(latents), -1)
-    seen = _told(model, latents, settings, spacing_mm, worn)
+    target_codes = conditioner.style_of(target).expand(len(latents), -1)
+    seen = _told(model, latents, settings, spacing_mm, target_codes)
     if settings.method == "sample":
         return sample(
             model.transformer, seen, len(latents), settings.sampling, seed=settings.seed,

@@ -69,7 +69,7 @@ def sample(
     `seed` and i alone, whatever the batch size; or from `noise[i]`. Raises `ValueError` when the number of
     rows is another, or guidance is asked of a condition that is not told.
     """
-    told = _rows(conditions, count)
+    given = _rows(conditions, count)
     if noise is not None and len(noise) != count:
         raise ValueError(f"Expected noise for {count} samples; got {len(noise)}.")
     config, device = transformer.config, transformer.latent_mean.device
@@ -82,7 +82,7 @@ def sample(
             start = noise[rows].to(device)
         else:
             start = torch.stack([_noise(seed, int(row), shape) for row in rows]).to(device)
-        velocity = guided_velocity(transformer, told(rows, device), settings.guidance)
+        velocity = guided_velocity(transformer, given(rows, device), settings.guidance)
         ended = integrate(
             velocity, start, times, settings.solver, _progress(on_step, number, len(chunks), settings.steps)
         )
@@ -105,13 +105,13 @@ def invert(
 
     Raises `ValueError` as `sample` does.
     """
-    told, device = _rows(conditions, len(latents)), transformer.latent_mean.device
+    given, device = _rows(conditions, len(latents)), transformer.latent_mean.device
     chunks = torch.split(torch.arange(len(latents)), batch_size)
     times = torch.linspace(1.0, 0.0, settings.steps + 1, dtype=torch.float64)
     noise = []
     for number, rows in enumerate(chunks):
         start = transformer.standardise(latents[rows].to(device))
-        velocity = guided_velocity(transformer, told(rows, device), settings.guidance)
+        velocity = guided_velocity(transformer, given(rows, device), settings.guidance)
         ended = integrate(
             velocity, start, times, settings.solver, _progress(on_step, number, len(chunks), settings.steps)
         )
@@ -144,16 +144,16 @@ def guided_velocity(
 
     Raises `ValueError` when a condition is weighed that is not told.
     """
-    told = [name for name in transformer.config.sizes.names if getattr(conditions, name) is not None]
+    names = [name for name in transformer.config.sizes.names if getattr(conditions, name) is not None]
     for name, weight in guidance.items():
-        if weight != 1 and name not in told:
+        if weight != 1 and name not in names:
             raise ValueError(
-                f"Guidance by {name} has no effect: the conditions told are {', '.join(told) or 'none'}."
+                f"Guidance by {name} has no effect: the conditions told are {', '.join(names) or 'none'}."
             )
-    weights = [1.0, *(guidance.get(name, 1.0) for name in told), 0.0]
+    weights = [1.0, *(guidance.get(name, 1.0) for name in names), 0.0]
     terms = [
-        (weights[i] - weights[i + 1], conditions.only(*told[:i]))  # v(1..i) has w_i and -w_(i+1)
-        for i in range(len(told) + 1)
+        (weights[i] - weights[i + 1], conditions.only(*names[:i]))  # v(1..i) has w_i and -w_(i+1)
+        for i in range(len(names) + 1)
         if weights[i] != weights[i + 1]
     ]
 

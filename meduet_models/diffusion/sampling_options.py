@@ -31,16 +31,16 @@ def sampling_settings(chosen: argparse.Namespace) -> "SamplingSettings":
     """What the options say; raises `ValueError` for a guidance that is none."""
     from meduet_models.diffusion.sampling import SamplingSettings
 
-    told: dict[str, Any] = {n: v for n in ("steps", "solver") if (v := getattr(chosen, n)) is not None}
-    return SamplingSettings(**told, guidance=parse_guidance(chosen.guidance or []))
+    values: dict[str, Any] = {n: v for n in ("steps", "solver") if (v := getattr(chosen, n)) is not None}
+    return SamplingSettings(**values, guidance=parse_guidance(chosen.guidance or []))
 
 
-def parse_guidance(told: Sequence[str]) -> "dict[Condition, float]":
+def parse_guidance(words: Sequence[str]) -> "dict[Condition, float]":
     """`["content=1.5"]` as weights by condition; raises `ValueError` for anything else."""
     from meduet_models.diffusion.conditions import CONDITIONS
 
     weights: dict[Condition, float] = {}
-    for text in told:
+    for text in words:
         name, _, value = text.partition("=")
         known = [condition for condition in CONDITIONS if condition == name]
         try:

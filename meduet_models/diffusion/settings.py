@@ -59,10 +59,10 @@ class DiffusionTraining:
     site_style: Annotated[float, Share] = 0.5
     """Share of samples that are told their site's style instead of their own."""
     restyled_content: Annotated[float, Share] = 0.0
-    """Share of samples that are told the content of their scan dressed in another site's style (style bank),
+    """Share of samples that are told the content of their scan restyled to another site's style (style bank),
     while they stay what they are: style is then learned from the style code, not from traces in content."""
     restyled_scans: Annotated[float, Share] = 0.0
-    """Share of samples that are learned as their scan dressed in another site's style (style bank), and told
+    """Share of samples that are learned as their scan restyled to another site's style (style bank), and told
     that style: a site that trains alone holds one style, and could not learn what a style does."""
     start: Literal["scratch", "encoder"] = "scratch"
     """Whether the transformer starts from the pretrained encoder's blocks."""

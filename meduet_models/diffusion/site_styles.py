@@ -1,7 +1,7 @@
 """Styles of the sites, beside those of the scans: who is told which, and whose content is seen in whose.
 
 A scan can be told its own style or that of its site. Both are codes of one meaning (`conditioner.py`); here
-they are chosen between, sample by sample. And a scan can be dressed in another site's style, to tell its
+they are chosen between, sample by sample. And a scan can be restyled to another site's style, to tell its
 content from that, or to be learned so. What this file does not do: draw who is told what.
 
 Axes: b = samples, s = numbers in a style code, c d h w = latents.
@@ -30,11 +30,13 @@ class SiteStyles:
     """Where a site has an entry."""
 
     @staticmethod
-    def of(conditioner: Conditioner, bank: StyleBank | None) -> "SiteStyles":
+    def of(conditioner: Conditioner, style_bank: StyleBank | None) -> "SiteStyles":
         """The codes of a style bank."""
-        if bank is None or not bank.present:
+        if style_bank is None or not style_bank.present:
             return SiteStyles(conditioner, None, None)
-        return SiteStyles(conditioner, conditioner.style_of(bank.entries).cpu(), bank.count.cpu() > 0)
+        return SiteStyles(
+            conditioner, conditioner.style_of(style_bank.entries).cpu(), style_bank.count.cpu() > 0
+        )
 
     def codes(self, examples: Examples, as_site: Bool[Tensor, " b"]) -> Float[Tensor, "b s"]:
         """Each scan's own code; its site's where that is asked for and the site has one for its body part."""
@@ -45,22 +47,22 @@ class SiteStyles:
         part = examples.body_part.cpu() if self.table.shape[1] > 1 else torch.zeros_like(site)
         known = (part >= 0) & (site >= 0) & (site < len(self.table))
         place = (site * known, part * known)
-        worn = as_site & known & self.present[place]
-        return torch.where(worn.unsqueeze(1).to(own.device), self.table[place].to(own.device), own)
+        of_site = as_site & known & self.present[place]
+        return torch.where(of_site.unsqueeze(1).to(own.device), self.table[place].to(own.device), own)
 
 
-def dressed(
-    bank: StyleBank,
+def restyled_examples(
+    style_bank: StyleBank,
     examples: Examples,
     who: Bool[Tensor, " b"],
-    outfit: Float[Tensor, " b"],
+    target_choice: Float[Tensor, " b"],
 ) -> Examples:
     """The examples, those of `who` moved to the style of another site that has one for their body part, and
     said to be that site's.
 
-    `outfit` in [0, 1) says which of those sites. A scan whose own site told no style stays as it is.
+    `target_choice` in [0, 1) says which of those sites. A scan whose own site told no style stays as it is.
     """
-    present = bank.count.cpu() > 0  # sites, body parts
+    present = style_bank.count.cpu() > 0  # sites, body parts
     site = examples.site.cpu()
     part = examples.body_part.cpu() if present.shape[1] > 1 else torch.zeros_like(site)
     target = site.clone()
@@ -70,6 +72,6 @@ def dressed(
             continue
         others = [other for other in present[:, its].nonzero()[:, 0].tolist() if other != own]
         if others:
-            target[row] = others[int(float(outfit[row]) * len(others))]
-    latents = bank.restyle(examples.latents, site, target, part)
+            target[row] = others[int(float(target_choice[row]) * len(others))]
+    latents = style_bank.restyle(examples.latents, site, target, part)
     return dataclasses.replace(examples, latents=latents, site=target.to(examples.site.device))

@@ -7,7 +7,7 @@ trainee that was put away and loaded again goes on as if nothing had happened.
 
 What a sample is told: each condition is dropped by itself; a share of the samples is told the style of its
 site instead of its own, so that a site's style can be asked for later; and another share is told the content
-of its scan dressed in another site's style, so that style cannot be read from content. With `alignment`,
+of its scan restyled to another site's style, so that style cannot be read from content. With `alignment`,
 tokens after the first half of the blocks are brought near the frozen encoder's content tokens through a small
 network that is not part of the model (REPA); told content makes that task easier, not void, since it is asked
 at all times.
@@ -34,7 +34,7 @@ from meduet_models.diffusion.conditions import Condition, Conditions, Examples, 
 from meduet_models.diffusion.draws import StepDraw, draw_step, generator_of
 from meduet_models.diffusion.path import Path
 from meduet_models.diffusion.settings import DiffusionTraining
-from meduet_models.diffusion.site_styles import SiteStyles, dressed
+from meduet_models.diffusion.site_styles import SiteStyles, restyled_examples
 from meduet_models.diffusion.transformer import DiffusionTransformer, regrid
 from meduet_models.schedules import rise
 from meduet_models.style.bank import StyleBank
@@ -61,22 +61,26 @@ class DiffusionTrainee:
         *,
         total_steps: int,
         seed: int,
-        bank: StyleBank | None,
+        style_bank: StyleBank | None,
     ) -> None:
-        """`bank`: the sites' styles, for `site_style`, `restyled_content` and `restyled_scans`.
+        """`style_bank`: the sites' styles, for `site_style`, `restyled_content` and `restyled_scans`.
 
         Raises `ValueError` when samples need sites' styles and too few sites have told one.
         """
-        self.transformer, self.settings, self.seed, self.bank = transformer, settings, seed, bank
+        self.transformer, self.settings, self.seed, self.bank = transformer, settings, seed, style_bank
         self.names = transformer.config.sizes.names
-        if "style" in self.names and settings.site_style > 0 and (bank is None or not bank.present):
+        if (
+            "style" in self.names
+            and settings.site_style > 0
+            and (style_bank is None or not style_bank.present)
+        ):
             raise ValueError(
                 "diffusion.training.site_style needs the styles of the sites, and none told one: "
                 "set it to 0, or exchange styles."
             )
-        wearing = {"restyled_content": "content" in self.names, "restyled_scans": True}
-        for name, used in wearing.items():
-            if used and getattr(settings, name) > 0 and (bank is None or len(bank.present) < 2):
+        restyling = {"restyled_content": "content" in self.names, "restyled_scans": True}
+        for name, used in restyling.items():
+            if used and getattr(settings, name) > 0 and (style_bank is None or len(style_bank.present) < 2):
                 raise ValueError(
                     f"diffusion.training.{name} needs the styles of two sites or more, and fewer told one: "
                     "set it to 0, or exchange styles."
@@ -113,17 +117,17 @@ class DiffusionTrainee:
         draw = draw_step(settings, self.names, len(source), self.seed, step)
         examples = source.read(draw.rows)
         if bool(draw.moved.any()) and self.bank is not None:
-            examples = dressed(self.bank, examples, draw.moved, draw.costume)
-        told = self._told(examples, draw, device)
+            examples = restyled_examples(self.bank, examples, draw.moved, draw.scan_target)
+        conditions = self._told(examples, draw, device)
         data = transformer.standardise(examples.latents.to(device))
         noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(draw.noise_seed)).to(device)
         time = draw.time.to(device)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             predicted, hidden = transformer.velocity_and_hidden(
-                self._path.noisy(data, noise, time), time, told
+                self._path.noisy(data, noise, time), time, conditions
             )
-            aligned = self._alignment(hidden, told, examples)
+            aligned = self._alignment(hidden, conditions, examples)
         velocity = F.mse_loss(predicted, self._path.velocity(data, noise, time))
         loss = velocity if aligned is None else velocity + settings.alignment * aligned
         _finite(loss, "loss", step)
@@ -196,20 +200,20 @@ class DiffusionTrainee:
     def _told(self, examples: Examples, draw: StepDraw, device: torch.device) -> Conditions:
         codes = None if self._styles is None else self._styles.codes(examples, draw.as_site)
         others = [name for name in self.names if name != "content"]
-        told = self.conditioner.conditions(examples, others, codes)
+        conditions = self.conditioner.conditions(examples, others, codes)
         if "content" in self.names:
             seen = examples.latents
             if bool(draw.restyled.any()) and self.bank is not None:
-                seen = dressed(self.bank, examples, draw.restyled, draw.outfit).latents
-            told = dataclasses.replace(told, content=self.conditioner.content(seen))
-        told = told.each(lambda t: t.to(device))
+                seen = restyled_examples(self.bank, examples, draw.restyled, draw.content_target).latents
+            conditions = dataclasses.replace(conditions, content=self.conditioner.content(seen))
+        conditions = conditions.each(lambda t: t.to(device))
         dropped = {name: mask.to(device) for name, mask in draw.dropped.items()}
-        return Conditions(**{name: getattr(told, name) for name in self.names}, dropped=dropped)
+        return Conditions(**{name: getattr(conditions, name) for name in self.names}, dropped=dropped)
 
-    def _alignment(self, hidden: Tensor, told: Conditions, examples: Examples) -> Tensor | None:
+    def _alignment(self, hidden: Tensor, conditions: Conditions, examples: Examples) -> Tensor | None:
         if self.projector is None:
             return None
-        content = told.content
+        content = conditions.content
         if content is None:
             content = self.conditioner.content(examples.latents).to(hidden.device)
         grid = self.conditioner.encoder.config.token_grid
@@ -230,30 +234,30 @@ def validation_loss(
     examples: Examples,
     names: Sequence[Condition],
     *,
-    bank: StyleBank | None = None,
+    style_bank: StyleBank | None = None,
     seed: int = 0,
     repeats: int = 4,
 ) -> Float[Tensor, " b"]:
     """Mean squared error of the velocity for each example, told the conditions in `names` alone.
 
     The draws are fixed by `seed`: noise and times are the same whatever is told, and each example's times are
-    one in each of `repeats` equal shares of [0, 1]. With a `bank`, style is that of the site (the scan's own
-    where the site has none).
+    one in each of `repeats` equal shares of [0, 1]. With a `style_bank`, style is that of the site (the
+    scan's own where the site has none).
     """
     device, path = transformer.latent_mean.device, Path(transformer.config.path)
-    styles = SiteStyles.of(conditioner, bank) if "style" in names else None
+    styles = SiteStyles.of(conditioner, style_bank) if "style" in names else None
     losses = []
     for rows in torch.split(torch.arange(len(examples)), 32):
         some = examples.rows(rows)
         everyone = torch.ones(len(some), dtype=torch.bool)
         codes = None if styles is None else styles.codes(some, everyone)
-        told = conditioner.conditions(some, names, codes).each(lambda t: t.to(device))
+        conditions = conditioner.conditions(some, names, codes).each(lambda t: t.to(device))
         data, total = transformer.standardise(some.latents.to(device)), torch.zeros(len(some), device=device)
         for repeat in range(repeats):
             draws = [generator_of("validation", seed, repeat, int(row)) for row in rows]
             time = torch.cat([torch.rand(1, generator=g) for g in draws]).add(repeat).div(repeats).to(device)
             noise = torch.stack([torch.randn(data.shape[1:], generator=g) for g in draws]).to(device)
-            predicted = transformer(path.noisy(data, noise, time), time, told)
+            predicted = transformer(path.noisy(data, noise, time), time, conditions)
             total += (predicted - path.velocity(data, noise, time)).square().mean((1, 2, 3, 4))
         losses.append(total / repeats)
     return torch.cat(losses)

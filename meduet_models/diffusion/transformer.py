@@ -99,10 +99,10 @@ class DiffusionBlock(nn.Module):
         self.contract = nn.Linear(4 * width, width)
         self.modulation = nn.Linear(width, 6 * width)
 
-    def forward(self, x: Float[Tensor, "b n k"], told: Float[Tensor, "b k"]) -> Float[Tensor, "b n k"]:
+    def forward(self, x: Float[Tensor, "b n k"], condition: Float[Tensor, "b k"]) -> Float[Tensor, "b n k"]:
         """Attend, then transform each token; `told` is time and conditions after their activation."""
         b, n, k = x.shape
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(told).unsqueeze(1).chunk(6, dim=2)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).unsqueeze(1).chunk(6, dim=2)
         qkv = self.qkv(_modulated(x, shift1, scale1)).reshape(b, n, 3, self.heads, k // self.heads)
         q, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each b heads n k/heads
         attended = F.scaled_dot_product_attention(q, key, value)
@@ -144,21 +144,21 @@ class DiffusionTransformer(nn.Module):
         self.register_buffer("latent_deviation", torch.ones(config.latent_channels))
         self.embed = nn.Linear(config.latent_channels * volume, width)
         self.embed_time = VectorEmbedding(2 * _FREQUENCIES, width)
-        told: dict[Condition, nn.Module] = {}
+        embeddings: dict[Condition, nn.Module] = {}
         if sizes.content:
-            told["content"] = nn.Linear(sizes.content, width)
+            embeddings["content"] = nn.Linear(sizes.content, width)
         if sizes.style:
-            told["style"] = VectorEmbedding(sizes.style, width)
+            embeddings["style"] = VectorEmbedding(sizes.style, width)
         if sizes.body_part:
-            told["body_part"] = nn.Embedding(sizes.body_part, width)
+            embeddings["body_part"] = nn.Embedding(sizes.body_part, width)
         if sizes.spacing:
-            told["spacing"] = VectorEmbedding(3, width)
+            embeddings["spacing"] = VectorEmbedding(3, width)
         if sizes.category:
-            told["category"] = nn.Embedding(sizes.category, width)
+            embeddings["category"] = nn.Embedding(sizes.category, width)
         if sizes.label_map:
-            told["label_map"] = nn.Linear(sizes.label_map * volume, width)
-        self.embed_condition = nn.ModuleDict({str(name): module for name, module in told.items()})
-        self.null = nn.ParameterDict({str(name): nn.Parameter(torch.zeros(width)) for name in told})
+            embeddings["label_map"] = nn.Linear(sizes.label_map * volume, width)
+        self.embed_condition = nn.ModuleDict({str(name): module for name, module in embeddings.items()})
+        self.null = nn.ParameterDict({str(name): nn.Parameter(torch.zeros(width)) for name in embeddings})
         self.blocks = nn.ModuleList(DiffusionBlock(width, shape.heads) for _ in range(shape.depth))
         self.last_modulation = nn.Linear(width, 2 * width)
         self.predict = nn.Linear(width, config.latent_channels * volume)
@@ -226,22 +226,22 @@ class DiffusionTransformer(nn.Module):
         self._check(conditions, len(noisy))
         patch, depth = self.config.shape.patch_size, self.config.shape.depth
         x = self.embed(patchify(noisy, patch)) + self.positions  # b n k
-        told = self.embed_time(_waves(time))  # b k
+        condition = self.embed_time(_waves(time))  # b k
         for name in self.config.sizes.names:
             embedded = self._embedded(name, conditions, len(noisy))
             if name in ("content", "label_map"):
                 x = x + embedded  # b n k
             else:
-                told = told + embedded  # b k
-        told = F.silu(told)
+                condition = condition + embedded  # b k
+        condition = F.silu(condition)
         hidden = x
         for number, block in enumerate(self.blocks, start=1):
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, told, use_reentrant=False)
+                x = checkpoint(block, x, condition, use_reentrant=False)
             else:
-                x = block(x, told)
+                x = block(x, condition)
             hidden = x if number <= max(1, depth // 2) else hidden
-        shift, scale = self.last_modulation(told).unsqueeze(1).chunk(2, dim=2)
+        shift, scale = self.last_modulation(condition).unsqueeze(1).chunk(2, dim=2)
         predicted = self.predict(_modulated(x, shift, scale))  # b n p
         return unpatchify(predicted.float(), self.config.token_grid, patch), hidden
 

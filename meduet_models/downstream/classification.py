@@ -112,9 +112,9 @@ class Classification(Task):
         ]
 
         def probabilities(fit: object, pooled: Pooled) -> Float[Tensor, "b classes"]:
-            told = torch.zeros(len(pooled), classes)
-            told[:, fit.classes_] = torch.from_numpy(fit.predict_proba(pooled)).float()  # type: ignore[attr-defined]
-            return told
+            one_hot = torch.zeros(len(pooled), classes)
+            one_hot[:, fit.classes_] = torch.from_numpy(fit.predict_proba(pooled)).float()  # type: ignore[attr-defined]
+            return one_hot
 
         best = fits[_PENALTIES.index(1.0)]
         if len(held):

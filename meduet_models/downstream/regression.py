@@ -92,9 +92,9 @@ class Regression(Task):
     ) -> Mapping[str, Floats | Statistic]:
         """Absolute error of each scan, in the unit of the covariate; R² of any rows."""
         low, high = _range(target)
-        told, truth = outputs[:, 0].double().clamp(-1, 1).numpy(), answers.double().numpy()
-        error = np.abs(told - truth) * (high - low) / 2
-        return {"r2": lambda rows: _r2(told[rows], truth[rows]), "mae": error}
+        predicted, truth = outputs[:, 0].double().clamp(-1, 1).numpy(), answers.double().numpy()
+        error = np.abs(predicted - truth) * (high - low) / 2
+        return {"r2": lambda rows: _r2(predicted[rows], truth[rows]), "mae": error}
 
     def fit(
         self, pooled: Pooled, answers: Tensor, held: Pooled, held_answers: Tensor, classes: int, seed: int
@@ -135,6 +135,6 @@ def _number(scans: KnownScans, row: int, target: Target) -> float:
         return math.nan
 
 
-def _r2(told: Floats, truth: Floats) -> float:
+def _r2(predicted: Floats, truth: Floats) -> float:
     spread = float(np.square(truth - truth.mean()).sum())
-    return 1 - float(np.square(told - truth).sum()) / spread if spread > 0 else math.nan
+    return 1 - float(np.square(predicted - truth).sum()) / spread if spread > 0 else math.nan

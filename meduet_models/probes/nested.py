@@ -117,8 +117,8 @@ def permuted_sites(labels: Index, patients: Sequence[str], permutations: int, se
     for labelling in drawn[1:]:
         for own in rows:
             labelling[own] = rng.permutation(labels[own])
-        worn = rng.permutation([labels[own[0]] for own in single]) if single else ()
-        for own, site in zip(single, worn, strict=True):
+        assigned = rng.permutation([labels[own[0]] for own in single]) if single else ()
+        for own, site in zip(single, assigned, strict=True):
             labelling[own] = site
     return drawn
 

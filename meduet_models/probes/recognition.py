@@ -1,4 +1,4 @@
-"""Recognition: is a patient found again when she wears another style? Asked of content, and of style.
+"""Recognition: is a patient found again when her scans are restyled? Asked of content, and of style.
 
 Content that forgot the patient also has no site in it; so this stands beside every site probe. Nearest
 neighbours by cosine, nothing is fitted. What this file does not do: it renders nobody in another style.

@@ -37,7 +37,7 @@ _POSITIVE = ("deviation", "map_deviation", "scale")
 
 @dataclass(frozen=True)
 class StyleBank:
-    """The styles of a consortium. Sites that have told nothing have a count of 0 and cannot be worn."""
+    """The styles of a consortium. Sites that have told nothing have a count of 0 and are no target."""
 
     sites: tuple[str, ...]
     """The plan's sites, in its order: the order of the site labels."""
@@ -69,10 +69,10 @@ class StyleBank:
         bank = StyleBank(
             sites, torch.zeros(len(sites), pooled.layout.parts), _blank(sites, pooled.layout), centre, scale
         )
-        for site, told in moments.items() if with_entries else ():
+        for site, own in moments.items() if with_entries else ():
             for part in range(pooled.layout.parts):
-                if told.sums["count"][part] >= 1:
-                    bank._put(site, part, float(told.sums["count"][part]), told.entry(part))
+                if own.sums["count"][part] >= 1:
+                    bank._put(site, part, float(own.sums["count"][part]), own.entry(part))
         return bank
 
     def joined_by(self, site: str, moments: StyleMoments) -> "StyleBank":
@@ -228,9 +228,9 @@ def _blank(sites: tuple[str, ...], layout: StyleLayout) -> StyleEntry:
 
 def _weighed(moments: Mapping[str, StyleMoments]) -> dict[str, StyleMoments]:
     """The sites' sums, with `MOST_WEIGHT` kept."""
-    counts = {site: float(told.sums["count"].sum()) for site, told in moments.items()}
+    counts = {site: float(own.sums["count"].sum()) for site, own in moments.items()}
     weighed = {}
-    for site, told in moments.items():
+    for site, own in moments.items():
         most = MOST_WEIGHT * (sum(counts.values()) - counts[site])
-        weighed[site] = told.times(most / counts[site]) if 0 < most < counts[site] else told
+        weighed[site] = own.times(most / counts[site]) if 0 < most < counts[site] else own
     return weighed

@@ -2,7 +2,7 @@
 
 A style head that stays at a site can drift into a language of its own; then its tokens mean nothing to
 others' decoders (measured: a swap made with tokens of a head started elsewhere was 13 times worse than none).
-The test needs nobody's scans but the site's own. Both sides dress their own scans in every bank entry, so
+The test needs nobody's scans but the site's own. Both sides restyle their own scans to every bank entry, so
 both have tokens of the same styles (`style_tokens`); the site's own decoder is then given its own content and
 the foreign tokens of a style. Two things must come out:
 
@@ -88,7 +88,7 @@ class Alignment:
 def style_tokens(
     model: FactorModel,
     latents: Float[Tensor, "b c d h w"],
-    bank: StyleBank,
+    style_bank: StyleBank,
     site: int,
     part: Int[Tensor, " b"] | None = None,
 ) -> Float[Tensor, "s n k"]:
@@ -99,11 +99,11 @@ def style_tokens(
     """
     here = torch.full((len(latents),), site)
     tokens = {
-        t: model.encode(bank.restyle(latents, here, torch.full_like(here, t), part)).style.mean(0)
-        for t in _present(bank)
+        t: model.encode(style_bank.restyle(latents, here, torch.full_like(here, t), part)).style.mean(0)
+        for t in _present(style_bank)
     }
     blank = torch.full_like(next(iter(tokens.values())), torch.nan)
-    return torch.stack([tokens.get(t, blank) for t in range(len(bank.sites))])
+    return torch.stack([tokens.get(t, blank) for t in range(len(style_bank.sites))])
 
 
 @torch.no_grad()
@@ -111,7 +111,7 @@ def check_alignment(
     own: FactorModel,
     foreign: Float[Tensor, "s n k"],
     latents: Float[Tensor, "b c d h w"],
-    bank: StyleBank,
+    style_bank: StyleBank,
     site: int,
     part: Int[Tensor, " b"] | None = None,
     threshold: float = THRESHOLD,
@@ -121,17 +121,17 @@ def check_alignment(
     `foreign` are another head's `style_tokens`; `latents` are some of this site's own scans. Raises
     `ValueError` when this site, or every other, has no style in the bank.
     """
-    present = _present(bank)
+    present = _present(style_bank)
     if site not in present or len(present) < 2:
         raise ValueError(
             "Expected the styles of this site and of another in the bank to test alignment; it holds "
-            f"{', '.join(bank.present) or 'none'}."
+            f"{', '.join(style_bank.present) or 'none'}."
         )
     here = torch.full((len(latents),), site)
-    dressed = [bank.restyle(latents, here, torch.full_like(here, t), part) for t in present]
-    layout, content = _layout(latents, bank), own.encode(latents).content
+    restyled = [style_bank.restyle(latents, here, torch.full_like(here, t), part) for t in present]
+    layout, content = _layout(latents, style_bank), own.encode(latents).content
     source = _style(latents, layout)
-    asked = torch.stack([_style(x, layout) for x in dressed])  # s v
+    asked = torch.stack([_style(x, layout) for x in restyled])  # s v
 
     def read(tokens: Tensor) -> Reading:
         swapped = [own.decode(Factors(content, tokens[t].expand(len(latents), -1, -1))) for t in present]
@@ -143,7 +143,7 @@ def check_alignment(
         variance = (asked - asked.mean(0)).square().sum().clamp(min=1e-12)
         return Reading(1 - float(error.square().sum() / variance), sum(gaps) / len(gaps))
 
-    with_foreign, with_own = read(foreign), read(style_tokens(own, latents, bank, site, part))
+    with_foreign, with_own = read(foreign), read(style_tokens(own, latents, style_bank, site, part))
     outcome = Alignment(False, with_foreign, with_own, threshold, "")
     said = (
         f"response {with_foreign.response:.2f} (own tokens {with_own.response:.2f}), "
@@ -160,13 +160,13 @@ def check_alignment(
     return dataclasses.replace(outcome, reason=reason)
 
 
-def _present(bank: StyleBank) -> list[int]:
-    return [bank.sites.index(site) for site in bank.present]
+def _present(style_bank: StyleBank) -> list[int]:
+    return [style_bank.sites.index(site) for site in style_bank.present]
 
 
-def _layout(latents: Tensor, bank: StyleBank) -> StyleLayout:
+def _layout(latents: Tensor, style_bank: StyleBank) -> StyleLayout:
     channels, d, h, w = latents.shape[1:]
-    coarse = bank.entries.map
+    coarse = style_bank.entries.map
     grid = None if coarse is None else (coarse.shape[-3], coarse.shape[-2], coarse.shape[-1])
     return StyleLayout(channels=channels, latent_grid=(d, h, w), map_grid=grid, bound=1e12)
 

@@ -60,36 +60,38 @@ def add_to(commands: Any) -> None:
 
 
 def _list(chosen: argparse.Namespace, console: Console) -> None:
-    bank = LatentBank(chosen.bank, chosen.key, create=False)
-    told = summary(bank)
+    latent_bank = LatentBank(chosen.bank, chosen.key, create=False)
+    contents = summary(latent_bank)
     if chosen.json:
-        _json(console, told | ({"listed": list(items(bank))} if chosen.items else {}))
+        _json(console, contents | ({"listed": list(items(latent_bank))} if chosen.items else {}))
         return
-    kind = "PATIENT DATA: scans can be reconstructed from it" if told["patient_data"] else "no raw latents"
-    say(console, f"{told['folder']}: {told['items']} items. {kind}.")
+    kind = (
+        "PATIENT DATA: scans can be reconstructed from it" if contents["patient_data"] else "no raw latents"
+    )
+    say(console, f"{contents['folder']}: {contents['items']} items. {kind}.")
     states = ("kept", "duplicate", "quarantined", "withdrawn")
     sites = Table("site", *states, "policy", "rounds")
-    for site, counts in told["sites"].items():
+    for site, counts in contents["sites"].items():
         name = f"{site} (withdrew)" if counts["site_withdrew"] else site
         rounds = _span(counts["rounds"])
         sites.add_row(cell(name), *(str(counts[s]) for s in states), ", ".join(counts["policies"]), rounds)
     console.print(sites)
-    if told["models"]:
-        console.print(_models(told["models"]))
+    if contents["models"]:
+        console.print(_models(contents["models"]))
     if chosen.items:
         columns = ("item", "site", "round", "state", "sha256")
         listed = Table(*columns)
-        for item in items(bank):
+        for item in items(latent_bank):
             listed.add_row(*(cell(item[name]) for name in columns))
         console.print(listed)
 
 
 def _verify(chosen: argparse.Namespace, console: Console) -> None:
-    bank = LatentBank(chosen.bank, chosen.key, create=False)
+    latent_bank = LatentBank(chosen.bank, chosen.key, create=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=chosen.json) as progress:
-        task = progress.add_task("opening records", total=len(bank))
-        sound, damaged = bank.verify(lambda done, total: progress.update(task, completed=done))
+        task = progress.add_task("opening records", total=len(latent_bank))
+        sound, damaged = latent_bank.verify(lambda done, total: progress.update(task, completed=done))
     if chosen.json:
         _json(console, {"sound": sound, "quarantined_now": damaged})
         return
@@ -97,8 +99,8 @@ def _verify(chosen: argparse.Namespace, console: Console) -> None:
 
 
 def _forget(chosen: argparse.Namespace, console: Console) -> None:
-    bank = LatentBank(chosen.bank, chosen.key, create=False)
-    withdrawal = bank.forget(site=chosen.site, item=chosen.item)
+    latent_bank = LatentBank(chosen.bank, chosen.key, create=False)
+    withdrawal = latent_bank.forget(site=chosen.site, item=chosen.item)
     if chosen.json:
         _json(console, dataclasses.asdict(withdrawal))
         return
@@ -124,5 +126,5 @@ def _span(rounds: list[int]) -> str:
     return str(rounds[0]) if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
 
 
-def _json(console: Console, told: Mapping[str, Any]) -> None:
-    console.print_json(json.dumps(told))
+def _json(console: Console, value: Mapping[str, Any]) -> None:
+    console.print_json(json.dumps(value))

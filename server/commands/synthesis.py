@@ -69,7 +69,7 @@ def add_to(commands: Any) -> None:
         metavar="N",
         help="volumes (default 8); with --between or --along, ways (default 1)",
     )
-    parser.add_argument("--style", default="", metavar="SITE", help="site whose style is worn")
+    parser.add_argument("--style", default="", metavar="SITE", help="site of the target style")
     content = parser.add_mutually_exclusive_group()
     content.add_argument("--content", metavar="SCAN", help="encoded scan whose anatomy is shown")
     content.add_argument("--between", nargs=2, metavar=("SCAN_A", "SCAN_B"), help="two encoded scans")

@@ -65,8 +65,8 @@ class Control:
 
     def runs(self) -> list[FlowerRun]:
         """Every run that SuperLink remembers."""
-        told = self._flwr("list", _CONNECTION)
-        return [FlowerRun(str(run["run-id"]), str(run["status"])) for run in told["runs"]]
+        reply = self._flwr("list", _CONNECTION)
+        return [FlowerRun(str(run["run-id"]), str(run["status"])) for run in reply["runs"]]
 
     def register_sites(self) -> dict[str, str]:
         """Make the sites that may take part those of the consortium's folder; node id by site.
@@ -87,16 +87,16 @@ class Control:
                 self._flwr("supernode", "unregister", node, _CONNECTION)
         for name, key in keys.items():
             if name not in known:
-                told = self._flwr("supernode", "register", str(files[name]), _CONNECTION, "--name", name)
-                known[name] = {"node": str(told["node-id"]), "key": key}
+                reply = self._flwr("supernode", "register", str(files[name]), _CONNECTION, "--name", name)
+                known[name] = {"node": str(reply["node-id"]), "key": key}
         write_whole(path, json.dumps(known, indent=1) + "\n")
         return {name: entry["node"] for name, entry in known.items()}
 
     def start(self, app: Path, run_config: Mapping[str, str]) -> str:
         """Submit the application in folder `app`; the run's identity."""
         settings = " ".join(f"{name}={json.dumps(value)}" for name, value in run_config.items())
-        told = self._flwr("run", str(app), _CONNECTION, "--run-config", settings)
-        return str(told["run-id"])
+        reply = self._flwr("run", str(app), _CONNECTION, "--run-config", settings)
+        return str(reply["run-id"])
 
     def stop(self, run: str) -> None:
         """Stop a run; sites finish what they compute, and nobody reads it."""
@@ -114,14 +114,14 @@ class Control:
         done = self._call(*arguments, "--format", "json")
         what = f"`flwr {' '.join(arguments[:2])}`"
         try:
-            told: dict[str, Any] = json.loads(done.stdout)
+            reply: dict[str, Any] = json.loads(done.stdout)
         except ValueError:
             words = " ".join((done.stderr or done.stdout).split())[:400]
             raise ControlFailed(f"Expected {what} to answer; got {words or 'nothing'}.") from None
-        if not told.get("success"):
-            words = " ".join(str(told.get("error-message", told)).split())[:400]
+        if not reply.get("success"):
+            words = " ".join(str(reply.get("error-message", reply)).split())[:400]
             raise ControlFailed(f"Expected {what} to succeed; {words}")
-        return told
+        return reply
 
     def _call(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         try:

@@ -54,7 +54,7 @@ class StatusFile(RunObserver):
         private_folder(folder)
         self._write()
 
-    def on_survey(self, summary: Mapping[str, Any], bank: Mapping[str, Any]) -> None:
+    def on_survey(self, summary: Mapping[str, Any], style_bank: Mapping[str, Any]) -> None:
         """The survey is done: who was put aside."""
         refused = summary.get("refused", {})
         for name, site in self._status["sites"].items():
@@ -63,29 +63,29 @@ class StatusFile(RunObserver):
         self._put_aside(0, refused)
         self._write()
 
-    def on_round_start(self, round: int, num_rounds: int) -> None:
+    def on_round_start(self, round_number: int, num_rounds: int) -> None:
         """A round begins: every site is being asked."""
-        self._status |= {"state": "round", "round": round, "since": _now()}
+        self._status |= {"state": "round", "round": round_number, "since": _now()}
         for site in self._status["sites"].values():
             site["state"] = "asked"
         self._write()
 
-    def on_site_reply(self, round: int, site: str, report: Mapping[str, Any]) -> None:
+    def on_site_reply(self, round_number: int, site: str, report: Mapping[str, Any]) -> None:
         """A site's valid reply is in."""
         entry = self._status["sites"][site]
         for name in _SUMS:
             entry[name] += int(report.get(name, 0))
-        told = {name: value for name, value in report.items() if name in ("examples", "seconds", "loss")}
-        entry |= {"state": "answered", "last_seen": _now(), "round": round, **told}
+        metrics = {name: value for name, value in report.items() if name in ("examples", "seconds", "loss")}
+        entry |= {"state": "answered", "last_seen": _now(), "round": round_number, **metrics}
         self._write()
 
     def on_round_end(
-        self, round: int, shared: Mapping[str, Any], metrics: Mapping[str, Any]
+        self, round_number: int, shared: Mapping[str, Any], metrics: Mapping[str, Any]
     ) -> Mapping[str, Any]:
         """A round is aggregated: its mean losses, and whose reply did not count."""
         self._status["loss"] = dict(metrics["loss"])
-        self._put_aside(round, metrics["refused"])
-        if round == self._status["rounds"]:
+        self._put_aside(round_number, metrics["refused"])
+        if round_number == self._status["rounds"]:
             self._status |= {"state": self._last, "since": _now()}
         self._write()
         return {}
@@ -106,9 +106,11 @@ class StatusFile(RunObserver):
         self._status |= {"state": ended, "reason": reason, "pid": None, "since": _now()}
         self._write()
 
-    def _put_aside(self, round: int, refused: Mapping[str, str]) -> None:
+    def _put_aside(self, round_number: int, refused: Mapping[str, str]) -> None:
         for who, why in refused.items():
-            self._status["quarantined"].append({"round": round, "site": who, "why": why, "when": _now()})
+            self._status["quarantined"].append(
+                {"round": round_number, "site": who, "why": why, "when": _now()}
+            )
             if who in self._status["sites"]:
                 self._status["sites"][who]["state"] = "put aside"
         self._status["quarantined"] = self._status["quarantined"][-_KEPT:]

@@ -23,6 +23,7 @@ from server.deployment.status import read_status
 from server.run_folder import is_held
 
 OVER = ("complete", "refused")
+_STATES = {"erasure": "site erasure"}  # states that are called otherwise on the screen
 _EVERY_S = 1.0
 _SHOWN = 5  # last rounds, and last replies that were put aside
 
@@ -54,10 +55,10 @@ def show(console: Console, folder: Path, state_dir: Path | None = None, live: bo
         suppress(KeyboardInterrupt),  # Ctrl-C ends the looking, not the run
         Live(picture(gather(folder, state_dir)), console=console, auto_refresh=False) as screen,
     ):
-        while (told := gather(folder, state_dir))["run"]["state"] not in OVER:
-            screen.update(picture(told), refresh=True)
+        while (summary := gather(folder, state_dir))["run"]["state"] not in OVER:
+            screen.update(picture(summary), refresh=True)
             time.sleep(_EVERY_S)
-        screen.update(picture(told), refresh=True)
+        screen.update(picture(summary), refresh=True)
 
 
 def as_json(folder: Path, state_dir: Path | None = None) -> str:
@@ -65,11 +66,12 @@ def as_json(folder: Path, state_dir: Path | None = None) -> str:
     return json.dumps(gather(folder, state_dir), indent=1)
 
 
-def picture(told: Mapping[str, Any]) -> RenderableType:
+def picture(summary: Mapping[str, Any]) -> RenderableType:
     """`gather`'s value as tables."""
-    run = told["run"]
-    head = f"{run['name']}  plan {run['plan'][:12]}  {run['state']}  round {run['round']} of {run['rounds']}"
-    when = f"{run['state']} for {_span(run['since'])}, submitted {_ago(run['started'])}"
+    run = summary["run"]
+    state = _STATES.get(run["state"], run["state"])
+    head = f"{run['name']}  plan {run['plan'][:12]}  {state}  round {run['round']} of {run['rounds']}"
+    when = f"{state} for {_span(run['since'])}, submitted {_ago(run['started'])}"
     when += f", resumed {run['resumed']} times" if run["resumed"] else ""
     parts: list[RenderableType] = [Text(visible(head), style="bold"), Text(when, style="dim")]
     if run["reason"]:
@@ -88,16 +90,16 @@ def picture(told: Mapping[str, Any]) -> RenderableType:
             _size(site["bytes_down"]),
         )
     parts.append(sites)
-    if told["rounds"]:
-        parts += _rounds_shown(told["rounds"][-_SHOWN:], len(run["sites"]))
+    if summary["rounds"]:
+        parts += _rounds_shown(summary["rounds"][-_SHOWN:], len(run["sites"]))
     if run["quarantined"]:
         aside = Table("round", "site", "why its reply did not count", title="Put aside", title_justify="left")
         for one in run["quarantined"][-_SHOWN:]:
             aside.add_row(str(one["round"]), cell(one["site"]), cell(one["why"]))
         parts.append(aside)
-    if told["centre"] is not None:
+    if summary["centre"] is not None:
         centre = Table("process", "state", "pid", "restarts", title="This centre", title_justify="left")
-        for name, one in told["centre"]["processes"].items():
+        for name, one in summary["centre"]["processes"].items():
             centre.add_row(cell(name), one["state"], str(one["pid"] or ""), str(one["restarts"]))
         parts.append(centre)
     return Group(*parts)

@@ -47,7 +47,7 @@ class CentralDiffusion:
         roster: Roster,
         plan: RunPlan,
         folder: Path,
-        bank: LatentBank,
+        latent_bank: LatentBank,
         device: torch.device,
         book: ReplyBook,
         on_step: OnStep = lambda done, total, loss: None,
@@ -55,7 +55,7 @@ class CentralDiffusion:
         if plan.diffusion is None or plan.diffusion.release.trained_at != "centre":
             raise ValueError("Expected a plan with a diffusion model of the centre (diffusion.policy=raw).")
         self.plan, self.diffusion = plan, plan.diffusion
-        self.latents = bank
+        self.latents = latent_bank
         self._grid, self._roster, self._book = grid, roster, book
         self._device, self._on_step = device, on_step
         self._checkpoints = Checkpoints(folder / "checkpoints", plan.sha256)
@@ -68,22 +68,28 @@ class CentralDiffusion:
         """Optimiser steps over the whole run."""
         return self.diffusion.steps(self.plan.training.rounds)
 
-    def before_round(self, round: int, shared: Tensors, bank: Tensors) -> dict[str, Any]:
+    def before_round(self, round_number: int, shared: Tensors, style_bank: Tensors) -> dict[str, Any]:
         """Collect the latents of this round and let the training of the round begin; what was collected.
 
         Raises `ValueError` when the bank is empty then.
         """
-        if round < self.diffusion.begin_round:
+        if round_number < self.diffusion.begin_round:
             return {}
-        told = collect(
-            self._grid, self._roster, self.plan, round, self.latents, self._book, encode=self._coder(shared)
+        collected = collect(
+            self._grid,
+            self._roster,
+            self.plan,
+            round_number,
+            self.latents,
+            self._book,
+            encode=self._coder(shared),
         )
-        target = (round - self.diffusion.begin_round + 1) * self.diffusion.steps_per_round
+        target = (round_number - self.diffusion.begin_round + 1) * self.diffusion.steps_per_round
         if self._done < target:
-            self._work = self._start(self._ready(shared, bank), round, range(self._done, target))
-        return told
+            self._work = self._start(self._ready(shared, style_bank), round_number, range(self._done, target))
+        return collected
 
-    def after_round(self, round: int) -> dict[str, Any]:
+    def after_round(self, round_number: int) -> dict[str, Any]:
         """Wait for the steps of this round, write them down, and say how long the round waited for them."""
         if self._work is None:
             return {}
@@ -92,20 +98,20 @@ class CentralDiffusion:
         waited = perf_counter() - began
         self._work = None
         report = {
-            "round": round,
+            "round": round_number,
             "steps": len(losses),
             "loss": sum(losses) / len(losses),
             "seconds": seconds,
             "waited_s": waited,
-            "items": len(self.latents.source(self.plan, round)),
+            "items": len(self.latents.source(self.plan, round_number)),
         }
         self._save(report)
         return report
 
-    def finish(self, shared: Tensors, bank: Tensors) -> FinishedDiffusion:
+    def finish(self, shared: Tensors, style_bank: Tensors) -> FinishedDiffusion:
         """The steps after the last round, with the final encoder, and the model."""
         rounds, total = self.plan.training.rounds, self.num_steps
-        trainee = self._ready(shared, bank)
+        trainee = self._ready(shared, style_bank)
         while self._done < total:
             steps = range(self._done, min(self._done + STEPS_PER_CHECKPOINT, total))
             losses, seconds = self._start(trainee, rounds, steps).result()
@@ -152,27 +158,27 @@ class CentralDiffusion:
 
         return encode
 
-    def _ready(self, shared: Tensors, bank: Tensors) -> DiffusionTrainee:
+    def _ready(self, shared: Tensors, style_bank: Tensors) -> DiffusionTrainee:
         """The trainee, conditioned by these weights; built from the last checkpoint, or from the encoder."""
         conditioner = self._conditioner(shared)
         if self._trainee is not None:
             self._trainee.replace_conditioner(conditioner)
             return self._trainee
-        styles = StyleBank.from_tensors(bank, self.plan.sites) if bank else None
+        styles = StyleBank.from_tensors(style_bank, self.plan.sites) if style_bank else None
         self._trainee = DiffusionTrainee(
             transformer_of(self.plan, conditioner.encoder).to(self._device),
             conditioner,
             self.diffusion.training,
             total_steps=self.num_steps,
             seed=self.plan.seed,
-            bank=styles,
+            style_bank=styles,
         )
         if self._last is not None:
             self._trainee.load(self._last.shared)
         return self._trainee
 
-    def _start(self, trainee: DiffusionTrainee, round: int, steps: range) -> "_Steps":
-        source = self.latents.source(self.plan, round)
+    def _start(self, trainee: DiffusionTrainee, round_number: int, steps: range) -> "_Steps":
+        source = self.latents.source(self.plan, round_number)
         return _Steps(lambda step: trainee.step(source, step)["loss"], steps)
 
     def _save(self, report: dict[str, Any]) -> None:

@@ -33,13 +33,13 @@ OnDiffusion = Callable[[int, int, float], None]
 class DiffusionPhase(Protocol):
     """What the run needs of a diffusion model."""
 
-    def before_round(self, round: int, shared: Tensors, bank: Tensors) -> dict[str, Any]:
+    def before_round(self, round_number: int, shared: Tensors, style_bank: Tensors) -> dict[str, Any]:
         """A round is about to begin."""
 
-    def after_round(self, round: int) -> dict[str, Any]:
+    def after_round(self, round_number: int) -> dict[str, Any]:
         """A round is over."""
 
-    def finish(self, shared: Tensors, bank: Tensors) -> FinishedDiffusion | None:
+    def finish(self, shared: Tensors, style_bank: Tensors) -> FinishedDiffusion | None:
         """The pretraining is over: the model and its reports, or None where there is none."""
 
     def saved(self, path: Path) -> None:
@@ -49,15 +49,15 @@ class DiffusionPhase(Protocol):
 class NoDiffusion:
     """No diffusion model."""
 
-    def before_round(self, round: int, shared: Tensors, bank: Tensors) -> dict[str, Any]:
+    def before_round(self, round_number: int, shared: Tensors, style_bank: Tensors) -> dict[str, Any]:
         """Nothing."""
         return {}
 
-    def after_round(self, round: int) -> dict[str, Any]:
+    def after_round(self, round_number: int) -> dict[str, Any]:
         """Nothing."""
         return {}
 
-    def finish(self, shared: Tensors, bank: Tensors) -> FinishedDiffusion | None:
+    def finish(self, shared: Tensors, style_bank: Tensors) -> FinishedDiffusion | None:
         """None."""
         return None
 
@@ -80,15 +80,15 @@ class FederatedDiffusion(NoDiffusion):
         self._run = (grid, roster, plan)
         self._folder, self._book, self._on_diffusion = folder, book, on_diffusion
 
-    def finish(self, shared: Tensors, bank: Tensors) -> FinishedDiffusion:
+    def finish(self, shared: Tensors, style_bank: Tensors) -> FinishedDiffusion:
         """Its rounds."""
         diffusion = self._run[2].diffusion
         assert diffusion is not None
 
-        def on_round(round: int, report: Mapping[str, Any]) -> None:
-            self._on_diffusion(round, diffusion.rounds, report["loss"]["total"])
+        def on_round(round_number: int, report: Mapping[str, Any]) -> None:
+            self._on_diffusion(round_number, diffusion.rounds, report["loss"]["total"])
 
-        return run_diffusion_rounds(*self._run, shared, bank, self._folder, self._book, on_round)
+        return run_diffusion_rounds(*self._run, shared, style_bank, self._folder, self._book, on_round)
 
 
 def diffusion_of(
@@ -109,8 +109,8 @@ def diffusion_of(
         case "sites":
             return FederatedDiffusion(grid, roster, plan, folder, book, on_diffusion)
         case "centre":
-            bank = LatentBank(folder / "latents", bank_key)
-            return CentralDiffusion(grid, roster, plan, folder, bank, device, book, on_diffusion)
+            latent_bank = LatentBank(folder / "latents", bank_key)
+            return CentralDiffusion(grid, roster, plan, folder, latent_bank, device, book, on_diffusion)
 
 
 def save_diffusion(
@@ -118,7 +118,7 @@ def save_diffusion(
     plan: RunPlan,
     finished: FinishedDiffusion,
     shared: Tensors,
-    bank: Tensors,
+    style_bank: Tensors,
     directions: Mapping[str, torch.Tensor],
 ) -> None:
     """Everything that sampling needs, in one file."""
@@ -129,7 +129,7 @@ def save_diffusion(
         GenerativeModel(
             transformer=finished.transformer,
             encoder=encoder_of(plan, shared),
-            bank=StyleBank.from_tensors(bank, plan.sites) if bank else None,
+            bank=StyleBank.from_tensors(style_bank, plan.sites) if style_bank else None,
             sites=plan.sites,
             directions=dict(directions),
             tokenizer_sha256=plan.tokenizer_sha256,

@@ -20,12 +20,12 @@ def ask_erasure(
     roster: Roster,
     plan: RunPlan,
     shared: Tensors,
-    bank: Tensors,
+    style_bank: Tensors,
     check: Callable[[ErasureReply], None],
     book: ReplyBook,
 ) -> tuple[dict[str, ErasureReply], dict[str, str]]:
     """Valid replies by site, and who was put aside why. Raises as `ask_sites`."""
-    ask = ErasureAsk(plan_json=plan.to_json(), shared=shared, bank=bank)
+    ask = ErasureAsk(plan_json=plan.to_json(), shared=shared, bank=style_bank)
     at_least = min(2, len(plan.participants))  # of one site there is nothing to erase
     few = (RefusalKind.TOO_FEW_FOR_SUMS,)
     return ask_sites(grid, roster, plan, ERASURE, ask, check, book, at_least=at_least, excused=few)

@@ -49,10 +49,10 @@ def run_diffusion_rounds(
     roster: Roster,
     plan: RunPlan,
     shared: Tensors,
-    bank: Tensors,
+    style_bank: Tensors,
     folder: Path,
     book: ReplyBook,
-    on_round: OnRound = lambda round, report: None,
+    on_round: OnRound = lambda round_number, report: None,
 ) -> FinishedDiffusion:
     """The averaged model after the plan's rounds, and a report per round.
 
@@ -67,13 +67,13 @@ def run_diffusion_rounds(
     fixed = {name: shared[name] for name in encoder_keys(encoder)}
     plan_json = plan.to_json()
 
-    def question(round: int, start: bool) -> RecordDict:
+    def question(round_number: int, start: bool) -> RecordDict:
         ask = DiffusionAsk(
             plan_json=plan_json,
-            round=round,
+            round=round_number,
             shared={},
             encoder=fixed,
-            bank=bank,
+            bank=style_bank,
             wire_dtype=plan.release.wire_dtype,
         )
         return ask.to_record()
@@ -94,28 +94,28 @@ def run_diffusion_rounds(
     strategy = ContentShare(plan, last.shared, task, roster=roster, folder=folder, book=book)
     strategy.optimiser.load(last.optimiser)
     rounds = strategy.rounds(grid, done=last.round)
-    for round in range(last.round + 1, diffusion.rounds + 1):
+    for round_number in range(last.round + 1, diffusion.rounds + 1):
         report = dataclasses.asdict(next(rounds))
-        momentum = round_momentum(diffusion.training.ema, round, diffusion.steps_per_round)
+        momentum = round_momentum(diffusion.training.ema, round_number, diffusion.steps_per_round)
         average = {n: last.average[n].lerp(after, 1 - momentum) for n, after in strategy.shared.items()}
         last = Checkpoint(
             plan_sha256=plan.sha256,
-            round=round,
+            round=round_number,
             shared=dict(strategy.shared),
             optimiser=strategy.optimiser.state(),
             average=average,
             metrics={"rounds": [*last.metrics["rounds"], report]},
         )
         checkpoints.save(last)
-        on_round(round, report)
+        on_round(round_number, report)
     transformer.load_state_dict({**transformer.state_dict(), **last.average})
     steps = diffusion.rounds * diffusion.steps_per_round
     return FinishedDiffusion(transformer.eval(), "federated", steps, last.metrics["rounds"])
 
 
-def round_momentum(ema: float, round: int, steps: int) -> float:
+def round_momentum(ema: float, round_number: int, steps: int) -> float:
     """Momentum of the moving average over a round of `steps` steps: that of the steps, taken together."""
-    first = (round - 1) * steps
+    first = (round_number - 1) * steps
     product = 1.0
     for step in range(first, first + steps):
         product *= early_momentum(ema, step)

@@ -95,9 +95,9 @@ def run_finetuning(
     fixed = {name: tensor for name, tensor in start.items() if name not in names}
     plan_json, finetuning_json = plan.to_json(), finetuning.to_json()
 
-    def question(round: int, start: bool) -> RecordDict:
+    def question(round_number: int, start: bool) -> RecordDict:
         return FinetuneAsk(
-            plan_json=plan_json, finetuning_json=finetuning_json, round=round, shared={}, fixed=fixed
+            plan_json=plan_json, finetuning_json=finetuning_json, round=round_number, shared={}, fixed=fixed
         ).to_record()
 
     task = Task(
@@ -131,13 +131,13 @@ def run_finetuning(
     )
     strategy.optimiser.load(last.optimiser)
     rounds = strategy.rounds(grid, done=last.round)
-    for round in range(last.round + 1, finetuning.rounds + 1):
-        observer.on_round_start(round, finetuning.rounds)
+    for round_number in range(last.round + 1, finetuning.rounds + 1):
+        observer.on_round_start(round_number, finetuning.rounds)
         report = dataclasses.asdict(next(rounds))
-        observer.on_round_end(round, strategy.shared, report)
+        observer.on_round_end(round_number, strategy.shared, report)
         last = Checkpoint(
             plan_sha256=finetuning.sha256,
-            round=round,
+            round=round_number,
             shared=dict(strategy.shared),
             optimiser=strategy.optimiser.state(),
             metrics={"rounds": [*last.metrics["rounds"], report]},

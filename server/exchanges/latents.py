@@ -49,8 +49,8 @@ def collect(
     grid: Grid,
     roster: Roster,
     plan: RunPlan,
-    round: int,
-    bank: LatentBank,
+    round_number: int,
+    latent_bank: LatentBank,
     book: ReplyBook,
     *,
     encode: Callable[[Tensor], Codes] | None = None,
@@ -62,22 +62,24 @@ def collect(
     32 MiB. Raises `ValueError` for a plan without release, `RoundFailed` when no site is connected.
     """
     began = time.monotonic()
-    releases_of(plan, round, 0)
+    releases_of(plan, round_number, 0)
     count = count or items_per_chunk(plan)
-    told: dict[str, Counter[str]] = {}
+    counts: dict[str, Counter[str]] = {}
     refused: dict[str, str] = {}
     while waiting := {
-        site: first for site, first in _standing(bank, plan, round).items() if site not in refused
+        site: first
+        for site, first in _standing(latent_bank, plan, round_number).items()
+        if site not in refused
     }:
-        if told and time.monotonic() - began > plan.aggregation.deadline_s:
+        if counts and time.monotonic() - began > plan.aggregation.deadline_s:
             refused |= {s: f"not all told within {plan.aggregation.deadline_s:g} s" for s in waiting}
             break
         first = min(waiting.values())
         asked = {site for site, stands in waiting.items() if stands == first}
-        ask = LatentsAsk(plan_json=plan.to_json(), round=round, first=first, count=count)
+        ask = LatentsAsk(plan_json=plan.to_json(), round=round_number, first=first, count=count)
 
         def check(reply: LatentsReply, ask: LatentsAsk = ask) -> None:
-            check_reply(reply, ask, plan, bank)
+            check_reply(reply, ask, plan, latent_bank)
 
         replies, put_aside = ask_sites(
             grid,
@@ -92,22 +94,22 @@ def collect(
         )
         for site, reply in replies.items():  # in the plan's order: which of two twins is kept is no chance
             codes = None if encode is None else encode(reply.examples.latents)
-            added = vars(bank.add(reply, plan, codes))
-            told[site] = told.get(site, Counter()) + Counter(added)
+            added = vars(latent_bank.add(reply, plan, codes))
+            counts[site] = counts.get(site, Counter()) + Counter(added)
         refused |= put_aside
         refused |= {s: "no answer" for s in asked - set(replies) - set(refused)}
     return {
-        "round": round,
-        "sites": {site: {name: told[site][name] for name in sorted(told[site])} for site in told},
+        "round": round_number,
+        "sites": {site: {name: counts[site][name] for name in sorted(counts[site])} for site in counts},
         "refused": refused,
-        "items": len(bank),
+        "items": len(latent_bank),
         "seconds": time.monotonic() - began,
     }
 
 
-def _standing(bank: LatentBank, plan: RunPlan, round: int) -> dict[str, int]:
+def _standing(latent_bank: LatentBank, plan: RunPlan, round_number: int) -> dict[str, int]:
     """Sites that have more to tell, and how many of their items were dealt with."""
-    stands = {site: bank.dealt_with(plan, site, round) for site in plan.participants}
+    stands = {site: latent_bank.dealt_with(plan, site, round_number) for site in plan.participants}
     return {
         site: 0 if known is None else known[0]
         for site, known in stands.items()
@@ -115,7 +117,7 @@ def _standing(bank: LatentBank, plan: RunPlan, round: int) -> dict[str, int]:
     }
 
 
-def check_reply(reply: LatentsReply, ask: LatentsAsk, plan: RunPlan, bank: LatentBank) -> None:
+def check_reply(reply: LatentsReply, ask: LatentsAsk, plan: RunPlan, latent_bank: LatentBank) -> None:
     """Raise `ReplyRefused` unless the answer is one to this question and holds what the plan allows."""
     if (reply.round, reply.first) != (ask.round, ask.first):
         raise ReplyRefused(f"Expected items from {ask.first} of round {ask.round}; got others.")
@@ -124,32 +126,32 @@ def check_reply(reply: LatentsReply, ask: LatentsAsk, plan: RunPlan, bank: Laten
     most = min(limit for limit in limits if limit)
     if not 0 <= reply.total <= most:
         raise ReplyRefused(f"Expected at most {most} items in a round; got {reply.total}.")
-    known = bank.dealt_with(plan, reply.site, ask.round)
+    known = latent_bank.dealt_with(plan, reply.site, ask.round)
     if known is not None and known[1] != reply.total:
         raise ReplyRefused(f"Expected {known[1]} items of this round as before; it now says {reply.total}.")
     expected = max(0, min(ask.count, reply.total - ask.first))
     if len(reply.items) != expected:
         raise ReplyRefused(f"Expected {expected} items; got {len(reply.items)}.")
-    told = reply.examples
-    shapes = {name: tuple(tensor.shape) for name, tensor in to_tensors(told).items()}
+    examples = reply.examples
+    shapes = {name: tuple(tensor.shape) for name, tensor in to_tensors(examples).items()}
     if shapes != told_shapes(plan, expected):
         raise ReplyRefused(f"Expected latents of {told_shapes(plan, expected)}; got {shapes}.")
     if reply.wire_dtype != plan.release.latent_dtype:
         raise ReplyRefused(f"Expected values as {plan.release.latent_dtype}; got {reply.wire_dtype}.")
-    lengths = told.latents.double().flatten(1).norm(dim=1)
+    lengths = examples.latents.double().flatten(1).norm(dim=1)
     if not bool((lengths <= latent_bound(plan) * _ROUNDING).all()):  # NaN is not, either
         raise ReplyRefused(f"Expected finite latents of at most {latent_bound(plan):g}; got longer ones.")
     sites = plan.sites if reply.site not in plan.sites else (reply.site,)
-    if any(label not in [plan.sites.index(site) for site in sites] for label in told.site.tolist()):
+    if any(label not in [plan.sites.index(site) for site in sites] for label in examples.site.tolist()):
         raise ReplyRefused(f"Expected items of {', '.join(sites)}; got another's.")
     for name, values in (("body_part", plan.style.body_parts), ("category", diffusion.categories)):
-        places = getattr(told, name)
+        places = getattr(examples, name)
         if not bool(((places >= UNKNOWN) & (places < len(values))).all()):
             raise ReplyRefused(f"Expected {name} from {UNKNOWN} to {len(values) - 1}; got others.")
-    if bool((told.spacing <= 0).any()) or bool(told.spacing.isinf().any()):
+    if bool((examples.spacing <= 0).any()) or bool(examples.spacing.isinf().any()):
         raise ReplyRefused("Expected spacings above 0, or none at all; got others.")
-    if told.label_map is not None:
-        known_maps = told.label_map[~told.label_map.isnan().flatten(1).any(1)]
+    if examples.label_map is not None:
+        known_maps = examples.label_map[~examples.label_map.isnan().flatten(1).any(1)]
         off = (known_maps.sum(1) - 1).abs() > _SHARE_ROUNDING
         if bool(off.any()) or bool((known_maps < 0).any()) or not bool(torch.isfinite(known_maps).all()):
             raise ReplyRefused("Expected shares of labels that sum to one; got others.")

@@ -10,14 +10,24 @@ from federation.plan import RunPlan
 from strategies.content_share import Task
 
 
-def pretraining(plan: RunPlan, bank: Mapping[str, Tensor], home: Mapping[str, Tensor]) -> Task:
+def pretraining(plan: RunPlan, style_bank: Mapping[str, Tensor], home: Mapping[str, Tensor]) -> Task:
     """The task of the run itself; `home` is the common start of what stays at the sites."""
-    plan_json, bank, home, wire_dtype = plan.to_json(), dict(bank), dict(home), plan.release.wire_dtype
+    plan_json, style_bank, home, wire_dtype = (
+        plan.to_json(),
+        dict(style_bank),
+        dict(home),
+        plan.release.wire_dtype,
+    )
 
-    def question(round: int, start: bool) -> RecordDict:
-        begun = home if start or round == 1 else None
+    def question(round_number: int, start: bool) -> RecordDict:
+        begun = home if start or round_number == 1 else None
         ask = TrainAsk(
-            plan_json=plan_json, round=round, shared={}, bank=bank, home=begun, wire_dtype=wire_dtype
+            plan_json=plan_json,
+            round=round_number,
+            shared={},
+            bank=style_bank,
+            home=begun,
+            wire_dtype=wire_dtype,
         )
         return ask.to_record()
 

@@ -6,7 +6,7 @@ fitted probes go out to the sites whose sums came, and the hits come back. The r
 pooled patients; with style heads at home, each site's style is what its own head says. A site that refuses is
 listed and the run goes on.
 
-After the erasure the linear site probe of content is not read from the patients that the erasure was fitted
+After the site erasure the linear site probe of content is not read from the patients that it was fitted
 on: it made the site means of exactly these patients coincide, so leaving some out moves the others' mean the
 other way, and a cross-validated probe falls below chance (measured: .13 at a chance of .33, while patients
 held out gave .46). With `probes.patients: held_out` it is read.
@@ -74,25 +74,27 @@ class FederatedProbes:
         self._patients: dict[str, float] = {}
         """Patients behind the sums of each site that told any."""
 
-    def due(self, round: int) -> bool:
+    def due(self, round_number: int) -> bool:
         """Whether a round is followed by probes."""
-        return round in PROBES.rounds(self._plan)
+        return round_number in PROBES.rounds(self._plan)
 
-    def read(self, round: int, shared: Tensors, bank: Tensors, erased: bool = False) -> dict[str, Any]:
+    def read(
+        self, round_number: int, shared: Tensors, style_bank: Tensors, erased: bool = False
+    ) -> dict[str, Any]:
         """Readings by name, patients by site, and who was put aside why.
 
         Readings are absent where fewer than two sites told their sums. `erased` says that these weights hold
         an erasure, fitted on the patients trained on; they are asked about under the round that would follow.
         """
-        self._round, self.directions, self._patients = round, {}, {}
-        told, refused = self._ask(shared, bank, {}, self._check_sums)
-        if len(told) < 2:
+        self._round, self.directions, self._patients = round_number, {}, {}
+        replies, refused = self._ask(shared, style_bank, {}, self._check_sums)
+        if len(replies) < 2:
             return {"readings": {}, "sites": {}, "refused": refused}
-        sums = {site: reply.sums for site, reply in told.items()}
+        sums = {site: reply.sums for site, reply in replies.items()}
         self.directions = directions_of_sums(sums, self._plan)
         fitted = fitted_probes(sums, self._plan)
-        hits, refused_hits = self._ask(shared, bank, fitted, self._check_hits, only=set(sums))
-        readings = readings_of_sums(sums, bank, self._plan)
+        hits, refused_hits = self._ask(shared, style_bank, fitted, self._check_hits, only=set(sums))
+        readings = readings_of_sums(sums, style_bank, self._plan)
         readings |= readings_of_hits({site: reply.sums for site, reply in hits.items()})
         if erased and self._plan.probes.patients == "train":
             readings.pop("site_from_content", None)
@@ -105,13 +107,13 @@ class FederatedProbes:
     def _ask(
         self,
         shared: Tensors,
-        bank: Tensors,
+        style_bank: Tensors,
         probe: Tensors,
         check: Callable[[ProbeReply], None],
         only: Collection[str] | None = None,
     ) -> tuple[dict[str, ProbeReply], dict[str, str]]:
         ask = ProbeAsk(
-            plan_json=self._plan.to_json(), round=self._round, shared=shared, bank=bank, probe=probe
+            plan_json=self._plan.to_json(), round=self._round, shared=shared, bank=style_bank, probe=probe
         )
         return ask_sites(
             self._grid,
@@ -146,9 +148,9 @@ class FederatedProbes:
         self._check_counts(reply.sums, patients)
         self._patients[reply.site] = patients
 
-    def _check_moments(self, told: Sequence[ErasureMoments | StyleMoments]) -> None:
+    def _check_moments(self, received: Sequence[ErasureMoments | StyleMoments]) -> None:
         try:
-            for moments in told:
+            for moments in received:
                 moments.check(MOST_PATIENTS)
         except ValueError as reason:
             raise ReplyRefused(str(reason)) from reason
@@ -209,12 +211,12 @@ def readings_of_hits(hits: Mapping[str, Tensors]) -> dict[str, float]:
     }
 
 
-def readings_of_sums(sums: Mapping[str, Tensors], bank: Tensors, plan: RunPlan) -> dict[str, float]:
+def readings_of_sums(sums: Mapping[str, Tensors], style_bank: Tensors, plan: RunPlan) -> dict[str, float]:
     """Everything that follows from the first exchange."""
     folds = pooled_folds({site: fold_moments(own, FACTORS, plan) for site, own in sums.items()})
     content, style = content_part(plan), style_part(plan)
     readings = {"content_through_style": float(explained_from_sums(folds, style, content, together=True))}
-    return readings | _anatomy(sums, plan) | _recognition(sums) | _swaps(sums, bank, plan)
+    return readings | _anatomy(sums, plan) | _recognition(sums) | _swaps(sums, style_bank, plan)
 
 
 def _anatomy(sums: Mapping[str, Tensors], plan: RunPlan) -> dict[str, float]:
@@ -236,8 +238,8 @@ def _anatomy(sums: Mapping[str, Tensors], plan: RunPlan) -> dict[str, float]:
 
 def _recognition(sums: Mapping[str, Tensors]) -> dict[str, float]:
     """Top-1 in other styles among each site's own patients; not among all patients of the federation."""
-    told = [own[RECOGNITION] for own in sums.values() if RECOGNITION in own]
-    total = torch.stack(told).sum(0).tolist() if told else []
+    hits = [own[RECOGNITION] for own in sums.values() if RECOGNITION in own]
+    total = torch.stack(hits).sum(0).tolist() if hits else []
     found = dict(zip(RECOGNISED, total, strict=False))
     if not found.get("asked"):
         return {}
@@ -248,11 +250,11 @@ def _recognition(sums: Mapping[str, Tensors]) -> dict[str, float]:
     }
 
 
-def _swaps(sums: Mapping[str, Tensors], bank: Tensors, plan: RunPlan) -> dict[str, float]:
+def _swaps(sums: Mapping[str, Tensors], style_bank: Tensors, plan: RunPlan) -> dict[str, float]:
     """Share of the style gap closed, over ordered pairs of sites."""
-    if not bank or not any(SWAPPED in own for own in sums.values()):
+    if not style_bank or not any(SWAPPED in own for own in sums.values()):
         return {}
-    entries = StyleBank.from_tensors(bank, plan.sites).entries
+    entries = StyleBank.from_tensors(style_bank, plan.sites).entries
     gaps = []
     for site, own in sums.items():
         source = plan.sites.index(site)

@@ -129,14 +129,14 @@ class LatentBank:
         """Whether scans can be reconstructed from what is in it."""
         return self.tables.meta("patient_data") == "true"
 
-    def dealt_with(self, plan: RunPlan, site: str, round: int) -> tuple[int, int] | None:
+    def dealt_with(self, plan: RunPlan, site: str, round_number: int) -> tuple[int, int] | None:
         """How many of a site's items of a round were dealt with, and how many there are; None before it said.
 
         A site that withdrew has none.
         """
         if site in self.tables.withdrawn_sites():
             return 0, 0
-        origin = self.tables.origin_of(plan.sha256, site, round)
+        origin = self.tables.origin_of(plan.sha256, site, round_number)
         return None if origin is None else (origin.next, origin.total)
 
     def add(self, reply: LatentsReply, plan: RunPlan, codes: Codes | None = None) -> Added:
@@ -358,11 +358,11 @@ class LatentBank:
 
 def _terms(plan: RunPlan) -> dict[str, str]:
     """What the numbers in a record mean, by name, as text."""
-    told = {
+    terms = {
         "tokenizer": plan.tokenizer_sha256,
         "sites": list(plan.sites),
         "body parts": list(plan.style.body_parts),
         "classes": [releasing(plan).category, *releasing(plan).categories],
         "volumes": dataclasses.asdict(plan.volumes),
     }
-    return {name: json.dumps(value, sort_keys=True) for name, value in told.items()}
+    return {name: json.dumps(value, sort_keys=True) for name, value in terms.items()}

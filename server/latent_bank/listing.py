@@ -14,15 +14,15 @@ from server.latent_bank.tables import STATES
 _AT_ONCE = 500
 
 
-def summary(bank: LatentBank) -> dict[str, Any]:
+def summary(latent_bank: LatentBank) -> dict[str, Any]:
     """Counts per site, layout, models. Names no item."""
-    origins = bank.tables.origins().values()
-    withdrawn = bank.tables.withdrawn_sites()
-    layout = bank.tables.meta("layout")
+    origins = latent_bank.tables.origins().values()
+    withdrawn = latent_bank.tables.withdrawn_sites()
+    layout = latent_bank.tables.meta("layout")
     sites = {
         site: {
-            **{state: bank.tables.count(state, site) for state in STATES},
-            "withdrawn": bank.tables.num_buried(site),
+            **{state: latent_bank.tables.count(state, site) for state in STATES},
+            "withdrawn": latent_bank.tables.num_buried(site),
             "site_withdrew": site in withdrawn,
             "policies": sorted({origin.policy for origin in origins if origin.site == site}),
             "plans": sorted({origin.plan for origin in origins if origin.site == site}),
@@ -31,23 +31,23 @@ def summary(bank: LatentBank) -> dict[str, Any]:
         for site in sorted({origin.site for origin in origins})
     }
     return {
-        "folder": str(bank.folder),
-        "patient_data": bank.patient_data,
-        "items": len(bank),
+        "folder": str(latent_bank.folder),
+        "patient_data": latent_bank.patient_data,
+        "items": len(latent_bank),
         "layout": None if layout is None else json.loads(layout),
         "sites": sites,
-        "models": [dataclasses.asdict(model) for model in bank.models()],
+        "models": [dataclasses.asdict(model) for model in latent_bank.models()],
     }
 
 
-def items(bank: LatentBank) -> Iterator[dict[str, Any]]:
+def items(latent_bank: LatentBank) -> Iterator[dict[str, Any]]:
     """Every item with where it comes from, in the order of training, those that are not kept last."""
     for state in STATES:
-        for origin in bank.tables.origins().values():
-            numbers = bank.tables.numbers(origin.origin, state).tolist()
+        for origin in latent_bank.tables.origins().values():
+            numbers = latent_bank.tables.numbers(origin.origin, state).tolist()
             for first in range(0, len(numbers), _AT_ONCE):
                 some = numbers[first : first + _AT_ONCE]
-                found = bank.tables.numbered(some)
+                found = latent_bank.tables.numbered(some)
                 for item in (found[number] for number in some if number in found):
                     yield {
                         "item": item.name,

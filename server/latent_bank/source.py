@@ -32,8 +32,8 @@ class LatentSource:
     """An `ExampleSource`. An item that became damaged, or was withdrawn, since the source was made is read as
     the next one that is sound."""
 
-    def __init__(self, bank: Records, numbers: "np.ndarray[Any, np.dtype[np.int64]]") -> None:
-        self._bank, self._numbers = bank, numbers
+    def __init__(self, latent_bank: Records, numbers: "np.ndarray[Any, np.dtype[np.int64]]") -> None:
+        self._latent_bank, self._numbers = latent_bank, numbers
 
     def __len__(self) -> int:
         """Items there were."""
@@ -41,12 +41,12 @@ class LatentSource:
 
     def read(self, rows: Int[Tensor, " b"]) -> Examples:
         """These items. Raises `ValueError` when none can be read."""
-        return self._bank.layout.unpack(self._records(rows))
+        return self._latent_bank.layout.unpack(self._records(rows))
 
     def codes(self, rows: Int[Tensor, " b"]) -> tuple[Tensor, Tensor]:
         """Pooled content and style codes of these items; no columns where the bank has none."""
         records = self._records(rows)
-        layout = self._bank.layout
+        layout = self._latent_bank.layout
         return (
             torch.from_numpy(np.array(records["content"]))
             if layout.content
@@ -56,13 +56,13 @@ class LatentSource:
 
     def _records(self, rows: Tensor) -> "np.ndarray[Any, Any]":
         chosen = self._numbers[rows.numpy()]
-        records, sound = self._bank.records(chosen.tolist())
+        records, sound = self._latent_bank.records(chosen.tolist())
         for place, row in enumerate(rows.tolist()):
             step = 1
             while not sound[place]:
                 if step >= len(self):
                     raise ValueError("Expected a sound item in the latent bank; none opens.")
                 number = int(self._numbers[(row + step) % len(self)])
-                records[place : place + 1], (sound[place],) = self._bank.records([number])
+                records[place : place + 1], (sound[place],) = self._latent_bank.records([number])
                 step += 1
         return records

@@ -103,8 +103,16 @@ class Item:
 
     def header(self, origin: Origin) -> bytes:
         """What the record is sealed with: under another name, site, round or policy it does not open."""
-        told = (origin.site, self.name, origin.round, self.position, origin.policy, origin.plan, self.sha256)
-        return "\0".join(map(str, told)).encode()
+        sealed = (
+            origin.site,
+            self.name,
+            origin.round,
+            self.position,
+            origin.policy,
+            origin.plan,
+            self.sha256,
+        )
+        return "\0".join(map(str, sealed)).encode()
 
 
 _ORIGIN = ", ".join(column.name for column in fields(Origin))
@@ -196,10 +204,10 @@ class Tables:
         """Where an item comes from."""
         return Origin(*self._one(f"SELECT {_ORIGIN} FROM origins WHERE origin = ?", item.origin))
 
-    def origin_of(self, plan: str, site: str, round: int) -> Origin | None:
+    def origin_of(self, plan: str, site: str, round_number: int) -> Origin | None:
         """The origin of what a site releases in a round, once it has answered."""
         where = "WHERE plan = ? AND site = ? AND round = ?"
-        row = self._one(f"SELECT {_ORIGIN} FROM origins {where}", plan, site, round)
+        row = self._one(f"SELECT {_ORIGIN} FROM origins {where}", plan, site, round_number)
         return None if row is None else Origin(*row)
 
     def begin(self, origin: Origin) -> Origin:
@@ -311,11 +319,13 @@ class Tables:
             path, sha256, last_round, self.last_number(), items,
         )  # fmt: skip
 
-    def mark_models(self, item: Item, round: int) -> list[str]:
+    def mark_models(self, item: Item, round_number: int) -> list[str]:
         """Count a withdrawn item at every model that learned from it; their paths."""
         where = "WHERE up_to >= ? AND last_round >= ?"
-        self._run(f"UPDATE models SET withdrawn = withdrawn + 1 {where}", item.number, round)
-        return [str(row[0]) for row in self._all(f"SELECT path FROM models {where}", item.number, round)]
+        self._run(f"UPDATE models SET withdrawn = withdrawn + 1 {where}", item.number, round_number)
+        return [
+            str(row[0]) for row in self._all(f"SELECT path FROM models {where}", item.number, round_number)
+        ]
 
     def models(self) -> list[tuple[str, str, int, int, int]]:
         """Path, hash, last round, items, and items withdrawn since, of every model."""

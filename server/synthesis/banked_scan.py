@@ -14,16 +14,16 @@ from server.latent_bank.bank import LatentBank
 BANK = "bank:"
 
 
-def named_scan(name: str, bank: Path | None, key: Path | None) -> EncodedScan:
+def named_scan(name: str, latent_bank: Path | None, key: Path | None) -> EncodedScan:
     """The encoded scan that `name` means.
 
     Raises `ValueError` when the file is none, the bank is not given, or has no such item to read.
     """
     if not name.startswith(BANK):
         return load_encoded_scan(Path(name))
-    if bank is None:
+    if latent_bank is None:
         raise ValueError(f"Expected --bank FOLDER with {name}; got none.")
-    return scan_of_bank(bank, key, name.removeprefix(BANK))
+    return scan_of_bank(latent_bank, key, name.removeprefix(BANK))
 
 
 def scan_of_bank(folder: Path, key: Path | None, name: str) -> EncodedScan:
@@ -31,20 +31,22 @@ def scan_of_bank(folder: Path, key: Path | None, name: str) -> EncodedScan:
 
     Raises `ValueError` when there is no such bank or item, or the item cannot be read.
     """
-    bank = LatentBank(folder, key, create=False)
+    latent_bank = LatentBank(folder, key, create=False)
     try:
-        item = bank.tables.item(name) if is_item(name) else None
+        item = latent_bank.tables.item(name) if is_item(name) else None
         if item is None:
             raise ValueError(f"Expected an item of the bank {folder}; it has no {name[:40]!r}.")
-        records, (sound,) = bank.records([item.number])
+        records, (sound,) = latent_bank.records([item.number])
         if not sound:
             raise ValueError(
                 f"Expected item {name} of the bank {folder} to be readable; it is {item.state}, or damaged. "
                 "Choose another (`meduet-server bank list`)."
             )
-        told = bank.layout.unpack(records)
-        terms = {term: json.loads(bank.tables.meta(term) or "null") for term in ("tokenizer", "volumes")}
-        x, y, z = told.spacing[0].tolist()
-        return EncodedScan(told.latents[0], terms["tokenizer"], terms["volumes"], {}, (x, y, z))
+        examples = latent_bank.layout.unpack(records)
+        terms = {
+            term: json.loads(latent_bank.tables.meta(term) or "null") for term in ("tokenizer", "volumes")
+        }
+        x, y, z = examples.spacing[0].tolist()
+        return EncodedScan(examples.latents[0], terms["tokenizer"], terms["volumes"], {}, (x, y, z))
     finally:
-        bank.close()
+        latent_bank.close()

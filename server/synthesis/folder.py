@@ -86,8 +86,8 @@ class SynthesisFolder:
         table.writeheader()
         table.writerows({name: _cell(value) for name, value in row.items()} for row in whole)
         write_whole(self._folder / "samples.csv", text.getvalue())
-        told = {"request": self._asked, "samples": whole}
-        write_whole(self._folder / "samples.json", json.dumps(told, indent=1) + "\n")
+        record = {"request": self._asked, "samples": whole}
+        write_whole(self._folder / "samples.json", json.dumps(record, indent=1) + "\n")
 
     def _compare(self, path: Path) -> None:
         try:

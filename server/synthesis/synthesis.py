@@ -45,7 +45,7 @@ class SynthesisRequest:
     count: int = 8
     """Noises drawn; with a way, each is seen at every point of it."""
     style: str = ""
-    """Site whose style is worn; empty: style is not told."""
+    """Site of the target style; empty: style is not told."""
     content: EncodedScan | None = None
     """Scan whose content is told."""
     between: tuple[EncodedScan, EncodedScan] | None = None
@@ -232,7 +232,7 @@ def _draw(
         )
     place = body_part_index(model, request.body_part)
     kind = model.categories.index(request.category) if request.category else UNKNOWN
-    told = Conditions(
+    conditions = Conditions(
         content=None if contents is None else contents[[row % request.points for row in rows]],
         style=style,
         body_part=torch.full((count,), place) if "body_part" in request.told else None,
@@ -240,7 +240,7 @@ def _draw(
         spacing=None if request.spacing_mm is None else torch.tensor([request.spacing_mm] * count),
     )
     return sample(
-        model.transformer, told, count, request.sampling,
+        model.transformer, conditions, count, request.sampling,
         seed=request.seed, batch_size=count, noise=noise,
     )  # fmt: skip
 

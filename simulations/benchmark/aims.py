@@ -108,8 +108,8 @@ def _probe_aims(data: str, summaries: Summaries) -> Iterator[Aim]:
 
 
 def _downstream_aims(data: str, summaries: Summaries) -> Iterator[Aim]:
-    told = sorted({m for own, _, m in summaries if own == data and m.startswith("downstream.")})
-    found = {tuple(measure.split(".", 5)[1:]) for measure in told}
+    measures = sorted({m for own, _, m in summaries if own == data and m.startswith("downstream.")})
+    found = {tuple(measure.split(".", 5)[1:]) for measure in measures}
     for task, metric in sorted({(t, m) for t, m, *_ in found if metric_of(m).main}):
         for mode in ("frozen", "finetuned"):
             shares = sorted({float(s) for t, m, _, own, s in found if (t, m, own) == (task, metric, mode)})

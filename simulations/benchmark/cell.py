@@ -132,9 +132,9 @@ def _models(cell: Cell, simulation: Simulation, scans: Sequence[LatentSet], live
             return []
         case "untrained":
             model = MeDUET(plan.network, len(plan.sites), seed=plan.seed)
-            told = {site: own_moments(own, plan) for site, own in zip(plan.sites, scans, strict=False)}
-            bank = StyleBank.of(plan.sites, told, with_entries=False)
-            model.set_latent_scale(bank.centre, bank.scale)
+            moments = {site: own_moments(own, plan) for site, own in zip(plan.sites, scans, strict=False)}
+            style_bank = StyleBank.of(plan.sites, moments, with_entries=False)
+            model.set_latent_scale(style_bank.centre, style_bank.scale)
             return [model.eval()]
         case "trained":
             result = simulate(simulation, live, RunObserver())
@@ -181,18 +181,18 @@ def _measures(
     measured = {}
     for name, count in groups.items():
         held, own = join(parts[:count]), training[:count]
-        told = [
+        readings = [
             probes(model, plan, held, own, thorough, tokenizer if thorough else None)
             for model, thorough in zip(models, _first_of_content(models), strict=True)
         ]
-        measured[name] = _mean(told)
+        measured[name] = _mean(readings)
     return measured
 
 
-def _mean(told: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def _mean(readings: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Mean of each number over the models that told it; what is not finite is no number."""
-    names = dict.fromkeys(name for one in told for name in one)
-    known = {n: [one[n] for one in told if n in one and math.isfinite(one[n])] for n in names}
+    names = dict.fromkeys(name for one in readings for name in one)
+    known = {n: [one[n] for one in readings if n in one and math.isfinite(one[n])] for n in names}
     return {name: sum(values) / len(values) for name, values in known.items() if values}
 
 
@@ -221,8 +221,8 @@ def main(arguments: Sequence[str]) -> None:
             make_data_set(DataSet(**json.loads(text)))
         case "cell":
             cell = Cell.from_json(text)
-            told = run_cell(cell, Instruments(measure, evaluate_downstream))
-            write_whole(Path(cell.result), json.dumps(told, indent=1, allow_nan=False) + "\n")
+            result = run_cell(cell, Instruments(measure, evaluate_downstream))
+            write_whole(Path(cell.result), json.dumps(result, indent=1, allow_nan=False) + "\n")
         case _:
             raise ValueError(f"Expected data or cell; got {kind!r}.")
 

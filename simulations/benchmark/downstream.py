@@ -61,12 +61,12 @@ def downstream_rows(
         tests = {"seen": seen[cell.patients]}
         if cell.patients == "test" and num_sites < len(scans):
             tests["held_out"] = labelled(task, local, scans[num_sites:], _SPLITS)
-        told = [
+        measured = [
             row
             for model in encoders
             for row in evaluate(model, seen["train"], seen["validation"], tests, settings, seed)
         ]
-        rows += mean_rows(told)
+        rows += mean_rows(measured)
     return rows
 
 

@@ -49,14 +49,14 @@ def write_benchmark(settings: BenchmarkSettings, results: Sequence[Mapping[str, 
     errors = {(r["data"], r["method"]): r["error"] for r in results if "error" in r}
     tables = {data: tables_of(data, titles, summaries, errors) for data in settings.data}
     aims = aims_of(settings.data, summaries)
-    told = {
+    record = {
         "settings": asdict(settings),
         "aims": [asdict(aim) for aim in aims],
         "summaries": [dict(zip(_WHERE, where, strict=True)) | asdict(s) for where, s in summaries.items()],
         "failed": failed,
         "numbers": [asdict(number) for number in numbers],
     }
-    write_whole(folder / "benchmark.json", json.dumps(told, indent=1, allow_nan=False) + "\n")
+    write_whole(folder / "benchmark.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
     write_whole(folder / "benchmark.csv", csv_text(numbers))
     write_whole(folder / "benchmark.md", _markdown(settings, aims, tables, failed))
     write_whole(folder / "benchmark.html", _page(settings, aims, tables, failed, titles, summaries))

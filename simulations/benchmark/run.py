@@ -135,5 +135,5 @@ def _job(settings: BenchmarkSettings, kind: str, label: str, text: str, *after: 
 
 
 def _write_error(cell: Cell, error: str) -> None:
-    told = {"key": cell.key, "data": cell.data, "method": cell.method, "seed": cell.seed, "error": error}
-    write_whole(Path(cell.result), json.dumps(told, indent=1) + "\n")
+    record = {"key": cell.key, "data": cell.data, "method": cell.method, "seed": cell.seed, "error": error}
+    write_whole(Path(cell.result), json.dumps(record, indent=1) + "\n")

@@ -36,7 +36,7 @@ class Variant:
     """`untrained`: the network's start, with the federated latent scale; `none`: no pretrained encoder, only
     the downstream tasks from scratch."""
     erasure: bool = True
-    """Whether the site is erased from content before measuring."""
+    """Whether content is measured after the site erasure."""
 
     def __post_init__(self) -> None:
         """Refuse what would have no effect."""

@@ -183,8 +183,8 @@ def _probe_tables(
 ) -> list[Table]:
     tables = []
     for group, words in GROUPS.items():
-        told = {measure for own, _, measure in summaries if own == data}
-        columns = [(f"{group}.{name}", label) for name, label in COLUMNS if f"{group}.{name}" in told]
+        measures = {measure for own, _, measure in summaries if own == data}
+        columns = [(f"{group}.{name}", label) for name, label in COLUMNS if f"{group}.{name}" in measures]
         if not columns:
             continue
         chances = [
@@ -211,11 +211,11 @@ def _downstream_tables(
     for (task, metric, mode), columns in sorted(found.items()):
         ordered = sorted(columns, key=lambda column: (column[0] != "seen", column[0], column[1]))
         measures = [downstream_measure(task, metric, test, mode, share) for test, share in ordered]
-        told = {m: title for m, title in titles.items() if any((data, m, x) in summaries for x in measures)}
-        missing = {key: error for key, error in failed.items() if key[1] in told}
+        titled = {m: title for m, title in titles.items() if any((data, m, x) in summaries for x in measures)}
+        missing = {key: error for key, error in failed.items() if key[1] in titled}
         header = tuple(f"{test.replace('_', ' ')}, {share:g} of labels" for test, share in ordered)
         title = f"{data}: {task}, {metric_of(metric).title}, {mode}"
-        rows = _rows(data, told, measures, summaries, missing)
+        rows = _rows(data, titled, measures, summaries, missing)
         tables.append(Table(title, ("method", *header), rows))
     return tables
 

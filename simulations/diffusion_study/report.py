@@ -49,13 +49,13 @@ def write_study(
     """Write everything below `folder`; returns the page's path."""
     private_folder(folder)
     rows = summary(curves)
-    told = {
+    record = {
         "facts": facts,
         "curves": [vars(curve) for curve in curves],
         "summary": rows,
         "sources": sources,
     }
-    write_whole(folder / "study.json", json.dumps(told, indent=1, allow_nan=False) + "\n")
+    write_whole(folder / "study.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["told", "start", "seed", "step", "loss"])
@@ -71,8 +71,10 @@ def write_study(
         figure="data:image/png;base64," + base64.b64encode(figure).decode(),
         rows=rows,
         starts=_STARTS,
-        sources=[_title(name, told) for name, told in sources.items()],
-        losses=[_interval(told["loss"], told["loss_low"], told["loss_high"]) for told in sources.values()],
+        sources=[_title(name, source) for name, source in sources.items()],
+        losses=[
+            _interval(source["loss"], source["loss_low"], source["loss_high"]) for source in sources.values()
+        ],
         compared=compared(sources) if sources else [],
         facts=json.dumps(facts, indent=1),
     )
@@ -81,18 +83,18 @@ def write_study(
     return target
 
 
-def _title(name: str, told: Mapping[str, Any]) -> str:
-    return _SOURCES[name] + (f" ({told['site']})" if told.get("site") else "")
+def _title(name: str, source: Mapping[str, Any]) -> str:
+    return _SOURCES[name] + (f" ({source['site']})" if source.get("site") else "")
 
 
 def summary(curves: Sequence[Curve]) -> list[dict[str, Any]]:
     """Per condition and start: last loss over seeds, and by which step scratch's last loss was reached."""
     rows = []
-    for told in dict.fromkeys(curve.told for curve in curves):
-        scratch = [c for c in curves if c.told == told and c.start == "scratch"]
+    for conditions in dict.fromkeys(curve.told for curve in curves):
+        scratch = [c for c in curves if c.told == conditions and c.start == "scratch"]
         bar = {c.seed: c.points[-1][1] for c in scratch}
         for start in dict.fromkeys(curve.start for curve in curves):
-            own = [c for c in curves if c.told == told and c.start == start]
+            own = [c for c in curves if c.told == conditions and c.start == start]
             last = [c.points[-1][1] for c in own]
             reached = [
                 next((step for step, loss in c.points if loss <= bar[c.seed]), None)
@@ -102,7 +104,7 @@ def summary(curves: Sequence[Curve]) -> list[dict[str, Any]]:
             known = [step for step in reached if step is not None]
             rows.append(
                 {
-                    "told": " and ".join(told),
+                    "told": " and ".join(conditions),
                     "start": start,
                     "seeds": len(own),
                     "last": fmean(last),
@@ -119,11 +121,11 @@ def draw_curves(curves: Sequence[Curve], path: Path) -> Path:
     conditions = list(dict.fromkeys(curve.told for curve in curves))
     figure = Figure(figsize=(3.6 * len(conditions) + 0.4, 3.1), layout="constrained")
     panels = figure.subplots(1, len(conditions), squeeze=False)[0]
-    for axes, told in zip(panels, conditions, strict=True):
-        style_axes(axes, f"told {' and '.join(told)}", "loss on test patients")
+    for axes, names in zip(panels, conditions, strict=True):
+        style_axes(axes, f"told {' and '.join(names)}", "loss on test patients")
         axes.set_xlabel("optimiser steps", fontsize=8, color=INK)
         for start, colour in zip(_STARTS, SITE_COLOURS, strict=False):
-            own = [c for c in curves if c.told == told and c.start == start]
+            own = [c for c in curves if c.told == names and c.start == start]
             if not own:
                 continue
             steps = [step for step, _ in own[0].points][1:]  # the first is the zero prediction, for all
@@ -149,7 +151,7 @@ def compared(sources: Mapping[str, Any]) -> list[dict[str, Any]]:
     for place, row in enumerate(first["rows"]):
         if row["features"] != FIXED or row["measure"] not in _SHOWN:
             continue
-        same = [told["rows"][place] for told in sources.values()]
+        same = [source["rows"][place] for source in sources.values()]
         rows.append(
             {
                 "measure": row["measure"],

@@ -62,14 +62,14 @@ def _curves(study: Study, live: Live) -> list[Curve]:
     asked = list(cells(study.asked))
     curves = []
     with live.counting("curves") as progress:
-        for done, (name, start, told, seed) in enumerate(asked):
+        for done, (name, start, given, seed) in enumerate(asked):
             progress(done, len(asked))
             points = _once(
                 study,
                 f"curves/{name}",
-                lambda start=start, told=told, seed=seed: {"points": study.curve(start, told, seed)},  # type: ignore[misc]
+                lambda start=start, given=given, seed=seed: {"points": study.curve(start, given, seed)},  # type: ignore[misc]
             )["points"]
-            curves.append(Curve(start, told, seed, [(int(step), float(loss)) for step, loss in points]))
+            curves.append(Curve(start, given, seed, [(int(step), float(loss)) for step, loss in points]))
             live.say(f"{name}: loss {points[-1][1]:.4f}")
     return curves
 
@@ -92,7 +92,7 @@ def _best_site(study: Study, live: Live) -> str:
             model.conditioner,
             study.patients.validation,
             ("content", "style"),
-            bank=study.bank,
+            style_bank=study.bank,
         )
         losses[site] = float(loss.mean())
     return min(losses, key=losses.__getitem__)
@@ -129,7 +129,7 @@ def _judged(study: Study, source: Source, site: str | None, live: Live) -> dict[
             if opened.scans[name].indices("test")
         ]
     )
-    told = evaluate_generation(
+    judged = evaluate_generation(
         model,
         plan,
         opened.consortium.site(plan.sites[0]).tokenizer,
@@ -140,10 +140,10 @@ def _judged(study: Study, source: Source, site: str | None, live: Live) -> dict[
         labelled=study.labelled,
     )
     losses = validation_loss(
-        model.transformer, model.conditioner, study.patients.test, ("content", "style"), bank=study.bank
+        model.transformer, model.conditioner, study.patients.test, ("content", "style"), style_bank=study.bank
     )
     loss = averaged(losses.double(), [str(i) for i in range(len(losses))], _RESAMPLES, plan.seed)
-    return {"rows": told["rows"], "loss": loss.value, "loss_low": loss.low, "loss_high": loss.high}
+    return {"rows": judged["rows"], "loss": loss.value, "loss_low": loss.low, "loss_high": loss.high}
 
 
 def _once(study: Study, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -165,13 +165,13 @@ class Study:
             if name in self._encoders
         }
 
-    def plan(self, told: tuple[Condition, ...], start: Start, seed: int) -> RunPlan:
+    def plan(self, conditions: tuple[Condition, ...], start: Start, seed: int) -> RunPlan:
         """The run's plan with the diffusion model of a cell."""
         training = dataclasses.replace(
             self.asked.diffusion.training, start="scratch" if start == "scratch" else "encoder"
         )
         diffusion = dataclasses.replace(
-            self.asked.diffusion, conditions=told, training=training, begin_round=1, items_per_site=0
+            self.asked.diffusion, conditions=conditions, training=training, begin_round=1, items_per_site=0
         )
         return dataclasses.replace(self.opened.plan, diffusion=diffusion, seed=seed)
 
@@ -180,16 +180,18 @@ class Study:
         plan = self.plan(("content", "style"), "encoder", 0)
         return encoder_of(plan, self._encoders[which].state_dict())
 
-    def curve(self, start: Start, told: tuple[Condition, ...], seed: int) -> list[tuple[int, float]]:
+    def curve(self, start: Start, conditions: tuple[Condition, ...], seed: int) -> list[tuple[int, float]]:
         """Loss of the averaged model on test patients after so many steps."""
-        plan = self.plan(told, start, seed)
+        plan = self.plan(conditions, start, seed)
         conditioner = Conditioner(self.encoder("encoder"), maps=plan.volumes.registered)
         transformer = transformer_of(plan, self.encoder("pooled" if start == "pooled" else "encoder"))
         trainee = self.trainee(plan, transformer, conditioner)
         source, points = InMemory(self.patients.train), []
         for step in range(self.asked.steps + 1):
             if step % self.asked.validate_every == 0:
-                loss = validation_loss(trainee.ema, conditioner, self.patients.test, told, bank=self.bank)
+                loss = validation_loss(
+                    trainee.ema, conditioner, self.patients.test, conditions, style_bank=self.bank
+                )
                 points.append((step, float(loss.mean())))
             if step < self.asked.steps:
                 trainee.step(source, step)
@@ -221,7 +223,7 @@ class Study:
             plan.diffusion.training,
             total_steps=self.asked.steps,
             seed=plan.seed,
-            bank=self.bank,
+            style_bank=self.bank,
         )
 
     def _federated(self, plan: RunPlan, live: Live) -> DiffusionTransformer:
@@ -248,14 +250,14 @@ class Study:
                 self.bank.to_tensors(),
                 self.folder / "federated",
                 ReplyBook(Journal(self.folder / "federated" / "journal.jsonl")),
-                lambda round, report: count(round, diffusion.rounds),
+                lambda round_number, report: count(round_number, diffusion.rounds),
             )
         return finished.transformer
 
 
 def cells(asked: StudySettings) -> Iterator[tuple[str, Start, tuple[Condition, ...], int]]:
     """Names of the curves, and what each is."""
-    for told in asked.told:
+    for conditions in asked.told:
         for start in asked.starts:
             for seed in asked.seeds:
-                yield f"{start}-{'+'.join(told)}-{seed}", start, told, seed
+                yield f"{start}-{'+'.join(conditions)}-{seed}", start, conditions, seed

@@ -121,16 +121,16 @@ def evaluate_downstream(
     settings: DownstreamSettings,
     seed: int,
     *,
-    bank: StyleBank | None = None,
+    style_bank: StyleBank | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> list[DownstreamRow]:
     """Train every mode at every label share, then measure each on every test set.
 
-    `model` None: only modes that need no pretrained encoder. With a `bank`, half of the scans of a batch wear
-    another site's style. `progress` is called with what is trained, steps done and steps in all. Raises
-    `ValueError` for modes that cannot be, and for labels that are missing or out of range.
+    `model` None: only modes that need no pretrained encoder. With a `style_bank`, half of the scans of a
+    batch are restyled to another site. `progress` is called with what is trained, steps done and steps in
+    all. Raises `ValueError` for modes that cannot be, and for labels that are missing or out of range.
     """
-    _check(model, settings, bank)
+    _check(model, settings, style_bank)
     trained: list[tuple[Mode, float, int, Predictor]] = []
     mode: Mode
     for mode in settings.modes:
@@ -141,7 +141,7 @@ def evaluate_downstream(
             if count not in known:
                 what = f"{mode}, labels of {count}"
                 report = lambda step, loss, what=what: progress(what, step, settings.steps)  # noqa: E731
-                known[count] = _trained(mode, model, labelled, validation, settings, seed, bank, report)
+                known[count] = _trained(mode, model, labelled, validation, settings, seed, style_bank, report)
             trained.append((mode, share, count, known[count]))
     measured: dict[tuple[int, str], list[DownstreamRow]] = {}
     rows: list[DownstreamRow] = []
@@ -185,7 +185,7 @@ def predictor_of(network: DownstreamNetwork) -> Predictor:
     return lambda latents: predict(network, latents)
 
 
-def _check(model: FactorNetwork | None, settings: DownstreamSettings, bank: StyleBank | None) -> None:
+def _check(model: FactorNetwork | None, settings: DownstreamSettings, style_bank: StyleBank | None) -> None:
     wanted = [mode for mode in settings.modes if mode in _PRETRAINED]
     if model is None and wanted:
         raise ValueError(f"Expected a pretrained model for {', '.join(wanted)}; got none.")
@@ -195,7 +195,7 @@ def _check(model: FactorNetwork | None, settings: DownstreamSettings, bank: Styl
         )
     if model is None and settings.network is None and "scratch" in settings.modes:
         raise ValueError("Expected network for mode scratch without a pretrained model; got none.")
-    if bank is not None and task_of(settings.task).fits_pooled and "frozen" in settings.modes:
+    if style_bank is not None and task_of(settings.task).fits_pooled and "frozen" in settings.modes:
         raise ValueError(
             f"bank has no effect on mode frozen with task={settings.task}, which fits pooled content: leave "
             "one of them out."
@@ -209,7 +209,7 @@ def _trained(
     validation: LabelledScans,
     settings: DownstreamSettings,
     seed: int,
-    bank: StyleBank | None,
+    style_bank: StyleBank | None,
     report: Callable[[int, float], None],
 ) -> Predictor:
     network: DownstreamNetwork
@@ -227,7 +227,13 @@ def _trained(
             if mode == "frozen" and task.fits_pooled:
                 return _fitted(task, network, labelled, validation, classes, seed)
     finetune(
-        network, labelled, settings.local(mode), seed=seed, validation=validation, bank=bank, on_step=report
+        network,
+        labelled,
+        settings.local(mode),
+        seed=seed,
+        validation=validation,
+        style_bank=style_bank,
+        on_step=report,
     )
     return predictor_of(network)
 

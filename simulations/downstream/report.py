@@ -90,14 +90,14 @@ def draw_downstream(rows: Sequence[DownstreamRow], path: Path) -> Path:
 
 
 def _cells(row: DownstreamRow) -> dict[str, str]:
-    told = not math.isnan(row.value)
+    known = not math.isnan(row.value)
     digits = metric_of(row.metric).digits
     return {
         "test": _TESTS.get(row.test, row.test),
         "mode": _MODES.get(row.mode, row.mode),
         "share": f"{row.label_share:.0%} ({row.labelled})",
         "metric": metric_of(row.metric).title,
-        "value": f"{row.value:.{digits}f}" if told else "none",
-        "interval": f"{row.low:.{digits}f} to {row.high:.{digits}f}" if told else "",
+        "value": f"{row.value:.{digits}f}" if known else "none",
+        "interval": f"{row.low:.{digits}f} to {row.high:.{digits}f}" if known else "",
         "patients": f"{row.patients}" + (f", {row.undefined} without a value" if row.undefined else ""),
     }

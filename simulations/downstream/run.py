@@ -177,7 +177,7 @@ def _evaluate(asked: DownstreamRunSettings, opened: FinishedRun, live: Live) -> 
             tests,
             settings,
             asked.seed,
-            bank=opened.bank() if asked.bank else None,
+            style_bank=opened.bank() if asked.bank else None,
             progress=progress,
         )
     if federated is not None:
@@ -198,10 +198,10 @@ class _Counted(RoundObserver):
         self._show = show
 
     def on_round_end(
-        self, round: int, shared: Mapping[str, Any], metrics: Mapping[str, Any]
+        self, round_number: int, shared: Mapping[str, Any], metrics: Mapping[str, Any]
     ) -> Mapping[str, Any]:
         """One more is."""
-        self._show(round)
+        self._show(round_number)
         return {}
 
 
@@ -255,5 +255,5 @@ def _federate(
             finetuning,
             opened.pretrained,
             folder,
-            observer=_Counted(lambda round: count(round, finetuning.rounds)),
+            observer=_Counted(lambda round_number: count(round_number, finetuning.rounds)),
         )

@@ -31,7 +31,7 @@ def content_rows(
     asked: Float[Tensor, "b c d h w"],
     stand_in: Float[Tensor, "b c d h w"] | None,
     patient: Sequence[str],
-    told: str,
+    kind: str,
     *,
     resamples: int,
     seed: int,
@@ -58,7 +58,7 @@ def content_rows(
                 values = F.cosine_similarity(content - centre, gallery - centre).double()
             told_of.append(averaged(values, patient, resamples, seed))
         name = f"patient found by content (chance {chance:.0%})" if measure == "found" else "content, cosine"
-        rows.append(quality_row(name, ENCODER, told, *told_of, samples=len(samples), real=len(asked)))
+        rows.append(quality_row(name, ENCODER, kind, *told_of, samples=len(samples), real=len(asked)))
     return rows
 
 
@@ -69,7 +69,7 @@ def site_row(
     patient: Sequence[str],
     training: tuple[Float[Tensor, "n c d h w"], Sequence[int]],
     held: tuple[Float[Tensor, "m c d h w"], Sequence[int], Sequence[str]],
-    told: str,
+    kind: str,
     *,
     resamples: int,
     seed: int,
@@ -93,7 +93,7 @@ def site_row(
         for scans, expected, names in ((samples, asked, patient), held)
     )
     name = f"site asked for, by a probe (chance {1 / len(set(sites)):.0%})"
-    return quality_row(name, ENCODER, told, value, floor, samples=len(samples), real=len(held[0]))
+    return quality_row(name, ENCODER, kind, value, floor, samples=len(samples), real=len(held[0]))
 
 
 def style_gap_row(
@@ -103,7 +103,7 @@ def style_gap_row(
     asked: Float[Tensor, "b s"],
     stand_in: Float[Tensor, "b c d h w"] | None,
     patient: Sequence[str],
-    told: str,
+    kind: str,
     *,
     resamples: int,
     seed: int,
@@ -120,7 +120,7 @@ def style_gap_row(
         for part in (samples, stand_in)
     )
     return quality_row(
-        "style gap closed", ENCODER, told, value, floor, samples=len(samples), real=len(source)
+        "style gap closed", ENCODER, kind, value, floor, samples=len(samples), real=len(source)
     )
 
 

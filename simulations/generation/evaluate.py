@@ -111,9 +111,9 @@ def evaluate_generation(
     learned = _some(training, settings.most_real, seed)
     known = scan_set(learned.latents, [f"training {i}" for i in range(len(learned))], conditioner, tokenizer)
     drawn: dict[str, _Drawn] = {}
-    for told, request in requests(model, held, settings.samples).items():
-        latents = sampler.draw(request, told)
-        drawn[told] = _Drawn(request, scan_set(latents, request.patient, conditioner, tokenizer))
+    for kind, request in requests(model, held, settings.samples).items():
+        latents = sampler.draw(request, kind)
+        drawn[kind] = _Drawn(request, scan_set(latents, request.patient, conditioner, tokenizer))
     progress("measuring", 0, 1)
     table = _distributions(drawn, real, known, settings, seed, model.encoder.latent_deviation.cpu())
     table += _controls(model, tokenizer, held, learned, drawn, settings, seed)
@@ -122,7 +122,7 @@ def evaluate_generation(
     steps = _over_steps(sampler, drawn, real, known, model, tokenizer, settings)
     use = _use(model, labelled, sampler, settings, seed, progress)
     pictures = Pictures(model, plan, tokenizer, held, sampler, settings, target)
-    samples = {told: (one.request, one.scans) for told, one in drawn.items()}
+    samples = {kind: (one.request, one.scans) for kind, one in drawn.items()}
     drawings = pictures.draw(samples, known, steps["counts"])
     found = {
         "settings": asdict(settings),
@@ -161,15 +161,15 @@ def _distributions(
 ) -> list[QualityRow]:
     rows: list[QualityRow] = []
     how: dict[str, Any] = {"resamples": settings.resamples, "seed": seed}
-    for told, one in drawn.items():
+    for kind, one in drawn.items():
         asked_for_held = bool(one.request.rows)  # then anatomy is that of held-out patients
         reference, stand_in = (known, real) if asked_for_held else (real, known)
         rows += distribution_rows(
-            one.scans, reference, stand_in, known, told, neighbours=settings.neighbours, **how
+            one.scans, reference, stand_in, known, kind, neighbours=settings.neighbours, **how
         )
         if not asked_for_held:
-            rows.append(memory_row(one.scans, known, real, deviation, told, **how))
-    several = {told: one.scans for told, one in drawn.items() if told != OTHER}
+            rows.append(memory_row(one.scans, known, real, deviation, kind, **how))
+    several = {kind: one.scans for kind, one in drawn.items() if kind != OTHER}
     rows += diversity_rows(several, real, most=_MOST_PAIRED, **how)
     return rows
 
@@ -187,11 +187,11 @@ def _controls(
     conditioner, how = model.conditioner, {"resamples": settings.resamples, "seed": seed}
     of_sites = usable_rows(model, held)
     apart = held.latents[of_sites], [held.site[i] for i in of_sites], [held.patient[i] for i in of_sites]
-    for told, one in drawn.items():
+    for kind, one in drawn.items():
         request, latents = one.request, one.scans.latents
         source = held.latents[list(request.rows)] if request.rows else None
         moved = None  # the scans asked for, through the tokenizer once more; or moved to the style asked for
-        if told == OTHER and model.bank is not None and source is not None:
+        if kind == OTHER and model.bank is not None and source is not None:
             own = torch.tensor([held.site[i] for i in request.rows])
             moved = model.bank.restyle(source, own, torch.tensor(request.sites))
         elif source is not None:
@@ -199,17 +199,17 @@ def _controls(
                 [tokenizer.encode(tokenizer.decode(x).clamp(0, 1)) for x in torch.split(source, 16)]
             )
         if source is not None:
-            rows += content_rows(conditioner, latents, source, moved, request.patient, told, **how)
+            rows += content_rows(conditioner, latents, source, moved, request.patient, kind, **how)
         if request.sites:
             site = site_row(
                 conditioner, latents, request.sites, request.patient,
-                (learned.latents, learned.site.tolist()), apart, told, **how,
+                (learned.latents, learned.site.tolist()), apart, kind, **how,
             )  # fmt: skip
             rows += [] if site is None else [site]
-        if told == OTHER and source is not None:
+        if kind == OTHER and source is not None:
             asked = site_codes(model, request.sites)
             rows.append(
-                style_gap_row(conditioner, latents, source, asked, moved, request.patient, told, **how)
+                style_gap_row(conditioner, latents, source, asked, moved, request.patient, kind, **how)
             )
     return rows
 
@@ -258,12 +258,12 @@ def _over_steps(
     )  # fmt: skip
     reduce = principal_axes(known.features[FIXED], max(1, min(count, len(real)) // 2))
     reference = reduce(real.features[FIXED])
-    told = []
+    distances = []
     for steps in settings.step_counts:
         latents = sampler.draw(short, "steps", steps=steps)
         scans = scan_set(latents, short.patient, model.conditioner, tokenizer)
-        told.append((steps, latents, frechet_distance(reference, reduce(scans.features[FIXED]))))
-    last, finest = told[-1][1], told[-1][2]
+        distances.append((steps, latents, frechet_distance(reference, reduce(scans.features[FIXED]))))
+    last, finest = distances[-1][1], distances[-1][2]
     counts = [
         {
             "steps": steps,
@@ -271,7 +271,7 @@ def _over_steps(
             "relative": value / finest - 1,
             "solver_error": float((latents - last).square().mean().sqrt() / last.std()),
         }
-        for steps, latents, value in told
+        for steps, latents, value in distances
     ]
     return {"told": short.told, "samples": count, "solver": settings.solver, "counts": counts}
 
@@ -290,8 +290,8 @@ def _use(
         return []
 
     def render(scans: LabelledScans, asked: Sequence[int], number: int) -> Tensor:
-        told = told_of(model, scans.latents, ("content", "style"), site_codes(model, asked))
-        request = Request(OTHER, told, tuple(range(len(scans))), tuple(asked), scans.patient)
+        conditions = told_of(model, scans.latents, ("content", "style"), site_codes(model, asked))
+        request = Request(OTHER, conditions, tuple(range(len(scans))), tuple(asked), scans.patient)
         return sampler.draw(request, f"use {number}")
 
     return use_rows(

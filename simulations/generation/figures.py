@@ -48,7 +48,7 @@ def draw_gallery(rows: Mapping[str, Sequence[Cell]], path: Path) -> Path:
     widths = [width for _ in range(cells) for width in (*(cut[1] for cut in cuts), _BETWEEN)]
     height = max(cut[0] for cut in cuts)
     figure, panels = _dark(len(rows), widths, [height] * len(rows), left=1.0, zoom=0.7)
-    for line, (told, row) in enumerate(rows.items()):
+    for line, (kind, row) in enumerate(rows.items()):
         for place, cell in enumerate(row):
             for plane in range(3):
                 axes = panels[line][4 * place + plane]
@@ -56,7 +56,7 @@ def draw_gallery(rows: Mapping[str, Sequence[Cell]], path: Path) -> Path:
             panels[line][4 * place + 1].set_title(
                 cell.caption, fontsize=9, color=KIND_COLOURS[cell.kind], pad=3
             )
-        _label(panels[line][0], told)
+        _label(panels[line][0], kind)
     return _save_dark(figure, path)
 
 
@@ -86,7 +86,7 @@ def draw_nearest(pairs: Sequence[tuple[Cell, Cell]], path: Path) -> Path:
     return draw_gallery(rows, path)
 
 
-def draw_steps(counts: Sequence[Mapping[str, float]], told: str, path: Path) -> Path:
+def draw_steps(counts: Sequence[Mapping[str, float]], kind: str, path: Path) -> Path:
     """Draw the Fréchet distance and the error of the solver over the number of solver steps."""
     figure = Figure(figsize=(8.4, 2.9), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -104,7 +104,7 @@ def draw_steps(counts: Sequence[Mapping[str, float]], told: str, path: Path) -> 
         axes.set_xscale("log")
         axes.set_xticks(x, [f"{steps:.0f}" for steps in x])
         axes.minorticks_off()
-        axes.set_xlabel(f"solver steps; told: {told}", fontsize=8, color=MUTED)
+        axes.set_xlabel(f"solver steps; told: {kind}", fontsize=8, color=MUTED)
     return save(figure, path)
 
 

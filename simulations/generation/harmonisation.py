@@ -56,7 +56,7 @@ class HarmonisationRow:
     source: str
     """Site that scanned the patients; `all`: mean over pairs of sites."""
     target: str
-    """Site whose style they wear."""
+    """Site of the target style."""
     method: str
     """How."""
     measure: str
@@ -101,15 +101,15 @@ def measure_harmonisation(
     pairs = [(a, b) for a in sites for b in sites if a != b]
     if not pairs or any(patients[a] != patients[b] for a, b in pairs):
         raise ValueError("Expected the same patients at two sites or more whose style is known; got others.")
-    told: dict[str, dict[tuple[int, int], NDArray[np.float64]]] = {}
+    measured: dict[str, dict[tuple[int, int], NDArray[np.float64]]] = {}
     ways = _Ways(model, tokenizer, held, training, volumes, settings, swap_model, plan.seed)
     for done, (a, b) in enumerate(pairs, start=1):
         for method, moved in ways.between(a, b):
-            told.setdefault(method, {})[a, b] = fidelity(moved, volumes[held.rows(b)])
+            measured.setdefault(method, {})[a, b] = fidelity(moved, volumes[held.rows(b)])
         on_step(done, len(pairs))
     rows = [
         row
-        for method, by_pair in told.items()
+        for method, by_pair in measured.items()
         for pair, values in [*by_pair.items(), (None, np.mean(list(by_pair.values()), axis=0))]
         for row in _rows(pair, names, method, values, plan.seed)
     ]
@@ -203,8 +203,8 @@ def _rows(
 def _write(folder: Path, rows: Sequence[HarmonisationRow], settings: SamplingSettings) -> None:
     private_folder(folder)
     plain = [dataclasses.asdict(row) for row in rows]
-    told = {"sampling": dataclasses.asdict(settings), "rows": plain}
-    write_whole(folder / "harmonisation.json", json.dumps(told, indent=1) + "\n")
+    record = {"sampling": dataclasses.asdict(settings), "rows": plain}
+    write_whole(folder / "harmonisation.json", json.dumps(record, indent=1) + "\n")
     text = io.StringIO()
     table = csv.DictWriter(text, fieldnames=list(plain[0]), lineterminator="\n")
     table.writeheader()

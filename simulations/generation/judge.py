@@ -84,7 +84,7 @@ def judge(
     Where the same patients were seen by several scanners, harmonisation is measured against the truth too.
     """
     volumes = bench.volumes()
-    told = evaluate_generation(
+    judged = evaluate_generation(
         model,
         bench.plan,
         bench.tokenizer,
@@ -112,4 +112,4 @@ def judge(
             swap_model=swap_model,
             on_step=lambda done, total: progress("harmonising", done, total),
         )
-    return told
+    return judged

@@ -68,8 +68,8 @@ class Pictures:
         if grid := self._grid(samples):
             drawn["grid"] = grid.name
         drawn["nearest"] = self._nearest(samples, training).name
-        told = samples.get(STYLE, samples[NOTHING])[0].told
-        drawn["steps"] = draw_steps(counts, told, self._folder / "steps.png").name
+        kind = samples.get(STYLE, samples[NOTHING])[0].told
+        drawn["steps"] = draw_steps(counts, kind, self._folder / "steps.png").name
         drawn["volumes"] = self._write_volumes(samples)
         drawn["viewer"] = self._viewer(samples)
         return drawn
@@ -77,15 +77,15 @@ class Pictures:
     def _gallery(self, samples: Samples) -> Path:
         """For each thing told the same conditions with several seeds; the scan asked for comes first."""
         rows: dict[str, list[Cell]] = {}
-        for told, (request, _) in samples.items():
-            if told == OTHER:
+        for kind, (request, _) in samples.items():
+            if kind == OTHER:
                 continue
             one = _repeated(request, self._settings.seeds)
-            volumes = self._decode(self._sampler.draw(one, f"gallery {told}"))
+            volumes = self._decode(self._sampler.draw(one, f"gallery {kind}"))
             cells = [Cell(f"seed {i + 1}", v, "reconstruction") for i, v in enumerate(volumes)]
             if request.rows:
                 cells.insert(0, Cell("scan asked for", self._scan(request.rows[0])))
-            rows[told] = cells
+            rows[kind] = cells
         return draw_gallery(rows, self._folder / "gallery.png")
 
     def _grid(self, samples: Samples) -> Path | None:
@@ -99,12 +99,14 @@ class Pictures:
         rows = list(patients.values())[: self._settings.patients]
         content = [row for row in rows for _ in known]
         asked = known * len(rows)
-        told = told_of(model, held.latents[content], ("content", "style"), site_codes(model, asked))
+        conditions = told_of(model, held.latents[content], ("content", "style"), site_codes(model, asked))
         shape = tuple(held.latents.shape[1:])
         starts = [
             torch.randn(shape, generator=generator_of("grid", self._plan.seed, i)) for i in range(len(rows))
         ]
-        request = Request(OTHER, told, tuple(content), tuple(asked), tuple(held.patient[i] for i in content))
+        request = Request(
+            OTHER, conditions, tuple(content), tuple(asked), tuple(held.patient[i] for i in content)
+        )
         noise = torch.stack(
             [start for start in starts for _ in known]
         )  # one for a patient: only style differs
@@ -151,12 +153,12 @@ class Pictures:
         folder = self._folder / "volumes"
         private_folder(folder)
         names = []
-        for told, (_, scans) in samples.items():
+        for kind, (_, scans) in samples.items():
             for i, volume in enumerate(scans.volumes[: self._settings.volumes]):
                 image = nib.nifti1.Nifti1Image(volume[0].numpy(), self._affine())
                 image.header.set_xyzt_units("mm")
                 image.header["descrip"] = f"FedMeDUET, {_MARK[self._model.patient_data]}"[:79]
-                name = f"volumes/{told.replace(', ', '-').replace(' ', '-')}-{i + 1}.nii.gz"
+                name = f"volumes/{kind.replace(', ', '-').replace(' ', '-')}-{i + 1}.nii.gz"
                 write_whole(self._folder / name, gzip.compress(image.to_bytes(), mtime=0))
                 names.append(name)
         if self._model.patient_data:
@@ -175,12 +177,12 @@ class Pictures:
             name = f"patient {place + 1}, scanned at {self._model.sites[self._held.site[row]]}"
             viewed.append(ViewedVolume(name, "real, held out", self._scan(row), affine))
         real = len(viewed)
-        for told, (request, scans) in samples.items():
+        for kind, (request, scans) in samples.items():
             for i, volume in enumerate(scans.volumes[:count]):
                 who = f"patient {i + 1}, " if request.rows else ""
                 site = f"{self._model.sites[request.sites[i]]} style, " if request.sites else ""
                 name = f"{who}{site}sample {i + 1}"
-                viewed.append(ViewedVolume(name, f"synthetic, told {told}", _array(volume), affine))
+                viewed.append(ViewedVolume(name, f"synthetic, told {kind}", _array(volume), affine))
         path = self._folder / "viewer.html"
         try:
             write_viewer(

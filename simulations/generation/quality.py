@@ -130,7 +130,7 @@ def distribution_rows(
     reference: ScanSet,
     stand_in: ScanSet,
     fitted_on: ScanSet,
-    told: str,
+    kind: str,
     *,
     resamples: int,
     neighbours: int,
@@ -158,7 +158,7 @@ def distribution_rows(
                 two_sided(statistic, (known, real.patient), side, resamples, seed, least) for side in sides
             )
             found.append(
-                quality_row(name, features, told, value, floor, samples=size, real=size, axes=known.shape[1])
+                quality_row(name, features, kind, value, floor, samples=size, real=size, axes=known.shape[1])
             )
         around = [neighbourhoods(known, values, neighbours) for values, _ in sides]
         for name in ("precise", "recalled", "density", "covered"):
@@ -169,7 +169,7 @@ def distribution_rows(
             )
             label = _NEIGHBOURHOODS[name]
             found.append(
-                quality_row(label, features, told, value, floor, samples=size, real=size, axes=known.shape[1])
+                quality_row(label, features, kind, value, floor, samples=size, real=size, axes=known.shape[1])
             )
     return found
 
@@ -183,11 +183,11 @@ def diversity_rows(
     size = min([most, len(reference), *(len(part) for part in samples.values())])
     floor = _mean_similarity(reference.thinned(size, seed), resamples, seed)
     values = {
-        told: _mean_similarity(part.thinned(size, seed), resamples, seed) for told, part in samples.items()
+        kind: _mean_similarity(part.thinned(size, seed), resamples, seed) for kind, part in samples.items()
     }
     return [
-        quality_row("MS-SSIM between scans", "volumes", told, value, floor, samples=size, real=size)
-        for told, value in values.items()
+        quality_row("MS-SSIM between scans", "volumes", kind, value, floor, samples=size, real=size)
+        for kind, value in values.items()
     ]
 
 
@@ -196,7 +196,7 @@ def memory_row(
     training: ScanSet,
     held: ScanSet,
     deviation: Float[Tensor, " c"],
-    told: str,
+    kind: str,
     *,
     resamples: int,
     seed: int,
@@ -228,7 +228,7 @@ def memory_row(
     return quality_row(
         "nearest training over nearest held-out",
         "latents",
-        told,
+        kind,
         value,
         floor,
         samples=len(samples),
@@ -242,7 +242,7 @@ def fidelity_rows(
     truth: Float[Tensor, "b 1 D H W"],
     floor: Float[Tensor, "b 1 D H W"] | None,
     patient: Sequence[str],
-    told: str,
+    kind: str,
     *,
     resamples: int,
     seed: int,
@@ -256,7 +256,7 @@ def fidelity_rows(
         )
         told_of = f"{measure}: {name}"
         rows.append(
-            quality_row(told_of, "volumes", told, value, reference, samples=len(volumes), real=len(truth))
+            quality_row(told_of, "volumes", kind, value, reference, samples=len(volumes), real=len(truth))
         )
     return rows
 
@@ -264,7 +264,7 @@ def fidelity_rows(
 def quality_row(
     measure: str,
     features: str,
-    told: str,
+    kind: str,
     value: Interval,
     floor: Interval,
     *,
@@ -274,15 +274,15 @@ def quality_row(
 ) -> QualityRow:
     """A row from its two intervals."""
     return QualityRow(
-        measure, features, told, value.value, value.low, value.high, floor.value, floor.low, floor.high,
+        measure, features, kind, value.value, value.low, value.high, floor.value, floor.low, floor.high,
         samples, real, axes,
     )  # fmt: skip
 
 
 def averaged(values: Float[Tensor, " b"], patient: Sequence[str], resamples: int, seed: int) -> Interval:
     """The mean over patients, with the percentile interval of the bootstrap."""
-    told = mean_estimate(per_patient(values.detach().cpu().double().numpy(), patient), resamples, seed)
-    return Interval(told.value, told.low, told.high)
+    estimate = mean_estimate(per_patient(values.detach().cpu().double().numpy(), patient), resamples, seed)
+    return Interval(estimate.value, estimate.low, estimate.high)
 
 
 Statistic = Callable[[Tensor, Tensor, Tensor, Tensor], float]
@@ -367,10 +367,10 @@ def _exponential(interval: Interval) -> Interval:
 
 
 def _psnr(volumes: Tensor, truth: Tensor) -> Tensor:
-    told: Tensor = PSNRMetric(max_val=1.0)(volumes, truth)
-    return told.flatten()
+    values_db: Tensor = PSNRMetric(max_val=1.0)(volumes, truth)
+    return values_db.flatten()
 
 
 def _ssim(volumes: Tensor, truth: Tensor) -> Tensor:
-    told: Tensor = SSIMMetric(spatial_dims=3, data_range=1.0, win_size=7)(volumes, truth)
-    return told.flatten()
+    similarity: Tensor = SSIMMetric(spatial_dims=3, data_range=1.0, win_size=7)(volumes, truth)
+    return similarity.flatten()

@@ -96,21 +96,21 @@ def requests(model: GenerativeModel, held: Held, count: int) -> dict[str, Reques
     latents, patient = held.latents[rows], tuple(held.patient[row] for row in rows)
     own, known = [held.site[row] for row in rows], styled_sites(model)
     alone = tuple(f"sample {i}" for i in range(count))
-    told: dict[str, Request] = {}
+    by_kind: dict[str, Request] = {}
     if "content" in names and "style" in names:
         both = told_of(model, latents, ("content", "style"))
-        told[OWN] = Request(OWN, both, tuple(rows), tuple(own), patient)
+        by_kind[OWN] = Request(OWN, both, tuple(rows), tuple(own), patient)
         if len(known) > 1:
             asked = [_next(site, known) for site in own]
             other = told_of(model, latents, ("content", "style"), site_codes(model, asked))
-            told[OTHER] = Request(OTHER, other, tuple(rows), tuple(asked), patient)
+            by_kind[OTHER] = Request(OTHER, other, tuple(rows), tuple(asked), patient)
     if "content" in names:
-        told[CONTENT] = Request(CONTENT, told_of(model, latents, ("content",)), tuple(rows), (), patient)
+        by_kind[CONTENT] = Request(CONTENT, told_of(model, latents, ("content",)), tuple(rows), (), patient)
     if "style" in names and known:
         asked = [known[i % len(known)] for i in range(count)]
-        told[STYLE] = Request(STYLE, Conditions(style=site_codes(model, asked)), (), tuple(asked), alone)
-    told[NOTHING] = Request(NOTHING, Conditions(), (), (), alone)
-    return told
+        by_kind[STYLE] = Request(STYLE, Conditions(style=site_codes(model, asked)), (), tuple(asked), alone)
+    by_kind[NOTHING] = Request(NOTHING, Conditions(), (), (), alone)
+    return by_kind
 
 
 def told_of(
@@ -162,11 +162,11 @@ class Sampler:
     ) -> Float[Tensor, "b c d h w"]:
         """Raw latents of a request; `what` names the draw: another name, other noise."""
         began = time.perf_counter()
-        told = {name for name in self._guidance if getattr(request.conditions, name) is not None}
+        guided = {name for name in self._guidance if getattr(request.conditions, name) is not None}
         settings = SamplingSettings(
             steps=steps or self._steps,
             solver=self._solver,
-            guidance={name: weight for name, weight in self._guidance.items() if name in told},
+            guidance={name: weight for name, weight in self._guidance.items() if name in guided},
         )
         latents = sample(
             self._model.transformer,

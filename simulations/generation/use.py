@@ -50,7 +50,7 @@ def use_rows(
     labelled: LabelledScans,
     test: LabelledScans,
     render: Render,
-    bank: StyleBank,
+    style_bank: StyleBank,
     settings: UseSettings,
     *,
     resamples: int,
@@ -64,21 +64,21 @@ def use_rows(
     """
     if any(not len(scans) or scans.answers.ndim != 5 for scans in (labelled, test)):
         raise NoLabels("Expected labelled scans to train and to test on; got none.")
-    if len(bank.present) < 2:
+    if len(style_bank.present) < 2:
         raise ValueError(
             "Expected the styles of two sites or more; the bank has fewer: nothing to render in."
         )
     classes = 1 + int(max(labelled.answers.max(), test.answers.max()))
 
     def restyled(scans: LabelledScans, asked: Sequence[int], seed: int) -> Tensor:
-        return bank.restyle(scans.latents, torch.tensor(scans.site), torch.tensor(asked))
+        return style_bank.restyle(scans.latents, torch.tensor(scans.site), torch.tensor(asked))
 
     arms = ("few real", "few real, restyled", "few real, synthetic")
     scores: dict[str, list[np.ndarray]] = {arm: [] for arm in arms}
     added, done = 0, 0
     for number in range(settings.seeds):
         few = labelled.share(min(1.0, settings.patients / len(labelled.patients)), seed + number)
-        sites = _others(few, bank, settings.copies, seed + number)
+        sites = _others(few, style_bank, settings.copies, seed + number)
         seen = {"few real": few}
         for arm, again in zip(arms[1:], (restyled, render), strict=True):
             copies = [
@@ -96,17 +96,17 @@ def use_rows(
     means = {arm: per_patient(np.mean(values, axis=0), test.patient) for arm, values in scores.items()}
     rows = []
     for arm in arms[1:]:
-        told = "content, style" if "synthetic" in arm else "moved to other styles"
+        kind = "content, style" if "synthetic" in arm else "moved to other styles"
         value, floor = (_interval(means[name], resamples, seed) for name in (arm, arms[0]))
         gain = _interval(means[arm] - means[arms[0]], resamples, seed)
         for measure, here, there in ((f"Dice, {arm}", value, floor), (f"Dice gained, {arm}", gain, UNKNOWN)):
-            rows.append(quality_row(measure, "volumes", told, here, there, samples=added, real=len(test)))
+            rows.append(quality_row(measure, "volumes", kind, here, there, samples=added, real=len(test)))
     return rows
 
 
-def _others(few: LabelledScans, bank: StyleBank, copies: int, seed: int) -> list[list[int]]:
-    """For each copy the site whose style every scan wears: never its own, another for each copy."""
-    present = [bank.sites.index(site) for site in bank.present]
+def _others(few: LabelledScans, style_bank: StyleBank, copies: int, seed: int) -> list[list[int]]:
+    """For each copy the site of the target style of every scan: never its own, another for each copy."""
+    present = [style_bank.sites.index(site) for site in style_bank.present]
     generator = np.random.default_rng(seed)
     order = [generator.permutation([site for site in present if site != own]) for own in few.site]
     return [[int(sites[copy % len(sites)]) for sites in order] for copy in range(copies)]
@@ -132,5 +132,5 @@ def _dice(
 
 
 def _interval(values: np.ndarray, resamples: int, seed: int) -> Interval:
-    told = mean_estimate(values, resamples, seed)
-    return Interval(told.value, told.low, told.high)
+    estimate = mean_estimate(values, resamples, seed)
+    return Interval(estimate.value, estimate.low, estimate.high)

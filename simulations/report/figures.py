@@ -85,8 +85,8 @@ def save(figure: Figure, path: Path) -> Path:
 def loss_terms(rounds: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Every loss term that any hospital told in any round, with its title; one without a title is called by
     its name."""
-    told = {term for entry in rounds for site in entry["sites"].values() for term in site["loss"]}
-    ordered = [*(term for term in _LABELS if term in told), *sorted(told - set(_LABELS))]
+    terms = {term for entry in rounds for site in entry["sites"].values() for term in site["loss"]}
+    ordered = [*(term for term in _LABELS if term in terms), *sorted(terms - set(_LABELS))]
     return {term: _LABELS.get(term, term) for term in ordered}
 
 

@@ -22,22 +22,22 @@ PLAN = "ab" * 32
 PROMISE = Promise(kind="round", bound=1.0, unit="site update", enforcement="clip")
 
 
-def answer(state: Path, round: int, journal: bool = True) -> None:
+def answer(state: Path, round_number: int, journal: bool = True) -> None:
     """What a site writes for a round, in its order."""
     ledger = Ledger(state / "ledger.jsonl")
-    place = ledger.reserve(Place(plan_sha256=PLAN, kind="round", round=round), "a5" * 32, PROMISE)
-    charge = ledger.settle(place, 1.0, f"{round:064x}")
+    place = ledger.reserve(Place(plan_sha256=PLAN, kind="round", round=round_number), "a5" * 32, PROMISE)
+    charge = ledger.settle(place, 1.0, f"{round_number:064x}")
     if journal:
-        Journal(state / "journal.jsonl").append({"kind": "round", "round": round, "ledger": charge})
-    done = state / "state" / PLAN[:12] / f"round-{round:04d}.safetensors"
+        Journal(state / "journal.jsonl").append({"kind": "round", "round": round_number, "ledger": charge})
+    done = state / "state" / PLAN[:12] / f"round-{round_number:04d}.safetensors"
     done.parent.mkdir(parents=True, exist_ok=True)
     done.write_bytes(b"")
 
 
 @pytest.fixture
 def state(tmp_path: Path) -> Path:
-    for round in (1, 2):
-        answer(tmp_path, round)
+    for round_number in (1, 2):
+        answer(tmp_path, round_number)
     (tmp_path / "state" / PLAN[:12] / "round-0000.safetensors").write_bytes(b"")
     return tmp_path
 

@@ -31,10 +31,10 @@ class Door:
     def gate(self, reservation: Reservation) -> Gate:
         return Gate(reservation, self.ledger, self.journal, self.answers)
 
-    def reserve(self, bound: float = 1.0, enforcement: str = "clip", round: int = 1) -> Reservation:
+    def reserve(self, bound: float = 1.0, enforcement: str = "clip", round_number: int = 1) -> Reservation:
         kind, unit = ("round", "site update") if enforcement == "clip" else ("survey", "patient statistics")
         promise = Promise(kind=kind, bound=bound, unit=unit, enforcement=enforcement)  # type: ignore[arg-type]
-        place = Place(plan_sha256=PLAN, kind=kind, round=round)  # type: ignore[arg-type]
+        place = Place(plan_sha256=PLAN, kind=kind, round=round_number)  # type: ignore[arg-type]
         return self.ledger.reserve(place, ASKED, promise)
 
     def lines(self) -> int:
@@ -247,7 +247,7 @@ def test_when_the_journal_cannot_be_written_nothing_is_returned_though_it_was_ch
     path = tmp_path / "journal.jsonl"
     path.write_text(path.read_text().replace('"round":1', '"round":2'))
     with pytest.raises(ValueError, match="line 1"):
-        door.gate(door.reserve(round=2)).release(update(), SHAPES)
+        door.gate(door.reserve(round_number=2)).release(update(), SHAPES)
     assert door.ledger.open_reservations() == []
 
 
@@ -339,9 +339,9 @@ def answer_place() -> Place:
 
 
 def test_the_answers_of_the_last_three_rounds_of_each_kind_are_kept(door: Door, tmp_path: Path) -> None:
-    door.gate(door.reserve(1e6, "check", round=0)).release(update(), SHAPES)
-    for round in range(1, 6):
-        door.gate(door.reserve(round=round)).release(update(round), SHAPES)
+    door.gate(door.reserve(1e6, "check", round_number=0)).release(update(), SHAPES)
+    for round_number in range(1, 6):
+        door.gate(door.reserve(round=round_number)).release(update(round_number), SHAPES)
     names = sorted(path.name for path in tmp_path.rglob("*.safetensors"))
     assert names == [f"round-000{n}.safetensors" for n in (3, 4, 5)] + ["survey-0000.safetensors"]
 

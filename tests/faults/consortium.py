@@ -93,10 +93,10 @@ class Consortium:
         """Round and process id in which a hospital is held."""
         path = self.sabotage / site / "held"
         try:
-            round, pid = path.read_text().split()
+            round_number, pid = path.read_text().split()
         except (FileNotFoundError, ValueError):
             return None
-        return int(round), int(pid)
+        return int(round_number), int(pid)
 
     def let_go(self, site: str) -> None:
         """A held hospital goes on."""

@@ -44,7 +44,11 @@ class Day:
     @property
     def done(self) -> list[int]:
         """The rounds that the journal should hold when the one that is held is over."""
-        return [one for round in range(1, self.round + 1) for one in [round] * (1 + (round in self.redone))]
+        return [
+            one
+            for round_number in range(1, self.round + 1)
+            for one in [round_number] * (1 + (round_number in self.redone))
+        ]
 
     def next_round(self) -> float:
         """Let the round go on until the next one is under way; seconds until it was on disk.
@@ -87,7 +91,7 @@ def day(folder: Path, rounds: int) -> Iterator[Day]:
     plan = ("hospitals.num_hospitals=2", f"training.rounds={rounds}", "aggregation.deadline_s=600")
     made, expected = undisturbed(folder / "undisturbed", plan)
     site, other = [hospital.name for hospital in made.hospitals][:2]
-    holds = {round: {"do": "hold", "at_step": 1} for round in range(1, rounds + 1)}
+    holds = {round_number: {"do": "hold", "at_step": 1} for round_number in range(1, rounds + 1)}
     run = consortium(folder, plan, made, {site: holds})
     with small_disk(run.poc.run_folder), run.supervisor:
         run.until(lambda: run.held(site) is not None, "the first round")
@@ -103,7 +107,7 @@ def small_disk(folder: Path) -> Iterator[None]:
         yield
         return
     _try("mount", "--make-rprivate", "/")
-    _try("mount", "-t", "tmpfs", "-o", "size=48m", "tmpfs", str(folder))
+    _try("mount", "-t", "tmpfs", "-o", "size=48m,mode=700", "tmpfs", str(folder))
     try:
         yield
     finally:

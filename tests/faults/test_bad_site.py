@@ -106,8 +106,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Consortium, 
 @pytest.mark.parametrize("fault", WAYS)
 def test_it_is_put_aside_with_its_reason_and_the_round_goes_on(run: Any, book: Book, fault: str) -> None:
     whole, _ = run
-    round = FIRST + list(WAYS).index(fault)
-    (line,) = [line for line in whole.journal("round") if line["round"] == round]
+    round_number = FIRST + list(WAYS).index(fault)
+    (line,) = [line for line in whole.journal("round") if line["round"] == round_number]
     _, reason, happens = WAYS[fault]
     assert list(line["refused"]) == [BAD]
     assert reason in line["refused"][BAD]
@@ -115,7 +115,7 @@ def test_it_is_put_aside_with_its_reason_and_the_round_goes_on(run: Any, book: B
     seconds = float(DEADLINE_S) if "hangs" in fault else None
     lost = "that site's share of the round; otherwise same bits"
     book.note(fault, happens, lost, seconds)
-    assert any(one["round"] == round and one["site"] == BAD for one in whole.status()["quarantined"])
+    assert any(one["round"] == round_number and one["site"] == BAD for one in whole.status()["quarantined"])
 
 
 def test_in_the_rounds_without_a_fault_everybody_counts(run: Any) -> None:

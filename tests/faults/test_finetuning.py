@@ -117,7 +117,7 @@ def test_a_published_fine_tuning_runs_where_it_was_approved_and_survives_a_kill(
     status = read_status(folder) or {}
     assert (status["state"], status["plan"], status["rounds"]) == ("complete", sha256, 3)
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert [round["round"] for round in metrics["rounds"]] == [1, 2, 3]
+    assert [entry["round"] for entry in metrics["rounds"]] == [1, 2, 3]
     assert same_bits(load_weights(folder / FINETUNED)[0], expected)
     for path in whole.poc.site_yamls.values():
         assert site_command("journal", "verify", config=path).returncode == 0

@@ -33,12 +33,12 @@ def names(count: int) -> list[str]:
 
 
 def told(seed: int) -> tuple[dict[str, ErasureMoments], dict[str, RenderingMoments]]:
-    own, worn = {}, {}
+    own, renderings = {}, {}
     for site in range(SITES):
         x = content(site, seed)
         own[str(site)] = ErasureMoments.of(x[site], names(PATIENTS), BOUND)
-        worn[str(site)] = RenderingMoments.of(x, names(PATIENTS), BOUND)
-    return own, worn
+        renderings[str(site)] = RenderingMoments.of(x, names(PATIENTS), BOUND)
+    return own, renderings
 
 
 def test_sums_of_two_sites_are_the_sums_of_their_union() -> None:
@@ -65,8 +65,8 @@ def test_renderings_that_do_not_differ_scatter_nothing() -> None:
 
 
 def test_the_code_forgets_the_site_that_a_wide_erasure_still_shows_and_keeps_the_patient() -> None:
-    own, worn = told(1)
-    mean, matrix = fit_content_code(own, worn, SIZE)
+    own, renderings = told(1)
+    mean, matrix = fit_content_code(own, renderings, SIZE)
     unseen = content(7, 2, 80)  # new patients on every scanner
     sites = [s for s in range(SITES) for _ in range(80)]
     patients = names(80) * SITES
@@ -81,8 +81,8 @@ def test_the_code_forgets_the_site_that_a_wide_erasure_still_shows_and_keeps_the
 
 
 def test_the_code_of_the_sites_patients_is_centred_by_site_and_whitened() -> None:
-    own, worn = told(1)
-    mean, matrix = fit_content_code(own, worn, SIZE)
+    own, renderings = told(1)
+    mean, matrix = fit_content_code(own, renderings, SIZE)
     codes = [(content(s, 1)[s].double() - mean) @ matrix.T for s in range(SITES)]
     torch.testing.assert_close(torch.stack([c.mean(0) for c in codes]), torch.zeros(SITES, SIZE).double())
     variances = torch.linalg.eigvalsh(torch.cat(codes).T @ torch.cat(codes) / (SITES * PATIENTS))
@@ -100,15 +100,15 @@ def test_a_late_site_is_erased_by_its_own_patients() -> None:
 
 
 def test_bad_sums_are_refused() -> None:
-    own, worn = told(1)
+    own, renderings = told(1)
     with pytest.raises(ValueError, match="two or more sites; got 1 and 1"):
-        fit_content_code({"0": own["0"]}, {"0": worn["0"]}, SIZE)
+        fit_content_code({"0": own["0"]}, {"0": renderings["0"]}, SIZE)
     with pytest.raises(ValueError, match="got 3 and 2"):
-        fit_content_code(own, {k: worn[k] for k in "01"}, SIZE)
+        fit_content_code(own, {k: renderings[k] for k in "01"}, SIZE)
     with pytest.raises(ValueError, match="at least 3 numbers, one per site; got 2"):
-        fit_content_code(own, worn, 2)
+        fit_content_code(own, renderings, 2)
     with pytest.raises(ValueError, match="of width 48"):
-        worn["0"] + RenderingMoments.from_vector(torch.zeros(3), 2, BOUND)
+        renderings["0"] + RenderingMoments.from_vector(torch.zeros(3), 2, BOUND)
     with pytest.raises(ValueError, match="3 rendering sums; got 4"):
         RenderingMoments.from_vector(torch.zeros(4), 2, BOUND)
     with pytest.raises(ValueError, match="at least one rendering"):

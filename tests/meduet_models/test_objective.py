@@ -348,7 +348,7 @@ def test_hidden_tokens_of_a_scan_are_reconstructed_and_shown_ones_apart() -> Non
 # Draws
 
 
-def test_draws_can_be_replayed_and_pairs_wear_different_sites() -> None:
+def test_draws_can_be_replayed_and_pairs_have_different_target_styles() -> None:
     config = ObjectiveConfig(mask_ratio=0.25)
     seen = torch.zeros(3)
     for seed in range(200):

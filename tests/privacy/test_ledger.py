@@ -14,8 +14,8 @@ ASKED = "a5" * 32
 OTHER = "0f" * 32
 
 
-def place(round: int, promise: Promise = UPDATE, part: str = "") -> Place:
-    return Place(plan_sha256=PLAN, kind=promise.kind, round=round, part=part)
+def place(round_number: int, promise: Promise = UPDATE, part: str = "") -> Place:
+    return Place(plan_sha256=PLAN, kind=promise.kind, round=round_number, part=part)
 
 
 def test_a_reservation_without_a_settlement_stays_visible_after_a_restart(tmp_path: Path) -> None:

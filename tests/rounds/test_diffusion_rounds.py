@@ -146,7 +146,9 @@ def test_the_sites_train_it_and_every_release_is_in_the_books(plan: RunPlan, tmp
         folder = tmp_path / "sites" / site
         assert Ledger(folder / "ledger.jsonl").open_reservations() == []
         records = [json.loads(line)["record"] for line in (folder / "journal.jsonl").read_text().splitlines()]
-        assert [(r["kind"], r["round"]) for r in records] == [("diffusion", round) for round in (1, 2, 3)]
+        assert [(r["kind"], r["round"]) for r in records] == [
+            ("diffusion", round_number) for round_number in (1, 2, 3)
+        ]
         assert all(r["norm_after"] <= r["bound"] for r in records)
     parameters = dict(start.named_parameters())
     assert {r["tensors"] for r in records} == {len(parameters)}, "no latent, no projector, no constant leaves"
@@ -167,7 +169,7 @@ def test_one_site_in_a_federation_is_the_loop_alone(miniature: Any, tmp_path: Pa
         diffusion.training,
         total_steps=2,
         seed=seed_of(b"1" * 32, "diffusion", alone.seed),
-        bank=StyleBank.from_tensors(bank(alone), alone.sites),
+        style_bank=StyleBank.from_tensors(bank(alone), alone.sites),
     )
     source = SiteExamples(Scans(0), alone)
     average = {n: p.detach().clone() for n, p in trainee.transformer.named_parameters()}

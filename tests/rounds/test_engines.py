@@ -45,7 +45,7 @@ def test_sites_alone_send_nothing_and_leave_no_shared_model(miniature: Any, tmp_
     result = in_process(miniature, tmp_path, plan)
     assert result.shared == {} and result.model is None
     assert not (tmp_path / "model.safetensors").exists()
-    assert [len(round["sites"]) for round in result.metrics["rounds"]] == [3, 3, 3]
+    assert [len(entry["sites"]) for entry in result.metrics["rounds"]] == [3, 3, 3]
     assert result.metrics["rounds"][0]["sites"]["oslo"]["bytes_up"] == 0
 
 

@@ -120,7 +120,7 @@ def test_rounds_train_what_the_plan_says_and_every_release_is_in_the_books(
         lines = (tmp_path / "sites" / site / "journal.jsonl").read_text().splitlines()
         records = [json.loads(line)["record"] for line in lines]
         assert [(r["kind"], r["round"], r["plan"]) for r in records] == [
-            ("finetuning", round, finetuning.sha256) for round in (1, 2, 3)
+            ("finetuning", round_number, finetuning.sha256) for round_number in (1, 2, 3)
         ]
         assert all(r["norm_after"] <= r["bound"] == 8 * finetuning.update_clip_norm for r in records)
     tensors, provenance = load_weights(done.path)
@@ -188,7 +188,7 @@ def test_a_number_is_learned_through_the_same_walls(
     local = LocalFinetuning(task="regression", classes=1, steps=8)
     finetuning = agreed(plan, pretrained, local=local, rounds=3, target="age", target_values=("20", "90"))
     done = run_finetuning(grid_of(plan, tmp_path), plan, finetuning, pretrained, tmp_path / "fine")
-    losses = [round["loss"]["total"] for round in done.rounds]
+    losses = [entry["loss"]["total"] for entry in done.rounds]
     assert losses[-1] < losses[0]
     assert done.network(Scans(0).values).shape == (10, 1)
 

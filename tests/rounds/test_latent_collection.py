@@ -103,8 +103,8 @@ class Consortium:
         self.bank = LatentBank(folder / "bank")
         self.book = ReplyBook(Journal(folder / "journal.jsonl"))
 
-    def collect(self, plan: RunPlan, round: int, **more: Any) -> dict[str, Any]:
-        return collect(self.grid, self.roster, plan, round, self.bank, self.book, **more)
+    def collect(self, plan: RunPlan, round_number: int, **more: Any) -> dict[str, Any]:
+        return collect(self.grid, self.roster, plan, round_number, self.bank, self.book, **more)
 
 
 @pytest.fixture
@@ -251,7 +251,7 @@ def test_rounds_release_part_by_part_up_to_the_quota(
 ) -> None:
     plan = make_plan(items_per_round=3, items_per_site=7)
     consortium = Consortium(plan, tmp_path)
-    kept = [consortium.collect(plan, round)["items"] for round in (1, 2, 3)]
+    kept = [consortium.collect(plan, round_number)["items"] for round_number in (1, 2, 3)]
     assert kept == [9, 18, 21]
     assert len(consortium.bank.source(plan, 2)) == 18
     journal = books(consortium, "oslo")[1]

@@ -34,7 +34,7 @@ class Spoiled(InProcessGrid):
     """Before the questions of a kind (and round) go out, something happens at the last site."""
 
     def __init__(
-        self, plan: RunPlan, folder: Path, route: str, round: str, spoil: Callable[[Path], None]
+        self, plan: RunPlan, folder: Path, route: str, round_number: str, spoil: Callable[[Path], None]
     ) -> None:
         def open_site(context: Context) -> Clinic:
             index = int(context.node_config["partition-id"])
@@ -42,7 +42,7 @@ class Spoiled(InProcessGrid):
             return Clinic(folder / name, name, Latents([index]))
 
         super().__init__(make_client_app(open_site), len(plan.participants), through_wire=True)
-        self._when, self._spoil = (route, round), [spoil]
+        self._when, self._spoil = (route, round_number), [spoil]
         self._spoilt = folder / plan.participants[-1]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:

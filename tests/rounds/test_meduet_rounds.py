@@ -88,9 +88,9 @@ def test_a_whole_run_of_the_real_client_and_network(miniature: Any, tmp_path: Pa
     plan = small(miniature, method=method)
     result = run(federation(plan, tmp_path), plan, tmp_path)
     rounds = result.metrics["rounds"]
-    assert [list(round["sites"]) for round in rounds] == [list(plan.participants)] * 2
-    assert not any(round["refused"] for round in rounds)
-    assert all(math.isfinite(value) for round in rounds for value in round["loss"].values())
+    assert [list(entry["sites"]) for entry in rounds] == [list(plan.participants)] * 2
+    assert not any(entry["refused"] for entry in rounds)
+    assert all(math.isfinite(value) for entry in rounds for value in entry["loss"].values())
     assert rounds[0]["loss"]["total"] > 0
     if method == "alone":
         assert result.model is None
@@ -131,7 +131,7 @@ def test_in_mxint8_a_run_takes_fewer_bytes_and_both_sides_hash_the_same(
         plan, folder = small(miniature), tmp_path / wire_dtype
         plan = dataclasses.replace(plan, release=dataclasses.replace(plan.release, wire_dtype=wire_dtype))
         result = run(federation(plan, folder), plan, folder)
-        (last,) = [round for round in result.metrics["rounds"] if round["round"] == 2]
+        (last,) = [entry for entry in result.metrics["rounds"] if entry["round"] == 2]
         sizes.append([(s["bytes_down"], s["bytes_up"]) for s in last["sites"].values()])
         shared.append(dict(result.shared))
         centre = [entry.record for entry in Journal(folder / "journal.jsonl").entries()]
@@ -188,7 +188,7 @@ def test_a_site_that_missed_the_first_rounds_joins_in_later(miniature: Any, tmp_
     grid = Missing(whole._client_app, len(plan.participants))
     metrics = run(grid, plan, tmp_path / "run").metrics
     last = plan.participants[-1]
-    assert [round["refused"] for round in metrics["rounds"]] == [
+    assert [entry["refused"] for entry in metrics["rounds"]] == [
         {last: "Flower error 5"},
         {},  # it never received the start, says so, and is asked again with it in the same round
         {},

@@ -157,7 +157,9 @@ def update_case(plan: RunPlan, folder: Path, finetuning: bool = False, diffusion
     exchange: Any = FINETUNING if finetuning else DIFFUSION if diffusion else PRETRAINING
     bounds = Bounds(num_replies=3, max_norm=20.0, max_examples=MOST_SCANS)
     honest = {name: torch.randn(t.shape, generator=draws) for name, t in shared.items()}
-    task = Task(message_type=exchange.route, rounds=1, max_norm=20.0, question=lambda round, start: valid)
+    task = Task(
+        message_type=exchange.route, rounds=1, max_norm=20.0, question=lambda round_number, start: valid
+    )
     strategy = ContentShare(
         plan, shared, task, roster=registered(plan.sites), folder=folder, book=Unwritten()
     )

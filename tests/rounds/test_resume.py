@@ -60,8 +60,8 @@ def test_a_run_killed_between_aggregation_and_checkpoint_repeats_the_round(
     miniature: Any, tmp_path: Path
 ) -> None:
     class Dies(RunObserver):
-        def on_round_end(self, round: int, shared: Any, metrics: Any) -> dict[str, Any]:
-            if round == 2:
+        def on_round_end(self, round_number: int, shared: Any, metrics: Any) -> dict[str, Any]:
+            if round_number == 2:
                 raise Killed
             return {}
 
@@ -129,7 +129,7 @@ def test_metrics_of_an_interrupted_run_hold_every_round_once(miniature: Any, tmp
         weights(miniature, tmp_path, miniature.plan(), Counted(8))
     weights(miniature, tmp_path, miniature.plan())
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert [round["round"] for round in metrics["rounds"]] == [1, 2, 3]
+    assert [entry["round"] for entry in metrics["rounds"]] == [1, 2, 3]
     assert metrics["survey"]["patients"] == 33
     assert metrics["erasure"]["rank"] == 1
     assert metrics["rounds"][0]["sites"]["lyon"]["examples"] == 23

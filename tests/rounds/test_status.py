@@ -39,7 +39,7 @@ def test_a_complete_run_says_what_every_site_did_and_what_crossed(miniature: Any
     assert status["loss"] == metrics["rounds"][-1]["loss"]
     for name, site in status["sites"].items():
         assert (site["state"], site["round"]) == ("answered", 3)
-        told = [round["sites"][name] for round in metrics["rounds"]]
+        told = [entry["sites"][name] for entry in metrics["rounds"]]
         assert site["bytes_up"] == sum(report["bytes_up"] for report in told) > 0
         assert site["bytes_down"] == sum(report["bytes_down"] for report in told) > 0
         assert site["examples"] == told[-1]["examples"]

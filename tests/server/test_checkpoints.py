@@ -8,22 +8,22 @@ from server.checkpoints import KEPT, Checkpoint, Checkpoints, OtherPlan
 PLAN = "a" * 64
 
 
-def checkpoint(round: int, plan: str = PLAN) -> Checkpoint:
+def checkpoint(round_number: int, plan: str = PLAN) -> Checkpoint:
     return Checkpoint(
         plan_sha256=plan,
-        round=round,
-        shared={"weight": torch.full((3,), float(round)), "same": torch.ones(2)},
+        round=round_number,
+        shared={"weight": torch.full((3,), float(round_number)), "same": torch.ones(2)},
         optimiser={"first/weight": torch.full((3,), 0.5)},
         bank={"mean": torch.zeros(2, 2)},
-        metrics={"rounds": [{"round": r} for r in range(1, round + 1)]},
+        metrics={"rounds": [{"round": r} for r in range(1, round_number + 1)]},
     )
 
 
 def test_the_latest_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "checkpoints", PLAN)
     assert checkpoints.latest() is None
-    for round in range(2):
-        checkpoints.save(checkpoint(round))
+    for round_number in range(2):
+        checkpoints.save(checkpoint(round_number))
     back, expected = checkpoints.latest(), checkpoint(1)
     assert back is not None and (back.round, back.metrics) == (1, expected.metrics)
     for group in ("shared", "optimiser", "bank"):
@@ -34,8 +34,8 @@ def test_the_latest_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
 
 def test_only_the_last_few_are_kept_and_later_ones_of_a_run_that_went_back_go(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, PLAN)
-    for round in range(KEPT + 3):
-        checkpoints.save(checkpoint(round))
+    for round_number in range(KEPT + 3):
+        checkpoints.save(checkpoint(round_number))
     assert checkpoints.rounds() == [3, 4, 5]
     checkpoints.save(checkpoint(4))
     assert checkpoints.rounds() == [3, 4]
@@ -46,8 +46,8 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoints = Checkpoints(tmp_path, PLAN)
-    for round in (1, 2):
-        path = checkpoints.save(checkpoint(round))
+    for round_number in (1, 2):
+        path = checkpoints.save(checkpoint(round_number))
     content = bytearray(path.read_bytes())
     content[-2] ^= 4
     path.write_bytes({"cut": content[: len(content) // 2], "flip": content, "empty": b""}[damage])

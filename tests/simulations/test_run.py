@@ -80,10 +80,12 @@ def test_a_run_that_was_interrupted_ends_in_the_same_bits(
 ) -> None:
     ended = observer.Witness.on_round_end
 
-    def interrupt(witness: Any, round: int, shared: Mapping[str, Any], metrics: Mapping[str, Any]) -> Any:
-        if round == stop_after:
+    def interrupt(
+        witness: Any, round_number: int, shared: Mapping[str, Any], metrics: Mapping[str, Any]
+    ) -> Any:
+        if round_number == stop_after:
             raise KeyboardInterrupt
-        return ended(witness, round, shared, metrics)
+        return ended(witness, round_number, shared, metrics)
 
     monkeypatch.setattr(observer.Witness, "on_round_end", interrupt)
     with pytest.raises(KeyboardInterrupt):

@@ -203,9 +203,9 @@ def test_whether_questions_are_answered_does_not_read_a_latent(
     grid = InProcessGrid(make_client_app(lambda context: site), 1)
     words: list[str] = []
 
-    def is_answered(round: int, guess: float) -> bool:
+    def is_answered(round_number: int, guess: float) -> bool:
         shared = overflowing_above(guess, parts(plan, shared_keys))
-        ask = ProbeAsk(plan_json=plan.to_json(), round=round, shared=shared, bank={}, probe={})
+        ask = ProbeAsk(plan_json=plan.to_json(), round=round_number, shared=shared, bank={}, probe={})
         (reply,) = grid.send_and_receive([Message(ask.to_record(), 1000, PROBES.route, ttl=60.0)])
         if kind_of(reply.content) != "refusal":
             return True
@@ -213,9 +213,9 @@ def test_whether_questions_are_answered_does_not_read_a_latent(
         return False
 
     low, high = -4.0, 4.0
-    for round in range(1, 21):  # each in a place of its own: the law of one answer does not stop this
+    for round_number in range(1, 21):  # each in a place of its own: the law of one answer does not stop this
         middle = (low + high) / 2
-        low, high = (low, middle) if is_answered(round, middle) else (middle, high)
+        low, high = (low, middle) if is_answered(round_number, middle) else (middle, high)
     truth = float(site.held.values[:, 0, 0].mean((1, 2, 3)).max())
     lines = [e.record for e in site.journal.entries() if e.record["kind"] == "refusal"]
     assert len(lines) == len(words) and all(len(line["question"]) == 64 for line in lines)

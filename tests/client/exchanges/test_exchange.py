@@ -83,14 +83,14 @@ def weights(plan: RunPlan) -> tuple[Tensors, Tensors]:
     )
 
 
-def ask(plan: RunPlan, bank: Any, round: int = 1, shared: Tensors | None = None) -> TrainAsk:
+def ask(plan: RunPlan, bank: Any, round_number: int = 1, shared: Tensors | None = None) -> TrainAsk:
     start, home = weights(plan)
     return TrainAsk(
         plan_json=plan.to_json(),
-        round=round,
+        round=round_number,
         shared=start if shared is None else shared,
         bank=bank.to_tensors(),
-        home=home if round == 1 else None,
+        home=home if round_number == 1 else None,
     )
 
 
@@ -132,10 +132,12 @@ def test_a_run_interrupted_between_rounds_equals_one_that_never_stopped(
 ) -> None:
     def run(folder: str, repeat: tuple[int, ...]) -> list[Released]:
         shared, released = weights(plan)[0], []
-        for round in (1, 2, 3):
-            for _ in range(2 if round in repeat else 1):  # a new site object each time: nothing but the disk
+        for round_number in (1, 2, 3):
+            for _ in range(
+                2 if round_number in repeat else 1
+            ):  # a new site object each time: nothing but the disk
                 site = ToySite(tmp_path / folder, toy_scans(PATIENTS))
-                last = answer_round(site, ask(plan, toy_bank(plan), round, shared), plan)
+                last = answer_round(site, ask(plan, toy_bank(plan), round_number, shared), plan)
             released.append(last)
             shared = add(shared, last)
         return released
@@ -154,12 +156,12 @@ def test_a_centre_that_goes_back_a_round_gets_the_same_answer_as_the_first_time(
 ) -> None:
     shared = [weights(plan)[0]]
     first = []
-    for round in (1, 2, 3):
-        first.append(answer_round(site, ask(plan, toy_bank(plan), round, shared[-1]), plan))
+    for round_number in (1, 2, 3):
+        first.append(answer_round(site, ask(plan, toy_bank(plan), round_number, shared[-1]), plan))
         shared.append(add(shared[-1], first[-1]))
-    for round in (3, 2, 3):  # one round back, another one, and forward again
-        again = answer_round(site, ask(plan, toy_bank(plan), round, shared[round - 1]), plan)
-        assert same(again.tensors, first[round - 1].tensors)
+    for round_number in (3, 2, 3):  # one round back, another one, and forward again
+        again = answer_round(site, ask(plan, toy_bank(plan), round_number, shared[round_number - 1]), plan)
+        assert same(again.tensors, first[round_number - 1].tensors)
     restarted = answer_round(site, ask(plan, toy_bank(plan), 1, shared[0]), plan)
     assert same(restarted.tensors, first[0].tensors)
 
@@ -249,11 +251,11 @@ def test_erasure_sums_are_those_of_the_final_network_before_any_erasure(
     torch.testing.assert_close(moments.outer, content.T @ content, rtol=1e-5, atol=1e-5)
     own, latents = site.held.site_index, site.held.values[:, 0]
     with torch.no_grad():
-        worn = torch.stack(
+        restyled = torch.stack(
             [student.pooled_content(styles.restyle(latents, own, torch.full_like(own, s))) for s in range(3)]
         )
-    worn = worn.double().reshape(3, 6, 2, 16).mean(2)  # r n k
-    apart = worn - worn.mean(0)
+    restyled = restyled.double().reshape(3, 6, 2, 16).mean(2)  # r n k
+    apart = restyled - restyled.mean(0)
     assert renderings is not None and float(apart.norm()) > 0.1
     scatter = torch.einsum("rnk,rnj->kj", apart, apart) / 3
     torch.testing.assert_close(renderings.scatter, scatter, rtol=1e-4, atol=1e-5)
@@ -261,12 +263,12 @@ def test_erasure_sums_are_those_of_the_final_network_before_any_erasure(
         answer_erasure(site, replace(question, bank={}), plan)
 
 
-@pytest.mark.parametrize(("round", "text"), [(0, "got round 0"), (4, "got round 4")])
+@pytest.mark.parametrize(("round_number", "text"), [(0, "got round 0"), (4, "got round 4")])
 def test_a_round_outside_the_plan_is_malformed(
-    site: ToySite, plan: RunPlan, toy_bank: Any, round: int, text: str
+    site: ToySite, plan: RunPlan, toy_bank: Any, round_number: int, text: str
 ) -> None:
     with pytest.raises(AskRefused, match=text) as refusal:
-        answer_round(site, ask(plan, toy_bank(plan), round), plan)
+        answer_round(site, ask(plan, toy_bank(plan), round_number), plan)
     assert refusal.value.kind is RefusalKind.MALFORMED
     assert site.opened == 0
 

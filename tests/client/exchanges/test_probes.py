@@ -185,10 +185,12 @@ def site(tmp_path: Path, scans: Any, plan: RunPlan) -> ToySite:
     return site
 
 
-def ask(plan: RunPlan, bank: StyleBank, round: int = 1, **probe: torch.Tensor) -> ProbeAsk:
+def ask(plan: RunPlan, bank: StyleBank, round_number: int = 1, **probe: torch.Tensor) -> ProbeAsk:
     named = network(plan).state_dict()
     shared = {n: named[n] for n in shared_keys(network(plan), plan.style.head, plan.aggregation.method)}
-    return ProbeAsk(plan_json=plan.to_json(), round=round, shared=shared, bank=bank.to_tensors(), probe=probe)
+    return ProbeAsk(
+        plan_json=plan.to_json(), round=round_number, shared=shared, bank=bank.to_tensors(), probe=probe
+    )
 
 
 def test_both_exchanges_pass_the_gate_and_are_in_the_books(
@@ -213,9 +215,9 @@ def test_a_fold_below_the_cohort_tells_nothing(site: ToySite, plan: RunPlan, toy
 
 def test_probes_that_the_plan_does_not_have_are_refused(site: ToySite, plan: RunPlan, toy_bank: Any) -> None:
     off = replace(plan, probes=ProbePlan())
-    for refused, round in ((off, 1), (plan, 5), (plan, 0)):
+    for refused, round_number in ((off, 1), (plan, 5), (plan, 0)):
         with pytest.raises(AskRefused) as refusal:
-            answer_probe(site, ask(refused, toy_bank(plan), round), refused)
+            answer_probe(site, ask(refused, toy_bank(plan), round_number), refused)
         assert refusal.value.kind is RefusalKind.MALFORMED
     with pytest.raises(AskRefused, match="other shapes"):
         answer_probe(site, ask(plan, toy_bank(plan), other=torch.zeros(2)), plan)

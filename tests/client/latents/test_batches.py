@@ -97,13 +97,13 @@ def test_fewer_than_four_training_scans_are_refused(toy_plan: Callable[..., RunP
         Batches(toy_scans(PATIENTS[:3]), toy_plan(), None)
 
 
-def test_every_style_of_the_bank_is_worn_and_labelled_and_own_style_leaves_a_scan_alone(
+def test_every_target_style_of_the_bank_is_drawn_and_labelled_and_own_style_leaves_a_scan_alone(
     toy_plan: Callable[..., RunPlan], toy_scans: Any, toy_bank: Any
 ) -> None:
     plan, scans = toy_plan(), toy_scans(PATIENTS, 1)
     bank = toy_bank(plan)
     batches = Batches(scans, plan, bank)
-    worn: Counter[int] = Counter()
+    seen: Counter[int] = Counter()
     for step in range(100):
         draw = batches.draw(step_generator(SECRET, 7, 1, step))
         batch = batches.apply(draw, CPU)
@@ -111,9 +111,9 @@ def test_every_style_of_the_bank_is_worn_and_labelled_and_own_style_leaves_a_sca
             raw = scans.values[scan]  # one view: 1 c d h w
             expected = raw if site == 1 else restyle(raw, _one(bank, 1), _one(bank, site))
             torch.testing.assert_close(batch.latents[row : row + 1], expected)
-            worn[site] += 1
+            seen[site] += 1
     # Uniform over three sites: 400 draws, sd 9.4; five sd is a false alarm in 10^6.
-    assert set(worn) == {0, 1, 2} and all(abs(count - 400 / 3) < 47 for count in worn.values())
+    assert set(seen) == {0, 1, 2} and all(abs(count - 400 / 3) < 47 for count in seen.values())
 
 
 def test_the_known_answer_of_the_swap_is_the_scan_in_its_partners_style(
@@ -146,7 +146,7 @@ def test_without_a_bank_each_scan_keeps_its_latents_and_its_own_sites_label(
     assert batch.restyled is None and draw.step.target_site is None
 
 
-def test_a_site_that_told_nothing_dresses_its_scans_with_its_own_sums(
+def test_a_site_that_told_nothing_restyles_its_scans_with_its_own_sums(
     toy_plan: Callable[..., RunPlan], toy_scans: Any, toy_bank: Any
 ) -> None:
     plan, scans = toy_plan(), toy_scans(PATIENTS, 1)
@@ -179,10 +179,10 @@ def test_a_body_part_that_a_site_did_not_tell_keeps_its_scans_as_they_are(
     scans = toy_scans(PATIENTS, 0)
     scans.covariates = [{"body_part": "knee"}] * 10
     batches = Batches(scans, plan, StyleBank.of(plan.sites, moments))
-    worn = set()
+    seen = set()
     for step in range(40):
-        worn |= set(batches.apply(batches.draw(step_generator(SECRET, 7, 1, step)), CPU).site.tolist())
-    assert worn == {0, 1}  # west told no knees
+        seen |= set(batches.apply(batches.draw(step_generator(SECRET, 7, 1, step)), CPU).site.tolist())
+    assert seen == {0, 1}  # west told no knees
 
 
 def test_views_are_drawn_per_scan_from_those_that_are_cached(

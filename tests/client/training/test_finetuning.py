@@ -136,7 +136,7 @@ def test_a_bank_shows_other_styles_and_changes_no_label(toy_plan: Callable[..., 
 
     scans = planted(8)
     local = replace(SEGMENTATION, steps=3, batch_size=8)
-    finetune(Watched(2, 2, per_voxel=True), scans, local, seed=0, bank=toy_bank(toy_plan()))
+    finetune(Watched(2, 2, per_voxel=True), scans, local, seed=0, style_bank=toy_bank(toy_plan()))
     as_they_are = [any(torch.equal(one, own) for own in scans.latents) for batch in seen for one in batch]
     assert 0.2 < sum(as_they_are) / len(as_they_are) < 0.95  # half stay, a third of the others draw home
     seen.clear()

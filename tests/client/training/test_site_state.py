@@ -9,15 +9,15 @@ from client.training.site_state import SiteState, StateFolder, StateMissing
 PLAN = "9f3c" * 16
 
 
-def state(round: int, began_from: int | None = None) -> SiteState:
+def state(round_number: int, began_from: int | None = None) -> SiteState:
     return SiteState(
-        round=round,
-        began_from=round - 1 if began_from is None else began_from,
-        home={"style.weight": torch.full((2, 3), float(round))},
-        teacher={"style.weight": torch.full((2, 3), round + 0.5)},
+        round=round_number,
+        began_from=round_number - 1 if began_from is None else began_from,
+        home={"style.weight": torch.full((2, 3), float(round_number))},
+        teacher={"style.weight": torch.full((2, 3), round_number + 0.5)},
         optimiser={
             "exp_avg/style.weight": torch.zeros(2, 3),
-            "step/style.weight": torch.tensor(float(round)),
+            "step/style.weight": torch.tensor(float(round_number)),
         },
     )
 
@@ -44,23 +44,28 @@ def test_a_state_comes_back_as_it_was_kept(folder: StateFolder) -> None:
 
 
 def test_the_last_three_rounds_and_the_common_start_are_kept(folder: StateFolder) -> None:
-    for round in (1, 2, 3, 4):
-        folder.save(state(round), "aa")
+    for round_number in (1, 2, 3, 4):
+        folder.save(state(round_number), "aa")
     assert folder.rounds() == [0, 2, 3, 4]
     assert torch.equal(folder.start().home["style.weight"], torch.zeros(2, 3))
 
 
 def test_a_round_delivered_twice_starts_from_the_same_state(folder: StateFolder) -> None:
-    for round in (1, 2, 3):
-        folder.save(state(round), "aa")
+    for round_number in (1, 2, 3):
+        folder.save(state(round_number), "aa")
     first = folder.before(3)
     folder.save(state(3), "aa")
     assert first.round == folder.before(3).round == 2
 
 
 def test_a_centre_that_goes_back_finds_the_state_and_later_ones_go(folder: StateFolder) -> None:
-    for round in (1, 2, 3, 4):  # the centre never counted round 4, and has lost what it knew of round 3
-        folder.save(state(round), "aa")
+    for round_number in (
+        1,
+        2,
+        3,
+        4,
+    ):  # the centre never counted round 4, and has lost what it knew of round 3
+        folder.save(state(round_number), "aa")
     assert folder.before(3).round == 2
     folder.save(state(3), "bb")
     assert folder.rounds() == [0, 2, 3]
@@ -70,15 +75,15 @@ def test_a_centre_that_goes_back_finds_the_state_and_later_ones_go(folder: State
 def test_a_centre_that_goes_back_too_far_is_refused_and_not_given_the_common_start(
     folder: StateFolder,
 ) -> None:
-    for round in (1, 2, 3, 4, 5):
-        folder.save(state(round), "aa")
+    for round_number in (1, 2, 3, 4, 5):
+        folder.save(state(round_number), "aa")
     with pytest.raises(StateMissing, match=r"after round 2; this site keeps 0, 3, 4, 5"):
         folder.before(3)
 
 
 def test_a_site_that_sat_out_a_round_goes_on_from_its_last_state(folder: StateFolder) -> None:
-    for round in (1, 2):
-        folder.save(state(round), "aa")
+    for round_number in (1, 2):
+        folder.save(state(round_number), "aa")
     assert folder.before(4).round == 2
     folder.save(state(4, began_from=2), "aa")
     assert folder.rounds() == [0, 1, 2, 4]
@@ -87,8 +92,8 @@ def test_a_site_that_sat_out_a_round_goes_on_from_its_last_state(folder: StateFo
 
 
 def test_beginning_again_forgets_the_earlier_attempt(folder: StateFolder) -> None:
-    for round in (1, 2):
-        folder.save(state(round), "aa")
+    for round_number in (1, 2):
+        folder.save(state(round_number), "aa")
     place = folder.enter(1, lambda: start(1.0))
     assert folder.rounds() == [0]
     assert torch.equal(place.start.home["style.weight"], torch.ones(2, 3))
@@ -112,24 +117,24 @@ def test_two_plans_do_not_see_each_other(folder: StateFolder, tmp_path: Path) ->
     assert StateFolder(tmp_path / "state", "0" * 64).rounds() == []
 
 
-def where(tmp_path: Path, round: int) -> Path:
-    (path,) = (tmp_path / "state").rglob(f"round-{round:04d}.safetensors")
+def where(tmp_path: Path, round_number: int) -> Path:
+    (path,) = (tmp_path / "state").rglob(f"round-{round_number:04d}.safetensors")
     return path
 
 
-@pytest.mark.parametrize("round", [0, 1])
+@pytest.mark.parametrize("round_number", [0, 1])
 def test_no_flipped_bit_of_a_state_is_taken_for_the_state(
-    folder: StateFolder, tmp_path: Path, round: int
+    folder: StateFolder, tmp_path: Path, round_number: int
 ) -> None:
     folder.save(state(1), "aa")
-    path = where(tmp_path, round)
+    path = where(tmp_path, round_number)
     whole = path.read_bytes()
-    for bit in range(round, 8 * len(whole), 7):  # of each byte, one or two
+    for bit in range(round_number, 8 * len(whole), 7):  # of each byte, one or two
         damaged = bytearray(whole)
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
-        read = folder._whole(round)
-        assert read is None or (read.began_from == 0 and same(read, state(1) if round else None)), bit
+        read = folder._whole(round_number)
+        assert read is None or (read.began_from == 0 and same(read, state(1) if round_number else None)), bit
 
 
 def same(read: SiteState, written: SiteState | None) -> bool:
@@ -143,8 +148,8 @@ def same(read: SiteState, written: SiteState | None) -> bool:
 def test_a_damaged_state_is_passed_over_for_the_one_before_and_the_log_says_so(
     folder: StateFolder, tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for round in (1, 2):
-        folder.save(state(round), "aa")
+    for round_number in (1, 2):
+        folder.save(state(round_number), "aa")
     path = where(tmp_path, 2)
     whole = path.read_bytes()
     damaged = {
@@ -165,9 +170,9 @@ def test_a_damaged_state_is_passed_over_for_the_one_before_and_the_log_says_so(
 def test_when_all_states_are_damaged_the_round_begins_from_the_start(
     folder: StateFolder, tmp_path: Path
 ) -> None:
-    for round in (1, 2):
-        folder.save(state(round), "aa")
-        where(tmp_path, round).write_bytes(b"torn")
+    for round_number in (1, 2):
+        folder.save(state(round_number), "aa")
+        where(tmp_path, round_number).write_bytes(b"torn")
     assert folder.enter(3).kept.round == 0
 
 

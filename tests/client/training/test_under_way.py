@@ -86,15 +86,19 @@ def site(tmp_path: Path, toy_scans: Any) -> Callable[..., ToySite]:
 
 @pytest.fixture
 def ask(toy_bank: Any) -> Callable[..., TrainAsk]:
-    def make(plan: RunPlan, round: int = 1, shared: Tensors | None = None, told: Any = None) -> TrainAsk:
+    def make(
+        plan: RunPlan, round_number: int = 1, shared: Tensors | None = None, told: Any = None
+    ) -> TrainAsk:
         model = MeDUET(plan.network, len(plan.sites), seed=plan.seed)
         named, method = model.state_dict(), plan.aggregation.method
         return TrainAsk(
             plan_json=plan.to_json(),
-            round=round,
+            round=round_number,
             shared=shared or {n: named[n] for n in shared_keys(model, plan.style.head, method)},
             bank={} if plan.style.exchange == "none" else toy_bank(plan, told).to_tensors(),
-            home={n: named[n] for n in home_keys(model, plan.style.head, method)} if round == 1 else None,
+            home={n: named[n] for n in home_keys(model, plan.style.head, method)}
+            if round_number == 1
+            else None,
         )
 
     return make
@@ -105,39 +109,41 @@ def same(one: Any, other: Any) -> bool:
 
 
 def alike(
-    one: ToySite, other: ToySite, plan: RunPlan, released: tuple[Released, Released], round: int
+    one: ToySite, other: ToySite, plan: RunPlan, released: tuple[Released, Released], round_number: int
 ) -> bool:
     """Update, metrics (but seconds) and what the site keeps: the same bits."""
     first, second = ({k: v for k, v in r.metrics.items() if k != "seconds"} for r in released)
-    kept = [StateFolder(s.state_dir / "state", plan.sha256).before(round + 1) for s in (one, other)]
+    kept = [StateFolder(s.state_dir / "state", plan.sha256).before(round_number + 1) for s in (one, other)]
     return (
         same(released[0].tensors, released[1].tensors)
         and first == second
         and kept[0].sha256 == kept[1].sha256 != ""
-        and kept[0].round == kept[1].round == round
+        and kept[0].round == kept[1].round == round_number
     )
 
 
-@pytest.mark.parametrize("round", [1, 2])
+@pytest.mark.parametrize("round_number", [1, 2])
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
 def test_killed_after_any_step_a_round_ends_in_the_bits_of_one_that_was_not(
-    site: Callable[..., ToySite], ask: Callable[..., TrainAsk], plan: RunPlan, round: int, step: int
+    site: Callable[..., ToySite], ask: Callable[..., TrainAsk], plan: RunPlan, round_number: int, step: int
 ) -> None:
     whole = site("whole", progress_every_s=30.0)
-    for number in range(1, round + 1):
+    for number in range(1, round_number + 1):
         expected = whole.answer(ask(plan, number), plan)
     killed = site("killed")
-    for number in range(1, round):
+    for number in range(1, round_number):
         killed.answer(ask(plan, number), plan)
     with pytest.raises(Killed):
-        killed.answer(ask(plan, round), plan, kill_after=step)
-    assert f"round-{round:04d}.partial.safetensors" in killed.left()
+        killed.answer(ask(plan, round_number), plan, kill_after=step)
+    assert f"round-{round_number:04d}.partial.safetensors" in killed.left()
     again = site("killed")  # nothing but the disk
-    came = again.answer(ask(plan, round), plan)
+    came = again.answer(ask(plan, round_number), plan)
     assert again.steps == list(range(step + 1, STEPS + 1))  # what was done is not done again
-    assert alike(whole, again, plan, (expected, came), round)
+    assert alike(whole, again, plan, (expected, came), round_number)
     assert whole.left() == again.left() and not [name for name in again.left() if "partial" in name]
-    assert len(Journal(again.state_dir / "journal.jsonl").entries()) == round  # the gate was passed once
+    assert (
+        len(Journal(again.state_dir / "journal.jsonl").entries()) == round_number
+    )  # the gate was passed once
     assert again.ledger.verify() == whole.ledger.verify()
 
 
@@ -162,11 +168,11 @@ def test_another_question_begins_the_round_anew(
     what: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def question(round: int = 2, other: bool = False) -> TrainAsk:
+    def question(round_number: int = 2, other: bool = False) -> TrainAsk:
         shared = dict(ask(plan).shared)
         if other and what == "shared":
             shared["embed.bias"] = shared["embed.bias"] + 1e-3
-        return ask(plan, round, shared, ("north", "south") if other and what == "bank" else None)
+        return ask(plan, round_number, shared, ("north", "south") if other and what == "bank" else None)
 
     patients = [*PATIENTS[:-1], "new"] if what == "cohort" else PATIENTS
     first, whole = site("killed"), site("whole", patients)
@@ -180,19 +186,19 @@ def test_another_question_begins_the_round_anew(
     if what == "round":
         (path,) = first.state_dir.rglob("*.partial.safetensors")
         path.rename(path.with_name("round-0003.partial.safetensors"))
-    round = 3 if what == "round" else 2
+    round_number = 3 if what == "round" else 2
     (whole.state_dir / "state").mkdir(parents=True)
     for path in (first.state_dir / "state").rglob("*.safetensors"):
         if "partial" not in path.name:
             target = whole.state_dir / "state" / path.relative_to(first.state_dir / "state")
             target.parent.mkdir(exist_ok=True)
             target.write_bytes(path.read_bytes())
-    expected = whole.answer(question(round, other=True), plan)
+    expected = whole.answer(question(round_number, other=True), plan)
     again = site("killed", patients)
     with caplog.at_level(logging.WARNING, "client"):
-        came = again.answer(question(round, other=True), plan)
+        came = again.answer(question(round_number, other=True), plan)
     assert again.steps == [1, 2, 3]
-    assert alike(whole, again, plan, (expected, came), round)
+    assert alike(whole, again, plan, (expected, came), round_number)
     assert "begins anew" in caplog.text
     assert not [name for name in again.left() if "partial" in name]
 
@@ -340,25 +346,25 @@ def test_the_cohort_is_told_by_its_people_in_their_order(toy_scans: Any) -> None
     assert cohort_sha256(one) not in {cohort_sha256(s) for s in (*others, held_out)}
 
 
-@pytest.mark.parametrize("round", [1, 2])
+@pytest.mark.parametrize("round_number", [1, 2])
 def test_asked_again_when_it_was_done_the_site_answers_the_same_without_a_step(
-    site: Callable[..., ToySite], ask: Callable[..., TrainAsk], plan: RunPlan, round: int
+    site: Callable[..., ToySite], ask: Callable[..., TrainAsk], plan: RunPlan, round_number: int
 ) -> None:
     first = site()
-    for number in range(1, round + 1):
+    for number in range(1, round_number + 1):
         expected = first.answer(ask(plan, number), plan)
     left = {path: path.read_bytes() for path in (first.state_dir / "state").rglob("*") if path.is_file()}
     charged = first.ledger.verify()
     again = site()
-    came = again.answer(ask(plan, round), plan)
+    came = again.answer(ask(plan, round_number), plan)
     assert again.steps == []
     assert same(came.tensors, expected.tensors) and came.metrics == expected.metrics
     assert came.counts == expected.counts
     assert again.ledger.verify() == charged
-    assert again.journal.verify() == round + 1  # what crossed twice is written twice
+    assert again.journal.verify() == round_number + 1  # what crossed twice is written twice
     for path, content in left.items():
         assert path.read_bytes() == content
-    whole, following = site("whole"), round + 1
+    whole, following = site("whole"), round_number + 1
     for number in range(1, following + 1):
         expected = whole.answer(ask(plan, number), plan)
     assert alike(whole, again, plan, (expected, again.answer(ask(plan, following), plan)), following)

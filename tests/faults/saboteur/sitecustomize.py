@@ -23,26 +23,26 @@ from typing import Any
 FOLDER = Path(os.environ["MEDUET_SABOTAGE"])
 
 
-def asked(round: int, kind: str) -> dict[str, Any] | None:
+def asked(round_number: int, kind: str) -> dict[str, Any] | None:
     """What the script wants in this round, once."""
     path = FOLDER / "script.json"
-    step = json.loads(path.read_text()).get(str(round)) if path.is_file() else None
-    done = FOLDER / f"done-{round}"
+    step = json.loads(path.read_text()).get(str(round_number)) if path.is_file() else None
+    done = FOLDER / f"done-{round_number}"
     if step is None or kind not in step or done.exists():
         return None
     return dict(step)
 
 
-def in_training(round: int, at: int) -> None:
+def in_training(round_number: int, at: int) -> None:
     """Called after each step of training."""
-    step = asked(round, "do")
+    step = asked(round_number, "do")
     if step is None or step["at_step"] != at:
         return
-    (FOLDER / f"done-{round}").touch()
+    (FOLDER / f"done-{round_number}").touch()
     match step["do"]:
         case "hold":
             held = FOLDER / "held"
-            held.write_text(f"{round} {os.getpid()}")
+            held.write_text(f"{round_number} {os.getpid()}")
             while held.exists():
                 time.sleep(0.05)
         case "hang":
@@ -84,15 +84,15 @@ def app(module: ModuleType) -> None:
         from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
         from flwr.proto.recorddict_pb2 import RecordDict as Wire
 
-        round = released.record["round"]
-        kept = FOLDER / f"sent-{round}"
+        round_number = released.record["round"]
+        kept = FOLDER / f"sent-{round_number}"
         kept.write_bytes(recorddict_to_proto(record).SerializeToString())
-        step = asked(round, "reply")
+        step = asked(round_number, "reply")
         if step is None:
             return record
-        (FOLDER / f"done-{round}").touch()
+        (FOLDER / f"done-{round_number}").touch()
         if step["reply"] == "replayed":
-            return recorddict_from_proto(Wire.FromString((FOLDER / f"sent-{round - 1}").read_bytes()))
+            return recorddict_from_proto(Wire.FromString((FOLDER / f"sent-{round_number - 1}").read_bytes()))
         return tampered(row.exchange.reply.from_record(record), step["reply"])
 
     module._mail = mail

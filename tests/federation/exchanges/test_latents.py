@@ -181,7 +181,7 @@ def test_rounds_release_each_item_once_within_both_quotas(
     available: int, per_site: int, per_round: int, begin: int
 ) -> None:
     plan = a_plan(begin_round=begin, items_per_site=per_site, items_per_round=per_round)
-    released = [list(releases_of(plan, round, available)) for round in range(begin, 5)]
+    released = [list(releases_of(plan, round_number, available)) for round_number in range(begin, 5)]
     assert all(len(own) <= per_round for own in released if per_round)
     everything = [place for own in released for place in own]
     most = min(available, per_site or available)

@@ -12,7 +12,7 @@ from meduet_models.diffusion.draws import draw_step
 from meduet_models.diffusion.initialisation import first_transformer
 from meduet_models.diffusion.path import PathName
 from meduet_models.diffusion.settings import DiffusionTraining
-from meduet_models.diffusion.site_styles import SiteStyles, dressed
+from meduet_models.diffusion.site_styles import SiteStyles, restyled_examples
 from meduet_models.diffusion.training import DiffusionTrainee, LossNotFinite, validation_loss
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleLayout, StyleMoments
@@ -51,7 +51,9 @@ def trainee(
     settings: DiffusionTraining = SETTINGS, names: tuple[Condition, ...] = BOTH, path: PathName = "linear"
 ) -> DiffusionTrainee:
     transformer = first_transformer(small_config(names, path), small_encoder(), settings, seed=1)
-    return DiffusionTrainee(transformer, small_conditioner(), settings, total_steps=20, seed=7, bank=bank())
+    return DiffusionTrainee(
+        transformer, small_conditioner(), settings, total_steps=20, seed=7, style_bank=bank()
+    )
 
 
 @pytest.mark.parametrize(
@@ -179,28 +181,30 @@ def test_a_sample_is_told_its_sites_style_where_there_is_one() -> None:
 def test_sites_styles_without_a_bank_are_refused() -> None:
     with pytest.raises(ValueError, match="site_style needs the styles of the sites"):
         DiffusionTrainee(
-            awake_transformer(BOTH), small_conditioner(), SETTINGS, total_steps=1, seed=0, bank=None
+            awake_transformer(BOTH), small_conditioner(), SETTINGS, total_steps=1, seed=0, style_bank=None
         )
     alone = dataclasses.replace(SETTINGS, site_style=0.0)
-    DiffusionTrainee(awake_transformer(BOTH), small_conditioner(), alone, total_steps=1, seed=0, bank=None)
+    DiffusionTrainee(
+        awake_transformer(BOTH), small_conditioner(), alone, total_steps=1, seed=0, style_bank=None
+    )
 
 
 def test_content_is_told_from_the_scan_in_another_sites_style_and_the_scan_stays() -> None:
     conditioner, examples, styles = small_conditioner(), small_examples(3), bank()  # c told no style
-    everyone, outfit = torch.ones(3, dtype=torch.bool), torch.tensor([0.0, 0.99, 0.5])
-    worn = dressed(styles, examples, everyone, outfit)
+    everyone, choice = torch.ones(3, dtype=torch.bool), torch.tensor([0.0, 0.99, 0.5])
+    restyled = restyled_examples(styles, examples, everyone, choice)
     others = styles.restyle(examples.latents, torch.tensor([0, 1, 2]), torch.tensor([1, 0, 2]))
-    assert torch.equal(worn.latents, others) and torch.equal(worn.latents[2], examples.latents[2])
-    assert worn.site.tolist() == [1, 0, 2]
-    assert torch.equal(dressed(styles, examples, ~everyone, outfit).latents, examples.latents)
+    assert torch.equal(restyled.latents, others) and torch.equal(restyled.latents[2], examples.latents[2])
+    assert restyled.site.tolist() == [1, 0, 2]
+    assert torch.equal(restyled_examples(styles, examples, ~everyone, choice).latents, examples.latents)
     settings = dataclasses.replace(SETTINGS, restyled_content=1.0)
     mine = DiffusionTrainee(
-        awake_transformer(BOTH), conditioner, settings, total_steps=1, seed=0, bank=styles
+        awake_transformer(BOTH), conditioner, settings, total_steps=1, seed=0, style_bank=styles
     )
     draw = draw_step(settings, BOTH, 3, 0, 0)
     chosen = small_examples(3).rows(draw.rows)
     told = mine._told(chosen, draw, torch.device("cpu"))
-    seen = dressed(styles, chosen, draw.restyled, draw.outfit).latents
+    seen = restyled_examples(styles, chosen, draw.restyled, draw.content_target).latents
     assert told.content is not None and bool(draw.restyled.all())
     torch.testing.assert_close(told.content, conditioner.content(seen))
     assert not torch.equal(told.content, conditioner.content(chosen.latents))
@@ -221,18 +225,18 @@ def test_a_scan_is_learned_as_another_site_would_render_it_and_told_so(
     mine.step(Held(small_examples(3)), 0)
     draw = draw_step(settings, BOTH, 3, mine.seed, 0)
     chosen = small_examples(3).rows(draw.rows)
-    expected = dressed(bank(), chosen, draw.moved, draw.costume)
+    expected = restyled_examples(bank(), chosen, draw.moved, draw.scan_target)
     assert bool(draw.moved.all()) and not torch.equal(expected.latents, chosen.latents)
     assert torch.equal(learned[0].latents, expected.latents)
     assert torch.equal(learned[0].site, expected.site) and not torch.equal(expected.site, chosen.site)
 
 
 @pytest.mark.parametrize("name", ["restyled_content", "restyled_scans"])
-def test_restyling_without_styles_to_wear_is_refused(name: str) -> None:
+def test_restyling_without_target_styles_is_refused(name: str) -> None:
     settings = dataclasses.replace(SETTINGS, **{name: 0.5}, site_style=0.0)
     with pytest.raises(ValueError, match=f"{name} needs the styles of two sites"):
         DiffusionTrainee(
-            awake_transformer(BOTH), small_conditioner(), settings, total_steps=1, seed=0, bank=None
+            awake_transformer(BOTH), small_conditioner(), settings, total_steps=1, seed=0, style_bank=None
         )
 
 

@@ -47,11 +47,11 @@ def test_a_bank_that_travelled_restyles_as_before() -> None:
 
 def test_each_scan_takes_the_style_of_its_own_target() -> None:
     whole, x = bank(0, 1, 2), scans(0, 3)
-    dressed = whole.restyle(x, torch.tensor([0, 0, 0]), torch.tensor([0, 1, 2]))
-    assert torch.equal(dressed[0], x[0])
+    restyled = whole.restyle(x, torch.tensor([0, 0, 0]), torch.tensor([0, 1, 2]))
+    assert torch.equal(restyled[0], x[0])
     for row in (1, 2):
         own, target = moments(0).entry(), moments(row).entry()
-        torch.testing.assert_close(dressed[row : row + 1], restyle(x[row : row + 1], own, target))
+        torch.testing.assert_close(restyled[row : row + 1], restyle(x[row : row + 1], own, target))
 
 
 def test_a_site_that_told_nothing_can_restyle_once_it_knows_its_own_style() -> None:
@@ -92,10 +92,10 @@ def test_body_parts_have_styles_of_their_own_and_must_be_said() -> None:
     whole = StyleBank.of(SITES, told)
     own, target = torch.tensor([0, 0]), torch.tensor([1, 1])
     x = scans(0, 1).expand(2, -1, -1, -1, -1)
-    dressed = whole.restyle(x, own, target, torch.tensor([0, 1]))
+    restyled = whole.restyle(x, own, target, torch.tensor([0, 1]))
     for part in (0, 1):
         expected = restyle(x[:1], told["oslo"].entry(part), told["lyon"].entry(part))
-        torch.testing.assert_close(dressed[part : part + 1], expected)
+        torch.testing.assert_close(restyled[part : part + 1], expected)
     with pytest.raises(ValueError, match="body part"):
         whole.restyle(x, own, target)
 

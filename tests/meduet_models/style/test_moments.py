@@ -123,9 +123,9 @@ def test_restyled_scans_have_the_statistics_of_the_target() -> None:
     layout = StyleLayout(channels=2, latent_grid=GRID, map_grid=None, bound=1e6)
     x, y = scans(3, 6), scans(4, 6) * 2 - 1
     own, target = (StyleMoments.of(z, list("abcdef"), layout).entry() for z in (x, y))
-    dressed = StyleMoments.of(restyle(x, own, target), list("abcdef"), layout).entry()
-    torch.testing.assert_close(dressed.mean, target.mean)
-    torch.testing.assert_close(dressed.deviation, target.deviation)
+    restyled = StyleMoments.of(restyle(x, own, target), list("abcdef"), layout).entry()
+    torch.testing.assert_close(restyled.mean, target.mean)
+    torch.testing.assert_close(restyled.deviation, target.deviation)
 
 
 def test_restyling_there_and_back_gives_the_scan_again() -> None:

@@ -64,8 +64,8 @@ def complete(folder: Path, plan: Any) -> str:
     return "finished:completed"
 
 
-def after_round(folder: Path, plan: Any, round: int) -> str:
-    checkpoint = Checkpoint(plan_sha256=plan.sha256, round=round, shared={}, optimiser={}, bank={})
+def after_round(folder: Path, plan: Any, round_number: int) -> str:
+    checkpoint = Checkpoint(plan_sha256=plan.sha256, round=round_number, shared={}, optimiser={}, bank={})
     Checkpoints(folder / "checkpoints", plan.sha256).save(checkpoint)
     return "finished:failed"
 

@@ -72,12 +72,17 @@ def name(number: int, site: str = "north") -> str:
 
 
 def reply(
-    plan: RunPlan, numbers: list[int], site: str = "north", round: int = 1, first: int = 0, total: int = 99
+    plan: RunPlan,
+    numbers: list[int],
+    site: str = "north",
+    round_number: int = 1,
+    first: int = 0,
+    total: int = 99,
 ) -> LatentsReply:
     return LatentsReply(
         plan_sha256=plan.sha256,
         site=site,
-        round=round,
+        round=round_number,
         first=first,
         total=total,
         items=tuple(name(n, site) for n in numbers),
@@ -113,7 +118,7 @@ def test_what_went_in_comes_out_in_the_order_of_rounds_sites_and_places(
     bank: LatentBank, open_bank: Callable[..., LatentBank]
 ) -> None:
     plan = a_plan()
-    bank.add(reply(plan, [6], "north", round=2), plan)  # comes first, but is of a later round
+    bank.add(reply(plan, [6], "north", round_number=2), plan)  # comes first, but is of a later round
     bank.add(reply(plan, [4, 5], "south"), plan)
     bank.add(reply(plan, [2, 3], "north", first=2), plan)
     bank.add(reply(plan, [0, 1], "north"), plan)
@@ -133,7 +138,7 @@ def test_an_item_is_taken_once_however_often_it_comes(bank: LatentBank) -> None:
     assert vars(bank.add(reply(plan, [0, 1]), plan))["kept"] == 2
     again = bank.add(reply(plan, [0, 1, 2]), plan)
     assert (again.kept, again.known) == (1, 2)
-    later = bank.add(reply(plan, [1, 2], round=2), plan)
+    later = bank.add(reply(plan, [1, 2], round_number=2), plan)
     assert (later.kept, later.known) == (0, 2)
     assert len(bank) == 3 and bank.dealt_with(plan, "north", 1) == (3, 99)
 
@@ -154,7 +159,7 @@ def test_the_centre_keeps_no_more_of_a_site_than_the_plan_says(bank: LatentBank)
     added = bank.add(reply(plan, [0, 1, 2, 3, 4], total=5), plan)
     assert (added.kept, added.over_quota) == (3, 2)
     assert bank.add(reply(plan, [5], "south"), plan).kept == 1
-    assert bank.add(reply(plan, [6], round=2), plan).over_quota == 1
+    assert bank.add(reply(plan, [6], round_number=2), plan).over_quota == 1
 
 
 def test_nothing_on_the_disk_shows_a_latent_or_is_readable_by_others(
@@ -347,7 +352,7 @@ def test_a_site_that_is_forgotten_is_overwritten_never_taken_again_and_marks_wha
     bank.add(reply(plan, [0, 1]), plan)
     bank.add(reply(plan, [2], "south"), plan)
     bank.learned(tmp_path / "early.safetensors", "a" * 64, 1)
-    bank.add(reply(plan, [3], round=2), plan)
+    bank.add(reply(plan, [3], round_number=2), plan)
     bank.learned(tmp_path / "late.safetensors", "b" * 64, 2)
     source = bank.source(plan, 2)
     withdrawal = bank.forget(site="north")
@@ -443,11 +448,11 @@ def test_an_item_is_forgotten_with_its_twins_and_models_of_earlier_rounds_are_le
     plan = a_plan()
     bank.add(reply(plan, [0, 1]), plan)
     bank.learned(tmp_path / "m.safetensors", "a" * 64, 1)
-    bank.add(reply(plan, [5], round=2), plan)
-    bank.add(reply(plan, [5], "south", round=2), plan)
+    bank.add(reply(plan, [5], round_number=2), plan)
+    bank.add(reply(plan, [5], "south", round_number=2), plan)
     assert bank.forget(item=name(5)).items == 2
     assert bank.models()[0].withdrawn == 0
-    added = bank.add(reply(plan, [5], "south", round=2), plan)
+    added = bank.add(reply(plan, [5], "south", round_number=2), plan)
     assert (added.withdrawn, added.kept) == (1, 0)
     assert bank.forget(item=name(0)).models == (str((tmp_path / "m.safetensors").resolve()),)
     assert everything(bank.source(plan, 2)).category.tolist() == [1]
@@ -464,7 +469,7 @@ def test_an_empty_bank_and_one_whose_policy_the_plan_forbids_are_refused(bank: L
     plan = a_plan()
     with pytest.raises(ValueError, match=r"up to round 1 .* it has none"):
         bank.source(plan, 1)
-    bank.add(reply(plan, [0], round=2), plan)
+    bank.add(reply(plan, [0], round_number=2), plan)
     with pytest.raises(ValueError, match=r"up to round 1 .* it has none"):
         bank.source(plan, 1)
     for other in (a_plan(policy="federated", rounds=3), replace(plan, diffusion=None)):

@@ -36,18 +36,20 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Harmonisati
     tokenizer = small_tokenizer()
     plan: RunPlan = make_plan(network=NETWORK, volumes=VOLUMES, sites=("north", "south", "west"))
     bodies = small_latents(PATIENTS, 11)
-    worn = [bodies, 0.8 * bodies + torch.tensor([0.3, -0.2])[None, :, None, None, None]]
-    volumes = [tokenizer.decode(x) for x in worn]
+    latents = [bodies, 0.8 * bodies + torch.tensor([0.3, -0.2])[None, :, None, None, None]]
+    volumes = [tokenizer.decode(x) for x in latents]
     layout = StyleLayout(channels=2, latent_grid=(4, 6, 4), map_grid=NETWORK.style_map_grid, bound=1e3)
     names = [str(n) for n in range(PATIENTS)]
     bank = StyleBank.of(
         plan.sites,
-        {site: StyleMoments.of(x, names, layout) for site, x in zip(plan.sites, worn, strict=False)},
+        {site: StyleMoments.of(x, names, layout) for site, x in zip(plan.sites, latents, strict=False)},
     )
-    held = Held(torch.cat(worn), (0,) * PATIENTS + (1,) * PATIENTS, (*names, *names), torch.zeros(10, 0), ())
+    held = Held(
+        torch.cat(latents), (0,) * PATIENTS + (1,) * PATIENTS, (*names, *names), torch.zeros(10, 0), ()
+    )
     folder = tmp_path_factory.mktemp("harmonisation")
     rows = measure_harmonisation(
-        small_model(tokenizer, bank=bank), plan, tokenizer, held, worn, folder,
+        small_model(tokenizer, bank=bank), plan, tokenizer, held, latents, folder,
         volumes=torch.cat(volumes), settings=FEW, swap_model=MeDUET(NETWORK, 3, seed=0),
     )  # fmt: skip
     return rows, folder
