@@ -12,7 +12,7 @@ from client.confirmation import CURE, unconfirmed
 from client.scans.cohort import Cohort
 from client.scans.layouts import Found
 from client.scans.patients import PatientMap, shown
-from client.scans.scans import Exclusion, Reason
+from client.scans.scans import Exclusion, Note, Reason
 from client.scans.tables import Join
 from client.site import SiteConfig
 from federation.plan import VolumePlan
@@ -31,9 +31,29 @@ CURES = {
     Reason.NO_SUCH_MODALITY: "Say in modality_names which of the site's names is the plan's.",
     Reason.NOT_IN_MANIFEST: "Add them to the manifest, or leave them out.",
     Reason.LABEL_MAP: "They look like segmentations: name them so (labels/, …_seg), or leave them out.",
+    Reason.LEFT_IN_DOUBT: "sform and qform contradict each other about left: convert them again.",
+    Reason.SIZES_CONTRADICT: "Two sources say different voxel sizes: convert them again.",
+    Reason.AMBIGUOUS_FRAMES: "Their detail in exclusions.csv names the attribute; export the series again.",
     Reason.NOT_A_FILE: "Pipes, sockets and devices are never opened.",
 }
 """What helps, by reason."""
+NOTED = {
+    Note.UNIT: "are in another unit than mm, which is converted",
+    Note.SFORM_WITHOUT_SCALE: "have a sform of 1 x 1 x 1 mm and a qform that says otherwise, which is taken",
+    Note.TWO_PLACES: "lie elsewhere by sform than by qform; the sform is taken",
+    Note.PIXDIM_IGNORED: "have other sizes by sform than by pixdim; the sform is taken",
+    Note.NEGATIVE_SPACING: "have a size below zero in pixdim, whose sign is ignored",
+    Note.TRAILING_BYTES: "have bytes after the end of the compressed stream, which are ignored",
+    Note.NAN_BACKGROUND: "have NaN around the patient, which become 0",
+    Note.TILTED: "have slices sheared against each other (a tilted gantry), which are resampled to a "
+    "straight stack",
+    Note.ROUNDED_POSITIONS: "have slices off a regular grid by less than a tenth of the spacing, which is "
+    "taken for rounding",
+    Note.ORDER_BY_NUMBER: "have volumes that only InstanceNumber tells apart, in whole blocks; it decides",
+    Note.NOT_HOUNSFIELD: "are read as CT and cannot be HU by their range (nothing below water, or much below "
+    "air); values are taken as stored",
+}
+"""What is odd about scans that are read nonetheless, and the rule that was followed."""
 MOST_LINES = 6
 LEAST_KEPT = 0.95
 """Share of a scan within the crop below which a person should look."""
@@ -138,6 +158,11 @@ def cohort_lines(cohort: Cohort, volumes: VolumePlan) -> Iterator[Line]:
             f"{sum(cut) / len(cut):.0%} of what is bright in them, {min(cut):.0%} at least"
         )
         yield "crop", "look", told, "A model sees nothing outside: ask the centre for a larger volumes.shape."
+    for note, told in NOTED.items():
+        if noted := [scan for scan in cohort.scans if note in scan.notes]:
+            example = shown(noted[0].path.name)
+            advice = "Look at one in a viewer; cohort.csv lists all of them in its column notes."
+            yield note.value.replace("_", " "), "look", f"{len(noted)} scans {told}, e.g. {example}", advice
     if placed := sum(scan.placed_label for scan in cohort.scans):
         told = f"{placed} labels do not say where they lie; they are taken to lie as their images"
         yield "labels", "look", told, "Compare one with its image in a viewer."

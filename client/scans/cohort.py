@@ -23,7 +23,7 @@ from client.scans.contrasts import ModalityNames
 from client.scans.layouts import Candidate, Layout, LayoutRules, survey
 from client.scans.names import readable
 from client.scans.patients import PatientMap
-from client.scans.scans import Exclusion, Reason, Scan, UnusableScan, is_label_map
+from client.scans.scans import Exclusion, Note, Reason, Scan, UnusableScan, is_hounsfield, is_label_map
 from client.scans.tables import Covariates, Join
 from client.scans.volumes import kept_share, read_files, read_label, same_grid
 from federation.plan import VolumePlan
@@ -61,6 +61,8 @@ class ScanEntry:
     """Share of what is brighter than the scan's mean that lies within the plan's crop."""
     placed_label: bool = False
     """Whether the label says nothing of where it lies, and was given the place of its image."""
+    notes: tuple[Note, ...] = ()
+    """What a person should look at."""
 
 
 @dataclass(frozen=True)
@@ -119,14 +121,14 @@ class Cohort:
         names = sorted({name for scan in self.scans for name in scan.covariates})
         rows: list[list[object]] = [
             ["scan_id", "patient", "visit", "split", "modality", "path", "label",
-             "num_files", "num_volumes", "num_repaired", "kept", *names]
+             "num_files", "num_volumes", "num_repaired", "kept", "notes", *names]
         ]  # fmt: skip
         for scan in self.scans:
             label = self._below(scan.label_path) if scan.label_path else ""
             rows.append(
                 [scan.scan_id, scan.patient, scan.visit, scan.split, scan.modality, self._below(scan.path),
                  label, len(scan.files), scan.num_volumes, scan.num_repaired, f"{scan.kept:.3f}",
-                 *(scan.covariates.get(name, "") for name in names)]
+                 " ".join(scan.notes), *(scan.covariates.get(name, "") for name in names)]
             )  # fmt: skip
         write_whole(folder / "cohort.csv", _table(rows))
         rows = [["path", "reason", "detail", "num_files"]]
@@ -275,6 +277,8 @@ def _admit(
         visit=candidate.visit,
         kept=kept_share(scan, plan),
         placed_label=placed,
+        notes=scan.notes
+        + (Note.NOT_HOUNSFIELD,) * (plan.window == "ct_hu" and not is_hounsfield(scan.array)),
         num_repaired=scan.num_repaired,
     )
     return entry, exclusions

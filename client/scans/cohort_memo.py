@@ -20,7 +20,7 @@ from typing import Any
 from client.scans.cohort import Cohort, Exclusion, ScanEntry
 from client.scans.fingerprints import SETTLED_S
 from client.scans.patients import PatientMap
-from client.scans.scans import Reason
+from client.scans.scans import Note, Reason
 from client.scans.tables import Join
 from storage.files import write_whole
 
@@ -117,6 +117,7 @@ def _entry(values: dict[str, Any]) -> ScanEntry:
         "path": Path(values["path"]),
         "files": tuple(map(Path, values["files"])),
         "label_path": None if label is None else Path(label),
+        "notes": tuple(map(Note, values["notes"])),
     }
     return ScanEntry(**{**values, **paths})
 

@@ -5,7 +5,7 @@ the folders tell, by the rule of `client/scans/patients.py`. One id with several
 one patient, which never puts one person into two splits, and is said. One id of two issuers is two patients;
 where a series does not say the issuer, it has none.
 
-Does not do: group frames (`client/scans/dicom.py`).
+Does not do: group frames (`client/scans/stacks.py`).
 """
 
 from collections import defaultdict
@@ -31,16 +31,17 @@ def survey_dicom(files: Files, rules: LayoutRules) -> Found:
             wrong = is_nifti_name(path) and kind in ("gzip", "nifti")
             exclusions.append(Exclusion(path, Reason.UNSUPPORTED_FORMAT) if wrong else not_nifti(path, kind))
     found, left_over = find_series([path for path, kind in files.kinds.items() if kind == "dicom"])
-    exclusions += [Exclusion(path, reason) for path, reason in left_over]
+    exclusions += left_over
     by_uid = defaultdict(list)
     for one in found:
         by_uid[one.uid].append(one)
     series = []
     for one in found:
-        elsewhere = [other for other in by_uid[one.uid] if other is not one]
+        folder = one.files[0].parent  # where other volumes of the series are volumes of their own
+        elsewhere = [other for other in by_uid[one.uid] if other.files[0].parent != folder]
         if any(other.patient == one.patient and not other.instances & one.instances for other in elsewhere):
-            detail = f"{len(elsewhere) + 1} folders"
-            exclusions.append(Exclusion(one.files[0].parent, Reason.SPLIT_SERIES, detail, one.files))
+            detail = f"{len({other.files[0].parent for other in elsewhere}) + 1} folders"
+            exclusions.append(Exclusion(folder, Reason.SPLIT_SERIES, detail, one.files))
         else:
             series.append(one)
     paths = [one.files[0].relative_to(files.root) for one in series]

@@ -5,27 +5,33 @@ volume however long the series, so that nothing is allocated before the header's
 so that a gzip file is read to its end, where its checksum is. (nibabel stops at the last voxel and never sees
 the checksum.)
 
-Follows https://nifti.nimh.nih.gov/nifti-1: sform before qform, slope 0 means no scaling. Differs from nibabel
-in one way: a file with neither sform nor qform is refused, because nothing says which side is left.
+Follows https://nifti.nimh.nih.gov/nifti-1: sform before qform, slope 0 means no scaling. Where the scan lies,
+and what happens when the header says it twice and differently: `client/scans/nifti_place.py`.
 
 Axes: x y z = voxels as stored.
 """
 
-import gzip
 import io
 import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Float64
 
-from client.scans.scans import FourD, Reason, UnusableScan, check_shape, combine, file_kind, has_nifti_magic
-
-if TYPE_CHECKING:
-    import nibabel as nib
+from client.scans.nifti_place import place_of
+from client.scans.scans import (
+    FourD,
+    Note,
+    Reason,
+    UnusableScan,
+    check_shape,
+    combine,
+    file_kind,
+    has_nifti_magic,
+)
 
 NIFTI_NAMES = (".nii", ".nii.gz")
 DEFLATE_LIMIT = 1032
@@ -36,8 +42,9 @@ SLACK_BYTES = 2**26
 
 def read_nifti(
     path: Path, four_d: FourD, placeless: bool = False
-) -> tuple[Float32[np.ndarray, "x y z"], Float64[np.ndarray, "4 4"], int]:
-    """Values with slope and intercept applied, affine (RAS+ mm), and number of volumes in the file.
+) -> tuple[Float32[np.ndarray, "x y z"], Float64[np.ndarray, "4 4"], int, tuple[Note, ...]]:
+    """Values with slope and intercept applied, affine (RAS+ mm), number of volumes in the file, and what a
+    person should look at.
 
     Raises `UnusableScan`: wrong name, no NIfTI inside, truncated, corrupt, RGB, complex, not 3-D, too large,
     no orientation. Values and affine are not judged here (`scans.accept`). `placeless`: a file with
@@ -45,11 +52,16 @@ def read_nifti(
     """
     gzipped = _check_name(path)
     try:
-        with gzip.open(path) if gzipped else path.open("rb") as stream:
-            return _read(stream, path.stat().st_size, gzipped, four_d, placeless)
+        with path.open("rb") as file:
+            unzipped = _Unzipped(file) if gzipped else None
+            stream = io.BufferedReader(unzipped, 2**17) if unzipped else file
+            array, affine, num_volumes, notes = _read(stream, path.stat().st_size, gzipped, four_d, placeless)
+            if unzipped is not None and unzipped.trailing:
+                notes = (*notes, Note.TRAILING_BYTES)
+            return array, affine, num_volumes, notes
     except EOFError as error:
         raise UnusableScan(Reason.TRUNCATED, "the stream ends early") from error
-    except (gzip.BadGzipFile, zlib.error) as error:
+    except zlib.error as error:
         raise UnusableScan(Reason.CORRUPT, "the checksum fails") from error
     except OSError as error:
         raise UnusableScan(Reason.UNREADABLE, f"errno {error.errno}") from error
@@ -63,6 +75,44 @@ def is_nifti_name(path: Path) -> bool:
 def nifti_stem(path: Path) -> str:
     """The name without `.nii` or `.nii.gz`."""
     return path.name[: -7 if path.name.lower().endswith(".nii.gz") else -4]
+
+
+class _Unzipped(io.RawIOBase):
+    """What a gzip file holds, checksums compared by zlib; bytes that follow the last stream and begin none
+    are `trailing`, not an error (as for gunzip, which warns)."""
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        self._file, self._inflate, self._input = file, zlib.decompressobj(31), b""
+        self.trailing = False
+
+    def readable(self) -> bool:
+        """That it can be read; `io` asks."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer, or a part of it; 0 at the end. Raises `EOFError` and `zlib.error`."""
+        view = memoryview(buffer)
+        while not self._inflate.eof or self._opens_next():
+            piece = self._input or self._file.read(2**17)
+            found = self._inflate.decompress(piece, len(view))
+            self._input = self._inflate.unused_data if self._inflate.eof else self._inflate.unconsumed_tail
+            if found:
+                view[: len(found)] = found
+                return len(found)
+            if not piece and not self._inflate.eof:
+                raise EOFError
+        return 0
+
+    def _opens_next(self) -> bool:
+        """Whether another stream follows; zeros are padding."""
+        self._input = self._input.lstrip(b"\0")
+        while len(self._input) < 2 and (more := self._file.read(2**17)):
+            self._input = (self._input + more).lstrip(b"\0")
+        if self._input.startswith(b"\x1f\x8b"):
+            self._inflate = zlib.decompressobj(31)
+            return True
+        self.trailing = bool(self._input)
+        return False
 
 
 def _check_name(path: Path) -> bool:
@@ -88,11 +138,13 @@ def _check_name(path: Path) -> bool:
 
 def _read(
     stream: io.BufferedIOBase, num_file_bytes: int, gzipped: bool, four_d: FourD, placeless: bool
-) -> tuple[Float32[np.ndarray, "x y z"], Float64[np.ndarray, "4 4"], int]:
+) -> tuple[Float32[np.ndarray, "x y z"], Float64[np.ndarray, "4 4"], int, tuple[Note, ...]]:
     import nibabel as nib  # here and below: a quarter of a second, and most questions read no scan
     from nibabel.spatialimages import HeaderDataError
 
-    head = stream.read(540)
+    head = stream.read(348)
+    if head[4:8] == b"n+2\0":
+        head += stream.read(540 - 348)
     if not has_nifti_magic(head):
         raise UnusableScan(Reason.NOT_A_SCAN if len(head) >= 348 else Reason.TRUNCATED)
     kind, length = (nib.Nifti1Header, 348) if head[344:348] == b"n+1\0" else (nib.Nifti2Header, 540)
@@ -112,7 +164,7 @@ def _read(
     if not (0 <= num_axes <= 7 and dtype.itemsize and dtype.kind in "iuf" and math.isfinite(offset)):
         raise UnusableScan(Reason.CORRUPT, "impossible axes, type or offset")
     shape, num_volumes = check_shape(sizes[:num_axes], four_d)
-    affine = _affine(header, placeless)
+    affine, notes = place_of(header, placeless)
 
     volume_bytes = math.prod(shape) * dtype.itemsize
     promised = int(offset) + volume_bytes * num_volumes
@@ -121,32 +173,15 @@ def _read(
     if promised > num_file_bytes * (DEFLATE_LIMIT if gzipped else 1):
         raise UnusableScan(Reason.TRUNCATED, f"{num_file_bytes} bytes cannot hold {promised}")
 
-    stream.seek(int(offset))
+    if _drain(stream, int(offset) - len(head)) < int(offset) - len(head):
+        raise UnusableScan(Reason.TRUNCATED, "ends before the voxels")
     array = combine(_volumes(stream, shape, dtype, num_volumes, slope, intercept), four_d)
-    left = num_volumes * volume_bytes + int(offset) - stream.tell()
+    left = (num_volumes - 1) * volume_bytes if four_d == "first" else 0
     if left and _drain(stream, left) < left:
         raise UnusableScan(Reason.TRUNCATED, f"{num_volumes} volumes promised")
     if _drain(stream, SLACK_BYTES + 1) > SLACK_BYTES:  # to the end: the checksum of gzip
         raise UnusableScan(Reason.CORRUPT, "more bytes than the header promises")
-    return array, affine, num_volumes
-
-
-def _affine(header: "nib.Nifti1Header", placeless: bool) -> Float64[np.ndarray, "4 4"]:
-    from nibabel.spatialimages import HeaderDataError
-
-    if int(header["sform_code"]) <= 0 and int(header["qform_code"]) <= 0:
-        if (header["pixdim"][1:4] == 0).any():
-            raise UnusableScan(Reason.ZERO_SPACING)
-        if placeless:
-            edges = np.abs(np.asarray(header["pixdim"][1:4], np.float64))
-            unplaced: np.ndarray = np.diag([*edges, 1.0])
-            unplaced[:3, 3] = np.nan
-            return unplaced
-        raise UnusableScan(Reason.NO_ORIENTATION, "neither sform nor qform")
-    try:
-        return np.asarray(header.get_best_affine(), dtype=np.float64)
-    except (HeaderDataError, ValueError) as error:
-        raise UnusableScan(Reason.SINGULAR_AFFINE, "no valid quaternion") from error
+    return array, affine, num_volumes, notes
 
 
 def _volumes(

@@ -36,6 +36,12 @@ VOXEL_MM = (0.01, 100.0)
 MAXIMUM_NOT_FINITE = 0.01
 """Share of NaN or infinite voxels that is repaired (to the lowest finite value); above it the scan is
 excluded."""
+BACKGROUND_SHARE = 0.1
+"""Share of a scan from which on NaN that reach its border are background, not damage."""
+BELOW_WATER_HU, FEW_VOXELS = -20.0, 1e-3
+"""A CT has at least this share of voxels below this value: fat is at -100, air at -1000."""
+BELOW_AIR_HU, MANY_VOXELS = -1150.0, 0.05
+"""A CT has at most this share of voxels below this value: nothing is thinner than air."""
 SINGULAR = 1e-3
 """Least volume of the unit parallelepiped of the affine's axes: below, two axes are within 0.06 degrees."""
 
@@ -85,15 +91,20 @@ class Reason(StrEnum):
     IMPLAUSIBLE_SPACING = "implausible_spacing"
     SINGULAR_AFFINE = "singular_affine"
     NO_ORIENTATION = "no_orientation"  # nothing says which side is left
+    LEFT_IN_DOUBT = "left_in_doubt"  # sform and qform are mirrored or turned against each other
+    SIZES_CONTRADICT = "sizes_contradict"  # two sources say different sizes of a voxel
     # DICOM
     NOT_AN_IMAGE = "not_an_image"  # a report, a plan, a structure set
     MOSAIC = "mosaic"
     MULTIFRAME = "multiframe"  # multi-frame without per-frame positions
     COMPRESSED_UNSUPPORTED = "compressed_unsupported"
-    MIXED_ORIENTATION = "mixed_orientation"  # localizers, several stacks in one series
+    LOCALIZER = "localizer"  # a scout, by its image type
+    SECONDARY_CAPTURE = "secondary_capture"  # a screenshot among slices, or without a place
+    AMBIGUOUS_FRAMES = "ambiguous_frames"  # which frames make a volume is in doubt; detail: the attribute
+    MIXED_ORIENTATION = "mixed_orientation"  # too few slices of this orientation to be a stack
     MIXED_SIZES = "mixed_sizes"
     UNEVEN_SLICES = "uneven_slices"  # a gap: a slice is missing
-    GANTRY_TILT = "gantry_tilt"
+    GANTRY_TILT = "gantry_tilt"  # beyond what shear-resampling undoes
     SEVERAL_SERIES = "several_series"  # a folder with more than one, where one was asked for
     SPLIT_SERIES = "split_series"  # one series spread over several folders
     # its place in the cohort
@@ -107,6 +118,22 @@ class Reason(StrEnum):
     LABEL_NOT_CHOSEN = "label_not_chosen"  # the scan has another label, preferred by the stated rule
     LABEL_MISMATCH = "label_mismatch"  # not on the grid of its image
     LABEL_NOT_INTEGER = "label_not_integer"
+
+
+class Note(StrEnum):
+    """What a person should look at in a scan that is read nonetheless, by a stated rule. Closed."""
+
+    UNIT = "unit"  # the header's unit is not mm; converted
+    SFORM_WITHOUT_SCALE = "sform_without_scale"  # 1 x 1 x 1 mm by sform only; the qform is taken
+    TWO_PLACES = "two_places"  # sform and qform of one space differ; the sform is taken
+    PIXDIM_IGNORED = "pixdim_ignored"  # sizes in pixdim that the sform does not have; the sform is taken
+    NEGATIVE_SPACING = "negative_spacing"  # a size below zero in pixdim; its sign is ignored
+    TRAILING_BYTES = "trailing_bytes"  # after the end of a gzip stream whose checksum is right; ignored
+    NAN_BACKGROUND = "nan_background"  # NaN around the patient; becomes 0
+    TILTED = "tilted"  # slices that are sheared against each other; resampled to a straight stack
+    ROUNDED_POSITIONS = "rounded_positions"  # slices off a regular grid by less than a tenth of the spacing
+    ORDER_BY_NUMBER = "order_by_number"  # only InstanceNumber tells the volumes of a series apart
+    NOT_HOUNSFIELD = "not_hounsfield"  # a CT whose values are not HU by their range; taken as they are
 
 
 class UnusableScan(ValueError):
@@ -148,6 +175,8 @@ class Scan:
     """Voxels that were NaN or infinite and became the lowest finite value."""
     placed: bool = False
     """Of a label: whether its header says nothing of its place, and it was given its image's."""
+    notes: tuple[Note, ...] = ()
+    """What a person should look at."""
 
     @cached_property
     def voxels_sha256(self) -> str:
@@ -228,16 +257,25 @@ def to_float32(values: np.ndarray) -> Float32[np.ndarray, "..."]:
 
 
 def accept(
-    array: Float32[np.ndarray, "x y z"], affine: Float64[np.ndarray, "4 4"], num_volumes: int = 1
+    array: Float32[np.ndarray, "x y z"],
+    affine: Float64[np.ndarray, "4 4"],
+    num_volumes: int = 1,
+    notes: tuple[Note, ...] = (),
 ) -> Scan:
     """A scan, or `UnusableScan` when its values say nothing.
 
-    Rule for NaN and infinity: up to 1% of the voxels become the lowest finite value, and the scan says how
-    many (`num_repaired`); more is `not_finite`.
+    Rule for NaN and infinity: NaN that fill at least a tenth of the scan from its border inwards are
+    background and become 0; of all other voxels up to 1% become the lowest finite value, and the scan says
+    how many (`num_repaired`); more is `not_finite`.
     """
     check_affine(affine)
     finite = np.isfinite(array)
     num_repaired = array.size - int(np.count_nonzero(finite))
+    if num_repaired >= BACKGROUND_SHARE * array.size:
+        outside = _background(array)
+        if np.count_nonzero(outside) >= BACKGROUND_SHARE * array.size and finite.any():
+            array, finite = np.where(outside, np.float32(0.0), array), finite | outside
+            num_repaired, notes = array.size - int(np.count_nonzero(finite)), (*notes, Note.NAN_BACKGROUND)
     if num_repaired > MAXIMUM_NOT_FINITE * array.size:
         raise UnusableScan(Reason.NOT_FINITE, f"{num_repaired} of {array.size} voxels")
     if num_repaired:
@@ -247,7 +285,27 @@ def accept(
         raise UnusableScan(Reason.CONSTANT)
     if ((array == low) | (array == high)).all():
         raise UnusableScan(Reason.TWO_VALUED)
-    return Scan(array, affine, num_volumes, num_repaired)
+    return Scan(array, affine, num_volumes, num_repaired, notes=notes)
+
+
+def _background(array: np.ndarray) -> np.ndarray:
+    """The NaN voxels that are connected, face to face, with the border."""
+    from scipy.ndimage import binary_propagation  # a tenth of a second, and few scans need it
+
+    missing = np.isnan(array)
+    border = np.ones_like(missing)
+    border[1:-1, 1:-1, 1:-1] = False
+    return np.asarray(binary_propagation(border & missing, mask=missing))
+
+
+def is_hounsfield(array: Float32[np.ndarray, "x y z"]) -> bool:
+    """Whether the values of a CT can be HU: some are below `BELOW_WATER_HU` (fat, lung, air), and few below
+    `BELOW_AIR_HU` but for one value, which fills what was not measured."""
+    below_water = np.count_nonzero(array < BELOW_WATER_HU)
+    below_air = array[array < BELOW_AIR_HU]
+    if below_air.size:
+        below_air = below_air[below_air != below_air.min()]
+    return bool(below_water >= FEW_VOXELS * array.size and below_air.size <= MANY_VOXELS * array.size)
 
 
 def accept_label(array: Float32[np.ndarray, "x y z"], affine: Float64[np.ndarray, "4 4"]) -> Scan:
@@ -326,7 +384,18 @@ def file_kind(path: Path) -> FileKind:
         return "gzip"
     if has_nifti_magic(head):
         return "nifti"
-    return "dicom" if head[128:132] == b"DICM" else "other"
+    return "dicom" if head[128:132] == b"DICM" or _is_bare_dicom(head) else "other"
+
+
+def _is_bare_dicom(head: bytes) -> bool:
+    """Whether these first bytes are DICOM without preamble: a first element of group 2 or 8, in either way of
+    writing (PS3.5 7.1.2, 7.1.3), little endian."""
+    if len(head) < 132 or head[:2] not in (b"\x02\x00", b"\x08\x00") or head[3] != 0:
+        return False
+    if head[4:6] in (b"UL", b"UI", b"CS", b"OB", b"SH", b"LO", b"DA", b"TM"):
+        return True
+    length = int.from_bytes(head[4:8], "little")
+    return 0 < length <= 128 and length % 2 == 0
 
 
 def has_nifti_magic(head: bytes) -> bool:

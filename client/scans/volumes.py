@@ -55,7 +55,7 @@ def read_scan(path: Path, four_d: FourD = "first") -> Scan:
     members = sorted(p for p in path.iterdir() if p.is_file() and file_kind(p) == "dicom")
     series, left_over = find_series(members)
     if not series:
-        raise UnusableScan(left_over[0][1] if left_over else Reason.NOT_A_SCAN)
+        raise UnusableScan(left_over[0].reason if left_over else Reason.NOT_A_SCAN)
     if len(series) > 1:
         raise UnusableScan(Reason.SEVERAL_SERIES, f"{len(series)} series")
     return read_files(series[0].files, four_d)
@@ -79,7 +79,7 @@ def read_label(path: Path, image: Scan | None = None) -> Scan:
     A label whose header says nothing of where it lies takes the place of `image` when it has as many voxels
     of the same size (`placed` says so).
     """
-    array, affine, _ = read_nifti(path, "refuse", placeless=image is not None)
+    array, affine, _, _ = read_nifti(path, "refuse", placeless=image is not None)
     if image is None or np.isfinite(affine).all():
         return accept_label(array, affine)
     edges_mm = np.linalg.norm(image.affine[:3, :3], axis=0)
