@@ -31,27 +31,15 @@ from meduet_models.meduet import MeDUET
 from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.style.moments import CohortTooSmall
 from meduet_models.weights import sha256_of_tensors
-from privacy.ledger import Ledger, LedgerRefusal
+from privacy.ledger import LedgerRefusal
+from tests.worlds import Hospital
 
 SECRET = "Jane Doe 1961 /mnt/pacs/jane_doe.dcm"
 PATIENTS = [f"p{n}" for n in range(8)]
 
 
-class ToySite:
-    """A site in a folder, with latents in memory."""
-
-    def __init__(self, folder: Path, held: Any) -> None:
-        self.name, self.state_dir, self.held = "south", folder, held
-        self.device, self.compile, self.minimum_cohort = torch.device("cpu"), False, 0
-        self.progress_every_s, self.exact_sums, self.secret = 30.0, True, b"1" * 32
-        self.ledger = Ledger(folder / "ledger.jsonl")
-        self.journal = Journal(folder / "journal.jsonl")
-
-    def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
-        """Every plan."""
-
-    def scans(self, plan: RunPlan) -> Any:
-        return self.held
+def south(folder: Path, held: Any) -> Hospital:
+    return Hospital(folder, held, name="south")
 
 
 @pytest.fixture
@@ -61,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def app(folder: Path, toy_scans: Any) -> ClientApp:
-    return make_client_app(lambda context: ToySite(folder, toy_scans(PATIENTS, 1)))
+    return make_client_app(lambda context: south(folder, toy_scans(PATIENTS, 1)))
 
 
 @pytest.fixture
@@ -128,7 +116,7 @@ def test_a_patient_name_in_an_exception_does_not_reach_the_server(
     def fail(*_: object) -> Any:
         raise RuntimeError(f"cannot read {SECRET}") from OSError(SECRET)
 
-    site = ToySite(folder, toy_scans(PATIENTS))
+    site = south(folder, toy_scans(PATIENTS))
     train = TrainAsk.from_record(asks[PRETRAINING.route])
     StateFolder(folder / "state", train.plan_sha256).enter(1, lambda: train.home or {})  # as after round 1
     if where != "open":
@@ -164,7 +152,7 @@ def test_a_patient_name_in_an_exception_does_not_reach_the_server(
 def test_every_error_leaves_as_one_word_of_the_closed_list(
     error: Exception, kind: RefusalKind, asks: dict[str, RecordDict], folder: Path, toy_scans: Any
 ) -> None:
-    site = ToySite(folder, toy_scans(PATIENTS))
+    site = south(folder, toy_scans(PATIENTS))
 
     def fail(plan: RunPlan, finetuning_sha256: str = "") -> None:
         raise error
@@ -187,7 +175,7 @@ def test_an_interrupt_passes_the_wall(error: type[BaseException], asks: dict[str
 def test_nothing_but_what_passed_the_gate_can_be_sent(
     asks: dict[str, RecordDict], folder: Path, toy_scans: Any
 ) -> None:
-    site = ToySite(folder, toy_scans(PATIENTS, 1))
+    site = south(folder, toy_scans(PATIENTS, 1))
 
     class Lookalike:
         def __init__(self, real: Any) -> None:
@@ -235,7 +223,7 @@ def test_a_question_of_another_kind_version_or_plan_is_refused_in_its_word(
 def test_the_sites_log_holds_what_this_site_logged_and_not_its_neighbours(
     asks: dict[str, RecordDict], folder: Path, tmp_path: Path, toy_scans: Any
 ) -> None:
-    site = ToySite(folder, toy_scans(PATIENTS[:5]))
+    site = south(folder, toy_scans(PATIENTS[:5]))
     logger = logging.getLogger("client.training.pretraining")
 
     def scans(plan: RunPlan) -> Any:
@@ -256,7 +244,7 @@ def test_the_sites_log_holds_what_this_site_logged_and_not_its_neighbours(
 def test_under_the_watchdog_a_site_answers_the_same_and_logs_in_its_own_file(
     app: ClientApp, asks: dict[str, RecordDict], tmp_path: Path, toy_scans: Any
 ) -> None:
-    site = ToySite(tmp_path / "watched", toy_scans(PATIENTS[:5], 1))
+    site = south(tmp_path / "watched", toy_scans(PATIENTS[:5], 1))
     scans = site.scans
 
     def logged(plan: RunPlan) -> Any:
@@ -265,7 +253,7 @@ def test_under_the_watchdog_a_site_answers_the_same_and_logs_in_its_own_file(
 
     site.scans = logged  # type: ignore[method-assign]
     watched = make_client_app(lambda context: site, watch=watchdog)
-    unwatched = make_client_app(lambda context: ToySite(tmp_path / "other", toy_scans(PATIENTS[:5], 1)))
+    unwatched = make_client_app(lambda context: south(tmp_path / "other", toy_scans(PATIENTS[:5], 1)))
     one, other = (
         TrainReply.from_record(send(a, PRETRAINING.route, asks[PRETRAINING.route]))
         for a in (watched, unwatched)
@@ -293,7 +281,7 @@ def test_what_passed_before_the_process_began_is_taken_off_the_deadline(
         left.append(plan.aggregation.deadline_s - deadline_s)
         return work()
 
-    watched = make_client_app(lambda context: ToySite(folder, toy_scans(PATIENTS[:5])), watch=watch)
+    watched = make_client_app(lambda context: south(folder, toy_scans(PATIENTS[:5])), watch=watch)
     assert kind_of(send(watched, SURVEY.route, asks[SURVEY.route], ago_s)) == "survey_reply"
     assert left == [pytest.approx(taken_s, abs=10.0)]
 
@@ -302,7 +290,7 @@ def test_a_site_that_hangs_says_deadline_and_where_it_stood_stays_at_the_site(
     toy_plan: Callable[..., RunPlan], folder: Path, toy_scans: Any
 ) -> None:
     plan = toy_plan(aggregation=AggregationPlan(deadline_s=1.0))
-    site, never = ToySite(folder, toy_scans(PATIENTS)), threading.Event()
+    site, never = south(folder, toy_scans(PATIENTS)), threading.Event()
 
     def a_share_that_is_gone(plan: RunPlan) -> Any:
         never.wait(60)
@@ -333,7 +321,7 @@ def test_each_step_is_reported_with_its_sites_name(
 ) -> None:
     steps: list[tuple[str, int]] = []
     app = make_client_app(
-        lambda context: ToySite(folder, toy_scans(PATIENTS, 1)),
+        lambda context: south(folder, toy_scans(PATIENTS, 1)),
         lambda site, step, loss: steps.append((site, step)),
     )
     send(app, PRETRAINING.route, asks[PRETRAINING.route])

@@ -19,17 +19,16 @@ from client.exchanges.latents import consent
 from client.latents.examples import examples_of
 from client.scans.volumes import Geometry
 from federation.diffusion_plan import DiffusionPlan
-from federation.journal import Journal
 from federation.plan import RunPlan, StylePlan, TrainingPlan
 from federation.release_policy import RAW
 from meduet_models.diffusion.artefact import load_generative_model
 from meduet_models.diffusion.sampling import SamplingSettings, sample
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.diffusion.training import DiffusionTrainee
-from privacy.ledger import Ledger
 from server.app import run
 from server.latent_bank.bank import LatentBank
 from simulations.engines.in_process import InProcessGrid
+from tests.worlds import Hospital
 
 
 class Killed(BaseException):
@@ -61,31 +60,26 @@ class Scans:
         return Geometry(np.eye(4), (16, 24, 16), np.eye(4), (16, 24, 16))
 
 
-class Hospital:
-    """A site in a folder, with latents in memory and a site.yaml's sentence."""
+@dataclasses.dataclass
+class Consenting(Hospital):
+    """A hospital with a site.yaml's sentence."""
 
-    def __init__(self, folder: Path, name: str, scans: Scans, sentence: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.name, self.state_dir, self._scans, self._sentence = name, folder, scans, sentence
-        self.device, self.compile, self.minimum_cohort = torch.device("cpu"), False, 0
-        self.progress_every_s, self.exact_sums, self.secret = 30.0, True, b"1" * 32
-        self.ledger, self.journal = Ledger(folder / "ledger.jsonl"), Journal(folder / "journal.jsonl")
+    sentence: str = ""
 
     def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
-        consent(plan, self._sentence)
-
-    def scans(self, plan: RunPlan) -> Any:
-        return self._scans
+        consent(plan, self.sentence)
 
 
 def federation(
     plan: RunPlan, folder: Path, on_step: Callable[[], None] = lambda: None, silent: str = ""
 ) -> InProcessGrid:
-    def open_site(context: Context) -> Hospital:
+    def open_site(context: Context) -> Consenting:
         index = int(context.node_config["partition-id"])
         name = plan.sites[index]
         sentence = "" if name == silent else RAW.consent
-        return Hospital(folder / "sites" / name, name, Scans(index), sentence)
+        own = folder / "sites" / name
+        own.mkdir(parents=True, exist_ok=True)
+        return Consenting(own, Scans(index), name, sentence=sentence)
 
     client = make_client_app(open_site, on_step=lambda site, step, loss: on_step())
     return InProcessGrid(client, len(plan.sites), through_wire=True)

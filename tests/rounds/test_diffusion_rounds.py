@@ -31,6 +31,7 @@ from privacy.ledger import Ledger
 from server.exchanges.federated_diffusion import round_momentum, run_diffusion_rounds
 from simulations.engines.in_process import InProcessGrid
 from strategies.quorum import Roster, RoundFailed
+from tests.worlds import Hospital
 
 TRAINING = DiffusionTraining(batch_size=4, learning_rate=1e-3, ema=0.9, alignment=0.5)
 
@@ -61,23 +62,6 @@ class Scans:
 
     def geometry(self, row: int, view: int = 0) -> Geometry:
         return Geometry(np.eye(4), (16, 24, 16), np.eye(4), (16, 24, 16))
-
-
-class Hospital:
-    """A site in a folder, with latents in memory."""
-
-    progress_every_s, exact_sums, secret = 30.0, True, b"1" * 32
-
-    def __init__(self, folder: Path, name: str, scans: Scans) -> None:
-        self.name, self.state_dir, self._scans = name, folder, scans
-        self.device, self.compile, self.minimum_cohort = torch.device("cpu"), False, 0
-        self.ledger, self.journal = Ledger(folder / "ledger.jsonl"), Journal(folder / "journal.jsonl")
-
-    def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
-        """Every plan."""
-
-    def scans(self, plan: RunPlan) -> Any:
-        return self._scans
 
 
 @pytest.fixture
@@ -117,7 +101,7 @@ def grid_of(
         index = int(context.node_config["partition-id"])
         own = folder / "sites" / plan.sites[index]
         own.mkdir(parents=True, exist_ok=True)
-        return Hospital(own, plan.sites[index], Scans(index))
+        return Hospital(own, Scans(index), plan.sites[index])
 
     return InProcessGrid(make_client_app(open_site, on_step), len(plan.sites), through_wire=True)
 

@@ -53,7 +53,7 @@ def grid(plan: RunPlan, folder: Path, sites: tuple[str, ...] = SITES) -> InProce
         name = sites[int(context.node_config["partition-id"])]
         own = folder / "sites" / name
         own.mkdir(parents=True, exist_ok=True)
-        return Hospital(own, name, Scans(SITES.index(name)))
+        return Hospital(own, Scans(SITES.index(name)), name)
 
     return InProcessGrid(make_client_app(open_site), len(sites), through_wire=True)
 

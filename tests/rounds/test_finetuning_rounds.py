@@ -15,7 +15,6 @@ from client.latents.labelled import labelled_scans
 from client.site_secret import seed_of
 from client.training.finetuning import finetune
 from federation.exchanges.finetuning import FinetuneAsk, FinetunePlan, LocalFinetuning
-from federation.journal import Journal
 from federation.messages import MessageError
 from federation.plan import RunPlan
 from meduet_models.downstream.tasks import task_of
@@ -26,6 +25,7 @@ from server.checkpoints import OtherPlan
 from server.exchanges.finetuning import FinetunedRun, pretrained_sha256, run_finetuning
 from simulations.engines.in_process import InProcessGrid
 from strategies.quorum import RoundFailed
+from tests.worlds import Hospital
 
 LOCAL = LocalFinetuning(task="segmentation", classes=2, steps=3, batch_size=4)
 
@@ -56,22 +56,6 @@ class Scans:
         return self._labels[list(indices)].clone()
 
 
-class Hospital:
-    """A site in a folder, with latents in memory."""
-
-    def __init__(self, folder: Path, name: str, scans: Scans) -> None:
-        self.name, self.state_dir, self._scans = name, folder, scans
-        self.device, self.compile, self.minimum_cohort = torch.device("cpu"), False, 0
-        self.progress_every_s, self.exact_sums, self.secret = 30.0, True, b"1" * 32
-        self.ledger, self.journal = Ledger(folder / "ledger.jsonl"), Journal(folder / "journal.jsonl")
-
-    def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
-        """Every plan."""
-
-    def scans(self, plan: RunPlan) -> Any:
-        return self._scans
-
-
 @pytest.fixture
 def plan(miniature: Any) -> RunPlan:
     return miniature.plan(deadline_s=60.0)
@@ -97,7 +81,7 @@ def grid_of(
         index = int(context.node_config["partition-id"])
         own = folder / "sites" / plan.sites[index]
         own.mkdir(parents=True, exist_ok=True)
-        return Hospital(own, plan.sites[index], scans(index))
+        return Hospital(own, scans(index), plan.sites[index])
 
     return InProcessGrid(make_client_app(open_site, on_step), len(plan.sites), through_wire=True)
 

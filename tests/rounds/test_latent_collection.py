@@ -24,7 +24,6 @@ from federation.plan import ReleasePlan, RunPlan, StylePlan
 from federation.release_policy import RAW
 from federation.reply_book import ReplyBook
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
-from privacy.ledger import Ledger
 from server.exchanges.latents import check_reply, collect
 from server.latent_bank.bank import LatentBank
 from server.latent_bank.listing import items
@@ -32,6 +31,7 @@ from server.latent_bank.records import Codes
 from simulations.engines.in_process import InProcessGrid
 from strategies.aggregation import ReplyRefused
 from strategies.quorum import Roster
+from tests.worlds import Hospital
 
 
 class Scans:
@@ -67,20 +67,14 @@ class Scans:
         return Geometry(np.diag([1.0, 1.5, 2.0 + row, 1.0]), (8, 8, 8), np.eye(4), (16, 24, 16))
 
 
-class Hospital:
-    """A site in a folder, with latents in memory and a site.yaml's sentence."""
+@dataclasses.dataclass
+class Consenting(Hospital):
+    """A hospital with a site.yaml's sentence."""
 
-    def __init__(self, folder: Path, name: str, scans: Scans, sentence: str) -> None:
-        self.name, self.state_dir, self._scans, self._sentence = name, folder, scans, sentence
-        self.device, self.compile, self.minimum_cohort = torch.device("cpu"), False, 0
-        self.progress_every_s, self.exact_sums, self.secret = 30.0, True, b"1" * 32
-        self.ledger, self.journal = Ledger(folder / "ledger.jsonl"), Journal(folder / "journal.jsonl")
+    sentence: str = ""
 
     def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
-        consent(plan, self._sentence)
-
-    def scans(self, plan: RunPlan) -> Any:
-        return self._scans
+        consent(plan, self.sentence)
 
 
 class Consortium:
@@ -91,12 +85,12 @@ class Consortium:
         self.scans = {site: Scans(number, loud) for number, site in enumerate(plan.sites)}
         self.asked: list[str] = []
 
-        def open_site(context: Context) -> Hospital:
+        def open_site(context: Context) -> Consenting:
             name = plan.sites[int(context.node_config["partition-id"])]
             self.asked.append(name)
             own = folder / "sites" / name
             own.mkdir(parents=True, exist_ok=True)
-            return Hospital(own, name, self.scans[name], "" if name in silent else RAW.consent)
+            return Consenting(own, self.scans[name], name, sentence="" if name in silent else RAW.consent)
 
         self.grid = InProcessGrid(make_client_app(open_site), len(plan.sites), through_wire=True)
         self.roster = Roster(plan.sites)

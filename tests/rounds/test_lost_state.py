@@ -16,18 +16,10 @@ from client.app import make_client_app
 from federation.plan import RunPlan
 from server.app import run
 from simulations.engines.in_process import InProcessGrid
-from tests.rounds.test_meduet_rounds import Hospital, Latents, small
+from tests.rounds.test_meduet_rounds import small
+from tests.worlds import Hospital, Latents
 
 LAST = 4
-
-
-class Clinic(Hospital):
-    """A site with a secret of its own."""
-
-    secret, exact_sums = bytes(32), True
-
-    def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
-        """Every plan."""
 
 
 class Spoiled(InProcessGrid):
@@ -36,10 +28,10 @@ class Spoiled(InProcessGrid):
     def __init__(
         self, plan: RunPlan, folder: Path, route: str, round_number: str, spoil: Callable[[Path], None]
     ) -> None:
-        def open_site(context: Context) -> Clinic:
+        def open_site(context: Context) -> Hospital:
             index = int(context.node_config["partition-id"])
             name = plan.participants[index]
-            return Clinic(folder / name, name, Latents([index]))
+            return Hospital(folder / name, Latents([index]), name)
 
         super().__init__(make_client_app(open_site), len(plan.participants), through_wire=True)
         self._when, self._spoil = (route, round_number), [spoil]

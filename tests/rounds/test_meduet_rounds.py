@@ -20,50 +20,16 @@ from federation.plan import RunPlan, TrainingPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.weights import load_weights
 from privacy.clipping import joint_norm
-from privacy.ledger import Ledger
 from server.app import run
 from server.consortium.provisioning import ConsortiumSettings, Office, SiteEntry, provision
 from server.server_app import app
 from simulations.engines.in_process import InProcessGrid
 from strategies.streaming_grid import StreamingGrid
+from tests.worlds import Hospital, Latents
 
 
 class Killed(BaseException):
     """As if the process had ended."""
-
-
-class Latents:
-    """Twelve patients of a site, whose latents are shifted by its number."""
-
-    def __init__(self, sites: Sequence[int]) -> None:
-        draws = torch.Generator().manual_seed(sum(sites))
-        self.values = torch.cat([torch.randn(12, 2, 4, 6, 4, generator=draws) * (1 + s) + s for s in sites])
-        self.patients = [f"{site}-{n}" for site in sites for n in range(12)]
-        self.covariates: list[dict[str, str | float]] = [{} for _ in self.patients]
-        self.site_index = torch.tensor([site for site in sites for _ in range(12)])
-
-    def indices(self, split: str) -> list[int]:
-        return list(range(len(self.patients))) if split == "train" else []
-
-    def latents(self, indices: Sequence[int], view: int = 0) -> torch.Tensor:
-        return self.values[list(indices)].clone()
-
-
-class Hospital:
-    """A site in a folder, with latents in memory."""
-
-    def __init__(self, folder: Path, name: str, scans: Latents) -> None:
-        self.name, self.state_dir, self._scans = name, folder, scans
-        self.device, self.compile, self.minimum_cohort = torch.device("cpu"), False, 0
-        self.progress_every_s, self.exact_sums, self.secret = 30.0, True, b"1" * 32
-        self.ledger = Ledger(folder / "ledger.jsonl")
-        self.journal = Journal(folder / "journal.jsonl")
-
-    def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
-        """Every plan."""
-
-    def scans(self, plan: RunPlan) -> Any:
-        return self._scans
 
 
 def federation(plan: RunPlan, folder: Path, steps: Callable[[], None] = lambda: None) -> InProcessGrid:
@@ -71,7 +37,7 @@ def federation(plan: RunPlan, folder: Path, steps: Callable[[], None] = lambda: 
         index = int(context.node_config["partition-id"])
         name = plan.participants[index]
         held = range(len(plan.sites)) if name == "pooled" else [index]
-        return Hospital(folder / "sites" / name, name, Latents(list(held)))
+        return Hospital(folder / "sites" / name, Latents(list(held)), name)
 
     client = make_client_app(open_site, on_step=lambda site, step, loss: steps())
     return InProcessGrid(client, len(plan.participants), through_wire=True)

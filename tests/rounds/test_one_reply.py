@@ -18,7 +18,8 @@ from federation.exchanges.survey import SURVEY, SurveyReply
 from federation.plan import ProbePlan, RunPlan, TrainingPlan
 from server.app import RunResult, run
 from simulations.engines.in_process import InProcessGrid
-from tests.rounds.test_probes import Hospital, Latents
+from tests.rounds.test_probes import Aged
+from tests.worlds import Hospital
 
 LIAR = "lyon"
 Lie = Callable[[Any], Any]
@@ -55,7 +56,7 @@ def go(
     def open_site(context: Context) -> Hospital:
         index = int(context.node_config["partition-id"])
         name = plan.sites[index]
-        return Hospital(folder / "sites" / name, name, Latents(index, 18))
+        return Hospital(folder / "sites" / name, Aged(index, 18), name)
 
     app = Lying(make_client_app(open_site), route, number, reply, lie)
     result = run(InProcessGrid(app, 3, through_wire=True), plan, folder)

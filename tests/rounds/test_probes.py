@@ -19,45 +19,19 @@ from federation.plan import ProbePlan, RunPlan, TrainingPlan
 from meduet_models.erasure import ErasureMoments, patient_means
 from meduet_models.meduet import MeDUET
 from meduet_models.probes.sums import coordinates, explained_from_sums, linear_probe_from_sums, read_site
-from privacy.ledger import Ledger
 from server.app import RunResult, run
 from simulations.engines.in_process import InProcessGrid
+from tests.worlds import Hospital, Latents
 
 
-class Latents:
-    """Patients of a site, whose latents are shifted by its number; age is in their anatomy."""
+class Aged(Latents):
+    """Patients of one site whose age is in their anatomy."""
 
     def __init__(self, site: int, count: int) -> None:
-        draws = torch.Generator().manual_seed(site)
-        self.values = torch.randn(count, 2, 4, 6, 4, generator=draws) * (1 + site) + site
-        self.patients = [f"{site}-{n}" for n in range(count)]
-        self.covariates: list[dict[str, str | float]] = [
+        super().__init__([site], count)
+        self.covariates = [
             {"age": 50 + 20 * float(x[0, :2].mean() - x[0, 2:].mean()) / (1 + site)} for x in self.values
         ]
-        self.site_index = torch.full((count,), site)
-
-    def indices(self, split: str) -> list[int]:
-        return list(range(len(self.patients))) if split == "train" else []
-
-    def latents(self, indices: Sequence[int], view: int = 0) -> torch.Tensor:
-        return self.values[list(indices)].clone()
-
-
-class Hospital:
-    """A site in a folder."""
-
-    def __init__(self, folder: Path, name: str, scans: Latents) -> None:
-        self.name, self.state_dir, self._scans = name, folder, scans
-        self.device, self.compile, self.minimum_cohort = torch.device("cpu"), False, 0
-        self.progress_every_s, self.exact_sums, self.secret = 30.0, True, b"1" * 32
-        self.ledger = Ledger(folder / "ledger.jsonl")
-        self.journal = Journal(folder / "journal.jsonl")
-
-    def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
-        """Every plan."""
-
-    def scans(self, plan: RunPlan) -> Any:
-        return self._scans
 
 
 def a_plan(miniature: Any, **probes: Any) -> RunPlan:
@@ -71,7 +45,7 @@ def go(plan: RunPlan, folder: Path, sizes: Sequence[int] = (18, 18, 18)) -> RunR
     def open_site(context: Context) -> Hospital:
         index = int(context.node_config["partition-id"])
         name = plan.sites[index]
-        return Hospital(folder / "sites" / name, name, Latents(index, sizes[index]))
+        return Hospital(folder / "sites" / name, Aged(index, sizes[index]), name)
 
     grid = InProcessGrid(make_client_app(open_site), len(plan.sites), through_wire=True)
     return run(grid, plan, folder)
@@ -123,7 +97,7 @@ def test_the_readings_are_those_of_everybodys_factors_in_one_place(probed: Any) 
         model = MeDUET(plan.network, 3).eval()
         unerased = {"erasure_mean": torch.zeros(12), "erasure_matrix": torch.eye(12)}
         model.load_state_dict({**state.home, **result.shared, **unerased})
-        scans = Latents(index, 18)
+        scans = Aged(index, 18)
         with torch.no_grad():
             own = torch.cat([model.pooled_content(scans.values), model.pooled_style(scans.values)], 1)
         own = patient_means(own.double(), scans.patients)

@@ -1,7 +1,7 @@
 """Attacks by asking: each reads a patient where its defence is taken away, and nothing where it stands."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,45 +28,16 @@ from federation.exchanges.probes import (
     probe_shapes,
 )
 from federation.exchanges.survey import SurveyAsk
-from federation.journal import Journal
 from federation.messages import Refusal, kind_of
 from federation.plan import ProbePlan, RunPlan, TrainingPlan
 from meduet_models.erasure import ErasureMoments, patient_means
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import home_keys, shared_keys
-from privacy.ledger import AnsweredBefore, Ledger
+from privacy.ledger import AnsweredBefore
 from simulations.engines.in_process import InProcessGrid
+from tests.worlds import Hospital
 
 PATIENTS = [f"p{n}" for n in range(12)]
-
-
-@dataclass
-class ToySite:
-    """A site in a folder, with latents in memory."""
-
-    state_dir: Path
-    held: Any
-    name: str = "north"
-    minimum_cohort: int = 0
-    exact_sums: bool = True
-    secret: bytes = b"1" * 32
-    compile: bool = False
-    progress_every_s: float = 30.0
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    @property
-    def ledger(self) -> Ledger:
-        return Ledger(self.state_dir / "ledger.jsonl")
-
-    @property
-    def journal(self) -> Journal:
-        return Journal(self.state_dir / "journal.jsonl")
-
-    def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
-        """Every plan."""
-
-    def scans(self, plan: RunPlan) -> Any:
-        return self.held
 
 
 @pytest.fixture
@@ -78,8 +49,8 @@ def plan(toy_plan: Callable[..., RunPlan]) -> RunPlan:
 
 
 @pytest.fixture
-def site(tmp_path: Path, toy_scans: Any, plan: RunPlan) -> ToySite:
-    site = ToySite(tmp_path / "north", toy_scans(PATIENTS))
+def site(tmp_path: Path, toy_scans: Any, plan: RunPlan) -> Hospital:
+    site = Hospital(tmp_path / "north", toy_scans(PATIENTS))
     StateFolder(site.state_dir / "state", plan.sha256).enter(1, lambda: parts(plan, home_keys))
     return site
 
@@ -115,7 +86,7 @@ def content_of_the_farthest(
 
 @pytest.mark.parametrize("defended", [False, True])
 def test_probe_questions_under_one_settlement_do_not_read_a_patients_content(
-    site: ToySite, plan: RunPlan, defended: bool
+    site: Hospital, plan: RunPlan, defended: bool
 ) -> None:
     width, network = plan.network.width, student(plan)
     probed = probed_patients(site.held, plan, 0, site.secret)
@@ -157,7 +128,7 @@ def test_probe_questions_under_one_settlement_do_not_read_a_patients_content(
 
 @pytest.mark.parametrize("defended", [False, True])
 def test_two_surveys_around_a_newcomer_do_not_give_her_statistics(
-    site: ToySite, plan: RunPlan, toy_scans: Any, tmp_path: Path, defended: bool
+    site: Hospital, plan: RunPlan, toy_scans: Any, tmp_path: Path, defended: bool
 ) -> None:
     def surveyed() -> Tensor:
         told = survey.ANSWER.once(site, SurveyAsk(plan_json=plan.to_json()), plan).tensors
@@ -194,7 +165,7 @@ def overflowing_above(guess: float, shared: dict[str, Tensor]) -> dict[str, Tens
 
 @pytest.mark.parametrize("defended", [False, True])
 def test_whether_questions_are_answered_does_not_read_a_latent(
-    site: ToySite, plan: RunPlan, monkeypatch: pytest.MonkeyPatch, defended: bool
+    site: Hospital, plan: RunPlan, monkeypatch: pytest.MonkeyPatch, defended: bool
 ) -> None:
     if not defended:
         monkeypatch.setattr(refusals, "MOST", 10**9)
@@ -234,7 +205,7 @@ def test_whether_questions_are_answered_does_not_read_a_latent(
 
 @pytest.mark.parametrize("agreed", [True, False])
 def test_erasure_sums_tell_members_only_where_the_site_agreed(
-    site: ToySite, plan: RunPlan, toy_scans: Any, toy_bank: Any, agreed: bool
+    site: Hospital, plan: RunPlan, toy_scans: Any, toy_bank: Any, agreed: bool
 ) -> None:
     site.exact_sums, network, width = agreed, student(plan), plan.network.width
     bank = toy_bank(plan).to_tensors()
@@ -260,7 +231,7 @@ def test_erasure_sums_tell_members_only_where_the_site_agreed(
 
 @pytest.mark.parametrize("agreed", [True, False])
 def test_probe_sums_tell_what_was_measured_of_each_patient_only_where_the_site_agreed(
-    site: ToySite, plan: RunPlan, agreed: bool
+    site: Hospital, plan: RunPlan, agreed: bool
 ) -> None:
     """Whoever holds other copies of the scans knows their factors; products with the target do the rest."""
     plan = replace(plan, probes=replace(plan.probes, anatomy={"age": (20.0, 90.0)}))
@@ -288,7 +259,7 @@ def test_probe_sums_tell_what_was_measured_of_each_patient_only_where_the_site_a
 
 
 def test_above_ten_times_their_width_sums_leave_and_their_span_tells_nobody(
-    site: ToySite, plan: RunPlan, toy_scans: Any, toy_bank: Any
+    site: Hospital, plan: RunPlan, toy_scans: Any, toy_bank: Any
 ) -> None:
     width = plan.network.width
     site.exact_sums, site.held = False, toy_scans([f"p{n}" for n in range(10 * width)])

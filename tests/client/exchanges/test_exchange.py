@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.style.moments import CohortTooSmall, StyleMoments
 from privacy.clipping import joint_norm
 from privacy.ledger import AnsweredBefore, Ledger, LedgerRefusal
+from tests.worlds import Hospital
 
 answer_survey, answer_round, answer_erasure = survey.ANSWER.once, answers.ANSWER.once, erasure.ANSWER.once
 PATIENTS = [f"p{n // 2}" for n in range(12)]
@@ -30,29 +31,11 @@ Tensors = dict[str, torch.Tensor]
 
 
 @dataclass
-class ToySite:
-    """A site in a folder, with latents in memory; remembers when its scans were opened."""
+class ToySite(Hospital):
+    """A hospital that remembers how often its scans were opened, and may refuse."""
 
-    state_dir: Path
-    held: Any
-    name: str = "north"
-    minimum_cohort: int = 0
-    exact_sums: bool = True
-    secret: bytes = b"1" * 32
-    epsilon_ceiling: float | None = None
-    compile: bool = False
-    progress_every_s: float = 30.0
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     opened: int = 0
     refuses: bool = False
-
-    @property
-    def ledger(self) -> Ledger:
-        return Ledger(self.state_dir / "ledger.jsonl", self.epsilon_ceiling)
-
-    @property
-    def journal(self) -> Journal:
-        return Journal(self.state_dir / "journal.jsonl")
 
     def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
         if self.refuses:

@@ -1,5 +1,5 @@
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from federation.exchanges.probes import (
     sums_bound,
     sums_shapes,
 )
-from federation.journal import Journal
 from federation.plan import ProbePlan, RunPlan
 from federation.wire import RefusalKind
 from meduet_models.meduet import MeDUET
@@ -32,41 +31,12 @@ from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import CohortTooSmall, StyleMoments
 from privacy.clipping import joint_norm
-from privacy.ledger import Ledger
+from tests.worlds import Hospital
 
 answer_probe = ANSWER.once
 SECRET = b"1" * 32
 PATIENTS = [f"p{n // 2}" for n in range(24)]
 PROBES = ProbePlan(every_rounds=1, folds=3, anatomy={"age": (20.0, 90.0), "sex": (0.0, 1.0)})
-
-
-@dataclass
-class ToySite:
-    """A site in a folder, with latents in memory."""
-
-    state_dir: Path
-    held: Any
-    name: str = "south"
-    minimum_cohort: int = 0
-    exact_sums: bool = True
-    secret: bytes = b"1" * 32
-    compile: bool = False
-    progress_every_s: float = 30.0
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    @property
-    def ledger(self) -> Ledger:
-        return Ledger(self.state_dir / "ledger.jsonl")
-
-    @property
-    def journal(self) -> Journal:
-        return Journal(self.state_dir / "journal.jsonl")
-
-    def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
-        """Every plan."""
-
-    def scans(self, plan: RunPlan) -> Any:
-        return self.held
 
 
 @pytest.fixture
@@ -177,8 +147,8 @@ def test_hits_are_counts_of_the_probe_fitted_without_the_patient(plan: RunPlan, 
 
 
 @pytest.fixture
-def site(tmp_path: Path, scans: Any, plan: RunPlan) -> ToySite:
-    site = ToySite(tmp_path / "south", scans)
+def site(tmp_path: Path, scans: Any, plan: RunPlan) -> Hospital:
+    site = Hospital(tmp_path / "south", scans, name="south")
     named = network(plan).state_dict()
     home = {n: named[n] for n in home_keys(network(plan), plan.style.head, plan.aggregation.method)}
     StateFolder(site.state_dir / "state", plan.sha256).enter(1, lambda: home)
@@ -194,7 +164,7 @@ def ask(plan: RunPlan, bank: StyleBank, round_number: int = 1, **probe: torch.Te
 
 
 def test_both_exchanges_pass_the_gate_and_are_in_the_books(
-    site: ToySite, plan: RunPlan, toy_bank: Any
+    site: Hospital, plan: RunPlan, toy_bank: Any
 ) -> None:
     first = answer_probe(site, ask(plan, toy_bank(plan)), plan)
     assert first.tensors.keys() == sums_shapes(plan).keys()
@@ -206,14 +176,14 @@ def test_both_exchanges_pass_the_gate_and_are_in_the_books(
     assert site.ledger.open_reservations() == []
 
 
-def test_a_fold_below_the_cohort_tells_nothing(site: ToySite, plan: RunPlan, toy_bank: Any) -> None:
+def test_a_fold_below_the_cohort_tells_nothing(site: Hospital, plan: RunPlan, toy_bank: Any) -> None:
     site.minimum_cohort = 5  # folds of four
     with pytest.raises(CohortTooSmall, match="at least 5 patients in each of 3 folds"):
         answer_probe(site, ask(plan, toy_bank(plan)), plan)
     assert site.journal.verify() == 0
 
 
-def test_probes_that_the_plan_does_not_have_are_refused(site: ToySite, plan: RunPlan, toy_bank: Any) -> None:
+def test_probes_that_the_plan_does_not_have_are_refused(site: Hospital, plan: RunPlan, toy_bank: Any) -> None:
     off = replace(plan, probes=ProbePlan())
     for refused, round_number in ((off, 1), (plan, 5), (plan, 0)):
         with pytest.raises(AskRefused) as refusal:

@@ -17,7 +17,8 @@ from federation.journal import Journal
 from federation.plan import RunPlan, TrainingPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import home_keys, shared_keys
-from privacy.ledger import AnsweredBefore, Ledger
+from privacy.ledger import AnsweredBefore
+from tests.worlds import Hospital
 
 PATIENTS = [f"p{n // 2}" for n in range(12)]
 STEPS = 3
@@ -29,35 +30,12 @@ class Killed(BaseException):
 
 
 @dataclass
-class ToySite:
-    """A site in a folder, with latents in memory; `steps` are those that it was seen to take."""
+class ToySite(Hospital):
+    """A hospital whose `steps` are those that it was seen to take."""
 
-    state_dir: Path
-    held: Any
     progress_every_s: float = 0.0
-    name: str = "north"
-    minimum_cohort: int = 0
-    exact_sums: bool = False
-    secret: bytes = b"1" * 32
-    compile: bool = False
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    steps: list[int] = field(default_factory=list)
     secret: bytes = bytes(32)
-    exact_sums: bool = True
-
-    @property
-    def ledger(self) -> Ledger:
-        return Ledger(self.state_dir / "ledger.jsonl")
-
-    @property
-    def journal(self) -> Journal:
-        return Journal(self.state_dir / "journal.jsonl")
-
-    def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
-        """Every plan."""
-
-    def scans(self, plan: RunPlan) -> Any:
-        return self.held
+    steps: list[int] = field(default_factory=list)
 
     def answer(self, question: TrainAsk, plan: RunPlan, kill_after: int = 0) -> Released:
         def on_step(step: int, loss: float) -> None:
