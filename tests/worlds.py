@@ -7,7 +7,7 @@ whose hospital does more (fails, counts, refuses) adds that in a class of its ow
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -28,7 +28,7 @@ class Hospital:
     secret: bytes = b"1" * 32
     epsilon_ceiling: float | None = None
     compile: bool = False
-    progress_every_s: float = 30.0
+    progress_every_s: ClassVar[float] = 30.0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property

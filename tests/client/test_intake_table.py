@@ -35,7 +35,7 @@ NIFTI_SIDECARS = {
 }
 
 DICOM_SMALL = {
-    "failing/gantrytilting/001": "gantry_tilt",
+    "failing/gantrytilting/001": "in",
     "failing/slicecount/001": "too_few_slices",
     "failing/sliceincrement/002": "uneven_slices",
     "failing/sliceorientation/001": "mixed_orientation",

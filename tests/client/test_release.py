@@ -341,7 +341,7 @@ def answer_place() -> Place:
 def test_the_answers_of_the_last_three_rounds_of_each_kind_are_kept(door: Door, tmp_path: Path) -> None:
     door.gate(door.reserve(1e6, "check", round_number=0)).release(update(), SHAPES)
     for round_number in range(1, 6):
-        door.gate(door.reserve(round=round_number)).release(update(round_number), SHAPES)
+        door.gate(door.reserve(round_number=round_number)).release(update(round_number), SHAPES)
     names = sorted(path.name for path in tmp_path.rglob("*.safetensors"))
     assert names == [f"round-000{n}.safetensors" for n in (3, 4, 5)] + ["survey-0000.safetensors"]
 

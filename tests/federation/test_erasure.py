@@ -61,7 +61,7 @@ def test_without_a_bank_nothing_is_said_of_renderings() -> None:
     sent = erasure_tensors(moments(5), None)
     assert {name: tuple(t.shape) for name, t in sent.items()} == erasure_shapes(QUIET)
     assert erasure_moments(sent, QUIET)[1] is None
-    with pytest.raises(ValueError, match="vectors sums, renderings; got sums"):
+    with pytest.raises(ValueError, match="vectors sums, renderings; got 1 other tensors"):
         erasure_moments(sent, PLAN)
 
 

@@ -15,7 +15,7 @@ from federation.journal import Journal, journal_lines, read_journal
 from federation.reply_book import ReplyBook
 from meduet_models.weights import sha256_of_tensors
 from privacy.chain import BrokenChain
-from privacy.ledger import Ledger
+from privacy.ledger import Ledger, Place
 from privacy.promise import Promise
 
 
@@ -106,7 +106,9 @@ def test_both_sides_type_the_same_and_a_site_also_checks_its_ledger(
     state = tmp_path / "state"
     ledger = Ledger(state / "ledger.jsonl")
     promise = Promise(kind="round", bound=1.0, unit="site update", enforcement="clip")
-    charge = ledger.settle(ledger.reserve("0" * 64, 1, promise), 1.0, "1" * 64)
+    charge = ledger.settle(
+        ledger.reserve(Place(plan_sha256="0" * 64, kind="round", round=1), "2" * 64, promise), 1.0, "1" * 64
+    )
     Journal(state / "journal.jsonl").append({"kind": "round", "ledger": charge})
     (tmp_path / "site.yaml").write_text("name: north\ndata_root: absent\nstate_dir: state\n")
 

@@ -128,5 +128,5 @@ def test_a_network_without_a_fitted_code_says_so() -> None:
     network.set_content_code(torch.ones(12), torch.eye(12)[: config.code_size])
     expected = (network.pooled_content(latents) - 1)[:, : config.code_size]
     torch.testing.assert_close(network.content_code(latents), expected)
-    with pytest.raises(ValueError, match="1 to 12 numbers"):
+    with pytest.raises(ValueError, match="code_ratio above 0 and at most 1"):
         NetworkConfig(**{**vars(config), "code_ratio": 2.0})

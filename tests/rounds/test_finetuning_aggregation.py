@@ -36,9 +36,9 @@ def lying(monkeypatch: pytest.MonkeyPatch) -> None:
     """One site trains as everybody, and then goes far away in another direction."""
     train = answering.finetune
 
-    def lie(network: Any, *arguments: Any, site: int, **settings: Any) -> Any:
-        done = train(network, *arguments, site=site, **settings)
-        if SITES[site] == LIAR:
+    def lie(network: Any, found: Any, *arguments: Any, **settings: Any) -> Any:
+        done = train(network, found, *arguments, **settings)
+        if SITES[found.site[0]] == LIAR:
             with torch.no_grad():
                 for parameter in network.parameters():
                     if parameter.requires_grad:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.diffusion import DIFFUSION
 from federation.exchanges.erasure import ERASURE, content_bound
-from federation.exchanges.finetuning import FINETUNING, FinetuneReply
+from federation.exchanges.finetuning import FINETUNING
 from federation.exchanges.latents import LATENTS, LatentsAsk, LatentsReply, largest_latents, latent_bound
 from federation.exchanges.pretraining import PRETRAINING, TrainReply
 from federation.exchanges.probes import (
@@ -150,35 +150,29 @@ def update_case(plan: RunPlan, folder: Path, finetuning: bool = False, diffusion
         "update": {name: 2 * torch.randn(t.shape, generator=draws) for name, t in shared.items()},
         "metrics": {"seconds": 0.5, "loss.total": 1.0, "steps": 4.0},
     }
-    if finetuning:
-        valid = FinetuneReply(finetuning_sha256="0" * 64, **told).to_record()
-    else:
-        valid = TrainReply(**told, wire_dtype=plan.release.wire_dtype).to_record()
+    wire_dtype = "float32" if finetuning else plan.release.wire_dtype
+    valid = TrainReply(**told, wire_dtype=wire_dtype).to_record()
     exchange: Any = FINETUNING if finetuning else DIFFUSION if diffusion else PRETRAINING
     bounds = Bounds(num_replies=3, max_norm=20.0, max_examples=MOST_SCANS)
     honest = {name: torch.randn(t.shape, generator=draws) for name, t in shared.items()}
     task = Task(
-        message_type=exchange.route, rounds=1, max_norm=20.0, question=lambda round_number, start: valid
+        message_type=exchange.route,
+        sha256=plan.sha256,
+        rounds=1,
+        max_norm=20.0,
+        question=lambda round_number, start: valid,
+        wire_dtype=wire_dtype,
     )
     strategy = ContentShare(
         plan, shared, task, roster=registered(plan.sites), folder=folder, book=Unwritten()
     )
-    book, sha256 = Unwritten(), plan.sha256
 
     def begin() -> tuple[ReplyWall[Any], Settle]:
         total, roster = StreamingSum(shared, bounds), registered(plan.sites)
         total.fold(HONEST, honest, 30)
         before = [one.integers.copy() for one in total._sum]
-        if finetuning:
-
-            def use(reply: FinetuneReply) -> None:
-                total.fold(reply.site, reply.update, reply.examples)
-
-            args: Any = (exchange.reply.from_record, use)
-            wall = ReplyWall("round 1", exchange.route, sha256, roster, book, *args)
-        else:
-            strategy.roster = roster
-            wall = strategy._wall(1, total)
+        strategy.roster = roster
+        wall = strategy._wall(1, total)
 
         def settle(reply: Any) -> None:
             if reply is None:
@@ -187,7 +181,7 @@ def update_case(plan: RunPlan, folder: Path, finetuning: bool = False, diffusion
                 assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
                 return
             assert reply.site in plan.sites and 1 <= reply.examples <= 1 << 20
-            assert finetuning or (reply.round == 1 and reply.wire_dtype == plan.release.wire_dtype)
+            assert reply.round == 1 and reply.wire_dtype == wire_dtype
             assert {n: t.shape for n, t in reply.update.items()} == {n: t.shape for n, t in shared.items()}
             assert np.linalg.norm(finite(reply.update)) <= 20.0 * reply.examples * 1.01
             possible_metrics(reply.metrics)
@@ -196,18 +190,17 @@ def update_case(plan: RunPlan, folder: Path, finetuning: bool = False, diffusion
 
         return wall, settle
 
-    return Case(valid, largest_reply(shared, plan.release.wire_dtype), begin)
+    return Case(valid, largest_reply(shared, wire_dtype), begin)
 
 
 def survey_case(plan: RunPlan) -> Case:
     model, honest = MeduetModel(plan), surveyed(plan, HONEST, 0)
-    book, sha256 = Unwritten(), plan.sha256
 
     def begin() -> tuple[ReplyWall[Any], Settle]:
         model._survey = StyleSurvey(plan)
         model.check_survey(honest)
         wall = ReplyWall(
-            "survey", SURVEY.route, sha256, registered(plan.sites), book,
+            "survey", SURVEY.route, plan.sha256, registered(plan.sites), Unwritten(),
             SURVEY.reply.from_record, model.check_survey,
         )  # fmt: skip
 

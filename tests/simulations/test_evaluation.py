@@ -153,7 +153,7 @@ def test_paired_phantoms_know_their_deformation_and_their_volumes(plan: RunPlan,
     grey = column("volume_2")
     torch.testing.assert_close(here[:, grey], there[:, grey], rtol=0.25, atol=0.0)
     assert here[:, column("deformation_x_000")].std() > 1
-    training = [s.scans(plan).latents([0, 1, 2]) for s in sites]
+    training = [s.prepared(plan).latents([0, 1, 2]) for s in sites]
     measured = measure(network(plan), plan, held, training, tokenizer=sites[0].tokenizer)
     names = ("counterfactual_psnr", "counterfactual_psnr_identity", "counterfactual_psnr_histogram")
     assert all(3 < measured[name] < 60 for name in names)
@@ -164,7 +164,7 @@ def test_own_scans_are_other_people_at_other_hospitals_and_their_volumes_are_cou
     plan: RunPlan, phantoms: Any
 ) -> None:
     _, sites = phantoms
-    scans = sites[0].scans(plan)
+    scans = sites[0].prepared(plan)
     held = own_scans(plan, scans, 0, ("train", "validation", "test"))
     assert all(name.startswith("0/") for name in held.patient) and not held.paired
     rows = [row for split in ("train", "validation", "test") for row in scans.indices(split)]

@@ -37,7 +37,7 @@ PLAN = RunPlan(
     ),
     objective=ObjectiveConfig(weights=LossWeights(invariance=0.0, restyled_reconstruction=0.0)),
     training=TrainingPlan(rounds=1, steps_per_round=1),
-    style=StylePlan(minimum_cohort=5),
+    style=StylePlan(minimum_cohort=5, centre="full"),
     aggregation=AggregationPlan(),
     release=ReleasePlan(),
 )

@@ -98,7 +98,7 @@ def test_the_readme_says_what_to_type_and_the_settings_are_read_strictly(
             with pytest.raises(SystemExit) as done:
                 client.cli.main([name, "--help"])
             assert done.value.code == 0
-    assert len(typed) == 7
+    assert len(typed) == 8
     install(kit(office, "north"), tmp_path / "north", NOW)
     from client.site import load_site_config
 

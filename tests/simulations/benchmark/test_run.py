@@ -156,8 +156,8 @@ def test_downstream_gets_labels_by_split_and_the_hospital_held_out_whole(cells: 
     assert len(patients["train"] | patients["validation"] | patients["seen"]) == 24
     assert not patients["train"] & patients["seen"] and not patients["train"] & patients["validation"]
     assert set(parts["held_out"].site) == {2} and len(parts["held_out"].patient) == 12
-    assert parts["train"].labels is not None and parts["train"].labels.shape[2:] == (32, 24, 24)
-    assert classes["train"].target is not None and set(classes["train"].target.tolist()) <= {0, 1}
+    assert parts["train"].answers.shape[2:] == (32, 24, 24)
+    assert set(classes["train"].answers.tolist()) <= {0, 1}
     assert [row["value"] for row in told["downstream"]] == [1.0, 2.0]
     alone = Seen()
     told = run_cell(dataclasses.replace(cells["alone"], tasks=tasks[:1]), alone.instruments)
@@ -227,7 +227,7 @@ def test_the_command_makes_one_table_and_one_page_lists_failures_and_does_only_w
     small = ("methods=[random,meduet]", "workers=2")
     broken = command(tmp_path, *small, overrides("style.minimum_cohort=50"))
     assert broken.returncode == 1, broken.stderr
-    assert "CellsFailed: 1 of 2 cells failed" in broken.stderr
+    assert "1 of 2 cells failed" in broken.stderr
     first = json.loads((tmp_path / "benchmark.json").read_text())
     assert list(first["failed"]) == ["phantoms meduet, seed 1"]
     assert "failed: " in (tmp_path / "benchmark.md").read_text()
