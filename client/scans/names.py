@@ -169,11 +169,6 @@ def _given_after(words: list[str], contrast: str) -> bool:
     return bool(rest & {"gd", "gad", "gado", "ce", "km", "post", "contrast", "c"})
 
 
-def has_date(name: str) -> bool:
-    """Whether a name holds a date."""
-    return _DATE.search(name) is not None
-
-
 @lru_cache(maxsize=200_000)
 def kind_of(name: str) -> Kind:
     """What a folder of this name is, asked for the name alone."""

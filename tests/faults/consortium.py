@@ -23,7 +23,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from client.site import SiteConfig, load_site_config
+from client.site import SiteConfig, confirm_patients, load_site_config
 from federation.processes import ChildProcess, Supervisor, die_with_parent, read_state
 from meduet_models.weights import load_weights
 from server.app import RunObserver
@@ -200,6 +200,7 @@ def processes(poc: Poc, sabotage: Path) -> tuple[ChildProcess, ...]:
 def beside(config: Path, more: Mapping[str, str] | None = None) -> Iterator[Callable[[], str]]:
     """`meduet-site start` as one more process; gives all that its SuperNode has said so far."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **(more or {})}
+    confirm_patients(load_site_config(config))  # as a person does there, who would else be asked to
     process = subprocess.Popen(
         [sys.executable, "-m", "client.cli", "start", "--config", str(config)],
         env=environment,
