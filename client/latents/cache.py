@@ -24,12 +24,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from client.latents.latent_set import LABEL, LATENTS, DamagedEncoding, LatentSet, StoredLatent, open_stored
+from client.latents.whole_scan import encoded
 from client.scans.cohort import Cohort, ScanEntry, read_entry
 from client.scans.fingerprints import Fingerprints
 from client.scans.scans import Reason, UnusableScan
 from client.scans.volumes import Prepared, prepare
+from client.scans.whole_volumes import prepare_whole
 from federation.plan import VolumePlan
 from meduet_models.tokenizer.tokenizer import Tokenizer
 from meduet_models.weights import save_weights
@@ -45,7 +48,7 @@ PREPARED_AHEAD = 2
 """Scans that one thread reads and prepares while others are encoded. Measured with an encoder that takes
 150 ms a scan on its own device: 290 ms a scan instead of 430."""
 _NOT_IN_KEY = frozenset(
-    {"modality", "modalities", "registered", "views"}
+    {"modality", "modalities", "registered", "views", "crop_foreground"}
 )  # a view's voxels do not depend on it
 _WINDOWS = {"mr_percentiles": "mr_percentiles", "ct_hu": "ct_window_hu", "fixed": "fixed_window"}
 """The setting that each window reads; the others are not in the key."""
@@ -68,7 +71,7 @@ class CacheState:
     unused: int
     """Files of other plans, of scans that changed or went, and of writes that were interrupted."""
     bytes_to_write: int
-    """About how much the missing views will take."""
+    """About how much the missing views will take; of whole scans at least, before they are read."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,10 @@ class LatentCache:
         pending: list[tuple[Path, Prepared]] = []
         at_once = max(1, min(SCANS_AT_ONCE, VOXELS_AT_ONCE // math.prod(self._volumes.shape)))
         try:
+            while self._volumes.extent == "scan" and todo:  # one at a time: a whole scan is large
+                unusable |= self._encode_whole(todo.pop(0), device)
+                done += 1
+                report(done, len(cohort.scans))
             with closing(_prepare_ahead(todo, self._volumes)) as ahead:
                 for row, prepared in ahead:
                     waiting += 1
@@ -152,9 +159,12 @@ class LatentCache:
         if unusable:
             _log.warning("%d scans could not be prepared; exclusions.csv has the reasons.", len(unusable))
         kept = [row for row in rows if row.entry.scan_id not in unusable]
-        encoded = [[stored or _written(path) for stored, path in zip(row.stored, row.paths, strict=True)]
-                   for row in kept]  # fmt: skip
-        return LatentSet(cohort.without(unusable), encoded, [site_index] * len(encoded))
+        stored = [[one or _written(path) for one, path in zip(row.stored, row.paths, strict=True)]
+                  for row in kept]  # fmt: skip
+        return LatentSet(
+            cohort.without(unusable), stored, [site_index] * len(stored),
+            crop=self._crop if self._volumes.extent == "scan" else None,
+        )  # fmt: skip
 
     def state(self, cohort: Cohort) -> CacheState:
         """What is cached of `cohort`; encodes nothing and changes nothing."""
@@ -192,6 +202,8 @@ class LatentCache:
     def _find(self, cohort: Cohort) -> tuple[list[_Row], list[Path], dict[str, UnusableScan]]:
         """A row per scan, the damaged files, and the scans whose label cannot be read."""
         left_out = _NOT_IN_KEY | set(_WINDOWS.values()) - {_WINDOWS[self._volumes.window]}
+        if self._volumes.extent == "crop":
+            left_out |= {"extent"}  # as when there was no other
         fixed = {
             "format": CACHE_FORMAT,
             "tokenizer": self._tokenizer.sha256,
@@ -221,22 +233,51 @@ class LatentCache:
             rows.append(_Row(entry, tuple(paths), tuple(stored)))
         return rows, damaged, unusable
 
+    @property
+    def _crop(self) -> tuple[int, int, int]:
+        """The network's grid."""
+        d, h, w = (side // self._tokenizer.stride for side in self._volumes.shape)
+        return d, h, w
+
+    @torch.inference_mode()
+    def _encode_whole(self, row: _Row, device: torch.device | str) -> dict[str, UnusableScan]:
+        """Encode the missing views of a whole scan, one after the other; what was wrong with it, if it was
+        unusable."""
+        tokenizer = self._tokenizer.to(device)
+        try:
+            scan, label = read_entry(row.entry, self._volumes)
+            for view in row.missing:
+                prepared = prepare_whole(scan, self._volumes, tokenizer.stride, view, label)
+                tensors, said = encoded(prepared, tokenizer, self._crop, device)
+                self._check(tensors[LATENTS], device)
+                self._write(row.paths[view], tensors, prepared.label, said)
+        except UnusableScan as error:
+            return {row.entry.scan_id: error}
+        return {}
+
     @torch.inference_mode()
     def _encode(self, batch: list[tuple[Path, Prepared]], device: torch.device | str) -> None:
         volumes = torch.stack([prepared.volume for _, prepared in batch])
         latents = self._tokenizer.to(device).encode(volumes.to(device)).to("cpu", torch.float32)
+        self._check(latents, device)
+        for (path, prepared), one in zip(batch, latents, strict=True):
+            said = {"geometry": json.dumps(prepared.geometry.to_dict())}
+            self._write(path, {LATENTS: one}, prepared.label, said)
+
+    def _check(self, latents: Tensor, device: torch.device | str) -> None:
         if not latents.isfinite().all():
             raise ValueError(
                 f"Expected finite latents; tokenizer {self._tokenizer.name} gave others on {device}. "
                 "Check its weights, or try device: cpu."
             )
-        for (path, prepared), one in zip(batch, latents, strict=True):
-            tensors = {LATENTS: one}
-            if prepared.label is not None:
-                small = bool(((prepared.label >= 0) & (prepared.label <= 255)).all())
-                tensors[LABEL] = prepared.label.to(torch.uint8 if small else torch.int16)
-            private_folder(path.parent)
-            save_weights(path, tensors, {"geometry": json.dumps(prepared.geometry.to_dict())})
+
+    @staticmethod
+    def _write(path: Path, tensors: dict[str, Tensor], label: Tensor | None, said: dict[str, str]) -> None:
+        if label is not None:
+            small = bool(((label >= 0) & (label <= 255)).all())
+            tensors = {**tensors, LABEL: label.to(torch.uint8 if small else torch.int16)}
+        private_folder(path.parent)
+        save_weights(path, tensors, said)
 
 
 def _written(path: Path) -> StoredLatent:

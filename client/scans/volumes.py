@@ -31,9 +31,10 @@ from client.scans.scans import FourD, Reason, Scan, UnusableScan, accept, accept
 from federation.plan import VolumePlan
 from meduet_models.seeds import digest_of
 
-__all__ = ["Geometry", "Prepared", "Reason", "Scan", "UnusableScan", "View", "draw_view",
-           "intensity_range", "kept_share", "lay_back", "prepare", "read_files", "read_label",
-           "read_scan", "same_grid"]  # fmt: skip
+__all__ = ["CORNERS", "Geometry", "Prepared", "Reason", "Scan", "UnusableScan", "View", "draw_view",
+           "geometry_of", "intensity_range", "kept_share", "label_on", "lay_back", "prepare",
+           "prepared_affine", "read_files", "read_label", "read_scan", "same_grid", "translation",
+           "volume_on", "world"]  # fmt: skip
 
 SAMPLED = 100_000
 """Voxels of a scan, about, from which the share within the crop is told."""
@@ -92,10 +93,12 @@ def read_label(path: Path, image: Scan | None = None) -> Scan:
 
 def kept_share(scan: Scan, plan: VolumePlan) -> float:
     """Share of the voxels brighter than the scan's mean that lie within the plan's crop: how much of the
-    patient a model sees. 1 where the crop holds the whole scan."""
-    to_crop = np.linalg.inv(_prepared_affine(scan, plan, View())) @ scan.affine
+    patient a model sees. 1 where the crop holds the whole scan, or the plan's extent is the scan."""
+    if plan.extent == "scan":
+        return 1.0
+    to_crop = np.linalg.inv(prepared_affine(scan, plan, View())) @ scan.affine
     sizes = np.array(scan.array.shape)
-    corners = _world(to_crop, _CORNERS * (sizes - 1))
+    corners = world(to_crop, CORNERS * (sizes - 1))
     limits = np.array(plan.shape)
     if corners.min() >= -0.5 and (corners <= limits - 0.5).all():
         return 1.0
@@ -104,7 +107,7 @@ def kept_share(scan: Scan, plan: VolumePlan) -> float:
     places = np.argwhere(sample > sample.mean())
     if not len(places):
         return 1.0
-    inside = _world(to_crop, places * step)
+    inside = world(to_crop, places * step)
     return float(((inside >= -0.5) & (inside < limits - 0.5)).all(axis=1).mean())
 
 
@@ -116,13 +119,14 @@ def same_grid(scan: Scan, label: Scan, tolerance: float = 0.25) -> bool:
     corners = []
     for image in (scan, label):
         shape, affine = _ras_order(image.array.shape, image.affine)
-        corners.append((shape, _world(affine, _CORNERS * (np.array(shape) - 1))))
+        corners.append((shape, world(affine, CORNERS * (np.array(shape) - 1))))
     (shape, ours), (other_shape, theirs) = corners
     edge_mm = np.linalg.norm(scan.affine[:3, :3], axis=0).min()
     return shape == other_shape and bool(np.abs(ours - theirs).max() <= tolerance * edge_mm)
 
 
-_CORNERS = np.array(list(np.ndindex(2, 2, 2)))
+CORNERS = np.array(list(np.ndindex(2, 2, 2)))
+"""Of a box, in units of its sides."""
 
 
 def _ras_order(shape: Sequence[int], affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
@@ -134,7 +138,8 @@ def _ras_order(shape: Sequence[int], affine: np.ndarray) -> tuple[tuple[int, ...
     return turned, affine @ inv_ornt_aff(to_ras, shape)
 
 
-def _world(affine: np.ndarray, indices: np.ndarray) -> np.ndarray:
+def world(affine: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Places of these indices by an affine."""
     return np.asarray(indices @ affine[:3, :3].T + affine[:3, 3])
 
 
@@ -206,19 +211,31 @@ def prepare(scan: Scan, plan: VolumePlan, view: int = 0, label: Scan | None = No
     Linear interpolation for the scan, nearest for the label, both by world coordinates: shear is resampled
     away, an oblique scan keeps its rotation (its axes become the nearest of right, anterior, superior).
     """
+    affine = prepared_affine(scan, plan, draw_view(scan.scan_id, view))
+    volume = volume_on(scan, intensity_range(scan.array, plan), affine, plan.shape)
+    placed = None if label is None else label_on(label, affine, plan.shape)
+    return Prepared(volume, placed, geometry_of(scan, affine, plan.shape))
+
+
+def volume_on(
+    scan: Scan, intensities: tuple[float, float], affine: np.ndarray, shape: tuple[int, int, int]
+) -> Float32[Tensor, "1 d h w"]:
+    """A scan on the grid of this affine and shape, linear; `intensities` become [0, 1], 0 outside of it."""
     from monai.transforms import ScaleIntensityRange  # seconds to import; a cached scan needs none of it
 
-    affine = _prepared_affine(scan, plan, draw_view(scan.scan_id, view))
-    window = ScaleIntensityRange(*intensity_range(scan.array, plan), b_min=0.0, b_max=1.0, clip=True)
-    volume = _resample(window(_part(scan, affine, plan.shape)), affine, plan.shape, "bilinear").clamp(
-        0.0, 1.0
-    )
-    placed = None
-    if label is not None:
-        on_grid = _resample(_part(label, affine, plan.shape), affine, plan.shape, "nearest")
-        placed = on_grid.round().to(torch.int16)
+    window = ScaleIntensityRange(*intensities, b_min=0.0, b_max=1.0, clip=True)
+    return _resample(window(_part(scan, affine, shape)), affine, shape, "bilinear").clamp(0.0, 1.0)
+
+
+def label_on(label: Scan, affine: np.ndarray, shape: tuple[int, int, int]) -> Int16[Tensor, "1 d h w"]:
+    """A label on the grid of this affine and shape, nearest; 0 outside of it."""
+    return _resample(_part(label, affine, shape), affine, shape, "nearest").round().to(torch.int16)
+
+
+def geometry_of(scan: Scan, affine: np.ndarray, shape: tuple[int, int, int]) -> Geometry:
+    """Where a volume of this affine and shape, made of `scan`, lies."""
     x, y, z = scan.array.shape
-    return Prepared(volume, placed, Geometry(scan.affine, (x, y, z), affine, plan.shape))
+    return Geometry(scan.affine, (x, y, z), affine, shape)
 
 
 def intensity_range(array: Float32[np.ndarray, "x y z"], plan: VolumePlan) -> tuple[float, float]:
@@ -243,7 +260,7 @@ def intensity_range(array: Float32[np.ndarray, "x y z"], plan: VolumePlan) -> tu
     return float(low), float(high)
 
 
-def _prepared_affine(scan: Scan, plan: VolumePlan, view: View) -> Float64[np.ndarray, "4 4"]:
+def prepared_affine(scan: Scan, plan: VolumePlan, view: View) -> Float64[np.ndarray, "4 4"]:
     """Prepared voxel indices to world: the grid of `Spacing` then `ResizeWithPadOrCrop`, seen by `view`."""
     from monai.data.utils import compute_shape_offset, zoom_affine
 
@@ -254,7 +271,7 @@ def _prepared_affine(scan: Scan, plan: VolumePlan, view: View) -> Float64[np.nda
         int(there) // 2 - wanted // 2 if there >= wanted else -((wanted - int(there)) // 2)
         for there, wanted in zip(spaced_shape, plan.shape, strict=True)
     ]
-    grid = spaced @ _translation(np.array(start))
+    grid = spaced @ translation(np.array(start))
     if view == View():
         return np.asarray(grid)
     a, b, c = (math.radians(angle) for angle in view.turn_degrees)
@@ -267,10 +284,11 @@ def _prepared_affine(scan: Scan, plan: VolumePlan, view: View) -> Float64[np.nda
     centre = (np.array(plan.shape) - 1) / 2
     to_mm = np.diag([*plan.spacing_mm, 1.0])  # turn in millimetres, not in voxels
     about = np.linalg.inv(to_mm) @ moved @ to_mm
-    return np.asarray(grid @ _translation(centre) @ about @ _translation(-centre))
+    return np.asarray(grid @ translation(centre) @ about @ translation(-centre))
 
 
-def _translation(by: np.ndarray) -> np.ndarray:
+def translation(by: np.ndarray) -> np.ndarray:
+    """The affine that moves by so many voxels."""
     matrix = np.eye(4)
     matrix[:3, 3] = by
     return matrix
@@ -278,12 +296,12 @@ def _translation(by: np.ndarray) -> np.ndarray:
 
 def _part(scan: Scan, affine: np.ndarray, shape: Sequence[int]) -> Tensor:
     """The part of a scan that lies within the grid of this affine and shape, and one voxel around it."""
-    corners = _world(np.linalg.inv(scan.affine) @ affine, _CORNERS * (np.array(shape) - 1))
+    corners = world(np.linalg.inv(scan.affine) @ affine, CORNERS * (np.array(shape) - 1))
     sizes = np.array(scan.array.shape)
     first = np.clip(np.floor(corners.min(axis=0)).astype(int) - 1, 0, sizes - 1)
     last = np.clip(np.ceil(corners.max(axis=0)).astype(int) + 1, first, sizes - 1)
     part = scan.array[tuple(slice(a, b + 1) for a, b in zip(first, last, strict=True))]
-    return _meta(part, scan.affine @ _translation(first))
+    return _meta(part, scan.affine @ translation(first))
 
 
 def _meta(array: np.ndarray, affine: np.ndarray) -> Tensor:
