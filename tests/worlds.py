@@ -13,6 +13,7 @@ import torch
 
 from federation.journal import Journal
 from federation.plan import RunPlan
+from privacy.chain import read_chain
 from privacy.ledger import Ledger
 
 
@@ -44,6 +45,14 @@ class Hospital:
 
     def scans(self, plan: RunPlan) -> Any:
         return self.held
+
+
+def unanswered_places(ledger: Path) -> list[tuple[str, int]]:
+    """Kind and round of each place in a ledger that was held for an answer which never left, in order."""
+    entries = read_chain(ledger, "ledger")
+    left = {entry.record.get("reservation") for entry in entries}
+    held = [entry for entry in entries if entry.record["event"] == "reserve" and entry.sha256 not in left]
+    return [(entry.record["kind"], entry.record["round"]) for entry in held]
 
 
 class Latents:
