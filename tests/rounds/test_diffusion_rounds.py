@@ -31,7 +31,7 @@ from privacy.ledger import Ledger
 from server.exchanges.federated_diffusion import round_momentum, run_diffusion_rounds
 from simulations.engines.in_process import InProcessGrid
 from strategies.quorum import Roster, RoundFailed
-from tests.worlds import Hospital
+from tests.worlds import Hospital, unanswered_places
 
 TRAINING = DiffusionTraining(batch_size=4, learning_rate=1e-3, ema=0.9, alignment=0.5)
 
@@ -128,7 +128,7 @@ def test_the_sites_train_it_and_every_release_is_in_the_books(plan: RunPlan, tmp
     assert {"embed.weight", "predict.weight", "embed_condition.content.weight"} <= changed
     for site in plan.sites:
         folder = tmp_path / "sites" / site
-        assert Ledger(folder / "ledger.jsonl").open_reservations() == []
+        assert unanswered_places(folder / "ledger.jsonl") == []
         records = [json.loads(line)["record"] for line in (folder / "journal.jsonl").read_text().splitlines()]
         assert [(r["kind"], r["round"]) for r in records] == [
             ("diffusion", round_number) for round_number in (1, 2, 3)

@@ -20,12 +20,11 @@ from federation.plan import RunPlan
 from meduet_models.downstream.tasks import task_of
 from meduet_models.meduet import FactorNetwork
 from meduet_models.weights import load_weights
-from privacy.ledger import Ledger
 from server.checkpoints import OtherPlan
 from server.exchanges.finetuning import FinetunedRun, pretrained_sha256, run_finetuning
 from simulations.engines.in_process import InProcessGrid
 from strategies.quorum import RoundFailed
-from tests.worlds import Hospital
+from tests.worlds import Hospital, unanswered_places
 
 LOCAL = LocalFinetuning(task="segmentation", classes=2, steps=3, batch_size=4)
 
@@ -99,8 +98,7 @@ def test_rounds_train_what_the_plan_says_and_every_release_is_in_the_books(
     assert any(name.startswith("head.") for name in changed)
     assert any(name.startswith("encoder.") for name in changed) is (encoder == "finetuned")
     for site in plan.sites:
-        ledger = Ledger(tmp_path / "sites" / site / "ledger.jsonl")
-        assert ledger.open_reservations() == []
+        assert unanswered_places(tmp_path / "sites" / site / "ledger.jsonl") == []
         lines = (tmp_path / "sites" / site / "journal.jsonl").read_text().splitlines()
         records = [json.loads(line)["record"] for line in lines]
         assert [(r["kind"], r["round"], r["plan"]) for r in records] == [

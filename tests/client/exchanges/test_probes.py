@@ -31,7 +31,7 @@ from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import CohortTooSmall, StyleMoments
 from privacy.clipping import joint_norm
-from tests.worlds import Hospital
+from tests.worlds import Hospital, unanswered_places
 
 answer_probe = ANSWER.once
 SECRET = b"1" * 32
@@ -173,7 +173,7 @@ def test_both_exchanges_pass_the_gate_and_are_in_the_books(
     second = answer_probe(site, ask(plan, toy_bank(plan), **probe), plan)
     assert second.tensors.keys() == {HITS}
     assert site.journal.verify() == 2 and site.ledger.verify() == 4
-    assert site.ledger.open_reservations() == []
+    assert unanswered_places(site.state_dir / "ledger.jsonl") == []
 
 
 def test_a_fold_below_the_cohort_tells_nothing(site: Hospital, plan: RunPlan, toy_bank: Any) -> None:
