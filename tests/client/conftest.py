@@ -72,11 +72,11 @@ def make_scans(patients: Sequence[str], site: int = 0, views: int = 1, seed: int
     return ToyScans(list(patients), values, torch.full((len(rows),), site), rows, [{} for _ in rows])
 
 
-def make_bank(plan: RunPlan, told: Sequence[str] | None = None) -> StyleBank:
+def make_bank(plan: RunPlan, present: Sequence[str] | None = None) -> StyleBank:
     """The bank of sites whose latents are scaled and shifted by their number."""
     moments = {}
     for index, site in enumerate(plan.sites):
-        if told is None or site in told:
+        if present is None or site in present:
             scans = make_scans([f"{site}{n}" for n in range(6)], index, seed=100 + index)
             moments[site] = StyleMoments.of(scans.values[:, 0], scans.patients, survey_layout(plan))
     return StyleBank.of(plan.sites, moments)

@@ -59,9 +59,9 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_map_must_be_confirmed_again(tmp_path: Path, change: str) -> None:
     confirm(tmp_path, tmp_path, FOUND)
-    patients, more, told = CHANGES[change]
+    patients, more, reason = CHANGES[change]
     changed = dataclasses.replace(FOUND, patients=patients, **more)  # type: ignore[arg-type]
-    assert told in unconfirmed(tmp_path, tmp_path, changed)
+    assert reason in unconfirmed(tmp_path, tmp_path, changed)
 
 
 def test_scans_that_the_same_rule_gives_a_patient_and_scans_that_went_need_no_new_word(

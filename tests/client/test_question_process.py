@@ -76,11 +76,11 @@ def plan(toy_plan: Callable[..., RunPlan]) -> RunPlan:
 
 def a_bank(plan: RunPlan) -> StyleBank:
     draws = torch.Generator().manual_seed(0)
-    told = {}
+    moments = {}
     for index, name in enumerate(plan.sites):
         values = torch.randn(6, 4, 4, 6, 4, generator=draws) * (1 + index) + index
-        told[name] = StyleMoments.of(values, [f"{name}{n}" for n in range(6)], survey_layout(plan))
-    return StyleBank.of(plan.sites, told)
+        moments[name] = StyleMoments.of(values, [f"{name}{n}" for n in range(6)], survey_layout(plan))
+    return StyleBank.of(plan.sites, moments)
 
 
 def test_a_question_about_encoded_scans_loads_no_compiler_and_no_reader_of_scans(

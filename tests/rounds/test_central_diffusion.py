@@ -161,9 +161,9 @@ def test_the_centre_trains_while_a_site_does(
     def centre(self: Any, source: Any, number: int) -> Any:
         if number == 0:
             assert at_site.wait(60), "no site took a step while the centre was in its own"
-        told = step(self, source, number)
+        losses = step(self, source, number)
         at_centre.set()
-        return told
+        return losses
 
     def site() -> None:
         if any(thread.name == "diffusion" for thread in threading.enumerate()) and not at_site.is_set():

@@ -88,10 +88,10 @@ def bank(plan: RunPlan) -> dict[str, torch.Tensor]:
     layout = StyleLayout(
         channels=2, latent_grid=plan.network.latent_grid, map_grid=plan.style.map_grid, bound=1e3
     )
-    told = {
+    moments = {
         site: StyleMoments.of(Scans(i).values, Scans(i).patients, layout) for i, site in enumerate(plan.sites)
     }
-    return StyleBank.of(plan.sites, told).to_tensors()
+    return StyleBank.of(plan.sites, moments).to_tensors()
 
 
 def grid_of(

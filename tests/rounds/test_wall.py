@@ -134,8 +134,8 @@ def central(folder: Path, caplog: pytest.LogCaptureFixture) -> str:
 def assert_nothing_crossed(sites: Sites, text: str) -> None:
     for word in (*SECRET.split(), "MustermannError"):
         assert word not in sites.sent and word not in text
-    told = [p.read_text() for p in (sites.folder / "sites").glob(f"*/{LOG_NAME}")]
-    assert any(SECRET in log and "MustermannError" in log for log in told)  # the hospital itself can find out
+    logs = [p.read_text() for p in (sites.folder / "sites").glob(f"*/{LOG_NAME}")]
+    assert any(SECRET in log and "MustermannError" in log for log in logs)  # the hospital itself can find out
 
 
 @pytest.fixture

@@ -150,7 +150,7 @@ def test_a_site_that_told_nothing_restyles_its_scans_with_its_own_sums(
     toy_plan: Callable[..., RunPlan], toy_scans: Any, toy_bank: Any
 ) -> None:
     plan, scans = toy_plan(), toy_scans(PATIENTS, 1)
-    bank = toy_bank(plan, told=("north", "west"))
+    bank = toy_bank(plan, present=("north", "west"))
     batches = Batches(scans, plan, bank)
     joined = bank.joined_by("south", own_moments(scans, plan))
     seen = set()

@@ -66,13 +66,13 @@ def plan(toy_plan: Callable[..., RunPlan]) -> RunPlan:
 
 def test_everything_known_of_a_scan_is_told_and_the_unknown_is_said_to_be_unknown(plan: RunPlan) -> None:
     scans = Scans()
-    told = examples_of(scans, [2, 0, 1], plan)
-    assert torch.equal(told.latents, scans.values[[2, 0, 1]])
-    assert told.site.tolist() == [1, 1, 1]
-    assert told.body_part.tolist() == [1, 1, 0]
-    assert told.category.tolist() == [-1, 1, 0]
-    assert told.label_map is not None
-    assert told.label_map[0].isnan().all() and not told.label_map[1:].isnan().any()
+    examples = examples_of(scans, [2, 0, 1], plan)
+    assert torch.equal(examples.latents, scans.values[[2, 0, 1]])
+    assert examples.site.tolist() == [1, 1, 1]
+    assert examples.body_part.tolist() == [1, 1, 0]
+    assert examples.category.tolist() == [-1, 1, 0]
+    assert examples.label_map is not None
+    assert examples.label_map[0].isnan().all() and not examples.label_map[1:].isnan().any()
 
 
 def test_spacing_is_along_right_anterior_superior_whatever_the_order_of_the_voxels(plan: RunPlan) -> None:
@@ -96,8 +96,8 @@ def test_a_site_without_labels_or_a_plan_without_any_tells_none(plan: RunPlan) -
     assert plan.diffusion is not None
     silent = replace(plan, diffusion=replace(plan.diffusion, conditions=("content",), category="",
                                              categories=(), labels=0))  # fmt: skip
-    told = examples_of(Scans(), [0, 1], silent)
-    assert told.label_map is None and told.category.tolist() == [-1, -1]
+    examples = examples_of(Scans(), [0, 1], silent)
+    assert examples.label_map is None and examples.category.tolist() == [-1, -1]
     nobody = replace(silent, style=StylePlan(minimum_cohort=3), diffusion=None)
     assert examples_of(Scans(), [0, 1], nobody).body_part.tolist() == [-1, -1]
 

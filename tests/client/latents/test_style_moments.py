@@ -69,10 +69,10 @@ class Scans:
 def test_a_survey_is_the_sum_over_training_patients() -> None:
     scans = Scans(10)
     rows = scans.indices("train")
-    told = survey(scans, PLAN)
+    surveyed = survey(scans, PLAN)
     expected = StyleMoments.of(scans.all[rows], [scans.patients[i] for i in rows], survey_layout(PLAN))
-    torch.testing.assert_close(told.to_vector(), expected.to_vector())
-    assert told.sums["count"].tolist() == [8.0]
+    torch.testing.assert_close(surveyed.to_vector(), expected.to_vector())
+    assert surveyed.sums["count"].tolist() == [8.0]
 
 
 def test_patients_kept_for_validation_influence_nothing() -> None:
@@ -100,10 +100,10 @@ def test_a_body_part_with_too_few_patients_is_withheld() -> None:
     for row in (0, 1, 2, 3):
         scans.covariates[row]["body_part"] = "chest"
     assert own_moments(scans, plan).sums["count"].tolist() == [6.0, 2.0]
-    told = survey(scans, plan)
-    assert told.sums["count"].tolist() == [6.0, 0.0]
-    assert not any(bool(total[1].any()) for total in told.sums.values())
-    assert bool(told.sums["mean"][0].any())
+    surveyed = survey(scans, plan)
+    assert surveyed.sums["count"].tolist() == [6.0, 0.0]
+    assert not any(bool(total[1].any()) for total in surveyed.sums.values())
+    assert bool(surveyed.sums["mean"][0].any())
 
 
 def test_a_scan_of_an_unknown_body_part_is_named_by_its_part_and_not_by_its_patient() -> None:

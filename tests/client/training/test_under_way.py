@@ -65,7 +65,7 @@ def site(tmp_path: Path, toy_scans: Any) -> Callable[..., ToySite]:
 @pytest.fixture
 def ask(toy_bank: Any) -> Callable[..., TrainAsk]:
     def make(
-        plan: RunPlan, round_number: int = 1, shared: Tensors | None = None, told: Any = None
+        plan: RunPlan, round_number: int = 1, shared: Tensors | None = None, present: Any = None
     ) -> TrainAsk:
         model = MeDUET(plan.network, len(plan.sites), seed=plan.seed)
         named, method = model.state_dict(), plan.aggregation.method
@@ -73,7 +73,7 @@ def ask(toy_bank: Any) -> Callable[..., TrainAsk]:
             plan_json=plan.to_json(),
             round=round_number,
             shared=shared or {n: named[n] for n in shared_keys(model, plan.style.head, method)},
-            bank={} if plan.style.exchange == "none" else toy_bank(plan, told).to_tensors(),
+            bank={} if plan.style.exchange == "none" else toy_bank(plan, present).to_tensors(),
             home={n: named[n] for n in home_keys(model, plan.style.head, method)}
             if round_number == 1
             else None,
@@ -367,14 +367,14 @@ def test_ten_sets_of_weights_for_one_round_are_one_answer(
     site: Callable[..., ToySite], ask: Callable[..., TrainAsk], plan: RunPlan
 ) -> None:
     """Ten updates from ten points are what an inversion of gradients asks for."""
-    told = []
+    answers = []
     for number in range(10):
         shared = {name: tensor + 1e-3 * number for name, tensor in ask(plan).shared.items()}
         try:
-            told.append(site().answer(ask(plan, shared=shared), plan))
+            answers.append(site().answer(ask(plan, shared=shared), plan))
         except AnsweredBefore:
             continue
-    assert len(told) == 1 and site().ledger.verify() == 2
+    assert len(answers) == 1 and site().ledger.verify() == 2
     a_new_plan = replace(plan, name="another agreement")
     site().answer(ask(a_new_plan), a_new_plan)
     assert site().ledger.verify() == 4  # is a question of its own, and charged

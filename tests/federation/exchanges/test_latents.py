@@ -166,8 +166,10 @@ def test_a_reply_that_is_not_one_is_refused_in_one_line(what: str, why: str) -> 
 
 
 def test_an_empty_answer_is_examples_of_nobody() -> None:
-    told = from_tensors(nothing(a_plan(labels=3, conditions=("label_map",))))
-    assert len(told) == 0 and told.label_map is not None and told.label_map.shape == (0, 3, 4, 6, 4)
+    examples = from_tensors(nothing(a_plan(labels=3, conditions=("label_map",))))
+    assert (
+        len(examples) == 0 and examples.label_map is not None and examples.label_map.shape == (0, 3, 4, 6, 4)
+    )
 
 
 @settings(max_examples=60, deadline=None)

@@ -100,11 +100,11 @@ def test_what_content_does_not_tell_has_no_direction() -> None:
 def test_sites_that_withhold_anatomy_leave_the_directions_of_the_others() -> None:
     plan = a_plan(age=(0.0, 120.0))
     slope = torch.full((WIDTH,), 0.02)
-    told = site_sums(plan, *population(0, slope))
+    sums = site_sums(plan, *population(0, slope))
     nobody = ErasureMoments.none(joint_width(plan) + 1, anatomy_bound(plan)).to_vector()
     withheld = {ANATOMY: nobody.expand(FOLDS, -1).clone()}
-    both = directions_of_sums({"north": told, "south": withheld}, plan)
-    assert torch.equal(both["age"], directions_of_sums({"north": told}, plan)["age"])
+    both = directions_of_sums({"north": sums, "south": withheld}, plan)
+    assert torch.equal(both["age"], directions_of_sums({"north": sums}, plan)["age"])
     assert directions_of_sums({"south": withheld}, plan) == {}
     without = dataclasses.replace(plan, probes=ProbePlan())
     assert directions_of_sums({"north": {}}, without) == {}

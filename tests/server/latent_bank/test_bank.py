@@ -110,8 +110,8 @@ def bank(open_bank: Callable[..., LatentBank]) -> LatentBank:
 
 
 def everything(source: Any) -> Examples:
-    told: Examples = source.read(torch.arange(len(source)))
-    return told
+    examples: Examples = source.read(torch.arange(len(source)))
+    return examples
 
 
 def test_what_went_in_comes_out_in_the_order_of_rounds_sites_and_places(
@@ -124,11 +124,11 @@ def test_what_went_in_comes_out_in_the_order_of_rounds_sites_and_places(
     bank.add(reply(plan, [0, 1], "north"), plan)
     assert len(bank) == 7
     for again in (bank, open_bank()):
-        told = everything(again.source(plan, 2))
-        assert told.category.tolist() == [0, 1, 2, 3, 4, 5, 6]
-        assert torch.equal(told.latents, some(list(range(7))).latents)
-        assert told.site.tolist() == [0, 0, 0, 0, 1, 1, 0]
-        assert told.spacing[1].tolist() == [0.5, 1.0, 2.0] and told.spacing[0].isnan().all()
+        read = everything(again.source(plan, 2))
+        assert read.category.tolist() == [0, 1, 2, 3, 4, 5, 6]
+        assert torch.equal(read.latents, some(list(range(7))).latents)
+        assert read.site.tolist() == [0, 0, 0, 0, 1, 1, 0]
+        assert read.spacing[1].tolist() == [0.5, 1.0, 2.0] and read.spacing[0].isnan().all()
         assert len(again.source(plan, 1)) == 6
         assert again.source(plan, 1).read(torch.tensor([4, 0, 4])).category.tolist() == [4, 0, 4]
 
@@ -374,8 +374,12 @@ def test_a_site_that_is_forgotten_is_overwritten_never_taken_again_and_marks_wha
     assert len(bank) == 1
     bank.learned(tmp_path / "early.safetensors", "c" * 64, 1)  # the file may be the same model, trained on
     assert {Path(m.path).name: m.withdrawn for m in bank.models()}["early.safetensors"] == 2
-    told = summary(bank)["sites"]
-    assert (told["north"]["withdrawn"], told["north"]["site_withdrew"], told["south"]["kept"]) == (3, True, 1)
+    sites = summary(bank)["sites"]
+    assert (sites["north"]["withdrawn"], sites["north"]["site_withdrew"], sites["south"]["kept"]) == (
+        3,
+        True,
+        1,
+    )
 
 
 def left_on_the_disk(folder: Path, sealed: bytes) -> list[str]:
@@ -518,9 +522,9 @@ def test_label_maps_bfloat16_and_codes_come_back(bank: LatentBank) -> None:
     coming = replace(reply(plan, [0, 1]), examples=replace(some([0, 1]), label_map=maps))
     bank.add(coming, plan, codes)
     source = bank.source(plan, 1)
-    told = everything(source)
-    assert torch.equal(told.latents, some([0, 1]).latents.bfloat16().float())
-    torch.testing.assert_close(told.label_map, maps, rtol=0, atol=0, equal_nan=True)
+    read = everything(source)
+    assert torch.equal(read.latents, some([0, 1]).latents.bfloat16().float())
+    torch.testing.assert_close(read.label_map, maps, rtol=0, atol=0, equal_nan=True)
     content, style = source.codes(torch.tensor([1]))
     assert torch.equal(content, codes.content[1:]) and torch.equal(style, codes.style[1:])
     assert {item["encoder"] for item in items(bank)} == {"e" * 64}
@@ -538,13 +542,13 @@ def test_every_item_is_listed_with_where_it_comes_from(bank: LatentBank) -> None
     plan = a_plan()
     bank.add(reply(plan, [0, 1]), plan)
     bank.add(reply(plan, [1], "south"), plan)
-    told = list(items(bank))
-    assert [(one["item"], one["site"], one["state"]) for one in told] == [
+    listed = list(items(bank))
+    assert [(one["item"], one["site"], one["state"]) for one in listed] == [
         (name(0), "north", "kept"),
         (name(1), "north", "kept"),
         (name(1, "south"), "south", "duplicate"),
     ]
-    assert {(one["policy"], one["plan"], one["round"]) for one in told} == {("raw", plan.sha256, 1)}
+    assert {(one["policy"], one["plan"], one["round"]) for one in listed} == {("raw", plan.sha256, 1)}
     json.dumps(summary(bank))
 
 

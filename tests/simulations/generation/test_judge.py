@@ -79,12 +79,15 @@ def test_the_study_compares_starts_and_sources_and_is_done_once(released: Path, 
         *[word for word in SMALL if word.startswith("diffusion.t")], *JUDGED,
     ]  # fmt: skip
     page = run_generation(compose_config(asked, "generation"))
-    told = json.loads((tmp_path / "study" / "study.json").read_text())
-    assert [(c["start"], c["seed"]) for c in told["curves"]] == [
+    study = json.loads((tmp_path / "study" / "study.json").read_text())
+    assert [(c["start"], c["seed"]) for c in study["curves"]] == [
         ("scratch", 1), ("scratch", 2), ("encoder", 1), ("encoder", 2),
     ]  # fmt: skip
-    assert all([step for step, _ in curve["points"]] == [0, 1, 2] for curve in told["curves"])
-    assert set(told["sources"]) == {"raw", "site"} and told["sources"]["site"]["site"] in ("north", "harbour")
+    assert all([step for step, _ in curve["points"]] == [0, 1, 2] for curve in study["curves"])
+    assert set(study["sources"]) == {"raw", "site"} and study["sources"]["site"]["site"] in (
+        "north",
+        "harbour",
+    )
     assert "steps until scratch" in page.read_text()
     cell = tmp_path / "study" / "curves" / "scratch-style-1.json"
     written = cell.stat().st_mtime_ns
