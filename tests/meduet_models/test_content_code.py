@@ -11,6 +11,7 @@ from meduet_models.erasure import ErasureMoments, erase, fit_erasure, triangle_l
 from meduet_models.meduet import MeDUET, NetworkConfig
 from meduet_models.probes.quick import site_probe
 from meduet_models.probes.recognition import retrieval_across_sites
+from tests.worlds import small_network
 
 WIDTH, SIZE, SITES, PATIENTS = 48, 8, 3, 30
 BOUND = 1e3
@@ -118,10 +119,7 @@ def test_bad_sums_are_refused() -> None:
 
 
 def test_a_network_without_a_fitted_code_says_so() -> None:
-    config = NetworkConfig(
-        latent_channels=2, latent_grid=(4, 4, 4), patch_size=2, width=12, depth=1, heads=2, decoder_width=12,
-        decoder_depth=1, decoder_heads=2, style_map_grid=(1, 2, 1),
-    )  # fmt: skip
+    config = small_network(latent_grid=(4, 4, 4), style_map_grid=(1, 2, 1))
     network, latents = MeDUET(config, 3).eval(), torch.randn(5, 2, 4, 4, 4)
     with pytest.raises(ValueError, match="none was fitted"):
         network.content_code(latents)

@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meduet_models.factors import Factors
-from meduet_models.meduet import MeDUET, NetworkConfig
+from meduet_models.meduet import MeDUET
 from meduet_models.objective import (
     Losses,
     LossWeights,
@@ -22,20 +22,10 @@ from meduet_models.objective import (
     draw_step,
 )
 from meduet_models.teacher import Teacher
+from tests.worlds import small_network
 
 ROOT = Path(__file__).parents[2]
-TINY = NetworkConfig(
-    latent_channels=2,
-    latent_grid=(4, 4, 6),
-    patch_size=2,
-    width=12,
-    depth=1,
-    heads=2,
-    decoder_width=12,
-    decoder_depth=1,
-    decoder_heads=2,
-    style_map_grid=(1, 2, 1),
-)
+TINY = small_network(latent_grid=(4, 4, 6), style_map_grid=(1, 2, 1))
 SITES = (0, 1, 2)
 PUBLISHED = LossWeights(visible_reconstruction=0.0, invariance=0.0, restyled_reconstruction=0.0)
 ESTIMATORS = pytest.mark.parametrize("estimator", ["full", "one_stream", "alternate"])

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from server.checkpoints import OtherPlan
 from server.exchanges.finetuning import FinetunedRun, pretrained_sha256, run_finetuning
 from simulations.engines.in_process import InProcessGrid
 from strategies.quorum import RoundFailed
-from tests.worlds import Hospital, unanswered_places
+from tests.worlds import Hospital, KnownScans, unanswered_places
 
 LOCAL = LocalFinetuning(task="segmentation", classes=2, steps=3, batch_size=4)
 
@@ -33,26 +33,13 @@ class Killed(BaseException):
     """As if the process had ended."""
 
 
-class Scans:
-    """Eight labelled patients of a site, whose latents are shifted by its number."""
+class Scans(KnownScans):
+    """Ten labelled patients of a site, eight for training; of known sex and age."""
 
     def __init__(self, site: int, highest: int = 1) -> None:
-        draws = torch.Generator().manual_seed(site)
-        self.values = torch.randn(10, 2, 4, 6, 4, generator=draws) + site
-        self._labels = (torch.rand(10, 1, 16, 24, 16, generator=draws) > 0.7).long() * highest
-        self.patients = [f"{site}-{n}" for n in range(10)]
+        super().__init__(site, 10, held_out=2, labelled=10)
+        self.label *= highest
         self.covariates = [{"sex": "FM"[n % 2], "age": 30.0 + 3 * n} for n in range(10)]
-        self.site_index = torch.full((10,), site)
-        self.has_label = [True] * 10
-
-    def indices(self, split: str) -> list[int]:
-        return list(range(8)) if split == "train" else [8, 9]
-
-    def latents(self, indices: Sequence[int], view: int = 0) -> torch.Tensor:
-        return self.values[list(indices)].clone()
-
-    def labels(self, indices: Sequence[int], view: int = 0) -> torch.Tensor:
-        return self._labels[list(indices)].clone()
 
 
 @pytest.fixture

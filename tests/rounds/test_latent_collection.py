@@ -5,7 +5,6 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,37 +30,23 @@ from server.latent_bank.records import Codes
 from simulations.engines.in_process import InProcessGrid
 from strategies.aggregation import ReplyRefused
 from strategies.quorum import Roster
-from tests.worlds import Hospital
+from tests.worlds import Hospital, KnownScans
 
 
-class Scans:
-    """Twelve scans of a site, ten of them for training; the last ones have no label."""
+class Scans(KnownScans):
+    """Twelve scans of a site, ten of them for training, six with a label; counts how often they are read."""
 
     def __init__(self, site: int, loud: float = 1.0) -> None:
-        draws = torch.Generator().manual_seed(site)
-        self.values = (torch.randn(12, 2, 4, 6, 4, generator=draws) + site) * loud
-        self.label = (torch.rand(12, 1, 16, 24, 16, generator=draws) > 0.7).long()
+        super().__init__(site, 12, held_out=2, labelled=6)
+        self.values *= loud
         self.patients = [f"secret-{site}-{n}" for n in range(12)]
-        self.covariates: list[dict[str, str | float]] = [
-            {"sex": "FM"[n % 2], "body_part": "head"} for n in range(12)
-        ]
-        self.site_index = torch.full((12,), site)
-        self.has_label = [n < 6 for n in range(12)]
-        self.entries = [
-            SimpleNamespace(scan_id=f"{site}{n:063d}", path=f"/pacs/{site}/{n}.nii") for n in range(12)
-        ]
+        self.covariates = [{"sex": "FM"[n % 2], "body_part": "head"} for n in range(12)]
         self.reads = 0
-
-    def indices(self, split: str) -> list[int]:
-        return list(range(10)) if split == "train" else [10, 11]
 
     def latents(self, indices: Sequence[int], view: int = 0) -> torch.Tensor:
         assert view == 0 and not {10, 11} & set(indices)
         self.reads += 1
-        return self.values[list(indices)].clone()
-
-    def labels(self, indices: Sequence[int], view: int = 0) -> torch.Tensor:
-        return self.label[list(indices)]
+        return super().latents(indices)
 
     def geometry(self, row: int, view: int = 0) -> Geometry:
         return Geometry(np.diag([1.0, 1.5, 2.0 + row, 1.0]), (8, 8, 8), np.eye(4), (16, 24, 16))

@@ -6,40 +6,19 @@ from torch import Tensor
 
 from federation.exchanges.survey import survey_layout
 from federation.plan import (
-    AggregationPlan,
-    ReleasePlan,
-    RunPlan,
     StylePlan,
     TrainingPlan,
-    VolumePlan,
 )
-from meduet_models.meduet import NetworkConfig
 from meduet_models.objective import LossWeights, ObjectiveConfig
 from meduet_models.style.moments import CohortTooSmall, StyleMoments
 from strategies.style_bank import StyleSurvey
+from tests.worlds import small_plan
 
-PLAN = RunPlan(
+PLAN = small_plan(
     name="survey",
-    seed=1,
-    sites=("oslo", "lyon", "turin"),
-    tokenizer_sha256="0" * 64,
-    volumes=VolumePlan(modality="t1", shape=(16, 24, 16)),
-    network=NetworkConfig(
-        latent_channels=2,
-        latent_grid=(4, 6, 4),
-        patch_size=2,
-        width=12,
-        depth=1,
-        heads=2,
-        decoder_width=12,
-        decoder_depth=1,
-        decoder_heads=2,
-    ),
     objective=ObjectiveConfig(weights=LossWeights(invariance=0.0, restyled_reconstruction=0.0)),
     training=TrainingPlan(rounds=1, steps_per_round=1),
     style=StylePlan(minimum_cohort=5, centre="full"),
-    aggregation=AggregationPlan(),
-    release=ReleasePlan(),
 )
 LAYOUT = survey_layout(PLAN)
 

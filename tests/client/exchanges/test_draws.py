@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,25 +19,17 @@ from meduet_models.downstream.networks import trained_keys
 from meduet_models.downstream.tasks import task_of
 from meduet_models.meduet import FactorNetwork
 from server.exchanges.finetuning import pretrained_sha256
-from tests.worlds import Hospital, Latents
+from tests.worlds import Hospital, KnownScans
 
 COUNT = 16
 
 
-class Aged(Latents):
+class Aged(KnownScans):
     """Sixteen patients of known ages, each with a scan."""
 
     def __init__(self) -> None:
-        super().__init__([0], COUNT)
+        super().__init__(0, COUNT)
         self.covariates = [{"age": 30.0 + n} for n in range(COUNT)]
-        self.has_label = [False] * COUNT
-        self.entries = [SimpleNamespace(scan_id=f"{n:064d}") for n in range(COUNT)]
-
-    def labels(self, indices: Any, view: int = 0) -> None:
-        return None
-
-    def geometry(self, row: int, view: int = 0) -> None:
-        return None
 
 
 def test_whose_labels_a_site_uses_is_not_told_by_the_plan(

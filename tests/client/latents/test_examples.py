@@ -1,4 +1,4 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,36 +11,25 @@ from client.scans.volumes import Geometry
 from federation.diffusion_plan import DiffusionPlan
 from federation.plan import RunPlan, StylePlan
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
+from tests.worlds import KnownScans
 
 SHAPE = TransformerShape(patch_size=2, width=12, depth=1, heads=2)
 
 
-class Scans:
+class Scans(KnownScans):
     """Four scans of a site: three for training, one of them without a label."""
 
     def __init__(self) -> None:
+        super().__init__(1, 4, held_out=1)
         draws = torch.Generator().manual_seed(3)
-        self.values = torch.randn(4, 2, 4, 6, 4, generator=draws)
         self.label = (torch.rand(4, 1, 16, 24, 16, generator=draws) * 3).long()
-        self.patients = ["a", "b", "c", "d"]
-        self.covariates: list[dict[str, str | float]] = [
+        self.covariates = [
             {"body_part": "head", "grade": 2.0},
             {"body_part": "neck", "grade": 1.0},
             {"body_part": "head"},
             {"body_part": "head", "grade": 1.0},
         ]
-        self.site_index = torch.full((4,), 1)
         self.has_label = [True, True, False, True]
-
-    def indices(self, split: str) -> list[int]:
-        return [0, 1, 2] if split == "train" else [3]
-
-    def latents(self, indices: Sequence[int], view: int = 0) -> torch.Tensor:
-        assert view == 0
-        return self.values[list(indices)].clone()
-
-    def labels(self, indices: Sequence[int], view: int = 0) -> torch.Tensor:
-        return self.label[list(indices)]
 
     def geometry(self, row: int, view: int = 0) -> Geometry:
         # voxel axes run towards posterior, right, superior; the spacings differ

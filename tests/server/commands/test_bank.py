@@ -9,34 +9,33 @@ import torch
 
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.latents import LatentsReply
-from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan, VolumePlan
+from federation.plan import StylePlan, TrainingPlan, VolumePlan
 from federation.terminal import NOT_POSSIBLE
 from meduet_models.diffusion.conditions import Examples
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
-from meduet_models.meduet import NetworkConfig
-from meduet_models.objective import ObjectiveConfig
 from server.cli import main
 from server.latent_bank.bank import LatentBank
+from tests.worlds import small_network, small_plan
 
 ITEM = "0" * 31
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    plan = RunPlan(
-        name="toy", seed=7, sites=("north", "south"), tokenizer_sha256="0" * 64,
+    plan = small_plan(
+        name="toy",
+        seed=7,
+        sites=("north", "south"),
         volumes=VolumePlan(modality="mr", shape=(16, 24, 16)),
-        network=NetworkConfig(
-            latent_channels=2, latent_grid=(4, 6, 4), patch_size=2, width=16, depth=1, heads=2,
-            decoder_width=12, decoder_depth=1, decoder_heads=2,
-        ),
-        objective=ObjectiveConfig(), training=TrainingPlan(rounds=2, steps_per_round=2, batch_size=4),
-        style=StylePlan(minimum_cohort=3), aggregation=AggregationPlan(), release=ReleasePlan(),
+        network=small_network(width=16),
+        training=TrainingPlan(rounds=2, steps_per_round=2, batch_size=4),
+        style=StylePlan(minimum_cohort=3),
         diffusion=DiffusionPlan(
-            policy="raw", transformer=TransformerShape(patch_size=2, width=12, depth=1, heads=2),
+            policy="raw",
+            transformer=TransformerShape(patch_size=2, width=12, depth=1, heads=2),
             training=DiffusionTraining(),
         ),
-    )  # fmt: skip
+    )
     unknown = torch.full((3,), -1)
     examples = Examples(
         latents=torch.randn(3, 2, 4, 6, 4), site=torch.zeros(3, dtype=torch.long), body_part=unknown,

@@ -15,42 +15,35 @@ import torch
 
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.latents import LatentsReply
-from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan, VolumePlan
+from federation.plan import ReleasePlan, RunPlan, StylePlan, TrainingPlan, VolumePlan
 from meduet_models.diffusion.conditions import Examples
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
-from meduet_models.meduet import NetworkConfig
-from meduet_models.objective import ObjectiveConfig
 from server.latent_bank.bank import BANK, MARKER, LatentBank
 from server.latent_bank.listing import items, summary
 from server.latent_bank.records import Codes, DamagedRecord, RecordLayout, Seal
 from server.latent_bank.tables import Item, Tables
+from tests.worlds import small_network, small_plan
 
 SITES = ("north", "south")
 
 
 def a_plan(wire_dtype: Any = "float32", **diffusion: Any) -> RunPlan:
     settings: dict[str, Any] = {"policy": "raw", **diffusion}
-    return RunPlan(
+    return small_plan(
         name="toy",
         seed=7,
         sites=SITES,
-        tokenizer_sha256="0" * 64,
         volumes=VolumePlan(modality="mr", shape=(16, 24, 16)),
-        network=NetworkConfig(
-            latent_channels=2, latent_grid=(4, 6, 4), patch_size=2, width=16, depth=1, heads=2,
-            decoder_width=12, decoder_depth=1, decoder_heads=2,
-        ),
-        objective=ObjectiveConfig(),
+        network=small_network(width=16),
         training=TrainingPlan(rounds=4, steps_per_round=2, batch_size=4),
         style=StylePlan(minimum_cohort=3),
-        aggregation=AggregationPlan(),
         release=ReleasePlan(wire_dtype=wire_dtype),
         diffusion=DiffusionPlan(
             transformer=TransformerShape(patch_size=2, width=12, depth=1, heads=2),
             training=DiffusionTraining(),
             **settings,
         ),
-    )  # fmt: skip
+    )
 
 
 def some(numbers: list[int], site: int = 0) -> Examples:

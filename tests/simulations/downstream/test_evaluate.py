@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from client.latents.labelled import LabelledScans
-from meduet_models.meduet import FactorNetwork, NetworkConfig
+from meduet_models.meduet import FactorNetwork
 from server.checkpoints import OtherPlan
 from server.config import compose_config
 from simulations.downstream import evaluate as downstream
@@ -20,19 +20,10 @@ from simulations.downstream.evaluate import DownstreamSettings, evaluate_downstr
 from simulations.downstream.run import run_downstream
 from simulations.run import run
 from tests.small_simulation import SMALL_NETWORK
+from tests.worlds import small_network
 
 GRID = (4, 6, 4)
-CONFIG = NetworkConfig(
-    latent_channels=2,
-    latent_grid=GRID,
-    patch_size=2,
-    width=16,
-    depth=1,
-    heads=2,
-    decoder_width=12,
-    decoder_depth=1,
-    decoder_heads=2,
-)
+CONFIG = small_network(width=16)
 SETTINGS = DownstreamSettings(
     task="segmentation",
     classes=2,
