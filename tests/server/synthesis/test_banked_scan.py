@@ -9,7 +9,7 @@ import torch
 from meduet_models.encoded_scan import save_encoded_scan
 from server.latent_bank.bank import LatentBank
 from server.synthesis.banked_scan import named_scan
-from tests.server.latent_bank.test_bank import a_plan, name, reply, some
+from tests.server.latent_bank.small_bank import a_plan, name, reply, some
 
 
 @pytest.fixture
