@@ -19,7 +19,7 @@ from simulations.downstream import evaluate as downstream
 from simulations.downstream.evaluate import DownstreamSettings, evaluate_downstream
 from simulations.downstream.run import run_downstream
 from simulations.run import run
-from tests.small_simulation import SMALL_NETWORK
+from tests.small_simulation import small_simulation
 from tests.worlds import small_network
 
 GRID = (4, 6, 4)
@@ -133,18 +133,7 @@ def test_a_class_out_of_range_is_said_before_anything_is_trained() -> None:
     assert done == []
 
 
-SMALL = [
-    "hospitals.num_hospitals=2",
-    "hospitals.patients=16",
-    "hospitals.paired=0",
-    "hospitals.resolution_mm=4",
-    *SMALL_NETWORK,
-    "site.split_fractions=[0.5,0.2,0.3]",
-    "training.rounds=1",
-    "training.steps_per_round=2",
-    "training.batch_size=4",
-    "device=cpu",
-]
+SMALL = [*small_simulation(patients=16, paired=0, rounds=1), "site.split_fractions=[0.5,0.2,0.3]"]
 
 
 @pytest.fixture(scope="module")

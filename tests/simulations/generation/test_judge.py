@@ -13,16 +13,17 @@ from simulations.diffusion_study.report import write_study
 from simulations.diffusion_study.run import run_generation
 from simulations.run import run
 from simulations.settings import settings_from
-from tests.small_simulation import SMALL_NETWORK
+from tests.small_simulation import small_simulation
 
 SMALL = [
-    "hospitals.num_hospitals=2", "hospitals.patients=12", "hospitals.paired=4", "hospitals.resolution_mm=4",
-    *SMALL_NETWORK,
-    "training.rounds=2", "training.steps_per_round=2", "training.batch_size=4",
-    "site.split_fractions=[0.5,0.25,0.25]", "device=cpu", "engine.cpus_per_site=1",
-    "diffusion.transformer.width=24", "diffusion.transformer.depth=1", "diffusion.transformer.heads=2",
-    "diffusion.training.batch_size=4", "diffusion.steps_per_round=2",
-]  # fmt: skip
+    *small_simulation(patients=12, paired=4),
+    "site.split_fractions=[0.5,0.25,0.25]",
+    "diffusion.transformer.width=24",
+    "diffusion.transformer.depth=1",
+    "diffusion.transformer.heads=2",
+    "diffusion.training.batch_size=4",
+    "diffusion.steps_per_round=2",
+]
 JUDGED = [
     "generation.samples=4", "generation.steps=2", "generation.step_counts=[1,2]",
     "generation.step_samples=4", "generation.most_real=8", "generation.resamples=4",
