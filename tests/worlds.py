@@ -61,7 +61,7 @@ def small_plan(**changes: Any) -> RunPlan:
 
 @dataclass
 class Hospital:
-    """A site in a folder, with latents in memory; its books are read from the folder whenever asked for."""
+    """A site in a folder, with latents in memory; its books are those in the folder, whatever it is now."""
 
     state_dir: Path
     held: Any
@@ -73,14 +73,21 @@ class Hospital:
     compile: bool = False
     progress_every_s: ClassVar[float] = 30.0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    _ledgers: dict[Any, Ledger] = field(default_factory=dict, init=False, repr=False)
+    _journals: dict[Path, Journal] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def ledger(self) -> Ledger:
-        return Ledger(self.state_dir / "ledger.jsonl", self.epsilon_ceiling)
+        key = self.state_dir, self.epsilon_ceiling
+        if key not in self._ledgers:  # opening verifies the whole file, and each type check of a `Site` asks
+            self._ledgers[key] = Ledger(self.state_dir / "ledger.jsonl", self.epsilon_ceiling)
+        return self._ledgers[key]
 
     @property
     def journal(self) -> Journal:
-        return Journal(self.state_dir / "journal.jsonl")
+        if self.state_dir not in self._journals:
+            self._journals[self.state_dir] = Journal(self.state_dir / "journal.jsonl")
+        return self._journals[self.state_dir]
 
     def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
         """Every plan."""
