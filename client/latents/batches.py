@@ -77,11 +77,6 @@ class BatchDraw:
     step: StepDraws
     """Partners, exchanged tokens, target styles."""
 
-    @property
-    def num_repeated(self) -> int:
-        """How often a scan is there again: the cohort is smaller than the batch."""
-        return len(self.scans) - len(set(self.scans.tolist()))
-
 
 class Batches:
     """The batches of one site in one round.
