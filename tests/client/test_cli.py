@@ -15,7 +15,8 @@ import pytest
 import torch
 from rich.console import Console
 
-import client.latents.cache
+import client.cli
+import client.latents.encoding
 from client.approvals import Approvals
 from client.cli import main
 from client.exact_sums import EXACT_SUMS_CONSENT
@@ -130,8 +131,8 @@ def test_prepare_encodes_says_what_takes_part_and_why_the_rest_does_not(hospital
 def test_an_interrupted_prepare_says_so_and_the_same_command_goes_on(
     hospital: Hospital, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client.latents.cache, "SCANS_AT_ONCE", 1)
-    saved, count = client.latents.cache.save_weights, 0
+    monkeypatch.setattr(client.latents.encoding, "SCANS_AT_ONCE", 1)
+    saved, count = client.latents.encoding.save_weights, 0
 
     def interrupted(path: Path, *rest: object) -> None:
         nonlocal count
@@ -140,11 +141,39 @@ def test_an_interrupted_prepare_says_so_and_the_same_command_goes_on(
             raise KeyboardInterrupt
         saved(path, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(client.latents.cache, "save_weights", interrupted)
+    monkeypatch.setattr(client.latents.encoding, "save_weights", interrupted)
     status, screen = hospital.run("prepare")
     assert status == 130 and "Interrupted. What was encoded is kept" in screen
     status, screen = hospital.run("prepare")
     assert status == 0 and row(screen, "encoded before") == 3 and row(screen, "scans") == 8
+
+
+def test_prepare_with_two_workers_leaves_the_same_tables_memos_and_encodings(hospital: Hospital) -> None:
+    (hospital.root / "scans" / "p8.nii.gz").write_bytes(b"not a scan")
+    left = []
+    for number in ("1", "2"):
+        hospital.settings(allow_non_private="true", state_dir=f"state{number}")
+        status, screen = hospital.run("prepare", "--workers", number)
+        assert status == 0 and row(screen, "encoded before") == 0 and row(screen, "scans") == 8
+        state = hospital.root / f"state{number}"
+        files = [path for path in state.rglob("*") if path.is_file() and "jsonl" not in path.name]
+        left.append({path.relative_to(state).as_posix(): path.read_bytes() for path in files})
+    assert left[0] == left[1] and {"cohort.csv", "exclusions.csv"} <= set(left[0])
+    assert sum(name.endswith("safetensors") for name in left[0]) == 8
+
+
+@pytest.mark.parametrize("wrong", ["0", "-2", "1000000"])
+def test_an_impossible_number_of_workers_is_one_line(hospital: Hospital, wrong: str) -> None:
+    status, screen = hospital.run("prepare", "--workers", wrong)
+    assert status == 1 and screen.startswith("Expected 1 to 256 workers") and screen.count("\n") == 1
+
+
+def test_where_there_is_no_terminal_progress_is_a_line_with_the_time_left(
+    hospital: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client.cli, "LINE_EVERY_S", 0.0)
+    _, screen = hospital.run("prepare")
+    assert re.search(r"^reading: 3 of 8, about \d+ min left$", screen, re.MULTILINE)
 
 
 def test_a_full_disk_is_said_in_words_and_exits_1(
@@ -153,7 +182,7 @@ def test_a_full_disk_is_said_in_words_and_exits_1(
     def full(path: Path, *rest: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(client.latents.cache, "save_weights", full)
+    monkeypatch.setattr(client.latents.encoding, "save_weights", full)
     status, screen = hospital.run("prepare")
     assert status == 1 and "No space left on device" in screen and "run the same command again" in screen
 
