@@ -29,7 +29,7 @@ from client.exact_sums import fewest_patients
 from client.exchanges.exchange import AskRefused
 from client.exchanges.latents import consent
 from client.refusals import stopped_plans
-from client.scans.cohort import SPLITS, Cohort
+from client.scans.cohort import COPY, SPLITS, Cohort
 from client.scans.layouts import Found
 from client.scans.names import alike
 from client.scans.scans import Reason
@@ -277,7 +277,7 @@ def _cohort(cohort: Cohort, plan: RunPlan, config: SiteConfig) -> Iterator[Check
         yield Check("exclusions", "ok", listed)
     else:
         yield Check("exclusions", "look", listed, "Read exclusions.csv; correct what is a mistake.")
-    if duplicates := reasons[Reason.DUPLICATE]:
+    if duplicates := sum(one.detail == COPY for one in cohort.exclusions):
         advice = "Find them in exclusions.csv; under two names they would be two patients."
         yield Check("duplicates", "look", f"{duplicates} scans are copies of others, and excluded", advice)
     else:

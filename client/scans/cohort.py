@@ -33,6 +33,8 @@ from storage.files import write_whole
 __all__ = ["Cohort", "Exclusion", "ScanEntry", "Split", "open_cohort", "read_entry", "split_of"]
 
 Split = Literal["train", "validation", "test"]
+COPY = "the same voxels as an earlier scan"
+"""Detail of the exclusion of a copy of a scan; slices that were sent again are duplicates, too."""
 SPLITS: tuple[Split, Split, Split] = ("train", "validation", "test")
 
 
@@ -274,7 +276,7 @@ def _admit(
     if isinstance(verdict, UnusableScan):
         raise verdict
     if verdict.voxels_sha256 in seen:
-        raise UnusableScan(Reason.DUPLICATE, "the same voxels as an earlier scan")
+        raise UnusableScan(Reason.DUPLICATE, COPY)
     seen.add(verdict.voxels_sha256)
     if verdict.is_label_map:
         raise UnusableScan(Reason.LABEL_MAP)

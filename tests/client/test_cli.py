@@ -6,17 +6,20 @@ import io
 import os
 import re
 import zlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from pydicom.dataset import Dataset
 from rich.console import Console
 
 import client.cli
 import client.latents.encoding
+import client.scans.dicom
 from client.approvals import Approvals
 from client.cli import main
 from client.exact_sums import EXACT_SUMS_CONSENT
@@ -328,6 +331,25 @@ def test_copies_under_two_names_are_shown(hospital: Hospital) -> None:
         hospital.scan(name, voxels=5)
     _, screen = hospital.run("check")
     assert verdict(screen, "duplicates") == "look: 1 scans are copies of others, and excluded"
+
+
+def test_slices_that_were_sent_again_are_no_copies_of_scans_and_each_header_is_read_once(
+    hospital: Hospital, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hospital.settings(
+        allow_non_private="true", data_root=str(data_root / "odd_cases" / "dicom" / "resent_slices")
+    )
+    header, surveyed = client.scans.dicom._header, Counter[str]()
+
+    def counted(path: Path, tags: Sequence[str] | None = None) -> Dataset:
+        surveyed[path.name] += tags is not None
+        return header(path, tags)
+
+    monkeypatch.setattr(client.scans.dicom, "_header", counted)
+    _, screen = hospital.run("check", "--confirm-patients")
+    assert verdict(screen, "duplicates") == "ok: none" and "duplicate 2" in verdict(screen, "exclusions")
+    assert "2 left out (duplicate 2)" in screen and "Confirmed: 1 patient" in screen
+    assert len(surveyed) == 10 and set(surveyed.values()) == {1}
 
 
 def test_names_that_look_like_one_patient_in_two_splits_are_shown_by_row(hospital: Hospital) -> None:
