@@ -164,7 +164,7 @@ def cohort_lines(cohort: Cohort, volumes: VolumePlan) -> Iterator[Line]:
             "crop",
             "look",
             detail,
-            "A model sees nothing outside: ask the centre for a larger volumes.shape.",
+            "A model sees nothing outside: ask the centre for a larger volumes.shape, or for extent: scan.",
         )
     for note, sentence in NOTED.items():
         if noted := [scan for scan in cohort.scans if note in scan.notes]:

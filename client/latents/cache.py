@@ -50,7 +50,7 @@ class CacheState:
     unused: int
     """Files of other plans, of scans that changed or went, and of writes that were interrupted."""
     bytes_to_write: int
-    """About how much the missing views will take."""
+    """About how much the missing views will take; of whole scans at least, before they are read."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,7 @@ class LatentCache:
 
         `workers`: processes that read, and encode if their job says so; None: all of it in this process.
         """
-        return EncodingJudges(
-            self._preparation, Encoder(self._tokenizer, device, self._preparation.at_once), workers
-        )
+        return EncodingJudges(self._preparation, Encoder(self._tokenizer, device, self._preparation), workers)
 
     def encode(
         self,
@@ -134,9 +132,10 @@ class LatentCache:
         if unusable:
             _log.warning("%d scans could not be prepared; exclusions.csv has the reasons.", len(unusable))
         kept = [row for row in rows if row.entry.scan_id not in unusable]
-        encoded = [[stored or _written(path) for stored, path in zip(row.stored, row.paths, strict=True)]
-                   for row in kept]  # fmt: skip
-        latents = LatentSet(cohort.without(unusable), encoded, [site_index] * len(encoded))
+        stored = [[one or _written(path) for one, path in zip(row.stored, row.paths, strict=True)]
+                  for row in kept]  # fmt: skip
+        crop = self._preparation.crop if self.volumes.extent == "scan" else None
+        latents = LatentSet(cohort.without(unusable), stored, [site_index] * len(stored), crop=crop)
         for path in judges.written - latents.files():
             path.unlink(missing_ok=True)
         return latents

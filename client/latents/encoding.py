@@ -26,12 +26,14 @@ import torch
 from torch import Tensor
 
 from client.latents.latent_set import LABEL, LATENTS, DamagedEncoding, open_stored
+from client.latents.whole_scan import encoded
 from client.scans.fingerprints import Fingerprints
 from client.scans.judgement import Read, Source, Verdict, read
 from client.scans.scans import Reason, UnusableScan
 from client.scans.volumes import Prepared, prepare
+from client.scans.whole_volumes import WholeVolume, prepare_whole
 from federation.plan import VolumePlan
-from meduet_models.tokenizer.tokenizer import Tokenizer
+from meduet_models.tokenizer.tokenizer import STRIDE, Tokenizer
 from meduet_models.weights import save_weights
 from storage.files import private_folder
 
@@ -45,7 +47,7 @@ PREPARED_AHEAD = 2
 """Scans that one thread reads and prepares while others are encoded. Measured with an encoder that takes
 150 ms a scan on its own device: 290 ms a scan instead of 430."""
 _NOT_IN_KEY = frozenset(
-    {"modality", "modalities", "registered", "views"}
+    {"modality", "modalities", "registered", "views", "crop_foreground"}
 )  # a view's voxels do not depend on it
 _WINDOWS = {"mr_percentiles": "mr_percentiles", "ct_hu": "ct_window_hu", "fixed": "fixed_window"}
 """The setting that each window reads; the others are not in the key."""
@@ -67,6 +69,8 @@ class Preparation:
         self.fingerprints = Fingerprints(folder / "fingerprints.json")
         """Hashes of label files."""
         left_out = _NOT_IN_KEY | set(_WINDOWS.values()) - {_WINDOWS[volumes.window]}
+        if volumes.extent == "crop":
+            left_out |= {"extent"}  # as when there was no other
         fixed = {
             "format": CACHE_FORMAT,
             "tokenizer": tokenizer_sha256,
@@ -76,8 +80,16 @@ class Preparation:
 
     @property
     def at_once(self) -> int:
-        """Volumes that are encoded together."""
+        """Volumes that are encoded together; whole scans are large, and each of another size."""
+        if self.volumes.extent == "scan":
+            return 1
         return max(1, min(SCANS_AT_ONCE, VOXELS_AT_ONCE // math.prod(self.volumes.shape)))
+
+    @property
+    def crop(self) -> tuple[int, int, int]:
+        """The network's grid, in cells."""
+        d, h, w = (side // STRIDE for side in self.volumes.shape)
+        return d, h, w
 
     def paths(self, scan_id: str, label: Path | None) -> list[Path]:
         """Where the views of a scan with this label are, or will be. Raises `OSError` for a label."""
@@ -98,13 +110,18 @@ class Preparation:
                 return found.judgement, []
             paths = self._paths(found, source.label)
             ready = [
-                Ready(path, prepare(found.scan, self.volumes, view, found.label))
+                Ready(path, self._volume(found, view))
                 for view, path in enumerate(paths)
                 if not _is_whole(path)
             ]
             return found.judgement, ready
         except UnusableScan as error:
             return error, []
+
+    def _volume(self, found: Read, view: int) -> Prepared:
+        if self.volumes.extent == "scan":
+            return prepare_whole(found.scan, self.volumes, STRIDE, view, found.label)
+        return prepare(found.scan, self.volumes, view, found.label)
 
     def _paths(self, found: Read, label: Path | None) -> list[Path]:
         try:
@@ -116,8 +133,9 @@ class Preparation:
 class Encoder:
     """From volumes to files of latents."""
 
-    def __init__(self, tokenizer: Tokenizer, device: torch.device | str, at_once: int) -> None:
-        self._tokenizer, self._device, self._at_once = tokenizer, torch.device(device), at_once
+    def __init__(self, tokenizer: Tokenizer, device: torch.device | str, preparation: Preparation) -> None:
+        self._tokenizer, self._device = tokenizer, torch.device(device)
+        self._at_once, self._crop = preparation.at_once, preparation.crop
 
     @torch.inference_mode()
     def write(self, batch: Sequence[Ready]) -> None:
@@ -126,6 +144,10 @@ class Encoder:
         Raises `OSError` (a full disk, say), and `ValueError` when the tokenizer gives numbers that are not
         finite.
         """
+        if isinstance(batch[0].prepared, WholeVolume):
+            for ready in batch:
+                self._write_whole(ready)
+            return
         volumes = torch.stack([ready.prepared.volume for ready in batch])
         if len(batch) < self._at_once:
             volumes = torch.cat([volumes, volumes.new_zeros(self._at_once - len(batch), *volumes.shape[1:])])
@@ -136,6 +158,14 @@ class Encoder:
         for ready, one in zip(batch, latents, strict=True):
             said = {"geometry": json.dumps(ready.prepared.geometry.to_dict())}
             _write(ready.path, {LATENTS: one}, ready.prepared.label, said)
+
+    def _write_whole(self, ready: Ready) -> None:
+        assert isinstance(ready.prepared, WholeVolume)
+        with _one_thread(self._device):
+            tokenizer = self._tokenizer.to(self._device)
+            tensors, said = encoded(ready.prepared, tokenizer, self._crop, self._device)
+        self._check(tensors[LATENTS])
+        _write(ready.path, tensors, ready.prepared.label, said)
 
     def close(self) -> None:
         """Give the device's memory back."""
@@ -157,8 +187,8 @@ def prepare_each(
     preparation: Preparation, sources: Sequence[Source], ahead: int = PREPARED_AHEAD
 ) -> Generator[Scanned, None, None]:
     """Read the scans in order; a thread is `ahead` scans ahead of the one asked for. At 0 nothing runs
-    beside."""
-    if not ahead:
+    beside, nor for whole scans, of which one is to be in memory at a time."""
+    if not ahead or preparation.volumes.extent == "scan":
         for number, source in enumerate(sources):
             yield number, *preparation.read(source)
         return

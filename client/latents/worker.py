@@ -56,7 +56,7 @@ def _work(questions: IO[bytes], answers: IO[bytes]) -> None:
                 f"Expected tokenizer {job.tokenizer_sha256[:8]}…, which this site encodes with; the one that "
                 f"its settings name is {tokenizer.sha256[:8]}…. Prepare with one worker."
             )
-        write = Encoder(tokenizer, "cpu", preparation.at_once).write
+        write = Encoder(tokenizer, "cpu", preparation).write
     _say(answers, [b"{}\n"])
     for line in questions:
         sources = list(map(Source.from_json, json.loads(line)))

@@ -30,6 +30,7 @@ from torch import Tensor
 from client.latents.encoding import Preparation, Ready
 from client.scans.judgement import Source, Verdict, verdict_from_json, verdict_to_json
 from client.scans.volumes import Geometry, Prepared
+from client.scans.whole_volumes import WholeVolume
 from federation.plan import VolumePlan
 from forms.form import build
 from meduet_models.tokenizer.tokenizer import TokenizerSpec
@@ -254,6 +255,9 @@ def answer_lines(
             "geometry": one.prepared.geometry.to_dict(),
             "volume": list(one.prepared.volume.shape),
             "label": None if one.prepared.label is None else list(one.prepared.label.shape),
+            "foreground": list(one.prepared.foreground.shape)
+            if isinstance(one.prepared, WholeVolume)
+            else None,
         }
         for one in ready
     ]
@@ -263,6 +267,8 @@ def answer_lines(
         yield one.prepared.volume.contiguous().numpy().tobytes()
         if one.prepared.label is not None:
             yield one.prepared.label.contiguous().numpy().tobytes()
+        if isinstance(one.prepared, WholeVolume):
+            yield one.prepared.foreground.contiguous().numpy().tobytes()
 
 
 def error_line(error: OSError | ValueError | MemoryError) -> bytes:
@@ -299,7 +305,11 @@ def _ready(told: dict[str, Any], worker: "subprocess.Popen[bytes]") -> Ready:
     assert worker.stdout is not None
     volume = _tensor(worker.stdout, told["volume"], np.dtype(np.float32))
     label = None if told["label"] is None else _tensor(worker.stdout, told["label"], np.dtype(np.int16))
-    return Ready(Path(told["path"]), Prepared(volume, label, Geometry.from_dict(told["geometry"])))
+    path, geometry = Path(told["path"]), Geometry.from_dict(told["geometry"])
+    if told["foreground"] is None:
+        return Ready(path, Prepared(volume, label, geometry))
+    foreground = _tensor(worker.stdout, told["foreground"], np.dtype(np.bool_))
+    return Ready(path, WholeVolume(volume, label, geometry, foreground))
 
 
 def _tensor(stream: IO[bytes], shape: list[int], dtype: "np.dtype[Any]") -> Tensor:

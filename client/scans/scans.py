@@ -109,6 +109,8 @@ class Reason(StrEnum):
     GANTRY_TILT = "gantry_tilt"  # beyond what shear-resampling undoes
     SEVERAL_SERIES = "several_series"  # a folder with more than one, where one was asked for
     SPLIT_SERIES = "split_series"  # one series spread over several folders
+    # whole scans
+    NO_FOREGROUND = "no_foreground"  # nothing in it is brighter than background
     # its place in the cohort
     NO_SUCH_MODALITY = "no_such_modality"  # not the modality of the plan
     NO_PATIENT = "no_patient"  # nothing says whose it is

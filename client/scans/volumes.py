@@ -94,7 +94,9 @@ def read_label(path: Path, image: Scan | None = None) -> Scan:
 
 def kept_share(scan: Scan, plan: VolumePlan) -> float:
     """Share of the voxels brighter than the scan's mean that lie within the plan's crop: how much of the
-    patient a model sees. 1 where the crop holds the whole scan."""
+    patient a model sees. 1 where the crop holds the whole scan, or the plan's extent is the scan."""
+    if plan.extent == "scan":
+        return 1.0
     to_crop = np.linalg.inv(prepared_affine(scan, plan, View())) @ scan.affine
     sizes = np.array(scan.array.shape)
     corners = world(to_crop, CORNERS * (sizes - 1))

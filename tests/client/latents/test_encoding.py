@@ -102,7 +102,7 @@ def test_latents_of_a_scan_depend_on_no_other_scan_and_not_on_how_many_threads_t
     before = torch.get_num_threads()
     for name, count, threads in (("alone", 1, 1), ("three", 3, 4), ("eight", 8, 1)):
         preparation = Preparation(tmp_path / name, tokenizer.sha256, PLAN)
-        encoder = Encoder(tokenizer, "cpu", preparation.at_once)
+        encoder = Encoder(tokenizer, "cpu", preparation)
         torch.set_num_threads(threads)
         try:
             found = list(
