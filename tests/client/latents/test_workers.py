@@ -91,6 +91,26 @@ def test_two_workers_make_the_same_cohort_and_the_same_files_as_one_process(
     assert len(set(pids)) == 2 and not any(running(pid) for pid in pids)
 
 
+@pytest.mark.parametrize("encodes", [True, False])
+def test_a_worker_makes_of_whole_scans_what_one_process_does(
+    folder: Path, tokenizer: Tokenizer, tmp_path: Path, encodes: bool
+) -> None:
+    plan = VolumePlan(modality="t1", shape=(16, 16, 16), extent="scan", registered=False)
+    sources = [
+        Source((folder / "p7.nii.gz",), folder / "p7_seg.nii.gz"),
+        Source((folder / "p1.nii.gz",)),
+    ]
+    left = []
+    for name in ("alone", "worker"):
+        cache = LatentCache(tmp_path / name, tokenizer, plan)
+        shared = dataclasses.replace(job(cache.folder, tokenizer, encodes), volumes=plan)
+        with Workers(shared, 1) as workers:
+            judges = cache.judges(workers=workers if name == "worker" else None)
+            assert [number for number, _ in judges(sources)] == [0, 1]
+        left.append(files(cache.folder))
+    assert left[0] == left[1] and len(left[0]) == 2
+
+
 def test_a_worker_that_is_killed_is_one_line_and_what_was_done_stays(
     folder: Path, tokenizer: Tokenizer, alone: tuple[Cohort, dict[str, bytes]], tmp_path: Path
 ) -> None:
