@@ -269,7 +269,8 @@ def intensity_range(array: Float32[np.ndarray, "x y z"], plan: VolumePlan) -> tu
 
 def prepared_affine(scan: Scan, plan: VolumePlan, view: View) -> Float64[np.ndarray, "4 4"]:
     """Prepared voxel indices to world: the grid of `Spacing` then `ResizeWithPadOrCrop`, seen by `view`."""
-    spaced_shape, spaced = spaced_grid(*_ras_order(scan.array.shape, scan.affine), plan.spacing_mm)
+    spacing_mm = [float(edge) for edge in plan.spacing_mm]
+    spaced_shape, spaced = spaced_grid(*_ras_order(scan.array.shape, scan.affine), spacing_mm)
     start = [
         int(there) // 2 - wanted // 2 if there >= wanted else -((wanted - int(there)) // 2)
         for there, wanted in zip(spaced_shape, plan.shape, strict=True)

@@ -19,7 +19,9 @@ from rich.console import Console
 
 import client.cli
 import client.latents.encoding
+import client.scans.cohort_memo
 import client.scans.dicom
+import client.scans.judgement_memo
 from client.approvals import Approvals
 from client.cli import main
 from client.exact_sums import EXACT_SUMS_CONSENT
@@ -151,7 +153,11 @@ def test_an_interrupted_prepare_says_so_and_the_same_command_goes_on(
     assert status == 0 and row(screen, "encoded before") == 3 and row(screen, "scans") == 8
 
 
-def test_prepare_with_two_workers_leaves_the_same_tables_memos_and_encodings(hospital: Hospital) -> None:
+def test_prepare_with_two_workers_leaves_the_same_tables_memos_and_encodings(
+    hospital: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client.scans.cohort_memo, "SETTLED_S", -1.0)  # files just written count as settled
+    monkeypatch.setattr(client.scans.judgement_memo, "SETTLED_S", -1.0)
     (hospital.root / "scans" / "p8.nii.gz").write_bytes(b"not a scan")
     left = []
     for number in ("1", "2"):
@@ -161,7 +167,8 @@ def test_prepare_with_two_workers_leaves_the_same_tables_memos_and_encodings(hos
         state = hospital.root / f"state{number}"
         files = [path for path in state.rglob("*") if path.is_file() and "jsonl" not in path.name]
         left.append({path.relative_to(state).as_posix(): path.read_bytes() for path in files})
-    assert left[0] == left[1] and {"cohort.csv", "exclusions.csv"} <= set(left[0])
+    names = {"cohort.csv", "exclusions.csv", "cohort.json", "cohort.judged"}
+    assert left[0] == left[1] and names <= set(left[0])
     assert sum(name.endswith("safetensors") for name in left[0]) == 8
 
 
