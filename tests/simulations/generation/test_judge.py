@@ -19,7 +19,7 @@ SMALL = [
     "hospitals.num_hospitals=2", "hospitals.patients=12", "hospitals.paired=4", "hospitals.resolution_mm=4",
     *SMALL_NETWORK,
     "training.rounds=2", "training.steps_per_round=2", "training.batch_size=4",
-    "site.split_fractions=[0.5,0.25,0.25]", "device=cpu", "engine.cpus_per_site=1",
+    "site.split_fractions=[0.5,0.25,0.25]", "device=cpu", "engine.workers=1",
     "diffusion.transformer.width=24", "diffusion.transformer.depth=1", "diffusion.transformer.heads=2",
     "diffusion.training.batch_size=4", "diffusion.steps_per_round=2",
 ]  # fmt: skip

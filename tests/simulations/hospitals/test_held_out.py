@@ -25,7 +25,7 @@ SMALL = [
     "training.steps_per_round=1",
     "training.batch_size=4",
     "device=cpu",
-    "engine.cpus_per_site=1",
+    "engine.workers=1",
 ]
 
 
