@@ -12,6 +12,7 @@ from storage.files import keep_to_owner
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read when Flower is imported
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read with PyTorch: a thread that waits leaves its core
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
