@@ -228,5 +228,5 @@ def _told(task: Task) -> str:
     return (
         task.description
         if task.total is None
-        else f"{task.description} {task.completed:.3g} of {task.total:g}"
+        else f"{task.description} {round(task.completed, 2):.10g} of {task.total:g}"
     )
