@@ -216,7 +216,8 @@ def left_s(task: Task) -> float | None:
     done = task.completed - task.fields["first"]
     if task.total is None or not 0 < done < task.total - task.fields["first"] or task.elapsed is None:
         return None
-    return task.elapsed * (task.total - task.completed) / done
+    left: float = task.elapsed * (task.total - task.completed) / done
+    return left
 
 
 def clocked(seconds: float) -> str:
