@@ -18,7 +18,7 @@ from simulations import observer, run
 from simulations.hospitals import phantom
 from simulations.progress import Live
 from simulations.pulse import Pulse
-from tests.small_simulation import SMALL_NETWORK
+from tests.small_simulation import small_simulation
 
 SLOW_S = 30
 MOST_SILENT_S = 5.0
@@ -96,12 +96,7 @@ def test_a_run_in_which_everything_is_slow_is_never_silent_for_more_than_five_se
         monkeypatch.setattr(owner, name, slow(getattr(owner, name)))
     monkeypatch.setattr(run, "Live", lambda: live)
     monkeypatch.setattr(live, "on_step", slow(live.on_step))
-    settings = [
-        "hospitals.num_hospitals=2", "hospitals.patients=9", "hospitals.paired=3",
-        "hospitals.resolution_mm=4", *SMALL_NETWORK, "training.rounds=1",
-        "training.steps_per_round=2", "training.batch_size=4",
-        "device=cpu", "engine.workers=1", f"folder={tmp_path}",
-    ]  # fmt: skip
+    settings = [*small_simulation(rounds=1), f"folder={tmp_path}"]
     run.run(compose_config(settings))
     assert clock.now > 15 * SLOW_S
     assert told.longest_silence() <= MOST_SILENT_S

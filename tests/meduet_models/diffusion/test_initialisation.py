@@ -44,9 +44,9 @@ def test_each_block_begins_as_the_identity_whatever_is_told() -> None:
     transformer = DiffusionTransformer(small_config(), seed=5)
     start_from_encoder(transformer, trained_encoder())
     x = torch.randn(3, 12, 24, generator=generator(2))
-    told = torch.randn(3, 24, generator=generator(3))
+    condition = torch.randn(3, 24, generator=generator(3))
     for block in transformer.blocks:
-        assert torch.equal(block(x, told), x)
+        assert torch.equal(block(x, condition), x)
 
 
 def test_behind_the_gates_is_what_the_encoders_blocks_computed() -> None:
@@ -55,10 +55,10 @@ def test_behind_the_gates_is_what_the_encoders_blocks_computed() -> None:
     start_from_encoder(transformer, encoder)
     opened(transformer)
     x = torch.randn(3, 12, 24, generator=generator(2))
-    told = torch.randn(3, 24, generator=generator(3))  # whatever is told: its effect starts at zero
+    condition = torch.randn(3, 24, generator=generator(3))  # whatever is told: its effect starts at zero
     for block, theirs in zip(transformer.blocks, encoder.encoder.blocks, strict=True):
         y = theirs(x)
-        torch.testing.assert_close(block(x, told), y, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(block(x, condition), y, atol=1e-5, rtol=1e-5)
         x = y
 
 
@@ -67,11 +67,11 @@ def test_the_whole_stack_reads_standardised_latents_as_the_encoder_does() -> Non
     encoder.set_latent_scale(small_encoder().latent_mean, small_encoder().latent_deviation)
     transformer = first_transformer(small_config(), encoder, DiffusionTraining(start="encoder"), seed=5)
     examples = small_examples(2)
-    told = small_conditioner().conditions(examples, ("content", "style"))
+    conditions = small_conditioner().conditions(examples, ("content", "style"))
     states = encoder.encoder.hidden_states(encoder.embed_latents(examples.latents))
     data = transformer.standardise(examples.latents)
     times = torch.tensor([0.3, 1.0])
-    hidden = opened(transformer).velocity_and_hidden(data, times, told)[1]
+    hidden = opened(transformer).velocity_and_hidden(data, times, conditions)[1]
     torch.testing.assert_close(hidden, states[0], atol=1e-5, rtol=1e-5)  # one of two blocks
     assert not transformer(data, torch.ones(2), Conditions()).any()
 
@@ -81,12 +81,12 @@ def test_closed_gates_learn_and_open_in_the_first_steps() -> None:
         small_config(), trained_encoder(), DiffusionTraining(start="encoder"), seed=5
     )
     examples = small_examples(2)
-    told = small_conditioner().conditions(examples, ("content", "style"))
+    conditions = small_conditioner().conditions(examples, ("content", "style"))
     data = transformer.standardise(examples.latents)
     optimiser = torch.optim.AdamW(transformer.parameters(), lr=1e-3)
     for _ in range(3):  # the prediction first, then what stands before it
         optimiser.zero_grad()
-        velocity = transformer(data, torch.tensor([0.3, 0.6]), told)
+        velocity = transformer(data, torch.tensor([0.3, 0.6]), conditions)
         (velocity - data).square().mean().backward()
         optimiser.step()
     for block in transformer.blocks:

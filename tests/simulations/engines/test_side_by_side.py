@@ -24,19 +24,9 @@ from simulations.progress import Live
 from simulations.run import Made, Simulation, _read, prepare, simulate
 from simulations.run import side_by_side as processes_of
 from simulations.settings import settings_from
-from tests.small_simulation import SMALL_NETWORK
+from tests.small_simulation import small_simulation
 
-SMALL = [
-    "hospitals.num_hospitals=3",
-    "hospitals.patients=9",
-    "hospitals.paired=0",
-    "hospitals.resolution_mm=4",
-    *SMALL_NETWORK,
-    "training.rounds=3",
-    "training.steps_per_round=2",
-    "training.batch_size=4",
-    "device=cpu",
-]
+SMALL = small_simulation(hospitals=3, paired=0, rounds=3)
 
 
 @pytest.fixture(scope="module")
