@@ -53,7 +53,7 @@ def test_width_that_is_no_multiple_of_six_leaves_zeros() -> None:
 
 def test_positions_within_the_grid_tell_its_tokens_further_apart() -> None:
     grid = (5, 6, 5)
-    published, within = tables = [sincos_positions(grid, 96, choice) for choice in (False, True)]
+    published, within = [sincos_positions(grid, 96, choice) for choice in (False, True)]
     assert within.abs().max() <= 1
     nearest = [
         (table[:, None] - table[None]).norm(dim=2).fill_diagonal_(torch.inf).min()
