@@ -13,7 +13,21 @@ import torch
 
 from federation.journal import Journal
 from federation.plan import RunPlan
+from meduet_models.meduet import MeDUET
 from privacy.ledger import Ledger
+from server.model import MeduetModel
+
+
+def coded(plan: RunPlan, shared: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Shared weights with the public axes of their content code, as the centre sends them."""
+    return MeduetModel(plan).with_code(shared, {})
+
+
+def coded_network(plan: RunPlan) -> MeDUET:
+    """The network of the plan's seed, with the public axes of its content code."""
+    network = MeDUET(plan.network, len(plan.sites), seed=plan.seed)
+    network.load_state_dict(coded(plan, network.state_dict()))
+    return network.eval()
 
 
 @dataclass

@@ -50,6 +50,7 @@ from federation.limits import MOST_PATIENTS
 from federation.messages import Tensors
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
+from meduet_models.content_code import code_of
 from meduet_models.erasure import ErasureMoments
 from meduet_models.probes.sums import explained_from_sums, pooled_folds, site_probes_by_fold
 from meduet_models.probes.swap_fidelity import style_gap_closed
@@ -91,7 +92,7 @@ class FederatedProbes:
         if len(replies) < 2:
             return {"readings": {}, "sites": {}, "refused": refused}
         sums = {site: reply.sums for site, reply in replies.items()}
-        self.directions = directions_of_sums(sums, self._plan)
+        self.directions = directions_of_sums(sums, self._plan, code_of(shared))
         fitted = fitted_probes(sums, self._plan)
         hits, refused_hits = self._ask(shared, style_bank, fitted, self._check_hits, only=set(sums))
         readings = readings_of_sums(sums, style_bank, self._plan)

@@ -20,6 +20,8 @@ from meduet_models.erasure import ErasureMoments, patient_means
 from meduet_models.meduet import MeDUET
 from meduet_models.probes.sums import coordinates, explained_from_sums, linear_probe_from_sums, read_site
 from server.app import RunResult, run
+from server.checkpoints import Checkpoints
+from server.model import MeduetModel
 from simulations.engines.in_process import InProcessGrid
 from tests.worlds import Hospital, Latents
 
@@ -91,15 +93,17 @@ def test_every_reading_is_in_the_metrics_of_its_round_and_of_the_end(probed: Any
 def test_the_readings_are_those_of_everybodys_factors_in_one_place(probed: Any) -> None:
     """The federation's readings after the last round, against features pooled behind its back."""
     plan, folder, result = probed
+    last = Checkpoints(folder / "checkpoints", plan.sha256).latest()
+    assert last is not None
+    unerased = MeduetModel(plan).with_code(last.shared, last.bank)
     joint, sites, folds = [], [], []
     for index, name in enumerate(plan.sites):
         state = StateFolder(folder / "sites" / name / "state", plan.sha256).before(3)
         model = MeDUET(plan.network, 3).eval()
-        unerased = {"erasure_mean": torch.zeros(12), "erasure_matrix": torch.eye(12)}
-        model.load_state_dict({**state.home, **result.shared, **unerased})
+        model.load_state_dict({**state.home, **unerased})
         scans = Aged(index, 18)
         with torch.no_grad():
-            own = torch.cat([model.pooled_content(scans.values), model.pooled_style(scans.values)], 1)
+            own = torch.cat([model.content_code(scans.values), model.pooled_style(scans.values)], 1)
         own = patient_means(own.double(), scans.patients)
         joint.append(own * (joint_bound(plan) / own.norm(dim=1, keepdim=True).clamp(min=joint_bound(plan))))
         sites += [index] * 18
