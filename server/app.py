@@ -218,6 +218,9 @@ class _Run:
             coded = shared if erased else self.model.with_code(shared, last.bank)
             metrics["federated_probes"] = self.probes.read(last.round + erased, coded, last.bank, erased)
             metrics["directions"] = {name: one.tolist() for name, one in self.probes.directions.items()}
+            if erased:  # the code that the readers read is in the final weights
+                readers = self.probes.readers.items()
+                metrics["readers"] = {name: dataclasses.asdict(one) for name, one in readers}
         sha256 = sha256_of_tensors(shared)
         provenance = {
             **self.model.provenance(),
@@ -277,7 +280,7 @@ class _Run:
             return None
         metrics: dict[str, Any] = {
             n: json.loads(provenance[n])
-            for n in ("erasure", "federated_probes", "directions")
+            for n in ("erasure", "federated_probes", "directions", "readers")
             if n in provenance
         }
         return tensors, metrics

@@ -152,6 +152,12 @@ def fold_moments(tensors: Mapping[str, Tensor], name: str, plan: RunPlan) -> lis
     return [ErasureMoments.from_vector(row, width, bound) for row in tensors[name]]
 
 
+def known_sites(sums: Mapping[str, Tensors], plan: RunPlan) -> dict[str, list[ErasureMoments]]:
+    """`anatomy`, fold by fold, of the sites that told it of some patients in every fold."""
+    sites = {site: fold_moments(own, ANATOMY, plan) for site, own in sums.items() if ANATOMY in own}
+    return {site: folds for site, folds in sites.items() if min(float(f.count) for f in folds) >= 1}
+
+
 def style_vector(moments: StyleMoments) -> Tensor:
     """The sums that a style entry follows from, as one vector."""
     return torch.cat([moments.sums[name][0].flatten() for name in _style_blocks(moments.layout)])

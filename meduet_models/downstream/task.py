@@ -17,12 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from meduet_models.downstream.frozen import Reading
 from meduet_models.downstream.networks import PretrainedNetwork
 from meduet_models.meduet import FactorNetwork
 
 Floats = NDArray[np.float64]
-Pooled = NDArray[np.float32]
-"""Pooled content of scans, [b, content channels]."""
 Statistic = Callable[[NDArray[np.int64]], float]
 """From rows of the test scans to a number of all of them; NaN where they have none."""
 
@@ -86,8 +85,6 @@ class Task(ABC):
     """Whether the answer is a map on the grid of the volume."""
     metrics: tuple[Metric, ...]
     """What `measure` tells."""
-    fits_pooled: bool = False
-    """Whether a frozen encoder is read by `fit`, on pooled content, instead of a trained head."""
 
     @abstractmethod
     def check(self, classes: int, target: Target) -> None:
@@ -133,11 +130,19 @@ class Task(ABC):
     ) -> Mapping[str, Floats | Statistic]:
         """By metric: the value of each scan (NaN: none), or a number of any rows."""
 
-    def fit(
-        self, pooled: Pooled, answers: Tensor, held: Pooled, held_answers: Tensor, classes: int, seed: int
-    ) -> Callable[[Pooled], Tensor]:
-        """From pooled content to outputs; chosen on what is `held` back. With `fits_pooled` only."""
-        raise NotImplementedError
+    @abstractmethod
+    def read(
+        self,
+        network: FactorNetwork,
+        reading: Reading,
+        latents: Tensor,
+        answers: Tensor,
+        patients: Sequence[str],
+        classes: int,
+        seed: int,
+    ) -> Callable[[Tensor], Tensor]:
+        """From latents to outputs, by a frozen network and a closed form fitted on these scans and their
+        patients."""
 
 
 VALUES_SHOWN = 8

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from federation.exchanges.probes import ANATOMY, content_part, fold_moments, joint_width
+from federation.exchanges.probes import content_part, joint_width, known_sites
 from federation.messages import Tensors
 from federation.plan import RunPlan
 from meduet_models.content_code import ContentCode
@@ -39,8 +39,7 @@ def directions_of_sums(
     exchange of a probe; sites of which too few patients have all targets tell none. A target has no direction
     when content does not tell it (`LEAST_READING`), or when it is the same for all.
     """
-    sites = {site: fold_moments(own, ANATOMY, plan) for site, own in sums.items() if ANATOMY in own}
-    sites = {site: folds for site, folds in sites.items() if min(float(f.count) for f in folds) >= 1}
+    sites = known_sites(sums, plan)
     if not sites:
         return {}
     content, targets = content_part(plan), slice(joint_width(plan), None)
