@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from meduet_models.downstream.frozen import Reading, fit_classes, frozen_features
+from meduet_models.downstream.frozen import fit_classes, frozen_features
 from meduet_models.downstream.networks import PooledNetwork
 from meduet_models.downstream.task import (
     Floats,
     Grid,
     KnownScans,
     Metric,
+    Reading,
     Statistic,
     Target,
     Task,

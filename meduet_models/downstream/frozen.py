@@ -13,21 +13,18 @@ which labels vary.
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
-from monai.networks.utils import one_hot
 from torch import Tensor
 from torch.nn import functional as F
 
+from meduet_models.downstream.task import Reading
 from meduet_models.meduet import FactorNetwork, NetworkConfig
 from meduet_models.probes.ridge import fit_logistic, fit_ridge
 from meduet_models.tokenizer.tokenizer import STRIDE
 from meduet_models.tokens import patchify, unpatchify
 
-Reading = Literal["code", "tokens"]
-"""What of a frozen model is read: its content code, or all of its content tokens."""
 _CHANNELS = 16
 _WAYS = 32
 _AT_ONCE = 16
@@ -83,7 +80,8 @@ def fit_voxels(
     """
     edge = config.patch_size * STRIDE
     channels = _leading_channels(tokens)
-    truth = patchify(one_hot(labels, classes).float(), edge).transpose(0, 1)  # n b p
+    of_voxel = F.one_hot(labels[:, 0], classes).movedim(-1, 1).float()  # b classes D H W
+    truth = patchify(of_voxel, edge).transpose(0, 1)  # n b p
     mean = truth.mean(1, keepdim=True)
     ways = min(_WAYS, max(1, len(labels) - 1))
     axes = torch.linalg.svd(truth - mean, full_matrices=False)[2][:, :ways]  # n r p

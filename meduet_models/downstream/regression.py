@@ -17,13 +17,14 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.nn import functional as F
 
-from meduet_models.downstream.frozen import Reading, fit_number, frozen_features
+from meduet_models.downstream.frozen import fit_number, frozen_features
 from meduet_models.downstream.networks import PooledNetwork
 from meduet_models.downstream.task import (
     Floats,
     Grid,
     KnownScans,
     Metric,
+    Reading,
     Statistic,
     Target,
     Task,

@@ -21,13 +21,14 @@ from monai.networks.blocks import Convolution, ResidualUnit
 from monai.networks.utils import one_hot, pixelshuffle
 from torch import Tensor, nn
 
-from meduet_models.downstream.frozen import Reading, fit_voxels, frozen_tokens
+from meduet_models.downstream.frozen import fit_voxels, frozen_tokens
 from meduet_models.downstream.networks import WIDTH, ContentEncoder, PretrainedNetwork, initialise
 from meduet_models.downstream.task import (
     Floats,
     Grid,
     KnownScans,
     Metric,
+    Reading,
     Statistic,
     Target,
     Task,

@@ -10,18 +10,19 @@ Axes: b = scans; ... = what an answer is made of.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from meduet_models.downstream.frozen import Reading
 from meduet_models.downstream.networks import PretrainedNetwork
 from meduet_models.meduet import FactorNetwork
 
 Floats = NDArray[np.float64]
+Reading = Literal["code", "tokens"]
+"""What of a frozen model is read: its content code, or all of its content tokens."""
 Statistic = Callable[[NDArray[np.int64]], float]
 """From rows of the test scans to a number of all of them; NaN where they have none."""
 

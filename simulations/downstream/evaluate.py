@@ -18,9 +18,8 @@ from torch import Tensor
 from client.latents.labelled import LabelledScans
 from client.training.finetuning import finetune
 from federation.exchanges.finetuning import LocalFinetuning
-from meduet_models.downstream.frozen import Reading
 from meduet_models.downstream.networks import predict
-from meduet_models.downstream.task import Grid, Target
+from meduet_models.downstream.task import Grid, Reading, Target
 from meduet_models.downstream.tasks import task_of
 from meduet_models.downstream.unet import DownstreamNetwork, SmallUNet
 from meduet_models.meduet import FactorNetwork, NetworkConfig
