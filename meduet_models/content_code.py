@@ -203,8 +203,9 @@ def _means(sums: Mapping[str, CodeSums]) -> Float64[Tensor, "s q"]:
 
 def _basis(apart: Float64[Tensor, "s q"]) -> Float64[Tensor, "r q"]:
     """Orthonormal basis of what sites differ in: of rank sites - 1 at most."""
-    _, lengths, basis = torch.linalg.svd(apart, full_matrices=False)
-    return basis[(lengths > 1e-9 * lengths.max()) & (lengths > 1e-12)][: len(apart) - 1]
+    _, lengths, rows = torch.linalg.svd(apart, full_matrices=False)
+    basis: Tensor = rows[(lengths > 1e-9 * lengths.max()) & (lengths > 1e-12)]
+    return basis[: len(apart) - 1]
 
 
 def _leading(

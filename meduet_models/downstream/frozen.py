@@ -103,7 +103,7 @@ def _leading_channels(tokens: Float[Tensor, "b n k"]) -> Float[Tensor, "c k"]:
     """Orthonormal axes along which the channels of these tokens vary most."""
     apart = tokens.double().flatten(0, 1)
     apart = apart - apart.mean(0)
-    vectors = torch.linalg.eigh(apart.T @ apart)[1]
+    vectors: Tensor = torch.linalg.eigh(apart.T @ apart)[1]
     return vectors.T.flip(0)[:_CHANNELS].to(tokens)
 
 
@@ -111,7 +111,7 @@ def _around(
     tokens: Float[Tensor, "b n k"], channels: Float[Tensor, "c k"], grid: tuple[int, int, int]
 ) -> Float[Tensor, "n b f"]:
     """Each position's own token and the leading channels of those around it, at the border the nearest."""
-    seen = (tokens @ channels.T).transpose(1, 2).unflatten(2, grid)  # b c d h w
+    seen = (tokens @ channels.T).transpose(1, 2).reshape(len(tokens), -1, *grid)  # b c d h w
     padded = F.pad(seen, (1,) * 6, mode="replicate")
     d, h, w = grid
     beside = [
