@@ -31,7 +31,7 @@ from meduet_models.erasure import fit_erasure, patient_means
 
 WHITENING = 0.5
 """Power of the public deviations by which axes are divided: 0 leaves them, 1 makes all as long."""
-_BOUND = 4.0
+_BOUND = 2.0
 _ROUNDING = 1e-6
 
 

@@ -16,6 +16,7 @@ def config(patch: int = 2, depth: int = 2, grid: tuple[int, int, int] = (4, 8, 4
         latent_channels=2,
         latent_grid=grid,
         patch_size=patch,
+        code_size=8,
         width=12,
         depth=depth,
         heads=2,
