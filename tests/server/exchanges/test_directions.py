@@ -8,9 +8,7 @@ import torch
 
 from federation.exchanges.probes import ANATOMY, anatomy_bound, joint_width
 from federation.plan import (
-    AggregationPlan,
     ProbePlan,
-    ReleasePlan,
     RunPlan,
     StylePlan,
     TrainingPlan,
@@ -18,9 +16,8 @@ from federation.plan import (
 )
 from meduet_models.content_code import public_code
 from meduet_models.erasure import ErasureMoments
-from meduet_models.meduet import NetworkConfig
-from meduet_models.objective import ObjectiveConfig
 from server.exchanges.directions import directions_of_sums
+from tests.worlds import small_network, small_plan
 
 FOLDS = 4
 WIDTH, TOKENS = 8, 12
@@ -30,16 +27,17 @@ CODE = public_code(
 
 
 def a_plan(**anatomy: tuple[float, float]) -> RunPlan:
-    network = NetworkConfig(latent_channels=2, latent_grid=(4, 6, 4), patch_size=2, width=WIDTH, depth=1,
-                            heads=2, decoder_width=12, decoder_depth=1, decoder_heads=2,
-                            code_size=WIDTH)  # fmt: skip
-    return RunPlan(
-        name="toy", seed=0, sites=("north", "south"), tokenizer_sha256="0" * 64,
-        volumes=VolumePlan(modality="mr", shape=(16, 24, 16)), network=network, objective=ObjectiveConfig(),
-        training=TrainingPlan(rounds=1, steps_per_round=1), style=StylePlan(),
-        aggregation=AggregationPlan(), release=ReleasePlan(),
+    network = small_network(width=WIDTH, code_size=WIDTH)
+    return small_plan(
+        name="toy",
+        seed=0,
+        sites=("north", "south"),
+        volumes=VolumePlan(modality="mr", shape=(16, 24, 16)),
+        network=network,
+        training=TrainingPlan(rounds=1, steps_per_round=1),
+        style=StylePlan(),
         probes=ProbePlan(every_rounds=1, folds=FOLDS, anatomy=anatomy),
-    )  # fmt: skip
+    )
 
 
 def found_directions(sums: dict[str, Any], plan: RunPlan) -> dict[str, torch.Tensor]:
@@ -115,11 +113,11 @@ def test_what_content_does_not_tell_has_no_direction() -> None:
 def test_sites_that_withhold_anatomy_leave_the_directions_of_the_others() -> None:
     plan = a_plan(age=(0.0, 120.0))
     slope = torch.full((WIDTH,), 0.02)
-    told = site_sums(plan, *population(0, slope))
+    sums = site_sums(plan, *population(0, slope))
     nobody = ErasureMoments.none(joint_width(plan) + 1, anatomy_bound(plan)).to_vector()
     withheld = {ANATOMY: nobody.expand(FOLDS, -1).clone()}
-    both = found_directions({"north": told, "south": withheld}, plan)
-    assert torch.equal(both["age"], found_directions({"north": told}, plan)["age"])
+    both = found_directions({"north": sums, "south": withheld}, plan)
+    assert torch.equal(both["age"], found_directions({"north": sums}, plan)["age"])
     assert found_directions({"south": withheld}, plan) == {}
     without = dataclasses.replace(plan, probes=ProbePlan())
     assert found_directions({"north": {}}, without) == {}
