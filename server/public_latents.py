@@ -26,7 +26,8 @@ from meduet_models.style.moments import StyleMoments, restyle
 from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
 from server.tokenizer.random_phantoms import Recipe, draw_recipe, make_phantom
 
-PHANTOMS = 192
+PER_NUMBER = 2
+"""Phantoms for each number of the code."""
 _AT_ONCE = 8
 _SHIFT, _TURN, _ZOOM, _WARP_MM = 0.08, 0.1, 0.07, 6.0
 """Deviations of a phantom's place (share of half the template), turn (radians) and size (its logarithm)."""
@@ -44,7 +45,7 @@ def public_latents(
     if tokenizer is None:
         return centre + deviation[:, None, None, None] * _random_fields(plan, draws)
     encoded = []
-    for _ in range(0, PHANTOMS, _AT_ONCE):
+    for _ in range(0, PER_NUMBER * plan.network.code_size, _AT_ONCE):
         recipes = [_posed(draw_recipe(draws), plan, draws) for _ in range(_AT_ONCE)]
         encoded.append(tokenizer.encode(torch.stack([make_phantom(r, plan.volumes.shape) for r in recipes])))
     return torch.cat(encoded)
@@ -91,7 +92,7 @@ def _posed(recipe: Recipe, plan: RunPlan, draws: torch.Generator) -> Recipe:
 def _random_fields(plan: RunPlan, draws: torch.Generator) -> Float[Tensor, "m c d h w"]:
     """Smooth random fields of about unit deviation."""
     network = plan.network
-    shape = (PHANTOMS, network.latent_channels, *network.latent_grid)
+    shape = (PER_NUMBER * network.code_size, network.latent_channels, *network.latent_grid)
     fields = torch.zeros(shape)
     for cells, weight in _FIELDS:
         noise = torch.randn(*shape[:2], cells, cells, cells, generator=draws)
