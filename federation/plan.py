@@ -301,10 +301,10 @@ def _contradictions(plan: RunPlan) -> Iterator[str]:
             f"Expected the latent grid {network.latent_grid} to divide by network.patch_size"
             f"={network.patch_size}; change volumes.shape or the patch size."
         )
-    if style.exchange != "none" and network.code_size < len(plan.sites):
+    if aggregation.method not in ("alone", "pooled") and network.code_size < len(plan.sites):
         yield (
-            f"Expected network.code_ratio to leave a content code of at least {len(plan.sites)} numbers, one "
-            f"per site; got {network.code_size}."
+            f"Expected network.code_size of at least {len(plan.sites)} numbers, one per site; got "
+            f"{network.code_size}."
         )
     if network.style_map_grid != style.map_grid:
         yield "Expected network.style_map_grid and style.map_grid to be equal."
