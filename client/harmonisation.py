@@ -141,9 +141,11 @@ def encoded(
     return prepared, tokenizer.encode(prepared.volume[None].to(device))[0].float().cpu()
 
 
-def encode_scan(scan: Scan, volumes: VolumePlan, tokenizer: Tokenizer) -> EncodedScan:
-    """A scan as the centre may be given it, by somebody who has the right to: patient data."""
-    device = next(tokenizer.parameters()).device
+def encode_scan(
+    scan: Scan, volumes: VolumePlan, tokenizer: Tokenizer, device: torch.device | str = "cpu"
+) -> EncodedScan:
+    """A scan as the centre may be given it, by somebody who has the right to: patient data. `device`: where
+    the tokenizer is."""
     prepared, latents = encoded(scan, volumes, tokenizer, device)
     start = (0, 0, 0)
     if isinstance(prepared, WholeVolume):

@@ -95,11 +95,6 @@ class BatchDraw:
     starts: Int[Tensor, "b 3"] | None = None
     """First latent voxel of the crop of each; None where scans are crops."""
 
-    @property
-    def num_repeated(self) -> int:
-        """How often a scan is there again: the cohort is smaller than the batch."""
-        return len(self.scans) - len(set(self.scans.tolist()))
-
 
 class Batches:
     """The batches of one site in one round.

@@ -114,7 +114,7 @@ def survey_manifest(manifest: Path, files: Files, rules: LayoutRules) -> Found:
         manifest, column or table.column("path"), len(rows), missing, len(found.candidates), 0, table.note
     )
     found.exclusions = [one for one in found.exclusions if one.path != manifest]
-    found.exclusions.append(Exclusion(manifest, Reason.TABLE, join.told))
+    found.exclusions.append(Exclusion(manifest, Reason.TABLE, join.summary))
     found.joins.append(join)
     paths = [_below(candidate.path, files.root) for candidate in found.candidates]
     named = [Whose(candidate.patient, candidate.visit) for candidate in found.candidates]

@@ -44,9 +44,13 @@ class Desk:
 
     def run(self, *arguments: str, command: str = "harmonise") -> tuple[int, str]:
         screen = io.StringIO()
-        told = [command, *(str(self.root / a[1:]) if a.startswith("@") else a for a in arguments)]
-        told += ["--tokenizer", str(self.root / "tokenizer.safetensors")] if "--tokenizer" not in told else []
-        return main(told, Console(file=screen, width=300, soft_wrap=True)), screen.getvalue()
+        arguments_given = [command, *(str(self.root / a[1:]) if a.startswith("@") else a for a in arguments)]
+        arguments_given += (
+            ["--tokenizer", str(self.root / "tokenizer.safetensors")]
+            if "--tokenizer" not in arguments_given
+            else []
+        )
+        return main(arguments_given, Console(file=screen, width=300, soft_wrap=True)), screen.getvalue()
 
 
 @pytest.fixture

@@ -32,7 +32,6 @@ def test_crops_are_what_a_plan_means_that_does_not_say() -> None:
         ({"extent": "scan", "registered": True}, "set volumes.registered=false"),
         ({"crop_foreground": 0.5}, "no effect with volumes.extent=crop"),
         ({"extent": "scan", "registered": False, "crop_foreground": 1.5}, "volumes.crop_foreground"),
-        ({"extent": "all"}, "volumes.extent"),
     ],
 )
 def test_what_contradicts_whole_scans_is_refused_in_one_line(settings: dict[str, Any], said: str) -> None:
@@ -52,14 +51,14 @@ def test_amplitudes_and_full_centres_of_whole_scans_are_refused() -> None:
 
 def test_the_plan_as_people_read_it_says_what_the_extent_means() -> None:
     def words(plan: RunPlan) -> str:
-        return " ".join(text for _, text in plan_words(PublishedPlan(plan, "0" * 64)))
+        return " ".join(text for _, text in plan_words(PublishedPlan(plan=plan, bundle_sha256="0" * 64)))
 
     assert "the central 16 x 24 x 16 voxels" in words(make_plan())
     told = words(make_plan(volumes=WHOLE))
     assert "all of their foreground" in told and "crop of 16 x 24 x 16 voxels" in told and "30%" in told
     assert "the central 16 x 24 x 16 voxels" not in told
     assert "plan.volumes.extent = scan" in list(
-        plan_settings(PublishedPlan(make_plan(volumes=WHOLE), "0" * 64))
+        plan_settings(PublishedPlan(plan=make_plan(volumes=WHOLE), bundle_sha256="0" * 64))
     )
 
 

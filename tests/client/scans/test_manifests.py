@@ -102,7 +102,7 @@ def test_a_scan_named_as_a_label_stays_a_scan(folder: Path) -> None:
 def test_rows_that_lead_nowhere_are_counted(folder: Path) -> None:
     cohort = opened(manifest(folder, "scans/a.nii.gz,P1", "D:\\\\scans\\\\b.nii.gz,P2"))
     (join,) = cohort.joins
-    assert join.told == "column patient: 1 of 2 rows have scans, 1 of 1 scans have a row"
+    assert join.summary == "column patient: 1 of 2 rows have scans, 1 of 1 scans have a row"
 
 
 def test_the_pattern_tells_in_a_manifest_too(folder: Path) -> None:

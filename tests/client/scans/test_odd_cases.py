@@ -157,7 +157,7 @@ def test_a_phase_map_is_no_t1_and_01_is_sub_01(odd: Path) -> None:
     assert reasons(cohort)["sub-01_part-phase_T1w.nii.gz"] is Reason.NO_SUCH_MODALITY
     assert [scan.covariates for scan in cohort.scans] == [{"age": 30.0}, {"age": 40.0}]
     (join,) = cohort.joins
-    assert join.told == "column participant_id: 2 of 2 rows have scans, 4 of 4 scans have a row"
+    assert join.summary == "column participant_id: 2 of 2 rows have scans, 4 of 4 scans have a row"
 
 
 def test_raw_data_below_rawdata_are_found(odd: Path) -> None:

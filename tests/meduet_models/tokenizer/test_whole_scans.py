@@ -2,12 +2,14 @@
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from meduet_models.tokenizer import whole_scans
+from meduet_models.tokenizer.maisi import load_maisi
 from meduet_models.tokenizer.patch_pca import PatchMoments
 from meduet_models.tokenizer.patch_vae import PatchVAE, PatchVAEConfig
 from meduet_models.tokenizer.tokenizer import (
@@ -17,7 +19,9 @@ from meduet_models.tokenizer.tokenizer import (
     pca_tokenizer,
     vae_tokenizer,
 )
-from meduet_models.tokenizer.whole_scans import decode_whole, encode_whole, reach_of, window_starts
+from meduet_models.tokenizer.whole_scans import decode_whole, encode_whole, reach_of
+from meduet_models.windows import window_starts
+from tests.meduet_models.tokenizer.test_maisi import NARROW, narrow_state
 
 
 def volume(*sides: int) -> Tensor:
@@ -94,6 +98,21 @@ def test_windows_named_by_the_tokenizer_are_taken_and_too_small_ones_are_blended
     tiny = Tokenizer(whole.codec, whole.description["architecture"], sliding_window=(16, 16, 16))
     error = (encode_whole(tiny, x) - whole.encode(x[None])[0]).abs().max()  # 4 cells, 2 + 2 of them margin
     assert 1e-4 < float(error) < 1.0
+
+
+def test_maisi_differs_from_the_whole_at_once_as_much_as_is_stated(tmp_path: Path) -> None:
+    """Normalised over its window, it has no reach; docs/intake.md tells how much that changes."""
+    torch.save(narrow_state(), tmp_path / "a.pt")
+    codec = load_maisi(str(tmp_path / "a.pt"), NARROW)
+    tokenizer = Tokenizer(codec, {"kind": "maisi", "channels": 4}, sliding_window=(32, 32, 32))
+    assert reach_of(tokenizer, encoder=True) is None and reach_of(tokenizer, encoder=False) is None
+    x = volume(48, 48, 40)
+    blended = encode_whole(tokenizer, x)
+    assert torch.equal(blended, tokenizer.encode(x[None])[0]), "as the tokenizer's own sliding window"
+    with torch.no_grad():
+        at_once = codec.posterior_mean(x[None])[0]
+    error = (blended - at_once).square().mean().sqrt() / at_once.std()
+    assert 0.01 < float(error) < 0.15
 
 
 def test_windows_cover_a_side_whatever_it_is() -> None:
