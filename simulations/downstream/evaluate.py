@@ -1,26 +1,25 @@
 """Downstream evaluation: what pretrained content is worth with few labels, on seen and on unseen hospitals.
 
-For each share of labelled patients: the pretrained encoder frozen, the same fine-tuned, the same network from
-scratch, and a small U-Net; trained by the loop that a hospital runs (`client/training/finetuning.py`). The
-step to stop at is chosen on validation patients of the training hospitals; test scans are looked at once,
-after every network is trained.
+For each share of labelled patients: the pretrained encoder frozen and read in closed form, from its content
+code or from its tokens (`meduet_models/downstream/frozen.py`), the same fine-tuned, the same network from
+scratch, and a small U-Net; these are trained by the loop that a hospital runs
+(`client/training/finetuning.py`). The step to stop at is chosen on validation patients of the training
+hospitals; test scans are looked at once, after every network is trained.
 
 Does not do: pretrain, federate (`server/exchanges/finetuning.py`), draw (`simulations/downstream/report.py`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from client.latents.labelled import LabelledScans
 from client.training.finetuning import finetune
 from federation.exchanges.finetuning import LocalFinetuning
-from meduet_models.downstream.networks import PretrainedNetwork, predict
-from meduet_models.downstream.task import Grid, Pooled, Target, Task
+from meduet_models.downstream.networks import predict
+from meduet_models.downstream.task import Grid, Reading, Target
 from meduet_models.downstream.tasks import task_of
 from meduet_models.downstream.unet import DownstreamNetwork, SmallUNet
 from meduet_models.meduet import FactorNetwork, NetworkConfig
@@ -36,11 +35,12 @@ __all__ = [
     "rows_of",
 ]
 
-Mode = Literal["frozen", "finetuned", "scratch", "unet", "federated"]
+Mode = Literal["frozen", "frozen_tokens", "finetuned", "scratch", "unet", "federated"]
 Predictor = Callable[[Tensor], Tensor]
 """Latents to the outputs of a task, per voxel or per scan."""
 
-_PRETRAINED: tuple[Mode, ...] = ("frozen", "finetuned")
+_READINGS: Mapping[str, Reading] = {"frozen": "code", "frozen_tokens": "tokens"}
+_PRETRAINED: tuple[Mode, ...] = ("frozen", "frozen_tokens", "finetuned")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +57,14 @@ class DownstreamSettings:
     """Voxel spacing of the volumes; distances are in mm."""
     label_shares: tuple[float, ...] = (0.01, 0.05, 0.1, 1.0)
     """Shares of the training patients whose labels are used; at least one patient."""
-    modes: tuple[Literal["frozen", "finetuned", "scratch", "unet"], ...] = (
+    modes: tuple[Literal["frozen", "frozen_tokens", "finetuned", "scratch", "unet"], ...] = (
         "frozen",
         "finetuned",
         "scratch",
         "unet",
     )
-    """What is compared."""
+    """What is compared: a frozen model read from its code (segmentation: from its tokens) or from all of its
+    tokens, and networks that are trained."""
     steps: int = 200
     """Optimiser steps of each network."""
     batch_size: int = 8
@@ -77,12 +78,13 @@ class DownstreamSettings:
     network: NetworkConfig | None = None
     """The encoder of `scratch` where no pretrained model is given, which is what it copies otherwise."""
 
-    def local(self, mode: Mode) -> LocalFinetuning:
-        """The loop's settings for one mode."""
+    @property
+    def local(self) -> LocalFinetuning:
+        """The loop's settings."""
         return LocalFinetuning(
             task=self.task,
             classes=self.classes,
-            encoder="frozen" if mode == "frozen" else "finetuned",
+            encoder="finetuned",
             steps=self.steps,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
@@ -195,11 +197,12 @@ def _check(model: FactorNetwork | None, settings: DownstreamSettings, style_bank
         )
     if model is None and settings.network is None and "scratch" in settings.modes:
         raise ValueError("Expected network for mode scratch without a pretrained model; got none.")
-    if style_bank is not None and task_of(settings.task).fits_pooled and "frozen" in settings.modes:
+    if style_bank is not None and all(mode in _READINGS for mode in settings.modes):
         raise ValueError(
-            f"bank has no effect on mode frozen with task={settings.task}, which fits pooled content: leave "
-            "one of them out."
+            f"bank has no effect on {', '.join(settings.modes)}, fitted in closed form: leave it out."
         )
+    if task_of(settings.task).per_voxel and "frozen_tokens" in settings.modes:
+        raise ValueError("frozen_tokens is frozen with task=segmentation, which reads tokens: leave it out.")
 
 
 def _trained(
@@ -223,13 +226,15 @@ def _trained(
             network = task.network(fresh, classes, trainable=True, seed=seed)
         case _:
             assert model is not None
-            network = task.network(model, classes, trainable=mode == "finetuned", seed=seed)
-            if mode == "frozen" and task.fits_pooled:
-                return _fitted(task, network, labelled, validation, classes, seed)
+            if mode in _READINGS:
+                task.check_answers(labelled.answers, classes)
+                reading, known = _READINGS[mode], (labelled.latents, labelled.answers, labelled.patient)
+                return task.read(model, reading, *known, classes, seed)
+            network = task.network(model, classes, trainable=True, seed=seed)
     finetune(
         network,
         labelled,
-        settings.local(mode),
+        settings.local,
         seed=seed,
         validation=validation,
         style_bank=style_bank,
@@ -251,27 +256,3 @@ def _fresh(
     mean = labelled.latents.mean(dim=(0, 2, 3, 4)).reshape(-1, 1, 1, 1)
     fresh.set_latent_scale(mean.expand_as(fresh.latent_mean), labelled.latents.std(dim=(0, 2, 3, 4)))
     return fresh
-
-
-def _fitted(
-    task: Task,
-    network: PretrainedNetwork,
-    labelled: LabelledScans,
-    validation: LabelledScans,
-    classes: int,
-    seed: int,
-) -> Predictor:
-    """What the task fits to pooled content, chosen on the validation patients."""
-    for scans in (labelled, validation):
-        task.check_answers(scans.answers, classes)
-    held = _pooled(network, validation.latents) if len(validation) else np.zeros((0, 0), dtype=np.float32)
-    fit = task.fit(
-        _pooled(network, labelled.latents), labelled.answers, held, validation.answers, classes, seed
-    )
-    return lambda latents: fit(_pooled(network, latents))
-
-
-@torch.inference_mode()
-def _pooled(network: PretrainedNetwork, latents: Tensor) -> Pooled:
-    chunks: Sequence[Tensor] = torch.split(latents, 16)
-    return torch.cat([network.encoder(chunk)[0].mean(dim=1) for chunk in chunks]).numpy()

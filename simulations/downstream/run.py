@@ -59,7 +59,7 @@ class DownstreamRunSettings:
     """The covariate to predict, of a task that predicts one."""
     target_values: tuple[str, ...]
     """Its values, in the order of the classes; of a number the ends of its range."""
-    modes: tuple[Literal["frozen", "finetuned", "scratch", "unet"], ...]
+    modes: tuple[Literal["frozen", "frozen_tokens", "finetuned", "scratch", "unet"], ...]
     """What is compared."""
     label_shares: tuple[float, ...]
     """Shares of the training patients whose labels are used."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from client.checks.intake import closing
 from client.cli import main
 from client.scans.cohort import Cohort, open_cohort
 from client.scans.scans import Reason
@@ -210,3 +211,27 @@ def test_check_shows_the_guess_and_ends_with_the_sums(odd: Path, tmp_path: Path)
     assert "4 patients, e.g. P001/2019-03-04_1/t1.nii.gz is patient P001" in said
     assert "Files: 8 seen; maybe in: 8 files of 8 scans, 0 labels; 0 tables read; 0 left out" in said
     assert "Patients: 4, by this rule: a patient is a folder of the data root" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "resent_slices",
+            "10 seen; in: 8 files of 1 scans, 0 labels; 0 tables read; 2 left out (duplicate 2).",
+        ),
+        (
+            "scout_in_series",
+            "25 seen; in: 24 files of 1 scans, 0 labels; 0 tables read; 1 left out (localizer 1).",
+        ),
+    ],
+)
+def test_the_last_lines_count_files_as_seen_in_and_left_out(odd: Path, name: str, said: str) -> None:
+    cohort = opened(odd / "dicom" / name)
+    assert next(closing(cohort, cohort.patient_map, [])) == f"Files: {said}"
+
+
+def test_the_last_lines_count_all_files_of_a_series_that_is_left_out(odd: Path) -> None:
+    cohort = opened(odd / "dicom" / "same_patient_id", modality="CT")
+    said = next(closing(cohort, cohort.patient_map, []))
+    assert "24 seen; in: 0 files" in said and "24 left out (no_such_modality 24)" in said
