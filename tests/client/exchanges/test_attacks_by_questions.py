@@ -205,8 +205,8 @@ def test_whether_questions_are_answered_does_not_read_a_latent(
 # Who is among few patients, and what was measured of them, from the sums of their products.
 
 
-def traced(network: MeDUET, told: CodeSums, members: Any, strangers: Any) -> float:
-    """How often a member leans to the mean that was told more than a stranger does (area under the curve).
+def traced(network: MeDUET, left: CodeSums, members: Any, strangers: Any) -> float:
+    """How often a member leans to the mean that left more than a stranger does (area under the curve).
 
     Who holds the scans, and others of the same kind, knows what is usual.
     """
@@ -214,7 +214,7 @@ def traced(network: MeDUET, told: CodeSums, members: Any, strangers: Any) -> flo
     def leaning(cohort: Any) -> Tensor:
         with torch.no_grad():
             codes = network.content_code(cohort.values[:, 0]).double()
-        return (codes - usual) @ (told.total / told.count - usual)
+        return (codes - usual) @ (left.total / left.count - usual)
 
     with torch.no_grad():
         usual = network.content_code(strangers.values[:, 0]).double().mean(0)
