@@ -55,9 +55,9 @@ def test_the_plan_as_people_read_it_says_what_the_extent_means() -> None:
         return " ".join(text for _, text in plan_words(PublishedPlan(plan=plan, bundle_sha256="0" * 64)))
 
     assert "the central 16 x 24 x 16 voxels" in words(make_plan())
-    told = words(make_plan(volumes=WHOLE))
-    assert "all of their foreground" in told and "crop of 16 x 24 x 16 voxels" in told and "30%" in told
-    assert "the central 16 x 24 x 16 voxels" not in told
+    shown = words(make_plan(volumes=WHOLE))
+    assert "all of their foreground" in shown and "crop of 16 x 24 x 16 voxels" in shown and "30%" in shown
+    assert "the central 16 x 24 x 16 voxels" not in shown
     assert "plan.volumes.extent = scan" in list(
         plan_settings(PublishedPlan(plan=make_plan(volumes=WHOLE), bundle_sha256="0" * 64))
     )

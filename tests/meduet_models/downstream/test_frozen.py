@@ -104,7 +104,7 @@ def test_one_labelled_scan_is_enough_to_say_something(network: FactorNetwork, ta
 def test_the_alpha_is_chosen_without_the_patient_who_is_read() -> None:
     features = torch.randn(30, 50, generator=torch.Generator().manual_seed(0))
     noise = torch.randn(30, generator=torch.Generator().manual_seed(1))
-    told = fit_number(features, noise, people(30), 0)(features)[:, 0]
-    assert float(told.var()) < 0.5 * float(noise.var())  # nothing is there: almost nothing is fitted
+    predicted = fit_number(features, noise, people(30), 0)(features)[:, 0]
+    assert float(predicted.var()) < 0.5 * float(noise.var())  # nothing is there: almost nothing is fitted
     shares = fit_classes(features, (noise > 0).long(), 2, people(30), 0)(features)
     assert float((shares[:, 1] - 0.5).abs().max()) < 0.4
