@@ -33,7 +33,7 @@ from meduet_models.factors import (
     normalise,
 )
 from meduet_models.tokens import patchify, unpatchify
-from meduet_models.vit import NORM_EPS, Decoder, Encoder
+from meduet_models.vit import NORM_EPS, Block, Decoder, Encoder
 
 MOST_WEIGHTS = 2_000_000_000
 """Of a network: about twenty times the published one; 8 GB as float32."""
@@ -66,6 +66,14 @@ class NetworkConfig:
     """Decoder blocks."""
     decoder_heads: Annotated[int, Range(at_least=1, at_most=64)]
     """Decoder attention heads."""
+    attention: Literal["global", "neighbours"] = "global"
+    """`global`: as published. `neighbours`: the first six heads of every block begin with the six tokens next
+    to each, by a fixed bias."""
+    positions: Literal["published", "grid"] = "published"
+    """Wavelengths of the fixed positions: to 10000 tokens, as published, or no longer than `grid` needs."""
+    blocks_start: Literal["xavier", "identity"] = "xavier"
+    """What a block does at the start: as MAE's, or (`identity`) it adds nothing, and the decoder predicts the
+    centre."""
     style_ratio: Annotated[float, Range(above=0, at_most=4)] = 0.25
     """Style channels over content channels."""
     factor_paths: Literal["split", "joint"] = "split"
@@ -189,7 +197,8 @@ class FactorNetwork(nn.Module):
         patch_values = config.latent_channels * config.patch_size**3
         grid, width, style_width = config.token_grid, config.width, config.style_width
         self.embed = nn.Linear(patch_values, width)
-        self.encoder = Encoder(width, config.depth, config.heads, grid)
+        neighbours, within_grid = config.attention == "neighbours", config.positions == "grid"
+        self.encoder = Encoder(width, config.depth, config.heads, grid, neighbours, within_grid)
         self.content_head = ContentHead(width)
         self.style_meter = StyleMeter(config.latent_grid, config.style_map_grid)
         self.style_head: nn.Module
@@ -202,7 +211,14 @@ class FactorNetwork(nn.Module):
                 self.style_head = TokenStyleHead(width, style_width)
         self.fuse = Fuse(width, style_width)
         self.decoder = Decoder(
-            width, config.decoder_width, config.decoder_depth, config.decoder_heads, grid, patch_values
+            width,
+            config.decoder_width,
+            config.decoder_depth,
+            config.decoder_heads,
+            grid,
+            patch_values,
+            neighbours,
+            within_grid,
         )
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels, *config.latent_grid))
         self.register_buffer("latent_deviation", torch.ones(config.latent_channels))
@@ -216,14 +232,18 @@ class FactorNetwork(nn.Module):
         self._initialise(seed)
 
     def _initialise(self, seed: int) -> None:
-        """MAE's start: Xavier weights, no biases, a small mask token. From its own seed: no global draw
-        matters."""
+        """MAE's start: Xavier weights, no biases, a small mask token; blocks that add nothing, where that is
+        the setting. From its own seed: no global draw matters."""
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if isinstance(module, nn.Linear) and not module.weight.is_meta:
                 nn.init.xavier_uniform_(module.weight, generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if self.config.blocks_start == "identity":
+            last = [layer for module in self.modules() if isinstance(module, Block) for layer in module.added]
+            for layer in [*last, self.decoder.predict]:
+                nn.init.zeros_(layer.weight)
         if not self.decoder.mask_token.is_meta:
             nn.init.normal_(self.decoder.mask_token, std=0.02, generator=generator)
 
