@@ -143,6 +143,24 @@ class Segmentation(Task):
             tolerance_mm=grid.tolerance_mm,
         )
 
+    def measure_main(
+        self, outputs: Tensor, answers: Tensor, target: Target, grid: Grid
+    ) -> Mapping[str, Floats | Statistic]:
+        """Dice of each scan, without the distances, which take the time."""
+        return {"dice": dice_values(outputs.argmax(dim=1), answers[:, 0], outputs.shape[1])}
+
+
+def dice_values(predicted: Int64[Tensor, "b D H W"], truth: Int64[Tensor, "b D H W"], classes: int) -> Floats:
+    """`dice` of `segmentation_values`, from counts of voxels."""
+    pairs = (truth * classes + predicted).flatten(1)  # b voxels
+    counted = torch.zeros(len(pairs), classes * classes, dtype=torch.float64)
+    counted.scatter_add_(1, pairs, torch.ones(pairs.shape, dtype=torch.float64))
+    table = counted.reshape(-1, classes, classes)  # b truth predicted
+    both, true = table.diagonal(dim1=1, dim2=2)[:, 1:], table.sum(2)[:, 1:]
+    total = true + table.sum(1)[:, 1:]
+    dice = torch.where(true > 0, 2 * both / total.clamp(min=1), torch.nan)
+    return mean_of_finite(dice.numpy())
+
 
 def segmentation_values(
     predicted: Int64[Tensor, "b 1 D H W"],

@@ -133,6 +133,14 @@ class Task(ABC):
     ) -> Mapping[str, Floats | Statistic]:
         """By metric: the value of each scan (NaN: none), or a number of any rows."""
 
+    def measure_main(
+        self, outputs: Tensor, answers: Tensor, target: Target, grid: Grid
+    ) -> Mapping[str, Floats | Statistic]:
+        """The main metric alone, for many predictions of the same scans."""
+        main = {metric.name for metric in self.metrics if metric.main}
+        measured = self.measure(outputs, answers, target, grid)
+        return {name: own for name, own in measured.items() if name in main}
+
     def fit(
         self, pooled: Pooled, answers: Tensor, held: Pooled, held_answers: Tensor, classes: int, seed: int
     ) -> Callable[[Pooled], Tensor]:

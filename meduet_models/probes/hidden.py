@@ -1,10 +1,10 @@
 """Has the network learned anything about the scan? Its error at hidden tokens, beside the neighbours' ridge.
 
-Half of the tokens of each scan are hidden; the network encodes the others alone and predicts them. Its squared
-error is told over that of the mean map of the training scans: 1 means that nothing was learned but the mean.
-Beside it, under the same masks: one ridge for all positions from the 26 tokens around each, in which hidden
-ones are zeros and told apart; and the same ridge with every neighbour seen. A network above the first has
-not learned what a line of linear algebra knows.
+Half of the tokens of each scan are hidden; the network encodes the others alone and predicts them. Its
+squared error is told over that of the mean map of the training scans: 1 means that nothing was learned but
+the mean. Beside it, under the same masks: one ridge for all positions from the 26 tokens around each, in
+which hidden ones are zeros and told apart; and the same ridge with every neighbour seen. A network above the
+first has not learned what a line of linear algebra knows.
 
 What this file does not do: it reads no site and no patient out of anything (`quick.py`, `anatomy.py`).
 
@@ -86,7 +86,7 @@ def hidden_masks(scans: int, tokens: int, seed: int) -> Bool[Tensor, "b n"]:
 
 def with_neighbours(tokens: Float[Tensor, "b n p"], grid: Grid) -> Float[Tensor, "b n m"]:
     """Each token with the 26 around it, in raster order; zeros beyond the border."""
-    padded = F.pad(tokens.unflatten(1, grid), (0, 0, 1, 1, 1, 1, 1, 1))  # b d h w p
+    padded = F.pad(tokens.reshape(len(tokens), *grid, tokens.shape[2]), (0, 0, 1, 1, 1, 1, 1, 1))  # b d h w p
     d, h, w = grid
     steps = itertools.product(range(3), repeat=3)
     around = [padded[:, i : i + d, j : j + h, k : k + w] for i, j, k in steps]
@@ -115,9 +115,7 @@ class _Ridge:
         chosen = [who[int(row)] for row in rows]
         self._fitted = fit_ridge(x[rows], y[rows], chosen, alphas=_ALPHAS, choice="generalised")
 
-    def predict(
-        self, tokens: Float[Tensor, "b n p"], hidden: Bool[Tensor, "b n"]
-    ) -> Float[Tensor, "b n p"]:
+    def predict(self, tokens: Float[Tensor, "b n p"], hidden: Bool[Tensor, "b n"]) -> Float[Tensor, "b n p"]:
         """What the neighbours say of each token."""
         return self._fitted(self._features(tokens, hidden).flatten(0, 1)).reshape(tokens.shape).float()
 

@@ -10,9 +10,11 @@ What this file does not do: it trains and measures nothing.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from meduet_models.downstream.tasks import metric_of
 from simulations.downstream.draws import rank_of
 
 YARDSTICKS = {
@@ -24,6 +26,9 @@ YARDSTICKS = {
 }
 """What a pretrained network has to be above, and what it is called."""
 LABEL_MAP = "label_map"
+_FIELDS = (
+    "task", "test", "labels", "draws", "value", "resamples", "first_draws", "first_value", "first_resamples",
+)  # fmt: skip
 _TESTS = {"seen": "hospitals that took part", "held_out": "the hospital held out"}
 
 
@@ -38,8 +43,14 @@ class Measured:
     """How many labels, by name."""
     who: str
     """The network, as people call it."""
+    draws: int
+    """Draws of labelled patients that the value is averaged over."""
     value: float
-    resamples: tuple[float, ...]
+    resamples: Sequence[float]
+    first_draws: int
+    """The same over the first draws alone, as many as what is trained has."""
+    first_value: float
+    first_resamples: Sequence[float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,17 +78,30 @@ class Comparison:
         return f"{self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 
+def measured(row: Mapping[str, Any], who: str) -> Measured:
+    """A row of a downstream table, as values by name."""
+    fields = {name: row[name] for name in _FIELDS}
+    return Measured(**fields, metric=metric_of(row["metric"]).title, who=who)
+
+
 def compare(own: Measured, yardstick: Measured, rival: str) -> Comparison:
-    """Difference and its 95% interval over resamples that both have.
+    """Difference and its 95% interval over resamples that both have; over the same draws of labelled
+    patients, where one has more than the other over the first of them.
 
     Raises `ValueError` when the two were not measured on the same resamples.
     """
-    if len(own.resamples) != len(yardstick.resamples) or not own.resamples:
+    one, other = (own.value, own.resamples), (yardstick.value, yardstick.resamples)
+    if own.draws != yardstick.draws:
+        one, other = (
+            (own.first_value, own.first_resamples),
+            (yardstick.first_value, yardstick.first_resamples),
+        )
+    if len(one[1]) != len(other[1]) or not len(one[1]):
         raise ValueError(
             f"Expected {own.who} and {yardstick.who} on the same resamples of patients; got "
-            f"{len(own.resamples)} and {len(yardstick.resamples)}."
+            f"{len(one[1])} and {len(other[1])}."
         )
-    apart = np.array(own.resamples) - np.array(yardstick.resamples)
+    apart = np.array(one[1], dtype=float) - np.array(other[1], dtype=float)
     apart = apart[np.isfinite(apart)]
     low, high = (float(v) for v in np.quantile(apart, [0.025, 0.975])) if len(apart) else (math.nan,) * 2
     return Comparison(
@@ -87,7 +111,7 @@ def compare(own: Measured, yardstick: Measured, rival: str) -> Comparison:
         labels=own.labels,
         who=own.who,
         rival=rival,
-        difference=own.value - yardstick.value,
+        difference=one[0] - other[0],
         low=low,
         high=high,
     )
@@ -102,8 +126,8 @@ def withdrawn(comparisons: Iterable[Comparison]) -> set[tuple[str, str, str, str
     }
 
 
-def sentences(comparisons: Sequence[Comparison], yardsticks: Mapping[str, str] = YARDSTICKS) -> list[str]:
-    """What is to be read first: every network that is not above a yardstick, and where; then those above all.
+def sentences(comparisons: Sequence[Comparison], with_numbers: bool = True) -> list[str]:
+    """What is to be read first: of every network which yardsticks it is not above, and with how many labels.
 
     Empty without comparisons.
     """
@@ -112,11 +136,13 @@ def sentences(comparisons: Sequence[Comparison], yardsticks: Mapping[str, str] =
     for task, metric, test, who in whose:
         own = [c for c in comparisons if (c.task, c.metric, c.test, c.who) == (task, metric, test, who)]
         missed = {
-            rival: sorted((c for c in own if c.rival == rival and not c.above), key=lambda c: rank_of(c.labels))
-            for rival in yardsticks
+            rival: sorted(
+                (c for c in own if c.rival == rival and not c.above), key=lambda c: rank_of(c.labels)
+            )
+            for rival in YARDSTICKS
         }
         words = [
-            f"{yardsticks[rival]} (labels of {', '.join(f'{c.labels}: {c}' for c in below)})"
+            f"{YARDSTICKS[rival]} (labels of {_listed(below, with_numbers)})"
             for rival, below in missed.items()
             if below
         ]
@@ -131,3 +157,7 @@ def sentences(comparisons: Sequence[Comparison], yardsticks: Mapping[str, str] =
                 "scan, is not below it."
             )
     return told
+
+
+def _listed(comparisons: Sequence[Comparison], with_numbers: bool) -> str:
+    return ", ".join(f"{one.labels}: {one}" if with_numbers else one.labels for one in comparisons)

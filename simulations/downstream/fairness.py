@@ -53,7 +53,7 @@ def age_band(age: float) -> str:
 
 
 def groups_of(covariates: Sequence[Mapping[str, str | float]]) -> dict[str, tuple[str, ...]]:
-    """By grouping, the group of each scan; empty where it is not known. Groupings nobody knows are left out."""
+    """By grouping, the group of each scan, empty where it is unknown; what is known of nobody is left out."""
     found = {
         "sex": tuple(str(known.get("sex", "")) for known in covariates),
         "age": tuple(
