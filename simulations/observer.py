@@ -129,8 +129,8 @@ class Witness(RunObserver):
         learn = [(name, scans, scans.indices("train")) for name, scans in own]
         kept = [(n, s, [*s.indices("validation"), *s.indices("test")]) for n, s in own]
         if (found := labels_for_segmenters(learn, kept)) is not None:
-            classes = num_classes(scans for _, scans in own)
-            told["labels"] = told_of_labels(label_rows(model, self._plan, *found, classes))
+            rows = label_rows(model, self._plan, *found, num_classes(scans for _, scans in own))
+            told |= {} if rows is None else {"labels": told_of_labels(rows)}
         return told
 
     def _alignment(self, result: RunResult) -> dict[str, float]:

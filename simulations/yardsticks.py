@@ -9,6 +9,7 @@ What this file does not do: the probes themselves (`evaluation.py`), and words (
 Axes: b = scans, k = content channels, c d h w = latents.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +32,7 @@ from simulations.hospitals.held_out import Held
 _LABEL_ROWS: tuple[Mode, ...] = ("label_map", "ridge", "random", "probe")
 _COVARIATES = ("age", "sex")
 _RESAMPLES = 200
+_MOST_NUMBERS = 2e8  # of the weights of a ridge per position
 _BATCH = 16
 
 
@@ -58,7 +60,7 @@ def yardsticks(
         "fresh_patients_per_site": _fewest(held),
     }
     content, style = _pooled(model, held.latents)
-    if len(training) > 1:
+    if sum(len(own) > 0 for own in training) > 1:
         fitted, _ = _pooled(model, known)
         measured["site_from_content_fitted"] = site_probe(fitted, sites, names, plan.seed).score
         if model.has_content_code:
@@ -86,8 +88,11 @@ class LabelRows:
 
 def label_rows(
     model: MeDUET, plan: RunPlan, learn: LabelledScans, test: LabelledScans, classes: int
-) -> LabelRows:
-    """Fit on the scans to learn from, measure on those to test on."""
+) -> LabelRows | None:
+    """Fit on the scans to learn from, measure on the others; None where the weights of a ridge for every
+    place would not fit into memory."""
+    if learn.answers[0].numel() * classes * min(len(learn), plan.network.width) > _MOST_NUMBERS:
+        return None
     settings = DownstreamSettings(
         task="segmentation",
         classes=classes,
@@ -104,8 +109,10 @@ def label_rows(
 
 
 def told_of_labels(found: LabelRows) -> Mapping[str, object]:
-    """As JSON values: Dice by mode, and every comparison with a yardstick."""
-    return {"dice": found.dice, "comparisons": [asdict(one) for one in comparisons_of(found.rows)]}
+    """As JSON values: Dice by mode, and every comparison with a yardstick that has a value."""
+    compared = [one for one in comparisons_of(found.rows) if math.isfinite(one.low + one.high)]
+    dice = {mode: value for mode, value in found.dice.items() if math.isfinite(value)}
+    return {"dice": dice, "comparisons": [asdict(one) for one in compared]}
 
 
 @torch.inference_mode()

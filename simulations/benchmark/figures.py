@@ -77,12 +77,14 @@ def draw_downstream(
 
     Only `methods` are drawn; what needs no pretraining is in every panel.
     """
+    read = {measure.split(".", 5)[4] for own, _, measure in summaries if own == data and _is_told(measure)}
+    ways = [mode for mode in MODE_WORDS if mode in read] or ["probe"]
     panels: dict[tuple[str, str, str, str], dict[str, dict[str, Summary]]] = {}
     for (own, method, measure), summary in summaries.items():
-        if own == data and method in methods and measure.startswith("downstream."):
+        if own == data and method in methods and _is_told(measure):
             task, metric, test, mode, labels = measure.split(".", 5)[1:]
             if metric_of(metric).main:
-                for panel in (mode,) if mode in MODE_WORDS else MODE_WORDS:
+                for panel in (mode,) if mode in MODE_WORDS else ways:
                     line = titles[method] if mode == panel else YARDSTICK_ROWS.get(mode, mode)
                     lines = panels.setdefault((task, metric, panel, test), {})
                     lines.setdefault(line, {})[labels] = summary
@@ -104,6 +106,10 @@ def draw_downstream(
     handles = [axes_of[0].plot([], [], color=colours[n], marker="o", markersize=3, label=n)[0] for n in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return save(figure, path)
+
+
+def _is_told(measure: str) -> bool:
+    return measure.startswith("downstream.")
 
 
 def _lines(axes: Axes, lines: Mapping[str, Mapping[str, Summary]], colours: Mapping[str, str]) -> None:

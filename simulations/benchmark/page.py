@@ -47,6 +47,8 @@ _TEXTS = {
     "out. One hospital's scans divided are a simulation of several hospitals.",
     "hippocampus_scanners": "Real scans of one hospital, dealt at random to four, one held out, with a "
     "simulated scanner on top at each.",
+    "ixi": "Whole heads of one hospital with age and sex, dealt at random to four, one held out, with a "
+    "simulated scanner on top at each.",
 }
 
 

@@ -31,7 +31,7 @@ def test_a_network_that_tells_the_mean_map_has_learned_nothing_and_the_ridge_wha
     network.mean_tokens = network.target_tokens(training).mean(0)
     told = hidden_errors(network, training, [str(i) for i in range(40)], smooth(20, 1))
     assert abs(told.network - 1) < 1e-4
-    assert told.neighbours < 0.1 and told.all_neighbours < 0.1
+    assert told.all_neighbours < 0.05 < told.neighbours < 0.3  # half of the neighbours are hidden, too
 
 
 def test_independent_tokens_cannot_be_told_from_their_neighbours() -> None:
