@@ -49,7 +49,13 @@ class VolumePlan:
     spacing_mm: Annotated[tuple[float, float, float], Range(at_least=0.01, at_most=100)] = (1.0, 1.0, 1.0)
     """Voxel spacing after resampling, RAS axes."""
     shape: Annotated[tuple[int, int, int], Range(at_least=1, at_most=2048)] = (32, 48, 32)
-    """Voxels after centre crop or pad; multiples of the tokenizer's stride."""
+    """Voxels that the network sees at once; multiples of the tokenizer's stride. `extent` says which."""
+    extent: Literal["crop", "scan"] = "crop"
+    """What is encoded of a scan. `crop`: its central `shape`, padded where it is smaller. `scan`: the whole
+    foreground, of which each training step draws a random crop of `shape`."""
+    crop_foreground: Annotated[float, Range(at_least=0, at_most=1)] = 0.3
+    """Least share of foreground in a crop that is drawn (`extent: scan`); a scan without such a crop gives
+    the one with most."""
     registered: bool = True
     """Whether crops show the same body part at the same place: allows coarse mean maps."""
     four_d: Literal["first", "mean", "refuse"] = "first"
@@ -66,6 +72,13 @@ class VolumePlan:
                 raise ValueError(f"Expected volumes.{name} to rise; got [{low:g}, {high:g}].")
         if self.window != "fixed" and self.fixed_window != type(self).fixed_window:
             raise ValueError(f"volumes.fixed_window has no effect with volumes.window={self.window}.")
+        if self.extent == "crop" and self.crop_foreground != type(self).crop_foreground:
+            raise ValueError("volumes.crop_foreground has no effect with volumes.extent=crop: leave it out.")
+        if self.extent == "scan" and self.registered:
+            raise ValueError(
+                "volumes.extent=scan draws crops from anywhere in a scan, which show no body part at the "
+                "same place: set volumes.registered=false."
+            )
         if self.modalities and (
             self.modality not in self.modalities or len(set(self.modalities)) < len(self.modalities)
         ):
@@ -292,6 +305,11 @@ def _contradictions(plan: RunPlan) -> Iterator[str]:
         )
     if network.style_map_grid != style.map_grid:
         yield "Expected network.style_map_grid and style.map_grid to be equal."
+    if plan.volumes.extent == "scan" and style.exchange == "amplitude":
+        yield (
+            "style.exchange=amplitude compares spectra of crops of one size; with volumes.extent=scan set "
+            "style.exchange to bank or none."
+        )
     if style.centre == "full" and not plan.volumes.registered:
         yield "style.centre=full needs registered crops; with volumes.registered=false there is no such map."
     if aggregation.method == "fedprox" and training.proximal <= 0:

@@ -32,7 +32,7 @@ def findings_of(measured: Mapping[str, Any]) -> list[str]:
         value = measured.get(name)
         return None if value is None else float(value)
 
-    told = []
+    said = []
     hidden, ridge = read("hidden_error"), read("hidden_error_ridge")
     if hidden is not None and ridge is not None:
         beside = (
@@ -40,46 +40,46 @@ def findings_of(measured: Mapping[str, Any]) -> list[str]:
             f"{ridge:.2f}"
         )
         if at_its_start(measured):
-            told.append(
+            said.append(
                 f"{START.capitalize()}: {beside}. Every statement about content is about such a network."
             )
         elif hidden > ridge:
-            told.append(f"The network has not learned what neighbours tell a ridge: {beside}.")
+            said.append(f"The network has not learned what neighbours tell a ridge: {beside}.")
     content, style = read("anatomy_from_content"), read("anatomy_from_style")
     if content is not None and style is not None and style > content:
-        told.append(
+        said.append(
             f"Style knows more anatomy than content: R² {style:.2f} from style, {content:.2f} from content. "
             "What is exchanged as style is not free of anatomy."
         )
     gap = read("style_gap_closed")
     if gap is not None and gap < 0:
-        told.append(f"A swap moves scans away from the other hospital's style: gap closed {gap:.2f}.")
+        said.append(f"A swap moves scans away from the other hospital's style: gap closed {gap:.2f}.")
     if measured.get("alignment_passed") == 0.0:
-        told.append(
+        said.append(
             f"The alignment of the style heads failed ({measured['alignment']:.2f} of 1 at the worst pair of "
             "sites): no style token may be used at another site."
         )
-    told += _of_the_site(read)
+    said += _of_the_site(read)
     comparisons = [Comparison(**one) for one in measured.get("labels", {}).get("comparisons", [])]
-    told += [text for text in sentences(comparisons) if "above every" not in text]
-    return told
+    said += [text for text in sentences(comparisons) if "above every" not in text]
+    return said
 
 
 def _of_the_site(read: Any) -> list[str]:
-    told, chance = [], read("chance_site")
+    said, chance = [], read("chance_site")
     fitted_on, fresh_of = read("fitted_patients_per_site"), read("fresh_patients_per_site")
     for factor in ("content", "code"):
         fitted, fresh = read(f"site_from_{factor}_fitted"), read(f"site_from_{factor}")
         if fitted is not None and fresh is not None and fresh > fitted + _FRESH_ABOVE_FITTED:
-            told.append(
+            said.append(
                 f"The hospital is read from {factor} of fresh people more often than of those the "
                 f"erasure was fitted on: {fresh:.0%} ({fresh_of:.0f} patients per site) against {fitted:.0%} "
                 f"({fitted_on:.0f})."
             )
     alone = read("site_from_covariates")
     if alone is not None and chance is not None and alone > chance + _COVARIATES_TELL:
-        told.append(
+        said.append(
             f"Age and sex alone tell the hospital: {alone:.0%} (chance {chance:.0%}). A probe of content "
             "that reads no more than that reads who the patients are, not the scanner."
         )
-    return told
+    return said

@@ -14,7 +14,7 @@ from torch import Tensor
 from client.latents.latent_set import LatentSet
 from client.latents.style_moments import own_moments
 from client.scans.cohort import read_entry
-from client.scans.volumes import prepare
+from client.scans.whole_volumes import volume_at
 from client.training.site_state import StateFolder
 from federation.plan import RunPlan
 from meduet_models.meduet import MeDUET
@@ -266,6 +266,6 @@ def site_models(
 
 
 def _volume(scans: LatentSet, row: int, plan: RunPlan) -> Any:
-    """The prepared scan behind a row, [x y z]."""
+    """The prepared scan behind a row, of a whole scan its central crop, [x y z]."""
     scan, _ = read_entry(scans.entries[row], plan.volumes)
-    return prepare(scan, plan.volumes).volume[0].numpy()
+    return volume_at(scan, plan.volumes, scans.geometry(row))[0].numpy()

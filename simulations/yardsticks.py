@@ -103,8 +103,8 @@ def label_rows(
         plan_seed=plan.seed,
     )
     none = learn.rows([])
-    told = evaluate_downstream(model, learn, none, {"seen": test}, settings, plan.seed).rows
-    main = [row for row in told if row.resamples]
+    evaluated = evaluate_downstream(model, learn, none, {"seen": test}, settings, plan.seed).rows
+    main = [row for row in evaluated if row.resamples]
     return LabelRows({row.mode: row.value for row in main}, main)
 
 

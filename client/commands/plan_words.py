@@ -172,6 +172,8 @@ def _diffusion(plan: RunPlan) -> Iterator[Line]:
     amount = f"at most {diffusion.items_per_site}" if diffusion.items_per_site else "all"
     conditions = ", ".join(diffusion.conditions) or "nothing"
     yield "", diffusion.release.sentence.format(diffusion=diffusion, amount=amount, told=conditions)
+    if plan.volumes.extent == "scan" and diffusion.release.releases_latents:
+        yield "", "Of each scan that is the crop around its foreground's centre, never more of it."
 
 
 def _finetuning(plan: RunPlan, finetuning: FinetunePlan) -> Iterator[Line]:
@@ -220,9 +222,16 @@ def _data(plan: RunPlan) -> str:
     spacing = " x ".join(f"{mm:g}" for mm in volumes.spacing_mm)
     shape = " x ".join(map(str, volumes.shape))
     modalities = " and ".join(volumes.modalities or (volumes.modality,))
+    extent = (
+        f"the central {shape} voxels"
+        if volumes.extent == "crop"
+        else f"all of their foreground; a training step reads a crop of {shape} voxels anywhere in it (at "
+        f"least {volumes.crop_foreground:.0%} of the crop foreground), and what asks for one crop of a scan "
+        "gets the one around the foreground's centre"
+    )
     return (
         f"Your scans of modality {modalities} under data_root, of the patients that your site "
-        f"assigned to training; {window}, {spacing} mm, the central {shape} voxels."
+        f"assigned to training; {window}, {spacing} mm, {extent}."
     )
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from client.exact_sums import check_sums
@@ -79,6 +79,15 @@ class LabelledScans(Protocol):
 
     def labels(self, indices: Sequence[int]) -> Int[Tensor, "b 1 D H W"] | None:
         """Labels of these rows on the prepared grid."""
+
+
+@runtime_checkable
+class ScansWithForeground(Protocol):
+    """What is read beyond that of whole scans, of which a probe sees the crops around the foreground's
+    centre."""
+
+    def central_foreground(self, indices: Sequence[int]) -> Bool[Tensor, "b d h w"]:
+        """Which latent voxels of these crops are foreground."""
 
 
 @dataclass(frozen=True)
@@ -335,7 +344,15 @@ def _swapped(
         student.decode(Factors(student.encode(latents).content, style.expand(len(latents), -1, -1))).cpu()
         for latents, _ in _chunks(student, scans, probed)
     ]
-    return StyleMoments.of(torch.cat(decoded), list(probed.patients), survey_layout(plan))
+    layout = survey_layout(plan)
+    if plan.volumes.extent == "crop":
+        return StyleMoments.of(torch.cat(decoded), list(probed.patients), layout)
+    assert isinstance(scans, ScansWithForeground), "whole scans were encoded for this plan"
+    rows: dict[str, list[Tensor]] = {}  # of the foreground alone, as the bank's entries
+    inside = scans.central_foreground(probed.rows)
+    for patient, made, where in zip(probed.patients, torch.cat(decoded), inside, strict=True):
+        rows.setdefault(patient, []).append(made[:, where])
+    return sum((StyleMoments.of_voxels(own, layout) for own in rows.values()), StyleMoments.none(layout))
 
 
 ANSWER = Answer(PROBES, answer_probe, probe_mail)

@@ -71,7 +71,7 @@ def downstream_rows(
     modes = _OF_A_MODEL if models else _WITHOUT
     volumes = simulation.plan.volumes if "unet_volume" in modes else None
     encoders: Sequence[MeDUET | None] = models or [None]
-    told = Evaluated([], [])
+    of_cell = Evaluated([], [])
     for task in cell.tasks:
         settings = DownstreamSettings(
             task=task.task,
@@ -103,9 +103,9 @@ def downstream_rows(
             evaluate(model, sets["train"], sets["validation"], tests, settings, seed, groups=groups)
             for model in encoders
         ]
-        told.rows.extend(mean_rows([row for one in evaluated for row in one.rows]))
-        told.fairness.extend(evaluated[0].fairness)
-    return told
+        of_cell.rows.extend(mean_rows([row for one in evaluated for row in one.rows]))
+        of_cell.fairness.extend(evaluated[0].fairness)
+    return of_cell
 
 
 def labelled(

@@ -42,7 +42,7 @@ def _of_a_seed(methods: Mapping[str, Sequence[Row]], titles: Mapping[str, str]) 
         if method != RANDOM and row["mode"] in YARDSTICKS
     }
     random = {key(row, row["mode"]): row for row in methods.get(RANDOM, ())}
-    told = []
+    compared = []
     for method, title in titles.items():
         for row in methods.get(method, ()) if method != RANDOM else ():
             if row["mode"] not in PRETRAINED or not metric_of(row["metric"]).main:
@@ -53,8 +53,8 @@ def _of_a_seed(methods: Mapping[str, Sequence[Row]], titles: Mapping[str, str]) 
                 )
                 if other is not None:
                     own = measured(row, who(title, row["mode"]))
-                    told.append(compare(own, measured(other, YARDSTICKS[rival]), rival))
-    return told
+                    compared.append(compare(own, measured(other, YARDSTICKS[rival]), rival))
+    return compared
 
 
 def _over_seeds(same: Sequence[Comparison]) -> Comparison:

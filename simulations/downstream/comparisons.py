@@ -131,7 +131,7 @@ def sentences(comparisons: Sequence[Comparison], with_numbers: bool = True) -> l
 
     Empty without comparisons.
     """
-    told: list[str] = []
+    said: list[str] = []
     whose = dict.fromkeys((one.task, one.metric, one.test, one.who) for one in comparisons)
     for task, metric, test, who in whose:
         own = [c for c in comparisons if (c.task, c.metric, c.test, c.who) == (task, metric, test, who)]
@@ -148,15 +148,15 @@ def sentences(comparisons: Sequence[Comparison], with_numbers: bool = True) -> l
         ]
         where = f"{task}, {metric}, {_TESTS.get(test, test.replace('_', ' '))}"
         if words:
-            told.append(f"{who} is not above {'; nor above '.join(words)}. {where}.")
+            said.append(f"{who} is not above {'; nor above '.join(words)}. {where}.")
         else:
-            told.append(f"{who} is above every yardstick at every number of labels. {where}.")
+            said.append(f"{who} is above every yardstick at every number of labels. {where}.")
         if missed.get(LABEL_MAP):
-            told.append(
+            said.append(
                 f"Comparisons of {who} ({where}) are withdrawn where the mean training label, which reads no "
                 "scan, is not below it."
             )
-    return told
+    return said
 
 
 def _listed(comparisons: Sequence[Comparison], with_numbers: bool) -> str:

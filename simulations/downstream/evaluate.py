@@ -175,7 +175,7 @@ def _fairness(
     task = task_of(settings.task)
     grid = Grid(spacing_mm=settings.spacing_mm, tolerance_mm=settings.tolerance_mm)
     measured = task.measure_main(fitted.predictors[0](scans), scans.answers, settings.target, grid)
-    told = []
+    scores = []
     for grouping, names in {"site": [str(site) for site in scans.site], **groups}.items():
         rows = {one: [i for i, name in enumerate(names) if name == one] for one in sorted(set(names)) if one}
         who = {one: len({scans.patient[i] for i in own}) for one, own in rows.items()}
@@ -192,13 +192,13 @@ def _fairness(
                 )
                 score = fairness_score(overall, list(read.values()))
                 of_groups = {one: who[one] for one in read}
-                told.append(
+                scores.append(
                     Fairness(
                         mode=fitted.mode, labels=fitted.labels, test=test, metric=metric, grouping=grouping,
                         score=score, groups=read, patients=of_groups,
                     )
                 )  # fmt: skip
-    return told
+    return scores
 
 
 def _check(

@@ -18,7 +18,7 @@ from client.latents.examples import examples_of
 from client.latents.labelled import LabelledScans
 from client.latents.latent_set import LatentSet
 from client.scans.cohort import read_entry
-from client.scans.volumes import prepare
+from client.scans.whole_volumes import volume_at
 from federation.plan import RunPlan
 from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.diffusion.conditions import Examples
@@ -53,7 +53,7 @@ class Bench:
         for scans, rows in self.held_scans:
             for row in rows:
                 scan, _ = read_entry(scans.entries[row], self.plan.volumes)
-                prepared.append(prepare(scan, self.plan.volumes).volume)
+                prepared.append(volume_at(scan, self.plan.volumes, scans.geometry(row)))
         return torch.stack(prepared)
 
     def examples(self) -> Examples:

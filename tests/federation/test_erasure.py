@@ -67,8 +67,8 @@ def test_without_a_bank_nothing_is_said_of_renderings() -> None:
 
 def test_one_patients_share_is_never_longer_than_the_promise() -> None:
     for patients in (1, 2, 7):
-        told = torch.cat([moments(patients).to_vector(), renderings(patients).to_vector()])
-        assert float(told.norm()) <= patients * share_bound(PLAN) * (1 + 1e-12)
+        sums = torch.cat([moments(patients).to_vector(), renderings(patients).to_vector()])
+        assert float(sums.norm()) <= patients * share_bound(PLAN) * (1 + 1e-12)
         assert float(moments(patients).to_vector().norm()) <= patients * share_bound(QUIET) * (1 + 1e-12)
     assert float(moments(1).to_vector().norm()) == pytest.approx(share_bound(QUIET))  # and it is reached
 

@@ -11,6 +11,7 @@ from meduet_models.erasure import ErasureMoments, erase, fit_erasure, triangle_l
 from meduet_models.meduet import MeDUET, NetworkConfig
 from meduet_models.probes.quick import site_probe
 from meduet_models.probes.recognition import retrieval_across_sites
+from tests.worlds import small_network
 
 WIDTH, SIZE, SITES, PATIENTS = 48, 8, 3, 30
 BOUND = 1e3
@@ -32,7 +33,7 @@ def names(count: int) -> list[str]:
     return [str(i) for i in range(count)]
 
 
-def told(seed: int) -> tuple[dict[str, ErasureMoments], dict[str, RenderingMoments]]:
+def sums_of(seed: int) -> tuple[dict[str, ErasureMoments], dict[str, RenderingMoments]]:
     own, renderings = {}, {}
     for site in range(SITES):
         x = content(site, seed)
@@ -65,7 +66,7 @@ def test_renderings_that_do_not_differ_scatter_nothing() -> None:
 
 
 def test_the_code_forgets_the_site_that_a_wide_erasure_still_shows_and_keeps_the_patient() -> None:
-    own, renderings = told(1)
+    own, renderings = sums_of(1)
     mean, matrix = fit_content_code(own, renderings, SIZE)
     unseen = content(7, 2, 80)  # new patients on every scanner
     sites = [s for s in range(SITES) for _ in range(80)]
@@ -81,7 +82,7 @@ def test_the_code_forgets_the_site_that_a_wide_erasure_still_shows_and_keeps_the
 
 
 def test_the_code_of_the_sites_patients_is_centred_by_site_and_whitened() -> None:
-    own, renderings = told(1)
+    own, renderings = sums_of(1)
     mean, matrix = fit_content_code(own, renderings, SIZE)
     codes = [(content(s, 1)[s].double() - mean) @ matrix.T for s in range(SITES)]
     torch.testing.assert_close(torch.stack([c.mean(0) for c in codes]), torch.zeros(SITES, SIZE).double())
@@ -100,7 +101,7 @@ def test_a_late_site_is_erased_by_its_own_patients() -> None:
 
 
 def test_bad_sums_are_refused() -> None:
-    own, renderings = told(1)
+    own, renderings = sums_of(1)
     with pytest.raises(ValueError, match="two or more sites; got 1 and 1"):
         fit_content_code({"0": own["0"]}, {"0": renderings["0"]}, SIZE)
     with pytest.raises(ValueError, match="got 3 and 2"):
@@ -118,10 +119,7 @@ def test_bad_sums_are_refused() -> None:
 
 
 def test_a_network_without_a_fitted_code_says_so() -> None:
-    config = NetworkConfig(
-        latent_channels=2, latent_grid=(4, 4, 4), patch_size=2, width=12, depth=1, heads=2, decoder_width=12,
-        decoder_depth=1, decoder_heads=2, style_map_grid=(1, 2, 1),
-    )  # fmt: skip
+    config = small_network(latent_grid=(4, 4, 4), style_map_grid=(1, 2, 1))
     network, latents = MeDUET(config, 3).eval(), torch.randn(5, 2, 4, 4, 4)
     with pytest.raises(ValueError, match="none was fitted"):
         network.content_code(latents)

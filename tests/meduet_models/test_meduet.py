@@ -5,19 +5,9 @@ import torch
 
 from meduet_models.factors import Factors
 from meduet_models.meduet import MeDUET, NetworkConfig, layer_normed
+from tests.worlds import small_network
 
-TINY = NetworkConfig(
-    latent_channels=2,
-    latent_grid=(4, 6, 4),
-    patch_size=2,
-    width=24,
-    depth=1,
-    heads=2,
-    decoder_width=12,
-    decoder_depth=1,
-    decoder_heads=2,
-    style_map_grid=(1, 3, 1),
-)
+TINY = small_network(width=24, style_map_grid=(1, 3, 1))
 PAPER = NetworkConfig(
     latent_channels=4,
     latent_grid=(24, 24, 24),

@@ -142,7 +142,7 @@ def update_case(plan: RunPlan, folder: Path, finetuning: bool = False, diffusion
     """A round of pretraining, of the diffusion model, or of fine-tuning."""
     draws = torch.Generator().manual_seed(3)
     shared = {"weight": torch.randn(3, 4, generator=draws), "constant": torch.zeros(2)}
-    told: dict[str, Any] = {
+    changes: dict[str, Any] = {
         "plan_sha256": plan.sha256,
         "site": SITE,
         "round": 1,
@@ -151,7 +151,7 @@ def update_case(plan: RunPlan, folder: Path, finetuning: bool = False, diffusion
         "metrics": {"seconds": 0.5, "loss.total": 1.0, "steps": 4.0},
     }
     wire_dtype = "float32" if finetuning else plan.release.wire_dtype
-    valid = TrainReply(**told, wire_dtype=wire_dtype).to_record()
+    valid = TrainReply(**changes, wire_dtype=wire_dtype).to_record()
     exchange: Any = FINETUNING if finetuning else DIFFUSION if diffusion else PRETRAINING
     bounds = Bounds(num_replies=3, max_norm=20.0, max_examples=MOST_SCANS)
     honest = {name: torch.randn(t.shape, generator=draws) for name, t in shared.items()}
@@ -278,8 +278,8 @@ def probe_case(plan: RunPlan, hits: bool) -> Case:
     honest = probe_reply(plan, HONEST, 0)
     layout = survey_layout(plan)
     latents = torch.randn(6, 2, 4, 6, 4, generator=torch.Generator().manual_seed(5))
-    told = StyleMoments.of(latents, [str(n) for n in range(6)], layout)
-    bank = StyleBank.of(plan.sites, {site: told for site in plan.sites}).to_tensors()
+    moments = StyleMoments.of(latents, [str(n) for n in range(6)], layout)
+    bank = StyleBank.of(plan.sites, {site: moments for site in plan.sites}).to_tensors()
     valid = probe_reply(plan, SITE, 1)
     if hits:
         counts = torch.tensor([9.0, 5.0, 18.0], dtype=torch.float64)

@@ -38,8 +38,8 @@ class Lying(ClientApp):
         if message.metadata.message_type == self._route and context.node_config["partition-id"] == 1:
             self._asked += 1
             if self._asked == self._number:
-                told = self._lie(self._reply.from_record(reply.content))
-                reply = Message(told.to_record(), reply_to=message)
+                lie = self._lie(self._reply.from_record(reply.content))
+                reply = Message(lie.to_record(), reply_to=message)
         return reply
 
 

@@ -37,8 +37,8 @@ class Aged(Latents):
 def a_plan(miniature: Any, **probes: Any) -> RunPlan:
     plan: RunPlan = miniature.plan(deadline_s=300.0)
     training = TrainingPlan(rounds=2, steps_per_round=2, batch_size=4, warmup=0.0)
-    told = ProbePlan(**{"every_rounds": 1, "folds": 3, "anatomy": {"age": (0.0, 100.0)}, **probes})
-    return dataclasses.replace(plan, training=training, probes=told)
+    probe_plan = ProbePlan(**{"every_rounds": 1, "folds": 3, "anatomy": {"age": (0.0, 100.0)}, **probes})
+    return dataclasses.replace(plan, training=training, probes=probe_plan)
 
 
 def go(plan: RunPlan, folder: Path, sizes: Sequence[int] = (18, 18, 18)) -> RunResult:
@@ -136,10 +136,10 @@ def test_a_site_below_the_cohort_is_listed_and_stops_nothing(miniature: Any, tmp
     plan = a_plan(miniature, every_rounds=2)
     metrics = go(plan, tmp_path, sizes=(18, 12, 18)).metrics  # 12 patients are 4 in a fold; the plan wants 5
     assert "federated_probes" not in metrics["rounds"][0]
-    told = metrics["rounds"][1]["federated_probes"]
-    assert told["refused"] == {plan.sites[1]: "refused: cohort_too_small"}
-    assert set(told["sites"]) == {plan.sites[0], plan.sites[2]}
-    assert told["readings"]["chance_site"] == 0.5
+    report = metrics["rounds"][1]["federated_probes"]
+    assert report["refused"] == {plan.sites[1]: "refused: cohort_too_small"}
+    assert set(report["sites"]) == {plan.sites[0], plan.sites[2]}
+    assert report["readings"]["chance_site"] == 0.5
     journal = Journal(tmp_path / "sites" / plan.sites[1] / "journal.jsonl")
     lines = (tmp_path / "sites" / plan.sites[1] / "journal.jsonl").read_text().splitlines()
     assert journal.verify() == len(lines)

@@ -107,9 +107,9 @@ def test_a_content_code_is_measured_and_a_late_site_taken_out_of_its_own_codes(p
         late = model.content_code(training[2])
     assert float(late.mean(0).norm()) > 1  # far from the federation's patients, as a site that is new
     measured = measure(model, plan, held, training, thorough=True)
-    told = ("site_from_code", "site_from_code_mlp", "patient_from_code", "patient_from_code_among_all",
+    names = ("site_from_code", "site_from_code_mlp", "patient_from_code", "patient_from_code_among_all",
             "anatomy_from_code", "nested_site_from_code_linear", "nested_site_from_code_mlp")  # fmt: skip
-    assert all(math.isfinite(measured[name]) for name in told)
+    assert all(math.isfinite(measured[name]) for name in names)
     assert measured["patient_from_code"] > 0.9
     rows = [row for row, site in enumerate(held.site) if site == 2]
     with torch.no_grad():

@@ -48,6 +48,6 @@ def test_a_network_that_is_not_above_a_map_that_reads_no_scan_says_so() -> None:
         "task": "segmentation", "metric": "Dice", "test": "seen", "labels": "100%", "who": "this network",
         "rival": "label_map", "difference": 0.01, "low": -0.01, "high": 0.03,
     }  # fmt: skip
-    told = findings_of(GOOD | {"labels": {"dice": {}, "comparisons": [compared]}})
-    assert "not above the mean training label, which reads no scan" in told[0] and "withdrawn" in told[1]
+    said = findings_of(GOOD | {"labels": {"dice": {}, "comparisons": [compared]}})
+    assert "not above the mean training label, which reads no scan" in said[0] and "withdrawn" in said[1]
     assert findings_of(GOOD | {"labels": {"comparisons": [compared | {"low": 0.001}]}}) == []

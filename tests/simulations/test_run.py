@@ -19,20 +19,9 @@ from meduet_models.weights import load_weights
 from server.config import compose_config
 from simulations import observer
 from simulations.run import run
-from tests.small_simulation import SMALL_NETWORK
+from tests.small_simulation import small_simulation
 
-SMALL = [
-    "hospitals.num_hospitals=2",
-    "hospitals.patients=9",
-    "hospitals.paired=3",
-    "hospitals.resolution_mm=4",
-    *SMALL_NETWORK,
-    "training.rounds=3",
-    "training.steps_per_round=2",
-    "training.batch_size=4",
-    "device=cpu",
-    "engine.cpus_per_site=1",
-]
+SMALL = small_simulation(rounds=3)
 
 
 def settings(folder: Path, *more: str) -> Any:

@@ -43,18 +43,18 @@ def test_age_alone_tells_the_site_where_content_does_not(plan: RunPlan) -> None:
     held = people(plan, 20, 0)
     training = [people(plan, 12, 1).latents[:12], people(plan, 12, 1).latents[12:]]
     model = MeDUET(plan.network, 2, seed=plan.seed)
-    told = yardsticks(model, plan, held, training)
-    assert told["site_from_covariates"] > 0.95
-    assert told["site_from_content_given_covariates"] < 0.8
-    assert (told["fitted_patients_per_site"], told["fresh_patients_per_site"]) == (12.0, 20.0)
-    assert 0 <= told["site_from_content_fitted"] <= 1 and "site_from_code_fitted" not in told
-    assert told["hidden_error_ridge"] > 0.8, "noise cannot be told from its neighbours"
-    assert told["hidden_error"] > 0.8
-    assert all(math.isfinite(told[f"anatomy_from_{factor}"]) for factor in ("content", "style"))
+    read = yardsticks(model, plan, held, training)
+    assert read["site_from_covariates"] > 0.95
+    assert read["site_from_content_given_covariates"] < 0.8
+    assert (read["fitted_patients_per_site"], read["fresh_patients_per_site"]) == (12.0, 20.0)
+    assert 0 <= read["site_from_content_fitted"] <= 1 and "site_from_code_fitted" not in read
+    assert read["hidden_error_ridge"] > 0.8, "noise cannot be told from its neighbours"
+    assert read["hidden_error"] > 0.8
+    assert all(math.isfinite(read[f"anatomy_from_{factor}"]) for factor in ("content", "style"))
 
 
 def test_people_scanned_at_every_site_have_no_covariates_that_could_tell_it(plan: RunPlan) -> None:
     held = people(plan, 8, 0)
     paired = dataclasses.replace(held, patient=held.patient[:8] * 2)
-    told = yardsticks(MeDUET(plan.network, 2, seed=0), plan, paired, [held.latents[:8], held.latents[8:]])
-    assert "site_from_covariates" not in told and told["fresh_patients_per_site"] == 8.0
+    read = yardsticks(MeDUET(plan.network, 2, seed=0), plan, paired, [held.latents[:8], held.latents[8:]])
+    assert "site_from_covariates" not in read and read["fresh_patients_per_site"] == 8.0

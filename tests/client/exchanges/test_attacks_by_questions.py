@@ -131,8 +131,8 @@ def test_two_surveys_around_a_newcomer_do_not_give_her_statistics(
     site: Hospital, plan: RunPlan, toy_scans: Any, tmp_path: Path, defended: bool
 ) -> None:
     def surveyed() -> Tensor:
-        told = survey.ANSWER.once(site, SurveyAsk(plan_json=plan.to_json()), plan).tensors
-        return torch.cat([told[name].flatten() for name in sorted(told) if name != "count"]).double()
+        sums = survey.ANSWER.once(site, SurveyAsk(plan_json=plan.to_json()), plan).tensors
+        return torch.cat([sums[name].flatten() for name in sorted(sums) if name != "count"]).double()
 
     before = surveyed()
     site.held = toy_scans([*PATIENTS, "new"])
@@ -254,8 +254,8 @@ def test_probe_sums_tell_what_was_measured_of_each_patient_only_where_the_site_a
     for number, fold in enumerate(folds):
         mine = [i for i, name in enumerate(PATIENTS) if probed.folds[name] == number]
         products = fold.outer[: joint.shape[1], -1]  # sum of factors times target
-        told = torch.linalg.lstsq(joint[mine].T, products[:, None]).solution[:, 0]
-        assert torch.allclose((told + 1) / 2 * 70 + 20, ages[mine], atol=0.05)
+        solved = torch.linalg.lstsq(joint[mine].T, products[:, None]).solution[:, 0]
+        assert torch.allclose((solved + 1) / 2 * 70 + 20, ages[mine], atol=0.05)
 
 
 def test_above_ten_times_their_width_sums_leave_and_their_span_tells_nobody(

@@ -23,7 +23,7 @@ from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.style.moments import CohortTooSmall, StyleMoments
 from privacy.clipping import joint_norm
 from privacy.ledger import AnsweredBefore, Ledger, LedgerRefusal
-from tests.worlds import Hospital
+from tests.worlds import Hospital, unanswered_places
 
 answer_survey, answer_round, answer_erasure = survey.ANSWER.once, answers.ANSWER.once, erasure.ANSWER.once
 PATIENTS = [f"p{n // 2}" for n in range(12)]
@@ -187,7 +187,7 @@ def test_a_place_in_the_ledger_is_taken_before_scans_are_opened(
     monkeypatch.setattr(ToySite, "scans", broken)
     with pytest.raises(OSError, match="disk gone"):
         answer_survey(site, SurveyAsk(plan_json=plan.to_json()), plan)
-    assert [o.kind for o in site.ledger.open_reservations()] == ["survey"]
+    assert unanswered_places(site.state_dir / "ledger.jsonl") == [("survey", 0)]
 
 
 def test_the_survey_tells_sums_counts_and_nothing_else(site: ToySite, plan: RunPlan) -> None:
@@ -301,7 +301,7 @@ def test_a_round_that_outlives_the_plans_deadline_is_given_up(
         answer_round(site, ask(late, toy_bank(late)), late)
     assert refusal.value.kind is RefusalKind.DEADLINE
     assert site.journal.verify() == 0
-    assert [o.round for o in site.ledger.open_reservations()] == [1]
+    assert unanswered_places(site.state_dir / "ledger.jsonl") == [("round", 1)]
 
 
 def test_a_round_gives_up_while_there_is_time_to_say_so(monkeypatch: pytest.MonkeyPatch) -> None:

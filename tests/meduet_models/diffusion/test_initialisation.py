@@ -35,10 +35,10 @@ def test_the_blocks_compute_what_the_encoders_blocks_computed() -> None:
     transformer = DiffusionTransformer(small_config(), seed=5)
     start_from_encoder(transformer, encoder)
     x = torch.randn(3, 12, 24, generator=generator(2))
-    told = torch.randn(3, 24, generator=generator(3))  # whatever is told: its effect starts at zero
+    condition = torch.randn(3, 24, generator=generator(3))  # whatever is told: its effect starts at zero
     for block, theirs in zip(transformer.blocks, encoder.encoder.blocks, strict=True):
         y = theirs(x)
-        torch.testing.assert_close(block(x, told), y, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(block(x, condition), y, atol=1e-5, rtol=1e-5)
         x = y
 
 
@@ -47,10 +47,10 @@ def test_the_whole_stack_reads_standardised_latents_as_the_encoder_does() -> Non
     encoder.set_latent_scale(small_encoder().latent_mean, small_encoder().latent_deviation)
     transformer = first_transformer(small_config(), encoder, DiffusionTraining(start="encoder"), seed=5)
     examples = small_examples(2)
-    told = small_conditioner().conditions(examples, ("content", "style"))
+    conditions = small_conditioner().conditions(examples, ("content", "style"))
     states = encoder.encoder.hidden_states(encoder.embed_latents(examples.latents))
     data = transformer.standardise(examples.latents)
-    hidden = transformer.velocity_and_hidden(data, torch.tensor([0.3, 1.0]), told)[1]
+    hidden = transformer.velocity_and_hidden(data, torch.tensor([0.3, 1.0]), conditions)[1]
     torch.testing.assert_close(hidden, states[0], atol=1e-5, rtol=1e-5)  # one of two blocks
     assert not transformer(data, torch.ones(2), Conditions()).any()
 

@@ -64,10 +64,10 @@ def test_neighbours_are_the_26_around_and_zeros_beyond_the_border() -> None:
 def test_a_class_and_a_number_of_a_scan_are_told_from_all_its_tokens() -> None:
     tokens = torch.randn(60, 12, 2, generator=torch.Generator().manual_seed(0))
     classes, number = (tokens[:, 7, 1] > 0).long(), tokens[:, 7, 1]
-    told = fit_per_scan(tokens[:40], classes[:40], 2, names(40), 0)(tokens[40:])
-    assert float((told.argmax(1) == classes[40:]).double().mean()) > 0.7
-    told = fit_per_scan(tokens[:40], number[:40], 1, names(40), 0)(tokens[40:])
-    assert float(torch.corrcoef(torch.stack([told[:, 0], number[40:]]))[0, 1]) > 0.5
+    outputs = fit_per_scan(tokens[:40], classes[:40], 2, names(40), 0)(tokens[40:])
+    assert float((outputs.argmax(1) == classes[40:]).double().mean()) > 0.7
+    outputs = fit_per_scan(tokens[:40], number[:40], 1, names(40), 0)(tokens[40:])
+    assert float(torch.corrcoef(torch.stack([outputs[:, 0], number[40:]]))[0, 1]) > 0.5
 
 
 @pytest.mark.parametrize("per_voxel", [True, False])

@@ -29,16 +29,16 @@ def test_a_network_that_tells_the_mean_map_has_learned_nothing_and_the_ridge_wha
     network = TellsTheMean(CONFIG)
     training = smooth(40, 0)
     network.mean_tokens = network.target_tokens(training).mean(0)
-    told = hidden_errors(network, training, [str(i) for i in range(40)], smooth(20, 1))
-    assert abs(told.network - 1) < 1e-4
-    assert told.all_neighbours < 0.05 < told.neighbours < 0.3  # half of the neighbours are hidden, too
+    errors = hidden_errors(network, training, [str(i) for i in range(40)], smooth(20, 1))
+    assert abs(errors.network - 1) < 1e-4
+    assert errors.all_neighbours < 0.05 < errors.neighbours < 0.3  # half of the neighbours are hidden, too
 
 
 def test_independent_tokens_cannot_be_told_from_their_neighbours() -> None:
     draws = torch.Generator().manual_seed(0)
     noise = torch.randn(60, 2, 6, 6, 6, generator=draws)
-    told = hidden_errors(FactorNetwork(CONFIG), noise[:40], [str(i) for i in range(40)], noise[40:])
-    assert told.neighbours > 0.9 and told.all_neighbours > 0.9 and told.network > 0.9
+    errors = hidden_errors(FactorNetwork(CONFIG), noise[:40], [str(i) for i in range(40)], noise[40:])
+    assert errors.neighbours > 0.9 and errors.all_neighbours > 0.9 and errors.network > 0.9
 
 
 def test_masks_hide_half_of_every_scan_by_their_seed() -> None:

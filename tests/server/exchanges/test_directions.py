@@ -8,33 +8,32 @@ import torch
 
 from federation.exchanges.probes import ANATOMY, anatomy_bound, joint_width
 from federation.plan import (
-    AggregationPlan,
     ProbePlan,
-    ReleasePlan,
     RunPlan,
     StylePlan,
     TrainingPlan,
     VolumePlan,
 )
 from meduet_models.erasure import ErasureMoments
-from meduet_models.meduet import NetworkConfig
-from meduet_models.objective import ObjectiveConfig
 from server.exchanges.directions import directions_of_sums
+from tests.worlds import small_network, small_plan
 
 FOLDS = 4
 WIDTH = 8
 
 
 def a_plan(**anatomy: tuple[float, float]) -> RunPlan:
-    network = NetworkConfig(latent_channels=2, latent_grid=(4, 6, 4), patch_size=2, width=WIDTH, depth=1,
-                            heads=2, decoder_width=12, decoder_depth=1, decoder_heads=2)  # fmt: skip
-    return RunPlan(
-        name="toy", seed=0, sites=("north", "south"), tokenizer_sha256="0" * 64,
-        volumes=VolumePlan(modality="mr", shape=(16, 24, 16)), network=network, objective=ObjectiveConfig(),
-        training=TrainingPlan(rounds=1, steps_per_round=1), style=StylePlan(),
-        aggregation=AggregationPlan(), release=ReleasePlan(),
+    network = small_network(width=WIDTH)
+    return small_plan(
+        name="toy",
+        seed=0,
+        sites=("north", "south"),
+        volumes=VolumePlan(modality="mr", shape=(16, 24, 16)),
+        network=network,
+        training=TrainingPlan(rounds=1, steps_per_round=1),
+        style=StylePlan(),
         probes=ProbePlan(every_rounds=1, folds=FOLDS, anatomy=anatomy),
-    )  # fmt: skip
+    )
 
 
 def site_sums(plan: RunPlan, content: torch.Tensor, natural: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -100,11 +99,11 @@ def test_what_content_does_not_tell_has_no_direction() -> None:
 def test_sites_that_withhold_anatomy_leave_the_directions_of_the_others() -> None:
     plan = a_plan(age=(0.0, 120.0))
     slope = torch.full((WIDTH,), 0.02)
-    told = site_sums(plan, *population(0, slope))
+    sums = site_sums(plan, *population(0, slope))
     nobody = ErasureMoments.none(joint_width(plan) + 1, anatomy_bound(plan)).to_vector()
     withheld = {ANATOMY: nobody.expand(FOLDS, -1).clone()}
-    both = directions_of_sums({"north": told, "south": withheld}, plan)
-    assert torch.equal(both["age"], directions_of_sums({"north": told}, plan)["age"])
+    both = directions_of_sums({"north": sums, "south": withheld}, plan)
+    assert torch.equal(both["age"], directions_of_sums({"north": sums}, plan)["age"])
     assert directions_of_sums({"south": withheld}, plan) == {}
     without = dataclasses.replace(plan, probes=ProbePlan())
     assert directions_of_sums({"north": {}}, without) == {}

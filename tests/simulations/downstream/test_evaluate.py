@@ -12,7 +12,8 @@ import torch
 from omegaconf import OmegaConf
 
 from client.latents.labelled import LabelledScans
-from meduet_models.meduet import FactorNetwork, NetworkConfig
+from meduet_models.downstream.task import Target
+from meduet_models.meduet import FactorNetwork
 from server.checkpoints import OtherPlan
 from server.config import compose_config
 from simulations.downstream import evaluate as downstream
@@ -22,20 +23,11 @@ from simulations.downstream.evaluate import MODES, DownstreamSettings, evaluate_
 from simulations.downstream.run import run_downstream
 from simulations.downstream.settings import CLOSED_FORM
 from simulations.run import run
-from tests.small_simulation import SMALL_NETWORK
+from tests.small_simulation import small_simulation
+from tests.worlds import small_network
 
 GRID = (4, 6, 4)
-CONFIG = NetworkConfig(
-    latent_channels=2,
-    latent_grid=GRID,
-    patch_size=2,
-    width=16,
-    depth=1,
-    heads=2,
-    decoder_width=12,
-    decoder_depth=1,
-    decoder_heads=2,
-)
+CONFIG = small_network(width=16)
 SETTINGS = DownstreamSettings(
     task="segmentation",
     classes=2,
@@ -85,21 +77,21 @@ def test_a_table_reproduces_by_its_seed() -> None:
 
 
 def test_test_scans_are_looked_at_after_all_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
+    looked_at: list[str] = []
     whole, train = downstream.rows_of, learning.finetune
 
     def measuring(*args: Any) -> Any:
-        told.append("test")
+        looked_at.append("test")
         return whole(*args)
 
     def training(*args: Any, **more: Any) -> Any:
-        told.append("train")
+        looked_at.append("train")
         return train(*args, **more)
 
     monkeypatch.setattr(downstream, "rows_of", measuring)
     monkeypatch.setattr(learning, "finetune", training)
     evaluated()
-    assert told == ["train"] * 8 + ["test"] * 16
+    assert looked_at == ["train"] * 8 + ["test"] * 16
 
 
 def test_shares_that_come_to_the_same_patients_are_trained_once() -> None:
@@ -131,7 +123,7 @@ def test_a_planted_class_is_recognised_by_the_logistic_regression_of_frozen_cont
 
 
 EVERY = replace(
-    SETTINGS, modes=MODES, label_counts=(1, 2), label_shares=(0.5, 1.0), draws=5, trained_draws=2, steps=2
+    SETTINGS, modes=MODES, label_counts=(1, 2), label_shares=(0.5, 1.0), draws=3, trained_draws=2, steps=1
 )
 
 
@@ -143,13 +135,15 @@ def with_volumes(count: int, seed: int, task: str = "segmentation") -> LabelledS
 
 @pytest.mark.parametrize("task", ["segmentation", "classification", "regression"])
 def test_closed_forms_have_many_draws_trained_ones_few_and_everybody_one(task: str) -> None:
-    settings = replace(EVERY, task=task, classes=1 if task == "regression" else 2)
+    settings = replace(EVERY, task=task)
+    if task == "regression":
+        settings = replace(settings, classes=1, target=Target("score", ("-1", "1")))
     sets = {"train": with_volumes(10, 1, task), "validation": with_volumes(4, 2, task)}
     rows = evaluated(settings, tests={"seen": with_volumes(6, 3, task)}, **sets)
     assert {row.mode for row in rows} == set(MODES)
     main = [row for row in rows if row.resamples]
     assert {(row.mode in CLOSED_FORM, row.labels == "100%", row.draws) for row in main} == {
-        (True, False, 5), (True, True, 1), (False, False, 2), (False, True, 1),
+        (True, False, 3), (True, True, 1), (False, False, 2), (False, True, 1),
     }  # fmt: skip
     labels = {row.labels: row.labelled for row in main if row.mode == "ridge"}
     per_class = 2 if task == "classification" else 1
@@ -203,14 +197,14 @@ def test_modes_without_what_they_read_are_said() -> None:
 def test_the_score_of_fairness_is_told_over_sites_and_given_groups() -> None:
     settings = replace(EVERY, modes=("ridge",), label_shares=(1.0,), label_counts=())
     tests = {"seen": replace(scans(8, 3), site=(0, 1) * 4)}
-    told = evaluate_downstream(
+    evaluated_once = evaluate_downstream(
         FactorNetwork(CONFIG), scans(10, 1), scans(4, 2), tests, settings, 0,
         groups={"seen": {"sex": ("F",) * 4 + ("M",) * 3 + ("",)}},
     )  # fmt: skip
-    assert {(one.grouping, tuple(one.patients.values())) for one in told.fairness} == {
+    assert {(one.grouping, tuple(one.patients.values())) for one in evaluated_once.fairness} == {
         ("site", (4, 4)), ("sex", (4, 3)),
     }  # fmt: skip
-    assert all(0 < one.score <= 1 for one in told.fairness)
+    assert all(0 < one.score <= 1 for one in evaluated_once.fairness)
 
 
 def test_labels_of_one_class_only_tell_nothing_apart() -> None:
@@ -228,18 +222,7 @@ def test_a_class_out_of_range_is_said_before_anything_is_trained() -> None:
     assert done == []
 
 
-SMALL = [
-    "hospitals.num_hospitals=2",
-    "hospitals.patients=16",
-    "hospitals.paired=0",
-    "hospitals.resolution_mm=4",
-    *SMALL_NETWORK,
-    "site.split_fractions=[0.5,0.2,0.3]",
-    "training.rounds=1",
-    "training.steps_per_round=2",
-    "training.batch_size=4",
-    "device=cpu",
-]
+SMALL = [*small_simulation(patients=16, paired=0, rounds=1), "site.split_fractions=[0.5,0.2,0.3]"]
 
 
 @pytest.fixture(scope="module")
@@ -265,13 +248,13 @@ def command(pretrained: Path, folder: Path, *more: str) -> Path:
 def test_a_run_becomes_a_table_a_figure_and_a_page(pretrained: Path, tmp_path: Path) -> None:
     page = command(pretrained, tmp_path, "federated=true", "rounds=2")
     assert "fine-tuned in the federation" in page.read_text()
-    told = json.loads((tmp_path / "downstream.json").read_text())
-    assert told["classes"] == 5
-    assert len(told["federated"]) == 2
-    modes = {row["mode"] for row in told["rows"]}
+    written = json.loads((tmp_path / "downstream.json").read_text())
+    assert written["classes"] == 5
+    assert len(written["federated"]) == 2
+    modes = {row["mode"] for row in written["rows"]}
     assert modes == {*MODES, "federated"}
     with (tmp_path / "downstream.csv").open(newline="") as stream:
-        assert len(list(csv.DictReader(stream))) == len(told["rows"])
+        assert len(list(csv.DictReader(stream))) == len(written["rows"])
     assert (tmp_path / "downstream.png").stat().st_size > 10_000
     journal = (pretrained / "sites" / "north" / "journal.jsonl").read_text()
     assert '"kind":"finetuning"' in journal.replace(" ", "")
@@ -291,11 +274,11 @@ def test_a_hospital_that_the_run_held_out_is_tested_on_whole(pretrained: Path, t
     config["held_out"] = ["valley"]
     OmegaConf.save(config, copy / "config.yaml")
     command(copy, tmp_path / "table", "modes=[unet]", "label_shares=[1]")
-    told = json.loads((tmp_path / "table" / "downstream.json").read_text())
-    tested = {row["test"]: row["patients"] for row in told["rows"]}
+    written = json.loads((tmp_path / "table" / "downstream.json").read_text())
+    tested = {row["test"]: row["patients"] for row in written["rows"]}
     assert tested.keys() == {"seen", "held_out"}
     assert tested["held_out"] == 16
-    assert told["training_patients"] < 32
+    assert written["training_patients"] < 32
 
 
 def test_a_covariate_is_classified(pretrained: Path, tmp_path: Path) -> None:
@@ -308,11 +291,11 @@ def test_a_covariate_is_classified(pretrained: Path, tmp_path: Path) -> None:
 def test_a_number_is_predicted_at_every_mode_and_in_the_federation(pretrained: Path, tmp_path: Path) -> None:
     age = ["task=regression", "target=age", "target_values=[20,90]", "federated=true", "rounds=2"]
     page = command(pretrained, tmp_path, *age)
-    told = json.loads((tmp_path / "downstream.json").read_text())
-    assert told["classes"] == 1
-    assert {row["metric"] for row in told["rows"]} == {"mae", "r2"}
-    assert {row["mode"] for row in told["rows"]} == {*MODES, "federated"}
-    errors = [row["value"] for row in told["rows"] if row["metric"] == "mae"]
+    written = json.loads((tmp_path / "downstream.json").read_text())
+    assert written["classes"] == 1
+    assert {row["metric"] for row in written["rows"]} == {"mae", "r2"}
+    assert {row["mode"] for row in written["rows"]} == {*MODES, "federated"}
+    errors = [row["value"] for row in written["rows"] if row["metric"] == "mae"]
     assert all(0 < error < 70 for error in errors)  # years
     assert "mean absolute error" in page.read_text()
 
