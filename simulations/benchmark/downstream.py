@@ -142,11 +142,12 @@ def mean_rows(rows: Sequence[DownstreamRow]) -> list[DownstreamRow]:
         if known:
             names = ("value", "low", "high", "first_value")
             mean = {name: sum(getattr(row, name) for row in known) / len(known) for name in names}
-            resamples = {
-                name: _means([getattr(row, name) for row in known])
-                for name in ("resamples", "first_resamples")
-            }
-            means.append(dataclasses.replace(known[0], **mean, **resamples))
+            several = [row.resamples for row in known], [row.first_resamples for row in known]
+            means.append(
+                dataclasses.replace(
+                    known[0], **mean, resamples=_means(several[0]), first_resamples=_means(several[1])
+                )
+            )
     return means
 
 

@@ -258,7 +258,8 @@ def _downstream_tables(
             found.setdefault((task, metric), {}).setdefault(mode, set()).add((test, labels))
     tables = []
     for (task, metric), by_mode in sorted(found.items()):
-        for mode in [mode for mode in PRETRAINED if mode in by_mode] or [""]:
+        ways: list[str] = [mode for mode in PRETRAINED if mode in by_mode]
+        for mode in ways or [""]:
             columns = set[tuple[str, str]]().union(*by_mode.values())
             ordered = sorted(columns, key=lambda column: (column[0] != "seen", column[0], rank_of(column[1])))
 

@@ -149,7 +149,7 @@ def _evaluate(asked: DownstreamRunSettings, opened: FinishedRun, live: Live) -> 
     if train is None:
         raise NoLabels(f"Expected training patients with {asked.target or 'labels'}; got none.")
     outside = [(name, opened.outside(name)) for name in opened.held_out]
-    parts = {
+    parts: dict[str, Sequence[Part]] = {
         "seen": parts_of(with_labels, "test"),
         "unlabelled": parts_of(without, "test"),
         "held_out": [(name, scans, range(scans.num_scans)) for name, scans in outside],
