@@ -7,11 +7,14 @@ commands: --help is immediate.
 
 import argparse
 import logging
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read with PyTorch: a thread that waits leaves its core
 
 from rich.console import Console
 from rich.logging import RichHandler

@@ -52,6 +52,8 @@ from privacy.ledger import Ledger
 from storage.files import private_folder
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
+PATHS = ("data_root", "state_dir", "cache_dir", "keys_dir")
+"""Settings of a site that are paths."""
 SiteProgress = Callable[[str, int, int], None]
 """Called with what is being done ("reading", "encoding"), scans done, scans in all."""
 
@@ -145,7 +147,7 @@ def load_site_config(path: Path) -> SiteConfig:
     folder = path.resolve().parent
     spec = values.get("tokenizer")
     try:
-        resolve_paths(values, ("data_root", "state_dir", "cache_dir", "keys_dir"), folder, "site")
+        resolve_paths(values, PATHS, folder, "site")
         if isinstance(spec, dict) and isinstance(spec.get("path"), str):
             spec["path"] = str(path_from(spec["path"], folder, "site.tokenizer.path"))
         return build(SiteConfig, values, "site")

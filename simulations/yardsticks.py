@@ -29,7 +29,7 @@ from simulations.downstream.report import comparisons_of
 from simulations.evaluation import encode_all
 from simulations.hospitals.held_out import Held
 
-_LABEL_ROWS: tuple[Mode, ...] = ("label_map", "ridge", "random", "probe")
+_LABEL_ROWS: tuple[Mode, ...] = ("label_map", "ridge", "random", "frozen")
 _COVARIATES = ("age", "sex")
 _RESAMPLES = 200
 _MOST_NUMBERS = 2e8  # of the weights of a ridge per position

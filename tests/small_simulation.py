@@ -27,5 +27,5 @@ def small_simulation(
         f"training.steps_per_round={steps_per_round}",
         "training.batch_size=4",
         "device=cpu",
-        "engine.cpus_per_site=1",
+        "engine.workers=1",
     ]

@@ -1,9 +1,8 @@
 """Baselines that learn from labels without pretraining: what a pretrained encoder has to be above.
 
 - the mean label: of every voxel (or scan) the mean over the training patients; reads no scan;
-- ridge per position: the labels of a token's cube from the token at that place, or from it and its
-  neighbours; of raw latents (no encoder), or of the content tokens of an encoder, pretrained or random;
-- ridge or logistic regression of a number or class per scan from all tokens side by side;
+- ridge per position: the labels of a token's cube from the raw latents of the token at that place, or of it
+  and its neighbours; no encoder (a class or number per scan is read from them as from content, `frozen.py`);
 - a U-Net over the prepared volume at full resolution, which is all of MONAI and nothing of ours.
 
 All but the last are closed forms whose penalty is chosen by leaving out training patients (`ridge.py`). What
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from meduet_models.downstream.networks import initialise
 from meduet_models.probes.hidden import Grid
-from meduet_models.probes.ridge import fit_logistic, fit_ridge
+from meduet_models.probes.ridge import fit_ridge
 from meduet_models.tokens import patchify, unpatchify
 
 Fitted = Callable[[Float[Tensor, "b n p"]], Float[Tensor, "b ..."]]
@@ -67,18 +66,6 @@ def fit_per_position(
         return torch.cat([1 - foreground.sum(1, keepdim=True), foreground], dim=1)
 
     return scores
-
-
-def fit_per_scan(
-    tokens: Float[Tensor, "b n p"], answers: Tensor, classes: int, patients: Sequence[str], seed: int
-) -> Fitted:
-    """All tokens side by side to a class (logistic regression: logits [b q]) or a number (ridge, [b 1])."""
-    x = tokens.flatten(1)
-    if answers.is_floating_point():
-        fitted = fit_ridge(x, answers[:, None], patients, seed=seed)
-    else:
-        fitted = fit_logistic(x, answers, classes, patients, seed=seed)
-    return lambda unseen: fitted(unseen.flatten(1)).float()
 
 
 class VolumeUNet(nn.Module):

@@ -123,7 +123,7 @@ def _downstream_aims(data: str, summaries: Summaries, withdrawn: Withdrawn) -> I
     measures = sorted({m for own, _, m in summaries if own == data and m.startswith("downstream.")})
     found = {tuple(measure.split(".", 5)[1:]) for measure in measures}
     for task, metric in sorted({(t, m) for t, m, *_ in found if metric_of(m).main}):
-        for mode in ("probe", "frozen", "finetuned"):
+        for mode in MODE_WORDS:
             own = {labels for t, m, _, whose, labels in found if (t, m, whose) == (task, metric, mode)}
             if not own:
                 continue

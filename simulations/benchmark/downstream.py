@@ -4,7 +4,7 @@ Trained on the labels of the hospitals that took part, stopped by their validati
 test patients ("seen") and on every patient of the hospitals held out ("held_out"), which is opened here once.
 When settings are still being chosen (`patients: validation`), tested on the validation patients and nobody
 else. All methods get the same labels, steps and heads.
-A method's encoder is read in closed form, and fine-tuned; the cell without one has the yardsticks.
+A method's encoder is read frozen, in closed form, and fine-tuned; the cell without one has the yardsticks.
 What this file does not do: train or test (`simulations/downstream/`).
 
 Axes: b = scans.
@@ -34,7 +34,7 @@ from simulations.downstream.fairness import groups_of
 from simulations.hospitals.labelled import Part, known_answers, known_covariates
 from simulations.run import Simulation
 
-_OF_A_MODEL: tuple[Mode, ...] = ("probe", "finetuned")
+_OF_A_MODEL: tuple[Mode, ...] = ("frozen", "finetuned")
 _WITHOUT: tuple[Mode, ...] = ("label_map", "ridge", "ridge_neighbours", "scratch", "unet", "unet_volume")
 _SPLITS = ("train", "validation", "test")
 _RESAMPLES = 400
@@ -88,7 +88,7 @@ def downstream_rows(
             bootstrap=_RESAMPLES,
             network=None if models else simulation.plan.network,
         )
-        local = settings.local(modes[0])
+        local = settings.local
         parts = {split: _parts(scans[:num_sites], [split]) for split in _SPLITS}
         tested = {"seen": parts[cell.patients]}
         if cell.patients == "test" and num_sites < len(scans):

@@ -78,7 +78,7 @@ def draw_downstream(
     Only `methods` are drawn; what needs no pretraining is in every panel.
     """
     read = {measure.split(".", 5)[4] for own, _, measure in summaries if own == data and _is_told(measure)}
-    ways = [mode for mode in MODE_WORDS if mode in read] or ["probe"]
+    ways = [mode for mode in MODE_WORDS if mode in read] or ["frozen"]
     panels: dict[tuple[str, str, str, str], dict[str, dict[str, Summary]]] = {}
     for (own, method, measure), summary in summaries.items():
         if own == data and method in methods and _is_told(measure):

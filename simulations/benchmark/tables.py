@@ -71,7 +71,7 @@ YARDSTICK_ROWS = {
     "unet_volume": "U-Net on the volume",
 }
 """By mode, what needs no pretraining, and what it is called."""
-MODE_WORDS = {"probe": "frozen, closed form", "frozen": "frozen, trained head", "finetuned": "fine-tuned"}
+MODE_WORDS = {"frozen": "frozen", "frozen_tokens": "frozen, all tokens", "finetuned": "fine-tuned"}
 GROUPS = {"seen": "hospitals that took part", "all": "with the hospital held out"}
 
 
@@ -278,7 +278,7 @@ def _downstream_tables(
             ]
             for own, label in YARDSTICK_ROWS.items():
                 holders = [RANDOM] if own == "random" else [m for m in titles if m != RANDOM]
-                words = measures((mode or "probe") if own == "random" else own)
+                words = measures((mode or "frozen") if own == "random" else own)
                 told = next(
                     (r for m in holders for r in _rows(data, {m: ""}, words, summaries, {}).values()), None
                 )

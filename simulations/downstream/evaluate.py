@@ -1,11 +1,12 @@
 """Downstream evaluation: what pretrained content is worth with few labels, on seen and on unseen hospitals.
 
-For each number of labelled patients: the pretrained encoder, read in closed form (`probe`), frozen with a
-trained head, and fine-tuned; and what it has to be above: the mean label, ridge on raw latents, a random
-encoder read by the same probe, the same network from scratch, a small U-Net over latents and one on the
-volume. What is in closed form is fitted for many draws of labelled patients, what is trained for few; the
-number is told. Trained by the loop that a hospital runs (`client/training/finetuning.py`), stopped by
-validation patients of the training hospitals; test scans are looked at once, after everything is trained.
+For each number of labelled patients: the pretrained encoder frozen and read in closed form, from its content
+code or from its tokens (`meduet_models/downstream/frozen.py`), and fine-tuned; and what it has to be above
+(`baselines.py` there): the mean label, ridge on raw latents, a random encoder read in the same way, the same
+network from scratch, a small U-Net over latents and one on the volume. What is in closed form is fitted for
+many draws of labelled patients, what is trained for few; the number is told. Trained by the loop that a
+hospital runs (`client/training/finetuning.py`), stopped by validation patients of the training hospitals;
+test scans are looked at once, after everything is trained.
 
 Does not do: pretrain, federate (`server/exchanges/finetuning.py`), compare (`comparisons.py`), draw
 (`report.py`).
@@ -23,7 +24,7 @@ from meduet_models.style.bank import StyleBank
 from simulations.downstream.fairness import LEAST_PATIENTS, Fairness, fairness_score
 from simulations.downstream.learning import Fitted, fitted_mode, predictor_of
 from simulations.downstream.metrics import estimates, resampled, value_on
-from simulations.downstream.settings import MODES, PRETRAINED, DownstreamSettings, Mode
+from simulations.downstream.settings import CLOSED_FORM, MODES, PRETRAINED, DownstreamSettings, Mode
 
 __all__ = [
     "MODES",
@@ -219,8 +220,9 @@ def _check(
             raise ValueError(f"Expected network for mode {mode} without a pretrained model; got none.")
     if train.volumes is None and "unet_volume" in settings.modes:
         raise ValueError("Expected prepared volumes for mode unet_volume; got none.")
-    if style_bank is not None and task_of(settings.task).fits_pooled and "frozen" in settings.modes:
+    if style_bank is not None and all(mode in CLOSED_FORM for mode in settings.modes):
         raise ValueError(
-            f"bank has no effect on mode frozen with task={settings.task}, which fits pooled content: leave "
-            "one of them out."
+            f"bank has no effect on {', '.join(settings.modes)}, fitted in closed form: leave it out."
         )
+    if task_of(settings.task).per_voxel and "frozen_tokens" in settings.modes:
+        raise ValueError("frozen_tokens is frozen with task=segmentation, which reads tokens: leave it out.")

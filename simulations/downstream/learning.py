@@ -1,27 +1,27 @@
 """Every way to learn from labels: one mode at every number of labels and draw, as predictors.
 
-Closed forms (the probe of a pretrained encoder, and the baselines) read tokens on their grid; networks are
-trained by the loop that a hospital runs (`client/training/finetuning.py`), stopped by validation patients.
+Closed forms (the reading of a frozen encoder, and the baselines) are fitted to what is read of every scan
+once; networks are trained by the loop that a hospital runs (`client/training/finetuning.py`), stopped by
+validation patients.
 What this file does not do: it opens no test scan and measures nothing (`evaluate.py`).
 
 Axes: b = scans, n = tokens, p = values in a token, d h w = places of a grid.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from client.latents.labelled import LabelledScans
 from client.training.finetuning import finetune
-from meduet_models.downstream.baselines import VolumeUNet, fit_per_position, fit_per_scan, mean_label
-from meduet_models.downstream.networks import ContentEncoder, PretrainedNetwork, predict
-from meduet_models.downstream.task import Pooled, Task
+from meduet_models.downstream.baselines import VolumeUNet, fit_per_position, mean_label
+from meduet_models.downstream.networks import predict
+from meduet_models.downstream.task import Reading, Task
 from meduet_models.downstream.tasks import task_of
 from meduet_models.downstream.unet import DownstreamNetwork, SmallUNet
-from meduet_models.meduet import FactorNetwork
+from meduet_models.meduet import FactorNetwork, NetworkConfig
 from meduet_models.probes.hidden import with_neighbours
 from meduet_models.style.bank import StyleBank
 from meduet_models.tokens import patchify
@@ -30,7 +30,6 @@ from simulations.downstream.settings import CLOSED_FORM, DownstreamSettings, Mod
 
 Predictor = Callable[[LabelledScans], Tensor]
 """Scans to the outputs of a task, per voxel or per scan; answers are not looked at."""
-_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -120,9 +119,9 @@ class _Seen:
 def _reader(
     mode: Mode, model: FactorNetwork | None, train: LabelledScans, settings: DownstreamSettings
 ) -> Callable[[LabelledScans], Tensor] | None:
-    """What a mode sees: latents as they are (None), the volume, nothing, or tokens on their grid
-    [b p d h w], of latents or of an encoder's content."""
-    if mode in ("frozen", "finetuned", "scratch", "unet"):
+    """What a mode sees: latents as they are (None), the volume, nothing, or tokens, of latents or of an
+    encoder's content, as `_wide` has them."""
+    if mode in ("finetuned", "scratch", "unet"):
         return None
     if mode == "unet_volume":
         return _volumes
@@ -136,23 +135,23 @@ def _reader(
         def tokens(scans: LabelledScans) -> Tensor:
             own = patchify(scans.latents, config.patch_size)
             own = with_neighbours(own, config.token_grid) if around else own
-            return _on_grid(own, config.token_grid)
+            return _wide(own)
 
         return tokens
-    chosen = model if mode == "probe" else _fresh(model, train, settings, settings.plan_seed)
+    chosen = _fresh(model, train, settings, settings.plan_seed) if mode == "random" else model
     assert chosen is not None
-    encoder = ContentEncoder(chosen, trainable=False).eval()
-
-    @torch.inference_mode()
-    def content(scans: LabelledScans) -> Tensor:
-        parts = [encoder(chunk)[0] for chunk in torch.split(scans.latents, _AT_ONCE)]
-        return _on_grid(torch.cat(parts), config.token_grid)
-
-    return content
+    reading: Reading = "tokens" if mode == "frozen_tokens" else "code"
+    return lambda scans: _wide(task_of(settings.task).seen(chosen, reading, scans.latents))
 
 
-def _on_grid(tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    return tokens.transpose(1, 2).reshape(len(tokens), tokens.shape[2], *grid)
+def _wide(tokens: Tensor) -> Tensor:
+    """Tokens [b n k] where latents are expected."""
+    return tokens[:, None, None]
+
+
+def _narrow(scans: LabelledScans) -> Tensor:
+    """Back from `_wide`."""
+    return scans.latents[:, 0, 0]
 
 
 def _volumes(scans: LabelledScans) -> Tensor:
@@ -174,7 +173,8 @@ def _learned(
     task, classes = task_of(settings.task), settings.classes
     if mode in CLOSED_FORM:
         task.check_answers(labelled.answers, classes)
-        return _closed_form(mode, labelled, task, classes, seed)
+        config = settings.network if model is None else model.config
+        return _closed_form(mode, labelled, task, classes, config, seed)
     network: DownstreamNetwork
     match mode:
         case "unet":
@@ -182,18 +182,14 @@ def _learned(
             network = SmallUNet(channels, classes, per_voxel=task.per_voxel, seed=seed)
         case "unet_volume":
             network = VolumeUNet(classes, per_voxel=task.per_voxel, seed=seed)
-        case "scratch":
-            fresh = _fresh(model, labelled, settings, seed)
-            network = task.network(fresh, classes, trainable=True, seed=seed)
         case _:
-            assert model is not None
-            network = task.network(model, classes, trainable=mode == "finetuned", seed=seed)
-            if mode == "frozen" and task.fits_pooled:
-                return _fitted(task, network, labelled, validation, classes, seed)
+            start = _fresh(model, labelled, settings, seed) if mode == "scratch" else model
+            assert start is not None
+            network = task.network(start, classes, trainable=True, seed=seed)
     finetune(
         network,
         labelled,
-        settings.local(mode),
+        settings.local,
         seed=seed,
         validation=validation,
         style_bank=style_bank,
@@ -202,18 +198,20 @@ def _learned(
     return predictor_of(network)
 
 
-def _closed_form(mode: Mode, labelled: LabelledScans, task: Task, classes: int, seed: int) -> Predictor:
-    """The mean label, or the ridge that reads tokens on their grid."""
+def _closed_form(
+    mode: Mode, labelled: LabelledScans, task: Task, classes: int, config: NetworkConfig | None, seed: int
+) -> Predictor:
+    """The mean label, or a regression on what was read of the scans."""
     if mode == "label_map":
         mean = mean_label(labelled.answers, classes)
         return lambda scans: mean.expand(len(scans), *mean.shape)
-    grid = (labelled.latents.shape[2], labelled.latents.shape[3], labelled.latents.shape[4])
-    tokens = labelled.latents.flatten(2).transpose(1, 2)  # b n p
-    if task.per_voxel:
-        fit = fit_per_position(tokens, labelled.answers, classes, grid, labelled.patient, seed)
+    assert config is not None
+    answers, patients = labelled.answers, labelled.patient
+    if task.per_voxel and mode in ("ridge", "ridge_neighbours"):
+        fitted = fit_per_position(_narrow(labelled), answers, classes, config.token_grid, patients, seed)
     else:
-        fit = fit_per_scan(tokens, labelled.answers, classes, labelled.patient, seed)
-    return lambda scans: fit(scans.latents.flatten(2).transpose(1, 2))
+        fitted = task.fit(_narrow(labelled), answers, patients, classes, config, seed)
+    return lambda scans: fitted(_narrow(scans))
 
 
 def _fresh(
@@ -229,27 +227,3 @@ def _fresh(
     mean = labelled.latents.mean(dim=(0, 2, 3, 4)).reshape(-1, 1, 1, 1)
     fresh.set_latent_scale(mean.expand_as(fresh.latent_mean), labelled.latents.std(dim=(0, 2, 3, 4)))
     return fresh
-
-
-def _fitted(
-    task: Task,
-    network: PretrainedNetwork,
-    labelled: LabelledScans,
-    validation: LabelledScans,
-    classes: int,
-    seed: int,
-) -> Predictor:
-    """What the task fits to pooled content, chosen on the validation patients."""
-    for scans in (labelled, validation):
-        task.check_answers(scans.answers, classes)
-    held = _pooled(network, validation.latents) if len(validation) else np.zeros((0, 0), dtype=np.float32)
-    fit = task.fit(
-        _pooled(network, labelled.latents), labelled.answers, held, validation.answers, classes, seed
-    )
-    return lambda scans: fit(_pooled(network, scans.latents))
-
-
-@torch.inference_mode()
-def _pooled(network: PretrainedNetwork, latents: Tensor) -> Pooled:
-    chunks: Sequence[Tensor] = torch.split(latents, _AT_ONCE)
-    return torch.cat([network.encoder(chunk)[0].mean(dim=1) for chunk in chunks]).numpy()

@@ -27,15 +27,15 @@ from storage.files import private_folder, write_whole
 _TEMPLATES = Path(__file__).resolve().parents[1]
 _TEMPLATE = "downstream/report.html"
 _MODES = {
-    "probe": "pretrained, frozen, closed form",
-    "frozen": "pretrained, frozen, trained head",
+    "frozen": "pretrained, frozen",
+    "frozen_tokens": "pretrained, frozen, all tokens",
     "finetuned": "pretrained, fine-tuned",
     "scratch": "same network from scratch",
     "unet": "small U-Net over latents",
     "label_map": "mean training label (reads no scan)",
     "ridge": "ridge on raw latents, own token",
     "ridge_neighbours": "ridge on raw latents, 27 tokens",
-    "random": "random encoder, closed form",
+    "random": "random encoder, frozen",
     "unet_volume": "U-Net on the volume",
     "federated": "pretrained, fine-tuned in the federation",
 }

@@ -8,8 +8,8 @@ from meduet_models.downstream.task import Target
 from meduet_models.meduet import NetworkConfig
 
 Mode = Literal[
-    "probe",
     "frozen",
+    "frozen_tokens",
     "finetuned",
     "label_map",
     "ridge",
@@ -21,9 +21,16 @@ Mode = Literal[
 ]
 """A way to learn from labels; `federated` beside them is told by who fine-tuned in a federation."""
 MODES: tuple[Mode, ...] = get_args(Mode)
-CLOSED_FORM: tuple[Mode, ...] = ("probe", "label_map", "ridge", "ridge_neighbours", "random")
+CLOSED_FORM: tuple[Mode, ...] = (
+    "frozen",
+    "frozen_tokens",
+    "label_map",
+    "ridge",
+    "ridge_neighbours",
+    "random",
+)
 """Those without training, for which many draws cost little."""
-PRETRAINED: tuple[Mode, ...] = ("probe", "frozen", "finetuned")
+PRETRAINED: tuple[Mode, ...] = ("frozen", "frozen_tokens", "finetuned")
 """Those that need a pretrained encoder."""
 
 
@@ -70,12 +77,13 @@ class DownstreamSettings:
         if min(self.draws, self.trained_draws) < 1 or min(self.label_counts, default=1) < 1:
             raise ValueError("Expected draws, trained_draws and every one of label_counts to be at least 1.")
 
-    def local(self, mode: Mode) -> LocalFinetuning:
-        """The loop's settings for one mode."""
+    @property
+    def local(self) -> LocalFinetuning:
+        """The loop's settings."""
         return LocalFinetuning(
             task=self.task,
             classes=self.classes,
-            encoder="frozen" if mode == "frozen" else "finetuned",
+            encoder="finetuned",
             steps=self.steps,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,

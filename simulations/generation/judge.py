@@ -25,9 +25,7 @@ from meduet_models.diffusion.conditions import Examples
 from meduet_models.diffusion.sampling import SamplingSettings
 from meduet_models.meduet import MeDUET
 from meduet_models.tokenizer.tokenizer import Tokenizer
-from simulations.generation.evaluate import FOLDER, evaluate_generation
-from simulations.generation.harmonisation import measure_harmonisation
-from simulations.generation.settings import GenerationSettings
+from simulations.generation.settings import FOLDER, GenerationSettings
 from simulations.hospitals.held_out import Held
 from simulations.hospitals.labelled import labels_for_segmenters
 
@@ -83,6 +81,10 @@ def judge(
 
     Where the same patients were seen by several scanners, harmonisation is measured against the truth too.
     """
+    # MONAI takes seconds to import, and few runs have such a model
+    from simulations.generation.evaluate import evaluate_generation
+    from simulations.generation.harmonisation import measure_harmonisation
+
     volumes = bench.volumes()
     judged = evaluate_generation(
         model,

@@ -14,8 +14,9 @@ from meduet_models.diffusion.harmonisation import (
     site_style,
 )
 from meduet_models.diffusion.sampling import SamplingSettings, sample
-from meduet_models.diffusion.whole_scans import Windows, invert_whole, sample_whole
+from meduet_models.diffusion.whole_scans import invert_whole, sample_whole
 from meduet_models.style.moments import restyle
+from meduet_models.windows import Windows
 from tests.generative_models import models_of_whole_scans, small_model, small_tokenizer
 
 GRID = (4, 6, 4)

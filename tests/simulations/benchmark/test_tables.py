@@ -196,7 +196,7 @@ def test_every_yardstick_stands_in_the_table_of_a_pretrained_method_which_names_
     None
 ):
     results = [
-        cell("meduet", "probe", 0.65, wobble=0.01), cell("random", "probe", 0.66, wobble=0.01),
+        cell("meduet", "frozen", 0.65, wobble=0.01), cell("random", "frozen", 0.66, wobble=0.01),
         cell("scratch", "label_map", 0.60, wobble=0.01),
     ]  # fmt: skip
     compared = paired("phantoms", results, TITLES)
@@ -216,7 +216,7 @@ def test_differences_of_several_seeds_have_the_t_interval_of_the_seeds() -> None
     results = [
         cell(method, mode, value + seed / 10, seed)
         for seed in (0, 1, 2)
-        for method, mode, value in (("meduet", "probe", 0.65 + seed / 100), ("scratch", "ridge", 0.6))
+        for method, mode, value in (("meduet", "frozen", 0.65 + seed / 100), ("scratch", "ridge", 0.6))
     ]
     (one,) = paired("phantoms", results, TITLES)
     mean, half = t_interval([0.05, 0.06, 0.07])
