@@ -30,7 +30,7 @@ AT_ITS_START = 0.7
 _HIDDEN_SHARE = 0.5
 _DRAWS = 3
 _ALPHAS = (1e-1, 1e-2, 1e-3, 1e-4)
-_MOST_ROWS = 4000  # of the neighbours' ridge, which has some hundred features
+_MOST_ROWS = 3000  # of the neighbours' ridge, which has some hundred features
 
 
 @dataclass(frozen=True)

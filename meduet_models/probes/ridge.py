@@ -14,7 +14,7 @@ Axes: g = groups, b = rows (scans), k = features, t = targets or classes, r = ra
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -211,10 +211,11 @@ class _Basis:
         moment = self.z.mT @ (y - y.mean(-2, keepdim=True)) / y.shape[-2]
         return moment / (self.power.unsqueeze(-1) + alpha.unsqueeze(-2))
 
-    def weights(self, y: Float64[Tensor, "*g b t"], alphas: Sequence[float]) -> list[Tensor]:
-        """Ridge weights in this basis for every alpha, [*g r t] each."""
+    def weights(self, y: Float64[Tensor, "*g b t"], alphas: Sequence[float]) -> Iterator[Tensor]:
+        """Ridge weights in this basis for every alpha, [*g r t] each, one after the other."""
         moment = self.z.mT @ (y - y.mean(-2, keepdim=True)) / y.shape[-2]
-        return [moment / (self.power.unsqueeze(-1) + alpha) for alpha in alphas]
+        for alpha in alphas:
+            yield moment / (self.power.unsqueeze(-1) + alpha)
 
 
 def _rows(features: Tensor, patients: Sequence[str]) -> Tensor:
