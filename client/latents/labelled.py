@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float32, Int64, Shaped
+from jaxtyping import Float, Float32, Int64, Shaped
 from torch import Tensor
 
 from client.latents.batches import TrainingScans
@@ -51,12 +51,18 @@ class LabelledScans:
     """Patient of each scan."""
     site: tuple[int, ...]
     """Site label of each scan."""
+    volumes: Float[Tensor, "b 1 D H W"] | None = None
+    """The prepared volumes that were encoded, for networks that see them."""
 
     def __post_init__(self) -> None:
         """Refuse rows that do not belong together."""
         sizes = {len(self.latents), len(self.answers), len(self.patient), len(self.site)}
         if len(sizes) > 1:
             raise ValueError(f"Expected as many answers, patients and sites as scans; got {sorted(sizes)}.")
+        if self.volumes is not None and len(self.volumes) != len(self.latents):
+            raise ValueError(
+                f"Expected as many volumes as scans; got {len(self.volumes)} of {len(self.latents)}."
+            )
 
     def __len__(self) -> int:
         """Scans."""
@@ -75,6 +81,7 @@ class LabelledScans:
             self.answers[chosen],
             tuple(self.patient[i] for i in indices),
             tuple(self.site[i] for i in indices),
+            None if self.volumes is None else self.volumes[chosen],
         )
 
     def share(self, share: float, seed: int) -> "LabelledScans":
@@ -128,7 +135,13 @@ def join(parts: Sequence[LabelledScans]) -> LabelledScans:
         torch.cat([part.answers for part in parts]),
         tuple(patient for part in parts for patient in part.patient),
         tuple(site for part in parts for site in part.site),
+        _joined([part.volumes for part in parts]),
     )
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    seen = [part for part in parts if part is not None]
+    return torch.cat(seen) if seen and len(seen) == len(parts) else None
 
 
 def _place(seed: int, patient: str) -> bytes:

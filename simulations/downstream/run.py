@@ -24,16 +24,20 @@ from meduet_models.downstream.tasks import task_of
 from server.config import plain
 from server.exchanges.finetuning import FinetunedRun, pretrained_sha256, run_finetuning
 from server.observer import RoundObserver
+from simulations.downstream.draws import Amount
 from simulations.downstream.evaluate import (
     DownstreamSettings,
+    Fitted,
+    Mode,
     evaluate_downstream,
     predictor_of,
     rows_of,
 )
+from simulations.downstream.fairness import groups_of
 from simulations.downstream.report import write_downstream
 from simulations.engines.in_process import FixedThreads, InProcessGrid, fixed_threads
 from simulations.finished_run import FinishedRun, open_run
-from simulations.hospitals.labelled import known_answers, num_classes
+from simulations.hospitals.labelled import Part, known_answers, known_covariates, num_classes
 from simulations.progress import Live
 
 _ROUNDS, _CLIP = 5, 20.0
@@ -59,10 +63,16 @@ class DownstreamRunSettings:
     """The covariate to predict, of a task that predicts one."""
     target_values: tuple[str, ...]
     """Its values, in the order of the classes; of a number the ends of its range."""
-    modes: tuple[Literal["frozen", "frozen_tokens", "finetuned", "scratch", "unet"], ...]
+    modes: tuple[Mode, ...]
     """What is compared."""
+    label_counts: tuple[int, ...]
+    """Numbers of patients (of each class, of a task with classes) whose labels are used."""
     label_shares: tuple[float, ...]
     """Shares of the training patients whose labels are used."""
+    draws: int
+    """Draws of the labelled patients for what is in closed form."""
+    trained_draws: int
+    """Draws for what is trained."""
     label_sites: tuple[str, ...]
     """Hospitals whose labels train; empty: all."""
     bank: bool
@@ -124,22 +134,31 @@ def _evaluate(asked: DownstreamRunSettings, opened: FinishedRun, live: Live) -> 
     with_labels = [name for name in plan.sites if not asked.label_sites or name in asked.label_sites]
     without = [name for name in plan.sites if name not in with_labels]
 
+    volumes = plan.volumes if "unet_volume" in asked.modes else None
+
+    def known(parts: Sequence[Part]) -> LabelledScans | None:
+        return known_answers(parts, local, asked.target, asked.target_values, volumes)
+
+    def parts_of(names: Sequence[str], which: str) -> list[Part]:
+        return [(name, opened.scans[name], opened.scans[name].indices(which)) for name in names]
+
     def split(names: Sequence[str], which: str) -> LabelledScans | None:
-        scans = [(name, opened.scans[name], opened.scans[name].indices(which)) for name in names]
-        return known_answers(scans, local, asked.target, asked.target_values)
+        return known(parts_of(names, which))
 
     train, validation = split(with_labels, "train"), split(with_labels, "validation")
     if train is None:
         raise NoLabels(f"Expected training patients with {asked.target or 'labels'}; got none.")
     outside = [(name, opened.outside(name)) for name in opened.held_out]
-    found = {
-        "seen": split(with_labels, "test"),
-        "unlabelled": split(without, "test"),
-        "held_out": known_answers(
-            [(name, s, range(s.num_scans)) for name, s in outside], local, asked.target, asked.target_values
-        ),
+    parts: dict[str, Sequence[Part]] = {
+        "seen": parts_of(with_labels, "test"),
+        "unlabelled": parts_of(without, "test"),
+        "held_out": [(name, scans, range(scans.num_scans)) for name, scans in outside],
     }
-    tests = {name: scans for name, scans in found.items() if scans is not None}
+    tests = {name: scans for name, own in parts.items() if (scans := known(own)) is not None}
+    groups = {
+        name: groups_of(known_covariates(parts[name], local, asked.target, asked.target_values))
+        for name in tests
+    }
     if not tests:
         raise ValueError("Expected test patients with labels; the run kept none. Set site.split_fractions.")
     settings = DownstreamSettings(
@@ -147,8 +166,12 @@ def _evaluate(asked: DownstreamRunSettings, opened: FinishedRun, live: Live) -> 
         classes=local.classes,
         target=Target(asked.target, asked.target_values),
         spacing_mm=plan.volumes.spacing_mm,
+        label_counts=asked.label_counts,
         label_shares=asked.label_shares,
+        draws=asked.draws,
+        trained_draws=asked.trained_draws,
         modes=asked.modes,
+        plan_seed=plan.seed,
         steps=asked.steps,
         batch_size=asked.batch_size,
         learning_rate=asked.learning_rate,
@@ -170,7 +193,7 @@ def _evaluate(asked: DownstreamRunSettings, opened: FinishedRun, live: Live) -> 
     }
     federated = _federate(asked, opened, local, live) if asked.federated else None
     with live.reading("training") as progress:
-        rows = evaluate_downstream(
+        evaluated = evaluate_downstream(
             opened.pretrained,
             train,
             validation if validation is not None else train.rows([]),
@@ -178,8 +201,10 @@ def _evaluate(asked: DownstreamRunSettings, opened: FinishedRun, live: Live) -> 
             settings,
             asked.seed,
             style_bank=opened.bank() if asked.bank else None,
+            groups=groups,
             progress=progress,
         )
+    rows = evaluated.rows
     if federated is not None:
         share, predictor = max(asked.label_shares), predictor_of(federated.network)
         facts["federated"] = list(federated.rounds)
@@ -187,8 +212,9 @@ def _evaluate(asked: DownstreamRunSettings, opened: FinishedRun, live: Live) -> 
             len(own.share(share, asked.seed).patients) for n in with_labels if (own := split([n], "train"))
         )
         for name, scans in tests.items():
-            rows += rows_of(predictor, scans, settings, asked.seed, "federated", share, name, labelled)
-    return write_downstream(Path(asked.folder), rows, facts)
+            fitted = Fitted("finetuned", Amount(share=share).name, labelled, (predictor,))
+            rows += rows_of(fitted, scans, settings, asked.seed, name, mode="federated")
+    return write_downstream(Path(asked.folder), rows, facts, evaluated.fairness)
 
 
 class _Counted(RoundObserver):
