@@ -25,7 +25,15 @@ from pathlib import Path
 
 import torch
 
-from client.latents.latent_set import LABEL, LATENTS, DamagedEncoding, LatentSet, StoredLatent, open_stored
+from client.latents.latent_set import (
+    LABEL,
+    LATENTS,
+    DamagedEncoding,
+    LatentSet,
+    StoredLatent,
+    open_stored,
+    volume_path,
+)
 from client.scans.cohort import Cohort, ScanEntry, read_entry
 from client.scans.fingerprints import Fingerprints
 from client.scans.scans import Reason, UnusableScan
@@ -160,7 +168,7 @@ class LatentCache:
         """What is cached of `cohort`; encodes nothing and changes nothing."""
         rows, damaged, _ = self._find(cohort)
         missing = [row for row in rows if row.missing]
-        used = {path for row in rows for path in row.paths}
+        used = {path for row in rows for latents in row.paths for path in (latents, volume_path(latents))}
         stride, shape = self._tokenizer.stride, self._volumes.shape
         latent_bytes = 4 * self._tokenizer.latent_channels * math.prod(side // stride for side in shape)
         bytes_to_write = sum(

@@ -1,9 +1,10 @@
 """Downstream evaluation: what pretrained content is worth with few labels, on seen and on unseen hospitals.
 
 For each share of labelled patients: the pretrained encoder frozen, the same fine-tuned, the same network from
-scratch, and a small U-Net; trained by the loop that a hospital runs (`client/training/finetuning.py`). The
-step to stop at is chosen on validation patients of the training hospitals; test scans are looked at once,
-after every network is trained.
+scratch, and a small U-Net over latents; on request a U-Net on the volume, from scratch, from public anatomy,
+or with content tokens joined. All are trained by the loop that a hospital runs
+(`client/training/finetuning.py`). The step to stop at is chosen on validation patients of the training
+hospitals; test scans are looked at once, after every network is trained.
 
 Does not do: pretrain, federate (`server/exchanges/finetuning.py`), draw (`simulations/downstream/report.py`).
 """
@@ -17,12 +18,15 @@ import torch
 from torch import Tensor
 
 from client.latents.labelled import LabelledScans
-from client.training.finetuning import finetune
+from client.training.finetuning import finetune, predicted
 from federation.exchanges.finetuning import LocalFinetuning
-from meduet_models.downstream.networks import PretrainedNetwork, predict
+from meduet_models.anatomy_start import AnatomyStart, started_unet
+from meduet_models.downstream.kinds import NetworkKind
+from meduet_models.downstream.networks import PretrainedNetwork
 from meduet_models.downstream.task import Grid, Pooled, Target, Task
 from meduet_models.downstream.tasks import task_of
 from meduet_models.downstream.unet import DownstreamNetwork, SmallUNet
+from meduet_models.downstream.volume_networks import VolumeSegmenter
 from meduet_models.meduet import FactorNetwork, NetworkConfig
 from meduet_models.style.bank import StyleBank
 from simulations.downstream.metrics import estimates
@@ -36,11 +40,23 @@ __all__ = [
     "rows_of",
 ]
 
-Mode = Literal["frozen", "finetuned", "scratch", "unet", "federated"]
-Predictor = Callable[[Tensor], Tensor]
-"""Latents to the outputs of a task, per voxel or per scan."""
+TrainedMode = Literal["frozen", "finetuned", "scratch", "unet", "volume_unet", "volume_start", "joined"]
+"""What is compared. `volume_unet`: a U-Net on the volume from scratch; `volume_start`: the same from
+`anatomy_start`; `joined`: that, with the content tokens of the pretrained encoder at its deepest level."""
+Mode = TrainedMode | Literal["federated"]
+Predictor = Callable[[LabelledScans], Tensor]
+"""Scans to the outputs of a task, per voxel or per scan; answers are not looked at."""
 
-_PRETRAINED: tuple[Mode, ...] = ("frozen", "finetuned")
+_PRETRAINED: tuple[Mode, ...] = ("frozen", "finetuned", "joined")
+VOLUME_MODES: dict[str, NetworkKind] = {
+    "volume_unet": "volume_unet",
+    "volume_start": "volume_unet",
+    "joined": "joined",
+}
+"""Those that are shown volumes, and their network."""
+
+
+_AVERAGE = 0.98  # of the weights of networks that see volumes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +73,7 @@ class DownstreamSettings:
     """Voxel spacing of the volumes; distances are in mm."""
     label_shares: tuple[float, ...] = (0.01, 0.05, 0.1, 1.0)
     """Shares of the training patients whose labels are used; at least one patient."""
-    modes: tuple[Literal["frozen", "finetuned", "scratch", "unet"], ...] = (
+    modes: tuple[TrainedMode, ...] = (
         "frozen",
         "finetuned",
         "scratch",
@@ -70,6 +86,8 @@ class DownstreamSettings:
     """Scans per step, at most."""
     learning_rate: float = 2e-3
     """Peak learning rate of each network."""
+    anatomy_start: AnatomyStart = "none"
+    """What `volume_start` and `joined` start from."""
     bootstrap: int = 1000
     """Resamples of the patients, for the intervals."""
     tolerance_mm: float = 1.0
@@ -86,6 +104,9 @@ class DownstreamSettings:
             steps=self.steps,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
+            network=VOLUME_MODES.get(mode, "tokens"),
+            augmentation=1.0 if mode in VOLUME_MODES else 0.0,
+            average=_AVERAGE if mode in VOLUME_MODES else 0.0,
         )
 
 
@@ -168,7 +189,7 @@ def rows_of(
     task = task_of(settings.task)
     task.check_answers(scans.answers, settings.classes)
     grid = Grid(spacing_mm=settings.spacing_mm, tolerance_mm=settings.tolerance_mm)
-    measured = task.measure(predictor(scans.latents), scans.answers, settings.target, grid)
+    measured = task.measure(predictor(scans), scans.answers, settings.target, grid)
     found = estimates(measured, scans.patient, settings.bootstrap, seed)
     patients = len(scans.patients)
     return [
@@ -182,13 +203,17 @@ def rows_of(
 def predictor_of(network: DownstreamNetwork) -> Predictor:
     """A trained network as a predictor."""
     network.eval()
-    return lambda latents: predict(network, latents)
+    return lambda scans: predicted(network, scans)
 
 
 def _check(model: FactorNetwork | None, settings: DownstreamSettings, style_bank: StyleBank | None) -> None:
     wanted = [mode for mode in settings.modes if mode in _PRETRAINED]
     if model is None and wanted:
         raise ValueError(f"Expected a pretrained model for {', '.join(wanted)}; got none.")
+    if settings.anatomy_start != "none" and not {"volume_start", "joined"} & set(settings.modes):
+        raise ValueError("anatomy_start has no effect without mode volume_start or joined: leave it out.")
+    if "volume_start" in settings.modes and settings.anatomy_start == "none":
+        raise ValueError("Expected anatomy_start for mode volume_start; from none it is mode volume_unet.")
     if model is not None and settings.network is not None:
         raise ValueError(
             "network has no effect beside a pretrained model, whose shape is taken: leave it out."
@@ -218,6 +243,9 @@ def _trained(
         case "unet":
             channels = labelled.latents.shape[1]
             network = SmallUNet(channels, classes, per_voxel=task.per_voxel, seed=seed)
+        case "volume_unet" | "volume_start" | "joined":
+            body = started_unet("none" if mode == "volume_unet" else settings.anatomy_start, seed=seed)
+            network = VolumeSegmenter(body, classes, content=model if mode == "joined" else None, seed=seed)
         case "scratch":
             fresh = _fresh(model, labelled, settings, seed)
             network = task.network(fresh, classes, trainable=True, seed=seed)
@@ -268,7 +296,7 @@ def _fitted(
     fit = task.fit(
         _pooled(network, labelled.latents), labelled.answers, held, validation.answers, classes, seed
     )
-    return lambda latents: fit(_pooled(network, latents))
+    return lambda scans: fit(_pooled(network, scans.latents))
 
 
 @torch.inference_mode()

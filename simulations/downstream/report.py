@@ -28,6 +28,9 @@ _MODES = {
     "finetuned": "pretrained, fine-tuned",
     "scratch": "same network from scratch",
     "unet": "small U-Net",
+    "volume_unet": "U-Net on the volume",
+    "volume_start": "U-Net on the volume, from public anatomy",
+    "joined": "U-Net on the volume with content tokens",
     "federated": "pretrained, fine-tuned in the federation",
 }
 _TESTS = {"seen": "seen hospitals", "unlabelled": "hospitals without labels", "held_out": "held-out hospital"}

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from client.latents.labelled import LabelledScans, NoLabels, join, labelled_scans
 from client.latents.latent_set import LatentSet
 from federation.exchanges.finetuning import LocalFinetuning
+from federation.plan import VolumePlan
 
 Part = tuple[str, LatentSet, Sequence[int]]
 """A hospital, its scans, and which of them."""
@@ -26,13 +27,18 @@ def num_classes(hospitals: Iterable[LatentSet]) -> int:
 
 
 def known_answers(
-    parts: Sequence[Part], local: LocalFinetuning, target: str = "", target_values: tuple[str, ...] = ()
+    parts: Sequence[Part],
+    local: LocalFinetuning,
+    target: str = "",
+    target_values: tuple[str, ...] = (),
+    volumes: VolumePlan | None = None,
 ) -> LabelledScans | None:
-    """Those scans whose answer is known, patients named apart by hospital; None where there is none."""
+    """Those scans whose answer is known, patients named apart by hospital; None where there is none. With
+    their volumes, where `volumes` says how they were prepared."""
     found = []
     for name, scans, rows in parts:
         try:
-            own = labelled_scans(scans, rows, local, target, target_values)
+            own = labelled_scans(scans, rows, local, target, target_values, volumes)
         except NoLabels:
             continue
         found.append(dataclasses.replace(own, patient=tuple(f"{name}/{patient}" for patient in own.patient)))

@@ -14,7 +14,9 @@ from federation.exchanges.finetuning import LocalFinetuning
 from meduet_models.downstream.networks import PretrainedNetwork, predict
 from meduet_models.downstream.tasks import task_of
 from meduet_models.downstream.unet import SmallUNet
+from meduet_models.downstream.volume_networks import VolumeSegmenter
 from meduet_models.meduet import FactorNetwork, NetworkConfig
+from meduet_models.volume_unet import VolumeUNet
 
 GRID = (4, 6, 4)
 SEGMENTATION = LocalFinetuning(task="segmentation", classes=2, steps=40, batch_size=6, learning_rate=5e-3)
@@ -167,3 +169,81 @@ def test_the_learning_rate_rises_and_falls_as_in_every_run_so_far() -> None:
     assert [learning_rate_at(step, 37, local) for step in (0, 3, 4, 5, 20, 36)] == [
         0.0002, 0.0008, 0.001, 0.0009977359612865424, 0.0005237909579118712, 2.2640387134577057e-06,
     ]  # fmt: skip
+
+
+VOLUME = LocalFinetuning(
+    task="segmentation",
+    classes=2,
+    network="volume_unet",
+    steps=30,
+    batch_size=4,
+    learning_rate=5e-3,
+    augmentation=0.5,
+    average=0.9,
+)
+
+
+def with_volumes(count: int = 8, seed: int = 0) -> LabelledScans:
+    """A bright ball in noise, somewhere; the ball is the foreground."""
+    draws = torch.Generator().manual_seed(seed)
+    axes = torch.meshgrid(*(torch.arange(16.0),) * 3, indexing="ij")
+    centres = 5 + 6 * torch.rand(count, 3, generator=draws)
+    labels = torch.stack(
+        [sum((x - c).square() for x, c in zip(axes, centre, strict=True)) < 14 for centre in centres]
+    )[:, None].long()
+    volumes = (0.3 + 0.4 * labels + 0.1 * torch.randn(labels.shape, generator=draws)).clamp(0, 1)
+    latents = torch.zeros(count, 2, *GRID)
+    return LabelledScans(latents, labels, tuple(f"p{n}" for n in range(count)), (0,) * count, volumes.half())
+
+
+def test_a_volume_is_segmented_after_a_few_steps_and_the_same_again() -> None:
+    scores = []
+    for _ in range(2):
+        network = VolumeSegmenter(VolumeUNet(seed=1), 2)
+        done = finetune(network, with_volumes(), VOLUME, seed=3)
+        scores.append((validation_score(network.eval(), with_volumes(seed=9), VOLUME), done.losses))
+    assert scores[0] == scores[1]
+    assert scores[0][0] > 0.8
+    other = VolumeSegmenter(VolumeUNet(seed=1), 2)
+    assert finetune(other, with_volumes(), VOLUME, seed=4).losses != scores[0][1]
+
+
+def test_augmentation_shows_another_volume_at_every_step() -> None:
+    one = with_volumes(1)
+    still = replace(VOLUME, augmentation=0.0, learning_rate=1e-9, average=0.0, steps=3)
+    same = finetune(VolumeSegmenter(VolumeUNet(), 2), one, still, seed=0).losses
+    moved = finetune(VolumeSegmenter(VolumeUNet(), 2), one, replace(still, augmentation=1.0), seed=0).losses
+    assert max(same) - min(same) < 1e-5
+    assert max(moved) - min(moved) > 1e-3
+
+
+def test_the_average_of_the_weights_is_kept_and_is_what_validation_saw() -> None:
+    plain = replace(SEGMENTATION, steps=6)
+    last = with_head(FactorNetwork(CONFIG), "segmentation", 2, trainable=True)
+    smooth = with_head(FactorNetwork(CONFIG), "segmentation", 2, trainable=True)
+    start = weights(last)
+    finetune(last, planted(), plain, seed=0)
+    finetune(smooth, planted(), replace(plain, average=0.99), seed=0)
+    moved = {
+        n: float((t - start[n]).norm()) for n, t in weights(last).items() if not torch.equal(t, start[n])
+    }
+    less = {name: float((weights(smooth)[name] - start[name]).norm()) for name in moved}
+    assert sum(less.values()) < 0.9 * sum(moved.values())
+    held = planted(4, seed=5)
+    judged = with_head(FactorNetwork(CONFIG), "segmentation", 2, trainable=True)
+    done = finetune(judged, planted(), replace(plain, average=0.99), seed=0, validation=held)
+    assert done.validation == pytest.approx(validation_score(judged, held, plain), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"task": "classification", "network": "volume_unet"}, "segments"),
+        ({"augmentation": 1.0}, "augmentation has no effect"),
+        ({"average": 1.0}, "average"),
+        ({"network": "resnet"}, "network"),
+    ],
+)
+def test_settings_of_networks_that_cannot_be_meant_are_refused(changes: dict[str, Any], word: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=word):
+        replace(SEGMENTATION, **changes)
