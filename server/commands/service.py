@@ -43,8 +43,10 @@ def add_to(commands: Any) -> None:
         "--anatomy",
         type=Path,
         metavar="FILE",
-        help="of a fine-tuning that starts from public anatomy: the file of pretrain-public, in place of
-        ours", ) _config(run) run.set_defaults(run=_run)
+        help="of a fine-tuning from public anatomy: the file of pretrain-public, in place of ours",
+    )
+    _config(run)
+    run.set_defaults(run=_run)
 
     stop = commands.add_parser(
         "stop",

@@ -81,6 +81,9 @@ class Submission:
             )
         if finetuning is None and pretrained is not None:
             raise ValueError(f"--pretrained has no effect: {plan_path} is a pretraining, no fine-tuning.")
+        start = "none" if finetuning is None else finetuning.anatomy_start
+        if start == "none" and anatomy is not None:
+            raise ValueError(f"--anatomy has no effect: {plan_path} starts nothing from public anatomy.")
         self._settings = {
             "plan": str(self._plan_path),
             "folder": str(self.folder),
@@ -88,9 +91,6 @@ class Submission:
         }
         if pretrained is not None:
             self._settings["pretrained"] = str(pretrained.resolve())
-        start = "none" if finetuning is None else finetuning.anatomy_start
-        if start == "none" and anatomy is not None:
-            raise ValueError(f"--anatomy has no effect: {plan_path} starts nothing from public anatomy.")
         if start != "none":  # a bundle carries code only: the application is told where the weights are
             self._settings["anatomy"] = str((anatomy or shipped_path(start)).resolve())
         self._sha256 = self.plan.sha256 if finetuning is None else finetuning.sha256
