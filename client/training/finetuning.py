@@ -96,10 +96,10 @@ def finetune(
             latents = _restyled(style_bank, latents, [scans.site[row] for row in rows], generator)
         seen: tuple[Tensor, ...] = (latents,)
         if isinstance(network, VolumeSegmenter):
-            volumes = _volumes_of(scans)[rows].float()
+            volumes, beside = _volumes_of(scans)[rows].float(), latents if network.reads_latents else None
             if local.augmentation:
-                volumes, truth = augmented(volumes, truth, local.augmentation, generator)
-            seen = (volumes, latents) if network.reads_latents else (volumes,)
+                volumes, truth, beside = augmented(volumes, truth, beside, local.augmentation, generator)
+            seen = (volumes,) if beside is None else (volumes, beside)
         loss = task.loss(network(*(part.to(device) for part in seen)), truth.to(device))
         losses.append(_finite(loss, "loss", first_step + step))
         optimiser.zero_grad()

@@ -5,7 +5,7 @@ its opposite, noise. Nothing is mirrored: left and right may be classes. Every d
 that is given, so a step is the same whenever it is asked for. Strength 1 is about nnU-Net's; at 0 nothing
 changes but last digits.
 
-Axes: b = scans, D H W = voxels.
+Axes: b = scans, c d h w = latents, D H W = voxels.
 Source: nnU-Net (doi:10.1038/s41592-020-01008-z) for the list; random gain fields as in SynthSeg
 (doi:10.1016/j.media.2023.102789).
 """
@@ -29,14 +29,24 @@ _NOISE = 0.05
 def augmented(
     volumes: Float[Tensor, "b 1 D H W"],
     labels: Int64[Tensor, "b 1 D H W"],
+    latents: Float[Tensor, "b c d h w"] | None,
     strength: float,
     generator: torch.Generator,
-) -> tuple[Float[Tensor, "b 1 D H W"], Int64[Tensor, "b 1 D H W"]]:
-    """Each scan and its labels under a draw of its own; volumes stay within [0, 1]."""
+) -> tuple[Float[Tensor, "b 1 D H W"], Int64[Tensor, "b 1 D H W"], Float[Tensor, "b c d h w"] | None]:
+    """Each scan, its labels and, where the network reads them, its latents under a draw of its own.
+
+    Volumes stay within [0, 1]. Latents are moved on their own grid, as if they had been made of the moved
+    volume (the tokenizer is nearly equivariant); how the scan is rendered is not changed in them.
+    """
     grid = _places(len(volumes), tuple(volumes.shape[2:]), strength, generator).to(volumes)
+    if latents is not None:
+        coarse = F.interpolate(
+            grid.movedim(-1, 1), size=latents.shape[2:], mode="trilinear", align_corners=False
+        )
+        latents = F.grid_sample(latents, coarse.movedim(1, -1), padding_mode="border", align_corners=False)
     moved = F.grid_sample(volumes, grid, padding_mode="border", align_corners=False)
     placed = F.grid_sample(labels.to(volumes.dtype), grid, mode="nearest", align_corners=False)
-    return _rendered(moved, strength, generator), placed.round().long()
+    return _rendered(moved, strength, generator), placed.round().long(), latents
 
 
 def _places(

@@ -220,6 +220,10 @@ def _check(model: FactorNetwork | None, settings: DownstreamSettings, style_bank
         )
     if model is None and settings.network is None and "scratch" in settings.modes:
         raise ValueError("Expected network for mode scratch without a pretrained model; got none.")
+    if style_bank is not None and "volume_unet" in {VOLUME_MODES.get(mode) for mode in settings.modes}:
+        raise ValueError(
+            "bank has no effect on a U-Net on the volume, which sees no latents: leave one of them out."
+        )
     if style_bank is not None and task_of(settings.task).fits_pooled and "frozen" in settings.modes:
         raise ValueError(
             f"bank has no effect on mode frozen with task={settings.task}, which fits pooled content: leave "
