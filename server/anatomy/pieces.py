@@ -31,6 +31,7 @@ from server.tokenizer.random_phantoms import (
     draw_shapes,
     imaged,
     intensities_of,
+    largest,
     sample_template,
     template,
     template_points,
@@ -108,7 +109,7 @@ def make_piece(recipe: Recipe, shape: tuple[int, int, int]) -> tuple[Tensor, Ten
         volume = with_brain(recipe, volume, maps)
         inside = (brain_of(maps[0]) > 0.5).float()
         outside = (1.0 - inside)[None]
-        labels = torch.cat([outside, inside * maps[1:], inside * (1 - maps[1:].sum(0))[None]]).argmax(dim=0)
+        labels = largest(torch.cat([outside, inside * maps[1:], inside * (1 - maps[1:].sum(0))[None]]))
         half = torch.tensor(template().shape[1:]) / 2 / UNIT_MM
         x, y, z = (points * half).unbind(-1)
         anatomy = torch.stack([x.abs(), y, z, *maps])

@@ -174,7 +174,17 @@ def draw_shapes(recipe: Recipe, shape: tuple[int, int, int], generator: torch.Ge
     cells = [recipe.shape_grid] * 3
     noise = torch.randn(1, NUM_LABELS, *cells, generator=generator)
     smooth = functional.interpolate(noise, size=shape, mode="trilinear", align_corners=True)[0]
-    return smooth.argmax(dim=0)
+    return largest(smooth)
+
+
+def largest(maps: Tensor) -> Tensor:
+    """Which of the first axis is largest, the first of equals: [m D H W] to [D H W]. PyTorch's argmax over
+    the first axis takes eight times as long on a CPU."""
+    highest, labels = maps[0], torch.zeros(maps.shape[1:], dtype=torch.long)
+    for label in range(1, len(maps)):
+        labels = torch.where(maps[label] > highest, label, labels)
+        highest = torch.maximum(highest, maps[label])
+    return labels
 
 
 def intensities_of(recipe: Recipe, labels: Tensor) -> Tensor:
