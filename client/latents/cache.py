@@ -189,7 +189,8 @@ class LatentCache:
         For patients who withdrew. Encodings of other plans in this folder go as well, and are made again when
         asked for.
         """
-        unused = self._all_files() - keep.files()
+        read = keep.files()
+        unused = self._all_files() - read - {volume_path(latents) for latents in read}
         for path in unused:
             path.unlink(missing_ok=True)
         return len(unused)

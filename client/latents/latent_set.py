@@ -213,9 +213,8 @@ class LatentSet:
         return self._at(row, view).path
 
     def files(self) -> set[Path]:
-        """Every file this set reads, and where prepared volumes are kept beside them."""
-        latents = {one.path for views in self._stored for one in views}
-        return latents | {volume_path(path) for path in latents}
+        """Every file of latents that this set reads."""
+        return {one.path for views in self._stored for one in views}
 
     @staticmethod
     def merge(sets: Sequence["LatentSet"]) -> "LatentSet":

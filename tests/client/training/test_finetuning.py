@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from client.latents.labelled import LabelledScans, NoLabels
-from client.training.finetuning import finetune, learning_rate_at, validation_score
+from client.training.finetuning import MovingAverage, finetune, learning_rate_at, validation_score
 from client.training.pretraining import NotFinite
 from federation.exchanges.finetuning import LocalFinetuning
 from meduet_models.downstream.networks import PretrainedNetwork, predict
@@ -175,11 +175,11 @@ VOLUME = LocalFinetuning(
     task="segmentation",
     classes=2,
     network="volume_unet",
-    steps=30,
+    steps=40,
     batch_size=4,
-    learning_rate=5e-3,
-    augmentation=0.5,
-    average=0.9,
+    learning_rate=1e-2,
+    augmentation=0.3,
+    average=0.8,
 )
 
 
@@ -217,18 +217,29 @@ def test_augmentation_shows_another_volume_at_every_step() -> None:
     assert max(moved) - min(moved) > 1e-3
 
 
-def test_the_average_of_the_weights_is_kept_and_is_what_validation_saw() -> None:
+def test_an_average_stands_in_for_the_weights_and_gives_them_back() -> None:
+    network = with_head(FactorNetwork(CONFIG), "segmentation", 2, trainable=False)
+    bias = dict(network.named_parameters())["head.predict.bias"]
+    averaged = MovingAverage(network, 0.75)
+    fixed = network.encoder.branch.embed.bias.clone()
+    with torch.no_grad():
+        bias += 1.0
+        network.encoder.branch.embed.bias += 1.0  # not trained, and so not averaged
+    averaged.update(step=1000)
+    with averaged.in_place():
+        torch.testing.assert_close(bias, torch.full_like(bias, 0.25))
+        assert torch.equal(network.encoder.branch.embed.bias, fixed + 1)
+    torch.testing.assert_close(bias, torch.full_like(bias, 1.0))
+    averaged.keep()
+    torch.testing.assert_close(bias, torch.full_like(bias, 0.25))
+    plain = MovingAverage(network, 0.0)
+    plain.update(step=0)
+    plain.keep()
+    torch.testing.assert_close(bias, torch.full_like(bias, 0.25))
+
+
+def test_the_average_is_what_validation_saw() -> None:
     plain = replace(SEGMENTATION, steps=6)
-    last = with_head(FactorNetwork(CONFIG), "segmentation", 2, trainable=True)
-    smooth = with_head(FactorNetwork(CONFIG), "segmentation", 2, trainable=True)
-    start = weights(last)
-    finetune(last, planted(), plain, seed=0)
-    finetune(smooth, planted(), replace(plain, average=0.99), seed=0)
-    moved = {
-        n: float((t - start[n]).norm()) for n, t in weights(last).items() if not torch.equal(t, start[n])
-    }
-    less = {name: float((weights(smooth)[name] - start[name]).norm()) for name in moved}
-    assert sum(less.values()) < 0.9 * sum(moved.values())
     held = planted(4, seed=5)
     judged = with_head(FactorNetwork(CONFIG), "segmentation", 2, trainable=True)
     done = finetune(judged, planted(), replace(plain, average=0.99), seed=0, validation=held)
@@ -241,7 +252,6 @@ def test_the_average_of_the_weights_is_kept_and_is_what_validation_saw() -> None
         ({"task": "classification", "network": "volume_unet"}, "segments"),
         ({"augmentation": 1.0}, "augmentation has no effect"),
         ({"average": 1.0}, "average"),
-        ({"network": "resnet"}, "network"),
     ],
 )
 def test_settings_of_networks_that_cannot_be_meant_are_refused(changes: dict[str, Any], word: str) -> None:
