@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
 
-.PHONY: help demo test faults check clean
+.PHONY: help demo test slow faults check clean
 help:            ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
 
@@ -18,7 +18,10 @@ demo: .venv/.installed   ## three simulated hospitals pretrain together; ends wi
 	$(BIN)/meduet-simulate
 
 test: .venv/.installed   ## the tests, a process for each core (minutes on 2 cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'not slow' -n auto --dist loadfile --no-loadscope-reorder
+
+slow: .venv/.installed   ## the same laws over many more draws, and a model of full size; CI runs both
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n auto --dist load
 
 faults: .venv/.installed  ## kill, cut and lie to a consortium of real processes (under 15 minutes on 2 cores, 8 GB); writes docs/faults.md
 	$(BIN)/python -m tests.faults docs/faults.md

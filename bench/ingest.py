@@ -3,25 +3,29 @@
     OMP_NUM_THREADS=1 python bench/ingest.py --data FOLDER                        hippocampus crops, say
     OMP_NUM_THREADS=1 python bench/ingest.py --scans 8 --size 160 180 160 --shape 96 96 96
     OMP_NUM_THREADS=1 python bench/ingest.py --scans 8 --size 160 180 160 --shape 96 96 96 --spacing-mm 1.5
+    OMP_NUM_THREADS=1 python bench/ingest.py --scans 64 --size 160 180 160 --shape 96 96 96 --workers 2
 
 `FOLDER` holds NIfTI files (msd_hippocampus/images, say); without it, files are made. Both sides use the same
 tokenizer on the CPU. The plain loop is what one would write: Compose(LoadImaged … ResizeWithPadOrCropd),
-encode one by one, np.save. Ours does more: every file is judged and hashed (`open_cohort`), then prepared and
-encoded, and written with fsync and its geometry. Files are in the page cache for both.
+encode one by one, np.save. Ours does more: every file is judged and hashed, in the same reading in which it
+is prepared and encoded, and written with fsync and its geometry. Files are in the page cache for both.
 
 The floor is what nobody gets around: decompress each file once, find the percentiles once, encode once.
-Each line has seconds on the clock (ours prepares while it encodes) and seconds of computing (of all threads;
-other programs on the machine do not count); ratios are given for both.
+Each line has seconds on the clock (ours prepares while it encodes) and seconds of computing (of all threads
+and workers; other programs on the machine do not count); ratios are given for both. With `--workers`, ours is
+also run with so many processes; that they take seconds to start is told apart, since it is once.
 """
 
 import argparse
 import gzip
+import os
 import shutil
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,11 +45,15 @@ from scipy.ndimage import gaussian_filter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from client.latents.cache import LatentCache
+from client.latents.workers import Job, Workers
 from client.scans.cohort import Cohort, open_cohort
 from client.scans.cohort_memo import remembered
 from client.scans.fingerprints import SETTLED_S
+from client.scans.judgement_memo import JudgementMemo
 from federation.plan import VolumePlan
 from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
+
+STARTED = "workers, until they are ready"
 
 
 class Seconds(NamedTuple):
@@ -70,6 +78,7 @@ def main() -> None:
         "--spacing-mm", type=float, default=1.0, help="of a prepared volume; made scans have 1"
     )
     parser.add_argument("--repeats", type=int, default=3, help="how often; the median is printed")
+    parser.add_argument("--workers", type=int, default=0, help="also with so many processes")
     chosen = parser.parse_args()
     plan = VolumePlan(modality="t1", shape=tuple(chosen.shape), spacing_mm=(chosen.spacing_mm,) * 3)
     tokenizer = load_tokenizer(TokenizerSpec())
@@ -91,6 +100,13 @@ def main() -> None:
             }
             for what, run in (*sorted(cold.items(), reverse=bool(repeat % 2)), *warm.items()):
                 times.setdefault(what, []).append(_seconds(run))
+            if chosen.workers:
+                job = Job(work / f"shared{repeat}" / "cache", plan, TokenizerSpec(), tokenizer.sha256, True)
+                with Workers(job, chosen.workers) as workers:
+                    times.setdefault(STARTED, []).append(_seconds(workers.start))
+                    shared = work / f"shared{repeat}"
+                    run = partial(_ours, work / "scans", shared, plan, tokenizer, workers)
+                    times.setdefault("ours, cold, workers", []).append(_seconds(run, workers))
         for what, part in _floor(files, plan, tokenizer).items():
             times[what] = [_seconds(part) for _ in range(chosen.repeats)]
     for kind, name in enumerate(Seconds._fields):
@@ -101,20 +117,30 @@ def main() -> None:
 def _report(kind: str, seconds: dict[str, float], num_scans: int) -> None:
     print(f"by {kind}:")
     for what, taken in seconds.items():
-        print(f"  {what:<40} {num_scans / taken:9.1f} scans/s   {1e3 * taken / num_scans:8.2f} ms/scan")
+        rate = f"{num_scans / taken:9.1f} scans/s   {1e3 * taken / num_scans:8.2f} ms/scan"
+        print(f"  {what:<40} {rate if what != STARTED else f'{taken:9.1f} s'}")
     floor = sum(taken for what, taken in seconds.items() if what.startswith("floor"))
     ours, plain = seconds["ours, cold"], seconds["plain loop, cold"]
     print(f"  cold: ours has {plain / ours:.2f} x the speed of the plain loop")
+    if (shared := seconds.get("ours, cold, workers")) is not None:
+        print(f"  cold, workers: ours has {plain / shared:.2f} x the speed of the plain loop")
+        print(f"  cold, workers: ours takes {shared / floor:.2f} x the floor of one")
     print(f"  warm: ours has {plain / seconds['ours, warm']:.0f} x the speed of running the plain loop again")
     print(f"  cold: ours takes {ours / floor:.2f} x the floor, the plain loop {plain / floor:.2f} x")
 
 
-def _ours(root: Path, state: Path, plan: VolumePlan, tokenizer: Tokenizer) -> None:
+def _ours(
+    root: Path, state: Path, plan: VolumePlan, tokenizer: Tokenizer, workers: Workers | None = None
+) -> None:
+    cache = LatentCache(state / "cache", tokenizer, plan)
+    judges = cache.judges(workers=workers)
+
     def opened() -> Cohort:
-        return open_cohort(root, plan=plan, split_salt="bench")
+        memo = JudgementMemo(state / "cohort.judged", {})
+        return open_cohort(root, plan=plan, split_salt="bench", judges=memo.judges(judges))
 
     cohort = remembered(state / "cohort.json", root, {}, opened)
-    latents = LatentCache(state / "cache", tokenizer, plan).encode(cohort)
+    latents = cache.encode(cohort, judges=judges)
     latents.latents(range(len(latents)))
 
 
@@ -155,10 +181,19 @@ def _decompress(path: Path) -> bytes:
         return file.read()
 
 
-def _seconds(run: Callable[[], object]) -> Seconds:
-    clock, computing = time.perf_counter(), time.process_time()
+def _seconds(run: Callable[[], object], workers: Workers | None = None) -> Seconds:
+    clock, computing = time.perf_counter(), _computed_s(workers)
     run()
-    return Seconds(time.perf_counter() - clock, time.process_time() - computing)
+    return Seconds(time.perf_counter() - clock, _computed_s(workers) - computing)
+
+
+def _computed_s(workers: Workers | None) -> float:
+    """By this process and by workers that are running (Linux)."""
+    ticks = 0
+    for pid in workers.pids if workers else ():
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _copies(source: Path, folder: Path, count: int) -> list[Path]:

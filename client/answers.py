@@ -4,7 +4,8 @@ A release may be lost on its way, or the centre goes back to an older checkpoint
 it could be another one: a patient came, a library changed. So what passed the gate lies in
 `answers/<plan>/<kind>-0003.safetensors`, for its owner only and with hashes, written before the charge in the
 ledger; the gate lets it out again when the ledger says that this very answer left. Of each kind the answers
-of the newest three rounds are kept; an older one is computed again, and leaves only if it is the same.
+of the newest three rounds are kept; an older one is computed again, and leaves only if it is the same. Who
+loses the newest together with the state after it answers that question anew, once.
 
 Does not do: let anything out by itself (`client/release.py`), or keep latents of single scans: those are in
 the cache already.

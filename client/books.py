@@ -80,7 +80,7 @@ def _held_together(state_dir: Path, ledger: Sequence[Entry], journal: Sequence[E
                 f"{path}: expected the place of round {round_number} of plan {plan}…, which was done here; "
                 f"it is not there. {_ADVICE}"
             )
-    charged = {entry.sha256 for entry in ledger if entry.record.get("event") == "settle"}
+    charged = {entry.sha256 for entry in ledger if entry.record.get("event") in ("settle", "anew")}
     return Books(ledger, journal, len(charged - named.keys()))
 
 

@@ -7,10 +7,14 @@ commands: --help is immediate.
 
 import argparse
 import logging
+import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read with PyTorch: a thread that waits leaves its core
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -27,6 +31,8 @@ from federation.loopback import spare_loopback
 from federation.terminal import DONE, FAILED, VisibleFormatter, cell, ended, failing, say, terminal
 from storage.files import keep_to_owner
 
+LINE_EVERY_S = 30.0
+"""How often progress is told where there is no terminal (a log, a job queue)."""
 _ABOUT = """\
 One hospital's side of FedMeDUET. Only `start` connects to the centre: scans are read where they lie, and
 everything written goes to the site's own folder (state_dir).
@@ -46,6 +52,7 @@ examples:
   meduet-site check   --config site.yaml                    is everything in its place?
   meduet-site check   --config site.yaml --plan plan.json   ... and are the scans fit for this plan?
   meduet-site prepare --config site.yaml --plan plan.json   encode the scans; Ctrl-C and again goes on
+  meduet-site prepare --config site.yaml --plan plan.json --workers 8    ... on eight cores
   meduet-site harmonise scan.nii.gz --model diffusion.safetensors --style north -o as-north.nii.gz
                                                             the same patient, as scanned at north
   meduet-site start   --config site.yaml                    take part, until SIGTERM or Ctrl-C
@@ -89,13 +96,18 @@ def _parser() -> argparse.ArgumentParser:
         "prepare",
         help="encode the site's scans once, before the first round",
         description="Find the scans, say which take part and why others do not, and encode what is not "
-        "encoded yet. Writes cohort.csv, exclusions.csv and the cache to state_dir. May be interrupted: the "
-        "same command goes on.",
+        "encoded yet, reading each scan once. Writes cohort.csv, exclusions.csv and the cache to state_dir. "
+        "May be interrupted: the same command goes on behind the last scan that was done.",
     )
     prepare.add_argument(
         "--prune", action="store_true",
         help="then remove every encoding that this plan does not use: of patients who withdrew, of scans "
         "that changed, and of other plans (these are encoded again when needed)",
+    )  # fmt: skip
+    prepare.add_argument(
+        "--workers", type=int, default=1, metavar="N",
+        help="processes that read and encode side by side, each on one thread, each with half a gigabyte and "
+        "the largest scan in memory; what comes of it does not depend on N (default: 1)",
     )  # fmt: skip
     prepare.set_defaults(run=_prepare)
     check = commands.add_parser(
@@ -134,8 +146,8 @@ def _prepare(chosen: argparse.Namespace, console: Console) -> int:
     with failing(ValueError, but=(AskRefused,)):
         site = Site(config)
         with _Bars(console) as bars:
-            scans = site.prepared(plan, bars)
-    _summary(console, scans.cohort.summary(), bars.begun.get("encoding", 0))
+            scans = site.prepared(plan, bars, chosen.workers)
+    _summary(console, scans.cohort.summary(), scans.num_scans - site.num_encoded)
     if chosen.prune:
         say(console, f"Removed {site.cache(plan.volumes).prune(scans)} files that this plan does not use.")
     say(console, f"Ready. Tables and cache are in {site.state_dir}; they hold patient data and stay there.")
@@ -143,15 +155,15 @@ def _prepare(chosen: argparse.Namespace, console: Console) -> int:
 
 
 def _check(chosen: argparse.Namespace, console: Console) -> int:
-    from client.checks.site import run_checks
+    from client.checks.site import Seen, run_checks
     from client.site import confirm_patients, load_plan, load_site_config
 
     config = load_site_config(chosen.config)
     plan = load_plan(chosen.plan) if chosen.plan else None
     colours = {"ok": "green", "look": "yellow", "failed": "red"}
-    counts = dict.fromkeys(colours, 0)
+    counts, seen = dict.fromkeys(colours, 0), Seen()
     with _Bars(console) as bars:
-        for check in run_checks(config, plan, bars):
+        for check in run_checks(config, plan, bars, seen):
             counts[check.verdict] += 1
             verdict = Text(f"{check.verdict:>6}", style=colours[check.verdict])
             console.print(verdict, Text(f" {check.what}", style="bold"), end=": ")
@@ -163,7 +175,7 @@ def _check(chosen: argparse.Namespace, console: Console) -> int:
         say(console, "Scans were not read: give --plan plan.json to look at them, too.")
     if chosen.confirm_patients:
         with failing(ValueError):
-            found = confirm_patients(config)
+            found = confirm_patients(config, seen.found)
         say(console, f"Confirmed: {found.guess()}. patients_confirmed: {found.sha256}")
     return FAILED if counts["failed"] else DONE
 
@@ -186,16 +198,16 @@ def _summary(console: Console, counts: Mapping[str, Any], num_cached: int) -> No
 
 
 class _Bars:
-    """A progress bar per phase; keeps where each phase began."""
+    """A progress bar per phase with the time left; a line now and then where there is no terminal."""
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
             TextColumn("{task.description:<9}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
             console=console, transient=True, disable=not console.is_terminal,
         )  # fmt: skip
+        self._console = console
         self._tasks: dict[str, TaskID] = {}
-        self.begun: dict[str, int] = {}
-        """How much of each phase was done when it began."""
+        self._told: dict[str, tuple[float, int]] = {}  # when, and how much was done by then
 
     def __enter__(self) -> "_Bars":
         self._progress.start()
@@ -207,8 +219,17 @@ class _Bars:
     def __call__(self, phase: str, done: int, total: int) -> None:
         if phase not in self._tasks:
             self._tasks[phase] = self._progress.add_task(phase, total=total)
-            self.begun[phase] = done
+            self._told[phase] = (time.monotonic(), done)
         self._progress.update(self._tasks[phase], completed=done, total=total)
+        if not self._console.is_terminal and done < total:
+            self._tell(phase, done, total)
+
+    def _tell(self, phase: str, done: int, total: int) -> None:
+        now, (before, were_done) = time.monotonic(), self._told[phase]
+        if now - before >= LINE_EVERY_S and done > were_done:
+            left_s = (total - done) * (now - before) / (done - were_done)
+            say(self._console, f"{phase}: {done} of {total}, about {max(1, round(left_s / 60))} min left")
+            self._told[phase] = (now, done)
 
 
 if __name__ == "__main__":

@@ -62,12 +62,6 @@ def unconfirmed(state_dir: Path, data_root: Path, found: PatientMap) -> str:
     return ""
 
 
-def confirmed_hash(state_dir: Path) -> str:
-    """The hash that was confirmed last; "" when none was."""
-    kept = _kept(state_dir / FILE)
-    return "" if kept is None else str(kept["patients_confirmed"])
-
-
 def _kept(path: Path) -> dict[str, Any] | None:
     """What was confirmed; None when there is nothing, or it is damaged: then it is asked for again."""
     try:

@@ -4,7 +4,8 @@ A scan is read and prepared as for training, encoded, moved to the asked style, 
 own grid: the written NIfTI has the scan's shape and affine and overlays it in any viewer. Intensities return
 to the scan's own range (its percentiles, or the CT window in HU, beyond which nothing is known). Outside the
 prepared crop the model saw nothing, and the volume holds the lower end of that range: never the original, for
-a picture half acquired and half made would be read as one.
+a picture half acquired and half made would be read as one. A model of whole scans (`volumes.extent: scan`)
+sees all of the foreground, by windows that overlap and are blended.
 
 A harmonised scan is still the patient's: it stays where the scan may be. It is not an acquired image, and its
 header and the JSON beside it say so. What this file does not do: ask a server, or choose a style
@@ -25,17 +26,21 @@ import nibabel as nib
 import numpy as np
 import torch
 from jaxtyping import Float32, Float64
+from torch import Tensor
 
 from client.latents.examples import ras_spacing
+from client.latents.whole_scan import central_start
 from client.scans.nifti import is_nifti_name, nifti_stem
 from client.scans.scans import Scan, UnusableScan
-from client.scans.volumes import intensity_range, lay_back, prepare, read_scan
+from client.scans.volumes import Prepared, intensity_range, lay_back, prepare, read_scan
+from client.scans.whole_volumes import WholeVolume, lay_back_whole, prepare_whole
 from federation.plan import VolumePlan
 from forms.form import build
 from meduet_models.diffusion.artefact import GenerativeModel
-from meduet_models.diffusion.harmonisation import HarmonisationSettings, check, harmonise
+from meduet_models.diffusion.harmonisation import HarmonisationSettings, check, harmonise, harmonise_whole
 from meduet_models.encoded_scan import EncodedScan
 from meduet_models.tokenizer.tokenizer import Tokenizer
+from meduet_models.tokenizer.whole_scans import decode_whole, encode_whole
 from storage.files import write_whole
 
 OnStep = Callable[[int, int], None]
@@ -79,16 +84,22 @@ class Harmoniser:
 
     def __call__(self, scan: Scan, on_step: OnStep = lambda done, total: None) -> Harmonised:
         """`scan` in the asked style. Raises `ValueError` when the model makes numbers that are not finite."""
-        prepared = prepare(scan, self.volumes)
-        latents = self._tokenizer.encode(prepared.volume[None].to(self._device)).float().cpu()
-        spacing = torch.from_numpy(ras_spacing(prepared.geometry))[None]
-        moved = harmonise(self._model, latents, self._settings, spacing, on_step)
-        volume = self._tokenizer.decode(moved.to(self._device))[0].cpu().clamp(0.0, 1.0)
+        prepared, latents = encoded(scan, self.volumes, self._tokenizer, self._device)
+        spacing = torch.from_numpy(ras_spacing(prepared.geometry))
+        if isinstance(prepared, WholeVolume):
+            moved = harmonise_whole(
+                self._model, latents, prepared.foreground, self._settings, spacing, on_step
+            )
+            volume = decode_whole(self._tokenizer, moved, self._device).clamp_(0.0, 1.0)
+        else:
+            moved = harmonise(self._model, latents[None], self._settings, spacing[None], on_step)
+            volume = self._tokenizer.decode(moved.to(self._device))[0].cpu().clamp(0.0, 1.0)
         if not bool(torch.isfinite(volume).all()):
             raise ValueError("Expected finite intensities; the model made others. Check its file.")
         low, high = intensity_range(scan.array, self.volumes)
-        array, affine = lay_back(volume, prepared.geometry)
-        inside, _ = lay_back(torch.ones_like(volume), prepared.geometry)
+        back = lay_back_whole if isinstance(prepared, WholeVolume) else lay_back
+        array, affine = back(volume, prepared.geometry)
+        inside, _ = back(torch.ones_like(volume), prepared.geometry)
         facts = {
             "what": "A harmonised scan: made by a network, not acquired. Not for diagnosis.",
             "patient_data": True,
@@ -118,10 +129,28 @@ def check_tokenizer(model: GenerativeModel, tokenizer: Tokenizer) -> None:
         )
 
 
-def encode_scan(scan: Scan, volumes: VolumePlan, tokenizer: Tokenizer) -> EncodedScan:
-    """A scan as the centre may be given it, by somebody who has the right to: patient data."""
+def encoded(
+    scan: Scan, volumes: VolumePlan, tokenizer: Tokenizer, device: torch.device | str
+) -> tuple[Prepared, Float32[Tensor, "c d h w"]]:
+    """A scan prepared and encoded as for training: its central crop or all of its foreground, as the plan
+    says; latents on the CPU."""
+    if volumes.extent == "scan":
+        whole = prepare_whole(scan, volumes, tokenizer.stride)
+        return whole, encode_whole(tokenizer, whole.volume, device).float()
     prepared = prepare(scan, volumes)
-    latents = tokenizer.encode(prepared.volume[None])[0].float().cpu()
+    return prepared, tokenizer.encode(prepared.volume[None].to(device))[0].float().cpu()
+
+
+def encode_scan(
+    scan: Scan, volumes: VolumePlan, tokenizer: Tokenizer, device: torch.device | str = "cpu"
+) -> EncodedScan:
+    """A scan as the centre may be given it, by somebody who has the right to: patient data. `device`: where
+    the tokenizer is."""
+    prepared, latents = encoded(scan, volumes, tokenizer, device)
+    start = (0, 0, 0)
+    if isinstance(prepared, WholeVolume):
+        d, h, w = (side // tokenizer.stride for side in volumes.shape)
+        start = central_start(prepared.foreground, (d, h, w))
     x, y, z = ras_spacing(prepared.geometry).tolist()
     return EncodedScan(
         latents=latents,
@@ -129,6 +158,7 @@ def encode_scan(scan: Scan, volumes: VolumePlan, tokenizer: Tokenizer) -> Encode
         volumes=dataclasses.asdict(volumes),
         geometry=prepared.geometry.to_dict(),
         spacing_mm=(x, y, z),
+        start=start,
     )
 
 

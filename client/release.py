@@ -122,6 +122,7 @@ class Gate:
         items: Sequence[str] = (),
         wire_dtype: WireDtype = "float32",
         keep: Callable[[], None] = lambda: None,
+        anew: bool = False,
     ) -> Released:
         """Let `tensors`, `counts` and `metrics` out under the reservation's promise, or raise.
 
@@ -131,7 +132,9 @@ class Gate:
         share of the contributor whom `items[i]` names, an opaque name that leaves too, and `weight` is their
         number (0 for an empty answer). `not_covered` names tensors that the bound leaves out (how many
         contributors there were). `keep` is called once nothing but the books is left to do, and before them:
-        for what must be on disk when an answer has left.
+        for what must be on disk when an answer has left. `anew` says that the state after this answer is not
+        kept: where an answer left before and is not kept either, this one may be another, once
+        (`Ledger.settle`).
 
         Guarantee: the released vector's L2 norm is at most `weight * promise.bound` (of each row
         `promise.bound`, with one that bounds each), rounding to the wire's dtype included; a sum that was
@@ -195,8 +198,12 @@ class Gate:
             if not each:
                 self._answers.write(reservation.place, answer)
             return self._out(answer, self._ledger.settle(reservation, weight, sha256))
-        charge = self._ledger.settle(reservation, weight, sha256)  # the same answer, or none
+        # The same answer, or none; another one only where all was lost.
+        charge = self._ledger.settle(reservation, weight, sha256, anew)
         keep()
+        if charge != settled.entry:
+            self._answers.write(reservation.place, answer)
+            return self._out(answer, charge)
         # What is said beside the tensors is what was said with them.
         return self._out(dataclasses.replace(answer, record=self._line_of(settled) or record), charge)
 

@@ -10,6 +10,7 @@ ledger has reserved. Does not do: answer messages (`client/exchanges/exchange.py
 import dataclasses
 import hashlib
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -27,8 +28,11 @@ from client.exchanges.exchange import AskRefused
 from client.exchanges.latents import check_sentence, consent
 from client.latents.cache import LatentCache
 from client.latents.latent_set import LatentSet
+from client.latents.workers import Job, Workers
 from client.scans.cohort import Cohort, NoScans, open_cohort
 from client.scans.cohort_memo import remembered
+from client.scans.judgement import Judges, one_by_one
+from client.scans.judgement_memo import JudgementMemo
 from client.scans.layouts import Found, LayoutRules, survey
 from client.scans.patients import PatientMap
 from client.site_secret import DRAWS, site_secret
@@ -48,6 +52,8 @@ from privacy.ledger import Ledger
 from storage.files import private_folder
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
+PATHS = ("data_root", "state_dir", "cache_dir", "keys_dir")
+"""Settings of a site that are paths."""
 SiteProgress = Callable[[str, int, int], None]
 """Called with what is being done ("reading", "encoding"), scans done, scans in all."""
 
@@ -141,7 +147,7 @@ def load_site_config(path: Path) -> SiteConfig:
     folder = path.resolve().parent
     spec = values.get("tokenizer")
     try:
-        resolve_paths(values, ("data_root", "state_dir", "cache_dir", "keys_dir"), folder, "site")
+        resolve_paths(values, PATHS, folder, "site")
         if isinstance(spec, dict) and isinstance(spec.get("path"), str):
             spec["path"] = str(path_from(spec["path"], folder, "site.tokenizer.path"))
         return build(SiteConfig, values, "site")
@@ -208,6 +214,8 @@ class Site:
         open_books(self.state_dir)
         self._given, self._secret = tokenizer, secret
         self._opened: dict[tuple[VolumePlan, int], LatentSet] = {}
+        self.num_encoded = 0
+        """Scans that were encoded since this site was opened."""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -276,11 +284,19 @@ class Site:
             )
         consent(plan, self.config.latent_release)
 
-    def cohort(self, volumes: VolumePlan, progress: SiteProgress | None = None) -> Cohort:
+    def cohort(
+        self,
+        volumes: VolumePlan,
+        progress: SiteProgress | None = None,
+        judges: Judges | None = None,
+        found: Found | None = None,
+    ) -> Cohort:
         """Which scans take part under `volumes`, and why others do not.
 
-        Reads every scan the first time, and again when any file changed. Writes cohort.csv and exclusions.csv
-        for the site's own eyes. Raises `ValueError` when the settings make no sense of the data folder.
+        Has every scan read the first time, by `judges` (None: here, encoding nothing), and again when its
+        files changed. `found`: what `survey_site` has just found for `volumes`, so that headers are not read
+        twice. Writes cohort.csv and exclusions.csv for the site's own eyes. Raises `ValueError` when the
+        settings make no sense of the data folder, and what `judges` raise.
         """
         config = self.config
         rules: dict[str, Any] = {
@@ -297,13 +313,20 @@ class Site:
                 f"Expected scans at {config.data_root} (site.yaml: data_root); nothing is there. "
                 "Is it mounted?"
             )
+
+        def opened() -> Cohort:
+            memo = JudgementMemo(self._memo.with_suffix(".judged"), dataclasses.asdict(volumes))
+            asked = memo.judges(judges or one_by_one(volumes))
+            reading = _phase(progress, "reading")
+            return open_cohort(
+                config.data_root, plan=volumes, found=found, judges=asked, progress=reading, **rules
+            )
+
         cohort = remembered(
             self._memo,
             config.data_root,
             {**rules, "volumes": dataclasses.asdict(volumes)},
-            lambda: open_cohort(
-                config.data_root, plan=volumes, progress=_phase(progress, "reading"), **rules
-            ),
+            opened,
         )
         cohort.write_csv(self.state_dir)
         return cohort
@@ -329,8 +352,11 @@ class Site:
             raise AskRefused(f"{problem[0].upper()}{problem[1:]}. {CURE}", RefusalKind.PATIENTS_NOT_CONFIRMED)
         return opened
 
-    def prepared(self, plan: RunPlan, progress: SiteProgress | None = None) -> LatentSet:
-        """This site's encoded scans under `plan`: opened once, encoding what is not cached.
+    def prepared(
+        self, plan: RunPlan, progress: SiteProgress | None = None, num_workers: int = 1
+    ) -> LatentSet:
+        """This site's encoded scans under `plan`: opened once, each scan read, judged and encoded in one
+        pass, by `num_workers` processes (1: by this one) if it is not cached; the same whatever their number.
 
         Scans that could not be encoded join exclusions.csv. Raises `AskRefused`, before any scan is read,
         when the plan does not fit (whether it was approved is asked by `accept`, before anything leaves);
@@ -340,9 +366,15 @@ class Site:
         label = plan.sites.index(self.name)
         key = (plan.volumes, label)
         if key not in self._opened:
-            cohort = self.cohort(plan.volumes, progress)
             cache = self.cache(plan.volumes)
-            opened = cache.encode(cohort, self.device, _phase(progress, "encoding"), label)
+            with ExitStack() as started:
+                workers = None
+                if num_workers != 1:
+                    workers = started.enter_context(self._workers(cache.folder, plan.volumes, num_workers))
+                judges = cache.judges(self.device, workers)
+                cohort = self.cohort(plan.volumes, progress, judges)
+                opened = cache.encode(cohort, self.device, _phase(progress, "encoding"), label, judges)
+            self.num_encoded += judges.num_encoded
             opened.cohort.write_csv(self.state_dir)
             if not opened.num_scans:
                 raise NoScans(
@@ -352,9 +384,15 @@ class Site:
             self._opened[key] = opened
         return self._opened[key]
 
+    def _workers(self, cache: Path, volumes: VolumePlan, num_workers: int) -> Workers:
+        """Processes that read scans, and encode them where the device is the CPU."""
+        spec, sha256 = self.config.tokenizer, self.tokenizer.sha256
+        return Workers(Job(cache, volumes, spec, sha256, encodes=self.device.type == "cpu"), num_workers)
 
-def survey_site(config: SiteConfig) -> Found:
-    """What the site's data folder holds, by names, tables and headers alone. Raises `ValueError`."""
+
+def survey_site(config: SiteConfig, volumes: VolumePlan | None = None) -> Found:
+    """What the site's data folder holds, by names, tables and headers alone, as a plan of these `volumes`
+    would call it. Raises `ValueError`."""
     if not config.data_root.exists():
         raise ValueError(
             f"Expected scans at {config.data_root} (site.yaml: data_root); nothing is there. Is it mounted?"
@@ -363,19 +401,21 @@ def survey_site(config: SiteConfig) -> Found:
         modality_names=config.modality_names,
         patient_pattern=config.patient_pattern,
         label_pattern=config.label_pattern,
+        wanted=(volumes.modalities or (volumes.modality,)) if volumes is not None else (),
         follow_links=config.follow_links,
     )
     return survey(config.data_root, config.layout, rules)
 
 
-def confirm_patients(config: SiteConfig) -> PatientMap:
-    """Keep the site's word that its patients are told apart rightly; returns what was confirmed.
+def confirm_patients(config: SiteConfig, found: Found | None = None) -> PatientMap:
+    """Keep the site's word that its patients are told apart rightly, as `found` has just shown them; returns
+    what was confirmed.
 
     Raises `ValueError` when the data folder makes no sense, or no scan has a patient.
     """
-    found = survey_site(config).patients
-    confirm(config.state_dir, config.data_root, found)
-    return found
+    patients = (found or survey_site(config)).patients
+    confirm(config.state_dir, config.data_root, patients)
+    return patients
 
 
 def open_site(config_path: Path) -> Site:

@@ -49,7 +49,13 @@ class VolumePlan:
     spacing_mm: Annotated[tuple[float, float, float], Range(at_least=0.01, at_most=100)] = (1.0, 1.0, 1.0)
     """Voxel spacing after resampling, RAS axes."""
     shape: Annotated[tuple[int, int, int], Range(at_least=1, at_most=2048)] = (32, 48, 32)
-    """Voxels after centre crop or pad; multiples of the tokenizer's stride."""
+    """Voxels that the network sees at once; multiples of the tokenizer's stride. `extent` says which."""
+    extent: Literal["crop", "scan"] = "crop"
+    """What is encoded of a scan. `crop`: its central `shape`, padded where it is smaller. `scan`: the whole
+    foreground, of which each training step draws a random crop of `shape`."""
+    crop_foreground: Annotated[float, Range(at_least=0, at_most=1)] = 0.3
+    """Least share of foreground in a crop that is drawn (`extent: scan`); a scan without such a crop gives
+    the one with most."""
     registered: bool = True
     """Whether crops show the same body part at the same place: allows coarse mean maps."""
     four_d: Literal["first", "mean", "refuse"] = "first"
@@ -66,6 +72,13 @@ class VolumePlan:
                 raise ValueError(f"Expected volumes.{name} to rise; got [{low:g}, {high:g}].")
         if self.window != "fixed" and self.fixed_window != type(self).fixed_window:
             raise ValueError(f"volumes.fixed_window has no effect with volumes.window={self.window}.")
+        if self.extent == "crop" and self.crop_foreground != type(self).crop_foreground:
+            raise ValueError("volumes.crop_foreground has no effect with volumes.extent=crop: leave it out.")
+        if self.extent == "scan" and self.registered:
+            raise ValueError(
+                "volumes.extent=scan draws crops from anywhere in a scan, which show no body part at the "
+                "same place: set volumes.registered=false."
+            )
         if self.modalities and (
             self.modality not in self.modalities or len(set(self.modalities)) < len(self.modalities)
         ):
@@ -89,6 +102,9 @@ class TrainingPlan:
     """Optimiser steps of each site in a round."""
     batch_size: Annotated[int, Range(at_least=4, at_most=4096)] = 8
     """Scans per step; even, at least 4."""
+    optimiser: Literal["adamw", "muon"] = "adamw"
+    """`adamw`: as published. `muon`: matrices of the content branch by Muon, at ten times the learning rate,
+    everything else by AdamW."""
     learning_rate: Annotated[float, Range(above=0, at_most=10)] = 2e-3
     """Peak learning rate."""
     final_learning_rate: Annotated[float, Range(at_least=0, at_most=10)] = 4e-4
@@ -96,7 +112,7 @@ class TrainingPlan:
     warmup: Annotated[float, Share] = 0.05
     """Share of all steps over which the learning rate rises."""
     weight_decay: Annotated[float, Range(at_least=0, at_most=10)] = 1e-2
-    """AdamW weight decay."""
+    """Weight decay."""
     betas: Annotated[tuple[float, float], Range(at_least=0, below=1)] = (0.9, 0.95)
     """AdamW betas."""
     gradient_clip_norm: Annotated[float, Range(above=0, at_most=1_000_000)] = 1.0
@@ -285,13 +301,18 @@ def _contradictions(plan: RunPlan) -> Iterator[str]:
             f"Expected the latent grid {network.latent_grid} to divide by network.patch_size"
             f"={network.patch_size}; change volumes.shape or the patch size."
         )
-    if style.exchange != "none" and network.code_size < len(plan.sites):
+    if aggregation.method not in ("alone", "pooled") and network.code_size < len(plan.sites):
         yield (
-            f"Expected network.code_ratio to leave a content code of at least {len(plan.sites)} numbers, one "
-            f"per site; got {network.code_size}."
+            f"Expected network.code_size of at least {len(plan.sites)} numbers, one per site; got "
+            f"{network.code_size}."
         )
     if network.style_map_grid != style.map_grid:
         yield "Expected network.style_map_grid and style.map_grid to be equal."
+    if plan.volumes.extent == "scan" and style.exchange == "amplitude":
+        yield (
+            "style.exchange=amplitude compares spectra of crops of one size; with volumes.extent=scan set "
+            "style.exchange to bank or none."
+        )
     if style.centre == "full" and not plan.volumes.registered:
         yield "style.centre=full needs registered crops; with volumes.registered=false there is no such map."
     if aggregation.method == "fedprox" and training.proximal <= 0:

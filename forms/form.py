@@ -63,8 +63,9 @@ def _check(hint: Any, value: Any, where: str) -> None:
     elif dataclasses.is_dataclass(hint):
         check(value, where)
     elif origin in (types.UnionType, typing.Union):
-        (inner,) = [a for a in arguments if a is not type(None)]
-        _check(inner, value, where)
+        words, inner = _either(arguments)
+        if value not in words:
+            _check(inner, value, where)
     elif origin is tuple:
         for i, entry in enumerate(value):
             _check(arguments[0] if arguments[-1] is Ellipsis else arguments[i], entry, f"{where}[{i}]")
@@ -82,6 +83,17 @@ def _rules(hint: Any, value: Any, where: str) -> None:
                 rule.check(entry, f"{where}[{i}]")
         else:
             rule.check(value, where)
+
+
+def _either(arguments: tuple[Any, ...]) -> tuple[tuple[str, ...], Any]:
+    """Of a type that is one or the other (`int | None`, `Literal["auto"] | int`): words, and the type beside
+    them."""
+    kinds = [a for a in arguments if a is not type(None)]
+    if len(kinds) == 1:
+        return (), kinds[0]
+    (words,) = [a for a in kinds if typing.get_origin(a) is Literal]
+    (inner,) = [a for a in kinds if a is not words]
+    return typing.get_args(words), inner
 
 
 def _value(kind: Any, value: Any, where: str) -> Any:
@@ -102,7 +114,13 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
-        (inner,) = [a for a in arguments if a is not type(None)]
+        words, inner = _either(arguments)
+        if isinstance(value, str) and words:
+            if value not in words:
+                raise ValueError(
+                    f"Expected {where} to be {', '.join(words)} or a number; got {shown(value)}."
+                )
+            return value
         return _value(inner, value, where)
     if origin is tuple:
         return _tuple(arguments, value, where)

@@ -26,7 +26,9 @@ from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
 KIND = "encoded scan"
 PATIENT_DATA = "Patient data: the scan can be decoded from these latents."
 LATENTS = "latents"
-_NOT_COMPARED = frozenset({"views"})  # of a volume plan: what no voxel of the scan itself depends on
+_NOT_COMPARED = frozenset(
+    {"views", "crop_foreground"}
+)  # of a volume plan: what no voxel of the scan itself depends on
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,11 +45,22 @@ class EncodedScan:
     """Where the volume lies in the patient: affines and shapes as plain lists."""
     spacing_mm: tuple[float, float, float]
     """Of the scan before resampling, along the RAS axes."""
+    start: tuple[int, int, int] = (0, 0, 0)
+    """Of a whole scan: first latent voxel of the crop around its foreground's centre."""
 
     @property
     def sha256(self) -> str:
         """Hash of the latents."""
         return sha256_of_tensors({LATENTS: self.latents})
+
+    def central(self, grid: tuple[int, int, int]) -> Float[Tensor, "c d h w"]:
+        """What a network of this grid sees of the scan at once. Raises `ValueError` when it is less."""
+        ends = [a + n for a, n in zip(self.start, grid, strict=True)]
+        if min(self.start) < 0 or any(b > n for b, n in zip(ends, self.latents.shape[1:], strict=True)):
+            raise ValueError(
+                f"Expected latents of at least {grid} from {self.start}; got {tuple(self.latents.shape[1:])}."
+            )
+        return self.latents[:, *(slice(a, b) for a, b in zip(self.start, ends, strict=True))]
 
     def check(self, tokenizer_sha256: str, volumes: Mapping[str, Any], name: str = "the scan") -> None:
         """Raise `ValueError` unless a model of this tokenizer and volume plan may read the latents."""
@@ -76,6 +89,7 @@ def save_encoded_scan(path: Path, scan: EncodedScan) -> None:
         "volumes": json.dumps(dict(scan.volumes), sort_keys=True),
         "geometry": json.dumps(dict(scan.geometry), sort_keys=True),
         "spacing_mm": json.dumps(list(scan.spacing_mm)),
+        "start": json.dumps(list(scan.start)),
     }
     save_weights(path, {LATENTS: scan.latents.float()}, header)
 
@@ -95,15 +109,17 @@ def load_encoded_scan(path: Path) -> EncodedScan:
         )
     try:
         x, y, z = map(float, read_json(header["spacing_mm"]))
+        d, h, w = map(int, read_json(header.get("start", "[0, 0, 0]")))
         volumes, geometry = dict(read_json(header["volumes"])), dict(read_json(header["geometry"]))
         tokenizer_sha256 = header["tokenizer_sha256"]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"Expected the header of an encoded scan in {path.name}; it is incomplete. Encode the scan again."
         ) from error
-    return EncodedScan(latents, tokenizer_sha256, volumes, geometry, (x, y, z))
+    return EncodedScan(latents, tokenizer_sha256, volumes, geometry, (x, y, z), (d, h, w))
 
 
 def _compared(volumes: Mapping[str, Any]) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(json.dumps(dict(volumes)))  # tuples and lists alike
+    values: dict[str, Any] = {"extent": "crop"}  # of a file that does not say: there was no other
+    values |= json.loads(json.dumps(dict(volumes)))  # tuples and lists alike
     return {key: value for key, value in values.items() if key not in _NOT_COMPARED}

@@ -4,8 +4,11 @@ Two lines per release: `reserve` before the first scan is opened, and `settle` w
 reservation without a settlement stays visible. What is asked has a place (plan, kind, round, part) and a hash
 of its own. One answer leaves for each place, to one question: the same question has the same answer and is
 charged once, another question for a place that was answered is refused. Sums that answer several questions
-about the same patients are equations, and enough of them have one solution. The ledger may also refuse by the
-site's own ceiling. It is append-only and hash-chained (`privacy/chain.py`).
+about the same patients are equations, and enough of them have one solution. A site that lost both what left
+and what it was made from cannot give the same bytes again: for its newest place, and once, another answer to
+the same question leaves, in a line of its own (`anew`). That is no second charge while epsilon is infinite;
+under noise it would be one. The ledger may also refuse by the site's own ceiling. It is append-only and
+hash-chained (`privacy/chain.py`).
 
 Does not do: accounting of noise. In this version nothing is noised, so each settled release is an event with
 epsilon infinity (`NonPrivate`), and a site whose ceiling is finite takes part in no plan.
@@ -77,18 +80,6 @@ class Settled:
     """Hash of its tensors."""
 
 
-@dataclass(frozen=True)
-class Open:
-    """A reservation that was never settled: reading may have begun, nothing left."""
-
-    plan_sha256: str
-    """Which plan."""
-    round: int
-    """Which round."""
-    kind: str
-    """What was going to be released."""
-
-
 class Ledger:
     """The ledger file of one site.
 
@@ -145,12 +136,15 @@ class Ledger:
         """What left under this reservation; None before."""
         return _settled(self._chain.entries(), reservation.entry)
 
-    def settle(self, reservation: Reservation, weight: float, released_sha256: str) -> str:
+    def settle(
+        self, reservation: Reservation, weight: float, released_sha256: str, anew: bool = False
+    ) -> str:
         """Charge a release that is about to leave; returns the hash of the line.
 
-        The very same bytes (a message delivered twice) are charged once. Raises `AnsweredBefore` for other
-        bytes, or when the place was given to another question meanwhile, and `ValueError` if the reservation
-        is not in this ledger.
+        The very same bytes (a message delivered twice) are charged once. `anew` says that the site has lost
+        what left, and the state after it: other bytes are then noted for the newest place that was answered,
+        once. Raises `AnsweredBefore` for other bytes, or when the place was given to another question
+        meanwhile, and `ValueError` if the reservation is not in this ledger.
         """
         record = {
             "event": "settle",
@@ -169,31 +163,21 @@ class Ledger:
                     "Expected a reservation of this ledger; reserve before reading. Nothing is released."
                 )
             before = _settled(entries, reservation.entry)
+            other = before is not None and before.released != released_sha256
             if _given_away(entries, reservation.place, reservation.question) or (
-                before is not None and before.released != released_sha256
+                other and not (anew and _may_be_answered_anew(entries, reservation))
             ):
                 raise AnsweredBefore(
                     f"Expected the answer that left before for {reservation.place}; this one is another "
                     "(other scans, another machine?). Nothing is released."
                 )
+            if other:
+                said = ("reservation", "bound", "weight", "released")
+                return {"event": "anew", **{name: record[name] for name in said}}
             known.extend([before] if before is not None else [])
             return None if known else record
 
         return self._chain.extend(decide) or known[0].entry
-
-    def open_reservations(self) -> list[Open]:
-        """Reservations without a settlement, oldest first."""
-        entries = self._chain.entries()
-        settled = {_text(e.record, "reservation") for e in entries if e.record.get("event") == "settle"}
-        return [
-            Open(_text(e.record, "plan"), int(e.record["round"]), _text(e.record, "kind"))
-            for e in entries
-            if e.record.get("event") == "reserve" and e.sha256 not in settled
-        ]
-
-    def epsilon_spent(self) -> float:
-        """What has been charged so far: 0 before the first release, infinity after it."""
-        return math.inf if any(e.record.get("event") == "settle" for e in self._chain.entries()) else 0.0
 
     def verify(self, head: str | None = None) -> int:
         """Check the chain and return the number of its lines; raises `BrokenChain` naming the line."""
@@ -213,9 +197,24 @@ def _given_away(entries: Sequence[Entry], place: Place, question: str) -> bool:
     return any(entry.record.get("reservation") in others for entry in entries)
 
 
+def _may_be_answered_anew(entries: Sequence[Entry], reservation: Reservation) -> bool:
+    """Whether no later round of the kind was answered, and this place never anew."""
+    place = reservation.place
+    events = [e.record for e in entries if e.record.get("reservation") == reservation.entry]
+    left = {e.record.get("reservation") for e in entries}
+    later = any(
+        entry.record["round"] > place.round
+        for entry in entries
+        if entry.sha256 in left
+        and (entry.record["plan"], entry.record["kind"]) == (place.plan_sha256, place.kind)
+    )
+    return not later and all(event["event"] != "anew" for event in events)
+
+
 def _settled(entries: Sequence[Entry], reservation: str) -> Settled | None:
-    for entry in entries:
-        if entry.record.get("event") == "settle" and entry.record["reservation"] == reservation:
+    """What left last under this reservation."""
+    for entry in reversed(entries):
+        if entry.record.get("event") in ("settle", "anew") and entry.record["reservation"] == reservation:
             return Settled(entry.sha256, _text(entry.record, "released"))
     return None
 

@@ -5,8 +5,11 @@ work.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read with PyTorch: a thread that waits leaves its core
 
 from federation.loopback import spare_loopback
 from federation.terminal import ended, terminal

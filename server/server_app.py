@@ -25,7 +25,7 @@ from server.consortium.plans import finetuning_to_run, plan_to_run
 from server.consortium.registrations import Registrations
 from server.deployment.status import StatusFile
 from server.run_folder import held
-from strategies.quorum import SiteOf
+from strategies.quorum import OutOfReach, SiteOf
 
 app = ServerApp()
 _CPU = torch.device("cpu")
@@ -101,5 +101,5 @@ def _watched(plan: RunPlan, folder: Path, finetuning: FinetunePlan | None = None
         try:
             yield status
         except Exception as error:
-            status.failed(" ".join(str(error).split()), final=isinstance(error, ValueError))
+            status.failed(" ".join(str(error).split()), final=isinstance(error, ValueError | OutOfReach))
             raise

@@ -7,6 +7,7 @@ Does not do: make hospitals (`hospitals.py`), pass messages (`in_process.py`, `r
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +18,9 @@ from flwr.app import Context
 from client.exact_sums import EXACT_SUMS_CONSENT
 from client.latents.latent_set import LatentSet
 from client.scans.patients import PatientMap
-from client.site import Site, SiteConfig, SiteProgress, confirm_patients
+from client.site import PATHS, Site, SiteConfig, SiteProgress, confirm_patients
 from federation.plan import RunPlan
+from forms.form import build
 from meduet_models.seeds import digest_of
 from meduet_models.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from simulations.hospitals.plans import Hospital
@@ -97,6 +99,20 @@ class Consortium:
     def open_by_context(self, context: Context) -> Site:
         """The participant whose number the engine put into the node's configuration."""
         return self.site(self.plan.participants[int(context.node_config["partition-id"])])
+
+    def to_json(self) -> str:
+        """Plan and settings, for the processes in which sites work; what is open does not travel."""
+        configs = [dataclasses.asdict(config) for config in self.configs]
+        return json.dumps({"plan": self.plan.to_json(), "configs": configs, "state": self.state}, default=str)
+
+    @staticmethod
+    def from_json(text: str) -> "Consortium":
+        """Back from `to_json`, for a process of the same machine."""
+        values = json.loads(text)
+        for config in values["configs"]:
+            config |= {name: Path(config[name]) for name in PATHS if config[name] is not None}
+        configs = tuple(build(SiteConfig, config, "site") for config in values["configs"])
+        return Consortium(RunPlan.from_json(values["plan"]), configs, Path(values["state"]))
 
     def __getstate__(self) -> Mapping[str, Any]:
         """Without what is open."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from client.latents.latent_set import LatentSet
 from client.latents.style_moments import own_moments
 from client.scans.cohort import read_entry
-from client.scans.volumes import prepare
+from client.scans.whole_volumes import volume_at
 from client.training.site_state import StateFolder
 from federation.plan import RunPlan
 from meduet_models.meduet import MeDUET
@@ -132,12 +132,12 @@ class Witness(RunObserver):
         tokens = [
             style_tokens(m, x, style_bank, i) for i, (m, x) in enumerate(zip(models, training, strict=True))
         ]
-        outcomes = [
-            check_alignment(models[i], tokens[j], training[i], style_bank, i)
-            for i in range(len(models))
-            for j in range(len(models))
-            if i != j
-        ]
+        pairs = [(i, j) for i in range(len(models)) for j in range(len(models)) if i != j]
+        outcomes = []
+        with self._live.counting("comparing style heads", len(pairs)) as progress:
+            for done, (i, j) in enumerate(pairs, start=1):
+                outcomes.append(check_alignment(models[i], tokens[j], training[i], style_bank, i))
+                progress(done, len(pairs))
         return {
             "alignment": min(outcome.value for outcome in outcomes),
             "alignment_passed": float(all(outcome.passed for outcome in outcomes)),
@@ -153,17 +153,20 @@ class Witness(RunObserver):
             return {}
         final = round_number is None
         models = self._models(shared, self._plan.training.rounds if round_number is None else round_number)
-        measured = [
-            measure(
-                model,
-                self._plan,
-                held,
-                self._training[: max(held.site) + 1],
-                thorough=final and self._thorough,
-                tokenizer=self._sites[0].tokenizer if final else None,
-            )
-            for model in models
-        ]
+        measured = []
+        with self._live.counting("probing the models", len(models)) as progress:
+            for done, model in enumerate(models, start=1):
+                measured.append(
+                    measure(
+                        model,
+                        self._plan,
+                        held,
+                        self._training[: max(held.site) + 1],
+                        thorough=final and self._thorough,
+                        tokenizer=self._sites[0].tokenizer if final else None,
+                    )
+                )
+                progress(done, len(models))
         return {name: sum(m[name] for m in measured) / len(measured) for name in measured[0]}
 
     def _models(self, shared: Mapping[str, Tensor], round_number: int) -> list[MeDUET]:
@@ -182,27 +185,32 @@ class Witness(RunObserver):
 
     def draw(self, result: RunResult) -> None:
         """Draw a held-out patient of each hospital: as scanned, rebuilt, in every other hospital's style."""
-        models = self._models(result.shared, self._plan.training.rounds)
         names = [hospital.name for hospital in self._hospitals]
-        for index, name in enumerate(names):
-            model = models[index if index < len(models) else 0]  # a hospital held out gets the first's
-            styles = [mean_style(model, training) for training in self._training]
-            scans, row = self._example(index)
-            latents = scans.latents([row])
-            others = [i for i in range(len(names)) if i != index]
-            restyled = self._restyled(result, latents, index, others)
-            drawn = {i: self._decode(swap(model, latents, styles[i])) for i in [index, *others]}
-            draw_swaps(
-                SwapRow(
-                    site=name,
-                    original=_volume(scans, row, self._plan),
-                    reconstruction=drawn[index],
-                    restyled={names[i]: self._decode(x) for i, x in restyled.items()},
-                    swaps={names[i]: drawn[i] for i in others},
-                    truths={names[i]: truth for i in others if (truth := self._truth(i, row)) is not None},
-                ),
-                self._folder / "figures" / f"swap-{name}.png",
-            )
+        with self._live.counting("drawing patients", len(names)) as progress:
+            models = self._models(result.shared, self._plan.training.rounds)
+            for index in range(len(names)):
+                self._draw(result, models, names, index)
+                progress(index + 1, len(names))
+
+    def _draw(self, result: RunResult, models: Sequence[MeDUET], names: Sequence[str], index: int) -> None:
+        model = models[index if index < len(models) else 0]  # a hospital held out gets the first's
+        styles = [mean_style(model, training) for training in self._training]
+        scans, row = self._example(index)
+        latents = scans.latents([row])
+        others = [i for i in range(len(names)) if i != index]
+        restyled = self._restyled(result, latents, index, others)
+        drawn = {i: self._decode(swap(model, latents, styles[i])) for i in [index, *others]}
+        draw_swaps(
+            SwapRow(
+                site=names[index],
+                original=_volume(scans, row, self._plan),
+                reconstruction=drawn[index],
+                restyled={names[i]: self._decode(x) for i, x in restyled.items()},
+                swaps={names[i]: drawn[i] for i in others},
+                truths={names[i]: truth for i in others if (truth := self._truth(i, row)) is not None},
+            ),
+            self._folder / "figures" / f"swap-{names[index]}.png",
+        )
 
     def _restyled(
         self, result: RunResult, latents: Tensor, index: int, others: Sequence[int]
@@ -249,6 +257,6 @@ def site_models(
 
 
 def _volume(scans: LatentSet, row: int, plan: RunPlan) -> Any:
-    """The prepared scan behind a row, [x y z]."""
+    """The prepared scan behind a row, of a whole scan its central crop, [x y z]."""
     scan, _ = read_entry(scans.entries[row], plan.volumes)
-    return prepare(scan, plan.volumes).volume[0].numpy()
+    return volume_at(scan, plan.volumes, scans.geometry(row))[0].numpy()

@@ -145,7 +145,7 @@ def _crossed(folder: Path, site: str) -> list[dict[str, str]]:
     words = {
         "survey": "style statistics (sums over patients)",
         "round": "content branch update (weighted sum)",
-        "erasure": "sums of pooled content",
+        "erasure": "the sum of content codes",
         "probe": "sums of content, style and anatomy, per fold",
         "probe_hits": "counts of a fitted probe's hits",
         "finetuning": "update of a network trained with labels (weighted sum)",
@@ -184,7 +184,7 @@ def _traffic(
     kept = sum(p.stat().st_size for p in (folder / "sites" / site / "cache").rglob("*") if p.is_file())
     sizes = {
         "style statistics, once": crossed.get("survey", 0),
-        "content sums, once": crossed.get("erasure", 0),
+        "code sums, once": crossed.get("erasure", 0),
         "to the hospital, each round": entry["bytes_down"],
         "from the hospital, each round": entry["bytes_up"],
         ("its latents, in its cache" if "latents" in crossed else "its latents: never leave"): kept,

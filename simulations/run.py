@@ -11,6 +11,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from server.app import run as run_plan
 from server.config import plain, plan_from
 from simulations.consortium import Consortium, site_configs
 from simulations.engines.in_process import FixedThreads, InProcessGrid, fixed_threads
+from simulations.engines.side_by_side import SideBySide, SideBySideGrid, num_processes
 from simulations.generation.judge import judge
 from simulations.hospitals.make import make_hospitals
 from simulations.hospitals.plans import Hospital, HospitalsPlan, PhantomHospitals, SplitHospitals
@@ -120,9 +122,26 @@ def held_apart(
     return taking_part, apart
 
 
-def simulate(simulation: Simulation, live: Live, observer: RunObserver) -> RunResult:
-    """Run the plan on the chosen engine, or go on with what is in the folder."""
+def side_by_side(simulation: Simulation) -> AbstractContextManager[SideBySide | None]:
+    """The processes in which the sites work; none where this one does it all, or Ray."""
+    engine, num_sites = simulation.settings.engine, len(simulation.plan.participants)
+    on_gpu = resolve_device(simulation.settings.device).type == "cuda"
+    number = num_processes(engine.workers, num_sites, engine.cpus_per_site, on_gpu)
+    if engine.kind == "ray" or number == 1:
+        return nullcontext()
+    logs = simulation.folder / "processes"
+    return SideBySide(simulation.consortium, number, engine.cpus_per_site, logs)
+
+
+def simulate(
+    simulation: Simulation, live: Live, observer: RunObserver, processes: SideBySide | None = None
+) -> RunResult:
+    """Run the plan on the chosen engine, or go on with what is in the folder. `processes`: where the sites
+    work already; none: in this process."""
     plan, engine = simulation.plan, simulation.settings.engine
+
+    def on_turn(site: int, message_type: str, begins: bool) -> None:
+        live.on_turn(plan.participants[site], message_type.partition(".")[2], begins)
 
     def serve(grid: Grid) -> RunResult:
         device = resolve_device(simulation.settings.device)
@@ -130,9 +149,12 @@ def simulate(simulation: Simulation, live: Live, observer: RunObserver) -> RunRe
 
     num_sites = len(plan.participants)
     match engine.kind:
+        case "process" if processes is not None:
+            return serve(SideBySideGrid(processes, num_sites, live.on_step, on_turn))
         case "process":
             client_app = make_client_app(simulation.consortium.open_by_context, live.on_step)
-            return serve(InProcessGrid(FixedThreads(client_app, engine.cpus_per_site), num_sites))
+            client_app = FixedThreads(client_app, engine.cpus_per_site)
+            return serve(InProcessGrid(client_app, num_sites, on_turn=on_turn))
         case "ray":
             from simulations.engines.ray_engine import run_on_ray  # Ray takes seconds to import
 
@@ -158,26 +180,34 @@ def run(config: DictConfig) -> Path:
         simulation = prepare(values, live)
         plan, folder = simulation.plan, simulation.folder
         live.begin(plan)
-        for name in plan.participants:  # as `meduet-site prepare` does at a hospital
-            with live.reading(name) as progress:
-                simulation.consortium.site(name).scans(plan, progress)
-        for name, found in simulation.consortium.patients.items():
-            live.say(f"{name}: {found.guess()}; {found.rule}")
-        everyone = simulation.consortium.everyone
-        for name in simulation.consortium.held_out:
-            with live.reading(name) as progress:
-                simulation.consortium.site(name).scans(everyone, progress)
-        witness = Witness(
-            simulation.plan, simulation.consortium, simulation.hospitals, simulation.settings, live
-        )
-        write_whole(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-        result = simulate(simulation, live, witness)
-        live.say("drawing the page")
+        with side_by_side(simulation) as processes:
+            _read(simulation, live, processes)
+            with live.counting("opening the scans of held-out patients"):
+                hospitals, settings = simulation.hospitals, simulation.settings
+                witness = Witness(plan, simulation.consortium, hospitals, settings, live)
+            write_whole(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+            result = simulate(simulation, live, witness, processes)
         witness.draw(result)
         _judge(simulation, result, witness, live)
-        write_whole(folder / "versions.json", json.dumps(versions(result), indent=1) + "\n")
-        origin = _origin(settings_from(values)[1], simulation.hospitals)
-        return write_page(folder, origin, simulation.consortium.held_out)
+        with live.counting("drawing the page"):
+            write_whole(folder / "versions.json", json.dumps(versions(result), indent=1) + "\n")
+            origin = _origin(settings_from(values)[1], simulation.hospitals)
+            return write_page(folder, origin, simulation.consortium.held_out)
+
+
+def _read(simulation: Simulation, live: Live, processes: SideBySide | None) -> None:
+    """Read and encode everybody's scans, as `meduet-site prepare` does at a hospital."""
+    plan, consortium = simulation.plan, simulation.consortium
+    if processes is not None:
+        processes.read([*plan.sites, *consortium.held_out], live.reading)
+    for name in plan.participants:
+        with live.reading(name) as progress:
+            consortium.site(name).scans(plan, progress)
+    for name, found in consortium.patients.items():
+        live.say(f"{name}: {found.guess()}; {found.rule}")
+    for name in consortium.held_out:
+        with live.reading(name) as progress:
+            consortium.site(name).scans(consortium.everyone, progress)
 
 
 def _judge(simulation: Simulation, result: RunResult, witness: Witness, live: Live) -> None:

@@ -18,11 +18,20 @@ class EngineSettings:
     """How the sites' work is run."""
 
     kind: Literal["process", "ray"]
-    """`process`: in this process, one site after another. `ray`: Flower's simulation."""
+    """`process`: in this process and those that it starts (`workers`). `ray`: Flower's simulation."""
     address: str | None = None
     """host:port of a Ray cluster that runs already; none starts one on this machine."""
     cpus_per_site: Annotated[int, Range(at_least=1, at_most=1024)] = 1
-    """Cores that a site's work takes; both engines train with as many threads."""
+    """Cores that a site's work takes; both engines train with as many threads, on which the bits depend."""
+    workers: Literal["auto"] | Annotated[int, Range(at_least=1, at_most=1024)] = "auto"
+    """`process`: processes among which the sites are dealt, at most one per site; the bits are the same
+    whatever their number. 1: the run's own. `auto`: as many as there are cores for, one more where the sites
+    do not divide evenly among them; 1 on a GPU."""
+
+    def __post_init__(self) -> None:
+        """Refuse what would have no effect."""
+        if self.kind == "ray" and self.workers != "auto":
+            raise ValueError("engine.workers has no effect with engine=ray: set engine.cpus_per_site.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,9 @@ ceil(quorum · sites). Everything is bounded: nodes are awaited until the deadli
 minute when the quorum is there; replies are awaited until the deadline; a reply after it is never read, and
 one of another round is refused. A site that is lost (its process died, its network is gone) is asked again
 in the same round while the round waits anyway, and in the next one. Below the quorum the run stops with its
-last checkpoint intact; the reasons say who and why.
+last checkpoint intact; the reasons say who and why. A site answers each place of a plan once: a centre that
+went back to an older checkpoint and then averaged other sites asks another question for it, and is refused
+for good. Where the quorum cannot be reached without such sites, the run is over, and says so.
 What this file does not do: it reads no weights (`strategies/aggregation.py`).
 """
 
@@ -17,6 +19,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
+
+from federation.wire import RefusalKind
 
 PATIENCE_S = 90.0
 """How long a round waits for more than the quorum to connect: a SuperNode that was killed is let in again
@@ -31,6 +35,15 @@ class RoundFailed(RuntimeError):
         self.reasons = dict(reasons)
 
 
+class OutOfReach(RoundFailed):
+    """The quorum cannot be reached however often this plan is run."""
+
+
+def refusal(kind: RefusalKind) -> str:
+    """Why the reply of a site that refused does not count."""
+    return f"refused: {kind.value}"
+
+
 def needed(quorum: float, num_sites: int) -> int:
     """Valid replies that a phase needs: ceil(quorum · sites), at least one."""
     if not 0 < quorum <= 1:
@@ -39,14 +52,20 @@ def needed(quorum: float, num_sites: int) -> int:
 
 
 def check_quorum(what: str, valid: int, quorum: float, num_sites: int, reasons: Mapping[str, str]) -> None:
-    """Raise `RoundFailed` when fewer than the quorum of sites gave a valid reply."""
+    """Raise `RoundFailed` when fewer than the quorum of sites gave a valid reply; `OutOfReach` when too many
+    sites have answered another question in its place for it to be reached later."""
     least = needed(quorum, num_sites)
-    if valid < least:
-        raise RoundFailed(
-            f"Expected valid replies of {least} of {num_sites} sites to {what}; got {valid}. The last "
-            "checkpoint is intact: run again to go on.",
+    if valid >= least:
+        return
+    came = f"Expected valid replies of {least} of {num_sites} sites to {what}; got {valid}."
+    answered = [who for who, why in reasons.items() if why == refusal(RefusalKind.ANSWERED_BEFORE)]
+    if num_sites - len(answered) < least:
+        raise OutOfReach(
+            f"{came} {len(answered)} answered another question in its place before (has the centre gone back "
+            "to an older checkpoint?), and a site answers once: publish a new plan.",
             reasons,
         )
+    raise RoundFailed(f"{came} The last checkpoint is intact: run again to go on.", reasons)
 
 
 SiteOf = Callable[[NodeInfo], str]

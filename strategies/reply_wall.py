@@ -17,7 +17,7 @@ from federation.messages import MessageError, Refusal, RefusalKind, kind_of
 from federation.reply_book import ReplyBook
 from federation.terminal import visible
 from strategies.aggregation import ReplyRefused
-from strategies.quorum import Roster
+from strategies.quorum import Roster, refusal
 
 _LONGEST_REASON = 400
 
@@ -96,9 +96,9 @@ class ReplyWall(Generic[Reply]):
         if message.has_error():
             raise ReplyRefused(f"Flower error {message.error.code}")  # its words may be the site's: not kept
         if kind_of(message.content) == "refusal":
-            refusal = Refusal.from_record(message.content)
-            self._on_refusal(node, refusal.kind)
-            raise ReplyRefused(f"refused: {refusal.kind.value}")
+            said = Refusal.from_record(message.content)
+            self._on_refusal(node, said.kind)
+            raise ReplyRefused(refusal(said.kind))
         reply = self._read(message.content)
         if problem := self._roster.objection(node, reply.site):
             raise ReplyRefused(problem)

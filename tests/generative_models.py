@@ -7,6 +7,8 @@ import torch
 
 from federation.plan import VolumePlan
 from meduet_models.diffusion.artefact import GenerativeModel
+from meduet_models.diffusion.conditioner import condition_sizes
+from meduet_models.diffusion.transformer import DiffusionTransformer
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleLayout, StyleMoments
 from meduet_models.tokenizer.patch_pca import PatchMoments
@@ -14,6 +16,7 @@ from meduet_models.tokenizer.tokenizer import Tokenizer, pca_tokenizer
 from tests.meduet_models.diffusion.small_models import (
     NETWORK,
     awake_transformer,
+    small_config,
     small_encoder,
     small_latents,
 )
@@ -50,3 +53,30 @@ def small_model(tokenizer: Tokenizer, **changes: Any) -> GenerativeModel:
         "provenance": {},
     }
     return GenerativeModel(**parts | changes)
+
+
+def models_of_whole_scans() -> dict[str, Any]:
+    """The parts of `small_model` that differ where crops come from anywhere: no maps, one centre."""
+    names = ("content", "style", "spacing")
+    layout = StyleLayout(channels=2, latent_grid=(4, 6, 4), map_grid=None, bound=10.0)
+    moments = {
+        site: StyleMoments.of((1 + i) * small_latents(3, i), list("xyz"), layout)
+        for i, site in enumerate(SITES[:2])
+    }
+    encoder = small_encoder()
+    centre = encoder.latent_mean.mean((1, 2, 3), keepdim=True).expand(-1, 4, 6, 4)
+    encoder.set_latent_scale(centre, encoder.latent_deviation)
+    sizes = condition_sizes(NETWORK, names, maps=False, body_parts=1, categories=2, labels=3)
+    config = dataclasses.replace(small_config(), sizes=sizes)
+    transformer = DiffusionTransformer(config, seed=0).requires_grad_(False)
+    transformer.set_latent_scale(encoder.latent_mean, encoder.latent_deviation)
+    draws = torch.Generator().manual_seed(0)
+    for parameter in transformer.parameters():
+        parameter += 0.1 * torch.randn(parameter.shape, generator=draws)
+    return {
+        "transformer": transformer.eval(),
+        "encoder": encoder,
+        "bank": StyleBank.of(SITES, moments),
+        "body_parts": (),
+        "categories": (),
+    }

@@ -91,8 +91,11 @@ def _unwanted(reasons: Counter[Reason]) -> list[Reason]:
 
 
 def by_reason(exclusions: Iterable[Exclusion]) -> str:
-    """Excluded files or series, counted by reason."""
-    counted = Counter(one.reason for one in exclusions if one.reason is not Reason.TABLE)
+    """Excluded files, counted by reason."""
+    counted = Counter[Reason]()
+    for one in exclusions:
+        if one.reason is not Reason.TABLE:
+            counted[one.reason] += len(one.all_files)
     return ", ".join(f"{reason.value} {count}" for reason, count in counted.most_common())
 
 
@@ -161,7 +164,7 @@ def cohort_lines(cohort: Cohort, volumes: VolumePlan) -> Iterator[Line]:
             "crop",
             "look",
             detail,
-            "A model sees nothing outside: ask the centre for a larger volumes.shape.",
+            "A model sees nothing outside: ask the centre for a larger volumes.shape, or for extent: scan.",
         )
     for note, sentence in NOTED.items():
         if noted := [scan for scan in cohort.scans if note in scan.notes]:

@@ -25,11 +25,11 @@ from client.checks.machine import device_check, disk_check, folder_check, memory
 from client.checks.proxies import proxy_check
 from client.connection.certificate_checks import certificate_check
 from client.connection.keys import SiteKeys
-from client.exact_sums import fewest_patients
+from client.exact_sums import fewest_for_means, fewest_patients
 from client.exchanges.exchange import AskRefused
 from client.exchanges.latents import consent
 from client.refusals import stopped_plans
-from client.scans.cohort import SPLITS, Cohort
+from client.scans.cohort import COPY, SPLITS, Cohort
 from client.scans.layouts import Found
 from client.scans.names import alike
 from client.scans.scans import Reason
@@ -63,7 +63,7 @@ class Check:
 
 
 @dataclass
-class _Seen:
+class Seen:
     """What the checks came to know of the scans, for the last lines."""
 
     found: Found | None = None
@@ -71,11 +71,14 @@ class _Seen:
 
 
 def run_checks(
-    config: SiteConfig, plan: RunPlan | None = None, progress: SiteProgress | None = None
+    config: SiteConfig,
+    plan: RunPlan | None = None,
+    progress: SiteProgress | None = None,
+    seen: Seen | None = None,
 ) -> Iterator[Check]:
     """Look at a site, one check after another; with `plan`, also at every scan, as that plan would. The last
-    say what was seen, in, left out and why, and whose it is."""
-    seen, looks = _Seen(), []
+    say what was seen, in, left out and why, and whose it is. `seen` is filled with what was found."""
+    seen, looks = seen or Seen(), []
     for check in _checks(config, plan, progress, seen):
         looks += [check.what] if check.verdict != "ok" else []
         yield check
@@ -85,7 +88,7 @@ def run_checks(
 
 
 def _checks(
-    config: SiteConfig, plan: RunPlan | None, progress: SiteProgress | None, seen: _Seen
+    config: SiteConfig, plan: RunPlan | None, progress: SiteProgress | None, seen: Seen
 ) -> Iterator[Check]:
     device, folder = Check("device", *device_check(config)), Check("folder", *folder_check(config.state_dir))
     yield device
@@ -99,7 +102,7 @@ def _checks(
         advice = "This version adds no noise: set allow_non_private: true in site.yaml, or take no part."
         yield Check("consent", "failed", "nothing may leave without differential privacy", advice)
     yield from _connection(config)
-    data = list(_data(config, seen))
+    data = list(_data(config, plan, seen))
     yield from data
     if "failed" in {*(check.verdict for check in data), device.verdict, folder.verdict}:
         return
@@ -127,7 +130,7 @@ def _checks(
     yield Check("latents", "ok", consent(plan, config.latent_release))
     yield _approval(site, plan)
     try:
-        cohort = seen.cohort = site.cohort(plan.volumes, progress)
+        cohort = seen.cohort = site.cohort(plan.volumes, progress, found=seen.found)
     except ValueError as error:
         yield Check("scans", "failed", str(error), "Correct data_root, layout or modality_names.")
         return
@@ -204,13 +207,13 @@ def _stopped(site: Site) -> Check:
 
 
 def _sums(cohort: Cohort, plan: RunPlan, config: SiteConfig) -> Check:
-    """Whether the sums of products that the plan asks for would be of too few patients."""
+    """Whether the sums that the plan asks for would be of too few patients."""
     if config.allow_exact_sums:
         return Check("exact sums", "ok", "may leave over few patients, too (site.yaml: allow_exact_sums)")
     train = len(cohort.patients("train"))
     probed = train if plan.probes.patients == "train" else len(cohort.patients()) - train
     needed = {
-        "site erasure": (train, fewest_patients(plan.network.width), ERASURE.rounds(plan)),
+        "site erasure": (train, fewest_for_means(plan.network.code_size), ERASURE.rounds(plan)),
         "probes": (probed, plan.probes.folds * fewest_patients(widest_sums(plan)), PROBES.rounds(plan)),
     }
     short = [
@@ -241,10 +244,10 @@ def _approvals(config: SiteConfig) -> Check:
     return Check("approved plans", "ok", found)
 
 
-def _data(config: SiteConfig, seen: _Seen) -> Iterator[Check]:
+def _data(config: SiteConfig, plan: RunPlan | None, seen: Seen) -> Iterator[Check]:
     """The data folder, by names and headers alone: what it holds, and whose."""
     try:
-        found = seen.found = survey_site(config)
+        found = seen.found = survey_site(config, plan.volumes if plan else None)
     except ValueError as error:
         yield Check("data folder", "failed", str(error), "Correct data_root, layout, tables or patterns.")
         return
@@ -274,7 +277,7 @@ def _cohort(cohort: Cohort, plan: RunPlan, config: SiteConfig) -> Iterator[Check
         yield Check("exclusions", "ok", listed)
     else:
         yield Check("exclusions", "look", listed, "Read exclusions.csv; correct what is a mistake.")
-    if duplicates := reasons[Reason.DUPLICATE]:
+    if duplicates := sum(one.detail == COPY for one in cohort.exclusions):
         advice = "Find them in exclusions.csv; under two names they would be two patients."
         yield Check("duplicates", "look", f"{duplicates} scans are copies of others, and excluded", advice)
     else:

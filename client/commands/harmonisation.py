@@ -157,7 +157,7 @@ def _encode(chosen: argparse.Namespace, console: Console) -> int:
         volumes = plan.volumes
     try:
         scan = read_scan(chosen.scan, volumes.four_d)
-        encoded = encode_scan(scan, volumes, tokenizer.to(device))
+        encoded = encode_scan(scan, volumes, tokenizer.to(device), device)
     except UnusableScan as error:
         raise CommandFailed(f"Not usable: {chosen.scan}: {error}") from None
     save_encoded_scan(chosen.out, encoded)

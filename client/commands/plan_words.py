@@ -10,10 +10,10 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from client.exact_sums import fewest_patients
+from client.exact_sums import fewest_for_means, fewest_patients
 from client.refusals import MOST
 from federation.exchanges.diffusion import DIFFUSION
-from federation.exchanges.erasure import ERASURE, content_bound, erasure_shapes, share_bound
+from federation.exchanges.erasure import ERASURE, erasure_shapes
 from federation.exchanges.finetuning import FinetunePlan
 from federation.exchanges.latents import LATENTS
 from federation.exchanges.pretraining import PRETRAINING
@@ -22,6 +22,7 @@ from federation.exchanges.survey import SURVEY, smallest_cohort, survey_layout
 from federation.plan import RunPlan
 from federation.published_plan import PublishedPlan
 from federation.wire import num_bytes
+from meduet_models.content_code import code_bound
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import shared_keys
 
@@ -102,13 +103,17 @@ def _run(plan: RunPlan, site_minimum: int) -> Iterator[Line]:
         )
         yield _told(_few(widest_sums(plan), " in each fold") + _HITS_TELL)
     if aggregation.method not in ("alone", "pooled"):
+        size = network.code_size
         yield (
             "",
-            f"Once after the last round: {_numbers(erasure_shapes(plan))} numbers for the site erasure, "
-            f"sums of pooled content (each at most {content_bound(plan):.3g} long); one patient's share "
-            f"is at most {share_bound(plan):.3g} long.",
+            f"Once after the last round: {_numbers(erasure_shapes(plan))} numbers for the site erasure, how "
+            f"many patients and the sum of their content codes (each at most {code_bound(size):.3g} long).",
         )
-        yield _told(_few(network.width))
+        yield _told(
+            "with some certainty, whether a person whose scan somebody else holds is among yours: the more, "
+            f"the fewer you have. So it leaves only from {fewest_for_means(size)} patients, or where "
+            "site.yaml agrees (allow_exact_sums); otherwise your site says so and the run goes on."
+        )
     if plan.diffusion is not None:
         yield from _diffusion(plan)
     yield from _how_often(plan)
@@ -172,6 +177,8 @@ def _diffusion(plan: RunPlan) -> Iterator[Line]:
     amount = f"at most {diffusion.items_per_site}" if diffusion.items_per_site else "all"
     conditions = ", ".join(diffusion.conditions) or "nothing"
     yield "", diffusion.release.sentence.format(diffusion=diffusion, amount=amount, told=conditions)
+    if plan.volumes.extent == "scan" and diffusion.release.releases_latents:
+        yield "", "Of each scan that is the crop around its foreground's centre, never more of it."
 
 
 _NETWORKS = {
@@ -234,9 +241,16 @@ def _data(plan: RunPlan) -> str:
     spacing = " x ".join(f"{mm:g}" for mm in volumes.spacing_mm)
     shape = " x ".join(map(str, volumes.shape))
     modalities = " and ".join(volumes.modalities or (volumes.modality,))
+    extent = (
+        f"the central {shape} voxels"
+        if volumes.extent == "crop"
+        else f"all of their foreground; a training step reads a crop of {shape} voxels anywhere in it (at "
+        f"least {volumes.crop_foreground:.0%} of the crop foreground), and what asks for one crop of a scan "
+        "gets the one around the foreground's centre"
+    )
     return (
         f"Your scans of modality {modalities} under data_root, of the patients that your site "
-        f"assigned to training; {window}, {spacing} mm, the central {shape} voxels."
+        f"assigned to training; {window}, {spacing} mm, {extent}."
     )
 
 

@@ -114,6 +114,7 @@ def answer_diffusion(
         metrics=result.metrics | {"clip_factor": clip_factor(norm, gate.promise.bound)},
         wire_dtype=plan.release.wire_dtype,
         keep=keep,
+        anew=place.anew,
     )
 
 

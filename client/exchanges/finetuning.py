@@ -1,8 +1,8 @@
 """A site's answer to a fine-tuning: a round of federated fine-tuning with its own labels.
 
 Nothing is kept between rounds, nor within one (they are short): the weights come with the question, and AdamW
-starts anew. Does not do: know Flower's messages, catch
-anything, use held-out patients.
+starts anew. Whose labels are used, where the plan asks for a share, and who is in which batch, is drawn from
+the site's secret. Does not do: know Flower's messages, catch anything, use held-out patients.
 """
 
 from client.exchanges.exchange import AskRefused, OnStep, Site, before_deadline
@@ -43,8 +43,10 @@ def answer_finetuning(
     scans = site.scans(plan)
     if not isinstance(scans, ScansWithLabels):
         raise AskRefused("Expected a site that keeps labels with its scans.", RefusalKind.NO_LABELS)
-    if finetuning.local.sees_volumes and not isinstance(scans, ScansWithVolumes):
-        raise AskRefused("Expected a site that can prepare volumes again.", RefusalKind.PLAN_NOT_ACCEPTED)
+    if finetuning.local.sees_volumes and not (
+        isinstance(scans, ScansWithVolumes) and plan.volumes.extent == "crop"
+    ):
+        raise AskRefused("Expected crops whose volumes can be prepared again.", RefusalKind.PLAN_NOT_ACCEPTED)
     found = labelled_scans(
         scans,
         scans.indices("train"),
@@ -52,7 +54,7 @@ def answer_finetuning(
         finetuning.target,
         finetuning.target_values,
         plan.volumes if finetuning.local.sees_volumes else None,
-    ).share(finetuning.label_share, finetuning.seed)
+    ).share(finetuning.label_share, seed_of(site.secret, "labels", finetuning.seed))
     if (came := len(found.patients)) < FEWEST_SCANS:
         raise CohortTooSmall(f"Expected labels of at least {FEWEST_SCANS} patients; got {came}.")
     try:

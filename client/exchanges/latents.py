@@ -24,7 +24,7 @@ from client.latents.examples import ScansWithGeometry, examples_of
 from client.release import Gate, Released
 from client.scans.cohort import ScanEntry
 from client.scans.names import readable
-from client.site_secret import site_secret
+from client.site_secret import digest_of, site_secret
 from federation.exchanges.latents import (
     BOUNDED,
     LATENTS,
@@ -39,7 +39,6 @@ from federation.exchanges.latents import (
 from federation.plan import RunPlan
 from federation.release_policy import POLICIES
 from federation.wire import RefusalKind
-from meduet_models.seeds import digest_of
 
 KEY_NAME = "latent-items.key"
 TABLE_NAME = "released_latents.csv"
@@ -90,7 +89,7 @@ def answer_latents(site: Site, ask: LatentsAsk, plan: RunPlan, gate: Gate, on_st
     scans = site.scans(plan)
     if not isinstance(scans, ReleasableScans):
         raise AskRefused("Expected a site that knows the geometry of its scans.", RefusalKind.INTERNAL)
-    released = raw_items(scans, plan, ask.round)
+    released = raw_items(scans, plan, ask.round, site.secret)
     rows = released[ask.first : ask.first + ask.count]
     key = site_secret(site.state_dir / KEY_NAME)
     names = [item_name(key, scans, row) for row in rows]
@@ -124,15 +123,15 @@ def latents_mail(released: Released, ask: LatentsAsk, site: str) -> LatentsReply
     )
 
 
-def raw_items(scans: ReleasableScans, plan: RunPlan, round_number: int) -> list[int]:
+def raw_items(scans: ReleasableScans, plan: RunPlan, round_number: int, secret: bytes) -> list[int]:
     """Rows that leave in a round, in the order in which they leave.
 
-    Training scans in an order fixed by the plan's seed and the scans' own hashes, so that neither file names
-    nor the order of the folder show. Raises `ValueError` as `releases_of`.
+    Training scans in an order drawn from the site's secret: neither file names nor the order of the folder
+    show, and who holds a copy of a scan cannot tell its place. Raises `ValueError` as `releases_of`.
     """
 
     def place(row: int) -> bytes:
-        return digest_of(f"latents {plan.seed}", scans.entries[row].scan_id, separator="\0")
+        return digest_of(secret, "latents", plan.seed, scans.entries[row].scan_id)
 
     rows = sorted(scans.indices("train"), key=place)
     return [rows[number] for number in releases_of(plan, round_number, len(rows))]

@@ -63,6 +63,7 @@ def answer_round(site: Site, ask: TrainAsk, plan: RunPlan, gate: Gate, on_step: 
         metrics=result.metrics | {"clip_factor": clip_factor(norm, gate.promise.bound)},
         wire_dtype=plan.release.wire_dtype,
         keep=lambda: place.leave(trainee.state(plan, ask.round, place.kept.round), shared_sha256),
+        anew=place.anew,
     )
 
 

@@ -5,7 +5,8 @@ and the target style of each scan; all of it from one generator that depends on 
 run's seed, the round and the step alone, so that the site, and nobody else, can replay any step. Applying a
 draw reads latents and restyles them to the style bank's entries, labelled with the site of their target
 style: that is how a site with one scanner sees all scanners on its own patients. Without entries scans stay
-as they are, with their own site's label.
+as they are, with their own site's label. Of whole scans (`volumes.extent: scan`) a step draws a crop of the
+network's grid of each, from the same generator.
 
 Does not do: augment (views are made before encoding), or keep anything of another site but its bank entry.
 Source: patient-balanced choice and virtual cross-site batches are ours; pairing is MeDUET's
@@ -18,11 +19,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from client.latents.style_moments import body_parts, own_moments
+from client.latents.whole_scan import draw_start
 from client.site_secret import seed_of
 from federation.plan import RunPlan
 from meduet_models.objective import StepBatch, StepDraws, draw_step
@@ -58,6 +61,19 @@ class TrainingScans(Protocol):
         """Latents of these scans, float32 on the CPU."""
 
 
+@runtime_checkable
+class WholeScans(TrainingScans, Protocol):
+    """What training needs beyond that of whole scans (`client/latents/latent_set.py`)."""
+
+    def foreground(self, row: int, view: int = 0) -> Bool[np.ndarray, "d h w"]:
+        """Which latent voxels of a scan are foreground."""
+
+    def crops(
+        self, indices: Sequence[int], views: Sequence[int], starts: Int[Tensor, "m 3"]
+    ) -> Float[Tensor, "m c d h w"]:
+        """Latents of these crops, float32 on the CPU."""
+
+
 def step_generator(secret: bytes, seed: int, round_number: int, step: int) -> torch.Generator:
     """The generator of one step: a keyed hash of run, round and step, so that the site can replay it alone.
 
@@ -76,11 +92,8 @@ class BatchDraw:
     """Which cached view of each."""
     step: StepDraws
     """Partners, exchanged tokens, target styles."""
-
-    @property
-    def num_repeated(self) -> int:
-        """How often a scan is there again: the cohort is smaller than the batch."""
-        return len(self.scans) - len(set(self.scans.tolist()))
+    starts: Int[Tensor, "b 3"] | None = None
+    """First latent voxel of the crop of each; None where scans are crops."""
 
 
 class Batches:
@@ -121,7 +134,8 @@ class Batches:
         return self.num_scans < self._plan.training.batch_size
 
     def draw(self, generator: torch.Generator) -> BatchDraw:
-        """Draw a step: patients uniformly without replacement, then a scan of each, a view, partners, styles.
+        """Draw a step: patients uniformly without replacement, then a scan of each, a view, partners, styles,
+        and, of whole scans, crops.
 
         With fewer patients than `batch_size`, second scans of patients come in before any scan comes twice.
         """
@@ -129,7 +143,7 @@ class Batches:
         scans = self._draw_scans(generator, plan.training.batch_size)
         views = torch.randint(plan.volumes.views, (len(scans),), generator=generator)
         step = draw_step(generator, len(scans), plan.network.num_tokens, plan.objective, self._choices)
-        return BatchDraw(scans, views, step)
+        return BatchDraw(scans, views, step, self._draw_starts(generator, scans, views))
 
     def apply(self, draw: BatchDraw, device: torch.device) -> StepBatch:
         """The batch that was drawn, on `device`: scans in their target style, and the known answer of
@@ -179,7 +193,22 @@ class Batches:
         known = self._style_bank.count > 0  # s p
         return torch.where(known[own, part] & known[target, part], target, own)
 
+    def _draw_starts(self, generator: torch.Generator, scans: Tensor, views: Tensor) -> Tensor | None:
+        """Last of all draws, so that a step of crops is drawn as if there were no whole scans."""
+        if self._plan.volumes.extent == "crop":
+            return None
+        assert isinstance(self._scans, WholeScans), "whole scans were encoded for this plan"
+        crop, least = self._plan.network.latent_grid, self._plan.volumes.crop_foreground
+        starts = [
+            draw_start(self._scans.foreground(scan, view), crop, least, generator)
+            for scan, view in zip(scans.tolist(), views.tolist(), strict=True)
+        ]
+        return torch.stack(starts)
+
     def _read(self, draw: BatchDraw) -> Tensor:
+        if draw.starts is not None:
+            assert isinstance(self._scans, WholeScans), "crops are drawn of whole scans"
+            return self._scans.crops(draw.scans.tolist(), draw.views.tolist(), draw.starts)
         if self._plan.volumes.views == 1:
             return self._scans.latents(draw.scans.tolist())
         one_by_one = [

@@ -4,59 +4,39 @@ One file per scan and view, named by a hash of everything the latents depend on:
 label's, the transform, the tokenizer, the view, the format. So a changed scan or transform is encoded again,
 an unchanged one never, and an interrupted encoding goes on where it stopped. Files are safetensors, written
 whole or not at all, readable by their owner only; they hold no name and no path, and keep the geometry with
-which a decoded volume is laid back on the patient. What is read back is `client/latents/latent_set.py`.
+which a decoded volume is laid back on the patient. How they are made is `client/latents/encoding.py`, what is
+read back `client/latents/latent_set.py`.
 
 Latents are patient data: the tokenizer's decoder is public, so a latent is a scan. They stay at the site.
 Differs from MeDUET (arXiv:2602.17901, official code): the posterior's mean is kept, not one random draw, and
 augmentations are made before encoding (`views`), because the tokenizer is not flip-equivariant.
 """
 
-import dataclasses
-import hashlib
-import json
 import logging
 import math
-from collections import deque
-from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from client.latents.encoding import Encoder, Preparation, encode_each, prepare_each
 from client.latents.latent_set import (
-    LABEL,
-    LATENTS,
     DamagedEncoding,
     LatentSet,
     StoredLatent,
     open_stored,
     volume_path,
 )
-from client.scans.cohort import Cohort, ScanEntry, read_entry
-from client.scans.fingerprints import Fingerprints
+from client.latents.workers import Workers
+from client.scans.cohort import Cohort, ScanEntry
+from client.scans.judgement import Source, Verdict
 from client.scans.scans import Reason, UnusableScan
-from client.scans.volumes import Prepared, prepare
 from federation.plan import VolumePlan
 from meduet_models.tokenizer.tokenizer import Tokenizer
-from meduet_models.weights import save_weights
 from storage.files import private_folder
 
-CACHE_FORMAT = 1
-"""Part of every key: raise it when what is stored changes, or what `client/scans/volumes.py` computes."""
-VOXELS_AT_ONCE = 2**19
-"""Volumes are encoded together up to this many voxels, and up to `SCANS_AT_ONCE`. Measured on a CPU: eight of
-32 x 48 x 32 together take a fifth of the time of one by one, eight of 96 cubed more than one by one."""
-SCANS_AT_ONCE = 8
-PREPARED_AHEAD = 2
-"""Scans that one thread reads and prepares while others are encoded. Measured with an encoder that takes
-150 ms a scan on its own device: 290 ms a scan instead of 430."""
-_NOT_IN_KEY = frozenset(
-    {"modality", "modalities", "registered", "views"}
-)  # a view's voxels do not depend on it
-_WINDOWS = {"mr_percentiles": "mr_percentiles", "ct_hu": "ct_window_hu", "fixed": "fixed_window"}
-"""The setting that each window reads; the others are not in the key."""
 _log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
@@ -76,7 +56,7 @@ class CacheState:
     unused: int
     """Files of other plans, of scans that changed or went, and of writes that were interrupted."""
     bytes_to_write: int
-    """About how much the missing views will take."""
+    """About how much the missing views will take; of whole scans at least, before they are read."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +89,18 @@ class LatentCache:
         if volumes.views < 1:
             raise ValueError(f"Expected volumes.views to be at least 1; got {volumes.views}.")
         private_folder(folder)
-        self._folder = folder
+        self.folder = folder
+        """Where encodings are."""
         self._tokenizer = tokenizer
-        self._volumes = volumes
-        self._fingerprints = Fingerprints(folder / "fingerprints.json")
+        self.volumes = volumes
+        self._preparation = Preparation(folder, tokenizer.sha256, volumes)
+
+    def judges(self, device: torch.device | str = "cpu", workers: Workers | None = None) -> "EncodingJudges":
+        """Judges (`client/scans/judgement.py`) that encode on `device` what they read and is not cached yet.
+
+        `workers`: processes that read, and encode if their job says so; None: all of it in this process.
+        """
+        return EncodingJudges(self._preparation, Encoder(self._tokenizer, device, self._preparation), workers)
 
     def encode(
         self,
@@ -120,56 +108,50 @@ class LatentCache:
         device: torch.device | str = "cpu",
         progress: Progress | None = None,
         site_index: int = 0,
+        judges: "EncodingJudges | None" = None,
     ) -> LatentSet:
         """Latents of every scan of `cohort`, encoding on `device` what is not cached yet.
 
+        `judges`: those that opened the cohort; what they encoded of scans that then took no part is removed.
         A scan that cannot be prepared any more moves to the exclusions of the returned set's cohort.
         `site_index` is the site's place in the plan. Whatever interrupts this, finished encodings stay.
-        Raises `OSError` (a full disk, say) and `ValueError` when the tokenizer gives numbers that are not
-        finite.
+        Raises `OSError` (a full disk, say), `ValueError` when the tokenizer gives numbers that are not
+        finite, and `WorkerLost`.
         """
         rows, damaged, unusable = self._find(cohort)
         if damaged:
             _log.warning("%d cached encodings were damaged; they are made again.", len(damaged))
         todo = [row for row in rows if row.missing]
+        done, total = len(cohort.scans) - len(todo), len(cohort.scans)
         report = progress or (lambda done, total: None)
-        done, waiting = len(cohort.scans) - len(todo), 0
-        report(done, len(cohort.scans))
-        pending: list[tuple[Path, Prepared]] = []
-        at_once = max(1, min(SCANS_AT_ONCE, VOXELS_AT_ONCE // math.prod(self._volumes.shape)))
+        report(done, total)
+        judges = judges or self.judges(device)
         try:
-            with closing(_prepare_ahead(todo, self._volumes)) as ahead:
-                for row, prepared in ahead:
-                    waiting += 1
-                    if isinstance(prepared, UnusableScan):
-                        unusable[row.entry.scan_id] = prepared
-                    else:
-                        pending += [(row.paths[v], one) for v, one in zip(row.missing, prepared, strict=True)]
-                    while len(pending) >= at_once:
-                        self._encode(pending[:at_once], device)
-                        del pending[:at_once]
-                    if not pending:
-                        done, waiting = done + waiting, 0
-                        report(done, len(cohort.scans))
-            if pending:
-                self._encode(pending, device)
-                report(done + waiting, len(cohort.scans))
+            sources = [Source(row.entry.files, row.entry.label_path) for row in todo]
+            for number, verdict in judges(sources):
+                if (problem := _changed(todo[number].entry, verdict)) is not None:
+                    unusable[todo[number].entry.scan_id] = problem
+                done += 1
+                report(done, total)
         finally:
-            self._tokenizer.to("cpu")
-            self._fingerprints.save()
+            self._preparation.fingerprints.save()
         if unusable:
             _log.warning("%d scans could not be prepared; exclusions.csv has the reasons.", len(unusable))
         kept = [row for row in rows if row.entry.scan_id not in unusable]
-        encoded = [[stored or _written(path) for stored, path in zip(row.stored, row.paths, strict=True)]
-                   for row in kept]  # fmt: skip
-        return LatentSet(cohort.without(unusable), encoded, [site_index] * len(encoded))
+        stored = [[one or _written(path) for one, path in zip(row.stored, row.paths, strict=True)]
+                  for row in kept]  # fmt: skip
+        crop = self._preparation.crop if self.volumes.extent == "scan" else None
+        latents = LatentSet(cohort.without(unusable), stored, [site_index] * len(stored), crop=crop)
+        for path in judges.written - latents.files():
+            path.unlink(missing_ok=True)
+        return latents
 
     def state(self, cohort: Cohort) -> CacheState:
         """What is cached of `cohort`; encodes nothing and changes nothing."""
         rows, damaged, _ = self._find(cohort)
         missing = [row for row in rows if row.missing]
         used = {path for row in rows for latents in row.paths for path in (latents, volume_path(latents))}
-        stride, shape = self._tokenizer.stride, self._volumes.shape
+        stride, shape = self._tokenizer.stride, self.volumes.shape
         latent_bytes = 4 * self._tokenizer.latent_channels * math.prod(side // stride for side in shape)
         bytes_to_write = sum(
             len(row.missing) * (2048 + latent_bytes + math.prod(shape) * (row.entry.label_path is not None))
@@ -196,56 +178,72 @@ class LatentCache:
         return len(unused)
 
     def _all_files(self) -> set[Path]:
-        return {path for path in self._folder.glob("??/*") if path.is_file()}
+        return {path for path in self.folder.glob("??/*") if path.is_file()}
 
     def _find(self, cohort: Cohort) -> tuple[list[_Row], list[Path], dict[str, UnusableScan]]:
         """A row per scan, the damaged files, and the scans whose label cannot be read."""
-        left_out = _NOT_IN_KEY | set(_WINDOWS.values()) - {_WINDOWS[self._volumes.window]}
-        fixed = {
-            "format": CACHE_FORMAT,
-            "tokenizer": self._tokenizer.sha256,
-            "volumes": {k: v for k, v in dataclasses.asdict(self._volumes).items() if k not in left_out},
-        }
-        head = hashlib.sha256(json.dumps(fixed, sort_keys=True).encode())
         rows: list[_Row] = []
         damaged: list[Path] = []
         unusable: dict[str, UnusableScan] = {}
         for entry in cohort.scans:
             try:
-                label = self._fingerprints.sha256(entry.label_path) if entry.label_path else "none"
+                paths = self._preparation.paths(entry.scan_id, entry.label_path)
             except OSError as error:
                 unusable[entry.scan_id] = UnusableScan(Reason.UNREADABLE, f"label, errno {error.errno}")
                 continue
-            paths, stored = [], []
-            for view in range(self._volumes.views):
-                key = head.copy()
-                key.update(f"/{entry.scan_id}/{label}/{view}".encode())
-                name = key.hexdigest()
-                paths.append(self._folder / name[:2] / f"{name}.safetensors")
+            stored: list[StoredLatent | None] = []
+            for path in paths:
                 try:
-                    stored.append(open_stored(paths[-1]))
+                    stored.append(open_stored(path))
                 except DamagedEncoding:
-                    damaged.append(paths[-1])
+                    damaged.append(path)
                     stored.append(None)
             rows.append(_Row(entry, tuple(paths), tuple(stored)))
         return rows, damaged, unusable
 
-    @torch.inference_mode()
-    def _encode(self, batch: list[tuple[Path, Prepared]], device: torch.device | str) -> None:
-        volumes = torch.stack([prepared.volume for _, prepared in batch])
-        latents = self._tokenizer.to(device).encode(volumes.to(device)).to("cpu", torch.float32)
-        if not latents.isfinite().all():
-            raise ValueError(
-                f"Expected finite latents; tokenizer {self._tokenizer.name} gave others on {device}. "
-                "Check its weights, or try device: cpu."
-            )
-        for (path, prepared), one in zip(batch, latents, strict=True):
-            tensors = {LATENTS: one}
-            if prepared.label is not None:
-                small = bool(((prepared.label >= 0) & (prepared.label <= 255)).all())
-                tensors[LABEL] = prepared.label.to(torch.uint8 if small else torch.int16)
-            private_folder(path.parent)
-            save_weights(path, tensors, {"geometry": json.dumps(prepared.geometry.to_dict())})
+
+class EncodingJudges:
+    """Judges that leave each scan's encoding in the cache, made while the scan was in memory."""
+
+    def __init__(self, preparation: Preparation, encoder: Encoder, workers: Workers | None) -> None:
+        self._preparation, self._encoder, self._workers = preparation, encoder, workers
+        self.written: set[Path] = set()
+        """Files that were written."""
+        self.num_encoded = 0
+        """Scans of which something was encoded."""
+
+    def __call__(self, sources: Sequence[Source]) -> Iterator[tuple[int, Verdict]]:
+        """Numbers and verdicts of scans, each once its encodings are on the disk."""
+        try:
+            for number, verdict, paths in self._read(sources):
+                self.written.update(paths)
+                self.num_encoded += bool(paths)
+                yield number, verdict
+        finally:
+            self._encoder.close()
+
+    def _read(self, sources: Sequence[Source]) -> Iterator[tuple[int, Verdict, list[Path]]]:
+        write, at_once = self._encoder.write, self._preparation.at_once
+        if self._workers is None:
+            yield from encode_each(prepare_each(self._preparation, sources), write, at_once)
+        elif self._workers.encode:
+            with closing(self._workers.read(sources)) as answers:
+                yield from ((answer.number, answer.verdict, answer.written) for answer in answers)
+        else:
+            answers = self._workers.read(sources)
+            scans = ((answer.number, answer.verdict, answer.ready) for answer in answers)
+            yield from encode_each(scans, write, at_once)
+
+
+def _changed(entry: ScanEntry, verdict: Verdict) -> UnusableScan | None:
+    """Why what was read now is not the scan of this entry, if so."""
+    if isinstance(verdict, UnusableScan):
+        return verdict
+    if verdict.scan_id != entry.scan_id:
+        return UnusableScan(Reason.CORRUPT, "the file changed since the cohort was opened")
+    if entry.label_path is not None and verdict.label_reason is not None:
+        return UnusableScan(verdict.label_reason, verdict.label_detail)
+    return None
 
 
 def _written(path: Path) -> StoredLatent:
@@ -255,30 +253,3 @@ def _written(path: Path) -> StoredLatent:
             f"Expected {path.name[:12]}… to be cached; it was removed while encoding. Run again."
         )
     return stored
-
-
-def _prepare_ahead(
-    rows: list[_Row], plan: VolumePlan
-) -> Generator[tuple[_Row, list[Prepared] | UnusableScan], None, None]:
-    """Read and prepare the missing views of each row, in order, a few scans ahead of the one asked for."""
-    with ThreadPoolExecutor(1, thread_name_prefix="prepare") as thread:
-        ahead: deque[tuple[_Row, Future[list[Prepared] | UnusableScan]]] = deque()
-        try:
-            for row in rows:
-                ahead.append((row, thread.submit(_prepare, row, plan)))
-                if len(ahead) > PREPARED_AHEAD:
-                    first, future = ahead.popleft()
-                    yield first, future.result()
-            while ahead:
-                first, future = ahead.popleft()
-                yield first, future.result()
-        finally:
-            thread.shutdown(wait=True, cancel_futures=True)
-
-
-def _prepare(row: _Row, plan: VolumePlan) -> list[Prepared] | UnusableScan:
-    try:
-        scan, label = read_entry(row.entry, plan)
-        return [prepare(scan, plan, view, label) for view in row.missing]
-    except UnusableScan as error:
-        return error

@@ -1,8 +1,9 @@
 """Labelled scans: latents with what is to be predicted, and which patients' labels are used.
 
 A label share is a share of patients, never of scans, and the patients of a smaller share are among those of
-every larger one: the order depends on the seed and the patient's name alone. Does not do: decide who is held
-out (`client/scans/cohort.py`), or train (`client/training/finetuning.py`).
+every larger one: the order depends on a seed and the patient's name alone; a hospital gives a seed that it
+alone knows (`client/exchanges/finetuning.py`). Does not do: decide who is held out
+(`client/scans/cohort.py`), or train (`client/training/finetuning.py`).
 
 Axes: b = scans, c d h w = latents, D H W = voxels, ... = what an answer is made of.
 """

@@ -2,8 +2,9 @@
 
 A row is a scan of the cohort. Rows know their patient, split, covariates, site label and geometry; latents
 and labels are read from disk when asked for, one small file each. Sets of several sites merge into one for
-the pooled baseline. Does not do: encode (`client/latents/cache.py`), or choose rows
-(`client/latents/batches.py`).
+the pooled baseline. Of whole scans (`volumes.extent: scan`) a reader gets a crop of the network's grid: the
+central one, or any that it names, and only its pages are read. Does not do: encode
+(`client/latents/cache.py`), or choose rows and crops (`client/latents/batches.py`).
 
 Axes: b = rows asked for, n = rows of the set, c d h w = a latent volume, D H W = the volume it encodes.
 """
@@ -19,14 +20,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float16, Float32, Int, Int64
+from jaxtyping import Bool, Float16, Float32, Int, Int64
 from torch import Tensor
 
 from client.scans.cohort import Cohort, ScanEntry
 from client.scans.volumes import Geometry
+from client.scans.whole_volumes import part_of
 from federation.plan import VolumePlan
 
-LATENTS, LABEL = "latents", "label"
+LATENTS, LABEL, FOREGROUND = "latents", "label", "foreground"
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I16": np.dtype("<i2"), "U8": np.dtype("u1")}
 _LARGEST_HEADER = 2**20
 
@@ -58,6 +60,15 @@ class StoredLatent:
     label: _Place | None
     geometry_json: str
     """Geometry of the volume that was encoded."""
+    foreground: _Place | None = None
+    """Which latent voxels are foreground, of a whole scan."""
+    start: tuple[int, int, int] = (0, 0, 0)
+    """First latent voxel of the central crop, of a whole scan."""
+
+    @property
+    def stride(self) -> int:
+        """Voxels per latent voxel and axis."""
+        return int(json.loads(self.geometry_json)["prepared_shape"][0]) // self.latents.shape[1]
 
     def read(self, place: _Place) -> np.ndarray:
         """An array of the file, mapped read-only; pages come in as they are touched.
@@ -94,7 +105,9 @@ def open_stored(path: Path) -> StoredLatent | None:
         return None
     try:
         fields = json.loads(head)
-        geometry_json = json.loads(fields.pop("__metadata__")["provenance"])["geometry"]
+        said = json.loads(fields.pop("__metadata__")["provenance"])
+        geometry_json = said["geometry"]
+        d, h, w = map(int, json.loads(said.get("start", "[0, 0, 0]")))
         ends = [field["data_offsets"][1] for field in fields.values()]
         places = {
             name: _Place(
@@ -102,7 +115,9 @@ def open_stored(path: Path) -> StoredLatent | None:
             )
             for name, field in fields.items()
         }
-        stored = StoredLatent(path, places[LATENTS], places.get(LABEL), geometry_json)
+        stored = StoredLatent(
+            path, places[LATENTS], places.get(LABEL), geometry_json, places.get(FOREGROUND), (d, h, w)
+        )
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise _damaged(path, "has a header of another kind") from error
     if 8 + length + max(ends) != size:
@@ -125,17 +140,20 @@ class LatentSet:
         stored: Sequence[Sequence[StoredLatent]],
         site_index: Sequence[int],
         patients: Sequence[str] | None = None,
+        crop: tuple[int, int, int] | None = None,
     ) -> None:
         """Row i is `cohort.scans[i]`, its views `stored[i]`, its site label `site_index[i]`.
 
-        `patients` replaces the cohort's names. Raises `ValueError` when rows differ in shape or views.
+        `patients` replaces the cohort's names. `crop`: latent voxels of the crops that are read of whole
+        scans; None: what is stored is a crop. Raises `ValueError` when rows differ in shape (of whole scans:
+        in channels) or views.
         """
         if not len(cohort.scans) == len(stored) == len(site_index):
             raise ValueError(
                 f"Expected as many encodings and site labels as scans; got {len(stored)}, {len(site_index)} "
                 f"and {len(cohort.scans)}."
             )
-        kinds = {(len(views), views[0].latents.shape) for views in stored}
+        kinds = {(len(views), views[0].latents.shape[: 1 if crop else None]) for views in stored}
         if len(kinds) > 1:
             raise ValueError(f"Expected rows of one shape and number of views; got {sorted(kinds)}.")
         self.cohort = cohort
@@ -152,6 +170,8 @@ class LatentSet:
         """Whether a row has a label."""
         self.num_scans = len(stored)
         self.num_views = len(stored[0]) if stored else 0
+        self.crop = crop
+        """Latent voxels of a crop of a whole scan; None where a scan is a crop."""
         self._stored = [tuple(views) for views in stored]
 
     def __len__(self) -> int:
@@ -168,17 +188,48 @@ class LatentSet:
         return [row for row, own in enumerate(self.splits) if own == split]
 
     def latents(self, indices: Sequence[int], view: int = 0) -> Float32[Tensor, "b c d h w"]:
-        """Latents of these rows, a copy on the CPU. Raises `IndexError` and `DamagedEncoding`."""
+        """Latents of these rows, of whole scans the central crops, a copy on the CPU.
+
+        Raises `IndexError` and `DamagedEncoding`.
+        """
         stored = [self._at(row, view) for row in indices]
         if not stored:
             raise IndexError("Expected at least one row to read.")
-        batch = np.empty((len(stored), *stored[0].latents.shape), np.float32)
-        for place, one in zip(batch, stored, strict=True):
-            place[...] = one.read(one.latents)
-        return torch.from_numpy(batch)
+        return self._read(stored, [one.start for one in stored])
+
+    def crops(
+        self, indices: Sequence[int], views: Sequence[int], starts: Int[Tensor, "b 3"]
+    ) -> Float32[Tensor, "b c d h w"]:
+        """The crops of whole scans that begin at these latent voxels, each of its own view; only they are
+        read. Raises as `latents`, and `IndexError` for a crop that reaches outside its scan."""
+        stored = [self._at(row, view) for row, view in zip(indices, views, strict=True)]
+        d, h, w = starts.unbind(1)
+        return self._read(stored, list(zip(d.tolist(), h.tolist(), w.tolist(), strict=True)))
+
+    def whole(self, row: int, view: int = 0) -> Float32[np.ndarray, "c d h w"]:
+        """Everything that is stored of a row, mapped read-only."""
+        one = self._at(row, view)
+        return one.read(one.latents)
+
+    def foreground(self, row: int, view: int = 0) -> Bool[np.ndarray, "d h w"]:
+        """Which latent voxels of a row are foreground, mapped read-only: all, where nothing says so."""
+        one = self._at(row, view)
+        if one.foreground is None:
+            return np.ones(one.latents.shape[1:], dtype=bool)
+        return one.read(one.foreground).view(bool)
+
+    def central_foreground(self, indices: Sequence[int], view: int = 0) -> Bool[Tensor, "b d h w"]:
+        """Which latent voxels that `latents` gives are foreground."""
+        stored = [self._at(row, view) for row in indices]
+        inside = [
+            self.foreground(row, view)[self._inside(one, one.start)]
+            for row, one in zip(indices, stored, strict=True)
+        ]
+        return torch.from_numpy(np.stack(inside))
 
     def labels(self, indices: Sequence[int], view: int = 0) -> Int64[Tensor, "b 1 D H W"] | None:
-        """Labels of these rows, on the grid of the encoded volumes; None when none of them has one.
+        """Labels of these rows, on the grid of the encoded volumes (of whole scans: of the central crops);
+        None when none of them has one.
 
         Raises `ValueError` when only some have: choose rows by `has_label`.
         """
@@ -191,11 +242,28 @@ class LatentSet:
                 f"Expected all or none of {len(stored)} rows to have a label; {len(labelled)} have. "
                 "Choose rows by has_label."
             )
-        arrays = [one.read(place).astype(np.int64) for one, place in zip(stored, labelled, strict=True)]
+        arrays = [
+            one.read(place)[(slice(None), *self._inside(one, one.start, one.stride))].astype(np.int64)
+            for one, place in zip(stored, labelled, strict=True)
+        ]
         return torch.from_numpy(np.stack(arrays))
 
+    def whole_label(self, row: int, view: int = 0) -> Int64[Tensor, "1 D H W"] | None:
+        """The label of a row at its own size; None when it has none."""
+        one = self._at(row, view)
+        return None if one.label is None else torch.from_numpy(one.read(one.label).astype(np.int64))
+
     def geometry(self, row: int, view: int = 0) -> Geometry:
-        """Where the volume of a row lies in the patient; `client.scans.volumes.lay_back` uses it."""
+        """Where the volume of a row (of a whole scan: its central crop) lies in the patient;
+        `client.scans.volumes.lay_back` uses it."""
+        one, whole = self._at(row, view), self.whole_geometry(row, view)
+        if self.crop is None:
+            return whole
+        (x, y, z), (d, h, w), edge = one.start, self.crop, one.stride
+        return part_of(whole, (x * edge, y * edge, z * edge), (d * edge, h * edge, w * edge))
+
+    def whole_geometry(self, row: int, view: int = 0) -> Geometry:
+        """Where everything that was encoded of a row lies in the patient."""
         values: Mapping[str, Any] = json.loads(self._at(row, view).geometry_json)
         return Geometry.from_dict(dict(values))
 
@@ -233,7 +301,29 @@ class LatentSet:
             [views for one in sets for views in one._stored],
             [place for place, one in enumerate(sets) for _ in range(one.num_scans)],
             [f"{place}/{patient}" for place, one in enumerate(sets) for patient in one.patients],
+            sets[0].crop,
         )
+
+    def _read(
+        self, stored: Sequence[StoredLatent], starts: Sequence[tuple[int, int, int]]
+    ) -> Float32[Tensor, "b c d h w"]:
+        batch = np.empty((len(stored), stored[0].latents.shape[0], *self._sides(stored[0])), np.float32)
+        for place, one, start in zip(batch, stored, starts, strict=True):
+            place[...] = one.read(one.latents)[(slice(None), *self._inside(one, start))]
+        return torch.from_numpy(batch)
+
+    def _sides(self, one: StoredLatent) -> tuple[int, ...]:
+        return one.latents.shape[1:] if self.crop is None else self.crop
+
+    def _inside(
+        self, one: StoredLatent, start: tuple[int, int, int], edge: int = 1
+    ) -> tuple[slice, slice, slice]:
+        """The crop that begins at a latent voxel, in an array with `edge` elements for each."""
+        ends = [a + n for a, n in zip(start, self._sides(one), strict=True)]
+        if min(start) < 0 or any(end > n for end, n in zip(ends, one.latents.shape[1:], strict=True)):
+            raise IndexError(f"Expected a crop within {one.latents.shape[1:]}; got one from {start}.")
+        d, h, w = (slice(a * edge, b * edge) for a, b in zip(start, ends, strict=True))
+        return d, h, w
 
     def _at(self, row: int, view: int) -> StoredLatent:
         if not (0 <= row < self.num_scans and 0 <= view < self.num_views):

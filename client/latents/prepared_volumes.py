@@ -32,8 +32,13 @@ def prepared_volumes(
 ) -> Float16[Tensor, "b 1 D H W"]:
     """The volumes whose latents `scans` holds, prepared now where they are not kept yet.
 
-    Raises `UnusableScan` when a scan is gone or changed since it was encoded.
+    Raises `UnusableScan` when a scan is gone or changed since it was encoded, and `ValueError` where whole
+    scans were encoded, of which there is no one volume.
     """
+    if plan.extent == "scan":
+        raise ValueError(
+            "Expected volumes.extent=crop for a network that sees volumes; got scan: use network=tokens."
+        )
     return torch.stack([_volume(scans, row, plan, view) for row in rows])
 
 

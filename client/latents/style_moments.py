@@ -9,8 +9,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 
 from federation.exchanges.survey import smallest_cohort, survey_layout
@@ -37,6 +38,17 @@ class SurveyedScans(Protocol):
 
     def latents(self, indices: Sequence[int]) -> Float[Tensor, "m c d h w"]:
         """Latents of these scans."""
+
+
+@runtime_checkable
+class SurveyedWholeScans(SurveyedScans, Protocol):
+    """What a survey needs of whole scans, whose statistics are those of the foreground."""
+
+    def whole(self, row: int, view: int = 0) -> Float32[np.ndarray, "c d h w"]:
+        """Latents of a whole scan."""
+
+    def foreground(self, row: int, view: int = 0) -> Bool[np.ndarray, "d h w"]:
+        """Which of them are foreground."""
 
 
 def survey(scans: SurveyedScans, plan: RunPlan, site_minimum: int = 0) -> StyleMoments:
@@ -71,7 +83,12 @@ def own_moments(scans: SurveyedScans, plan: RunPlan) -> StyleMoments:
         rows.setdefault(scans.patients[row], []).append(row)
     total, num_scaled = StyleMoments.none(layout), 0
     for mine in rows.values():
-        patient = StyleMoments.of_patient(scans.latents(mine), layout, parts[mine].tolist())
+        if plan.volumes.extent == "scan":
+            assert isinstance(scans, SurveyedWholeScans), "whole scans were encoded for this plan"
+            seen = [foreground_latents(scans, row) for row in mine]
+            patient = StyleMoments.of_voxels(seen, layout, parts[mine].tolist())
+        else:
+            patient = StyleMoments.of_patient(scans.latents(mine), layout, parts[mine].tolist())
         num_scaled += patient.norm() > layout.bound * (1 - 1e-9)
         total += patient
     if num_scaled:
@@ -82,6 +99,11 @@ def own_moments(scans: SurveyedScans, plan: RunPlan) -> StyleMoments:
             layout.bound,
         )
     return total
+
+
+def foreground_latents(scans: SurveyedWholeScans, row: int) -> Float[Tensor, "c n"]:
+    """The foreground of a whole scan: its latent voxels, in no order that tells where they lie."""
+    return torch.from_numpy(scans.whole(row)[:, scans.foreground(row)])
 
 
 def body_parts(scans: SurveyedScans, plan: RunPlan) -> Int[Tensor, " b"]:

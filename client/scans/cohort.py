@@ -1,9 +1,9 @@
 """The cohort: which scans take part, which do not, and why; and who is held out.
 
-Opening a cohort reads every scan once, keeps none of them, and leaves every file below the data root in
-exactly one place: a scan's entry (as image or label) or the exclusion table, with a reason. Both tables are
-patient data and stay at the site; `Cohort.summary` is counts. Where files come from is
-`client/scans/layouts.py`; what a scan must be is `client/scans/scans.py`.
+Opening a cohort has every scan read once (by whom and in which order is no matter, `judges`) and leaves every
+file below the data root in exactly one place: a scan's entry (as image or label) or the exclusion table, with
+a reason. Both tables are patient data and stay at the site; `Cohort.summary` is counts. Where files come from
+is `client/scans/layouts.py`; what a scan must be is `client/scans/scans.py`.
 
 Splits are by patient, from a salted hash of the patient's name alone: not from the order of files, not from
 who else is there. A patient who arrives later moves nobody, and no patient is in two splits.
@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from client.scans.contrasts import ModalityNames
-from client.scans.layouts import Candidate, Layout, LayoutRules, survey
+from client.scans.judgement import Judges, Source, Verdict, one_by_one
+from client.scans.layouts import Candidate, Found, Layout, LayoutRules, survey
 from client.scans.names import readable
 from client.scans.patients import PatientMap
-from client.scans.scans import Exclusion, Note, Reason, Scan, UnusableScan, is_hounsfield, is_label_map
+from client.scans.scans import Exclusion, Note, Reason, Scan, UnusableScan
 from client.scans.tables import Covariates, Join
-from client.scans.volumes import kept_share, read_files, read_label, same_grid
+from client.scans.volumes import read_files, read_label
 from federation.plan import VolumePlan
 from meduet_models.seeds import digest_of
 from storage.files import write_whole
@@ -32,6 +33,8 @@ from storage.files import write_whole
 __all__ = ["Cohort", "Exclusion", "ScanEntry", "Split", "open_cohort", "read_entry", "split_of"]
 
 Split = Literal["train", "validation", "test"]
+COPY = "the same voxels as an earlier scan"
+"""Detail of the exclusion of a copy of a scan; slices that were sent again are duplicates, too."""
 SPLITS: tuple[Split, Split, Split] = ("train", "validation", "test")
 
 
@@ -178,12 +181,16 @@ def open_cohort(
     label_pattern: str = LayoutRules.label_pattern,
     split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
     follow_links: bool = False,
+    found: Found | None = None,
+    judges: Judges | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Cohort:
-    """Read every scan below `root` once and decide about it.
+    """Have every scan below `root` read once and decide about it.
 
-    `progress(done, total)` is called after each scan. Raises `ValueError` when the site's own settings or
-    tables make no sense; scans never raise.
+    `found`: what a survey by these very settings found there; None looks now. `judges` read and judge scans,
+    in whatever order; None: here, one by one. `progress(done, total)` is called after each scan. Raises
+    `ValueError` when the site's own settings or tables make no sense, and what `judges` raise; scans never
+    raise.
     """
     if min(split_fractions) < 0 or abs(sum(split_fractions) - 1.0) > 1e-9:
         raise ValueError(f"Expected split fractions >= 0 that sum to 1; got {split_fractions}.")
@@ -194,19 +201,18 @@ def open_cohort(
         wanted=plan.modalities or (plan.modality,),
         follow_links=follow_links,
     )
-    found = survey(root, layout, rules)
+    found = found or survey(root, layout, rules)
+    verdicts = _verdicts(found, rules.names, judges or one_by_one(plan), progress)
     scans: list[ScanEntry] = []
-    exclusions = found.exclusions
+    exclusions = list(found.exclusions)
     seen: set[str] = set()
-    for done, candidate in enumerate(found.candidates, start=1):
+    for candidate, verdict in zip(found.candidates, verdicts, strict=True):
         try:
-            entry, label_exclusion = _admit(candidate, plan, rules.names, seen, split_fractions, split_salt)
+            entry, label_exclusion = _admit(candidate, verdict, seen, split_fractions, split_salt)
             scans.append(entry)
             exclusions += label_exclusion
         except UnusableScan as error:
             exclusions.append(Exclusion(candidate.path, error.reason, error.detail, candidate.files))
-        if progress is not None:
-            progress(done, len(found.candidates))
     exclusions = _once(exclusions, {scan.label_path for scan in scans})
     placed = {scan.label_path for scan in scans} | {exclusion.path for exclusion in exclusions}
     exclusions += _lost((candidate.label for candidate in found.candidates), placed)
@@ -235,37 +241,51 @@ def _lost(labels: Iterable[Path | None], placed: Container[Path | None]) -> list
     return [Exclusion(label, Reason.LABEL_WITHOUT_IMAGE, "its image is excluded") for label in lost]
 
 
+def _verdicts(
+    found: Found, names: ModalityNames, judges: Judges, progress: Callable[[int, int], None] | None
+) -> list[Verdict]:
+    """What comes of each candidate, by itself; only those of the plan's modality with a patient are read."""
+    verdicts: dict[int, Verdict] = {}
+    asked: list[int] = []
+    total = len(found.candidates)
+    for number, candidate in enumerate(found.candidates):
+        if not names.takes(candidate.modality):
+            verdicts[number] = UnusableScan(Reason.NO_SUCH_MODALITY, readable(candidate.modality))
+        elif not candidate.patient:
+            verdicts[number] = UnusableScan(Reason.NO_PATIENT)
+        else:
+            asked.append(number)
+    report = progress or (lambda done, total: None)
+    for done in range(1, len(verdicts) + 1):
+        report(done, total)
+    sources = [Source(found.candidates[number].files, found.candidates[number].label) for number in asked]
+    for place, verdict in judges(sources):
+        verdicts[asked[place]] = verdict
+        report(len(verdicts), total)
+    return [verdicts[number] for number in range(total)]
+
+
 def _admit(
     candidate: Candidate,
-    plan: VolumePlan,
-    names: ModalityNames,
+    verdict: Verdict,
     seen: set[str],
     fractions: tuple[float, float, float],
     salt: str,
 ) -> tuple[ScanEntry, list[Exclusion]]:
     """The entry of a candidate, and its label's exclusion if the label is unusable; raises `UnusableScan`."""
-    if not names.takes(candidate.modality):
-        raise UnusableScan(Reason.NO_SUCH_MODALITY, readable(candidate.modality))
-    if not candidate.patient:
-        raise UnusableScan(Reason.NO_PATIENT)
-    scan = read_files(candidate.files, plan.four_d)
-    if scan.voxels_sha256 in seen:
-        raise UnusableScan(Reason.DUPLICATE, "the same voxels as an earlier scan")
-    seen.add(scan.voxels_sha256)
-    if is_label_map(scan.array):
+    if isinstance(verdict, UnusableScan):
+        raise verdict
+    if verdict.voxels_sha256 in seen:
+        raise UnusableScan(Reason.DUPLICATE, COPY)
+    seen.add(verdict.voxels_sha256)
+    if verdict.is_label_map:
         raise UnusableScan(Reason.LABEL_MAP)
-    label, exclusions, placed = candidate.label, [], False
-    if label is not None:
-        try:
-            read = read_label(label, scan)
-            placed = read.placed
-            if not same_grid(scan, read):
-                raise UnusableScan(Reason.LABEL_MISMATCH, "not on the grid of its image")
-        except UnusableScan as error:
-            exclusions.append(Exclusion(label, error.reason, error.detail))
-            label = None
+    label, exclusions = candidate.label, []
+    if label is not None and verdict.label_reason is not None:
+        exclusions.append(Exclusion(label, verdict.label_reason, verdict.label_detail))
+        label = None
     entry = ScanEntry(
-        scan_id=scan.scan_id,
+        scan_id=verdict.scan_id,
         patient=candidate.patient,
         path=candidate.path,
         files=candidate.files,
@@ -273,12 +293,11 @@ def _admit(
         split=split_of(candidate.patient, fractions, salt),
         label_path=label,
         covariates=candidate.covariates,
-        num_volumes=scan.num_volumes,
+        num_volumes=verdict.num_volumes,
         visit=candidate.visit,
-        kept=kept_share(scan, plan),
-        placed_label=placed,
-        notes=scan.notes
-        + (Note.NOT_HOUNSFIELD,) * (plan.window == "ct_hu" and not is_hounsfield(scan.array)),
-        num_repaired=scan.num_repaired,
+        kept=verdict.kept,
+        placed_label=verdict.placed_label,
+        notes=verdict.notes,
+        num_repaired=verdict.num_repaired,
     )
     return entry, exclusions

@@ -34,7 +34,7 @@ def remembered(memo: Path, root: Path, settings: Mapping[str, Any], open_it: Cal
     a manifest). A damaged memo is forgotten. Files younger than two seconds are not remembered: they could
     change again within the clock's grain.
     """
-    before, newest_s = _digest([_code(), json.dumps(settings, sort_keys=True)], _below(root))
+    before, newest_s = _digest([code_sha256(), json.dumps(settings, sort_keys=True)], _below(root))
     kept = _load(memo)
     if kept is not None and kept[0] == before and kept[1] == _named(kept[2])[0]:
         return kept[2]
@@ -86,7 +86,7 @@ def _line(text: str) -> bytes:
     return f"{text}\n".encode("utf-8", "surrogateescape")  # names may be in any encoding
 
 
-def _code() -> str:
+def code_sha256() -> str:
     """Hash of this package's source: another version may decide otherwise."""
     digest = hashlib.sha256()
     for path in sorted(_CODE.glob("*.py")):

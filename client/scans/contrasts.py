@@ -85,9 +85,9 @@ def contrasts_of_files(
                    for path in paths]  # fmt: skip
     else:
         locals_ = [_contrast(path, patient) for path, patient in zip(paths, patients, strict=True)]
-    told = {contrast_of(name) or name for name in locals_}
-    if len(told) == 1 and not any(name in names.shared for name in locals_):
-        (only,) = told
+    named = {contrast_of(name) or name for name in locals_}
+    if len(named) == 1 and not any(name in names.shared for name in locals_):
+        (only,) = named
         other = any(map(contrast_of, names.wanted)) and contrast_of(only)
         if not other or any(_same(wanted, only) for wanted in names.wanted):
             return [""] * len(paths)
@@ -108,8 +108,8 @@ def _contrast(path: PurePath, patient: str) -> str:
 def _channel_titles(root: Path) -> dict[str, str]:
     """What nnU-Net's dataset.json calls the channels; empty where it does not say."""
     try:
-        told = json.loads((root / "dataset.json").read_text(encoding="utf-8-sig"))
-        named = told.get("channel_names") or told.get("modality") or {}
+        described = json.loads((root / "dataset.json").read_text(encoding="utf-8-sig"))
+        named = described.get("channel_names") or described.get("modality") or {}
         titles = {f"{int(number):04d}": str(title) for number, title in named.items()}
     except (OSError, ValueError, AttributeError):
         return {}

@@ -216,8 +216,8 @@ def _part(members: Sequence[_Member]) -> str:
         return ""
     kinds = frames[0].kinds
     words = kinds["ImageType"] if isinstance(kinds["ImageType"], tuple) else ()
-    told = [str(kinds["ComplexImageComponent"] or ""), *map(str, words[2:])]
-    return next((_PARTS[word] for word in told if word in _PARTS), "")
+    kinds_said = [str(kinds["ComplexImageComponent"] or ""), *map(str, words[2:])]
+    return next((_PARTS[word] for word in kinds_said if word in _PARTS), "")
 
 
 def read_series(
@@ -298,9 +298,9 @@ def _step(slices: Sequence[Frame]) -> tuple[Float64[np.ndarray, "3"], bool]:
     wide = [i for i, gap in enumerate(gaps_mm) if abs(gap - typical_mm) > REGULAR * typical_mm]
     if not wide:
         raise UnusableScan(Reason.UNEVEN_SLICES, f"{off_mm:.3f} mm off a grid of {typical_mm:.3f} mm")
-    told = ", ".join(f"{gaps_mm[i]:.3f} mm after slice {i + 1}" for i in wide[:GAPS_SHOWN])
+    wide_gaps = ", ".join(f"{gaps_mm[i]:.3f} mm after slice {i + 1}" for i in wide[:GAPS_SHOWN])
     more = f" and {len(wide) - GAPS_SHOWN} more" if len(wide) > GAPS_SHOWN else ""
-    raise UnusableScan(Reason.UNEVEN_SLICES, f"gaps of {told}{more}; {typical_mm:.3f} mm elsewhere")
+    raise UnusableScan(Reason.UNEVEN_SLICES, f"gaps of {wide_gaps}{more}; {typical_mm:.3f} mm elsewhere")
 
 
 def _is_tilted(affine: Float64[np.ndarray, "4 4"]) -> bool:

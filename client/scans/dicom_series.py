@@ -76,8 +76,8 @@ def whose_series(series: Sequence[Series], paths: Sequence[PurePath], rules: Lay
         return Reading(BY_ID, whose)
     # the folders of all series together show which level is a patient's; a series' own folder has its name
     folders = patients_by_path([path.parent / "image" for path in paths])
-    told = {place for place in blank if folders.whose[place].patient}
-    for place in told:
+    with_patient = {place for place in blank if folders.whose[place].patient}
+    for place in with_patient:
         whose[place] = Whose(folders.whose[place].patient, series[place].study)
     ids = {series[place].patient for place in blank}
     named = f"PatientID {examples(filter(None, ids))}" if any(ids) else "an empty PatientID"
@@ -85,8 +85,8 @@ def whose_series(series: Sequence[Series], paths: Sequence[PurePath], rules: Lay
         f"{len(blank)} series have {named}, which names nobody: their folders tell ({folders.rule})."
     )
     doubts += folders.doubts
-    mixed = {whose[place].patient for place in told} & {
-        w.patient for i, w in enumerate(whose) if i not in told
+    mixed = {whose[place].patient for place in with_patient} & {
+        w.patient for i, w in enumerate(whose) if i not in with_patient
     }
     if mixed:
         doubts.append(f"A folder and a PatientID say the same patient: {examples(mixed)}.")
@@ -97,11 +97,11 @@ def _persons(series: Sequence[Series], whose: Sequence[Whose]) -> list[str]:
     """What headers say against the map: one patient with several birth dates or sexes."""
     doubts = []
     for what, values in (("birth dates", "born"), ("sexes", "sex")):
-        told: dict[str, set[str]] = defaultdict(set)
+        values_of: dict[str, set[str]] = defaultdict(set)
         for one, owner in zip(series, whose, strict=True):
             if owner.patient and getattr(one, values):
-                told[owner.patient].add(getattr(one, values))
-        if several := [patient for patient, found in told.items() if len(found) > 1]:
+                values_of[owner.patient].add(getattr(one, values))
+        if several := [patient for patient, found in values_of.items() if len(found) > 1]:
             count = f"{len(several)} patients have several {what}"
             doubts.append(f"{count}, and each is taken for one: {examples(several)}.")
     return doubts

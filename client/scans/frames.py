@@ -127,10 +127,12 @@ def _flat(frame: Dataset, shared: Dataset, dimensions: Sequence[str]) -> tuple[D
     values = place.get("DimensionIndexValues") or []
     values = [values] if isinstance(values, int) else list(values)
     if dimensions and len(dimensions) == len(values):
-        told = {name: float(v) for name, v in zip(dimensions, values, strict=True) if name not in _PLACES}
+        by_dimension = {
+            name: float(v) for name, v in zip(dimensions, values, strict=True) if name not in _PLACES
+        }
     else:
-        told = {}
-    return place, {f"dimension {name}": value for name, value in told.items()}
+        by_dimension = {}
+    return place, {f"dimension {name}": value for name, value in by_dimension.items()}
 
 
 def _frame(

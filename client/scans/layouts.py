@@ -261,7 +261,7 @@ def _joined(
         for one, stem in zip(whose, stems, strict=True)
     ]
     covariates, join = join_covariates(tables[0], scans)
-    read = Exclusion(tables[0], Reason.TABLE, join.told)
+    read = Exclusion(tables[0], Reason.TABLE, join.summary)
     return covariates, [join], [read if one.path == tables[0] else one for one in files.exclusions]
 
 

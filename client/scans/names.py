@@ -155,11 +155,11 @@ def contrast_in(name: str) -> str:
     """The word of a name, extension left out, that says its contrast: the last one, as written, or ""."""
     pieces = [*_TOKEN.findall(name)]
     words = [word for piece in pieces for word in (piece, *piece.split("-"))]
-    told = [word for word in words if contrast_of(word)]
-    strong = [word for word in told if contrast_of(word, strong=True)]
-    if told and _given_after(words, told[-1]) and contrast_of(told[-1]) == "t1":
-        return f"{told[-1]}ce"
-    found = strong or told
+    contrasts = [word for word in words if contrast_of(word)]
+    strong = [word for word in contrasts if contrast_of(word, strong=True)]
+    if contrasts and _given_after(words, contrasts[-1]) and contrast_of(contrasts[-1]) == "t1":
+        return f"{contrasts[-1]}ce"
+    found = strong or contrasts
     return found[-1] if found else ""
 
 
@@ -285,15 +285,15 @@ def visit_in(name: str, short_dates: bool = False) -> str:
     """The dates and visits that a name holds, as written, joined by spaces; "" when it holds none."""
     if kind_of(name) in ("date", "visit"):
         return name
-    told = [match[0] for match in _DATE.finditer(name)]
-    told += [match[0].strip("-") for match in _HYPHEN_VISIT.finditer(name)]
+    visits = [match[0] for match in _DATE.finditer(name)]
+    visits += [match[0].strip("-") for match in _HYPHEN_VISIT.finditer(name)]
     for word in _TOKEN.findall(_DATE.sub("", name)):
         if word.startswith(("ses-", "visit-")) or (short_dates and _SHORT_DATE.fullmatch(word)):
-            told.append(word)
+            visits.append(word)
         elif not _ENTITY.fullmatch(word):
-            told += [piece for piece in word.split("-") if _is_visit(piece) and not contrast_of(piece)]
+            visits += [piece for piece in word.split("-") if _is_visit(piece) and not contrast_of(piece)]
     glued = _GLUED_VISIT.search(name.partition("_")[0])
-    return " ".join([*told, *([glued[0]] if glued else [])])
+    return " ".join([*visits, *([glued[0]] if glued else [])])
 
 
 def channels_of(stems: Iterable[str]) -> dict[str, tuple[str, str]]:

@@ -137,8 +137,8 @@ def _of_one_size(
     if qform is None and np.allclose(edges, 1.0, atol=1e-3):
         notes.append(Note.PIXDIM_IGNORED)
         return sform
-    told = [" x ".join(f"{edge:.4g}" for edge in sizes) for sizes in (own, edges)]
-    raise UnusableScan(Reason.SIZES_CONTRADICT, f"sform {told[0]}, pixdim {told[1]}")
+    both_sizes = [" x ".join(f"{edge:.4g}" for edge in sizes) for sizes in (own, edges)]
+    raise UnusableScan(Reason.SIZES_CONTRADICT, f"sform {both_sizes[0]}, pixdim {both_sizes[1]}")
 
 
 def _directions(affine: np.ndarray) -> np.ndarray:

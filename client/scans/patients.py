@@ -80,8 +80,8 @@ class PatientMap:
     @cached_property
     def sha256(self) -> str:
         """Hash of the rule and of every scan with its patient, 64 hex digits."""
-        told = json.dumps([self.rule, sorted(self.patients.items())])
-        return hashlib.sha256(told.encode()).hexdigest()
+        rule_and_patients = json.dumps([self.rule, sorted(self.patients.items())])
+        return hashlib.sha256(rule_and_patients.encode()).hexdigest()
 
     @property
     def num_patients(self) -> int:
@@ -141,8 +141,8 @@ def patients_by_path(paths: Sequence[PurePath]) -> Reading:
         others = [level for level in levels[1:] if not _six_digits(clean, level)]
         named = {whose.patient for whose in _by_name(clean).whose}
         if others or (len(named) > 1 and "" not in named):
-            told = examples(parts[levels[0]] for parts in clean)
-            doubt = f"Are these dates or ids? {told}. Set patient_pattern."
+            shown = examples(parts[levels[0]] for parts in clean)
+            doubt = f"Are these dates or ids? {shown}. Set patient_pattern."
             return Reading(
                 "nothing says whose they are", [Whose("", _visit(parts)) for parts in clean], [doubt]
             )
@@ -333,8 +333,8 @@ def _under(above: Sequence[Sequence[str]], names: Sequence[str]) -> tuple[list[s
     sites = ["/".join(folder for folder in folders if kind_of(folder) == "site") for folders in above]
     doubts = []
     if len(set(sites)) > 1:
-        told = {site for site in sites if site}
-        doubts.append(f"Ids are taken for those of the sites that they lie below: {examples(told)}.")
+        known = {site for site in sites if site}
+        doubts.append(f"Ids are taken for those of the sites that they lie below: {examples(known)}.")
         names = [f"{site}/{name}" if site and name else name for site, name in zip(sites, names, strict=True)]
     groups: dict[str, set[str]] = defaultdict(set)
     for folders, name in zip(above, names, strict=True):
@@ -377,9 +377,11 @@ def _person_below(part: str) -> str:
 def _visit(parts: Sequence[str], short_dates: bool = False, patients_folder: str = "", end: str = "") -> str:
     """Dates and visits of a path and what was cut off its id; where there are none, the folders below the
     patient's."""
-    told = dict.fromkeys(word for part in parts for word in visit_in(part, short_dates).split(" ") if word)
-    told |= dict.fromkeys([end] if end else [])
-    if told or not patients_folder:
-        return " ".join(told)
+    visit_words = dict.fromkeys(
+        word for part in parts for word in visit_in(part, short_dates).split(" ") if word
+    )
+    visit_words |= dict.fromkeys([end] if end else [])
+    if visit_words or not patients_folder:
+        return " ".join(visit_words)
     below = parts[list(parts).index(patients_folder) + 1 : -1]
     return "/".join(part for part in below if kind_of(part) in _NESTED)

@@ -57,11 +57,11 @@ def groups_of(frames: Sequence[Frame]) -> list[tuple[list[Frame], str]]:
     by_size = sorted(found.items(), key=lambda item: -len(item[1]))
     largest = by_size[0][0]
     first = ("ImageOrientationPatient", "Rows and Columns", "PixelSpacing")  # the plainest thing to say
-    told = []
+    groups = []
     for key, members in by_size:
         differing = [name for name, a, b in zip(names, key, largest, strict=False) if a != b]
-        told.append((members, next((name for name in first if name in differing), (differing or [""])[0])))
-    return told
+        groups.append((members, next((name for name in first if name in differing), (differing or [""])[0])))
+    return groups
 
 
 def is_misfit(members: Sequence[Frame], attribute: str, largest: Sequence[Frame]) -> bool:
@@ -256,8 +256,8 @@ def _ambiguous(positions: Sequence[list[Frame]], frames: Sequence[Frame]) -> Unu
         if max(each.values()) == 1 and values * len(positions) < 2 * len(frames):
             return UnusableScan(Reason.UNEVEN_SLICES, f"{counted}, {values} values of {name}")
     if varying:
-        told = f"{' and '.join(varying)} do not tell them apart"
-        return UnusableScan(Reason.AMBIGUOUS_FRAMES, f"{counted}; {told}")
+        why = f"{' and '.join(varying)} do not tell them apart"
+        return UnusableScan(Reason.AMBIGUOUS_FRAMES, f"{counted}; {why}")
     uneven = len({len(position) for position in positions}) > 1
     reason = Reason.UNEVEN_SLICES if uneven else Reason.AMBIGUOUS_FRAMES
     return UnusableScan(reason, f"{counted}; only InstanceNumber differs")

@@ -64,7 +64,7 @@ class Join:
     note: str = ""
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """In words; names no patient."""
         matched = self.num_rows - self.rows_without_scan
         text = f"column {self.column}: {matched} of {self.num_rows} rows have scans"
@@ -84,8 +84,8 @@ def read_table(path: Path) -> Table:
     """
     text, note = _text(path)
     lines = text.splitlines()
-    if lines and (told := re.fullmatch(r"sep=(.)", lines[0].strip('" '), re.IGNORECASE)):
-        separator, text, above = told[1], "\n".join(lines[1:]), 1  # Excel's own first line
+    if lines and (separator_line := re.fullmatch(r"sep=(.)", lines[0].strip('" '), re.IGNORECASE)):
+        separator, text, above = separator_line[1], "\n".join(lines[1:]), 1  # Excel's own first line
     else:
         separator, above = _separator(path, text), 0
     if separator != ("\t" if path.suffix.lower() == ".tsv" else ","):
@@ -217,9 +217,9 @@ def join_covariates(path: Path, scans: Sequence[Sequence[str]]) -> tuple[list[Co
             places, names = _places(keys, form), {scan[kind] for scan in scans}
             if places is None or len({form(name) for name in names}) < len(names):
                 continue
-            told = [places.get(form(scan[kind])) for scan in scans]
-            if len(told) - told.count(None) > len(found) - found.count(None):
-                found, by_file = told, kind == len(scans[0]) - 1
+            tried = [places.get(form(scan[kind])) for scan in scans]
+            if len(tried) - tried.count(None) > len(found) - found.count(None):
+                found, by_file = tried, kind == len(scans[0]) - 1
     used = set(found) - {None}
     notes = [table.note, "its cells are file names" if by_file else ""]
     if not used and keys and scans:

@@ -1,9 +1,9 @@
 """Scan to volume: one file or DICOM series in, one oriented, windowed, resampled, cropped volume out.
 
 The prepared grid is the one that MONAI's `Orientation("RAS")`, `Spacing` and `ResizeWithPadOrCrop` would give
-(a test compares). The way there is `ScaleIntensityRange` with clipping and one `SpatialResample` straight
-onto that grid, of the part of the scan that it needs: a whole body costs no more memory than a head. The way
-back is `lay_back`.
+(a test compares). The way there is a window with clipping and one resampling straight onto that grid
+(`client/scans/resampling.py`), of the part of the scan that it needs: a whole body costs no more memory than
+a head. The way back is `lay_back`.
 
 Augmented views (`view > 0`) are not a separate step: a mirrored, turned, scaled view *is* another prepared
 grid, so image and label move together and `lay_back` undoes it.
@@ -27,13 +27,15 @@ from jaxtyping import Float32, Float64, Int16, Shaped
 from torch import Tensor
 
 from client.scans.nifti import read_nifti
+from client.scans.resampling import Mode, percentiles, resample, spaced_grid
 from client.scans.scans import FourD, Reason, Scan, UnusableScan, accept, accept_label, file_kind
 from federation.plan import VolumePlan
 from meduet_models.seeds import digest_of
 
-__all__ = ["Geometry", "Prepared", "Reason", "Scan", "UnusableScan", "View", "draw_view",
-           "intensity_range", "kept_share", "lay_back", "prepare", "read_files", "read_label",
-           "read_scan", "same_grid"]  # fmt: skip
+__all__ = ["CORNERS", "Geometry", "Prepared", "Reason", "Scan", "UnusableScan", "View", "draw_view",
+           "geometry_of", "intensity_range", "kept_share", "label_on", "lay_back", "prepare",
+           "prepared_affine", "read_files", "read_label", "read_scan", "same_grid", "translation",
+           "volume_on", "world"]  # fmt: skip
 
 SAMPLED = 100_000
 """Voxels of a scan, about, from which the share within the crop is told."""
@@ -92,20 +94,26 @@ def read_label(path: Path, image: Scan | None = None) -> Scan:
 
 def kept_share(scan: Scan, plan: VolumePlan) -> float:
     """Share of the voxels brighter than the scan's mean that lie within the plan's crop: how much of the
-    patient a model sees. 1 where the crop holds the whole scan."""
-    to_crop = np.linalg.inv(_prepared_affine(scan, plan, View())) @ scan.affine
+    patient a model sees. 1 where the crop holds the whole scan, or the plan's extent is the scan."""
+    if plan.extent == "scan":
+        return 1.0
+    to_crop = np.linalg.inv(prepared_affine(scan, plan, View())) @ scan.affine
     sizes = np.array(scan.array.shape)
-    corners = _world(to_crop, _CORNERS * (sizes - 1))
+    corners = world(to_crop, CORNERS * (sizes - 1))
     limits = np.array(plan.shape)
     if corners.min() >= -0.5 and (corners <= limits - 0.5).all():
         return 1.0
     step = max(1, round((scan.array.size / SAMPLED) ** (1 / 3)))
     sample = scan.array[::step, ::step, ::step]
-    places = np.argwhere(sample > sample.mean())
-    if not len(places):
+    bright = sample > sample.mean()
+    if not bright.any():
         return 1.0
-    inside = _world(to_crop, places * step)
-    return float(((inside >= -0.5) & (inside < limits - 0.5)).all(axis=1).mean())
+    x, y, z = (np.arange(side) * float(step) for side in sample.shape)
+    inside = bright
+    for row, limit in zip(to_crop[:3], limits, strict=True):
+        place = (row[0] * x + row[3])[:, None, None] + (row[1] * y)[:, None] + row[2] * z
+        inside = inside & (place >= -0.5) & (place < limit - 0.5)
+    return np.count_nonzero(inside) / np.count_nonzero(bright)
 
 
 def same_grid(scan: Scan, label: Scan, tolerance: float = 0.25) -> bool:
@@ -116,13 +124,14 @@ def same_grid(scan: Scan, label: Scan, tolerance: float = 0.25) -> bool:
     corners = []
     for image in (scan, label):
         shape, affine = _ras_order(image.array.shape, image.affine)
-        corners.append((shape, _world(affine, _CORNERS * (np.array(shape) - 1))))
+        corners.append((shape, world(affine, CORNERS * (np.array(shape) - 1))))
     (shape, ours), (other_shape, theirs) = corners
     edge_mm = np.linalg.norm(scan.affine[:3, :3], axis=0).min()
     return shape == other_shape and bool(np.abs(ours - theirs).max() <= tolerance * edge_mm)
 
 
-_CORNERS = np.array(list(np.ndindex(2, 2, 2)))
+CORNERS = np.array(list(np.ndindex(2, 2, 2)))
+"""Of a box, in units of its sides."""
 
 
 def _ras_order(shape: Sequence[int], affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
@@ -134,7 +143,8 @@ def _ras_order(shape: Sequence[int], affine: np.ndarray) -> tuple[tuple[int, ...
     return turned, affine @ inv_ornt_aff(to_ras, shape)
 
 
-def _world(affine: np.ndarray, indices: np.ndarray) -> np.ndarray:
+def world(affine: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Places of these indices by an affine."""
     return np.asarray(indices @ affine[:3, :3].T + affine[:3, 3])
 
 
@@ -206,19 +216,33 @@ def prepare(scan: Scan, plan: VolumePlan, view: int = 0, label: Scan | None = No
     Linear interpolation for the scan, nearest for the label, both by world coordinates: shear is resampled
     away, an oblique scan keeps its rotation (its axes become the nearest of right, anterior, superior).
     """
-    from monai.transforms import ScaleIntensityRange  # seconds to import; a cached scan needs none of it
+    affine = prepared_affine(scan, plan, draw_view(scan.scan_id, view))
+    volume = volume_on(scan, intensity_range(scan.array, plan), affine, plan.shape)
+    placed = None if label is None else label_on(label, affine, plan.shape)
+    return Prepared(volume, placed, geometry_of(scan, affine, plan.shape))
 
-    affine = _prepared_affine(scan, plan, draw_view(scan.scan_id, view))
-    window = ScaleIntensityRange(*intensity_range(scan.array, plan), b_min=0.0, b_max=1.0, clip=True)
-    volume = _resample(window(_part(scan, affine, plan.shape)), affine, plan.shape, "bilinear").clamp(
-        0.0, 1.0
-    )
-    placed = None
-    if label is not None:
-        on_grid = _resample(_part(label, affine, plan.shape), affine, plan.shape, "nearest")
-        placed = on_grid.round().to(torch.int16)
+
+def volume_on(
+    scan: Scan, intensities: tuple[float, float], affine: np.ndarray, shape: tuple[int, int, int]
+) -> Float32[Tensor, "1 d h w"]:
+    """A scan on the grid of this affine and shape, linear; `intensities` become [0, 1], 0 outside of it."""
+    low, high = intensities
+    part, placed = _part(scan, affine, shape)
+    windowed = torch.from_numpy(part).sub(low).div_(high - low).clamp_(0.0, 1.0)
+    return resample(windowed, placed, affine, shape, "bilinear")[None].clamp_(0.0, 1.0)
+
+
+def label_on(label: Scan, affine: np.ndarray, shape: tuple[int, int, int]) -> Int16[Tensor, "1 d h w"]:
+    """A label on the grid of this affine and shape, nearest; 0 outside of it."""
+    part, placed = _part(label, affine, shape)
+    on_grid = resample(torch.from_numpy(part), placed, affine, shape, "nearest")
+    return on_grid[None].round().to(torch.int16)
+
+
+def geometry_of(scan: Scan, affine: np.ndarray, shape: tuple[int, int, int]) -> Geometry:
+    """Where a volume of this affine and shape, made of `scan`, lies."""
     x, y, z = scan.array.shape
-    return Prepared(volume, placed, Geometry(scan.affine, (x, y, z), affine, plan.shape))
+    return Geometry(scan.affine, (x, y, z), affine, shape)
 
 
 def intensity_range(array: Float32[np.ndarray, "x y z"], plan: VolumePlan) -> tuple[float, float]:
@@ -237,24 +261,21 @@ def intensity_range(array: Float32[np.ndarray, "x y z"], plan: VolumePlan) -> tu
         key=lambda pair: pair[1],
     )
     kept = array[array != background] if ties >= BACKGROUND_SHARE * array.size else array
-    low, high = np.percentile(kept, plan.mr_percentiles)
+    low, high = percentiles(kept, plan.mr_percentiles)
     if not low < high:
         low, high = array.min(), array.max()
     return float(low), float(high)
 
 
-def _prepared_affine(scan: Scan, plan: VolumePlan, view: View) -> Float64[np.ndarray, "4 4"]:
+def prepared_affine(scan: Scan, plan: VolumePlan, view: View) -> Float64[np.ndarray, "4 4"]:
     """Prepared voxel indices to world: the grid of `Spacing` then `ResizeWithPadOrCrop`, seen by `view`."""
-    from monai.data.utils import compute_shape_offset, zoom_affine
-
-    shape, affine = _ras_order(scan.array.shape, scan.affine)
-    spaced = zoom_affine(affine, plan.spacing_mm, diagonal=False)
-    spaced_shape, spaced[:3, 3] = compute_shape_offset(shape, affine, spaced)
+    spacing_mm = [float(edge) for edge in plan.spacing_mm]
+    spaced_shape, spaced = spaced_grid(*_ras_order(scan.array.shape, scan.affine), spacing_mm)
     start = [
         int(there) // 2 - wanted // 2 if there >= wanted else -((wanted - int(there)) // 2)
         for there, wanted in zip(spaced_shape, plan.shape, strict=True)
     ]
-    grid = spaced @ _translation(np.array(start))
+    grid = spaced @ translation(np.array(start))
     if view == View():
         return np.asarray(grid)
     a, b, c = (math.radians(angle) for angle in view.turn_degrees)
@@ -267,45 +288,27 @@ def _prepared_affine(scan: Scan, plan: VolumePlan, view: View) -> Float64[np.nda
     centre = (np.array(plan.shape) - 1) / 2
     to_mm = np.diag([*plan.spacing_mm, 1.0])  # turn in millimetres, not in voxels
     about = np.linalg.inv(to_mm) @ moved @ to_mm
-    return np.asarray(grid @ _translation(centre) @ about @ _translation(-centre))
+    return np.asarray(grid @ translation(centre) @ about @ translation(-centre))
 
 
-def _translation(by: np.ndarray) -> np.ndarray:
+def translation(by: np.ndarray) -> np.ndarray:
+    """The affine that moves by so many voxels."""
     matrix = np.eye(4)
     matrix[:3, 3] = by
     return matrix
 
 
-def _part(scan: Scan, affine: np.ndarray, shape: Sequence[int]) -> Tensor:
-    """The part of a scan that lies within the grid of this affine and shape, and one voxel around it."""
-    corners = _world(np.linalg.inv(scan.affine) @ affine, _CORNERS * (np.array(shape) - 1))
+def _part(
+    scan: Scan, affine: np.ndarray, shape: Sequence[int]
+) -> tuple[Float32[np.ndarray, "x y z"], Float64[np.ndarray, "4 4"]]:
+    """The part of a scan that lies within the grid of this affine and shape, and one voxel around it; with
+    its own affine."""
+    corners = world(np.linalg.inv(scan.affine) @ affine, CORNERS * (np.array(shape) - 1))
     sizes = np.array(scan.array.shape)
     first = np.clip(np.floor(corners.min(axis=0)).astype(int) - 1, 0, sizes - 1)
     last = np.clip(np.ceil(corners.max(axis=0)).astype(int) + 1, first, sizes - 1)
     part = scan.array[tuple(slice(a, b + 1) for a, b in zip(first, last, strict=True))]
-    return _meta(part, scan.affine @ _translation(first))
-
-
-def _meta(array: np.ndarray, affine: np.ndarray) -> Tensor:
-    from monai.data import MetaTensor
-
-    image: Tensor = MetaTensor(
-        torch.from_numpy(np.array(array, np.float32))[None], affine=torch.from_numpy(affine)
-    )
-    return image
-
-
-def _resample(
-    image: Tensor, affine: np.ndarray, shape: Sequence[int], mode: str
-) -> Float32[Tensor, "1 d h w"]:
-    """`image`: a MONAI MetaTensor, which knows its own affine."""
-    from monai.transforms import SpatialResample
-
-    resample = SpatialResample(mode=mode, padding_mode="zeros", dtype=torch.float64)
-    placed: Tensor = resample(
-        image, dst_affine=torch.from_numpy(affine), spatial_size=tuple(shape)
-    ).as_tensor()
-    return placed.to(torch.float32)
+    return part, scan.affine @ translation(first)
 
 
 def lay_back(
@@ -319,9 +322,9 @@ def lay_back(
     """
     if tuple(volume.shape[1:]) != geometry.prepared_shape:
         raise ValueError(f"Expected a volume of {geometry.prepared_shape}; got {tuple(volume.shape[1:])}.")
-    mode = "bilinear" if volume.is_floating_point() else "nearest"
-    image = _meta(volume.detach().cpu().numpy()[0], geometry.prepared_affine)
-    placed = _resample(image, geometry.source_affine, geometry.source_shape, mode)[0]
+    mode: Mode = "bilinear" if volume.is_floating_point() else "nearest"
+    image = volume.detach().to("cpu", torch.float32)[0]
+    placed = resample(image, geometry.prepared_affine, geometry.source_affine, geometry.source_shape, mode)
     if mode == "nearest":
         placed = placed.round()
     return placed.to(volume.dtype).numpy(), geometry.source_affine

@@ -1,7 +1,7 @@
 """A site's place in a round, on its own disk: where the round begins, how far it has come, what it leaves.
 
 `StateFolder.enter` says where a round begins: from the state after the round before, or after the last one
-taken part in, and anchored to the common start. A state is home weights, teacher and AdamW's moments
+taken part in, and anchored to the common start. A state is home weights, teacher and the optimiser's moments
 (`client/training/trainee.py` says why those), one file per round, `state/<plan>/round-0003.safetensors`,
 written whole or not at all; round 0 is the common start. A state is never changed, so a round delivered
 twice, or after the centre went back to its last checkpoint, begins from the same. Kept are the last three: a
@@ -9,7 +9,8 @@ site may be done with a round that the centre never counted, and the centre may 
 damaged and go back by one.
 
 Losing state costs time only. A damaged state is passed over for the one before. A site that lost its states
-or its start raises `StateMissing`; the centre then asks again with the start, in the same round.
+or its start raises `StateMissing`; the centre then asks again with the start, in the same round. Where it had
+answered that round already, and has lost the answer too, it answers anew (`privacy/ledger.py`).
 
 While a round trains, all that its steps change is written every so often beside the states,
 `round-0003.partial.safetensors`. When the same question comes again (same plan, round, weights and bank that
@@ -68,7 +69,7 @@ class SiteState:
     teacher: Mapping[str, Tensor] = field(default_factory=dict)
     """The moving-average teacher; empty at the start, where it equals the student."""
     optimiser: Mapping[str, Tensor] = field(default_factory=dict)
-    """AdamW's moments and step counts, `<moment>/<parameter>`; empty at the start."""
+    """The optimiser's moments and step counts, `<moment>/<parameter>`; empty at the start."""
     sha256: str = ""
     """Hash of all its tensors, as they were read from disk; empty before."""
 
@@ -112,7 +113,8 @@ class StateFolder:
         elif start is not None and self._whole(0) is None:
             private_folder(self._folder)
             self._write(SiteState(round=0, home=start()), "")
-        return SiteRound(self, round_number, self.start(), self.before(round_number))
+        start_state, before = self.start(), self.before(round_number)
+        return SiteRound(self, round_number, start_state, before, self._whole(round_number) is None)
 
     def start(self) -> SiteState:
         """The common start. Raises `StateMissing` if it never came, was lost or is damaged."""
@@ -228,12 +230,16 @@ class StateFolder:
 class SiteRound:
     """A site's place in one round: made by `StateFolder.enter`."""
 
-    def __init__(self, states: StateFolder, round_number: int, start: SiteState, kept: SiteState) -> None:
+    def __init__(
+        self, states: StateFolder, round_number: int, start: SiteState, kept: SiteState, anew: bool
+    ) -> None:
         self._states, self.round = states, round_number
         self.start = start
         """The common start, to which a style branch that stays home is anchored."""
         self.kept = kept
         """What the round begins from."""
+        self.anew = anew
+        """Whether no state after this round is kept: it was never taken part in, or what it left is lost."""
 
     def under_way(
         self, question: Mapping[str, str], every_s: float, clock: Callable[[], float] = time.monotonic

@@ -18,15 +18,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.diffusion.conditioner import entries_of_scans
 from meduet_models.diffusion.conditions import UNKNOWN, Conditions, Examples
 from meduet_models.diffusion.sampling import SamplingSettings, invert, sample
+from meduet_models.diffusion.whole_scans import invert_whole, sample_whole
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleEntry, restyle
+from meduet_models.windows import Windows
 
 Method = Literal["sample", "invert", "restyle"]
 
@@ -135,6 +137,47 @@ def harmonise(
         model.transformer, seen, len(latents), settings.sampling, seed=settings.seed, noise=noise,
         on_step=lambda done, total: on_step(steps + done, 2 * steps),
     ).cpu()  # fmt: skip
+
+
+def harmonise_whole(
+    model: GenerativeModel,
+    latents: Float[Tensor, "c d h w"],
+    foreground: Bool[Tensor, "d h w"],
+    settings: HarmonisationSettings,
+    spacing_mm: Float[Tensor, "3"] | None = None,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> Float[Tensor, "c d h w"]:
+    """One whole scan in the style of `settings.style`, as `harmonise` does crops, by windows of the model's
+    grid that are blended (`whole_scans.py`). The scan's own style is that of its foreground.
+
+    Raises `ValueError` as `check` does, and for a model of registered crops.
+    """
+    check(model, settings)
+    target = site_style(model, settings.style, settings.body_part)
+    seen = latents[:, foreground][None, :, :, None, None]
+    if settings.method == "restyle":
+        return restyle(latents[None], _own(model, seen, settings), target)[0]
+    grid = model.transformer.config.latent_grid
+    windows = Windows.over(tuple(latents.shape[1:]), grid)
+    parts = windows.cut(latents, range(len(windows)))
+    spacing = None if spacing_mm is None else spacing_mm.expand(len(windows), -1)
+    conditioner, steps = model.conditioner, settings.sampling.steps
+    codes = conditioner.style_of(target).expand(len(windows), -1)
+    told = _told(model, parts, settings, spacing, codes)
+    if settings.method == "sample":
+        return sample_whole(
+            model.transformer, told, windows, settings.sampling, seed=settings.seed,
+            on_step=lambda done: on_step(done, steps),
+        )  # fmt: skip
+    own = conditioner.style_of(_own(model, seen, settings)).expand(len(windows), -1)
+    noise = invert_whole(
+        model.transformer, latents, _told(model, parts, settings, spacing, own), windows, settings.sampling,
+        on_step=lambda done: on_step(done, 2 * steps),
+    )  # fmt: skip
+    return sample_whole(
+        model.transformer, told, windows, settings.sampling, seed=settings.seed, noise=noise,
+        on_step=lambda done: on_step(steps + done, 2 * steps),
+    )  # fmt: skip
 
 
 def _bank(model: GenerativeModel) -> StyleBank:

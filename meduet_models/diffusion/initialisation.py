@@ -1,9 +1,11 @@
 """How the diffusion transformer starts: from nothing, or from the blocks of the pretrained MeDUET encoder.
 
 The encoder's blocks have affine norms and no modulation; the transformer's have modulations and no affine
-norms. A norm's weight w and bias b become the modulation's constant part, scale w - 1 and shift b, and the
-gates become 1: so that the pretrained blocks act from the first step, and compute exactly what they computed.
-With DiT's zero gates they would be off. The prediction still starts at zero.
+norms. A norm's weight w and bias b become the modulation's constant part, scale w - 1 and shift b, so that
+attention and MLP compute exactly what they computed. The gates stay at zero, as in DiT: each block begins as
+the identity, and training opens it where it helps. With gates of 1 the whole stack stands between what is
+told and the prediction, and learns slower than from nothing (docs/log.md). The prediction, too, starts at
+zero.
 
 The patch embedding is taken over too. The encoder sees each scan over its own spread (split paths), the
 transformer deviations from the federated centre over the federated scale; so the embedding is multiplied, per
@@ -54,7 +56,7 @@ def start_from_encoder(transformer: DiffusionTransformer, encoder: FactorNetwork
         assert isinstance(block, DiffusionBlock) and isinstance(theirs, Block)
         for name in ("qkv", "proj", "expand", "contract"):
             getattr(block, name).load_state_dict(getattr(theirs, name).state_dict())
-        gate = torch.ones_like(theirs.norm1.weight)
+        gate = torch.zeros_like(theirs.norm1.weight)
         norm1 = [theirs.norm1.bias, theirs.norm1.weight - 1, gate]  # shift, scale, gate
         norm2 = [theirs.norm2.bias, theirs.norm2.weight - 1, gate]
         block.modulation.weight.zero_()

@@ -11,7 +11,7 @@ Source: UNETR (arXiv:2103.10504) for skips of hidden states; sub-pixel convoluti
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int64
@@ -21,12 +21,14 @@ from monai.networks.blocks import Convolution, ResidualUnit
 from monai.networks.utils import one_hot, pixelshuffle
 from torch import Tensor, nn
 
+from meduet_models.downstream.frozen import fit_voxels, frozen_tokens
 from meduet_models.downstream.networks import WIDTH, ContentEncoder, PretrainedNetwork, initialise
 from meduet_models.downstream.task import (
     Floats,
     Grid,
     KnownScans,
     Metric,
+    Reading,
     Statistic,
     Target,
     Task,
@@ -117,6 +119,21 @@ class Segmentation(Task):
     ) -> SegmentationNetwork:
         """As above."""
         return SegmentationNetwork(network, classes, trainable=trainable, seed=seed)
+
+    def read(
+        self,
+        network: FactorNetwork,
+        reading: Reading,
+        latents: Tensor,
+        answers: Tensor,
+        patients: Sequence[str],
+        classes: int,
+        seed: int,
+    ) -> Callable[[Tensor], Tensor]:
+        """Ridge regressions position by position, from tokens whatever the `reading`."""
+        tokens = frozen_tokens(network, latents)
+        fitted = fit_voxels(tokens, answers, classes, patients, network.config, seed)
+        return lambda unseen: fitted(frozen_tokens(network, unseen))
 
     def loss(
         self, outputs: Float[Tensor, "b classes D H W"], answers: Int64[Tensor, "b 1 D H W"]

@@ -10,7 +10,7 @@ Axes: b = scans; ... = what an answer is made of.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,8 +21,8 @@ from meduet_models.downstream.networks import PretrainedNetwork
 from meduet_models.meduet import FactorNetwork
 
 Floats = NDArray[np.float64]
-Pooled = NDArray[np.float32]
-"""Pooled content of scans, [b, content channels]."""
+Reading = Literal["code", "tokens"]
+"""What of a frozen model is read: its content code, or all of its content tokens."""
 Statistic = Callable[[NDArray[np.int64]], float]
 """From rows of the test scans to a number of all of them; NaN where they have none."""
 
@@ -86,8 +86,6 @@ class Task(ABC):
     """Whether the answer is a map on the grid of the volume."""
     metrics: tuple[Metric, ...]
     """What `measure` tells."""
-    fits_pooled: bool = False
-    """Whether a frozen encoder is read by `fit`, on pooled content, instead of a trained head."""
 
     @abstractmethod
     def check(self, classes: int, target: Target) -> None:
@@ -133,11 +131,19 @@ class Task(ABC):
     ) -> Mapping[str, Floats | Statistic]:
         """By metric: the value of each scan (NaN: none), or a number of any rows."""
 
-    def fit(
-        self, pooled: Pooled, answers: Tensor, held: Pooled, held_answers: Tensor, classes: int, seed: int
-    ) -> Callable[[Pooled], Tensor]:
-        """From pooled content to outputs; chosen on what is `held` back. With `fits_pooled` only."""
-        raise NotImplementedError
+    @abstractmethod
+    def read(
+        self,
+        network: FactorNetwork,
+        reading: Reading,
+        latents: Tensor,
+        answers: Tensor,
+        patients: Sequence[str],
+        classes: int,
+        seed: int,
+    ) -> Callable[[Tensor], Tensor]:
+        """From latents to outputs, by a frozen network and a closed form fitted on these scans and their
+        patients."""
 
 
 VALUES_SHOWN = 8

@@ -170,11 +170,38 @@ class StyleMoments:
         for part in sorted(set(part_of.tolist())):
             for name, value in _statistics(latents[part_of == part].double(), layout).items():
                 moments.sums[name][part] = value
-        norm = moments.norm()
-        for name, total in moments.sums.items():
-            if name != "count" and norm > layout.bound:
-                total.mul_(layout.bound / norm)
-        return moments
+        return moments._bounded()
+
+    @staticmethod
+    def of_voxels(
+        scans: Sequence[Float[Tensor, "c n"]], layout: StyleLayout, parts: Sequence[int] | None = None
+    ) -> "StyleMoments":
+        """One patient whose scans are of any size: as `of_patient`, of all latent voxels that are given.
+
+        Raises `ValueError` for a layout with maps, which need scans of one size, and as `of_patient`.
+        """
+        if layout.map_grid is not None or layout.amplitude:
+            raise ValueError("Expected a layout without maps and amplitudes for scans of different sizes.")
+        if odd := [tuple(scan.shape) for scan in scans if scan.shape[0] != layout.channels]:
+            raise ValueError(f"Expected latents of {layout.channels} channels; got {odd[0]}.")
+        if not all(bool(torch.isfinite(scan).all()) for scan in scans):
+            raise ValueError("Expected finite latents; got NaN or infinity. Exclude the scan.")
+        part_of = list(parts) if parts is not None else [0] * len(scans)
+        moments = StyleMoments.none(layout)
+        for part in sorted(set(part_of)):
+            own = [scan.double() for scan, its in zip(scans, part_of, strict=True) if its == part]
+            together = torch.cat(own, dim=1)[None, :, :, None, None]
+            for name, value in _statistics(together, layout).items():
+                moments.sums[name][part] = value
+        return moments._bounded()
+
+    def _bounded(self) -> "StyleMoments":
+        """The same sums, scaled in place to the layout's bound."""
+        norm = self.norm()
+        for name, total in self.sums.items():
+            if name != "count" and norm > self.layout.bound:
+                total.mul_(self.layout.bound / norm)
+        return self
 
     @staticmethod
     def of(

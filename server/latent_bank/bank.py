@@ -208,7 +208,9 @@ class LatentBank:
         layout = self.layout
         found = self.tables.numbered(list(set(numbers)))
         items = {number: item for number, item in found.items() if item.state == "kept"}
-        origins = {item.origin: self.tables.origin(item) for item in items.values()}
+        # Each origin once: a question for each item took a fifth of the time.
+        one_of_each = {item.origin: item for item in items.values()}
+        origins = {origin: self.tables.origin(item) for origin, item in one_of_each.items()}
         sealed = self.tables.sealed(list(items.values()))
         read = np.zeros(len(numbers), layout.record)
         for place, number in enumerate(numbers):

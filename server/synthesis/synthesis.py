@@ -203,7 +203,8 @@ def _scans(request: SynthesisRequest) -> list[tuple[EncodedScan, str]]:
 
 def _contents(model: GenerativeModel, request: SynthesisRequest) -> Float[Tensor, "p n k"] | None:
     """What content is told at each point; None where none is."""
-    tokens = [model.conditioner.content(scan.latents[None])[0] for scan, _ in _scans(request)]
+    grid = model.transformer.config.latent_grid
+    tokens = [model.conditioner.content(scan.central(grid)[None])[0] for scan, _ in _scans(request)]
     if request.between is not None:
         way = [
             interpolate(tokens[0], tokens[1], share, request.interpolation)

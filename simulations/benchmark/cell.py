@@ -143,7 +143,7 @@ def _models(cell: Cell, simulation: Simulation, scans: Sequence[LatentSet], live
                 if not cell.variant.erasure:
                     width = plan.network.width
                     model.set_erasure(torch.zeros(width), torch.eye(width))
-                    model.set_content_code(torch.zeros(width), torch.zeros(plan.network.code_size, width))
+                    model.set_content_code(None)
             return models
 
 

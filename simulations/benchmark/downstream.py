@@ -56,7 +56,7 @@ def downstream_rows(
             steps=task.steps,
             network=None if models else simulation.plan.network,
         )
-        local = settings.local(modes[0])
+        local = settings.local
         seen = {split: labelled(task, local, scans[:num_sites], [split]) for split in _SPLITS}
         tests = {"seen": seen[cell.patients]}
         if cell.patients == "test" and num_sites < len(scans):

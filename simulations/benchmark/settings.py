@@ -241,7 +241,13 @@ def _cell(settings: BenchmarkSettings, made: DataSet, method: str) -> Cell:
 def _compose(settings: BenchmarkSettings, data: str, method: str, seed: int) -> dict[str, Any]:
     """Settings of a run, checked; `folder` is empty."""
     first = [f"experiment=benchmark_{data}", f"method={method}", f"seed={seed}"]
-    own = [f"name={data}-{method}-{seed}", "folder=''", "engine.cpus_per_site=1", f"device={settings.device}"]
+    own = [
+        f"name={data}-{method}-{seed}",
+        "folder=''",
+        "engine.cpus_per_site=1",
+        "engine.workers=1",
+        f"device={settings.device}",
+    ]
     roots: Sequence[str] = [] if settings.root is None else [f"root='{Path(settings.root).resolve()}'"]
     if data == "phantoms":
         roots = []

@@ -1,20 +1,19 @@
 """Downstream evaluation: what pretrained content is worth with few labels, on seen and on unseen hospitals.
 
-For each share of labelled patients: the pretrained encoder frozen, the same fine-tuned, the same network from
+For each share of labelled patients: the pretrained encoder frozen and read in closed form, from its content
+code or from its tokens (`meduet_models/downstream/frozen.py`), the same fine-tuned, the same network from
 scratch, and a small U-Net over latents; on request a U-Net on the volume, from scratch, from public anatomy,
-or with content tokens joined. All are trained by the loop that a hospital runs
+or with content tokens joined. All but the first are trained by the loop that a hospital runs
 (`client/training/finetuning.py`). The step to stop at is chosen on validation patients of the training
 hospitals; test scans are looked at once, after every network is trained.
 
 Does not do: pretrain, federate (`server/exchanges/finetuning.py`), draw (`simulations/downstream/report.py`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from client.latents.labelled import LabelledScans
@@ -22,8 +21,7 @@ from client.training.finetuning import finetune, predicted
 from federation.exchanges.finetuning import LocalFinetuning
 from meduet_models.anatomy_start import AnatomyStart, started_unet
 from meduet_models.downstream.kinds import NetworkKind
-from meduet_models.downstream.networks import PretrainedNetwork
-from meduet_models.downstream.task import Grid, Pooled, Target, Task
+from meduet_models.downstream.task import Grid, Reading, Target
 from meduet_models.downstream.tasks import task_of
 from meduet_models.downstream.unet import DownstreamNetwork, SmallUNet
 from meduet_models.downstream.volume_networks import VolumeSegmenter
@@ -40,22 +38,23 @@ __all__ = [
     "rows_of",
 ]
 
-TrainedMode = Literal["frozen", "finetuned", "scratch", "unet", "volume_unet", "volume_start", "joined"]
+TrainedMode = Literal[
+    "frozen", "frozen_tokens", "finetuned", "scratch", "unet", "volume_unet", "volume_start", "joined"
+]
 """What is compared. `volume_unet`: a U-Net on the volume from scratch; `volume_start`: the same from
 `anatomy_start`; `joined`: that, with the content tokens of the pretrained encoder at its deepest level."""
 Mode = TrainedMode | Literal["federated"]
 Predictor = Callable[[LabelledScans], Tensor]
 """Scans to the outputs of a task, per voxel or per scan; answers are not looked at."""
 
-_PRETRAINED: tuple[Mode, ...] = ("frozen", "finetuned", "joined")
-VOLUME_MODES: dict[str, NetworkKind] = {
+_READINGS: Mapping[str, Reading] = {"frozen": "code", "frozen_tokens": "tokens"}
+_PRETRAINED: tuple[Mode, ...] = ("frozen", "frozen_tokens", "finetuned", "joined")
+VOLUME_MODES: Mapping[str, NetworkKind] = {
     "volume_unet": "volume_unet",
     "volume_start": "volume_unet",
     "joined": "joined",
 }
 """Those that are shown volumes, and their network."""
-
-
 _AVERAGE = 0.98  # of the weights of networks that see volumes
 
 
@@ -79,7 +78,8 @@ class DownstreamSettings:
         "scratch",
         "unet",
     )
-    """What is compared."""
+    """What is compared: a frozen model read from its code (segmentation: from its tokens) or from all of its
+    tokens, and networks that are trained."""
     steps: int = 200
     """Optimiser steps of each network."""
     batch_size: int = 8
@@ -95,19 +95,23 @@ class DownstreamSettings:
     network: NetworkConfig | None = None
     """The encoder of `scratch` where no pretrained model is given, which is what it copies otherwise."""
 
-    def local(self, mode: Mode) -> LocalFinetuning:
-        """The loop's settings for one mode."""
+    @property
+    def local(self) -> LocalFinetuning:
+        """The loop's settings."""
         return LocalFinetuning(
             task=self.task,
             classes=self.classes,
-            encoder="frozen" if mode == "frozen" else "finetuned",
+            encoder="finetuned",
             steps=self.steps,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
-            network=VOLUME_MODES.get(mode, "tokens"),
-            augmentation=1.0 if mode in VOLUME_MODES else 0.0,
-            average=_AVERAGE if mode in VOLUME_MODES else 0.0,
         )
+
+    def local_of(self, mode: Mode) -> LocalFinetuning:
+        """The same for one mode: networks that see volumes get them augmented, and their weights averaged."""
+        if mode not in VOLUME_MODES:
+            return self.local
+        return replace(self.local, network=VOLUME_MODES[mode], augmentation=1.0, average=_AVERAGE)
 
 
 @dataclass(frozen=True)
@@ -224,11 +228,12 @@ def _check(model: FactorNetwork | None, settings: DownstreamSettings, style_bank
         raise ValueError(
             "bank has no effect on a U-Net on the volume, which sees no latents: leave one of them out."
         )
-    if style_bank is not None and task_of(settings.task).fits_pooled and "frozen" in settings.modes:
+    if style_bank is not None and all(mode in _READINGS for mode in settings.modes):
         raise ValueError(
-            f"bank has no effect on mode frozen with task={settings.task}, which fits pooled content: leave "
-            "one of them out."
+            f"bank has no effect on {', '.join(settings.modes)}, fitted in closed form: leave it out."
         )
+    if task_of(settings.task).per_voxel and "frozen_tokens" in settings.modes:
+        raise ValueError("frozen_tokens is frozen with task=segmentation, which reads tokens: leave it out.")
 
 
 def _trained(
@@ -255,13 +260,16 @@ def _trained(
             network = task.network(fresh, classes, trainable=True, seed=seed)
         case _:
             assert model is not None
-            network = task.network(model, classes, trainable=mode == "finetuned", seed=seed)
-            if mode == "frozen" and task.fits_pooled:
-                return _fitted(task, network, labelled, validation, classes, seed)
+            if mode in _READINGS:
+                task.check_answers(labelled.answers, classes)
+                reading, known = _READINGS[mode], (labelled.latents, labelled.answers, labelled.patient)
+                read = task.read(model, reading, *known, classes, seed)
+                return lambda scans: read(scans.latents)
+            network = task.network(model, classes, trainable=True, seed=seed)
     finetune(
         network,
         labelled,
-        settings.local(mode),
+        settings.local_of(mode),
         seed=seed,
         validation=validation,
         style_bank=style_bank,
@@ -283,27 +291,3 @@ def _fresh(
     mean = labelled.latents.mean(dim=(0, 2, 3, 4)).reshape(-1, 1, 1, 1)
     fresh.set_latent_scale(mean.expand_as(fresh.latent_mean), labelled.latents.std(dim=(0, 2, 3, 4)))
     return fresh
-
-
-def _fitted(
-    task: Task,
-    network: PretrainedNetwork,
-    labelled: LabelledScans,
-    validation: LabelledScans,
-    classes: int,
-    seed: int,
-) -> Predictor:
-    """What the task fits to pooled content, chosen on the validation patients."""
-    for scans in (labelled, validation):
-        task.check_answers(scans.answers, classes)
-    held = _pooled(network, validation.latents) if len(validation) else np.zeros((0, 0), dtype=np.float32)
-    fit = task.fit(
-        _pooled(network, labelled.latents), labelled.answers, held, validation.answers, classes, seed
-    )
-    return lambda scans: fit(_pooled(network, scans.latents))
-
-
-@torch.inference_mode()
-def _pooled(network: PretrainedNetwork, latents: Tensor) -> Pooled:
-    chunks: Sequence[Tensor] = torch.split(latents, 16)
-    return torch.cat([network.encoder(chunk)[0].mean(dim=1) for chunk in chunks]).numpy()

@@ -25,6 +25,7 @@ _TEMPLATES = Path(__file__).resolve().parents[1]
 _TEMPLATE = "downstream/report.html"
 _MODES = {
     "frozen": "pretrained, frozen",
+    "frozen_tokens": "pretrained, frozen, all tokens",
     "finetuned": "pretrained, fine-tuned",
     "scratch": "same network from scratch",
     "unet": "small U-Net",

@@ -1,5 +1,7 @@
 """The process engine: all sites in this process, one after another, in the order of their number.
 
+`side_by_side.py` is the same engine over several processes.
+
 A Flower `Grid` without SuperLink or Ray: questions are kept until their reply is asked for, and only then the
 client app is called, so one site works at a time and one reply is in memory. Deterministic. With
 `through_wire`, every message goes to bytes and back (protobuf), as between machines.
@@ -10,7 +12,7 @@ Uses one private class of Flower's (`TaskIdentity`), from which messages read th
 Flower.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -29,6 +31,41 @@ from strategies.quorum import numbered
 _SUPERLINK = 1
 _FIRST_NODE = 1000
 _RUN = 1
+
+OnTurn = Callable[[int, str, bool], None]
+"""Called with a site's number and the type of a message: True when its work begins, False when it is done."""
+
+
+def no_turn(site: int, message_type: str, begins: bool) -> None:
+    """Nobody is told."""
+
+
+def take_part() -> None:
+    """Let messages that are made in this process be those of this engine's run."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = _RUN, _SUPERLINK, _RUN
+
+
+def site_context(site: int, num_sites: int) -> Context:
+    """A site's `Context`: site i has "partition-id" i in its node configuration."""
+    return Context(
+        run_id=_RUN,
+        node_id=_FIRST_NODE + site,
+        node_config={"partition-id": site, "num-partitions": num_sites},
+        state=RecordDict(),
+        run_config={},
+    )
+
+
+def message_bytes(message: Message) -> bytes:
+    """A message as it goes over the wire."""
+    content: bytes = message_to_proto(message).SerializeToString()
+    return content
+
+
+def message_of(content: bytes) -> Message:
+    """Back from `message_bytes`."""
+    message: Message = message_from_proto(WireMessage.FromString(content))
+    return message
 
 
 @contextmanager
@@ -61,21 +98,21 @@ class InProcessGrid(Grid):
     A site's `Context` lives as long as this grid, as a SuperNode's does.
     """
 
-    def __init__(self, client_app: ClientApp, num_sites: int, *, through_wire: bool = False) -> None:
-        self._client_app, self._through_wire = client_app, through_wire
+    def __init__(
+        self,
+        client_app: ClientApp,
+        num_sites: int,
+        *,
+        through_wire: bool = False,
+        on_turn: OnTurn = no_turn,
+    ) -> None:
+        self._client_app, self._through_wire, self._on_turn = client_app, through_wire, on_turn
         self._contexts: Mapping[int, Context] = {
-            _FIRST_NODE + site: Context(
-                run_id=_RUN,
-                node_id=_FIRST_NODE + site,
-                node_config={"partition-id": site, "num-partitions": num_sites},
-                state=RecordDict(),
-                run_config={},
-            )
-            for site in range(num_sites)
+            _FIRST_NODE + site: site_context(site, num_sites) for site in range(num_sites)
         }
         self._waiting: dict[str, Message] = {}
         self._sent = 0
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = _RUN, _SUPERLINK, _RUN
+        take_part()
 
     def get_node_ids(self) -> Iterable[int]:
         """All sites, ascending."""
@@ -92,13 +129,19 @@ class InProcessGrid(Grid):
             self._sent += 1
             identity = str(self._sent)
             message.metadata.__dict__["_message_id"] = identity  # as Flower's own grids do
-            self._waiting[identity] = message
+            self._ask(identity, message)
             identities.append(identity)
         return identities
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Let the asked sites answer, one after another."""
-        return [self._answer(self._waiting.pop(i)) for i in message_ids if i in self._waiting]
+        """Replies of the asked sites, waited for one after another."""
+        replies = []
+        for identity in message_ids:
+            if (reply := self._reply(identity)) is not None:
+                self._sent += 1
+                reply.metadata.__dict__["_message_id"] = str(self._sent)
+                replies.append(reply)
+        return replies
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -106,21 +149,32 @@ class InProcessGrid(Grid):
         """All replies; a site that runs here cannot be late."""
         return self.pull_messages(list(self.push_messages(messages)))
 
-    def _answer(self, message: Message) -> Message:
+    def site_of(self, message: Message) -> int:
+        """The number of the site that a question is for."""
+        return message.metadata.dst_node_id - _FIRST_NODE
+
+    def _ask(self, identity: str, message: Message) -> None:
+        self._waiting[identity] = message
+
+    def _reply(self, identity: str) -> Message | None:
+        """The reply to a question that was pushed; None when it was handed over before."""
+        if identity not in self._waiting:
+            return None
+        message = self._waiting.pop(identity)
         context = self._contexts[message.metadata.dst_node_id]
-        reply = self._client_app(self._carried(message), context)
-        reply = self._carried(reply)
-        self._sent += 1
-        reply.metadata.__dict__["_message_id"] = str(self._sent)
-        return reply
+        with self._turn(self.site_of(message), message.metadata.message_type):
+            return self._carried(self._client_app(self._carried(message), context))
+
+    @contextmanager
+    def _turn(self, site: int, message_type: str) -> Iterator[None]:
+        self._on_turn(site, message_type, True)
+        try:
+            yield
+        finally:
+            self._on_turn(site, message_type, False)
 
     def _carried(self, message: Message) -> Message:
-        if not self._through_wire:
-            return message
-        received: Message = message_from_proto(
-            WireMessage.FromString(message_to_proto(message).SerializeToString())
-        )
-        return received
+        return message_of(message_bytes(message)) if self._through_wire else message
 
     def create_message(
         self,

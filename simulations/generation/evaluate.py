@@ -54,12 +54,11 @@ from simulations.generation.samples import (
     told_of,
     usable_rows,
 )
-from simulations.generation.settings import GenerationSettings
+from simulations.generation.settings import FOLDER, GenerationSettings
 from simulations.generation.use import use_rows
 from simulations.hospitals.held_out import Held
 from storage.files import private_folder, write_whole
 
-FOLDER = "generation"
 _MOST_PAIRED = 8  # scans whose pairs are compared by MS-SSIM
 
 

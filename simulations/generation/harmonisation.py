@@ -32,12 +32,12 @@ from meduet_models.meduet import MeDUET
 from meduet_models.probes.swap_fidelity import match_histogram, quantiles
 from meduet_models.tokenizer.tokenizer import Tokenizer
 from simulations.evaluation import mean_style, swap
+from simulations.generation.settings import ALL
 from simulations.hospitals.held_out import Held
 from simulations.report.figures import GOOD, INK, MUTED, save, style_axes
 from storage.files import private_folder, write_whole
 
 MEASURES = ("psnr_db", "ssim")
-ALL = "all"
 CEILING = "tokenizer round trip of the truth"
 _RESAMPLES = 2000
 _SSIM_WINDOW = 11

@@ -18,16 +18,14 @@ from client.latents.examples import examples_of
 from client.latents.labelled import LabelledScans
 from client.latents.latent_set import LatentSet
 from client.scans.cohort import read_entry
-from client.scans.volumes import prepare
+from client.scans.whole_volumes import volume_at
 from federation.plan import RunPlan
 from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.diffusion.conditions import Examples
 from meduet_models.diffusion.sampling import SamplingSettings
 from meduet_models.meduet import MeDUET
 from meduet_models.tokenizer.tokenizer import Tokenizer
-from simulations.generation.evaluate import FOLDER, evaluate_generation
-from simulations.generation.harmonisation import measure_harmonisation
-from simulations.generation.settings import GenerationSettings
+from simulations.generation.settings import FOLDER, GenerationSettings
 from simulations.hospitals.held_out import Held
 from simulations.hospitals.labelled import labels_for_segmenters
 
@@ -53,7 +51,7 @@ class Bench:
         for scans, rows in self.held_scans:
             for row in rows:
                 scan, _ = read_entry(scans.entries[row], self.plan.volumes)
-                prepared.append(prepare(scan, self.plan.volumes).volume)
+                prepared.append(volume_at(scan, self.plan.volumes, scans.geometry(row)))
         return torch.stack(prepared)
 
     def examples(self) -> Examples:
@@ -83,6 +81,10 @@ def judge(
 
     Where the same patients were seen by several scanners, harmonisation is measured against the truth too.
     """
+    # MONAI takes seconds to import, and few runs have such a model
+    from simulations.generation.evaluate import evaluate_generation
+    from simulations.generation.harmonisation import measure_harmonisation
+
     volumes = bench.volumes()
     judged = evaluate_generation(
         model,

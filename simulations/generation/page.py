@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from simulations.generation.evaluate import FOLDER
-from simulations.generation.harmonisation import ALL
+from simulations.generation.settings import ALL, FOLDER
 
 _FIGURES = (
     (

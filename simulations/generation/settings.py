@@ -7,10 +7,31 @@ from forms.form import check
 from forms.ranges import Entries, Range
 from meduet_models.diffusion.conditions import Condition
 from meduet_models.diffusion.sampling import Solver
-from simulations.generation.use import UseSettings
 
 Steps = Annotated[int, Range(at_least=1, at_most=10_000)]
+FOLDER = "generation"
+"""Below a run's folder: what was sampled and measured."""
+ALL = "all"
+"""In place of a site's name, in what was measured over all pairs of sites."""
 Guidance = Annotated[float, Range(at_least=0, at_most=1000)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UseSettings:
+    """How the segmenters are trained and measured."""
+
+    patients: int = 4
+    """Patients whose labels are used."""
+    copies: int = 2
+    """Synthetic scans of each labelled scan, each in another site's style."""
+    steps: int = 100
+    """Optimiser steps of each segmenter."""
+    batch_size: int = 4
+    """Patients per step, at most."""
+    learning_rate: float = 2e-3
+    """Peak learning rate."""
+    seeds: int = 2
+    """Repetitions, each with other labelled patients and another start."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ held-out patients of every site. Does not do: choose steps or networks on what i
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,27 +22,10 @@ from meduet_models.downstream.unet import SmallUNet
 from meduet_models.style.bank import StyleBank
 from simulations.downstream.metrics import mean_estimate, per_patient
 from simulations.generation.quality import UNKNOWN, Interval, QualityRow, quality_row
+from simulations.generation.settings import UseSettings
 
 Render = Callable[[LabelledScans, Sequence[int], int], Tensor]
 """Scans, the site in whose style each is wanted, a seed: latents of the same anatomy (b c d h w)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class UseSettings:
-    """How the segmenters are trained and measured."""
-
-    patients: int = 4
-    """Patients whose labels are used."""
-    copies: int = 2
-    """Synthetic scans of each labelled scan, each in another site's style."""
-    steps: int = 100
-    """Optimiser steps of each segmenter."""
-    batch_size: int = 4
-    """Patients per step, at most."""
-    learning_rate: float = 2e-3
-    """Peak learning rate."""
-    seeds: int = 2
-    """Repetitions, each with other labelled patients and another start."""
 
 
 def use_rows(

@@ -11,8 +11,10 @@ bytes on disk, differ from what its truth file says.
 
 import dataclasses
 import io
+import os
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ GENERATION = 1
 """Counts changes of the phantoms' mathematics; files of another generation are made anew."""
 PAIRED = "paired"
 _PATIENT, _SCANNER, _ACQUISITION = range(3)
+_AT_ONCE = 4  # scans, at most: each takes a hundred megabytes while it is made
 _OURS = re.compile(r"(\.P\d+\..*|P\d+\.(nii\.gz|json|npz))")  # the first: begun, and cut short
 
 
@@ -86,8 +89,8 @@ def make_phantoms(plan: PhantomHospitals, folder: Path, progress: Progress | Non
     scanners = [phantom_scanner(plan, i, name) for i, name in enumerate(names)]
     appointments = list(_appointments(plan, folder, scanners))
     records = []
-    for done, appointment in enumerate(appointments, start=1):
-        records.append((appointment, _keep_or_make(appointment)))
+    for done, pair in enumerate(_records(appointments), start=1):
+        records.append(pair)
         if progress is not None:
             progress(done, len(appointments))
     hospitals = []
@@ -102,6 +105,17 @@ def make_phantoms(plan: PhantomHospitals, folder: Path, progress: Progress | Non
                 _write_covariates(data / "covariates.csv", [(a.patient_id, r) for a, r in mine])
         hospitals.append(Hospital(name, folder / name, "plain", truth, paired if plan.paired else None))
     return hospitals
+
+
+def _records(appointments: list[Appointment]) -> Iterator[tuple[Appointment, dict[str, Any]]]:
+    """Each scan with its truth record, in order, some made at once: what takes time leaves Python alone."""
+    for first in appointments[:1]:  # by itself: it reads the template for all
+        yield first, _keep_or_make(first)
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _AT_ONCE), thread_name_prefix="phantom") as threads:
+        try:
+            yield from zip(appointments[1:], threads.map(_keep_or_make, appointments[1:]), strict=True)
+        finally:
+            threads.shutdown(wait=True, cancel_futures=True)
 
 
 def phantom_scanner(plan: PhantomHospitals, index: int, name: str) -> Scanner:

@@ -13,12 +13,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from nilearn.datasets import (
-    load_mni152_brain_mask,
-    load_mni152_gm_template,
-    load_mni152_template,
-    load_mni152_wm_template,
-)
 from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 
@@ -70,11 +64,13 @@ def grid_affine(resolution_mm: int) -> NDArray[np.float64]:
 @lru_cache(maxsize=2)
 def load_atlas(resolution_mm: int) -> Atlas:
     """Read the template from nilearn's own files (no network) onto the box; once per process."""
+    from nilearn import datasets  # a second to import, and only who makes phantoms needs it
+
     shape = grid_shape(resolution_mm)
-    t1 = _boxed(load_mni152_template(resolution=1), resolution_mm)
-    gm = _boxed(load_mni152_gm_template(resolution=1), resolution_mm)
-    wm = _boxed(load_mni152_wm_template(resolution=1), resolution_mm)
-    mask = _boxed(load_mni152_brain_mask(resolution=1), resolution_mm)
+    t1 = _boxed(datasets.load_mni152_template(resolution=1), resolution_mm)
+    gm = _boxed(datasets.load_mni152_gm_template(resolution=1), resolution_mm)
+    wm = _boxed(datasets.load_mni152_wm_template(resolution=1), resolution_mm)
+    mask = _boxed(datasets.load_mni152_brain_mask(resolution=1), resolution_mm)
     overfull = np.maximum(gm + wm, 1.0)  # the two maps are smoothed separately and may exceed one together
     gm, wm = gm / overfull, wm / overfull
 

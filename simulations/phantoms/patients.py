@@ -32,8 +32,6 @@ from simulations.phantoms.atlas import (
 )
 
 TISSUES = ("csf", "gm", "wm", "lesion", "bone", "fat", "muscle")
-LABELS = {"background": 0, "csf": 1, "gm": 2, "wm": 3, "lesion": 4}
-"""Label values of the truth; bone, fat and muscle are background."""
 
 CONTROL_SPACING_MM = 24.0
 LATTICE_MM = 4.0
@@ -244,7 +242,8 @@ def _tissues(patient: Patient, sampled: Volume, affine: NDArray[np.float64]) -> 
 
 
 def label_volume(anatomy: Anatomy) -> NDArray[np.uint8]:
-    """Largest share per voxel among background, CSF, grey matter, white matter and lesion, [x y z]."""
+    """Largest share per voxel among background (0), CSF, grey matter, white matter and lesion (4), [x y z].
+    Bone, fat and muscle are background."""
     brain = anatomy.tissues[:4]
     shares = np.concatenate([1 - brain.sum(axis=0, keepdims=True), brain])
     labels: NDArray[np.uint8] = shares.argmax(axis=0).astype(np.uint8)

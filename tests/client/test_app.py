@@ -32,7 +32,7 @@ from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.style.moments import CohortTooSmall
 from meduet_models.weights import sha256_of_tensors
 from privacy.ledger import LedgerRefusal
-from tests.worlds import Hospital
+from tests.worlds import Hospital, coded, unanswered_places
 
 SECRET = "Jane Doe 1961 /mnt/pacs/jane_doe.dcm"
 PATIENTS = [f"p{n}" for n in range(8)]
@@ -67,7 +67,7 @@ def asks(plan: RunPlan, toy_bank: Any) -> dict[str, RecordDict]:
     return {
         SURVEY.route: SurveyAsk(plan_json=text).to_record(),
         PRETRAINING.route: TrainAsk(plan_json=text, round=1, shared=shared, bank=bank, home=home).to_record(),
-        ERASURE.route: ErasureAsk(plan_json=text, shared=shared, bank=bank).to_record(),
+        ERASURE.route: ErasureAsk(plan_json=text, shared=coded(plan, shared)).to_record(),
     }
 
 
@@ -313,7 +313,7 @@ def test_a_site_that_hangs_says_deadline_and_where_it_stood_stays_at_the_site(
     assert not late.is_alive()
     (line,) = (entry.record for entry in site.journal.entries())
     assert (line["kind"], line["reason"], line["told"]) == ("refusal", "deadline", "not_answered")
-    assert len(site.ledger.open_reservations()) == 1
+    assert len(unanswered_places(site.state_dir / "ledger.jsonl")) == 1
 
 
 def test_each_step_is_reported_with_its_sites_name(

@@ -6,16 +6,22 @@ import io
 import os
 import re
 import zlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from pydicom.dataset import Dataset
 from rich.console import Console
 
-import client.latents.cache
+import client.cli
+import client.latents.encoding
+import client.scans.cohort_memo
+import client.scans.dicom
+import client.scans.judgement_memo
 from client.approvals import Approvals
 from client.cli import main
 from client.exact_sums import EXACT_SUMS_CONSENT
@@ -130,8 +136,8 @@ def test_prepare_encodes_says_what_takes_part_and_why_the_rest_does_not(hospital
 def test_an_interrupted_prepare_says_so_and_the_same_command_goes_on(
     hospital: Hospital, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client.latents.cache, "SCANS_AT_ONCE", 1)
-    saved, count = client.latents.cache.save_weights, 0
+    monkeypatch.setattr(client.latents.encoding, "SCANS_AT_ONCE", 1)
+    saved, count = client.latents.encoding.save_weights, 0
 
     def interrupted(path: Path, *rest: object) -> None:
         nonlocal count
@@ -140,11 +146,44 @@ def test_an_interrupted_prepare_says_so_and_the_same_command_goes_on(
             raise KeyboardInterrupt
         saved(path, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(client.latents.cache, "save_weights", interrupted)
+    monkeypatch.setattr(client.latents.encoding, "save_weights", interrupted)
     status, screen = hospital.run("prepare")
     assert status == 130 and "Interrupted. What was encoded is kept" in screen
     status, screen = hospital.run("prepare")
     assert status == 0 and row(screen, "encoded before") == 3 and row(screen, "scans") == 8
+
+
+def test_prepare_with_two_workers_leaves_the_same_tables_memos_and_encodings(
+    hospital: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client.scans.cohort_memo, "SETTLED_S", -1.0)  # files just written count as settled
+    monkeypatch.setattr(client.scans.judgement_memo, "SETTLED_S", -1.0)
+    (hospital.root / "scans" / "p8.nii.gz").write_bytes(b"not a scan")
+    left = []
+    for number in ("1", "2"):
+        hospital.settings(allow_non_private="true", state_dir=f"state{number}")
+        status, screen = hospital.run("prepare", "--workers", number)
+        assert status == 0 and row(screen, "encoded before") == 0 and row(screen, "scans") == 8
+        state = hospital.root / f"state{number}"
+        files = [path for path in state.rglob("*") if path.is_file() and "jsonl" not in path.name]
+        left.append({path.relative_to(state).as_posix(): path.read_bytes() for path in files})
+    names = {"cohort.csv", "exclusions.csv", "cohort.json", "cohort.judged"}
+    assert left[0] == left[1] and names <= set(left[0])
+    assert sum(name.endswith("safetensors") for name in left[0]) == 8
+
+
+@pytest.mark.parametrize("wrong", ["0", "-2", "1000000"])
+def test_an_impossible_number_of_workers_is_one_line(hospital: Hospital, wrong: str) -> None:
+    status, screen = hospital.run("prepare", "--workers", wrong)
+    assert status == 1 and screen.startswith("Expected 1 to 256 workers") and screen.count("\n") == 1
+
+
+def test_where_there_is_no_terminal_progress_is_a_line_with_the_time_left(
+    hospital: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client.cli, "LINE_EVERY_S", 0.0)
+    _, screen = hospital.run("prepare")
+    assert re.search(r"^reading: 3 of 8, about \d+ min left$", screen, re.MULTILINE)
 
 
 def test_a_full_disk_is_said_in_words_and_exits_1(
@@ -153,7 +192,7 @@ def test_a_full_disk_is_said_in_words_and_exits_1(
     def full(path: Path, *rest: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(client.latents.cache, "save_weights", full)
+    monkeypatch.setattr(client.latents.encoding, "save_weights", full)
     status, screen = hospital.run("prepare")
     assert status == 1 and "No space left on device" in screen and "run the same command again" in screen
 
@@ -299,6 +338,25 @@ def test_copies_under_two_names_are_shown(hospital: Hospital) -> None:
         hospital.scan(name, voxels=5)
     _, screen = hospital.run("check")
     assert verdict(screen, "duplicates") == "look: 1 scans are copies of others, and excluded"
+
+
+def test_slices_that_were_sent_again_are_no_copies_of_scans_and_each_header_is_read_once(
+    hospital: Hospital, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hospital.settings(
+        allow_non_private="true", data_root=str(data_root / "odd_cases" / "dicom" / "resent_slices")
+    )
+    header, surveyed = client.scans.dicom._header, Counter[str]()
+
+    def counted(path: Path, tags: Sequence[str] | None = None) -> Dataset:
+        surveyed[path.name] += tags is not None
+        return header(path, tags)
+
+    monkeypatch.setattr(client.scans.dicom, "_header", counted)
+    _, screen = hospital.run("check", "--confirm-patients")
+    assert verdict(screen, "duplicates") == "ok: none" and "duplicate 2" in verdict(screen, "exclusions")
+    assert "2 left out (duplicate 2)" in screen and "Confirmed: 1 patient" in screen
+    assert len(surveyed) == 10 and set(surveyed.values()) == {1}
 
 
 def test_names_that_look_like_one_patient_in_two_splits_are_shown_by_row(hospital: Hospital) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from rich.console import Console
 
 import client.site
 from client.cli import main
-from client.confirmation import FILE, confirm, confirmed_hash, unconfirmed
+from client.confirmation import FILE, confirm, unconfirmed
 from client.exchanges.exchange import AskRefused
 from client.scans.patients import PatientMap
 from client.site import Site, SiteConfig, confirm_patients
@@ -34,7 +35,8 @@ def write(path: Path, seed: int) -> None:
 def test_what_was_confirmed_stays_confirmed_and_is_kept_for_the_owner_only(tmp_path: Path) -> None:
     assert "nobody here has confirmed" in unconfirmed(tmp_path, tmp_path, FOUND)
     confirm(tmp_path, tmp_path, FOUND)
-    assert unconfirmed(tmp_path, tmp_path, FOUND) == "" and confirmed_hash(tmp_path) == FOUND.sha256
+    assert unconfirmed(tmp_path, tmp_path, FOUND) == ""
+    assert json.loads((tmp_path / FILE).read_text())["patients_confirmed"] == FOUND.sha256
     assert (tmp_path / FILE).stat().st_mode & 0o077 == 0
 
 
@@ -57,9 +59,9 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_map_must_be_confirmed_again(tmp_path: Path, change: str) -> None:
     confirm(tmp_path, tmp_path, FOUND)
-    patients, more, told = CHANGES[change]
+    patients, more, reason = CHANGES[change]
     changed = dataclasses.replace(FOUND, patients=patients, **more)  # type: ignore[arg-type]
-    assert told in unconfirmed(tmp_path, tmp_path, changed)
+    assert reason in unconfirmed(tmp_path, tmp_path, changed)
 
 
 def test_scans_that_the_same_rule_gives_a_patient_and_scans_that_went_need_no_new_word(
@@ -136,7 +138,8 @@ def test_check_shows_the_guess_and_confirms_it_when_told(tmp_path: Path) -> None
     assert status == 0 and "3 patients, e.g. P0/2019-03-01/t1.nii.gz is patient P0. Rule: " in screen
     assert "start refuses until then" in screen and not (tmp_path / "state" / FILE).exists()
     status, screen = run(settings, "check", "--confirm-patients")
-    assert status == 0 and f"patients_confirmed: {confirmed_hash(tmp_path / 'state')}" in screen
+    kept = json.loads((tmp_path / "state" / FILE).read_text())
+    assert status == 0 and f"patients_confirmed: {kept['patients_confirmed']}" in screen
     status, screen = run(settings, "check")
     assert "3 patients, as confirmed" in screen and "P0" not in screen
 

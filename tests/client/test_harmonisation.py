@@ -1,5 +1,6 @@
 """`meduet-site harmonise` and `encode`: on the scan's own grid, marked, one line per error, no server."""
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from client.cli import main
 from client.harmonisation import Harmoniser, target_paths
-from client.scans.volumes import intensity_range, lay_back, prepare, read_scan
+from client.scans.volumes import Geometry, intensity_range, lay_back, prepare, read_scan
 from meduet_models.diffusion.artefact import save_generative_model
 from meduet_models.diffusion.conditioner import entries_of_scans
 from meduet_models.diffusion.harmonisation import HarmonisationSettings, harmonise, site_style
@@ -21,7 +22,7 @@ from meduet_models.encoded_scan import load_encoded_scan
 from meduet_models.style.moments import restyle
 from meduet_models.tokenizer.patch_pca import PatchMoments
 from meduet_models.tokenizer.tokenizer import pca_tokenizer, save_tokenizer
-from tests.generative_models import VOLUMES, small_model, small_tokenizer
+from tests.generative_models import VOLUMES, models_of_whole_scans, small_model, small_tokenizer
 from tests.meduet_models.diffusion.small_models import awake_transformer, small_latents
 
 FEW = SamplingSettings(steps=3)
@@ -43,9 +44,13 @@ class Desk:
 
     def run(self, *arguments: str, command: str = "harmonise") -> tuple[int, str]:
         screen = io.StringIO()
-        told = [command, *(str(self.root / a[1:]) if a.startswith("@") else a for a in arguments)]
-        told += ["--tokenizer", str(self.root / "tokenizer.safetensors")] if "--tokenizer" not in told else []
-        return main(told, Console(file=screen, width=300, soft_wrap=True)), screen.getvalue()
+        arguments_given = [command, *(str(self.root / a[1:]) if a.startswith("@") else a for a in arguments)]
+        arguments_given += (
+            ["--tokenizer", str(self.root / "tokenizer.safetensors")]
+            if "--tokenizer" not in arguments_given
+            else []
+        )
+        return main(arguments_given, Console(file=screen, width=300, soft_wrap=True)), screen.getvalue()
 
 
 @pytest.fixture
@@ -204,3 +209,49 @@ def test_an_encoded_scan_holds_the_latents_that_training_would_see(desk: Desk) -
     assert status == 2 and "nothing is there" in said
     status, said = encode("@model.safetensors", "@x.safetensors")
     assert status == 1 and "Not usable" in said
+
+
+WHOLE = dataclasses.replace(VOLUMES, extent="scan", registered=False)
+
+
+@pytest.fixture
+def whole_desk(tmp_path: Path) -> Desk:
+    """A desk whose model was trained on whole scans; scan `a` is larger than its grid, within air."""
+    desk = Desk(tmp_path)
+    desk.model = small_model(desk.tokenizer, volumes=dataclasses.asdict(WHOLE), **models_of_whole_scans())
+    save_generative_model(desk.root / "model.safetensors", desk.model)
+    values = np.zeros((60, 50, 90), np.float32)
+    values[8:52, 6:46, 10:80] = 100 + 900 * np.random.default_rng(3).random((44, 40, 70))
+    nib.save(nib.Nifti1Image(values, desk.affine), desk.root / "a.nii.gz")
+    return desk
+
+
+@pytest.mark.parametrize("method", ["sample", "invert", "restyle"])
+def test_a_whole_scan_is_harmonised_on_the_patients_own_grid(whole_desk: Desk, method: str) -> None:
+    told = [] if method == "restyle" else ["--steps", "2"]
+    asked = ["--style", "south", "--method", method, *told, "-o", "@out.nii.gz"]
+    status, said = whole_desk.run("@a.nii.gz", "--model", "@model.safetensors", *asked)
+    assert status == 0, said
+    made, scan = nib.load(whole_desk.root / "out.nii.gz"), nib.load(whole_desk.root / "a.nii.gz")
+    assert made.shape == scan.shape and np.allclose(made.affine, scan.affine)
+    facts = json.loads((whole_desk.root / "out.json").read_text())
+    assert facts["share_inside_crop"] > 0.6
+    inside = made.get_fdata()[10:50, 8:44, 12:78]
+    assert (inside > facts["intensity_range"][0]).mean() > 0.5, "all of the patient is shown, not her centre"
+
+
+def test_an_encoded_whole_scan_decodes_to_the_patients_own_grid(whole_desk: Desk) -> None:
+    status, said = whole_desk.run(
+        "@a.nii.gz", "--model", "@model.safetensors", "-o", "@e.safetensors", command="encode"
+    )
+    assert status == 0, said
+    encoded = load_encoded_scan(whole_desk.root / "e.safetensors")
+    encoded.check(whole_desk.tokenizer.sha256, whole_desk.model.volumes)
+    geometry = Geometry.from_dict(dict(encoded.geometry))
+    assert max(encoded.latents.shape[1:]) > max(WHOLE.shape) // 4
+    array, affine = lay_back(whole_desk.tokenizer.decode(encoded.latents[None])[0], geometry)
+    scan = read_scan(whole_desk.root / "a.nii.gz")
+    assert array.shape == scan.array.shape and np.allclose(affine, scan.affine)
+    assert encoded.central((4, 6, 4)).shape == (2, 4, 6, 4)
+    with pytest.raises(ValueError, match=r"prepared with extent=crop"):
+        encoded.check(whole_desk.tokenizer.sha256, dataclasses.asdict(VOLUMES))

@@ -17,10 +17,11 @@ from client.site import confirm_patients, open_site
 from federation.exchanges.survey import survey_layout
 from federation.plan import RunPlan, VolumePlan
 from meduet_models.adamw import AdamW
-from meduet_models.meduet import MeDUET, NetworkConfig
+from meduet_models.meduet import MeDUET
 from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleMoments
+from tests.worlds import small_network
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = ROOT / "meduet_models" / "tokenizer" / "tokenizer_4ch.safetensors"
@@ -66,21 +67,18 @@ NEEDLESS = {"torch._dynamo", "sympy", "nibabel", "pydicom", "monai", "scipy", "s
 @pytest.fixture
 def plan(toy_plan: Callable[..., RunPlan]) -> RunPlan:
     """The toy plan, for the shipped tokenizer."""
-    network = NetworkConfig(
-        latent_channels=4, latent_grid=(4, 6, 4), patch_size=2, width=16, depth=1, heads=2,
-        decoder_width=12, decoder_depth=1, decoder_heads=2, style_map_grid=(2, 3, 2),
-    )  # fmt: skip
+    network = small_network(latent_channels=4, width=16, style_map_grid=(2, 3, 2))
     volumes = VolumePlan(modality="mr", shape=(16, 24, 16), spacing_mm=(2.0, 2.0, 2.0))
     return toy_plan(network=network, volumes=volumes)
 
 
 def a_bank(plan: RunPlan) -> StyleBank:
     draws = torch.Generator().manual_seed(0)
-    told = {}
+    moments = {}
     for index, name in enumerate(plan.sites):
         values = torch.randn(6, 4, 4, 6, 4, generator=draws) * (1 + index) + index
-        told[name] = StyleMoments.of(values, [f"{name}{n}" for n in range(6)], survey_layout(plan))
-    return StyleBank.of(plan.sites, told)
+        moments[name] = StyleMoments.of(values, [f"{name}{n}" for n in range(6)], survey_layout(plan))
+    return StyleBank.of(plan.sites, moments)
 
 
 def test_a_question_about_encoded_scans_loads_no_compiler_and_no_reader_of_scans(

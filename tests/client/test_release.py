@@ -1,6 +1,9 @@
 import copy
 import math
 import pickle
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,9 +16,11 @@ from client.release import Gate, GateRefusal, Released
 from federation.journal import Journal
 from federation.wire import RefusalKind, array_record, tensors_of
 from meduet_models.weights import sha256_of_tensors
+from privacy.chain import read_chain
 from privacy.clipping import joint_norm
 from privacy.ledger import AnsweredBefore, Ledger, Place, Reservation
 from privacy.promise import Promise
+from tests.worlds import unanswered_places
 
 PLAN = "9f3c" * 16
 ASKED = "a5" * 32
@@ -24,6 +29,7 @@ SHAPES = {"encoder.weight": (3, 4), "encoder.bias": (3,)}
 
 class Door:
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.ledger = Ledger(folder / "ledger.jsonl")
         self.journal = Journal(folder / "journal.jsonl")
         self.answers = KeptAnswers(folder / "answers")
@@ -237,7 +243,7 @@ def test_the_journal_says_what_left_and_points_into_the_ledger(door: Door) -> No
     assert "noise enters nowhere" in line.record["noise"]
     assert "epsilon is infinite" in line.record["promise"]
     assert door.ledger.verify(head=line.record["ledger"]) == 2
-    assert door.ledger.open_reservations() == []
+    assert unanswered_places(door.folder / "ledger.jsonl") == []
 
 
 def test_when_the_journal_cannot_be_written_nothing_is_returned_though_it_was_charged(
@@ -248,7 +254,7 @@ def test_when_the_journal_cannot_be_written_nothing_is_returned_though_it_was_ch
     path.write_text(path.read_text().replace('"round":1', '"round":2'))
     with pytest.raises(ValueError, match="line 1"):
         door.gate(door.reserve(round_number=2)).release(update(), SHAPES)
-    assert door.ledger.open_reservations() == []
+    assert unanswered_places(door.folder / "ledger.jsonl") == []
 
 
 def test_only_the_gate_makes_a_released(door: Door) -> None:
@@ -331,7 +337,38 @@ def test_a_site_killed_anywhere_on_the_way_out_gives_the_same_answer_later_and_i
         answer.tensors["encoder.bias"],
         later.answers.read(answer_place(), answer.record["sha256"]).tensors["encoder.bias"],
     )  # type: ignore[union-attr]
-    assert later.ledger.verify() == 2 and later.lines() == 1 and later.ledger.open_reservations() == []
+    assert later.ledger.verify() == 2 and later.lines() == 1
+    assert unanswered_places(tmp_path / "ledger.jsonl") == []
+
+
+@pytest.mark.parametrize("dies", ["nowhere", "ledger", "keep", "answers", "journal"])
+def test_an_answer_after_a_loss_is_the_same_one_ever_after_wherever_the_site_is_killed(
+    door: Door, dies: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    door.gate(door.reserve()).release(update(0), SHAPES)
+    shutil.rmtree(tmp_path / "answers")
+    states: list[int] = []  # the state after the round, kept before the books name the answer
+
+    def lost(door: Door, keep: Callable[[], None] = lambda: states.append(1)) -> Released:
+        found = door.gate(door.reserve()).again()
+        return found or door.gate(door.reserve()).release(update(1), SHAPES, keep=keep, anew=not states)
+
+    with monkeypatch.context() as killing:
+        for name, what in (("answers", "write"), ("ledger", "settle"), ("journal", "append")):
+            if dies == name:
+                killing.setattr(getattr(door, name), what, die)
+        with pytest.raises(Killed) if dies != "nowhere" else nullcontext():
+            lost(door, die if dies == "keep" else lambda: states.append(1))
+    answer = lost(Door(tmp_path))
+    assert answer.record["sha256"] == lost(Door(tmp_path)).record["sha256"]
+    events = [entry.record["event"] for entry in read_chain(tmp_path / "ledger.jsonl", "ledger")]
+    assert events == ["reserve", "settle", "anew"]
 
 
 def answer_place() -> Place:

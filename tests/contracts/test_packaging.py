@@ -39,7 +39,6 @@ def test_every_name_resolves_to_this_checkout(package: str) -> None:
     assert Path(module.__file__).parent == ROOT / package
 
 
-@pytest.mark.slow
 def test_the_bundle_holds_exactly_the_shipped_modules(tmp_path: Path) -> None:
     checkout = tmp_path / "fedmeduet"  # Flower refuses folder names with other than letters, digits, hyphens
     ignored = {".git", ".venv", "runs", "__pycache__"}

@@ -135,8 +135,8 @@ def test_what_the_site_said_in_its_exception_stays_at_the_site(run: Any) -> None
     whole, _ = run
     secret = re.compile(rb"Anna|/data/secret")
     centre = [*whole.poc.config.state_dir.rglob("*"), *whole.poc.run_folder.rglob("*")]
-    told = [path for path in centre if path.is_file() and secret.search(path.read_bytes())]
-    assert told == []
+    spilled = [path for path in centre if path.is_file() and secret.search(path.read_bytes())]
+    assert spilled == []
     assert "Anna Smith" in whole.site_log(BAD)
     supernode = whole.config(BAD).state_dir / "processes"
     assert Path(supernode / "supernode.log").is_file()

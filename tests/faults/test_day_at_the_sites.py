@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import yaml
 
+from privacy.chain import read_chain
 from tests.faults.consortium import beside, kill, site_command
 from tests.faults.day import Day
 from tests.faults.day import day as one_day
@@ -130,6 +131,7 @@ def test_a_site_that_lost_its_state_is_in_the_same_round(
         resumed = day.run.status()["resumed"]
         seconds = day.next_round()
         assert day.run.status()["resumed"] == resumed  # within the round
+        again = the_other_loses_what_it_answered(day)
         for config in day.run.poc.site_yamls.values():
             verified = site_command("journal", "verify", config=config)
             assert verified.returncode == 0, verified.stdout
@@ -139,3 +141,25 @@ def test_a_site_that_lost_its_state_is_in_the_same_round(
             "the style branch and AdamW's moments of that site: it begins them anew",
             seconds,
         )
+        book.note(
+            "a site's `state/` and `answers/` removed after it had answered, and the server application, "
+            "`kill -9`",
+            "the site is asked that round again, with the start, and answers the same question anew, once",
+            "the same, and the answer that had left",
+            again,
+        )
+
+
+def the_other_loses_what_it_answered(day: Day) -> float:
+    """The hospital that is not held has answered the round; the centre forgets that, and the hospital loses
+    everything but its books. Seconds until the round was on disk."""
+    state = day.run.config(day.other).state_dir
+    answer = f"answers/*/round-{day.round:04d}.safetensors"
+    day.run.until(lambda: any(state.glob(answer)), "an answer of the other hospital")
+    kill(day.run.status()["pid"])
+    shutil.rmtree(state / "state")
+    shutil.rmtree(state / "answers")
+    seconds = day.next_round()
+    ledger = [entry.record["event"] for entry in read_chain(state / "ledger.jsonl", "ledger")]
+    assert ledger.count("anew") == 1 and any(state.glob(answer))
+    return seconds

@@ -52,13 +52,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Consortium, 
     pretrained = folder / "undisturbed" / "run"
     whole = consortium(folder, PLAN, made, {}, runs=False)
     agreed = folder / "finetuning.json"
-    told = command("server.cli", "finetuning", str(pretrained), *SETTINGS, "--out", str(agreed))
-    assert told.returncode == 0, told.stderr
+    done = command("server.cli", "finetuning", str(pretrained), *SETTINGS, "--out", str(agreed))
+    assert done.returncode == 0, done.stderr
     plan = str(folder / "plan.json")
-    told = command(
+    done = command(
         "server.cli", "publish", plan, "--finetuning", str(agreed), "--out", str(folder / "published")
     )
-    assert told.returncode == 0, told.stderr
+    assert done.returncode == 0, done.stderr
     (published,) = (folder / "published").iterdir()
     for path in whole.poc.site_yamls.values():
         values = yaml.safe_load(path.read_text()) | {"plan_approval": "required"}

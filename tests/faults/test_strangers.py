@@ -281,11 +281,11 @@ def main(grid, context):
     while len(nodes := list(grid.get_node_ids())) < 2:
         time.sleep(1)
     asked = [Message(RecordDict(), node, "query.survey", ttl=150.0) for node in nodes]
-    told = []
+    answers = []
     for reply in grid.send_and_receive(asked, timeout=150.0):
         head = None if reply.has_error() else reply.content["head"]
-        told.append(["error"] if head is None else [head["kind"], str(head.get("reason", ""))])
-    pathlib.Path(context.run_config["loot"], "told.json").write_text(json.dumps(told))
+        answers.append(["error"] if head is None else [head["kind"], str(head.get("reason", ""))])
+    pathlib.Path(context.run_config["loot"], "answers.json").write_text(json.dumps(answers))
 """
 
 
@@ -297,10 +297,10 @@ def test_code_that_no_hospital_installed(up: Consortium, tmp_path: Path, book: B
     (app / "evil.py").write_text(FOREIGN_CODE)
     books = {path: path.read_bytes() for path in state_files(up, "ledger.jsonl")}
     run = Control(up.poc.config).start(app, {"loot": str(loot)})
-    up.until((loot / "told.json").is_file, "the foreign application's end")
-    told = json.loads((loot / "told.json").read_text())
-    assert told == [["refusal", "bundle_not_approved"]] * 2
-    assert [path.name for path in loot.iterdir()] == ["told.json"]
+    up.until((loot / "answers.json").is_file, "the foreign application's end")
+    answers = json.loads((loot / "answers.json").read_text())
+    assert answers == [["refusal", "bundle_not_approved"]] * 2
+    assert [path.name for path in loot.iterdir()] == ["answers.json"]
     for site, path in up.poc.site_yamls.items():
         lines = [entry.record for entry in read_journal(up.config(site).state_dir / "journal.jsonl")]
         refused = [line for line in lines if line["kind"] == "refusal" and line.get("run") == run]

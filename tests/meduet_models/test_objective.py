@@ -1,64 +1,23 @@
 import dataclasses
 import importlib.util
-import math
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from torch.func import functional_call, grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meduet_models.factors import Factors
-from meduet_models.meduet import MeDUET, NetworkConfig
 from meduet_models.objective import (
-    Losses,
     LossWeights,
-    MeduetObjective,
     ObjectiveConfig,
     StepBatch,
     StepDraws,
     draw_step,
 )
-from meduet_models.teacher import Teacher
+from tests.meduet_models.objective_case import PATHS, PUBLISHED, Case, reconstruction_only
 
 ROOT = Path(__file__).parents[2]
-TINY = NetworkConfig(
-    latent_channels=2,
-    latent_grid=(4, 4, 6),
-    patch_size=2,
-    width=12,
-    depth=1,
-    heads=2,
-    decoder_width=12,
-    decoder_depth=1,
-    decoder_heads=2,
-    style_map_grid=(1, 2, 1),
-)
-SITES = (0, 1, 2)
-PUBLISHED = LossWeights(visible_reconstruction=0.0, invariance=0.0, restyled_reconstruction=0.0)
-ESTIMATORS = pytest.mark.parametrize("estimator", ["full", "one_stream", "alternate"])
-PATHS = pytest.mark.parametrize("paths", ["split", "joint"])
-
-
-class Case:
-    """A student, a teacher that differs, a batch and its draws."""
-
-    def __init__(self, paths: str = "split", batch: int = 6, seed: int = 0, restyled: bool = True) -> None:
-        config = dataclasses.replace(TINY, factor_paths=paths)
-        generator = torch.Generator().manual_seed(seed)
-        self.student = MeDUET(config, len(SITES), seed=1)
-        self.teacher = Teacher(MeDUET(config, len(SITES), seed=2))
-        self.draws = draw_step(generator, batch, config.num_tokens, ObjectiveConfig(), SITES)
-        latents = torch.randn(batch, 2, *config.latent_grid, generator=generator)
-        assert self.draws.target_site is not None
-        self.batch = StepBatch(latents, self.draws.target_site, 1.3 * latents + 0.4 if restyled else None)
-
-    def losses(self, progress: float = 1.0, weights: LossWeights | None = None, **config: object) -> Losses:
-        weights = weights or (LossWeights() if self.batch.restyled is not None else PUBLISHED)
-        objective = MeduetObjective(ObjectiveConfig(weights=weights, **config))
-        return objective(self.student, self.teacher, self.batch, self.draws, progress)
 
 
 @PATHS
@@ -192,44 +151,6 @@ def test_a_swap_is_asked_for_its_known_answer() -> None:
     written = network.predict_tokens(Factors(content, style), visible)
     expected = (written - network.target_tokens(batch.restyled)).square().mean()
     torch.testing.assert_close(term, expected)
-
-
-# Estimators
-
-
-@PATHS
-@pytest.mark.parametrize("restyled", [True, False])
-def test_one_stream_is_unbiased_for_mftd(paths: str, restyled: bool) -> None:
-    case = Case(paths, batch=4, restyled=restyled)
-    full = case.losses().terms["mftd"]
-    choices = []
-    for code in range(16):
-        show_lent = torch.tensor([bool(code >> bit & 1) for bit in range(4)])
-        case.draws = dataclasses.replace(case.draws, show_lent=show_lent)
-        choices.append(case.losses(estimator="one_stream").terms["mftd"])
-
-    torch.testing.assert_close(torch.stack(choices).mean(), full, rtol=1e-4, atol=1e-5)
-    assert torch.stack(choices).std() > 1e-3
-
-
-@PATHS
-def test_in_turn_the_expected_total_is_the_full_one(paths: str) -> None:
-    case = Case(paths)
-    full, totals, terms = case.losses(), [], {}
-    for turn in ("mftd", "siqc"):
-        case.draws = dataclasses.replace(case.draws, turn=turn)
-        losses = case.losses(estimator="alternate")
-        totals.append(losses.total)
-        terms[turn] = set(losses.terms)
-
-    torch.testing.assert_close(torch.stack(totals).mean(), full.total, rtol=1e-5, atol=1e-5)
-    assert set(full.terms) - terms["mftd"] == {"siqc"} and set(full.terms) - terms["siqc"] == {"mftd"}
-
-
-def test_before_the_warm_up_no_turn_is_taken() -> None:
-    case = Case()
-    case.draws = dataclasses.replace(case.draws, turn="mftd")
-    torch.testing.assert_close(case.losses(0.1, estimator="alternate").total, case.losses(0.1).total)
 
 
 # Schedules
@@ -370,113 +291,7 @@ def test_one_site_or_none_leaves_no_choice() -> None:
     assert torch.equal(only, torch.full((4,), 3))
 
 
-# Precision and per-group gradients
-
-
-@PATHS
-def test_bf16_autocast_trains_in_float32_weights(paths: str) -> None:
-    case = Case(paths)
-    exact = case.losses()
-    with torch.autocast("cpu", torch.bfloat16):
-        rough = case.losses()
-    rough.total.backward()
-
-    assert rough.total.dtype == torch.float32
-    assert math.isclose(float(rough.total.detach()), float(exact.total.detach()), rel_tol=0.05)
-    assert all(parameter.grad.dtype == torch.float32 for parameter in case.student.parameters())
-
-
-@PATHS
-@ESTIMATORS
-def test_gradients_of_groups_under_vmap_are_those_of_the_groups(paths: str, estimator: str) -> None:
-    cases = [Case(paths, batch=4, seed=seed) for seed in range(3)]
-    student, teacher = cases[0].student, cases[0].teacher
-    objective = MeduetObjective(ObjectiveConfig(estimator=estimator))
-
-    class Step(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.student = student
-
-        def forward(self, latents, restyled, site, partner, exchanged, show_lent):
-            draws = StepDraws(partner, exchanged, show_lent, "mftd")
-            return objective(self.student, teacher, StepBatch(latents, site, restyled), draws, 1.0).total
-
-    step = Step()
-    parameters = dict(step.named_parameters())
-
-    def loss(parameters, *inputs):
-        return functional_call(step, parameters, inputs)
-
-    groups = [
-        (
-            c.batch.latents,
-            c.batch.restyled,
-            c.batch.site,
-            c.draws.partner,
-            c.draws.exchanged,
-            c.draws.show_lent,
-        )
-        for c in cases
-    ]
-    with sdpa_kernel(SDPBackend.MATH):  # the fused kernel on a CPU has no batching rule
-        together = vmap(grad(loss), in_dims=(None, 0, 0, 0, 0, 0, 0))(
-            parameters, *(torch.stack(column) for column in zip(*groups, strict=True))
-        )
-    for row, group in enumerate(groups):
-        alone = grad(loss)(parameters, *group)
-        largest = max(value.abs().max() for value in alone.values())
-        for name, value in alone.items():
-            assert (together[name][row] - value).abs().max() < 1e-4 * largest, name
-
-
-# Golden losses
-
-
-def golden_lines() -> list[str]:
-    """Ten steps of a tiny run on each path: total and terms, to five digits."""
-    lines = []
-    for paths in ("split", "joint"):
-        torch.set_num_threads(1)
-        config = dataclasses.replace(TINY, factor_paths=paths)
-        student = MeDUET(config, len(SITES), seed=11)
-        teacher = Teacher(student)
-        objective = MeduetObjective(ObjectiveConfig())
-        optimiser = torch.optim.SGD(student.parameters(), lr=0.02)
-        generator = torch.Generator().manual_seed(12)
-        scans = torch.randn(8, 2, *config.latent_grid, generator=generator)
-        scale = torch.tensor([1.0, 1.5, 0.6]).reshape(3, 1, 1, 1, 1)
-        for step in range(10):
-            draws = draw_step(generator, 8, config.num_tokens, ObjectiveConfig(), SITES)
-            site = draws.target_site
-            batch = StepBatch(scans * scale[site], site, scans * scale[site[draws.partner]])
-            losses = objective(student, teacher, batch, draws, step / 10)
-            optimiser.zero_grad()
-            losses.total.backward()
-            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            optimiser.step()
-            teacher.update(student, 0.9)
-            values = {"total": losses.total, **losses.terms}
-            lines.append(f"{paths} {step} " + " ".join(f"{k}={v.item():.5g}" for k, v in values.items()))
-    return lines
-
-
-def test_the_losses_of_a_tiny_run_are_the_recorded_ones() -> None:
-    """Recorded in tests/golden; a change of the mathematics re-records them with this file as a script."""
-    recorded = (ROOT / "tests" / "golden" / "tiny_run.txt").read_text().splitlines()
-    for ours, theirs in zip(golden_lines(), recorded, strict=True):
-        (*head, values), (*their_head, their_values) = ours.split(" ", 2), theirs.split(" ", 2)
-        assert head == their_head
-        ours_by_name, theirs_by_name = (
-            {k: float(v) for k, v in (pair.split("=") for pair in text.split())}
-            for text in (values, their_values)
-        )
-        assert ours_by_name == pytest.approx(theirs_by_name, rel=1e-3, abs=1e-4), f"{head}"
-
-
-def reconstruction_only(**weights: float) -> LossWeights:
-    none = {field.name: 0.0 for field in dataclasses.fields(LossWeights)}
-    return LossWeights(**{**none, "reconstruction": 1.0, **weights})
+# Masked autoencoding
 
 
 def test_masked_autoencoding_predicts_hidden_tokens_of_each_scan_from_its_visible_ones() -> None:
@@ -496,7 +311,3 @@ def test_masked_autoencoding_predicts_hidden_tokens_of_each_scan_from_its_visibl
 def test_masked_autoencoding_refuses_terms_that_need_a_partner() -> None:
     with pytest.raises(ValueError, match=r"weights\.siqc needs a partner .* has none"):
         ObjectiveConfig(weights=reconstruction_only(siqc=0.3), masking="masked")
-
-
-if __name__ == "__main__":
-    (ROOT / "tests" / "golden" / "tiny_run.txt").write_text("\n".join(golden_lines()) + "\n")

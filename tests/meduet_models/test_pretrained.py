@@ -7,22 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from meduet_models.meduet import MeDUET, NetworkConfig
+from meduet_models.meduet import MeDUET
 from meduet_models.pretrained import load_pretrained
 from meduet_models.sharing import shared_keys
 from meduet_models.weights import save_weights
+from tests.worlds import small_network
 
-CONFIG = NetworkConfig(
-    latent_channels=2,
-    latent_grid=(4, 6, 4),
-    patch_size=2,
-    width=12,
-    depth=1,
-    heads=2,
-    decoder_width=12,
-    decoder_depth=1,
-    decoder_heads=2,
-)
+CONFIG = small_network()
 PROVENANCE = {"network": json.dumps(dataclasses.asdict(CONFIG)), "tokenizer_sha256": "0" * 64}
 
 

@@ -3,21 +3,11 @@ import dataclasses
 import pytest
 import torch
 
-from meduet_models.meduet import MeDUET, NetworkConfig
+from meduet_models.meduet import MeDUET
 from meduet_models.sharing import constant_keys, content_keys, home_keys, shared_keys, site_keys, style_keys
+from tests.worlds import small_network
 
-TINY = NetworkConfig(
-    latent_channels=2,
-    latent_grid=(4, 4, 4),
-    patch_size=2,
-    width=12,
-    depth=1,
-    heads=2,
-    decoder_width=12,
-    decoder_depth=1,
-    decoder_heads=2,
-    style_map_grid=(1, 2, 1),
-)
+TINY = small_network(latent_grid=(4, 4, 4), style_map_grid=(1, 2, 1))
 METHODS = ("content_share", "fedavg", "fedprox", "fedbn", "alone", "pooled")
 
 

@@ -3,9 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from privacy.chain import BrokenChain, Chain
-from privacy.ledger import AnsweredBefore, Ledger, LedgerRefusal, Open, Place, Reservation
+from privacy.chain import BrokenChain, Chain, read_chain
+from privacy.ledger import AnsweredBefore, Ledger, LedgerRefusal, Place, Reservation
 from privacy.promise import Promise
+from tests.worlds import unanswered_places
 
 PLAN = "9f3c" * 16
 UPDATE = Promise(kind="round", bound=1.0, unit="site update", enforcement="clip")
@@ -22,7 +23,7 @@ def test_a_reservation_without_a_settlement_stays_visible_after_a_restart(tmp_pa
     ledger = Ledger(tmp_path / "ledger.jsonl")
     ledger.settle(ledger.reserve(place(0, SURVEY), ASKED, SURVEY), 10.0, "aa")
     ledger.reserve(place(1), ASKED, UPDATE)
-    assert Ledger(tmp_path / "ledger.jsonl").open_reservations() == [Open(PLAN, 1, "round")]
+    assert unanswered_places(tmp_path / "ledger.jsonl") == [("round", 1)]
 
 
 def test_the_same_reservation_twice_is_one_line(tmp_path: Path) -> None:
@@ -44,6 +45,37 @@ def test_the_same_bytes_are_charged_once_and_other_bytes_do_not_leave(tmp_path: 
     assert ledger.verify() == 2
     settled = ledger.settled(reservation)
     assert settled is not None and settled.released == "aa"
+
+
+def test_a_site_that_lost_what_left_answers_its_newest_place_anew_once_for_no_second_charge(
+    tmp_path: Path,
+) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    first, second = (ledger.reserve(place(n), ASKED, UPDATE) for n in (1, 2))
+    charge = ledger.settle(first, 20.0, "aa")
+    assert ledger.settle(first, 20.0, "aa", anew=True) == charge  # the same is no other answer
+    anew = ledger.settle(first, 20.0, "bb", anew=True)
+    assert anew != charge and ledger.settle(first, 20.0, "bb") == anew
+    settled = ledger.settled(first)
+    assert settled is not None and (settled.entry, settled.released) == (anew, "bb")
+    for released, lost in (("aa", False), ("aa", True), ("cc", True)):  # once, and the first is no more
+        with pytest.raises(AnsweredBefore):
+            ledger.settle(first, 20.0, released, anew=lost)
+    with pytest.raises(AnsweredBefore):  # another question stays another one
+        ledger.reserve(place(1), OTHER, UPDATE)
+    ledger.settle(second, 20.0, "aa")
+    ledger.settle(second, 20.0, "bb", anew=True)
+    events = [entry.record["event"] for entry in read_chain(tmp_path / "ledger.jsonl", "ledger")]
+    assert events == ["reserve", "reserve", "settle", "anew", "settle", "anew"]
+
+
+def test_a_place_before_the_newest_is_not_answered_anew(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    first, second = (ledger.reserve(place(n), ASKED, UPDATE) for n in (1, 2))
+    ledger.settle(first, 20.0, "aa")
+    ledger.settle(second, 20.0, "aa")
+    with pytest.raises(AnsweredBefore):
+        ledger.settle(first, 20.0, "bb", anew=True)
 
 
 def test_another_question_for_a_place_that_was_answered_is_refused_and_charged_nothing(
@@ -68,7 +100,7 @@ def test_of_two_questions_for_one_place_the_first_that_is_answered_has_it(tmp_pa
     Ledger(path).settle(other, 20.0, "bb")
     with pytest.raises(AnsweredBefore):
         Ledger(path).settle(one, 20.0, "aa")
-    assert [e.round for e in Ledger(path).open_reservations()] == [1]
+    assert unanswered_places(path) == [("round", 1)]
     assert Ledger(path).verify() == 3
 
 
@@ -95,14 +127,6 @@ def test_a_release_without_a_reservation_of_this_ledger_is_not_settled(tmp_path:
     for false in (elsewhere, Reservation(place(2), ASKED, UPDATE, settled)):
         with pytest.raises(ValueError, match="reserve before reading"):
             ledger.settle(false, 1.0, "aa")
-
-
-def test_what_was_spent_is_nothing_before_the_first_release_and_infinite_after_it(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.jsonl")
-    reservation = ledger.reserve(place(1), ASKED, UPDATE)
-    assert ledger.epsilon_spent() == 0.0
-    ledger.settle(reservation, 20.0, "aa")
-    assert ledger.epsilon_spent() == math.inf
 
 
 def test_an_edited_ledger_reserves_nothing(tmp_path: Path) -> None:

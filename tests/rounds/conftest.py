@@ -21,15 +21,13 @@ from federation.exchanges.survey import SurveyAsk, SurveyReply
 from federation.messages import Refusal
 from federation.plan import (
     AggregationPlan,
-    ReleasePlan,
     RunPlan,
     StylePlan,
     TrainingPlan,
-    VolumePlan,
 )
-from meduet_models.meduet import NetworkConfig
 from meduet_models.objective import LossWeights, ObjectiveConfig
 from server.model import Surveyed
+from tests.worlds import small_plan
 
 SITES = ("oslo", "lyon", "turin")
 Tamper = Callable[[str, str, Any], Any]
@@ -38,23 +36,9 @@ Tamper = Callable[[str, str, Any], Any]
 def a_plan(rounds: int = 3, sites: tuple[str, ...] = SITES, seed: int = 1, **aggregation: Any) -> RunPlan:
     settings: dict[str, Any] = {"deadline_s": 1.0, **aggregation}
     exchanges = settings.get("method", "content_share") == "content_share"
-    return RunPlan(
-        name="tiny",
+    return small_plan(
         seed=seed,
         sites=sites,
-        tokenizer_sha256="0" * 64,
-        volumes=VolumePlan(modality="t1", shape=(16, 24, 16)),
-        network=NetworkConfig(
-            latent_channels=2,
-            latent_grid=(4, 6, 4),
-            patch_size=2,
-            width=12,
-            depth=1,
-            heads=2,
-            decoder_width=12,
-            decoder_depth=1,
-            decoder_heads=2,
-        ),
         objective=ObjectiveConfig(
             weights=LossWeights(invariance=float(exchanges), restyled_reconstruction=float(exchanges))
         ),
@@ -63,7 +47,6 @@ def a_plan(rounds: int = 3, sites: tuple[str, ...] = SITES, seed: int = 1, **agg
         if exchanges
         else StylePlan(minimum_cohort=5, exchange="none", head="shared", anchor=0.0),
         aggregation=AggregationPlan(**settings),
-        release=ReleasePlan(),
     )
 
 
@@ -90,6 +73,9 @@ class TinyModel:
         return Surveyed(
             shared | {"constant": pooled / patients}, {"entries": pooled[None]}, {"patients": patients}
         )
+
+    def with_code(self, shared: dict[str, Tensor], style_bank: dict[str, Tensor]) -> dict[str, Tensor]:
+        return shared
 
     def check_erasure(self, reply: ErasureReply) -> None:
         if set(reply.moments) != {"sums"}:

@@ -279,14 +279,14 @@ class Mutator:
             return
         name = self.draws.choice(arrays)
         head, body = contents[name].split(b"\0", 1)
-        told = json.loads(body)
+        fields = json.loads(body)
         odd: list[Any] = [
             *([0] * times for times in (0, 2, 300, 30_000)), [-1], [5], ["0"], [[0]], [0.0], None, 0, "0",
         ]  # fmt: skip
-        told["arraychunk_ids"] = self.draws.choice(odd)
+        fields["arraychunk_ids"] = self.draws.choice(odd)
         if self.draws.random() < 0.2:
-            del told[self.draws.choice(sorted(told))]
-        body = json.dumps(told).encode()
+            del fields[self.draws.choice(sorted(fields))]
+        body = json.dumps(fields).encode()
         kind, children, _ = head.decode().split(" ")
         if self.draws.random() < 0.2:
             children = ",".join([children] * 3)

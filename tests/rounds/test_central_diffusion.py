@@ -4,12 +4,10 @@ bits."""
 import dataclasses
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from flwr.app import Context
@@ -17,7 +15,6 @@ from flwr.app import Context
 from client.app import make_client_app
 from client.exchanges.latents import consent
 from client.latents.examples import examples_of
-from client.scans.volumes import Geometry
 from federation.diffusion_plan import DiffusionPlan
 from federation.plan import RunPlan, StylePlan, TrainingPlan
 from federation.release_policy import RAW
@@ -28,36 +25,11 @@ from meduet_models.diffusion.training import DiffusionTrainee
 from server.app import run
 from server.latent_bank.bank import LatentBank
 from simulations.engines.in_process import InProcessGrid
-from tests.worlds import Hospital
+from tests.worlds import Hospital, KnownScans
 
 
 class Killed(BaseException):
     """As if the process had ended."""
-
-
-class Scans:
-    """Twelve training patients of a site, whose latents are shifted by its number."""
-
-    def __init__(self, site: int) -> None:
-        draws = torch.Generator().manual_seed(site)
-        self.values = torch.randn(12, 2, 4, 6, 4, generator=draws) * (1 + site) + site
-        self.patients = [f"{site}-{n}" for n in range(12)]
-        self.covariates: list[dict[str, str | float]] = [{} for _ in range(12)]
-        self.site_index = torch.full((12,), site)
-        self.has_label = [False] * 12
-        self.entries = [SimpleNamespace(scan_id=f"{site}{n:063d}", path=f"{n}.nii") for n in range(12)]
-
-    def indices(self, split: str) -> list[int]:
-        return list(range(12)) if split == "train" else []
-
-    def latents(self, indices: Sequence[int], view: int = 0) -> torch.Tensor:
-        return self.values[list(indices)].clone()
-
-    def labels(self, indices: Sequence[int], view: int = 0) -> None:
-        return None
-
-    def geometry(self, row: int, view: int = 0) -> Geometry:
-        return Geometry(np.eye(4), (16, 24, 16), np.eye(4), (16, 24, 16))
 
 
 @dataclasses.dataclass
@@ -79,7 +51,7 @@ def federation(
         sentence = "" if name == silent else RAW.consent
         own = folder / "sites" / name
         own.mkdir(parents=True, exist_ok=True)
-        return Consenting(own, Scans(index), name, sentence=sentence)
+        return Consenting(own, KnownScans(index), name, sentence=sentence)
 
     client = make_client_app(open_site, on_step=lambda site, step, loss: on_step())
     return InProcessGrid(client, len(plan.sites), through_wire=True)
@@ -116,7 +88,7 @@ def test_a_run_collects_trains_and_leaves_a_model_that_samples(plan: RunPlan, tm
     assert result.diffusion == folder / "diffusion.safetensors"
     model = load_generative_model(result.diffusion)
     assert model.patient_data and model.policy == "raw" and model.sites == plan.sites
-    conditions = model.conditioner.conditions(examples_of(Scans(0), [0, 1], plan), ("content", "style"))
+    conditions = model.conditioner.conditions(examples_of(KnownScans(0), [0, 1], plan), ("content", "style"))
     drawn = sample(model.transformer, conditions, 2, SamplingSettings(steps=2), seed=1)
     assert drawn.shape == (2, 2, 4, 6, 4) and bool(torch.isfinite(drawn).all())
     bank = LatentBank(folder / "diffusion" / "latents", tmp_path / "run.key", create=False)
@@ -161,9 +133,9 @@ def test_the_centre_trains_while_a_site_does(
     def centre(self: Any, source: Any, number: int) -> Any:
         if number == 0:
             assert at_site.wait(60), "no site took a step while the centre was in its own"
-        told = step(self, source, number)
+        losses = step(self, source, number)
         at_centre.set()
-        return told
+        return losses
 
     def site() -> None:
         if any(thread.name == "diffusion" for thread in threading.enumerate()) and not at_site.is_set():

@@ -2,18 +2,16 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from flwr.app import Context
 
 from client.app import make_client_app
 from client.latents.examples import SiteExamples
-from client.scans.volumes import Geometry
 from client.site_secret import seed_of
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.diffusion import encoder_of, transformer_of
@@ -31,7 +29,7 @@ from privacy.ledger import Ledger
 from server.exchanges.federated_diffusion import round_momentum, run_diffusion_rounds
 from simulations.engines.in_process import InProcessGrid
 from strategies.quorum import Roster, RoundFailed
-from tests.worlds import Hospital
+from tests.worlds import Hospital, KnownScans, unanswered_places
 
 TRAINING = DiffusionTraining(batch_size=4, learning_rate=1e-3, ema=0.9, alignment=0.5)
 
@@ -40,28 +38,9 @@ class Killed(BaseException):
     """As if the process had ended."""
 
 
-class Scans:
-    """Eight training patients of a site, whose latents are shifted by its number."""
-
-    def __init__(self, site: int) -> None:
-        draws = torch.Generator().manual_seed(site)
-        self.values = torch.randn(10, 2, 4, 6, 4, generator=draws) + site
-        self.patients = [f"{site}-{n}" for n in range(10)]
-        self.covariates: list[dict[str, str | float]] = [{}] * 10
-        self.site_index = torch.full((10,), site)
-        self.has_label = [False] * 10
-
-    def indices(self, split: str) -> list[int]:
-        return list(range(8)) if split == "train" else [8, 9]
-
-    def latents(self, indices: Sequence[int], view: int = 0) -> torch.Tensor:
-        return self.values[list(indices)].clone()
-
-    def labels(self, indices: Sequence[int], view: int = 0) -> None:
-        return None
-
-    def geometry(self, row: int, view: int = 0) -> Geometry:
-        return Geometry(np.eye(4), (16, 24, 16), np.eye(4), (16, 24, 16))
+def ten_patients(site: int) -> KnownScans:
+    """Eight for training."""
+    return KnownScans(site, 10, held_out=2)
 
 
 @pytest.fixture
@@ -88,10 +67,11 @@ def bank(plan: RunPlan) -> dict[str, torch.Tensor]:
     layout = StyleLayout(
         channels=2, latent_grid=plan.network.latent_grid, map_grid=plan.style.map_grid, bound=1e3
     )
-    told = {
-        site: StyleMoments.of(Scans(i).values, Scans(i).patients, layout) for i, site in enumerate(plan.sites)
+    moments = {
+        site: StyleMoments.of(ten_patients(i).values, ten_patients(i).patients, layout)
+        for i, site in enumerate(plan.sites)
     }
-    return StyleBank.of(plan.sites, told).to_tensors()
+    return StyleBank.of(plan.sites, moments).to_tensors()
 
 
 def grid_of(
@@ -101,7 +81,7 @@ def grid_of(
         index = int(context.node_config["partition-id"])
         own = folder / "sites" / plan.sites[index]
         own.mkdir(parents=True, exist_ok=True)
-        return Hospital(own, Scans(index), plan.sites[index])
+        return Hospital(own, ten_patients(index), plan.sites[index])
 
     return InProcessGrid(make_client_app(open_site, on_step), len(plan.sites), through_wire=True)
 
@@ -128,7 +108,7 @@ def test_the_sites_train_it_and_every_release_is_in_the_books(plan: RunPlan, tmp
     assert {"embed.weight", "predict.weight", "embed_condition.content.weight"} <= changed
     for site in plan.sites:
         folder = tmp_path / "sites" / site
-        assert Ledger(folder / "ledger.jsonl").open_reservations() == []
+        assert unanswered_places(folder / "ledger.jsonl") == []
         records = [json.loads(line)["record"] for line in (folder / "journal.jsonl").read_text().splitlines()]
         assert [(r["kind"], r["round"]) for r in records] == [
             ("diffusion", round_number) for round_number in (1, 2, 3)
@@ -155,7 +135,7 @@ def test_one_site_in_a_federation_is_the_loop_alone(miniature: Any, tmp_path: Pa
         seed=seed_of(b"1" * 32, "diffusion", alone.seed),
         style_bank=StyleBank.from_tensors(bank(alone), alone.sites),
     )
-    source = SiteExamples(Scans(0), alone)
+    source = SiteExamples(ten_patients(0), alone)
     average = {n: p.detach().clone() for n, p in trainee.transformer.named_parameters()}
     for step in (0, 1):
         trainee.step(source, step)

@@ -21,12 +21,11 @@ from meduet_models.downstream.starting import start_sha256
 from meduet_models.downstream.tasks import task_of
 from meduet_models.meduet import FactorNetwork
 from meduet_models.weights import load_weights
-from privacy.ledger import Ledger
 from server.checkpoints import OtherPlan
 from server.exchanges.finetuning import FinetunedRun, pretrained_sha256, run_finetuning
 from simulations.engines.in_process import InProcessGrid
 from strategies.quorum import RoundFailed
-from tests.worlds import Hospital
+from tests.worlds import Hospital, KnownScans, unanswered_places
 
 LOCAL = LocalFinetuning(task="segmentation", classes=2, steps=3, batch_size=4)
 
@@ -35,30 +34,17 @@ class Killed(BaseException):
     """As if the process had ended."""
 
 
-class Scans:
-    """Eight labelled patients of a site, whose latents are shifted by its number."""
+class Scans(KnownScans):
+    """Ten labelled patients of a site, eight for training; of known sex and age."""
 
     def __init__(self, site: int, highest: int = 1) -> None:
-        draws = torch.Generator().manual_seed(site)
-        self.values = torch.randn(10, 2, 4, 6, 4, generator=draws) + site
-        self._labels = (torch.rand(10, 1, 16, 24, 16, generator=draws) > 0.7).long() * highest
-        self.patients = [f"{site}-{n}" for n in range(10)]
+        super().__init__(site, 10, held_out=2, labelled=10)
+        self.label *= highest
         self.covariates = [{"sex": "FM"[n % 2], "age": 30.0 + 3 * n} for n in range(10)]
-        self.site_index = torch.full((10,), site)
-        self.has_label = [True] * 10
-
-    def indices(self, split: str) -> list[int]:
-        return list(range(8)) if split == "train" else [8, 9]
-
-    def latents(self, indices: Sequence[int], view: int = 0) -> torch.Tensor:
-        return self.values[list(indices)].clone()
 
     def volumes(self, indices: Sequence[int], plan: VolumePlan, view: int = 0) -> torch.Tensor:
-        blurred = torch.nn.functional.interpolate(self.values[list(indices), :1], size=plan.shape)
+        blurred = torch.nn.functional.interpolate(self.latents(indices)[:, :1], size=plan.shape)
         return blurred.sigmoid().half()
-
-    def labels(self, indices: Sequence[int], view: int = 0) -> torch.Tensor:
-        return self._labels[list(indices)].clone()
 
 
 @pytest.fixture
@@ -104,8 +90,7 @@ def test_rounds_train_what_the_plan_says_and_every_release_is_in_the_books(
     assert any(name.startswith("head.") for name in changed)
     assert any(name.startswith("encoder.") for name in changed) is (encoder == "finetuned")
     for site in plan.sites:
-        ledger = Ledger(tmp_path / "sites" / site / "ledger.jsonl")
-        assert ledger.open_reservations() == []
+        assert unanswered_places(tmp_path / "sites" / site / "ledger.jsonl") == []
         lines = (tmp_path / "sites" / site / "journal.jsonl").read_text().splitlines()
         records = [json.loads(line)["record"] for line in lines]
         assert [(r["kind"], r["round"], r["plan"]) for r in records] == [

@@ -5,7 +5,6 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,37 +30,23 @@ from server.latent_bank.records import Codes
 from simulations.engines.in_process import InProcessGrid
 from strategies.aggregation import ReplyRefused
 from strategies.quorum import Roster
-from tests.worlds import Hospital
+from tests.worlds import Hospital, KnownScans
 
 
-class Scans:
-    """Twelve scans of a site, ten of them for training; the last ones have no label."""
+class Scans(KnownScans):
+    """Twelve scans of a site, ten of them for training, six with a label; counts how often they are read."""
 
     def __init__(self, site: int, loud: float = 1.0) -> None:
-        draws = torch.Generator().manual_seed(site)
-        self.values = (torch.randn(12, 2, 4, 6, 4, generator=draws) + site) * loud
-        self.label = (torch.rand(12, 1, 16, 24, 16, generator=draws) > 0.7).long()
+        super().__init__(site, 12, held_out=2, labelled=6)
+        self.values *= loud
         self.patients = [f"secret-{site}-{n}" for n in range(12)]
-        self.covariates: list[dict[str, str | float]] = [
-            {"sex": "FM"[n % 2], "body_part": "head"} for n in range(12)
-        ]
-        self.site_index = torch.full((12,), site)
-        self.has_label = [n < 6 for n in range(12)]
-        self.entries = [
-            SimpleNamespace(scan_id=f"{site}{n:063d}", path=f"/pacs/{site}/{n}.nii") for n in range(12)
-        ]
+        self.covariates = [{"sex": "FM"[n % 2], "body_part": "head"} for n in range(12)]
         self.reads = 0
-
-    def indices(self, split: str) -> list[int]:
-        return list(range(10)) if split == "train" else [10, 11]
 
     def latents(self, indices: Sequence[int], view: int = 0) -> torch.Tensor:
         assert view == 0 and not {10, 11} & set(indices)
         self.reads += 1
-        return self.values[list(indices)].clone()
-
-    def labels(self, indices: Sequence[int], view: int = 0) -> torch.Tensor:
-        return self.label[list(indices)]
+        return super().latents(indices)
 
     def geometry(self, row: int, view: int = 0) -> Geometry:
         return Geometry(np.diag([1.0, 1.5, 2.0 + row, 1.0]), (8, 8, 8), np.eye(4), (16, 24, 16))
@@ -150,14 +135,14 @@ def test_the_latents_in_the_bank_are_the_sites_and_everything_is_in_the_books(
     assert report["refused"] == {} and report["items"] == 30
     assert all(site["kept"] == 10 for site in report["sites"].values())
     source = consortium.bank.source(plan, 1)
-    told = source.read(torch.arange(30))
+    examples = source.read(torch.arange(30))
     names = [one["item"] for one in items(consortium.bank)]
     for number, site in enumerate(plan.sites):
         row_of = {line["item"]: int(line["patient"].split("-")[2]) for line in table_of(consortium, site)}
         rows = [row_of[name] for name in names[10 * number : 10 * number + 10]]
         assert sorted(rows) == list(range(10))
         truth = examples_of(consortium.scans[site], rows, plan)
-        mine = told.rows(torch.arange(10 * number, 10 * number + 10))
+        mine = examples.rows(torch.arange(10 * number, 10 * number + 10))
         for name in ("latents", "site", "body_part", "spacing", "category", "label_map"):
             torch.testing.assert_close(
                 getattr(mine, name), getattr(truth, name), rtol=0, atol=0, equal_nan=True
@@ -228,7 +213,7 @@ def test_a_collection_that_is_cut_off_goes_on_where_the_bank_stands(
     report = consortium.collect(plan, 1, count=4)
     # lyon and turin tell their second part, then all their last one
     assert consortium.asked == ["lyon", "turin", "oslo", "lyon", "turin"]
-    assert {site: told["kept"] for site, told in report["sites"].items()} == {
+    assert {site: counts["kept"] for site, counts in report["sites"].items()} == {
         "oslo": 2,
         "lyon": 6,
         "turin": 6,
@@ -258,8 +243,8 @@ def test_a_scan_that_is_too_long_is_clipped_at_the_gate_and_the_journal_says_so(
     plan = make_plan("bfloat16", latent_clip=2.0)
     consortium = Consortium(plan, tmp_path, loud=9.0)
     consortium.collect(plan, 1)
-    told = consortium.bank.source(plan, 1).read(torch.arange(30))
-    lengths = told.latents.flatten(1).norm(dim=1)
+    examples = consortium.bank.source(plan, 1).read(torch.arange(30))
+    lengths = examples.latents.flatten(1).norm(dim=1)
     assert bool((lengths <= latent_bound(plan)).all()) and bool((lengths > 0.98 * latent_bound(plan)).all())
     line = books(consortium, "oslo")[1][0]
     assert line["clipped"] and line["norm_after"] <= line["bound"] == latent_bound(plan) < line["norm_before"]
@@ -374,7 +359,7 @@ def test_a_collection_takes_no_longer_than_a_round_may(
     hurried = dataclasses.replace(plan, aggregation=dataclasses.replace(plan.aggregation, deadline_s=1e-3))
     consortium = Consortium(hurried, tmp_path)
     report = consortium.collect(hurried, 1, count=4)
-    assert {site: told["kept"] for site, told in report["sites"].items()} == dict.fromkeys(plan.sites, 4)
+    assert {site: counts["kept"] for site, counts in report["sites"].items()} == dict.fromkeys(plan.sites, 4)
     assert set(report["refused"]) == set(plan.sites)
     assert all("not all told within 0.001 s" in why for why in report["refused"].values())
 
@@ -418,10 +403,10 @@ def test_the_names_of_items_depend_on_a_secret_of_the_site(
     make_plan: Callable[..., RunPlan], tmp_path: Path
 ) -> None:
     plan = make_plan()
-    told = []
+    names = []
     for place in ("a", "b"):
         consortium = Consortium(plan, tmp_path / place)
         consortium.collect(plan, 1)
-        told.append(list(items(consortium.bank)))
-    assert not {one["item"] for one in told[0]} & {one["item"] for one in told[1]}
-    assert [one["sha256"] for one in told[0]] == [one["sha256"] for one in told[1]]  # the order does not
+        names.append(list(items(consortium.bank)))
+    assert not {one["item"] for one in names[0]} & {one["item"] for one in names[1]}
+    assert [one["sha256"] for one in names[0]] == [one["sha256"] for one in names[1]]  # the order does not

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.diffusion import DIFFUSION
-from federation.exchanges.erasure import ERASURE, content_bound
+from federation.exchanges.erasure import ERASURE
 from federation.exchanges.finetuning import FINETUNING
 from federation.exchanges.latents import LATENTS, LatentsAsk, LatentsReply, largest_latents, latent_bound
 from federation.exchanges.pretraining import PRETRAINING, TrainReply
@@ -47,6 +47,7 @@ from federation.limits import MOST_PATIENTS, MOST_SCANS, Largest, largest_reply,
 from federation.messages import METRIC_NAMES
 from federation.plan import ProbePlan, ReleasePlan, RunPlan
 from federation.reply_book import ReplyBook
+from meduet_models.content_code import code_bound
 from meduet_models.diffusion.conditions import Examples
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.erasure import ErasureMoments
@@ -142,7 +143,7 @@ def update_case(plan: RunPlan, folder: Path, finetuning: bool = False, diffusion
     """A round of pretraining, of the diffusion model, or of fine-tuning."""
     draws = torch.Generator().manual_seed(3)
     shared = {"weight": torch.randn(3, 4, generator=draws), "constant": torch.zeros(2)}
-    told: dict[str, Any] = {
+    changes: dict[str, Any] = {
         "plan_sha256": plan.sha256,
         "site": SITE,
         "round": 1,
@@ -151,7 +152,7 @@ def update_case(plan: RunPlan, folder: Path, finetuning: bool = False, diffusion
         "metrics": {"seconds": 0.5, "loss.total": 1.0, "steps": 4.0},
     }
     wire_dtype = "float32" if finetuning else plan.release.wire_dtype
-    valid = TrainReply(**told, wire_dtype=wire_dtype).to_record()
+    valid = TrainReply(**changes, wire_dtype=wire_dtype).to_record()
     exchange: Any = FINETUNING if finetuning else DIFFUSION if diffusion else PRETRAINING
     bounds = Bounds(num_replies=3, max_norm=20.0, max_examples=MOST_SCANS)
     honest = {name: torch.randn(t.shape, generator=draws) for name, t in shared.items()}
@@ -226,7 +227,7 @@ def survey_case(plan: RunPlan) -> Case:
 
 def erasure_case(plan: RunPlan) -> Case:
     model, honest = MeduetModel(plan), content(plan, HONEST, 0)
-    shared, book, sha256 = model.start()[0], Unwritten(), plan.sha256
+    shared, book, sha256 = model.with_code(model.start()[0], {}), Unwritten(), plan.sha256
 
     def begin() -> tuple[ReplyWall[Any], Settle]:
         wall = ReplyWall(
@@ -237,7 +238,9 @@ def erasure_case(plan: RunPlan) -> Case:
         def settle(reply: Any) -> None:
             if reply is None:
                 return
-            assert possible_sums(reply.moments["sums"], plan.network.width, content_bound(plan)) >= 5
+            count, *total = reply.moments["sums"].tolist()
+            assert 5 <= count <= MOST_PATIENTS and count == round(count)
+            assert np.linalg.norm(total) <= count * code_bound(plan.network.code_size) * (1 + 1e-5)
             after, _ = model.after_erasure(shared, {HONEST: honest, "turin": reply})
             finite({name: after[name] for name in ("erasure_matrix", "code_matrix")})
 
@@ -278,8 +281,8 @@ def probe_case(plan: RunPlan, hits: bool) -> Case:
     honest = probe_reply(plan, HONEST, 0)
     layout = survey_layout(plan)
     latents = torch.randn(6, 2, 4, 6, 4, generator=torch.Generator().manual_seed(5))
-    told = StyleMoments.of(latents, [str(n) for n in range(6)], layout)
-    bank = StyleBank.of(plan.sites, {site: told for site in plan.sites}).to_tensors()
+    moments = StyleMoments.of(latents, [str(n) for n in range(6)], layout)
+    bank = StyleBank.of(plan.sites, {site: moments for site in plan.sites}).to_tensors()
     valid = probe_reply(plan, SITE, 1)
     if hits:
         counts = torch.tensor([9.0, 5.0, 18.0], dtype=torch.float64)

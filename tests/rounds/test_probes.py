@@ -18,8 +18,12 @@ from federation.journal import Journal
 from federation.plan import ProbePlan, RunPlan, TrainingPlan
 from meduet_models.erasure import ErasureMoments, patient_means
 from meduet_models.meduet import MeDUET
+from meduet_models.pretrained import load_pretrained
+from meduet_models.probes.ridge import ridge_from_sums
 from meduet_models.probes.sums import coordinates, explained_from_sums, linear_probe_from_sums, read_site
 from server.app import RunResult, run
+from server.checkpoints import Checkpoints
+from server.model import MeduetModel
 from simulations.engines.in_process import InProcessGrid
 from tests.worlds import Hospital, Latents
 
@@ -37,8 +41,8 @@ class Aged(Latents):
 def a_plan(miniature: Any, **probes: Any) -> RunPlan:
     plan: RunPlan = miniature.plan(deadline_s=300.0)
     training = TrainingPlan(rounds=2, steps_per_round=2, batch_size=4, warmup=0.0)
-    told = ProbePlan(**{"every_rounds": 1, "folds": 3, "anatomy": {"age": (0.0, 100.0)}, **probes})
-    return dataclasses.replace(plan, training=training, probes=told)
+    probe_plan = ProbePlan(**{"every_rounds": 1, "folds": 3, "anatomy": {"age": (0.0, 100.0)}, **probes})
+    return dataclasses.replace(plan, training=training, probes=probe_plan)
 
 
 def go(plan: RunPlan, folder: Path, sizes: Sequence[int] = (18, 18, 18)) -> RunResult:
@@ -91,15 +95,17 @@ def test_every_reading_is_in_the_metrics_of_its_round_and_of_the_end(probed: Any
 def test_the_readings_are_those_of_everybodys_factors_in_one_place(probed: Any) -> None:
     """The federation's readings after the last round, against features pooled behind its back."""
     plan, folder, result = probed
+    last = Checkpoints(folder / "checkpoints", plan.sha256).latest()
+    assert last is not None
+    unerased = MeduetModel(plan).with_code(last.shared, last.bank)
     joint, sites, folds = [], [], []
     for index, name in enumerate(plan.sites):
         state = StateFolder(folder / "sites" / name / "state", plan.sha256).before(3)
         model = MeDUET(plan.network, 3).eval()
-        unerased = {"erasure_mean": torch.zeros(12), "erasure_matrix": torch.eye(12)}
-        model.load_state_dict({**state.home, **result.shared, **unerased})
+        model.load_state_dict({**state.home, **unerased})
         scans = Aged(index, 18)
         with torch.no_grad():
-            own = torch.cat([model.pooled_content(scans.values), model.pooled_style(scans.values)], 1)
+            own = torch.cat([model.content_code(scans.values), model.pooled_style(scans.values)], 1)
         own = patient_means(own.double(), scans.patients)
         joint.append(own * (joint_bound(plan) / own.norm(dim=1, keepdim=True).clamp(min=joint_bound(plan))))
         sites += [index] * 18
@@ -125,6 +131,32 @@ def test_the_readings_are_those_of_everybodys_factors_in_one_place(probed: Any) 
     assert x.shape == (54, joint_width(plan))
 
 
+def test_the_readers_in_the_final_model_are_the_ridge_of_everybodys_codes(probed: Any) -> None:
+    plan, folder, result = probed
+    pretrained = load_pretrained(folder / "model.safetensors")
+    ages, codes, folds = [], [], []
+    for index, name in enumerate(plan.sites):
+        state = StateFolder(folder / "sites" / name / "state", plan.sha256).before(3)
+        model = MeDUET(plan.network, 3).eval()
+        model.load_state_dict({**state.home, **result.shared})
+        scans = Aged(index, 18)
+        with torch.no_grad():
+            codes.append(model.content_code(scans.values).double())
+        ages += [float(one["age"]) for one in scans.covariates]
+        folds += list(probed_patients(scans, plan, 0, b"1" * 32).folds.values())
+    x, age, fold = torch.cat(codes), torch.tensor(ages, dtype=torch.float64), torch.tensor(folds)
+    assert float(x.norm(dim=1).max()) < joint_bound(plan)
+    joint = torch.cat([x, (age[:, None] / 50 - 1)], dim=1)
+    sums = [
+        ErasureMoments.of(joint[fold == f], [str(i) for i in range(int((fold == f).sum()))], 1e6)
+        for f in range(3)
+    ]
+    size = plan.network.code_size
+    fitted = ridge_from_sums(sums, slice(0, size), slice(size, None))
+    expected = 50 * (fitted(x)[:, 0] + 1)
+    torch.testing.assert_close(pretrained.readers["age"](x), expected, rtol=1e-4, atol=1e-3)
+
+
 def test_probes_change_no_weight(miniature: Any, probed: Any, tmp_path: Path) -> None:
     _, _, result = probed
     silent = go(a_plan(miniature, every_rounds=0, folds=5, anatomy={}), tmp_path)
@@ -136,10 +168,10 @@ def test_a_site_below_the_cohort_is_listed_and_stops_nothing(miniature: Any, tmp
     plan = a_plan(miniature, every_rounds=2)
     metrics = go(plan, tmp_path, sizes=(18, 12, 18)).metrics  # 12 patients are 4 in a fold; the plan wants 5
     assert "federated_probes" not in metrics["rounds"][0]
-    told = metrics["rounds"][1]["federated_probes"]
-    assert told["refused"] == {plan.sites[1]: "refused: cohort_too_small"}
-    assert set(told["sites"]) == {plan.sites[0], plan.sites[2]}
-    assert told["readings"]["chance_site"] == 0.5
+    report = metrics["rounds"][1]["federated_probes"]
+    assert report["refused"] == {plan.sites[1]: "refused: cohort_too_small"}
+    assert set(report["sites"]) == {plan.sites[0], plan.sites[2]}
+    assert report["readings"]["chance_site"] == 0.5
     journal = Journal(tmp_path / "sites" / plan.sites[1] / "journal.jsonl")
     lines = (tmp_path / "sites" / plan.sites[1] / "journal.jsonl").read_text().splitlines()
     assert journal.verify() == len(lines)

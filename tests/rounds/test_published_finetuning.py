@@ -38,12 +38,12 @@ def pretrained(plan: RunPlan, tmp_path: Path) -> Path:
     """The folder of a finished pretraining."""
     folder = tmp_path / "pretrained"
     folder.mkdir()
-    told = {
+    provenance = {
         "network": json.dumps(dataclasses.asdict(plan.network)),
         "tokenizer_sha256": plan.tokenizer_sha256,
         "plan_sha256": plan.sha256,
     }
-    save_weights(folder / MODEL, FactorNetwork(plan.network, seed=5).state_dict(), told)
+    save_weights(folder / MODEL, FactorNetwork(plan.network, seed=5).state_dict(), provenance)
     return folder
 
 

@@ -39,10 +39,10 @@ def test_a_complete_run_says_what_every_site_did_and_what_crossed(miniature: Any
     assert status["loss"] == metrics["rounds"][-1]["loss"]
     for name, site in status["sites"].items():
         assert (site["state"], site["round"]) == ("answered", 3)
-        told = [entry["sites"][name] for entry in metrics["rounds"]]
-        assert site["bytes_up"] == sum(report["bytes_up"] for report in told) > 0
-        assert site["bytes_down"] == sum(report["bytes_down"] for report in told) > 0
-        assert site["examples"] == told[-1]["examples"]
+        replies = [entry["sites"][name] for entry in metrics["rounds"]]
+        assert site["bytes_up"] == sum(report["bytes_up"] for report in replies) > 0
+        assert site["bytes_down"] == sum(report["bytes_down"] for report in replies) > 0
+        assert site["examples"] == replies[-1]["examples"]
     assert is_complete(tmp_path, miniature.plan().sha256)
     assert all(name in text(tmp_path) for name in status["sites"])
     assert json.loads(as_json(tmp_path))["run"] == {**status, "running": False}
@@ -143,10 +143,10 @@ def test_in_the_middle_of_a_round_the_screen_says_who_is_awaited_what_crossed_an
 def test_a_site_that_did_not_answer_the_survey_was_not_seen(miniature: Any, tmp_path: Path) -> None:
     status = StatusFile(miniature.plan(), tmp_path)
     status.on_survey({"refused": {"lyon": "no reply before the deadline"}}, {})
-    told = read_status(tmp_path)
-    assert told is not None
-    assert (told["sites"]["lyon"]["state"], told["sites"]["lyon"]["last_seen"]) == ("put aside", None)
-    assert told["sites"]["oslo"]["state"] == "surveyed" and told["sites"]["oslo"]["last_seen"]
+    read = read_status(tmp_path)
+    assert read is not None
+    assert (read["sites"]["lyon"]["state"], read["sites"]["lyon"]["last_seen"]) == ("put aside", None)
+    assert read["sites"]["oslo"]["state"] == "surveyed" and read["sites"]["oslo"]["last_seen"]
     assert "never" in text(tmp_path) and "no reply before the deadline" in text(tmp_path)
 
 

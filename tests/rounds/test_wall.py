@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +25,7 @@ from privacy.ledger import Ledger
 from server.app import run
 from server.exchanges.finetuning import pretrained_sha256, run_finetuning
 from simulations.engines.in_process import InProcessGrid
+from tests.worlds import KnownScans
 
 SECRET = "Mustermann born-1961-04-12 /mnt/pacs/mustermann.dcm"  # words that no hash spells by chance
 SITES = ("oslo", "lyon", "turin", "basel")
@@ -33,27 +33,6 @@ SITES = ("oslo", "lyon", "turin", "basel")
 
 class MustermannError(RuntimeError):
     """An exception whose very name is a patient's."""
-
-
-class Latents:
-    """Eighteen labelled patients in memory."""
-
-    def __init__(self, site: int) -> None:
-        draws = torch.Generator().manual_seed(site)
-        self.values = torch.randn(18, 2, 4, 6, 4, generator=draws) * (1 + site) + site
-        self.patients = [f"{site}-{n}" for n in range(18)]
-        self.covariates: list[dict[str, str | float]] = [{} for _ in range(18)]
-        self.site_index = torch.full((18,), site)
-        self.has_label = [True] * 18
-
-    def indices(self, split: str) -> list[int]:
-        return list(range(18)) if split == "train" else []
-
-    def latents(self, indices: Sequence[int], view: int = 0) -> torch.Tensor:
-        return self.values[list(indices)].clone()
-
-    def labels(self, indices: Sequence[int], view: int = 0) -> torch.Tensor:
-        return torch.ones(len(indices), 1, 16, 24, 16, dtype=torch.long)
 
 
 class Hospital:
@@ -81,7 +60,7 @@ class Hospital:
     def scans(self, plan: RunPlan) -> Any:
         if self._place == "scans":
             self._fail()
-        return Latents(self._number)
+        return KnownScans(self._number, 18, labelled=18)
 
 
 class Sites(ClientApp):
@@ -134,8 +113,8 @@ def central(folder: Path, caplog: pytest.LogCaptureFixture) -> str:
 def assert_nothing_crossed(sites: Sites, text: str) -> None:
     for word in (*SECRET.split(), "MustermannError"):
         assert word not in sites.sent and word not in text
-    told = [p.read_text() for p in (sites.folder / "sites").glob(f"*/{LOG_NAME}")]
-    assert any(SECRET in log and "MustermannError" in log for log in told)  # the hospital itself can find out
+    logs = [p.read_text() for p in (sites.folder / "sites").glob(f"*/{LOG_NAME}")]
+    assert any(SECRET in log and "MustermannError" in log for log in logs)  # the hospital itself can find out
 
 
 @pytest.fixture

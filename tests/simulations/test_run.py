@@ -19,20 +19,9 @@ from meduet_models.weights import load_weights
 from server.config import compose_config
 from simulations import observer
 from simulations.run import run
-from tests.small_simulation import SMALL_NETWORK
+from tests.small_simulation import small_simulation
 
-SMALL = [
-    "hospitals.num_hospitals=2",
-    "hospitals.patients=9",
-    "hospitals.paired=3",
-    "hospitals.resolution_mm=4",
-    *SMALL_NETWORK,
-    "training.rounds=3",
-    "training.steps_per_round=2",
-    "training.batch_size=4",
-    "device=cpu",
-    "engine.cpus_per_site=1",
-]
+SMALL = small_simulation(rounds=3)
 
 
 def settings(folder: Path, *more: str) -> Any:
@@ -95,9 +84,18 @@ def test_a_run_that_was_interrupted_ends_in_the_same_bits(
     assert all(torch.equal(weights(undisturbed)[n], t) for n, t in weights(tmp_path / "run").items())
 
 
-def test_a_killed_process_goes_on_to_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
+def alive(process_id: int) -> bool:
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_killed_process_goes_on_to_the_same_bits_and_leaves_no_process_behind(
+    undisturbed: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "simulations.cli", *SMALL, f"folder={folder}"]
+    command = [sys.executable, "-m", "simulations.cli", *SMALL, "engine.workers=2", f"folder={folder}"]
     root = Path(__file__).resolve().parents[2]
     with (tmp_path / "out").open("w") as out:
         process = subprocess.Popen(command, cwd=root, stdout=out, stderr=out, env={**os.environ})
@@ -105,8 +103,14 @@ def test_a_killed_process_goes_on_to_the_same_bits(undisturbed: Path, tmp_path: 
         while not list((folder / "checkpoints").glob("round-0001*")) and time.monotonic() < deadline:
             assert process.poll() is None, (tmp_path / "out").read_text()
             time.sleep(0.02)
+        listed = Path(f"/proc/{process.pid}/task").glob("*/children")
+        children = [int(child) for path in listed for child in path.read_text().split()]
         process.send_signal(signal.SIGKILL)
         process.wait()
+    assert len(children) == 2
+    while any(map(alive, children)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(alive, children))
     run(settings(folder))
     assert all(torch.equal(weights(undisturbed)[n], t) for n, t in weights(folder).items())
 
@@ -140,7 +144,15 @@ def test_every_baseline_runs_with_the_same_messages(tmp_path: Path, method: str)
 @pytest.mark.ray
 def test_ray_ends_in_the_same_bits_as_one_process(undisturbed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "ray"
-    command = [sys.executable, "-m", "simulations.cli", *SMALL, "engine=ray", f"folder={folder}"]
+    command = [
+        sys.executable,
+        "-m",
+        "simulations.cli",
+        *SMALL,
+        "engine=ray",
+        "engine.workers=auto",
+        f"folder={folder}",
+    ]
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

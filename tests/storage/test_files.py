@@ -12,21 +12,10 @@ import yaml
 
 from server.app import MODEL
 from storage.files import OWNER, PUBLIC, private_folder, whole_file, write_once, write_whole
-from tests.small_simulation import SMALL_NETWORK
+from tests.small_simulation import small_simulation
 
 ROOT = Path(__file__).parents[2]
-RUN = (
-    *SMALL_NETWORK,
-    "hospitals.num_hospitals=2",
-    "hospitals.patients=9",
-    "hospitals.paired=0",
-    "hospitals.resolution_mm=4",
-    "training.rounds=1",
-    "training.steps_per_round=2",
-    "training.batch_size=4",
-    "device=cpu",
-    "engine.cpus_per_site=1",
-)
+RUN = small_simulation(paired=0, rounds=1)
 
 
 def mode(path: Path) -> int:

@@ -106,8 +106,8 @@ def chunk_named_often(times: int) -> Callable[[dict[str, bytes]], None]:
     def spoil(contents: dict[str, bytes]) -> None:
         name = an_array(contents)
         head, body = contents[name].split(b"\0", 1)
-        told = json.loads(body) | {"arraychunk_ids": [0] * times}
-        body = json.dumps(told).encode()
+        fields = json.loads(body) | {"arraychunk_ids": [0] * times}
+        body = json.dumps(fields).encode()
         kind, children, _ = head.decode().split(" ")
         contents[name] = f"{kind} {children} {len(body)}".encode() + b"\0" + body
 
@@ -117,9 +117,9 @@ def chunk_named_often(times: int) -> Callable[[dict[str, bytes]], None]:
 def without_chunk_ids(contents: dict[str, bytes]) -> None:
     name = an_array(contents)
     head, body = contents[name].split(b"\0", 1)
-    told = json.loads(body)
-    del told["arraychunk_ids"]
-    contents[name] = head + b"\0" + json.dumps(told).encode()
+    fields = json.loads(body)
+    del fields["arraychunk_ids"]
+    contents[name] = head + b"\0" + json.dumps(fields).encode()
 
 
 def a_record_for_a_message(contents: dict[str, bytes]) -> None:
@@ -132,8 +132,8 @@ def test_a_reply_within_its_size_comes_as_it_was_sent(grid_to: Callable[..., Htt
     link = SuperLink(parcel())
     message = BoundedPull(grid_to(link), LARGEST)("question 0")
     assert message is not None
-    (told,) = message.content.array_records.values()
-    assert torch.equal(tensors_of(told)["weight"], TENSORS["weight"])
+    (array,) = message.content.array_records.values()
+    assert torch.equal(tensors_of(array)["weight"], TENSORS["weight"])
     assert link.confirmed == [message.metadata.message_id]
     assert BoundedPull(grid_to(link), LARGEST)("question 0") is None
 
@@ -264,5 +264,5 @@ def test_a_reply_belongs_to_the_node_that_was_asked_whatever_it_says(
     grid.push_messages = lambda messages: [next(numbers)]  # type: ignore[method-assign]
     stream = StreamingGrid(grid)
     asks = [Message(RecordDict(), node, "query.x") for node in (70, 71)]
-    told = [stream.node_of(reply) for reply in stream.send_and_receive(asks, timeout=5.0, largest=LARGEST)]
-    assert told == [70, 71]  # both say that they are of node 1 and answer nothing
+    nodes = [stream.node_of(reply) for reply in stream.send_and_receive(asks, timeout=5.0, largest=LARGEST)]
+    assert nodes == [70, 71]  # both say that they are of node 1 and answer nothing

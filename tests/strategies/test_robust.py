@@ -25,12 +25,12 @@ def replies(num: int = 5) -> dict[str, dict[str, Tensor]]:
 
 
 def result(
-    folder: Path, rule: Rule, order: list[str], told: dict[str, dict[str, Tensor]]
+    folder: Path, rule: Rule, order: list[str], replies: dict[str, dict[str, Tensor]]
 ) -> dict[str, Tensor]:
     spilled = SpilledReplies(REFERENCE, BOUNDS, folder / "spill", rule, trim=0.2)
     for site in order:
         examples = 1 + len(site)
-        spilled.fold(site, {n: t * examples for n, t in told[site].items()}, examples)
+        spilled.fold(site, {n: t * examples for n, t in replies[site].items()}, examples)
     assert not list(folder.glob("*.npy"))
     return spilled.mean()
 
@@ -40,10 +40,10 @@ def test_the_order_of_arrival_has_no_influence(
     tmp_path: Path, rule: Rule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(robust, "_PIECE", 7)  # several pieces per tensor
-    told = replies()
-    first = result(tmp_path, rule, list(told), told)
-    for order in itertools.islice(itertools.permutations(told), 1, None, 31):
-        other = result(tmp_path, rule, list(order), told)
+    sent = replies()
+    first = result(tmp_path, rule, list(sent), sent)
+    for order in itertools.islice(itertools.permutations(sent), 1, None, 31):
+        other = result(tmp_path, rule, list(order), sent)
         assert all(torch.equal(first[name], other[name]) for name in first)
 
 
@@ -51,10 +51,10 @@ def test_the_order_of_arrival_has_no_influence(
 def test_one_hostile_site_of_five_cannot_move_the_result_beyond_the_others(
     tmp_path: Path, rule: Rule
 ) -> None:
-    told = replies()
-    told["site 2"] = {name: torch.full_like(t, 50.0) for name, t in REFERENCE.items()}
-    mean = result(tmp_path, rule, list(told), told)
-    honest = [told[site] for site in told if site != "site 2"]
+    sent = replies()
+    sent["site 2"] = {name: torch.full_like(t, 50.0) for name, t in REFERENCE.items()}
+    mean = result(tmp_path, rule, list(sent), sent)
+    honest = [sent[site] for site in sent if site != "site 2"]
     for name in REFERENCE:
         values = torch.stack([update[name] for update in honest])
         assert (mean[name] >= values.amin(0) - 1e-6).all() and (mean[name] <= values.amax(0) + 1e-6).all()
@@ -75,19 +75,19 @@ def test_krum_takes_the_reply_whose_neighbours_are_nearest() -> None:
 
 
 def test_krums_result_is_one_of_the_replies(tmp_path: Path) -> None:
-    told = replies()
-    mean = result(tmp_path, "krum", list(told), told)
-    assert any(torch.allclose(mean["b"], update["b"], atol=1e-5) for update in told.values())
+    sent = replies()
+    mean = result(tmp_path, "krum", list(sent), sent)
+    assert any(torch.allclose(mean["b"], update["b"], atol=1e-5) for update in sent.values())
 
 
 def test_files_are_gone_afterwards_and_those_of_an_interrupted_round_are_not_read(tmp_path: Path) -> None:
     spill = tmp_path / "spill"
     spill.mkdir()
     (spill / "0.float32").write_bytes(b"left over")
-    told = replies()
-    with_rest = result(tmp_path, "median", list(told), told)
+    sent = replies()
+    with_rest = result(tmp_path, "median", list(sent), sent)
     assert not spill.exists()
-    without = result(tmp_path, "median", list(told), told)
+    without = result(tmp_path, "median", list(sent), sent)
     assert all(torch.equal(with_rest[name], without[name]) for name in without)
 
 
@@ -114,11 +114,11 @@ def test_bad_sites_are_rounded_down_but_not_by_a_floating_point_hair() -> None:
 
 
 def test_an_outlier_is_left_out_before_the_rule(tmp_path: Path) -> None:
-    told = replies(4)
+    sent = replies(4)
     spilled = SpilledReplies(REFERENCE, BOUNDS, tmp_path / "spill", "median", trim=0.2)
-    for site, tensors in told.items():
+    for site, tensors in sent.items():
         size = 50.0 if site == "site 2" else 1.0
         spilled.fold(site, {name: size * tensor for name, tensor in tensors.items()}, 1)
     assert list(spilled.screen(5.0)) == ["site 2"]
-    others = [told[f"site {i}"]["a"] for i in (0, 1, 3)]
+    others = [sent[f"site {i}"]["a"] for i in (0, 1, 3)]
     assert torch.equal(spilled.mean()["a"], torch.stack(others).median(dim=0).values)

@@ -6,45 +6,24 @@ from torch import Tensor
 
 from federation.exchanges.survey import survey_layout
 from federation.plan import (
-    AggregationPlan,
-    ReleasePlan,
-    RunPlan,
     StylePlan,
     TrainingPlan,
-    VolumePlan,
 )
-from meduet_models.meduet import NetworkConfig
 from meduet_models.objective import LossWeights, ObjectiveConfig
 from meduet_models.style.moments import CohortTooSmall, StyleMoments
 from strategies.style_bank import StyleSurvey
+from tests.worlds import small_plan
 
-PLAN = RunPlan(
+PLAN = small_plan(
     name="survey",
-    seed=1,
-    sites=("oslo", "lyon", "turin"),
-    tokenizer_sha256="0" * 64,
-    volumes=VolumePlan(modality="t1", shape=(16, 24, 16)),
-    network=NetworkConfig(
-        latent_channels=2,
-        latent_grid=(4, 6, 4),
-        patch_size=2,
-        width=12,
-        depth=1,
-        heads=2,
-        decoder_width=12,
-        decoder_depth=1,
-        decoder_heads=2,
-    ),
     objective=ObjectiveConfig(weights=LossWeights(invariance=0.0, restyled_reconstruction=0.0)),
     training=TrainingPlan(rounds=1, steps_per_round=1),
     style=StylePlan(minimum_cohort=5, centre="full"),
-    aggregation=AggregationPlan(),
-    release=ReleasePlan(),
 )
 LAYOUT = survey_layout(PLAN)
 
 
-def told(seed: int, num_patients: int = 6) -> dict[str, Tensor]:
+def moments_of(seed: int, num_patients: int = 6) -> dict[str, Tensor]:
     x = torch.randn(num_patients, 2, 4, 6, 4, generator=torch.Generator().manual_seed(seed)) + seed
     return StyleMoments.of(x, [str(i) for i in range(num_patients)], LAYOUT).to_tensors()
 
@@ -52,9 +31,9 @@ def told(seed: int, num_patients: int = 6) -> dict[str, Tensor]:
 def test_the_bank_is_the_same_whatever_the_order_of_replies_and_retries() -> None:
     forward, backward = StyleSurvey(PLAN), StyleSurvey(PLAN)
     for site, seed in (("oslo", 0), ("lyon", 1), ("turin", 2)):
-        assert forward.add(site, told(seed))
+        assert forward.add(site, moments_of(seed))
     for site, seed in (("turin", 2), ("lyon", 1), ("turin", 2), ("oslo", 0), ("oslo", 0)):
-        assert backward.add(site, told(seed))
+        assert backward.add(site, moments_of(seed))
     one, other = forward.bank().to_tensors(), backward.bank().to_tensors()
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert one["count"].tolist() == [[6.0], [6.0], [6.0]]
@@ -62,47 +41,47 @@ def test_the_bank_is_the_same_whatever_the_order_of_replies_and_retries() -> Non
 
 def test_a_site_keeps_its_place_in_the_bank_when_another_is_missing() -> None:
     survey = StyleSurvey(PLAN)
-    survey.add("turin", told(2))
-    entry = StyleMoments.from_tensors(told(2), LAYOUT).entry()
+    survey.add("turin", moments_of(2))
+    entry = StyleMoments.from_tensors(moments_of(2), LAYOUT).entry()
     bank = survey.bank()
     assert bank.present == survey.answered == ("turin",)
     torch.testing.assert_close(bank.entry(torch.tensor([2])).mean[0], entry.mean)
 
 
 def wrong(name: str, change: float) -> dict[str, Tensor]:
-    tensors = told(1)
+    tensors = moments_of(1)
     return tensors | {name: tensors[name] + change}
 
 
 @pytest.mark.parametrize(
     ("tensors", "reason"),
     [
-        (told(1, 4), "at least 5 patients"),
-        (told(1) | {"count": torch.zeros(1)}, "at least 5 patients"),
+        (moments_of(1, 4), "at least 5 patients"),
+        (moments_of(1) | {"count": torch.zeros(1)}, "at least 5 patients"),
         (wrong("count", 0.5), "whole patients"),
         (wrong("map", float("nan")), "finite"),
         (wrong("variance", -1e3), "at least 0"),
         (wrong("centre", 1e3), "has not bounded them"),
-        ({k: v for k, v in told(1).items() if k != "centre"}, "'centre'"),
-        (told(1) | {"mean": torch.zeros(1, 5)}, "'mean'"),
+        ({k: v for k, v in moments_of(1).items() if k != "centre"}, "'centre'"),
+        (moments_of(1) | {"mean": torch.zeros(1, 5)}, "'mean'"),
     ],
 )
 def test_sums_that_no_honest_cohort_told_are_refused_with_their_reason(
     tensors: dict[str, Tensor], reason: str
 ) -> None:
     survey = StyleSurvey(PLAN)
-    survey.add("oslo", told(0))
+    survey.add("oslo", moments_of(0))
     assert not survey.add("lyon", tensors)
     assert reason in survey.refused["lyon"]
     assert survey.bank().present == ("oslo",)
-    assert survey.add("lyon", told(1)) and not survey.refused
+    assert survey.add("lyon", moments_of(1)) and not survey.refused
 
 
 def test_a_site_that_tells_other_sums_later_is_refused_and_the_first_stay() -> None:
     survey = StyleSurvey(PLAN)
-    survey.add("oslo", told(0))
+    survey.add("oslo", moments_of(0))
     before = survey.bank().to_tensors()
-    assert not survey.add("oslo", told(5))
+    assert not survey.add("oslo", moments_of(5))
     assert "The first stay" in survey.refused["oslo"]
     after = survey.bank().to_tensors()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -110,7 +89,7 @@ def test_a_site_that_tells_other_sums_later_is_refused_and_the_first_stay() -> N
 
 def test_a_stranger_is_refused_and_nobody_makes_no_bank() -> None:
     survey = StyleSurvey(PLAN)
-    assert not survey.add("paris", told(0))
+    assert not survey.add("paris", moments_of(0))
     with pytest.raises(CohortTooSmall):
         survey.bank()
 
@@ -130,7 +109,7 @@ def test_without_exchange_the_pooled_scale_goes_out_and_no_sites_style() -> None
     plan = dataclasses.replace(PLAN, style=dataclasses.replace(PLAN.style, exchange="none"))
     survey, open_survey = StyleSurvey(plan), StyleSurvey(PLAN)
     for site, seed in (("oslo", 0), ("lyon", 1)):
-        assert survey.add(site, told(seed)) and open_survey.add(site, told(seed))
+        assert survey.add(site, moments_of(seed)) and open_survey.add(site, moments_of(seed))
     silent, bank = survey.bank(), open_survey.bank()
     assert silent.present == () and not bool(silent.entries.mean.any())
     assert torch.equal(silent.centre, bank.centre) and torch.equal(silent.scale, bank.scale)

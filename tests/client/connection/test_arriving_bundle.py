@@ -63,13 +63,13 @@ def listed(files: Files) -> Files:
 
 def arrives(content: bytes, installed: InstalledCode, **run: Any) -> None:
     sha256 = hashlib.sha256(content).hexdigest()
-    told = {
+    honest_run = {
         "fab_id": installed.name,
         "fab_version": installed.settings["project"]["version"],
         "fab_hash": sha256,
         "override_config": {"plan": "", "folder": ""},
     }
-    asked = dataclasses.replace(Run.create_empty(RUN), **(told | run))
+    asked = dataclasses.replace(Run.create_empty(RUN), **(honest_run | run))
     installed.check(asked, Fab(sha256, content, {}), RUN)
 
 

@@ -68,7 +68,7 @@ class Centre:
     """What a centre sends: a message for each run, the run, its code."""
 
     bundles: dict[int, bytes]
-    told: dict[int, dict[str, Any]] = field(default_factory=dict)
+    claims: dict[int, dict[str, Any]] = field(default_factory=dict)
     waiting: list[int] = field(default_factory=list)
     contents: dict[str, bytes] = field(default_factory=dict)
 
@@ -85,7 +85,7 @@ class Centre:
             "fab_version": "0.1.0",
             "fab_hash": hashlib.sha256(self.bundles[run_id]).hexdigest(),
         }
-        return replace(Run.create_empty(run_id), **(own | self.told.get(run_id, {})))
+        return replace(Run.create_empty(run_id), **(own | self.claims.get(run_id, {})))
 
     def get_fab(self, fab_hash: str, run_id: int) -> Fab:
         content = self.bundles[run_id]
@@ -175,8 +175,8 @@ def test_honest_code_of_one_run_lends_nothing_to_another(home: Path, honest: byt
     changed = unpacked(honest) | {"client/evil.py": b""}
     changed.pop(".info/CONTENT")
     centre = Centre({1: honest, 2: fab_of(changed), 3: honest})
-    centre.told[2] = {"fab_hash": hashlib.sha256(honest).hexdigest()}  # says it is the honest one
-    centre.told[3] = {"fab_version": "0.1.0.00000000/../../../../share"}  # leads to another folder
+    centre.claims[2] = {"fab_hash": hashlib.sha256(honest).hexdigest()}  # says it is the honest one
+    centre.claims[3] = {"fab_version": "0.1.0.00000000/../../../../share"}  # leads to another folder
     node = SuperNode(centre, checked(flowers_own, home))
     assert node.turn(1) == []
     assert len(node.turn(2)) == len(node.turn(3)) == 1
@@ -205,7 +205,7 @@ def test_a_setting_that_the_application_has_not_is_refused_and_ends_nothing(
     centre = Centre({1: honest}, {1: {"override_config": {"other": "x"}}})
     assert len(SuperNode(centre, checked(flowers_own, home)).turn(1)) == 1
     with pytest.raises(ValueError, match="not present"):  # Flower's loop would end
-        SuperNode(Centre({1: honest}, centre.told), flowers_own).turn(1)
+        SuperNode(Centre({1: honest}, centre.claims), flowers_own).turn(1)
 
 
 def test_the_installed_code_is_read_when_it_is_asked_for(home: Path, honest: bytes) -> None:

@@ -48,19 +48,19 @@ def test_the_centre_is_reached_with_the_sites_certificate_and_this_machine_by_a_
 ) -> None:
     folder = site_yaml.parent
     supernode, superexec = supernode_processes(config, site_yaml)
-    told = dict(zip(supernode.command[5::2], supernode.command[6::2], strict=False))
+    options = dict(zip(supernode.command[5::2], supernode.command[6::2], strict=False))
     assert supernode.command[1:3] == ("-P", "-c") and "mutual_tls" in supernode.command[3]
-    assert told["--superlink"] == "centre.example:443"
-    assert told["--root-certificates"] == str(folder / "keys" / "ca.pem")
-    assert told["--node-config"] == f'site-config="{site_yaml}"'
-    assert told["--isolation"] == "process" and not {"--host", "--port"} & set(supernode.command)
+    assert options["--superlink"] == "centre.example:443"
+    assert options["--root-certificates"] == str(folder / "keys" / "ca.pem")
+    assert options["--node-config"] == f'site-config="{site_yaml}"'
+    assert options["--isolation"] == "process" and not {"--host", "--port"} & set(supernode.command)
     assert supernode.environment["MEDUET_CLIENT_CERTIFICATE"] == str(folder / "keys" / "site.pem")
     assert supernode.environment["MEDUET_CLIENT_KEY"] == str(folder / "keys" / "site.key")
     for child in (supernode, superexec):
         assert child.environment["MEDUET_FLOWER_SOCKET"] == str(folder / "state/processes/supernode.sock")
-    secret = told["--superexec-auth-secret-file"]
+    secret = options["--superexec-auth-secret-file"]
     assert secret in superexec.command and stat.S_IMODE(Path(secret).stat().st_mode) == 0o600
-    node_key = Path(told["--auth-supernode-private-key"])
+    node_key = Path(options["--auth-supernode-private-key"])
     assert stat.S_IMODE(node_key.stat().st_mode) == 0o600
     load_ssh_private_key(node_key.read_bytes(), None)
 

@@ -140,10 +140,10 @@ def test_a_real_site_releases_its_training_scans_as_they_are_encoded(folder: Pat
     rows = [scans.patients.index(line["patient"]) for line in table]
     assert sorted(rows) == scans.indices("train") and len(rows) < scans.num_scans
     assert all(str(scans.entries[row].path) == line["scan"] for row, line in zip(rows, table, strict=True))
-    told = from_tensors(dict(released[0].tensors))
+    left = from_tensors(dict(released[0].tensors))
     truth = examples_of(scans, rows[:5], plan)
-    assert torch.equal(told.latents, truth.latents)
-    assert told.spacing.tolist() == [[2.0, 2.5, 3.0]] * 5
+    assert torch.equal(left.latents, truth.latents)
+    assert left.spacing.tolist() == [[2.0, 2.5, 3.0]] * 5
     assert {one.counts["num_items"] for one in released} == {len(rows)}
     for name in (TABLE_NAME, KEY_NAME):
         assert stat.S_IMODE((folder / "state" / name).stat().st_mode) == 0o600
@@ -221,13 +221,13 @@ NAMES = [f"{n:032x}" for n in range(3)]
 def test_the_gate_bounds_each_scan_by_itself(tmp_path: Path) -> None:
     door = Door(tmp_path)
     rows = torch.tensor([[3.0, 4.0], [0.6, 0.8], [0.0, 0.0]])
-    told = {"latents": rows, "site": torch.tensor([900.0, 1.0, 2.0], dtype=torch.float64)}
+    leaving = {"latents": rows, "site": torch.tensor([900.0, 1.0, 2.0], dtype=torch.float64)}
     shapes = {"latents": (3, 2), "site": (3,)}
-    released = door.gate.release(told, shapes, weight=3.0, not_covered=frozenset({"site"}), items=NAMES)
+    released = door.gate.release(leaving, shapes, weight=3.0, not_covered=frozenset({"site"}), items=NAMES)
     lengths = released.tensors["latents"].norm(dim=1)
     assert lengths[0] <= 2.0 and lengths[0] == pytest.approx(2.0, rel=1e-5)
     assert torch.equal(released.tensors["latents"][1:], rows[1:])
-    assert torch.equal(released.tensors["site"], told["site"])
+    assert torch.equal(released.tensors["site"], leaving["site"])
     record = released.record
     assert (record["clipped"], record["bound"], record["norm_before"]) == (True, 2.0, 5.0)
     assert record["norm_after"] <= 2.0 and record["items"] == NAMES

@@ -31,7 +31,7 @@ from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import CohortTooSmall, StyleMoments
 from privacy.clipping import joint_norm
-from tests.worlds import Hospital
+from tests.worlds import Hospital, coded, coded_network, unanswered_places
 
 answer_probe = ANSWER.once
 SECRET = b"1" * 32
@@ -53,7 +53,7 @@ def scans(toy_scans: Any) -> Any:
 
 
 def network(plan: RunPlan) -> MeDUET:
-    return MeDUET(plan.network, len(plan.sites), seed=plan.seed).eval()
+    return coded_network(plan)
 
 
 def test_folds_are_even_by_patient_and_do_not_depend_on_the_order_of_scans(plan: RunPlan, scans: Any) -> None:
@@ -65,30 +65,30 @@ def test_folds_are_even_by_patient_and_do_not_depend_on_the_order_of_scans(plan:
 
 def test_the_sums_are_those_of_each_folds_patients(plan: RunPlan, scans: Any, toy_bank: Any) -> None:
     student, probed = network(plan), probed_patients(scans, plan, 0, SECRET)
-    told = probe_sums(student, scans, probed, plan, toy_bank(plan), 1)
-    assert {name: tuple(t.shape) for name, t in told.items()} == sums_shapes(plan)
+    sums = probe_sums(student, scans, probed, plan, toy_bank(plan), 1)
+    assert {name: tuple(t.shape) for name, t in sums.items()} == sums_shapes(plan)
     with torch.no_grad():
         x = scans.values[:, 0]
-        both = torch.cat([student.pooled_content(x), student.pooled_style(x)], 1).double()
+        both = torch.cat([student.content_code(x), student.pooled_style(x)], 1).double()
     patients = both.reshape(12, 2, -1).mean(1)
-    for fold, moments in enumerate(fold_moments(told, FACTORS, plan)):
+    for fold, moments in enumerate(fold_moments(sums, FACTORS, plan)):
         mine = patients[[probed.folds[f"p{i}"] == fold for i in range(12)]]
         assert float(moments.count) == 4
         torch.testing.assert_close(moments.total, mine.sum(0), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(moments.outer, mine.T @ mine, rtol=1e-5, atol=1e-5)
-    anatomy = fold_moments(told, ANATOMY, plan)
+    anatomy = fold_moments(sums, ANATOMY, plan)
     ages = [2 * (10.0 + i) / 70 - 1 for i in range(12) if probed.folds[f"p{i}"] == 0]
     assert float(anatomy[0].total[-2]) == pytest.approx(sum(ages), abs=1e-5)
 
 
 def test_one_patients_share_is_within_the_promise(plan: RunPlan, scans: Any, toy_bank: Any) -> None:
     student, probed = network(plan), probed_patients(scans, plan, 0, SECRET)
-    told = probe_sums(student, scans, probed, plan, toy_bank(plan), 1)
-    covered = {name: tensor for name, tensor in told.items() if name not in UNBOUNDED}
+    sums = probe_sums(student, scans, probed, plan, toy_bank(plan), 1)
+    covered = {name: tensor for name, tensor in sums.items() if name not in UNBOUNDED}
     assert 0 < joint_norm(covered) <= 12 * sums_bound(plan)
     one = replace(probed, rows=probed.rows[:2], patients=probed.patients[:2])
     scaled = network(plan)
-    scaled.set_erasure(torch.zeros(16), 1e3 * torch.eye(16))  # content far beyond its bound
+    scaled.code_matrix *= 1e3  # codes far beyond their bound
     alone = probe_sums(scaled, scans, replace(one, folds={"p0": 0}, least=0), plan, toy_bank(plan), 1)
     assert joint_norm({n: t for n, t in alone.items() if n not in UNBOUNDED}) <= sums_bound(plan) * (1 + 1e-9)
 
@@ -97,12 +97,12 @@ def test_patients_are_recognised_and_swaps_described_in_every_other_style(
     plan: RunPlan, scans: Any, toy_bank: Any
 ) -> None:
     student, probed, bank = network(plan), probed_patients(scans, plan, 0, SECRET), toy_bank(plan)
-    told = probe_sums(student, scans, probed, plan, bank, 1)
-    content, style, asked, chance = told[RECOGNITION].tolist()
+    sums = probe_sums(student, scans, probed, plan, bank, 1)
+    content, style, asked, chance = sums[RECOGNITION].tolist()
     assert (asked, chance) == (24, 2) and 0 <= style <= content <= 24
     assert content == 24  # content does not see a change of channel means and scales
-    assert told[SWAPPED_PATIENTS].tolist() == [12, 0, 12]
-    moments = style_moments(told[SWAPPED][0], told[SWAPPED_PATIENTS][0], plan)
+    assert sums[SWAPPED_PATIENTS].tolist() == [12, 0, 12]
+    moments = style_moments(sums[SWAPPED][0], sums[SWAPPED_PATIENTS][0], plan)
     assert moments.entry().mean.shape == (2,)
     without = probe_sums(student, scans, probed, plan, None, 1)
     assert not without[RECOGNITION].any() and not without[SWAPPED].any()
@@ -125,8 +125,8 @@ def test_anatomy_is_told_of_patients_of_whom_all_is_known_or_of_nobody(
     for row, patient in enumerate(PATIENTS):
         if patient == first:
             scans.covariates[row] = {"age": 50.0}
-    told = probe_sums(student, scans, probed, plan, None, 1)
-    assert [float(f.count) for f in fold_moments(told, ANATOMY, plan)] == [3, 4, 4]
+    sums = probe_sums(student, scans, probed, plan, None, 1)
+    assert [float(f.count) for f in fold_moments(sums, ANATOMY, plan)] == [3, 4, 4]
     strict = probed_patients(scans, plan, 4, SECRET)
     assert not probe_sums(student, scans, strict, plan, None, 1)[ANATOMY].any()
 
@@ -159,7 +159,11 @@ def ask(plan: RunPlan, bank: StyleBank, round_number: int = 1, **probe: torch.Te
     named = network(plan).state_dict()
     shared = {n: named[n] for n in shared_keys(network(plan), plan.style.head, plan.aggregation.method)}
     return ProbeAsk(
-        plan_json=plan.to_json(), round=round_number, shared=shared, bank=bank.to_tensors(), probe=probe
+        plan_json=plan.to_json(),
+        round=round_number,
+        shared=coded(plan, shared),
+        bank=bank.to_tensors(),
+        probe=probe,
     )
 
 
@@ -173,7 +177,7 @@ def test_both_exchanges_pass_the_gate_and_are_in_the_books(
     second = answer_probe(site, ask(plan, toy_bank(plan), **probe), plan)
     assert second.tensors.keys() == {HITS}
     assert site.journal.verify() == 2 and site.ledger.verify() == 4
-    assert site.ledger.open_reservations() == []
+    assert unanswered_places(site.state_dir / "ledger.jsonl") == []
 
 
 def test_a_fold_below_the_cohort_tells_nothing(site: Hospital, plan: RunPlan, toy_bank: Any) -> None:

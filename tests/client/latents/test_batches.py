@@ -76,7 +76,7 @@ def test_a_second_scan_of_a_patient_comes_before_any_scan_twice(
     batches = Batches(toy_scans(["a", "a", "a", "b", "b", "b", "c", "c"]), plan, None)
     assert not batches.is_small
     for step in range(20):
-        assert batches.draw(step_generator(SECRET, 7, 1, step)).num_repeated == 0
+        assert len(batches.draw(step_generator(SECRET, 7, 1, step)).scans.unique()) == 8
 
 
 def test_a_cohort_below_the_batch_repeats_scans_and_says_so(
@@ -86,7 +86,7 @@ def test_a_cohort_below_the_batch_repeats_scans_and_says_so(
     batches = Batches(toy_scans(PATIENTS[:5]), plan, None)
     assert batches.is_small
     draw = batches.draw(step_generator(SECRET, 7, 1, 0))
-    assert draw.num_repeated == 12 - 5
+    assert len(draw.scans) == 12 and len(draw.scans.unique()) == 5
     assert max(Counter(draw.scans.tolist()).values()) == 3  # 12 of 5: each twice, two of them three times
     batch = batches.apply(draw, CPU)
     assert batch.subject is not None and len(batch.subject.unique()) == 5
@@ -150,7 +150,7 @@ def test_a_site_that_told_nothing_restyles_its_scans_with_its_own_sums(
     toy_plan: Callable[..., RunPlan], toy_scans: Any, toy_bank: Any
 ) -> None:
     plan, scans = toy_plan(), toy_scans(PATIENTS, 1)
-    bank = toy_bank(plan, told=("north", "west"))
+    bank = toy_bank(plan, present=("north", "west"))
     batches = Batches(scans, plan, bank)
     joined = bank.joined_by("south", own_moments(scans, plan))
     seen = set()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import client.latents.cache
+import client.latents.encoding
 import client.scans.fingerprints
 from client.latents.cache import LatentCache
 from client.latents.latent_set import LatentSet
@@ -38,7 +38,7 @@ class Blocks(nn.Module):
         self.fail_at = fail_at
 
     def posterior_mean(self, volumes: Tensor) -> Tensor:
-        self.num_encoded += len(volumes)
+        self.num_encoded += int(volumes.flatten(1).any(dim=1).sum())  # zeros fill a batch up
         if self.fail_at is not None and self.num_encoded > self.fail_at:
             raise KeyboardInterrupt
         return nn.functional.avg_pool3d(volumes, 4) * self.weight
@@ -165,14 +165,14 @@ def test_another_tokenizer_or_format_encodes_everything_again(
 ) -> None:
     site.encode()
     assert site.encode(Blocks(weight=2.0))[1] == len(PATIENTS)
-    monkeypatch.setattr(client.latents.cache, "CACHE_FORMAT", client.latents.cache.CACHE_FORMAT + 1)
+    monkeypatch.setattr(client.latents.encoding, "CACHE_FORMAT", client.latents.encoding.CACHE_FORMAT + 1)
     assert site.encode()[1] == len(PATIENTS)
 
 
 def test_an_interrupted_encoding_goes_on_and_ends_as_if_undisturbed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client.latents.cache, "SCANS_AT_ONCE", 2)
+    monkeypatch.setattr(client.latents.encoding, "SCANS_AT_ONCE", 2)
     undisturbed, interrupted = Site(tmp_path / "one"), Site(tmp_path / "two")
     undisturbed.encode()
     with pytest.raises(KeyboardInterrupt):
@@ -186,7 +186,7 @@ def test_an_interrupted_encoding_goes_on_and_ends_as_if_undisturbed(
 def test_a_full_disk_is_an_error_that_keeps_what_was_written(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved = client.latents.cache.save_weights
+    saved = client.latents.encoding.save_weights
 
     def full(path: Path, *rest: object) -> None:
         if len(site.files()) == 3:
@@ -194,7 +194,7 @@ def test_a_full_disk_is_an_error_that_keeps_what_was_written(
         saved(path, *rest)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(client.latents.cache, "save_weights", full)
+        patch.setattr(client.latents.encoding, "save_weights", full)
         with pytest.raises(OSError, match="No space"):
             site.encode()
     kept = site.files()

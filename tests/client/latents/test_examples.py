@@ -1,4 +1,4 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,36 +11,25 @@ from client.scans.volumes import Geometry
 from federation.diffusion_plan import DiffusionPlan
 from federation.plan import RunPlan, StylePlan
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
+from tests.worlds import KnownScans
 
 SHAPE = TransformerShape(patch_size=2, width=12, depth=1, heads=2)
 
 
-class Scans:
+class Scans(KnownScans):
     """Four scans of a site: three for training, one of them without a label."""
 
     def __init__(self) -> None:
+        super().__init__(1, 4, held_out=1)
         draws = torch.Generator().manual_seed(3)
-        self.values = torch.randn(4, 2, 4, 6, 4, generator=draws)
         self.label = (torch.rand(4, 1, 16, 24, 16, generator=draws) * 3).long()
-        self.patients = ["a", "b", "c", "d"]
-        self.covariates: list[dict[str, str | float]] = [
+        self.covariates = [
             {"body_part": "head", "grade": 2.0},
             {"body_part": "neck", "grade": 1.0},
             {"body_part": "head"},
             {"body_part": "head", "grade": 1.0},
         ]
-        self.site_index = torch.full((4,), 1)
         self.has_label = [True, True, False, True]
-
-    def indices(self, split: str) -> list[int]:
-        return [0, 1, 2] if split == "train" else [3]
-
-    def latents(self, indices: Sequence[int], view: int = 0) -> torch.Tensor:
-        assert view == 0
-        return self.values[list(indices)].clone()
-
-    def labels(self, indices: Sequence[int], view: int = 0) -> torch.Tensor:
-        return self.label[list(indices)]
 
     def geometry(self, row: int, view: int = 0) -> Geometry:
         # voxel axes run towards posterior, right, superior; the spacings differ
@@ -66,13 +55,13 @@ def plan(toy_plan: Callable[..., RunPlan]) -> RunPlan:
 
 def test_everything_known_of_a_scan_is_told_and_the_unknown_is_said_to_be_unknown(plan: RunPlan) -> None:
     scans = Scans()
-    told = examples_of(scans, [2, 0, 1], plan)
-    assert torch.equal(told.latents, scans.values[[2, 0, 1]])
-    assert told.site.tolist() == [1, 1, 1]
-    assert told.body_part.tolist() == [1, 1, 0]
-    assert told.category.tolist() == [-1, 1, 0]
-    assert told.label_map is not None
-    assert told.label_map[0].isnan().all() and not told.label_map[1:].isnan().any()
+    examples = examples_of(scans, [2, 0, 1], plan)
+    assert torch.equal(examples.latents, scans.values[[2, 0, 1]])
+    assert examples.site.tolist() == [1, 1, 1]
+    assert examples.body_part.tolist() == [1, 1, 0]
+    assert examples.category.tolist() == [-1, 1, 0]
+    assert examples.label_map is not None
+    assert examples.label_map[0].isnan().all() and not examples.label_map[1:].isnan().any()
 
 
 def test_spacing_is_along_right_anterior_superior_whatever_the_order_of_the_voxels(plan: RunPlan) -> None:
@@ -96,8 +85,8 @@ def test_a_site_without_labels_or_a_plan_without_any_tells_none(plan: RunPlan) -
     assert plan.diffusion is not None
     silent = replace(plan, diffusion=replace(plan.diffusion, conditions=("content",), category="",
                                              categories=(), labels=0))  # fmt: skip
-    told = examples_of(Scans(), [0, 1], silent)
-    assert told.label_map is None and told.category.tolist() == [-1, -1]
+    examples = examples_of(Scans(), [0, 1], silent)
+    assert examples.label_map is None and examples.category.tolist() == [-1, -1]
     nobody = replace(silent, style=StylePlan(minimum_cohort=3), diffusion=None)
     assert examples_of(Scans(), [0, 1], nobody).body_part.tolist() == [-1, -1]
 

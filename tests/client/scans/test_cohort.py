@@ -340,8 +340,8 @@ def test_tables_say_all_and_the_summary_names_nobody(tmp_path: Path) -> None:
     with (tmp_path / "state" / "exclusions.csv").open() as stream:
         listed = {row["path"]: row["reason"] for row in csv.DictReader(stream)}
     assert listed == {"letter to jane doe.txt": "sidecar", "covariates.csv": "table"}
-    told = json.dumps(cohort.summary())
-    assert "jane" not in told and str(tmp_path) not in told
+    summary = json.dumps(cohort.summary())
+    assert "jane" not in summary and str(tmp_path) not in summary
     assert cohort.summary()["exclusions"] == {"sidecar": 1, "table": 1}
 
 

@@ -96,8 +96,8 @@ def test_parts_echoes_inversions_and_contrast_agents_are_told_apart() -> None:
 def test_a_ct_is_no_mr_and_a_patient_called_pd_is_no_proton_density() -> None:
     assert not ModalityNames({}, ("mr",)).takes("ct") and ModalityNames({}, ("mr",)).takes("flair")
     paths = [PurePosixPath("PD_001_T1w"), PurePosixPath("HC_002_T1w")]
-    told = contrasts_of_files(paths, ["PD_001", "HC_002"], ModalityNames({}, ("T1w",)), Path("nowhere"))
-    assert told == ["", ""], "one contrast in all names tells nothing apart"
+    contrasts = contrasts_of_files(paths, ["PD_001", "HC_002"], ModalityNames({}, ("T1w",)), Path("nowhere"))
+    assert contrasts == ["", ""], "one contrast in all names tells nothing apart"
 
 
 @pytest.mark.parametrize(

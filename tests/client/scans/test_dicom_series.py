@@ -19,7 +19,9 @@ def series(number: int, patient: str, **more: str) -> Series:
     )
 
 
-def told(found: list[Series], paths: list[str], pattern: str = "") -> tuple[list[str], list[str]]:
+def patients_and_doubts(
+    found: list[Series], paths: list[str], pattern: str = ""
+) -> tuple[list[str], list[str]]:
     """Patient of each series, and every doubt."""
     places = [PurePosixPath(path) for path in paths]
     reading = whose_series(found, places, LayoutRules(patient_pattern=pattern))
@@ -34,7 +36,7 @@ def told(found: list[Series], paths: list[str], pattern: str = "") -> tuple[list
 
 def test_one_id_of_two_issuers_is_two_patients_and_without_an_issuer_nobody() -> None:
     found = [series(1, "7", issuer="A"), series(2, "7", issuer="B"), series(3, "7"), series(4, "8")]
-    assert told(found, ["a/1", "b/2", "c/3", "d/4"])[0] == ["7 (A)", "7 (B)", "", "8"]
+    assert patients_and_doubts(found, ["a/1", "b/2", "c/3", "d/4"])[0] == ["7 (A)", "7 (B)", "", "8"]
 
 
 def test_one_id_with_two_birth_dates_or_sexes_stays_one_patient_and_is_said() -> None:
@@ -43,18 +45,18 @@ def test_one_id_with_two_birth_dates_or_sexes_stays_one_patient_and_is_said() ->
         series(2, "7", born="19810203", sex="M"),
         series(3, "8"),
     ]
-    patients, doubts = told(found, ["a/1", "b/2", "c/3"])
+    patients, doubts = patients_and_doubts(found, ["a/1", "b/2", "c/3"])
     assert patients == ["7", "7", "8"]
     assert "several birth dates" in " ".join(doubts) and "several sexes" in " ".join(doubts)
 
 
 @pytest.mark.parametrize("folders", [["1.2.840.1.1/x", "1.2.840.1.2/x"], ["2019-03-04/x", "2020-01-10/x"]])
 def test_a_placeholder_in_folders_of_uids_or_dates_is_nobody(folders: list[str]) -> None:
-    assert told([series(1, "ANONYMOUS"), series(2, "***")], folders)[0] == ["", ""]
+    assert patients_and_doubts([series(1, "ANONYMOUS"), series(2, "***")], folders)[0] == ["", ""]
 
 
 def test_the_pattern_wins_over_the_header() -> None:
-    assert told([series(1, "7"), series(2, "7")], ["S1/a", "S2/a"], r"S(\d)")[0] == ["1", "2"]
+    assert patients_and_doubts([series(1, "7"), series(2, "7")], ["S1/a", "S2/a"], r"S(\d)")[0] == ["1", "2"]
 
 
 def draw_archive(draw: random.Random) -> tuple[list[Series], list[str], list[str]]:
@@ -84,7 +86,7 @@ def test_in_drawn_archives_no_patient_is_wrong_in_silence() -> None:
     right = 0
     for seed in range(DRAWS):
         found, paths, persons = draw_archive(random.Random(seed))
-        patients, doubts = told(found, paths)
+        patients, doubts = patients_and_doubts(found, paths)
         named = {(person, patient) for person, patient in zip(persons, patients, strict=True) if patient}
         whole = len(named) == len({person for person, _ in named}) == len({patient for _, patient in named})
         assert whole or doubts, (seed, paths, patients)

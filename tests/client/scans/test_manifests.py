@@ -1,5 +1,6 @@
 """A manifest says everything; a file has one place, whatever way a row writes it."""
 
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -101,7 +102,7 @@ def test_a_scan_named_as_a_label_stays_a_scan(folder: Path) -> None:
 def test_rows_that_lead_nowhere_are_counted(folder: Path) -> None:
     cohort = opened(manifest(folder, "scans/a.nii.gz,P1", "D:\\\\scans\\\\b.nii.gz,P2"))
     (join,) = cohort.joins
-    assert join.told == "column patient: 1 of 2 rows have scans, 1 of 1 scans have a row"
+    assert join.summary == "column patient: 1 of 2 rows have scans, 1 of 1 scans have a row"
 
 
 def test_the_pattern_tells_in_a_manifest_too(folder: Path) -> None:
@@ -130,3 +131,37 @@ def test_a_hundred_thousand_rows_open_in_ten_seconds(folder: Path) -> None:
     )
     candidates, exclusions, seconds = done.stdout.split()
     assert (candidates, exclusions) == ("1", "100004") and float(seconds) < 10
+
+
+def dicom(data_root: Path, folder: Path, *series: str) -> None:
+    """Slices of these real series, all in one folder."""
+    source = data_root / "dicom_small" / "dicom2nifti_tests" / "tests" / "data"
+    folder.mkdir()
+    for name in series:
+        for path in sorted((source / name).iterdir()):
+            if path.is_file() and not path.name.endswith(".gz"):
+                shutil.copyfile(path, folder / f"{name.replace('/', '_')}_{path.name}")
+
+
+def test_a_row_that_names_a_folder_of_several_series_is_refused_with_the_reason(
+    data_root: Path, tmp_path: Path
+) -> None:
+    dicom(data_root, tmp_path / "one", "siemens/anatomical/001")
+    dicom(data_root, tmp_path / "two", "siemens/anatomical/001", "ge/anatomical/001")
+    manifest(tmp_path, "one,ann", "two,ben")
+    cohort = opened(tmp_path)
+    assert [scan.patient for scan in cohort.scans] == ["ann"]
+    (refused,) = [one for one in cohort.exclusions if one.path.name == "two"]
+    assert refused.reason is Reason.SEVERAL_SERIES and refused.detail.startswith("2 series in one folder")
+    assert set(refused.all_files) == set((tmp_path / "two").iterdir())
+
+
+def test_what_leaves_a_series_elsewhere_leaves_it_in_a_manifest_too(data_root: Path, tmp_path: Path) -> None:
+    source = data_root / "odd_cases" / "dicom"
+    for name in ("scout_in_series", "resent_slices"):
+        shutil.copytree(source / name, tmp_path / name, copy_function=shutil.copyfile)
+    manifest(tmp_path, "scout_in_series,ann", "resent_slices,ben")
+    cohort = opened(tmp_path)
+    assert {scan.patient: len(scan.files) for scan in cohort.scans} == {"ann": 24, "ben": 8}
+    reasons = Counter(one.reason for one in cohort.exclusions)
+    assert reasons == {Reason.LOCALIZER: 1, Reason.DUPLICATE: 2, Reason.TABLE: 1}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from client.checks.intake import closing
 from client.cli import main
 from client.scans.cohort import Cohort, open_cohort
 from client.scans.scans import Reason
@@ -156,7 +157,7 @@ def test_a_phase_map_is_no_t1_and_01_is_sub_01(odd: Path) -> None:
     assert reasons(cohort)["sub-01_part-phase_T1w.nii.gz"] is Reason.NO_SUCH_MODALITY
     assert [scan.covariates for scan in cohort.scans] == [{"age": 30.0}, {"age": 40.0}]
     (join,) = cohort.joins
-    assert join.told == "column participant_id: 2 of 2 rows have scans, 4 of 4 scans have a row"
+    assert join.summary == "column participant_id: 2 of 2 rows have scans, 4 of 4 scans have a row"
 
 
 def test_raw_data_below_rawdata_are_found(odd: Path) -> None:
@@ -210,3 +211,27 @@ def test_check_shows_the_guess_and_ends_with_the_sums(odd: Path, tmp_path: Path)
     assert "4 patients, e.g. P001/2019-03-04_1/t1.nii.gz is patient P001" in said
     assert "Files: 8 seen; maybe in: 8 files of 8 scans, 0 labels; 0 tables read; 0 left out" in said
     assert "Patients: 4, by this rule: a patient is a folder of the data root" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "resent_slices",
+            "10 seen; in: 8 files of 1 scans, 0 labels; 0 tables read; 2 left out (duplicate 2).",
+        ),
+        (
+            "scout_in_series",
+            "25 seen; in: 24 files of 1 scans, 0 labels; 0 tables read; 1 left out (localizer 1).",
+        ),
+    ],
+)
+def test_the_last_lines_count_files_as_seen_in_and_left_out(odd: Path, name: str, said: str) -> None:
+    cohort = opened(odd / "dicom" / name)
+    assert next(closing(cohort, cohort.patient_map, [])) == f"Files: {said}"
+
+
+def test_the_last_lines_count_all_files_of_a_series_that_is_left_out(odd: Path) -> None:
+    cohort = opened(odd / "dicom" / "same_patient_id", modality="CT")
+    said = next(closing(cohort, cohort.patient_map, []))
+    assert "24 seen; in: 0 files" in said and "24 left out (no_such_modality 24)" in said

@@ -174,10 +174,10 @@ def test_in_5000_drawn_folders_no_patient_is_wrong_in_silence(draws: range) -> N
     counts: dict[str, int] = {}
     for seed in draws:
         tree = draw_tree(random.Random(seed))
-        told = verdict(tree)
-        shown = sorted(zip(tree.paths, patients(tree.paths), strict=True))[:8] if told == "wrong" else []
-        assert told != "wrong", (seed, tree.recipe, shown)
-        counts[told] = counts.get(told, 0) + 1
+        found = verdict(tree)
+        shown = sorted(zip(tree.paths, patients(tree.paths), strict=True))[:8] if found == "wrong" else []
+        assert found != "wrong", (seed, tree.recipe, shown)
+        counts[found] = counts.get(found, 0) + 1
     assert counts["right"] > 0.85 * len(draws), counts  # a rule that doubts everything would pass, too
 
 
@@ -245,8 +245,8 @@ def test_an_id_is_no_placeholder(patient: str) -> None:
 
 
 def test_one_patient_under_two_spellings_and_one_scan_each_are_doubted() -> None:
-    told = " ".join(doubts_of({"a": "sub-01", "b": "SUB_1", "c": "P2"}))
-    assert "SUB_1 and sub-01" in told and "Every scan is a patient of its own (3)" in told
+    doubts = " ".join(doubts_of({"a": "sub-01", "b": "SUB_1", "c": "P2"}))
+    assert "SUB_1 and sub-01" in doubts and "Every scan is a patient of its own (3)" in doubts
 
 
 def test_a_pattern_tells_and_one_that_matches_nothing_is_an_error() -> None:

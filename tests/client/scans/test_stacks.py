@@ -322,22 +322,24 @@ def enhanced(volumes: list[dict[str, object]], generator: np.random.Generator) -
 
 
 @pytest.mark.parametrize(
-    "told",
+    "frames",
     [
         [{"TemporalPositionIndex": 1}, {"TemporalPositionIndex": 2}],
         [{"DimensionIndexValues": 1}, {"DimensionIndexValues": 2}, {"DimensionIndexValues": 3}],
     ],
 )
-def test_an_enhanced_object_is_read_by_its_own_indices(told: list[dict[str, object]], tmp_path: Path) -> None:
+def test_an_enhanced_object_is_read_by_its_own_indices(
+    frames: list[dict[str, object]], tmp_path: Path
+) -> None:
     for seed in range(3):
-        (path,) = write(tmp_path, [enhanced(told, np.random.default_rng(seed))])
+        (path,) = write(tmp_path, [enhanced(frames, np.random.default_rng(seed))])
         scan = read_files([path])
-        assert volume_of(scan) == 1 and scan.num_volumes == len(told) and not scan.notes
+        assert volume_of(scan) == 1 and scan.num_volumes == len(frames) and not scan.notes
 
 
 def test_an_enhanced_object_of_two_echoes_is_excluded_by_name(tmp_path: Path) -> None:
-    told = [{"EffectiveEchoTime": 10.0}, {"EffectiveEchoTime": 20.0}]
-    write(tmp_path / "s", [enhanced(told, np.random.default_rng(0))])
+    frames = [{"EffectiveEchoTime": 10.0}, {"EffectiveEchoTime": 20.0}]
+    write(tmp_path / "s", [enhanced(frames, np.random.default_rng(0))])
     series, left_over = find_series(sorted((tmp_path / "s").iterdir()))
     assert not left_over
     with pytest.raises(UnusableScan, match="ambiguous_frames: 6 frames differ in EchoTime"):

@@ -85,7 +85,7 @@ def test_a_join_that_fails_is_said_with_counts(tmp_path: Path) -> None:
     path = saved(tmp_path / "t.csv", b"patient,age\n" + b"".join(b"MR_%d,1\n" % n for n in range(6)))
     found, join = join_covariates(path, [(f"P_{n}", f"P_{n}_T1") for n in range(6)])
     assert found == [{}] * 6
-    assert join.told == (
+    assert join.summary == (
         "column patient: 0 of 6 rows have scans, 0 of 6 scans have a row; no row names a patient of the"
         " scans: compare it with cohort.csv"
     )
@@ -124,10 +124,10 @@ def test_in_drawn_tables_a_scan_gets_its_own_patients_age_or_none_and_the_counts
 ) -> None:
     joined = 0
     for seed in range(DRAWS):
-        scans, ages, join, told = _drawn(random.Random(seed), tmp_path / "t.csv")
-        for (patient, _), age in zip(scans, told, strict=True):
+        scans, ages, join, expected = _drawn(random.Random(seed), tmp_path / "t.csv")
+        for (patient, _), age in zip(scans, expected, strict=True):
             assert age in (None, ages[patient]), seed
-        assert join.scans_without_row == told.count(None), seed
-        assert join.num_rows - join.rows_without_scan == len(told) - told.count(None), seed
-        joined += any(age is not None for age in told)
+        assert join.scans_without_row == expected.count(None), seed
+        assert join.num_rows - join.rows_without_scan == len(expected) - expected.count(None), seed
+        joined += any(age is not None for age in expected)
     assert joined > 0.5 * DRAWS

@@ -133,7 +133,7 @@ def test_check_counts_and_names_what_is_odd(odd: Path, tmp_path: Path) -> None:
 
     cohort = opened(odd / "nifti", window="ct_hu")
     lines = {
-        name: told for name, _, told, _ in cohort_lines(cohort, VolumePlan(modality="any", window="ct_hu"))
+        name: line for name, _, line, _ in cohort_lines(cohort, VolumePlan(modality="any", window="ct_hu"))
     }
     assert lines["sform without scale"].startswith("1 scans have a sform of 1 x 1 x 1 mm")
     assert "sform_without_scale.nii.gz" in lines["sform without scale"]

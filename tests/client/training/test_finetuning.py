@@ -15,22 +15,13 @@ from meduet_models.downstream.networks import PretrainedNetwork, predict
 from meduet_models.downstream.tasks import task_of
 from meduet_models.downstream.unet import SmallUNet
 from meduet_models.downstream.volume_networks import VolumeSegmenter
-from meduet_models.meduet import FactorNetwork, NetworkConfig
+from meduet_models.meduet import FactorNetwork
 from meduet_models.volume_unet import VolumeUNet
+from tests.worlds import small_network
 
 GRID = (4, 6, 4)
 SEGMENTATION = LocalFinetuning(task="segmentation", classes=2, steps=40, batch_size=6, learning_rate=5e-3)
-CONFIG = NetworkConfig(
-    latent_channels=2,
-    latent_grid=GRID,
-    patch_size=2,
-    width=16,
-    depth=2,
-    heads=2,
-    decoder_width=12,
-    decoder_depth=1,
-    decoder_heads=2,
-)
+CONFIG = small_network(width=16, depth=2)
 
 
 def planted(count: int = 12, seed: int = 0, task: str = "segmentation") -> LabelledScans:

@@ -2,102 +2,18 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from client.exchanges.pretraining import ANSWER
-from client.release import Released
 from client.training.site_state import SiteState, StateFolder, UnderWay, cohort_sha256
 from federation.exchanges.pretraining import TrainAsk
 from federation.journal import Journal
 from federation.plan import RunPlan, TrainingPlan
-from meduet_models.meduet import MeDUET
-from meduet_models.sharing import home_keys, shared_keys
-from privacy.ledger import AnsweredBefore
-from tests.worlds import Hospital
-
-PATIENTS = [f"p{n // 2}" for n in range(12)]
-STEPS = 3
-Tensors = dict[str, torch.Tensor]
-
-
-class Killed(BaseException):
-    """As if the process had ended."""
-
-
-@dataclass
-class ToySite(Hospital):
-    """A hospital whose `steps` are those that it was seen to take."""
-
-    progress_every_s: float = 0.0
-    secret: bytes = bytes(32)
-    steps: list[int] = field(default_factory=list)
-
-    def answer(self, question: TrainAsk, plan: RunPlan, kill_after: int = 0) -> Released:
-        def on_step(step: int, loss: float) -> None:
-            self.steps.append(step)
-            if step == kill_after:
-                raise Killed
-
-        return ANSWER.once(self, question, plan, on_step)
-
-    def left(self) -> list[str]:
-        return sorted(path.name for path in (self.state_dir / "state").rglob("*") if path.is_file())
-
-
-@pytest.fixture
-def plan(toy_plan: Callable[..., RunPlan]) -> RunPlan:
-    return toy_plan(training=TrainingPlan(rounds=3, steps_per_round=STEPS, batch_size=4, proximal=0.1))
-
-
-@pytest.fixture
-def site(tmp_path: Path, toy_scans: Any) -> Callable[..., ToySite]:
-    def make(folder: str = "a", patients: list[str] = PATIENTS, **settings: Any) -> ToySite:
-        return ToySite(tmp_path / folder, toy_scans(patients), **settings)
-
-    return make
-
-
-@pytest.fixture
-def ask(toy_bank: Any) -> Callable[..., TrainAsk]:
-    def make(
-        plan: RunPlan, round_number: int = 1, shared: Tensors | None = None, told: Any = None
-    ) -> TrainAsk:
-        model = MeDUET(plan.network, len(plan.sites), seed=plan.seed)
-        named, method = model.state_dict(), plan.aggregation.method
-        return TrainAsk(
-            plan_json=plan.to_json(),
-            round=round_number,
-            shared=shared or {n: named[n] for n in shared_keys(model, plan.style.head, method)},
-            bank={} if plan.style.exchange == "none" else toy_bank(plan, told).to_tensors(),
-            home={n: named[n] for n in home_keys(model, plan.style.head, method)}
-            if round_number == 1
-            else None,
-        )
-
-    return make
-
-
-def same(one: Any, other: Any) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def alike(
-    one: ToySite, other: ToySite, plan: RunPlan, released: tuple[Released, Released], round_number: int
-) -> bool:
-    """Update, metrics (but seconds) and what the site keeps: the same bits."""
-    first, second = ({k: v for k, v in r.metrics.items() if k != "seconds"} for r in released)
-    kept = [StateFolder(s.state_dir / "state", plan.sha256).before(round_number + 1) for s in (one, other)]
-    return (
-        same(released[0].tensors, released[1].tensors)
-        and first == second
-        and kept[0].sha256 == kept[1].sha256 != ""
-        and kept[0].round == kept[1].round == round_number
-    )
+from meduet_models.objective import ObjectiveConfig
+from tests.client.training.killed_site import PATIENTS, STEPS, Killed, Tensors, ToySite, alike, same
 
 
 @pytest.mark.parametrize("round_number", [1, 2])
@@ -136,6 +52,23 @@ def test_killed_after_every_step_it_is_still_the_same(
     again = site("killed")
     assert alike(whole, again, alone_plan, (expected, again.answer(ask(alone_plan), alone_plan)), 1)
     assert again.steps == []
+
+
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
+def test_killed_where_masked_steps_give_way_to_all_terms_it_is_still_the_same(
+    site: Callable[..., ToySite], ask: Callable[..., TrainAsk], toy_plan: Any, step: int
+) -> None:
+    plan = toy_plan(
+        objective=ObjectiveConfig(masked_share=0.5),
+        training=TrainingPlan(rounds=1, steps_per_round=STEPS, batch_size=4, optimiser="muon"),
+    )
+    whole, killed = site("whole"), site("killed")
+    expected = whole.answer(ask(plan), plan)
+    with pytest.raises(Killed):
+        killed.answer(ask(plan), plan, kill_after=step)
+    again = site("killed")
+    assert alike(whole, again, plan, (expected, again.answer(ask(plan), plan)), 1)
+    assert again.steps == list(range(step + 1, STEPS + 1))
 
 
 @pytest.mark.parametrize("what", ["shared", "bank", "cohort", "state", "round"])
@@ -322,136 +255,3 @@ def test_the_cohort_is_told_by_its_people_in_their_order(toy_scans: Any) -> None
     held_out = toy_scans(["a", "b", "c", "d"])
     held_out.train = [0, 1, 2]
     assert cohort_sha256(one) not in {cohort_sha256(s) for s in (*others, held_out)}
-
-
-@pytest.mark.parametrize("round_number", [1, 2])
-def test_asked_again_when_it_was_done_the_site_answers_the_same_without_a_step(
-    site: Callable[..., ToySite], ask: Callable[..., TrainAsk], plan: RunPlan, round_number: int
-) -> None:
-    first = site()
-    for number in range(1, round_number + 1):
-        expected = first.answer(ask(plan, number), plan)
-    left = {path: path.read_bytes() for path in (first.state_dir / "state").rglob("*") if path.is_file()}
-    charged = first.ledger.verify()
-    again = site()
-    came = again.answer(ask(plan, round_number), plan)
-    assert again.steps == []
-    assert same(came.tensors, expected.tensors) and came.metrics == expected.metrics
-    assert came.counts == expected.counts
-    assert again.ledger.verify() == charged
-    assert again.journal.verify() == round_number + 1  # what crossed twice is written twice
-    for path, content in left.items():
-        assert path.read_bytes() == content
-    whole, following = site("whole"), round_number + 1
-    for number in range(1, following + 1):
-        expected = whole.answer(ask(plan, number), plan)
-    assert alike(whole, again, plan, (expected, again.answer(ask(plan, following), plan)), following)
-
-
-@pytest.mark.parametrize("what", ["shared", "bank"])
-def test_a_round_that_was_answered_is_answered_to_no_other_question(
-    site: Callable[..., ToySite], ask: Callable[..., TrainAsk], plan: RunPlan, what: str
-) -> None:
-    site().answer(ask(plan), plan)
-    site().answer(ask(plan, 2), plan)
-    shared = dict(ask(plan).shared)
-    if what == "shared":
-        shared["embed.bias"] = shared["embed.bias"] + 1e-3
-    again = site()
-    with pytest.raises(AnsweredBefore, match="of round 2 of plan"):
-        again.answer(ask(plan, 2, shared, ("north", "south") if what == "bank" else None), plan)
-    assert again.steps == [] and again.ledger.verify() == 4 and again.journal.verify() == 2
-
-
-def test_ten_sets_of_weights_for_one_round_are_one_answer(
-    site: Callable[..., ToySite], ask: Callable[..., TrainAsk], plan: RunPlan
-) -> None:
-    """Ten updates from ten points are what an inversion of gradients asks for."""
-    told = []
-    for number in range(10):
-        shared = {name: tensor + 1e-3 * number for name, tensor in ask(plan).shared.items()}
-        try:
-            told.append(site().answer(ask(plan, shared=shared), plan))
-        except AnsweredBefore:
-            continue
-    assert len(told) == 1 and site().ledger.verify() == 2
-    a_new_plan = replace(plan, name="another agreement")
-    site().answer(ask(a_new_plan), a_new_plan)
-    assert site().ledger.verify() == 4  # is a question of its own, and charged
-
-
-@pytest.mark.parametrize("what", ["damaged", "cohort"])
-def test_an_answer_that_left_leaves_again_whatever_the_cohort_is_now(
-    site: Callable[..., ToySite], ask: Callable[..., TrainAsk], plan: RunPlan, what: str
-) -> None:
-    expected = site().answer(ask(plan), plan)
-    (path,) = site().state_dir.rglob("answers/*/round-0001.safetensors")
-    if what == "damaged":
-        content = bytearray(path.read_bytes())
-        content[-2] ^= 1
-        path.write_bytes(content)
-    again = site("a", [*PATIENTS[:-1], "new"] if what == "cohort" else PATIENTS)
-    came = again.answer(ask(plan), plan)
-    assert again.steps == ([1, 2, 3] if what == "damaged" else [])
-    assert same(came.tensors, expected.tensors) and came.record == expected.record
-    assert again.ledger.verify() == 2
-
-
-def test_a_damaged_answer_of_a_cohort_that_is_gone_leaves_no_more(
-    site: Callable[..., ToySite], ask: Callable[..., TrainAsk], plan: RunPlan
-) -> None:
-    site().answer(ask(plan), plan)
-    (path,) = site().state_dir.rglob("answers/*/round-0001.safetensors")
-    path.unlink()
-    again = site("a", [*PATIENTS[:-1], "new"])
-    with pytest.raises(AnsweredBefore, match="other scans"):
-        again.answer(ask(plan), plan)
-    assert again.journal.verify() == 1 and again.ledger.verify() == 2
-
-
-def test_an_answer_that_finds_no_room_costs_no_round(
-    site: Callable[..., ToySite],
-    ask: Callable[..., TrainAsk],
-    plan: RunPlan,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    def full(*given: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "client"):
-        patch.setattr("client.answers.save_weights", full)
-        expected = site().answer(ask(plan), plan)
-    assert "round-0001.safetensors could not be written" in caplog.text
-    again = site()
-    assert same(again.answer(ask(plan), plan).tensors, expected.tensors) and again.steps == [1, 2, 3]
-
-
-@pytest.mark.parametrize("where", ["state", "answer", "charge", "line"])
-def test_killed_anywhere_on_its_way_out_a_round_ends_in_the_same_bits_and_is_charged_once(
-    site: Callable[..., ToySite],
-    ask: Callable[..., TrainAsk],
-    plan: RunPlan,
-    where: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def die(*given: Any, **named: Any) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        module, name = {
-            "state": ("client.training.site_state.StateFolder", "save"),
-            "answer": ("client.answers.KeptAnswers", "write"),
-            "charge": ("privacy.ledger.Ledger", "settle"),
-            "line": ("federation.journal.Journal", "append"),
-        }[where]
-        patch.setattr(f"{module}.{name}", die)
-        with pytest.raises(Killed):
-            site("killed").answer(ask(plan), plan)
-    whole, again = site("whole"), site("killed")
-    expected, came = whole.answer(ask(plan), plan), again.answer(ask(plan), plan)
-    assert alike(whole, again, plan, (expected, came), 1)
-    assert (again.ledger.verify(), again.journal.verify()) == (2, 1)
-    for number in (2, 3):
-        expected, came = whole.answer(ask(plan, number), plan), again.answer(ask(plan, number), plan)
-    assert alike(whole, again, plan, (expected, came), 3)

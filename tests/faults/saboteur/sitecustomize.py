@@ -150,8 +150,8 @@ def oversized(array: Any) -> Any:
     class Named(Array):
         def deflate(self) -> bytes:
             head, body = super().deflate().split(b"\0", 1)
-            told = json.loads(body)
-            body = json.dumps(told | {"arraychunk_ids": told["arraychunk_ids"] * 3000}).encode()
+            fields = json.loads(body)
+            body = json.dumps(fields | {"arraychunk_ids": fields["arraychunk_ids"] * 3000}).encode()
             kind, children, _ = head.decode().split(" ")
             return f"{kind} {children} {len(body)}".encode() + b"\0" + body
 

@@ -19,12 +19,11 @@ from federation.exchanges.latents import (
     to_tensors,
 )
 from federation.messages import MessageError
-from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan, VolumePlan
+from federation.plan import RunPlan, StylePlan, TrainingPlan, VolumePlan
 from federation.wire import array_record
 from meduet_models.diffusion.conditions import Examples
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
-from meduet_models.meduet import NetworkConfig
-from meduet_models.objective import ObjectiveConfig
+from tests.worlds import small_network, small_plan
 
 DIFFUSION = DiffusionPlan(
     policy="raw",
@@ -34,23 +33,16 @@ DIFFUSION = DiffusionPlan(
 
 
 def a_plan(rounds: int = 4, **diffusion: Any) -> RunPlan:
-    return RunPlan(
+    return small_plan(
         name="toy",
         seed=7,
         sites=("north", "south"),
-        tokenizer_sha256="0" * 64,
         volumes=VolumePlan(modality="mr", shape=(16, 24, 16)),
-        network=NetworkConfig(
-            latent_channels=2, latent_grid=(4, 6, 4), patch_size=2, width=16, depth=1, heads=2,
-            decoder_width=12, decoder_depth=1, decoder_heads=2,
-        ),
-        objective=ObjectiveConfig(),
+        network=small_network(width=16),
         training=TrainingPlan(rounds=rounds, steps_per_round=2, batch_size=4),
         style=StylePlan(minimum_cohort=3),
-        aggregation=AggregationPlan(),
-        release=ReleasePlan(),
         diffusion=replace(DIFFUSION, **diffusion),
-    )  # fmt: skip
+    )
 
 
 def a_federated_plan() -> RunPlan:
@@ -166,8 +158,10 @@ def test_a_reply_that_is_not_one_is_refused_in_one_line(what: str, why: str) -> 
 
 
 def test_an_empty_answer_is_examples_of_nobody() -> None:
-    told = from_tensors(nothing(a_plan(labels=3, conditions=("label_map",))))
-    assert len(told) == 0 and told.label_map is not None and told.label_map.shape == (0, 3, 4, 6, 4)
+    examples = from_tensors(nothing(a_plan(labels=3, conditions=("label_map",))))
+    assert (
+        len(examples) == 0 and examples.label_map is not None and examples.label_map.shape == (0, 3, 4, 6, 4)
+    )
 
 
 @settings(max_examples=60, deadline=None)

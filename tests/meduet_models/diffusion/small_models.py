@@ -7,19 +7,10 @@ from meduet_models.diffusion.conditions import CONDITIONS, Condition, Examples
 from meduet_models.diffusion.path import PathName
 from meduet_models.diffusion.settings import TransformerShape
 from meduet_models.diffusion.transformer import DiffusionConfig, DiffusionTransformer
-from meduet_models.meduet import FactorNetwork, NetworkConfig
+from meduet_models.meduet import FactorNetwork
+from tests.worlds import small_network
 
-NETWORK = NetworkConfig(
-    latent_channels=2,
-    latent_grid=(4, 6, 4),
-    patch_size=2,
-    width=24,
-    depth=2,
-    heads=2,
-    decoder_width=12,
-    decoder_depth=1,
-    decoder_heads=2,
-)
+NETWORK = small_network(width=24, depth=2)
 SHAPE = TransformerShape(patch_size=2, width=24, depth=2, heads=2)
 
 

@@ -61,11 +61,11 @@ def test_a_model_comes_back_whole(path: Path) -> None:
     noisy, time = small_latents(2), torch.tensor([0.2, 0.7])
     for latents in (small_latents(2, 5),):
         assert torch.equal(before.conditioner.content(latents), after.conditioner.content(latents))
-        told = before.conditioner.style(latents)
-        assert torch.equal(told, after.conditioner.style(latents))
+        style = before.conditioner.style(latents)
+        assert torch.equal(style, after.conditioner.style(latents))
         assert torch.equal(
-            before.transformer(noisy, time, Conditions(style=told)),
-            after.transformer(noisy, time, Conditions(style=told)),
+            before.transformer(noisy, time, Conditions(style=style)),
+            after.transformer(noisy, time, Conditions(style=style)),
         )
     assert torch.equal(before.transformer.standardise(noisy), after.transformer.standardise(noisy))
     assert after.bank is not None and after.bank.present == ("a", "b")

@@ -56,18 +56,18 @@ def test_content_is_that_of_the_encoder_with_its_erasure() -> None:
 
 def test_conditions_have_the_declared_sizes() -> None:
     examples = small_examples(3)
-    told = small_conditioner().conditions(examples, CONDITIONS)
+    conditions = small_conditioner().conditions(examples, CONDITIONS)
     sizes = condition_sizes(NETWORK, CONDITIONS, maps=True, body_parts=1, categories=2, labels=3)
-    assert told.content is not None and told.style is not None
-    assert told.content.shape == (3, 2 * 3 * 2, sizes.content)
-    assert told.style.shape == (3, sizes.style)
+    assert conditions.content is not None and conditions.style is not None
+    assert conditions.content.shape == (3, 2 * 3 * 2, sizes.content)
+    assert conditions.style.shape == (3, sizes.style)
     assert sizes.names == CONDITIONS
 
 
 def test_nothing_is_told_that_is_not_asked_for() -> None:
-    told = small_conditioner().conditions(small_examples(2), ("style",), torch.zeros(2, 52))
-    assert told.content is None and told.spacing is None and told.label_map is None
-    assert told.style is not None and not told.style.any()
+    conditions = small_conditioner().conditions(small_examples(2), ("style",), torch.zeros(2, 52))
+    assert conditions.content is None and conditions.spacing is None and conditions.label_map is None
+    assert conditions.style is not None and not conditions.style.any()
 
 
 def test_a_bank_without_maps_is_refused_by_a_model_with_them() -> None:

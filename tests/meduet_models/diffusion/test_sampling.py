@@ -49,12 +49,12 @@ def test_25_steps_of_heun_are_exact_to_a_hundredth_of_the_spread() -> None:
 @pytest.mark.parametrize("path", ["linear", "variance_preserving"])
 def test_a_scan_taken_to_noise_comes_back(path: PathName) -> None:
     model, examples = awake_transformer(path=path), small_examples(3)
-    told = small_conditioner().conditions(examples, CONDITIONS)
+    conditions = small_conditioner().conditions(examples, CONDITIONS)
     settings = SamplingSettings(steps=100)
-    noise = invert(model, examples.latents, told, settings)
-    back = sample(model, told, 3, settings, seed=0, noise=noise)
+    noise = invert(model, examples.latents, conditions, settings)
+    back = sample(model, conditions, 3, settings, seed=0, noise=noise)
     torch.testing.assert_close(back, examples.latents, atol=2e-3, rtol=0.0)
-    other = sample(model, told, 3, settings, seed=0)
+    other = sample(model, conditions, 3, settings, seed=0)
     assert (other - examples.latents).abs().max() > 0.5
 
 
@@ -64,9 +64,9 @@ def guided(guidance: dict[Condition, float]) -> tuple[torch.Tensor, list[tuple[s
     model.register_forward_pre_hook(
         lambda _, given: asked.append(tuple(n for n in CONDITIONS if getattr(given[2], n) is not None))
     )
-    told = small_conditioner().conditions(small_examples(2), ("content", "style"))
+    conditions = small_conditioner().conditions(small_examples(2), ("content", "style"))
     settings = SamplingSettings(steps=1, solver="euler", guidance=guidance)
-    return sample(model, told, 2, settings, seed=0), asked
+    return sample(model, conditions, 2, settings, seed=0), asked
 
 
 def test_weights_of_one_are_the_plain_model_at_one_evaluation_a_step() -> None:
@@ -81,13 +81,16 @@ def test_guidance_is_composed_of_the_partly_told_velocities() -> None:
     w_content, w_style = 2.0, 3.5
     both, asked = guided({"content": w_content, "style": w_style})
     assert asked == [(), ("content",), ("content", "style")]
-    model, told = awake_transformer(), small_conditioner().conditions(small_examples(2), ("content", "style"))
+    model, conditions = (
+        awake_transformer(),
+        small_conditioner().conditions(small_examples(2), ("content", "style")),
+    )
     noise = torch.randn(2, 2, 4, 6, 4, generator=generator())
     time = torch.zeros(2)
-    v = [model(noise, time, told.only(*names)) for names in asked]
+    v = [model(noise, time, conditions.only(*names)) for names in asked]
     expected = v[0] + w_content * (v[1] - v[0]) + w_style * (v[2] - v[1])
     settings = SamplingSettings(steps=1, solver="euler", guidance={"content": w_content, "style": w_style})
-    sampled = sample(model, told, 2, settings, seed=0, noise=noise)
+    sampled = sample(model, conditions, 2, settings, seed=0, noise=noise)
     torch.testing.assert_close(sampled, model.to_latents(noise + expected), atol=1e-4, rtol=1e-4)
     assert (both - guided({})[0]).abs().max() > 1e-3
 
@@ -104,23 +107,23 @@ def test_guidance_by_what_is_not_told_is_refused() -> None:
 
 
 def test_a_sample_depends_on_seed_and_place_not_on_the_batch() -> None:
-    model, told = awake_transformer(), small_conditioner().conditions(small_examples(1), ("content",))
+    model, conditions = awake_transformer(), small_conditioner().conditions(small_examples(1), ("content",))
     settings, steps = SamplingSettings(steps=2), []
-    one = sample(model, told, 5, settings, seed=1, batch_size=2, on_step=lambda *at: steps.append(at))
+    one = sample(model, conditions, 5, settings, seed=1, batch_size=2, on_step=lambda *at: steps.append(at))
     assert steps == [(i, 6) for i in range(1, 7)]
-    torch.testing.assert_close(one, sample(model, told, 5, settings, seed=1))
+    torch.testing.assert_close(one, sample(model, conditions, 5, settings, seed=1))
     assert all((a - b).abs().max() > 0.1 for a, b in pairwise(one))
-    assert (one - sample(model, told, 5, settings, seed=2)).abs().max() > 0.1
+    assert (one - sample(model, conditions, 5, settings, seed=2)).abs().max() > 0.1
 
 
 def test_rows_that_fit_no_sample_are_refused() -> None:
-    model, told = awake_transformer(), small_conditioner().conditions(small_examples(3), ("content",))
+    model, conditions = awake_transformer(), small_conditioner().conditions(small_examples(3), ("content",))
     with pytest.raises(ValueError, match="each of 4 samples, or one set for all"):
-        sample(model, told, 4, SamplingSettings(steps=1), seed=0)
+        sample(model, conditions, 4, SamplingSettings(steps=1), seed=0)
     with pytest.raises(ValueError, match="noise for 3 samples; got 2"):
         sample(
             model,
-            told,
+            conditions,
             3,
             SamplingSettings(steps=1),
             seed=0,

@@ -174,8 +174,8 @@ def test_a_sample_is_told_its_sites_style_where_there_is_one() -> None:
     assert torch.equal(codes[1:], own[1:])
     torch.testing.assert_close(codes[0], conditioner.style_of(bank().entry(torch.tensor([0])))[0])
     unknown = dataclasses.replace(examples, site=torch.tensor([-1, 5, 0]))
-    told = SiteStyles.of(conditioner, bank()).codes(unknown, torch.ones(3, dtype=torch.bool))
-    assert torch.equal(told[:2], own[:2])
+    known = SiteStyles.of(conditioner, bank()).codes(unknown, torch.ones(3, dtype=torch.bool))
+    assert torch.equal(known[:2], own[:2])
 
 
 def test_sites_styles_without_a_bank_are_refused() -> None:
@@ -203,11 +203,11 @@ def test_content_is_told_from_the_scan_in_another_sites_style_and_the_scan_stays
     )
     draw = draw_step(settings, BOTH, 3, 0, 0)
     chosen = small_examples(3).rows(draw.rows)
-    told = mine._told(chosen, draw, torch.device("cpu"))
+    conditions = mine._told(chosen, draw, torch.device("cpu"))
     seen = restyled_examples(styles, chosen, draw.restyled, draw.content_target).latents
-    assert told.content is not None and bool(draw.restyled.all())
-    torch.testing.assert_close(told.content, conditioner.content(seen))
-    assert not torch.equal(told.content, conditioner.content(chosen.latents))
+    assert conditions.content is not None and bool(draw.restyled.all())
+    torch.testing.assert_close(conditions.content, conditioner.content(seen))
+    assert not torch.equal(conditions.content, conditioner.content(chosen.latents))
 
 
 def test_a_scan_is_learned_as_another_site_would_render_it_and_told_so(
@@ -215,11 +215,11 @@ def test_a_scan_is_learned_as_another_site_would_render_it_and_told_so(
 ) -> None:
     settings = dataclasses.replace(SETTINGS, restyled_scans=1.0, site_style=1.0)
     mine, learned = trainee(settings), list[Examples]()
-    told = mine._told
+    conditions_of = mine._told
 
     def noted(examples: Examples, draw: Any, device: torch.device) -> Any:
         learned.append(examples)
-        return told(examples, draw, device)
+        return conditions_of(examples, draw, device)
 
     monkeypatch.setattr(mine, "_told", noted)
     mine.step(Held(small_examples(3)), 0)

@@ -24,13 +24,13 @@ def noisy(count: int = 3) -> torch.Tensor:
     return torch.randn(count, 2, 4, 6, 4, generator=generator(9))
 
 
-def told(names: tuple[Condition, ...] = CONDITIONS) -> Conditions:
+def conditions(names: tuple[Condition, ...] = CONDITIONS) -> Conditions:
     return small_conditioner().conditions(small_examples(3), names)
 
 
 def test_it_starts_with_no_velocity_and_blocks_that_change_nothing() -> None:
     model = DiffusionTransformer(small_config())
-    velocity, hidden = model.velocity_and_hidden(noisy(), TIME, told())
+    velocity, hidden = model.velocity_and_hidden(noisy(), TIME, conditions())
     assert not velocity.any()
     other = model.velocity_and_hidden(noisy(), 1 - TIME, Conditions())[1]
     torch.testing.assert_close(hidden, other)  # zero gates, and zero maps of what is laid over the tokens
@@ -38,7 +38,7 @@ def test_it_starts_with_no_velocity_and_blocks_that_change_nothing() -> None:
 
 def test_every_parameter_is_learned_once_the_first_step_is_taken() -> None:
     model = awake_transformer().requires_grad_(True)
-    half = told()
+    half = conditions()
     half = dataclasses.replace(
         half, dropped={name: torch.tensor([False, True, False]) for name in CONDITIONS}
     )
@@ -48,7 +48,7 @@ def test_every_parameter_is_learned_once_the_first_step_is_taken() -> None:
 
 @pytest.mark.parametrize("name", CONDITIONS)
 def test_each_condition_changes_the_velocity_and_dropping_it_is_never_having_told_it(name: Condition) -> None:
-    model, everything = awake_transformer(), told()
+    model, everything = awake_transformer(), conditions()
     plain = model(noisy(), TIME, everything)
     without = model(noisy(), TIME, everything.only(*(n for n in CONDITIONS if n != name)))
     assert (plain - without).abs().max() > 1e-3
@@ -59,7 +59,7 @@ def test_each_condition_changes_the_velocity_and_dropping_it_is_never_having_tol
 
 
 def test_what_is_unknown_is_as_if_it_were_not_told() -> None:
-    model, everything = awake_transformer(), told()
+    model, everything = awake_transformer(), conditions()
     assert everything.spacing is not None and everything.label_map is not None
     unknown = dataclasses.replace(
         everything,
@@ -75,13 +75,13 @@ def test_what_is_unknown_is_as_if_it_were_not_told() -> None:
 
 def test_gradients_stay_finite_where_something_is_unknown() -> None:
     model = awake_transformer().requires_grad_(True)
-    unknown = dataclasses.replace(told(), spacing=torch.full((3, 3), torch.nan))
+    unknown = dataclasses.replace(conditions(), spacing=torch.full((3, 3), torch.nan))
     model(noisy(), TIME, unknown).sum().backward()
     assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)
 
 
 def test_samples_do_not_see_each_other() -> None:
-    model, everything = awake_transformer(), told()
+    model, everything = awake_transformer(), conditions()
     alone = model(noisy()[1:2], TIME[1:2], everything.each(lambda tensor: tensor[1:2]))
     torch.testing.assert_close(model(noisy(), TIME, everything)[1:2], alone)
 
@@ -90,7 +90,7 @@ def test_content_of_another_grid_is_laid_over_the_tokens_at_its_places() -> None
     tokens = torch.arange(2.0).reshape(1, 2, 1)  # two tokens along w
     assert regrid(tokens, (1, 1, 2), (1, 1, 4)).flatten().tolist() == [0.0, 0.25, 0.75, 1.0]
     config = small_config(("content",), shape=TransformerShape(patch_size=1, width=24, depth=1, heads=2))
-    assert DiffusionTransformer(config)(noisy(), TIME, told(("content",))).shape == (3, 2, 4, 6, 4)
+    assert DiffusionTransformer(config)(noisy(), TIME, conditions(("content",))).shape == (3, 2, 4, 6, 4)
 
 
 def test_standardising_is_undone() -> None:
@@ -103,7 +103,7 @@ def test_activations_computed_again_give_the_same_gradients() -> None:
     for again in (False, True):
         model = awake_transformer().requires_grad_(True)
         model.checkpoint_blocks = again
-        model(noisy(), TIME, told()).square().sum().backward()
+        model(noisy(), TIME, conditions()).square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     for kept, computed in zip(*gradients, strict=True):
         torch.testing.assert_close(kept, computed)
@@ -112,7 +112,7 @@ def test_activations_computed_again_give_the_same_gradients() -> None:
 def test_what_it_cannot_be_told_is_refused() -> None:
     model = awake_transformer(("content",))
     with pytest.raises(ValueError, match="cannot be told style"):
-        model(noisy(), TIME, told())
+        model(noisy(), TIME, conditions())
     with pytest.raises(ValueError, match=r"Expected content of \(3, 12, 24\); got \(3, 12, 10\)"):
         model(noisy(), TIME, Conditions(content=torch.zeros(3, 12, 10)))
 

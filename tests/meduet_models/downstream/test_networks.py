@@ -9,20 +9,12 @@ from meduet_models.downstream.networks import PretrainedNetwork, encoder_tensors
 from meduet_models.downstream.tasks import TASKS, task_of
 from meduet_models.downstream.unet import SmallUNet
 from meduet_models.meduet import FactorNetwork, MeDUET, NetworkConfig
+from tests.worlds import small_network
 
 
 def config(patch: int = 2, depth: int = 2, grid: tuple[int, int, int] = (4, 8, 4)) -> NetworkConfig:
-    return NetworkConfig(
-        latent_channels=2,
-        latent_grid=grid,
-        patch_size=patch,
-        width=12,
-        depth=depth,
-        heads=2,
-        decoder_width=12,
-        decoder_depth=1,
-        decoder_heads=2,
-        style_map_grid=(1, 1, 1),
+    return small_network(
+        latent_grid=grid, patch_size=patch, code_size=8, depth=depth, style_map_grid=(1, 1, 1)
     )
 
 

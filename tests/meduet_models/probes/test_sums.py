@@ -37,7 +37,7 @@ def joint() -> Tensor:
     return torch.cat([content, style, targets], dim=1)
 
 
-def told(x: Tensor, rows: Tensor) -> list[ErasureMoments]:
+def fold_sums(x: Tensor, rows: Tensor) -> list[ErasureMoments]:
     def fold(number: int) -> ErasureMoments:
         mine = (rows & (FOLD == number)).nonzero()[:, 0]
         return ErasureMoments.of(x[mine], [str(int(i)) for i in mine], bound=1e6)
@@ -46,7 +46,7 @@ def told(x: Tensor, rows: Tensor) -> list[ErasureMoments]:
 
 
 def by_site(x: Tensor) -> dict[str, list[ErasureMoments]]:
-    return {str(site): told(x, SITES == site) for site in range(3)}
+    return {str(site): fold_sums(x, SITES == site) for site in range(3)}
 
 
 def test_the_linear_probe_from_sums_is_the_discriminant_of_pooled_features() -> None:
@@ -93,7 +93,7 @@ def test_ridge_from_sums_of_sites_equals_ridge_on_pooled_patients(source: slice,
             1 - error.sum(keepdims=True) / spread.sum(keepdims=True) if together else 1 - error / spread
         )
         np.testing.assert_allclose(read.numpy(), expected, rtol=1e-8, atol=1e-8)
-        one_site = explained_from_sums(told(x, SITES >= 0), source, target, together)
+        one_site = explained_from_sums(fold_sums(x, SITES >= 0), source, target, together)
         torch.testing.assert_close(read, one_site, rtol=1e-8, atol=1e-8)
 
 
@@ -104,11 +104,11 @@ def test_planted_shares_are_found_and_noise_is_not() -> None:
 
 def test_coordinates_are_the_sums_of_those_coordinates() -> None:
     x = joint()
-    chosen = coordinates(told(x, SITES == 0)[0], STYLE)
-    alone = told(x[:, STYLE], SITES == 0)[0]
+    chosen = coordinates(fold_sums(x, SITES == 0)[0], STYLE)
+    alone = fold_sums(x[:, STYLE], SITES == 0)[0]
     torch.testing.assert_close(chosen.to_vector(), alone.to_vector())
 
 
 def test_two_folds_cannot_both_choose_and_test() -> None:
     with pytest.raises(ValueError, match="three folds"):
-        explained_from_sums(told(joint(), SITES == 0)[:2], CONTENT, TARGET)
+        explained_from_sums(fold_sums(joint(), SITES == 0)[:2], CONTENT, TARGET)

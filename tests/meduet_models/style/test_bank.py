@@ -29,9 +29,9 @@ def bank(*present: int, layout: StyleLayout = LAYOUT) -> StyleBank:
 
 def test_the_pooled_entry_is_the_style_of_the_union_of_all_scans() -> None:
     for layout in (LAYOUT, dataclasses.replace(LAYOUT, map_grid=None, amplitude=True)):
-        told = {SITES[s]: moments(s, layout, count=3 + s) for s in (0, 1, 3)}
-        pooled = StyleBank.of(SITES, told).pooled()
-        union = (told["oslo"] + told["lyon"] + told["ghent"]).entry()
+        moments_of = {SITES[s]: moments(s, layout, count=3 + s) for s in (0, 1, 3)}
+        pooled = StyleBank.of(SITES, moments_of).pooled()
+        union = (moments_of["oslo"] + moments_of["lyon"] + moments_of["ghent"]).entry()
         torch.testing.assert_close(pooled.to_vector(), union.to_vector(), rtol=1e-4, atol=1e-4)
         assert (pooled.amplitude is None) == (union.amplitude is None)
 
@@ -83,28 +83,28 @@ def test_a_site_that_joins_late_comes_after_all_others_and_changes_none() -> Non
 
 def test_body_parts_have_styles_of_their_own_and_must_be_said() -> None:
     layout = dataclasses.replace(LAYOUT, parts=2)
-    told = {}
+    moments_of = {}
     for s in (0, 1):
         head, chest = scans(s), scans(s + 2)
-        told[SITES[s]] = StyleMoments.of(
+        moments_of[SITES[s]] = StyleMoments.of(
             torch.cat([head, chest]), [str(i) for i in range(10)], layout, [0] * 5 + [1] * 5
         )
-    whole = StyleBank.of(SITES, told)
+    whole = StyleBank.of(SITES, moments_of)
     own, target = torch.tensor([0, 0]), torch.tensor([1, 1])
     x = scans(0, 1).expand(2, -1, -1, -1, -1)
     restyled = whole.restyle(x, own, target, torch.tensor([0, 1]))
     for part in (0, 1):
-        expected = restyle(x[:1], told["oslo"].entry(part), told["lyon"].entry(part))
+        expected = restyle(x[:1], moments_of["oslo"].entry(part), moments_of["lyon"].entry(part))
         torch.testing.assert_close(restyled[part : part + 1], expected)
     with pytest.raises(ValueError, match="body part"):
         whole.restyle(x, own, target)
 
 
 def test_a_bank_without_exchange_holds_the_pooled_scale_and_no_style() -> None:
-    told = {SITES[s]: moments(s) for s in (0, 1)}
-    silent = StyleBank.of(SITES, told, with_entries=False)
+    moments_of = {SITES[s]: moments(s) for s in (0, 1)}
+    silent = StyleBank.of(SITES, moments_of, with_entries=False)
     assert silent.present == () and not bool(silent.entries.mean.any())
-    torch.testing.assert_close(silent.centre, (told["oslo"] + told["lyon"]).latent_scale()[0])
+    torch.testing.assert_close(silent.centre, (moments_of["oslo"] + moments_of["lyon"]).latent_scale()[0])
     with pytest.raises(CohortTooSmall):
         silent.pooled()
 

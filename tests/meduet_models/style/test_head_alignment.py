@@ -106,8 +106,10 @@ def test_tokens_that_are_not_numbers_fail_and_raise_nothing() -> None:
 
 
 def test_styles_that_nobody_told_have_no_tokens_and_are_not_tested() -> None:
-    told = {s: StyleMoments.of(scans(i), list(map(str, range(12))), LAYOUT) for i, s in enumerate(SITES[:2])}
-    bank = StyleBank.of(SITES, told)
+    moments_of = {
+        s: StyleMoments.of(scans(i), list(map(str, range(12))), LAYOUT) for i, s in enumerate(SITES[:2])
+    }
+    bank = StyleBank.of(SITES, moments_of)
     foreign = style_tokens(Normaliser(0), scans(1), bank, 1)
     assert torch.isfinite(foreign).flatten(1).all(1).tolist() == [True, True, False, False]
     assert check_alignment(Normaliser(0), foreign, scans(0), bank, 0).passed

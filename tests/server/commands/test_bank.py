@@ -9,36 +9,35 @@ import torch
 
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.latents import LatentsReply
-from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan, VolumePlan
+from federation.plan import StylePlan, TrainingPlan, VolumePlan
 from federation.terminal import NOT_POSSIBLE
 from meduet_models.diffusion.conditions import Examples
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
-from meduet_models.meduet import NetworkConfig
-from meduet_models.objective import ObjectiveConfig
 from server.cli import main
 from server.latent_bank.bank import LatentBank
+from tests.worlds import small_network, small_plan
 
 ITEM = "0" * 31
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    plan = RunPlan(
-        name="toy", seed=7, sites=("north", "south"), tokenizer_sha256="0" * 64,
+    plan = small_plan(
+        name="toy",
+        seed=7,
+        sites=("north", "south"),
         volumes=VolumePlan(modality="mr", shape=(16, 24, 16)),
-        network=NetworkConfig(
-            latent_channels=2, latent_grid=(4, 6, 4), patch_size=2, width=16, depth=1, heads=2,
-            decoder_width=12, decoder_depth=1, decoder_heads=2,
-        ),
-        objective=ObjectiveConfig(), training=TrainingPlan(rounds=2, steps_per_round=2, batch_size=4),
-        style=StylePlan(minimum_cohort=3), aggregation=AggregationPlan(), release=ReleasePlan(),
+        network=small_network(width=16),
+        training=TrainingPlan(rounds=2, steps_per_round=2, batch_size=4),
+        style=StylePlan(minimum_cohort=3),
         diffusion=DiffusionPlan(
-            policy="raw", transformer=TransformerShape(patch_size=2, width=12, depth=1, heads=2),
+            policy="raw",
+            transformer=TransformerShape(patch_size=2, width=12, depth=1, heads=2),
             training=DiffusionTraining(),
         ),
-    )  # fmt: skip
+    )
     unknown = torch.full((3,), -1)
-    told = Examples(
+    examples = Examples(
         latents=torch.randn(3, 2, 4, 6, 4), site=torch.zeros(3, dtype=torch.long), body_part=unknown,
         spacing=torch.ones(3, 3), category=unknown,
     )  # fmt: skip
@@ -46,7 +45,7 @@ def folder(tmp_path: Path) -> Path:
     names = tuple(f"{ITEM}{n}" for n in range(3))
     bank.add(
         LatentsReply(
-            plan_sha256=plan.sha256, site="north", round=1, first=0, total=3, items=names, examples=told
+            plan_sha256=plan.sha256, site="north", round=1, first=0, total=3, items=names, examples=examples
         ),
         plan,
     )
@@ -63,16 +62,16 @@ def typed(capsys: pytest.CaptureFixture[str], *arguments: Any) -> Any:
 def test_a_bank_is_listed_verified_and_an_item_taken_out(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = typed(capsys, "list", folder, "--items")
-    assert told["patient_data"] is True and told["sites"]["north"]["kept"] == 3
-    assert [item["item"][-1] for item in told["listed"]] == ["0", "1", "2"]
+    listed = typed(capsys, "list", folder, "--items")
+    assert listed["patient_data"] is True and listed["sites"]["north"]["kept"] == 3
+    assert [item["item"][-1] for item in listed["listed"]] == ["0", "1", "2"]
     assert typed(capsys, "verify", folder) == {"sound": 3, "quarantined_now": 0}
     gone = typed(capsys, "forget", folder, "--item", f"{ITEM}1")
     assert gone["items"] == 1 and Path(gone["models"][0]).name == "model.safetensors"
     assert typed(capsys, "verify", folder)["sound"] == 2
     assert typed(capsys, "forget", folder, "--site", "north")["items"] == 2
-    told = typed(capsys, "list", folder)
-    assert told["items"] == 0 and told["models"][0]["withdrawn"] == 3
+    listed = typed(capsys, "list", folder)
+    assert listed["items"] == 0 and listed["models"][0]["withdrawn"] == 3
 
 
 def test_people_read_tables(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import torch
 from meduet_models.encoded_scan import save_encoded_scan
 from server.latent_bank.bank import LatentBank
 from server.synthesis.banked_scan import named_scan
-from tests.server.latent_bank.test_bank import a_plan, name, reply, some
+from tests.server.latent_bank.small_bank import a_plan, name, reply, some
 
 
 @pytest.fixture
@@ -40,8 +40,8 @@ def test_what_is_not_there_is_said_in_one_line(folder: Path, tmp_path: Path) -> 
         (f"bank:{name(3)}", tmp_path / "none", "there is none"),
         (str(tmp_path / "none.safetensors"), None, "there is none"),
     ]
-    for told, where, words in cases:
+    for given, where, words in cases:
         with pytest.raises(ValueError, match=words) as raised:
-            named_scan(told, where, None)
+            named_scan(given, where, None)
         assert "\n" not in str(raised.value)
     assert not (tmp_path / "none").exists()

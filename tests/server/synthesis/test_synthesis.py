@@ -140,8 +140,8 @@ def test_what_is_told_changes_the_volume_and_the_noise_is_the_same(
         {"spacing_mm": (0.5, 0.5, 3.0)},
     ]
     made = [
-        volumes(synthesise(model, tokenizer, a_request(count=1, **told), tmp_path / str(i)))
-        for i, told in enumerate(asked)
+        volumes(synthesise(model, tokenizer, a_request(count=1, **options), tmp_path / str(i)))
+        for i, options in enumerate(asked)
     ]
     for i in range(len(made)):
         for j in range(i):
@@ -172,10 +172,10 @@ def test_a_way_between_two_scans_has_their_own_renderings_at_its_ends(
 def test_a_move_along_a_covariate_of_nothing_is_the_scan_itself(
     model: GenerativeModel, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    told = {"content": encoded(tokenizer), "along": "age", "amounts": (-10.0, 10.0), "points": 3}
-    moved = volumes(synthesise(model, tokenizer, a_request(count=1, **told), tmp_path / "age"))
+    options = {"content": encoded(tokenizer), "along": "age", "amounts": (-10.0, 10.0), "points": 3}
+    moved = volumes(synthesise(model, tokenizer, a_request(count=1, **options), tmp_path / "age"))
     plain = volumes(
-        synthesise(model, tokenizer, a_request(count=1, content=told["content"]), tmp_path / "plain")
+        synthesise(model, tokenizer, a_request(count=1, content=options["content"]), tmp_path / "plain")
     )[0]
     assert np.allclose(moved[1], plain, atol=1e-4)
     assert np.abs(moved[0] - plain).max() > 1e-3 < np.abs(moved[2] - plain).max()
@@ -204,8 +204,8 @@ def test_volumes_of_a_model_of_raw_latents_and_of_a_patients_content_are_marked(
         "raw": (raw, {}, "raw latents"),
         "content": (model, {"content": encoded(tokenizer)}, "a real scan"),
     }
-    for name, (which, told, why) in cases.items():
-        (path,) = synthesise(which, tokenizer, a_request(count=1, **told), tmp_path / name)
+    for name, (which, options, why) in cases.items():
+        (path,) = synthesise(which, tokenizer, a_request(count=1, **options), tmp_path / name)
         assert b"PATIENT DATA" in bytes(nib.load(path).header["descrip"])
         assert "PATIENT DATA" in (tmp_path / name / "README.txt").read_text()
         assert why in (tmp_path / name / "README.txt").read_text()
@@ -215,7 +215,7 @@ def test_volumes_of_a_model_of_raw_latents_and_of_a_patients_content_are_marked(
 
 
 @pytest.mark.parametrize(
-    ("told", "words"),
+    ("options", "words"),
     [
         ({"style": "east"}, "north, south"),
         ({"along": "age", "points": 3}, "give --content"),
@@ -230,15 +230,15 @@ def test_volumes_of_a_model_of_raw_latents_and_of_a_patients_content_are_marked(
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused_before_anything_is_written(
-    model: GenerativeModel, tokenizer: Tokenizer, tmp_path: Path, told: dict[str, Any], words: str
+    model: GenerativeModel, tokenizer: Tokenizer, tmp_path: Path, options: dict[str, Any], words: str
 ) -> None:
     scan = encoded(tokenizer)
-    if "content" in told:
-        told = told | {"content": scan}
-    if "between" in told:
-        told = told | {"between": (scan, scan)}
+    if "content" in options:
+        options = options | {"content": scan}
+    if "between" in options:
+        options = options | {"between": (scan, scan)}
     with pytest.raises(ValueError, match=words) as raised:
-        synthesise(model, tokenizer, a_request(**told), tmp_path / "out")
+        synthesise(model, tokenizer, a_request(**options), tmp_path / "out")
     assert "\n" not in str(raised.value) and not (tmp_path / "out").exists()
 
 
@@ -258,8 +258,8 @@ def test_the_command_draws_and_refuses_in_one_line(
     save_encoded_scan(tmp_path / "scan.safetensors", encoded(tokenizer))
 
     def run(*arguments: str) -> tuple[int, str]:
-        told = [str(tmp_path / a[1:]) if a.startswith("@") else a for a in arguments]
-        status = main(["synthesize", *told, "--tokenizer", str(tmp_path / "tokenizer.safetensors")])
+        typed = [str(tmp_path / a[1:]) if a.startswith("@") else a for a in arguments]
+        status = main(["synthesize", *typed, "--tokenizer", str(tmp_path / "tokenizer.safetensors")])
         said = capsys.readouterr()
         return status, said.out + said.err
 

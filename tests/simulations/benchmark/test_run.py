@@ -67,8 +67,11 @@ class Seen:
     ) -> dict[str, float]:
         assert (tokenizer is not None) == thorough
         self.probed.append((model, held, len(training), thorough))
-        told = {"patients": 3.0, "content": float(model.pooled_content(held.latents).detach().abs().mean())}
-        return told | ({"slow": 1.0} if thorough else {"odd": float("nan")})
+        measured = {
+            "patients": 3.0,
+            "content": float(model.pooled_content(held.latents).detach().abs().mean()),
+        }
+        return measured | ({"slow": 1.0} if thorough else {"odd": float("nan")})
 
     def downstream(
         self,
@@ -89,22 +92,22 @@ class Seen:
         return Instruments(self.probes, self.downstream)
 
 
-def numbers(told: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in told.items() if name != "seconds"}
+def numbers(measured: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in measured.items() if name != "seconds"}
 
 
 def test_a_cell_measures_hospitals_that_took_part_and_then_all(cells: dict[str, Cell]) -> None:
     seen = Seen()
-    told = run_cell(cells["meduet"], seen.instruments)
-    assert set(told["measures"]) == {"seen", "all"}
+    measured = run_cell(cells["meduet"], seen.instruments)
+    assert set(measured["measures"]) == {"seen", "all"}
     assert [(sorted(set(held.site)), n) for _, held, n, _ in seen.probed] == [([0, 1], 2)] * 2 + [
         ([0, 1, 2], 3)
     ] * 2
     assert [thorough for *_, thorough in seen.probed] == [True, False] * 2, (
         "content is shared: once is enough"
     )
-    assert told["measures"]["seen"]["slow"] == 1.0 and "odd" not in told["measures"]["seen"]
-    assert set(told["seconds"]) == {"training", "probes", "downstream", "total"}
+    assert measured["measures"]["seen"]["slow"] == 1.0 and "odd" not in measured["measures"]["seen"]
+    assert set(measured["seconds"]) == {"training", "probes", "downstream", "total"}
     valley = Path(cells["meduet"].config["folder"]) / "sites" / "valley" / "journal.jsonl"
     assert not valley.is_file() or '"kind"' not in valley.read_text()
 
@@ -147,8 +150,8 @@ def test_downstream_gets_labels_by_split_and_the_hospital_held_out_whole(cells: 
         Task(task="classification", classes=2, target="disease", values=("no", "yes"), **whole),
     )
     seen = Seen()
-    told = run_cell(dataclasses.replace(cells["scratch"], tasks=tasks), seen.instruments)
-    assert told["measures"] == {}
+    measured = run_cell(dataclasses.replace(cells["scratch"], tasks=tasks), seen.instruments)
+    assert measured["measures"] == {}
     (model, parts, settings), (_, classes, _) = seen.trained
     assert model is None and settings.modes == ("scratch", "unet")
     assert set(parts) == {"train", "validation", "seen", "held_out"}
@@ -158,10 +161,10 @@ def test_downstream_gets_labels_by_split_and_the_hospital_held_out_whole(cells: 
     assert set(parts["held_out"].site) == {2} and len(parts["held_out"].patient) == 12
     assert parts["train"].answers.shape[2:] == (32, 24, 24)
     assert set(classes["train"].answers.tolist()) <= {0, 1}
-    assert [row["value"] for row in told["downstream"]] == [1.0, 2.0]
+    assert [row["value"] for row in measured["downstream"]] == [1.0, 2.0]
     alone = Seen()
-    told = run_cell(dataclasses.replace(cells["alone"], tasks=tasks[:1]), alone.instruments)
-    assert [row["value"] for row in told["downstream"]] == [1.5], "the mean over the sites' encoders"
+    measured = run_cell(dataclasses.replace(cells["alone"], tasks=tasks[:1]), alone.instruments)
+    assert [row["value"] for row in measured["downstream"]] == [1.5], "the mean over the sites' encoders"
 
 
 def test_settings_are_chosen_without_opening_anybody_held_out(folder: Path) -> None:
@@ -169,8 +172,8 @@ def test_settings_are_chosen_without_opening_anybody_held_out(folder: Path) -> N
     task = Task(task="segmentation", classes=5, label_shares=(1.0,), steps=1)
     cell = dataclasses.replace(made, patients="validation", tasks=(task,))
     seen = Seen()
-    told = run_cell(cell, seen.instruments)
-    assert set(told["measures"]) == {"seen"}
+    measured = run_cell(cell, seen.instruments)
+    assert set(measured["measures"]) == {"seen"}
     assert {site for _, held, *_ in seen.probed for site in held.site} == {0, 1}
     (_, parts, _) = seen.trained[0]
     assert set(parts) == {"train", "validation", "seen"}
@@ -233,8 +236,8 @@ def test_the_command_makes_one_table_and_one_page_lists_failures_and_does_only_w
     assert "failed: " in (tmp_path / "benchmark.md").read_text()
     done = command(tmp_path, *small, overrides())
     assert done.returncode == 0, done.stderr
-    told = json.loads((tmp_path / "benchmark.json").read_text())
-    assert told["failed"] == {} and {n["method"] for n in told["numbers"]} == {"meduet", "random"}
+    written = json.loads((tmp_path / "benchmark.json").read_text())
+    assert written["failed"] == {} and {n["method"] for n in written["numbers"]} == {"meduet", "random"}
     with (tmp_path / "benchmark.csv").open(newline="") as stream:
         assert {row["measure"] for row in csv.DictReader(stream)} >= {
             "seen.site_from_content",

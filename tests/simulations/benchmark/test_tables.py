@@ -87,13 +87,13 @@ def verdicts(aims: list[Aim]) -> dict[str, bool | None]:
     return {aim.text: aim.met for aim in aims}
 
 
-def told(method: str, measure: str, value: float, low: float, high: float) -> tuple[Any, Summary]:
+def measured(method: str, measure: str, value: float, low: float, high: float) -> tuple[Any, Summary]:
     return ("phantoms", method, measure), Summary(value, low, high, 1)
 
 
 def test_verdicts_follow_the_bounds_and_nothing_is_met_that_was_not_measured() -> None:
     summaries = dict(
-        told("meduet", f"seen.{name}", value, value - 0.01, value + 0.01)
+        measured("meduet", f"seen.{name}", value, value - 0.01, value + 0.01)
         for name, value in {
             "site_from_content": 0.30, "site_from_content_mlp": 0.36, "chance_site": 0.25,
             "patient_from_content": 0.95, "chance_patient": 0.02, "patient_from_style": 0.1,
@@ -108,7 +108,7 @@ def test_verdicts_follow_the_bounds_and_nothing_is_met_that_was_not_measured() -
     assert found["site from style: 95%"] is None
     assert found["swap fidelity: at least that of pooled MeDUET"] is None
     assert found["swap 3 dB nearer to the truth than histogram matching"] is True
-    summaries |= dict([told("pooled", "seen.style_gap_closed", 0.7, 0.6, 0.8)])
+    summaries |= dict([measured("pooled", "seen.style_gap_closed", 0.7, 0.6, 0.8)])
     assert (
         verdicts(aims_of(["phantoms"], summaries))["swap fidelity: at least that of pooled MeDUET"] is False
     )
@@ -116,7 +116,7 @@ def test_verdicts_follow_the_bounds_and_nothing_is_met_that_was_not_measured() -
 
 def test_site_and_patient_are_judged_on_the_content_code_where_there_is_one() -> None:
     summaries = dict(
-        told("meduet", f"seen.{name}", value, value, value)
+        measured("meduet", f"seen.{name}", value, value, value)
         for name, value in {
             "site_from_content": 0.9, "site_from_code": 0.30, "site_from_code_mlp": 0.36, "chance_site": 0.25,
             "patient_from_content": 0.2, "patient_from_code": 0.96,
@@ -130,7 +130,7 @@ def test_site_and_patient_are_judged_on_the_content_code_where_there_is_one() ->
 
 def test_a_bound_that_no_share_can_exceed_is_no_aim_met() -> None:
     summaries = dict(
-        told("meduet", f"seen.{name}", value, value, value)
+        measured("meduet", f"seen.{name}", value, value, value)
         for name, value in {"patient_from_style": 1.0, "chance_patient": 0.25}.items()
     )
     found = verdicts(aims_of(["phantoms"], summaries))
@@ -144,14 +144,14 @@ def test_above_means_that_intervals_do_not_touch(rival_high: float, expected: bo
 
     summaries = dict(
         [
-            told("meduet", measure("held_out"), 0.75, 0.70, 0.8),
-            told("fedavg_mae", measure("held_out"), 0.6, 0.5, 0.65),
-            told("alone", measure("held_out"), 0.6, 0.5, rival_high),
+            measured("meduet", measure("held_out"), 0.75, 0.70, 0.8),
+            measured("fedavg_mae", measure("held_out"), 0.6, 0.5, 0.65),
+            measured("alone", measure("held_out"), 0.6, 0.5, rival_high),
         ]
     )
     (aim,) = [a for a in aims_of(["phantoms"], summaries) if "held out" in a.text]
     assert aim.met is None, "without the network from scratch nothing is known"
-    summaries |= dict([told("scratch", measure("held_out", "scratch"), 0.5, 0.4, 0.55)])
+    summaries |= dict([measured("scratch", measure("held_out", "scratch"), 0.5, 0.4, 0.55)])
     (aim,) = [a for a in aims_of(["phantoms"], summaries) if "held out" in a.text]
     assert aim.met is expected and aim.verdict == ("met" if expected else "not met")
     (near,) = [a for a in aims_of(["phantoms"], summaries) if "within 2%" in a.text]
@@ -161,6 +161,8 @@ def test_above_means_that_intervals_do_not_touch(rival_high: float, expected: bo
 @pytest.mark.parametrize(("pooled", "expected"), [(0.714, True), (0.716, False)])
 def test_within_two_percent_is_relative(pooled: float, expected: bool) -> None:
     measure = downstream_measure("segmentation", "dice", "seen", "finetuned", 1.0)
-    summaries = dict([told("meduet", measure, 0.70, 0.6, 0.8), told("pooled", measure, pooled, 0.6, 0.8)])
+    summaries = dict(
+        [measured("meduet", measure, 0.70, 0.6, 0.8), measured("pooled", measure, pooled, 0.6, 0.8)]
+    )
     (near,) = [a for a in aims_of(["phantoms"], summaries) if "within 2%" in a.text]
     assert near.met is expected

@@ -107,21 +107,22 @@ def evaluated(plan: RunPlan, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     folder = tmp_path_factory.mktemp("run")
     held, said = held_out(plan), []
     volumes = TOKENIZER.decode(held.latents).clamp(0, 1)
-    told = evaluate_generation(
+    report = evaluate_generation(
         model(plan), plan, TOKENIZER, held, examples(plan), folder, SETTINGS, volumes=volumes,
         progress=lambda what, done, total: said.append((what, done, total)),
     )  # fmt: skip
     assert all(0 <= done <= total for _, done, total in said)
     assert {"measuring", f"sampling, {OWN}", "sampling, steps"} <= {what for what, _, _ in said}
-    return folder, told
+    return folder, report
 
 
 def test_every_kind_of_sample_has_its_rows(evaluated: tuple[Path, dict[str, Any]]) -> None:
     rows = evaluated[1]["rows"]
     measures = {
-        told: {row["measure"] for row in rows if row["told"] == told} for told in (OWN, OTHER, STYLE, NOTHING)
+        conditions: {row["measure"] for row in rows if row["told"] == conditions}
+        for conditions in (OWN, OTHER, STYLE, NOTHING)
     }
-    for told in measures:
+    for conditions in measures:
         assert {
             "Fréchet distance",
             "kernel distance",
@@ -129,31 +130,31 @@ def test_every_kind_of_sample_has_its_rows(evaluated: tuple[Path, dict[str, Any]
             "recall",
             "density",
             "coverage",
-        } <= measures[told]
+        } <= measures[conditions]
     assert {"patient found by content (chance 20%)", "scan generated again: SSIM"} <= measures[OWN]
     assert {"style gap closed", "site asked for, by a probe (chance 50%)"} <= measures[OTHER]
     assert "nearest training over nearest held-out" in measures[NOTHING]
 
 
 def test_table_and_json_agree(evaluated: tuple[Path, dict[str, Any]]) -> None:
-    folder, told = evaluated[0] / "generation", evaluated[1]
+    folder, report = evaluated[0] / "generation", evaluated[1]
     written = json.loads((folder / "quality.json").read_text(encoding="utf-8"))
-    assert written["rows"] == told["rows"]
+    assert written["rows"] == report["rows"]
     with (folder / "quality.csv").open(encoding="utf-8", newline="") as stream:
         table = list(csv.DictReader(stream))
     assert [row["value"] for row in table] == [
-        "" if row["value"] is None else str(row["value"]) for row in told["rows"]
+        "" if row["value"] is None else str(row["value"]) for row in report["rows"]
     ]
 
 
 def test_volumes_lie_on_the_plans_grid_and_are_marked(
     evaluated: tuple[Path, dict[str, Any]], plan: RunPlan
 ) -> None:
-    folder, told = evaluated[0] / "generation", evaluated[1]
-    assert told["patient_data"] is True
+    folder, report = evaluated[0] / "generation", evaluated[1]
+    assert report["patient_data"] is True
     assert (folder / "volumes" / "PATIENT_DATA.txt").is_file()
-    assert len(told["pictures"]["volumes"]) == 5
-    for name in told["pictures"]["volumes"]:
+    assert len(report["pictures"]["volumes"]) == 5
+    for name in report["pictures"]["volumes"]:
         image = nib.nifti1.Nifti1Image.from_filename(folder / name)
         assert image.shape == plan.volumes.shape
         assert image.header.get_zooms() == pytest.approx(plan.volumes.spacing_mm)

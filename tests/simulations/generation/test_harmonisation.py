@@ -102,12 +102,12 @@ def test_patients_that_are_not_paired_are_refused(tmp_path: Path) -> None:
     tokenizer = small_tokenizer()
     held = Held(small_latents(4), (0, 0, 1, 1), ("a", "b", "c", "d"), torch.zeros(4, 0), ())
     plan: RunPlan = make_plan(network=NETWORK, volumes=VOLUMES)
-    told: dict[str, Any] = {"volumes": torch.zeros(4, 1, 16, 24, 16), "settings": FEW}
+    given: dict[str, Any] = {"volumes": torch.zeros(4, 1, 16, 24, 16), "settings": FEW}
     with pytest.raises(ValueError, match="same patients"):
-        measure_harmonisation(small_model(tokenizer), plan, tokenizer, held, [], tmp_path, **told)
+        measure_harmonisation(small_model(tokenizer), plan, tokenizer, held, [], tmp_path, **given)
     paired = dataclasses.replace(held, patient=("a", "b", "a", "b"))
     with pytest.raises(ValueError, match="4 volumes"):
         measure_harmonisation(
             small_model(tokenizer), plan, tokenizer, paired, [], tmp_path,
-            **told | {"volumes": torch.zeros(3, 1, 16, 24, 16)},
+            **given | {"volumes": torch.zeros(3, 1, 16, 24, 16)},
         )  # fmt: skip

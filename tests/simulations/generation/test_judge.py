@@ -13,16 +13,17 @@ from simulations.diffusion_study.report import write_study
 from simulations.diffusion_study.run import run_generation
 from simulations.run import run
 from simulations.settings import settings_from
-from tests.small_simulation import SMALL_NETWORK
+from tests.small_simulation import small_simulation
 
 SMALL = [
-    "hospitals.num_hospitals=2", "hospitals.patients=12", "hospitals.paired=4", "hospitals.resolution_mm=4",
-    *SMALL_NETWORK,
-    "training.rounds=2", "training.steps_per_round=2", "training.batch_size=4",
-    "site.split_fractions=[0.5,0.25,0.25]", "device=cpu", "engine.cpus_per_site=1",
-    "diffusion.transformer.width=24", "diffusion.transformer.depth=1", "diffusion.transformer.heads=2",
-    "diffusion.training.batch_size=4", "diffusion.steps_per_round=2",
-]  # fmt: skip
+    *small_simulation(patients=12, paired=4),
+    "site.split_fractions=[0.5,0.25,0.25]",
+    "diffusion.transformer.width=24",
+    "diffusion.transformer.depth=1",
+    "diffusion.transformer.heads=2",
+    "diffusion.training.batch_size=4",
+    "diffusion.steps_per_round=2",
+]
 JUDGED = [
     "generation.samples=4", "generation.steps=2", "generation.step_counts=[1,2]",
     "generation.step_samples=4", "generation.most_real=8", "generation.resamples=4",
@@ -79,12 +80,15 @@ def test_the_study_compares_starts_and_sources_and_is_done_once(released: Path, 
         *[word for word in SMALL if word.startswith("diffusion.t")], *JUDGED,
     ]  # fmt: skip
     page = run_generation(compose_config(asked, "generation"))
-    told = json.loads((tmp_path / "study" / "study.json").read_text())
-    assert [(c["start"], c["seed"]) for c in told["curves"]] == [
+    study = json.loads((tmp_path / "study" / "study.json").read_text())
+    assert [(c["start"], c["seed"]) for c in study["curves"]] == [
         ("scratch", 1), ("scratch", 2), ("encoder", 1), ("encoder", 2),
     ]  # fmt: skip
-    assert all([step for step, _ in curve["points"]] == [0, 1, 2] for curve in told["curves"])
-    assert set(told["sources"]) == {"raw", "site"} and told["sources"]["site"]["site"] in ("north", "harbour")
+    assert all([step for step, _ in curve["points"]] == [0, 1, 2] for curve in study["curves"])
+    assert set(study["sources"]) == {"raw", "site"} and study["sources"]["site"]["site"] in (
+        "north",
+        "harbour",
+    )
     assert "steps until scratch" in page.read_text()
     cell = tmp_path / "study" / "curves" / "scratch-style-1.json"
     written = cell.stat().st_mtime_ns

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from client.latents.labelled import LabelledScans, NoLabels
 from meduet_models.diffusion.conditioner import Conditioner
-from meduet_models.meduet import FactorNetwork, NetworkConfig
+from meduet_models.meduet import FactorNetwork
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleLayout, StyleMoments
 from simulations.generation.controls import content_rows, site_row, style_gap_row
@@ -24,12 +24,10 @@ from simulations.generation.quality import (
     memory_row,
 )
 from simulations.generation.use import UseSettings, use_rows
+from tests.worlds import small_network
 
 GRID = (4, 4, 4)
-NETWORK = NetworkConfig(
-    latent_channels=4, latent_grid=GRID, patch_size=2, width=24, depth=1, heads=2, decoder_width=12,
-    decoder_depth=1, decoder_heads=2, style_map_grid=(1, 2, 1),
-)  # fmt: skip
+NETWORK = small_network(latent_channels=4, latent_grid=GRID, width=24, style_map_grid=(1, 2, 1))
 HOW = {"resamples": 20, "seed": 0}
 
 

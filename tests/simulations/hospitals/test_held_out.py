@@ -13,20 +13,9 @@ from server.config import compose_config, plain
 from simulations.hospitals.held_out import join, own_scans, paired_scans
 from simulations.progress import Live
 from simulations.run import prepare, run
-from tests.small_simulation import SMALL_NETWORK
+from tests.small_simulation import small_simulation
 
-SMALL = [
-    "hospitals.num_hospitals=3",
-    "hospitals.patients=9",
-    "hospitals.paired=3",
-    "hospitals.resolution_mm=4",
-    *SMALL_NETWORK,
-    "training.rounds=2",
-    "training.steps_per_round=1",
-    "training.batch_size=4",
-    "device=cpu",
-    "engine.cpus_per_site=1",
-]
+SMALL = small_simulation(hospitals=3, steps_per_round=1)
 
 
 def settings(folder: Path, *more: str) -> Any:

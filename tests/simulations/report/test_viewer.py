@@ -42,9 +42,9 @@ def test_the_volumes_come_back_with_their_geometry(tmp_path: Path) -> None:
     page = written(tmp_path)
     embedded = re.search(r'id="volumes">(.*?)</script>', page, re.S)
     assert embedded is not None
-    told = json.loads(embedded[1])
-    assert [volume["name"] for volume in told] == ["first </script>", "second"]
-    image = nib.nifti1.Nifti1Image.from_bytes(gzip.decompress(base64.b64decode(told[0]["nifti"])))
+    embedded_volumes = json.loads(embedded[1])
+    assert [volume["name"] for volume in embedded_volumes] == ["first </script>", "second"]
+    image = nib.nifti1.Nifti1Image.from_bytes(gzip.decompress(base64.b64decode(embedded_volumes[0]["nifti"])))
     given = volumes()[0]
     np.testing.assert_allclose(image.affine, given.affine)
     np.testing.assert_allclose(image.get_fdata(), np.clip(given.values, 0, 1), atol=0.5 / 255 + 1e-6)
