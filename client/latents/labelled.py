@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Float32, Int64, Shaped
+from jaxtyping import Float, Float16, Float32, Int64, Shaped
 from torch import Tensor
 
 from client.latents.batches import TrainingScans
 from federation.exchanges.finetuning import LocalFinetuning
+from federation.plan import VolumePlan
 from meduet_models.downstream.task import Target
 from meduet_models.seeds import digest_of
 
@@ -37,6 +38,16 @@ class ScansWithLabels(TrainingScans, Protocol):
 
     def labels(self, indices: Sequence[int], view: int = 0) -> Int64[Tensor, "b 1 D H W"] | None:
         """Label volumes of these scans."""
+
+
+@runtime_checkable
+class ScansWithVolumes(ScansWithLabels, Protocol):
+    """What networks that see volumes need besides."""
+
+    def volumes(
+        self, indices: Sequence[int], plan: VolumePlan, view: int = 0
+    ) -> Float16[Tensor, "b 1 D H W"]:
+        """The prepared volumes that the latents encode."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +110,10 @@ def labelled_scans(
     local: LocalFinetuning,
     target: str = "",
     values: Sequence[str] = (),
+    volumes: VolumePlan | None = None,
 ) -> LabelledScans:
-    """Those of `rows` whose answer is known to the task.
+    """Those of `rows` whose answer is known to the task; with their volumes, where `volumes` says how they
+    were prepared.
 
     Raises `NoLabels` when no row has an answer.
     """
@@ -115,7 +128,13 @@ def labelled_scans(
         _classes(task.answers(scans, known, named), local.label_values),
         tuple(scans.patients[row] for row in known),
         tuple(int(scans.site_index[row]) for row in known),
+        None if volumes is None else _volumes(scans, known, volumes),
     )
+
+
+def _volumes(scans: ScansWithLabels, rows: Sequence[int], plan: VolumePlan) -> Tensor:
+    assert isinstance(scans, ScansWithVolumes), "who asks for volumes has scans with volumes"
+    return scans.volumes(rows, plan)
 
 
 def _classes(answers: Shaped[Tensor, "b ..."], label_values: Mapping[int, int]) -> Shaped[Tensor, "b ..."]:

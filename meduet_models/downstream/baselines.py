@@ -68,7 +68,7 @@ def fit_per_position(
     return scores
 
 
-class VolumeUNet(nn.Module):
+class PlainVolumeUNet(nn.Module):
     """MONAI's U-Net on the volume: three resolutions, residual units, instance norm."""
 
     def __init__(self, outputs: int, *, per_voxel: bool, seed: int = 0) -> None:

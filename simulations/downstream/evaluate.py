@@ -24,7 +24,14 @@ from meduet_models.style.bank import StyleBank
 from simulations.downstream.fairness import LEAST_PATIENTS, Fairness, fairness_score
 from simulations.downstream.learning import Fitted, fitted_mode, predictor_of
 from simulations.downstream.metrics import estimates, resampled, value_on
-from simulations.downstream.settings import CLOSED_FORM, MODES, PRETRAINED, DownstreamSettings, Mode
+from simulations.downstream.settings import (
+    CLOSED_FORM,
+    MODES,
+    PRETRAINED,
+    SEES_VOLUMES,
+    DownstreamSettings,
+    Mode,
+)
 
 __all__ = [
     "MODES",
@@ -211,6 +218,10 @@ def _check(
     wanted = [mode for mode in settings.modes if mode in PRETRAINED]
     if model is None and wanted:
         raise ValueError(f"Expected a pretrained model for {', '.join(wanted)}; got none.")
+    if settings.anatomy_start != "none" and not {"volume_start", "joined"} & set(settings.modes):
+        raise ValueError("anatomy_start has no effect without mode volume_start or joined: leave it out.")
+    if "volume_start" in settings.modes and settings.anatomy_start == "none":
+        raise ValueError("Expected anatomy_start for mode volume_start; from none it is mode volume_unet.")
     if model is not None and settings.network is not None:
         raise ValueError(
             "network has no effect beside a pretrained model, whose shape is taken: leave it out."
@@ -218,8 +229,13 @@ def _check(
     for mode in ("scratch", "random", "ridge", "ridge_neighbours"):
         if model is None and settings.network is None and mode in settings.modes:
             raise ValueError(f"Expected network for mode {mode} without a pretrained model; got none.")
-    if train.volumes is None and "unet_volume" in settings.modes:
-        raise ValueError("Expected prepared volumes for mode unet_volume; got none.")
+    for mode in SEES_VOLUMES:
+        if train.volumes is None and mode in settings.modes:
+            raise ValueError(f"Expected prepared volumes for mode {mode}; got none.")
+    if style_bank is not None and {"volume_unet", "volume_start"} & set(settings.modes):
+        raise ValueError(
+            "bank has no effect on a U-Net on the volume, which sees no latents: leave one of them out."
+        )
     if style_bank is not None and all(mode in CLOSED_FORM for mode in settings.modes):
         raise ValueError(
             f"bank has no effect on {', '.join(settings.modes)}, fitted in closed form: leave it out."

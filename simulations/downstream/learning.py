@@ -15,18 +15,19 @@ import torch
 from torch import Tensor
 
 from client.latents.labelled import LabelledScans
-from client.training.finetuning import finetune
-from meduet_models.downstream.baselines import VolumeUNet, fit_per_position, mean_label
-from meduet_models.downstream.networks import predict
+from client.training.finetuning import finetune, predicted
+from meduet_models.anatomy_start import started_unet
+from meduet_models.downstream.baselines import PlainVolumeUNet, fit_per_position, mean_label
 from meduet_models.downstream.task import Reading, Task
 from meduet_models.downstream.tasks import task_of
 from meduet_models.downstream.unet import DownstreamNetwork, SmallUNet
+from meduet_models.downstream.volume_networks import VolumeSegmenter
 from meduet_models.meduet import FactorNetwork, NetworkConfig
 from meduet_models.probes.hidden import with_neighbours
 from meduet_models.style.bank import StyleBank
 from meduet_models.tokens import patchify
 from simulations.downstream.draws import Amount, amounts
-from simulations.downstream.settings import CLOSED_FORM, DownstreamSettings, Mode
+from simulations.downstream.settings import CLOSED_FORM, VOLUME_KINDS, DownstreamSettings, Mode
 
 Predictor = Callable[[LabelledScans], Tensor]
 """Scans to the outputs of a task, per voxel or per scan; answers are not looked at."""
@@ -47,7 +48,7 @@ class Fitted:
 def predictor_of(network: DownstreamNetwork) -> Predictor:
     """A trained network as a predictor."""
     network.eval()
-    return lambda scans: predict(network, scans.latents)
+    return lambda scans: predicted(network, scans)
 
 
 def fitted_mode(
@@ -121,7 +122,7 @@ def _reader(
 ) -> Callable[[LabelledScans], Tensor] | None:
     """What a mode sees: latents as they are (None), the volume, nothing, or tokens, of latents or of an
     encoder's content, as `_wide` has them."""
-    if mode in ("finetuned", "scratch", "unet"):
+    if mode in ("finetuned", "scratch", "unet", *VOLUME_KINDS):
         return None
     if mode == "unet_volume":
         return _volumes
@@ -181,7 +182,10 @@ def _learned(
             channels = labelled.latents.shape[1]
             network = SmallUNet(channels, classes, per_voxel=task.per_voxel, seed=seed)
         case "unet_volume":
-            network = VolumeUNet(classes, per_voxel=task.per_voxel, seed=seed)
+            network = PlainVolumeUNet(classes, per_voxel=task.per_voxel, seed=seed)
+        case "volume_unet" | "volume_start" | "joined":
+            body = started_unet("none" if mode == "volume_unet" else settings.anatomy_start, seed=seed)
+            network = VolumeSegmenter(body, classes, content=model if mode == "joined" else None, seed=seed)
         case _:
             start = _fresh(model, labelled, settings, seed) if mode == "scratch" else model
             assert start is not None
@@ -189,7 +193,7 @@ def _learned(
     finetune(
         network,
         labelled,
-        settings.local,
+        settings.local_of(mode),
         seed=seed,
         validation=validation,
         style_bank=style_bank,

@@ -36,7 +36,10 @@ _MODES = {
     "ridge": "ridge on raw latents, own token",
     "ridge_neighbours": "ridge on raw latents, 27 tokens",
     "random": "random encoder, frozen",
-    "unet_volume": "U-Net on the volume",
+    "unet_volume": "plain U-Net on the volume",
+    "volume_unet": "our U-Net on the volume",
+    "volume_start": "our U-Net on the volume, from public anatomy",
+    "joined": "our U-Net on the volume with content tokens",
     "federated": "pretrained, fine-tuned in the federation",
 }
 _COLUMNS = [

@@ -19,6 +19,8 @@ from client.app import make_client_app
 from client.latents.labelled import LabelledScans, NoLabels
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning, check_target
 from forms.form import build
+from meduet_models.anatomy_start import AnatomyStart
+from meduet_models.downstream.kinds import NetworkKind
 from meduet_models.downstream.task import Target
 from meduet_models.downstream.tasks import task_of
 from server.config import plain
@@ -35,6 +37,7 @@ from simulations.downstream.evaluate import (
 )
 from simulations.downstream.fairness import groups_of
 from simulations.downstream.report import write_downstream
+from simulations.downstream.settings import SEES_VOLUMES
 from simulations.engines.in_process import FixedThreads, InProcessGrid, fixed_threads
 from simulations.finished_run import FinishedRun, open_run
 from simulations.hospitals.labelled import Part, known_answers, known_covariates, num_classes
@@ -83,10 +86,14 @@ class DownstreamRunSettings:
     """Scans per step, at most."""
     learning_rate: float
     """Peak learning rate."""
+    anatomy_start: AnatomyStart
+    """What a U-Net on the volume starts from: canonical, shapes, none."""
     bootstrap: int
     """Resamples of the test patients."""
     tolerance_mm: float
     """Tolerance of surface Dice."""
+    network: NetworkKind
+    """What the federation fine-tunes: tokens, volume_unet, joined."""
     federated: bool
     """Whether to fine-tune in the federation too."""
     encoder: Literal["frozen", "finetuned"]
@@ -98,9 +105,16 @@ class DownstreamRunSettings:
 
     def __post_init__(self) -> None:
         """Refuse settings that have no effect."""
-        unused = (self.encoder, self.rounds, self.update_clip_norm) != ("finetuned", _ROUNDS, _CLIP)
-        if unused and not self.federated:
-            raise ValueError("encoder, rounds and update_clip_norm have no effect without federated=true.")
+        said = (self.network, self.encoder, self.rounds, self.update_clip_norm)
+        if said != ("tokens", "finetuned", _ROUNDS, _CLIP) and not self.federated:
+            raise ValueError(
+                "network, encoder, rounds and update_clip_norm have no effect without federated=true."
+            )
+        starts = self.network != "tokens" or {"volume_start", "joined"} & set(self.modes)
+        if self.anatomy_start != "none" and not starts:
+            raise ValueError(
+                "anatomy_start has no effect without mode volume_start or joined, or a network on the volume."
+            )
         if self.federated and (self.label_sites or self.bank):
             raise ValueError(
                 "federated=true uses every hospital's labels, as they are: leave out label_sites and bank."
@@ -134,7 +148,8 @@ def _evaluate(asked: DownstreamRunSettings, opened: FinishedRun, live: Live) -> 
     with_labels = [name for name in plan.sites if not asked.label_sites or name in asked.label_sites]
     without = [name for name in plan.sites if name not in with_labels]
 
-    volumes = plan.volumes if "unet_volume" in asked.modes else None
+    sees_volumes = local.sees_volumes or bool(set(SEES_VOLUMES) & set(asked.modes))
+    volumes = plan.volumes if sees_volumes else None
 
     def known(parts: Sequence[Part]) -> LabelledScans | None:
         return known_answers(parts, local, asked.target, asked.target_values, volumes)
@@ -175,6 +190,7 @@ def _evaluate(asked: DownstreamRunSettings, opened: FinishedRun, live: Live) -> 
         steps=asked.steps,
         batch_size=asked.batch_size,
         learning_rate=asked.learning_rate,
+        anatomy_start=_start(asked, {"volume_start", "joined"} & set(asked.modes)),
         bootstrap=asked.bootstrap,
         tolerance_mm=asked.tolerance_mm,
     )
@@ -247,18 +263,26 @@ def _local(asked: DownstreamRunSettings, opened: FinishedRun) -> LocalFinetuning
         steps=math.ceil(asked.steps / asked.rounds),
         batch_size=asked.batch_size,
         learning_rate=asked.learning_rate,
+        network=asked.network,
+        augmentation=0.0 if asked.network == "tokens" else 1.0,
     )
     check_target(local, asked.target, asked.target_values)
     return local
 
 
+def _start(asked: DownstreamRunSettings, used: object) -> AnatomyStart:
+    """The start that was asked for, where something of this part starts from it."""
+    return asked.anatomy_start if used else "none"
+
+
 def _federate(
     asked: DownstreamRunSettings, opened: FinishedRun, local: LocalFinetuning, live: Live
 ) -> FinetunedRun:
-    plan = opened.plan
+    plan, start = opened.plan, _start(asked, local.sees_volumes)
     finetuning = FinetunePlan(
         run_sha256=plan.sha256,
-        pretrained_sha256=pretrained_sha256(opened.pretrained),
+        pretrained_sha256=pretrained_sha256(opened.pretrained, local.network, start, asked.seed),
+        anatomy_start=start,
         local=local,
         rounds=asked.rounds,
         seed=asked.seed,

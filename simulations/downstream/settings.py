@@ -1,9 +1,12 @@
 """What a downstream evaluation is told, and the ways to learn from labels that it compares."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from federation.exchanges.finetuning import LocalFinetuning
+from meduet_models.anatomy_start import AnatomyStart
+from meduet_models.downstream.kinds import NetworkKind
 from meduet_models.downstream.task import Target
 from meduet_models.meduet import NetworkConfig
 
@@ -18,8 +21,13 @@ Mode = Literal[
     "scratch",
     "unet",
     "unet_volume",
+    "volume_unet",
+    "volume_start",
+    "joined",
 ]
-"""A way to learn from labels; `federated` beside them is told by who fine-tuned in a federation."""
+"""A way to learn from labels. `unet_volume`: MONAI's U-Net on the volume; `volume_unet`: ours; `volume_start`:
+ours from `anatomy_start`; `joined`: that, with the content tokens of the pretrained encoder at its deepest
+level; `federated` beside them is told by who fine-tuned in a federation."""
 MODES: tuple[Mode, ...] = get_args(Mode)
 CLOSED_FORM: tuple[Mode, ...] = (
     "frozen",
@@ -30,8 +38,17 @@ CLOSED_FORM: tuple[Mode, ...] = (
     "random",
 )
 """Those without training, for which many draws cost little."""
-PRETRAINED: tuple[Mode, ...] = ("frozen", "frozen_tokens", "finetuned")
+PRETRAINED: tuple[Mode, ...] = ("frozen", "frozen_tokens", "finetuned", "joined")
 """Those that need a pretrained encoder."""
+VOLUME_KINDS: Mapping[Mode, NetworkKind] = {
+    "volume_unet": "volume_unet",
+    "volume_start": "volume_unet",
+    "joined": "joined",
+}
+"""Our segmenters that are shown volumes, and their network."""
+SEES_VOLUMES: tuple[Mode, ...] = ("unet_volume", *VOLUME_KINDS)
+"""Those that are shown volumes."""
+_AVERAGE = 0.98  # of the weights of our networks that see volumes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +82,8 @@ class DownstreamSettings:
     """Scans per step, at most."""
     learning_rate: float = 2e-3
     """Peak learning rate of each network."""
+    anatomy_start: AnatomyStart = "none"
+    """What `volume_start` and `joined` start from."""
     bootstrap: int = 1000
     """Resamples of the patients, for the intervals."""
     tolerance_mm: float = 1.0
@@ -88,3 +107,9 @@ class DownstreamSettings:
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
         )
+
+    def local_of(self, mode: Mode) -> LocalFinetuning:
+        """The same for one mode: our networks on the volume get it augmented, and their weights averaged."""
+        if mode not in VOLUME_KINDS:
+            return self.local
+        return replace(self.local, network=VOLUME_KINDS[mode], augmentation=1.0, average=_AVERAGE)

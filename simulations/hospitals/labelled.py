@@ -6,14 +6,8 @@ What this file does not do: read a file (`client/latents/labelled.py`), or train
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
-from jaxtyping import Float16
-from torch import Tensor
-
 from client.latents.labelled import LabelledScans, NoLabels, join, labelled_scans
 from client.latents.latent_set import LatentSet
-from client.scans.cohort import read_entry
-from client.scans.volumes import prepare
 from federation.exchanges.finetuning import LocalFinetuning
 from federation.plan import VolumePlan
 from meduet_models.downstream.task import Target
@@ -43,18 +37,17 @@ def known_answers(
 ) -> LabelledScans | None:
     """Those scans whose answer is known, patients named apart by hospital; None where there is none.
 
-    With `volumes`, the prepared volumes are read too.
+    With their volumes, where `volumes` says how they were prepared.
     """
     found = []
     for name, scans, rows in parts:
         known = known_rows(scans, rows, local.task, target, target_values)
         try:
-            own = labelled_scans(scans, known, local, target, target_values)
+            own = labelled_scans(scans, known, local, target, target_values, volumes)
         except NoLabels:
             continue
         patients = tuple(f"{name}/{patient}" for patient in own.patient)
-        seen = None if volumes is None else prepared_volumes(scans, known, volumes)
-        found.append(dataclasses.replace(own, patient=patients, volumes=seen))
+        found.append(dataclasses.replace(own, patient=patients))
     return join(found) if found else None
 
 
@@ -75,15 +68,6 @@ def known_covariates(
         for _, scans, rows in parts
         for row in known_rows(scans, rows, local.task, target, target_values)
     ]
-
-
-def prepared_volumes(scans: LatentSet, rows: Sequence[int], plan: VolumePlan) -> Float16[Tensor, "b 1 D H W"]:
-    """The volumes that were encoded, oriented, resampled and windowed as `plan` says."""
-    volumes = []
-    for row in rows:
-        scan, _ = read_entry(scans.entries[row], plan)
-        volumes.append(torch.as_tensor(prepare(scan, plan).volume).half())
-    return torch.stack(volumes)
 
 
 def labels_for_segmenters(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from meduet_models.downstream.baselines import VolumeUNet, fit_per_position, mean_label
+from meduet_models.downstream.baselines import PlainVolumeUNet, fit_per_position, mean_label
 from meduet_models.probes.hidden import with_neighbours
 
 GRID = (2, 3, 2)
@@ -64,6 +64,6 @@ def test_neighbours_are_the_26_around_and_zeros_beyond_the_border() -> None:
 @pytest.mark.parametrize("per_voxel", [True, False])
 def test_the_u_net_on_the_volume_starts_from_its_seed_and_answers_as_asked(per_voxel: bool) -> None:
     volumes = torch.rand(2, 1, 8, 12, 8)
-    one, same, other = (VolumeUNet(3, per_voxel=per_voxel, seed=s).eval()(volumes) for s in (1, 1, 2))
+    one, same, other = (PlainVolumeUNet(3, per_voxel=per_voxel, seed=s).eval()(volumes) for s in (1, 1, 2))
     assert one.shape == ((2, 3, 8, 12, 8) if per_voxel else (2, 3))
     assert torch.equal(one, same) and not torch.equal(one, other)

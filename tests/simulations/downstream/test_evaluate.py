@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from client.latents.labelled import LabelledScans
 from meduet_models.downstream.task import Target
 from meduet_models.meduet import FactorNetwork
+from meduet_models.volume_unet import VolumeUNet
 from server.checkpoints import OtherPlan
 from server.config import compose_config
 from simulations.downstream import evaluate as downstream
@@ -336,3 +337,27 @@ def test_another_fine_tuning_beside_the_first_disturbs_nothing(pretrained: Path,
     except OtherPlan:
         pytest.fail("another fine-tuning has another folder")
     assert len(list(tmp_path.glob("federated-*/finetuned.safetensors"))) == 2
+
+
+def test_networks_on_the_volume_are_rows_of_the_table_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        learning, "started_unet", lambda start, seed: VolumeUNet(seed=seed + (start != "none"))
+    )
+
+    def seen(count: int, seed: int) -> LabelledScans:
+        own = scans(count, seed)
+        volumes = torch.nn.functional.interpolate(own.latents[:, :1], scale_factor=4.0).sigmoid()
+        return replace(own, volumes=volumes.half())
+
+    modes = ("volume_unet", "volume_start", "joined")
+    settings = replace(SETTINGS, modes=modes, anatomy_start="canonical", label_shares=(1.0,), steps=2)
+    rows = evaluated(settings, train=seen(6, 1), validation=seen(2, 2), tests={"seen": seen(3, 3)})
+    dice = {row.mode: row.value for row in rows if row.metric == "dice"}
+    assert set(dice) == set(modes) and dice["volume_start"] != dice["volume_unet"]
+
+
+def test_a_start_that_nothing_starts_from_is_refused() -> None:
+    with pytest.raises(ValueError, match="anatomy_start has no effect"):
+        evaluated(replace(SETTINGS, anatomy_start="canonical"))
+    with pytest.raises(ValueError, match="Expected anatomy_start for mode volume_start"):
+        evaluated(replace(SETTINGS, modes=("volume_start",)))
