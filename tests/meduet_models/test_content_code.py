@@ -49,10 +49,10 @@ def public() -> ContentCode:
 
 @pytest.fixture(scope="module")
 def sums(public: ContentCode) -> dict[str, CodeSums]:
-    told = {}
+    sums_by_site = {}
     for site in range(SITES):
-        told[str(site)] = CodeSums.of(public.read(tokens(site, site)), names(PATIENTS), BOUND)
-    return told
+        sums_by_site[str(site)] = CodeSums.of(public.read(tokens(site, site)), names(PATIENTS), BOUND)
+    return sums_by_site
 
 
 @settings(max_examples=20, deadline=None)

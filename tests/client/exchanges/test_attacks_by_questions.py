@@ -205,8 +205,8 @@ def test_whether_questions_are_answered_does_not_read_a_latent(
 # Who is among few patients, and what was measured of them, from the sums of their products.
 
 
-def traced(network: MeDUET, told: CodeSums, members: Any, strangers: Any) -> float:
-    """How often a member leans to the mean that was told more than a stranger does (area under the curve).
+def traced(network: MeDUET, left: CodeSums, members: Any, strangers: Any) -> float:
+    """How often a member leans to the mean that left more than a stranger does (area under the curve).
 
     Who holds the scans, and others of the same kind, knows what is usual.
     """
@@ -214,7 +214,7 @@ def traced(network: MeDUET, told: CodeSums, members: Any, strangers: Any) -> flo
     def leaning(cohort: Any) -> Tensor:
         with torch.no_grad():
             codes = network.content_code(cohort.values[:, 0]).double()
-        return (codes - usual) @ (told.total / told.count - usual)
+        return (codes - usual) @ (left.total / left.count - usual)
 
     with torch.no_grad():
         usual = network.content_code(strangers.values[:, 0]).double().mean(0)
@@ -234,8 +234,8 @@ def test_the_mean_of_few_codes_tells_members_only_where_the_site_agreed(
             erasure.ANSWER.once(site, ask, plan)
         assert site.journal.verify() == 0
         return
-    told = erasure_sums(erasure.ANSWER.once(site, ask, plan).tensors, plan)
-    assert traced(network, told, site.held, toy_scans([f"s{n}" for n in range(200)], seed=9)) > 0.9
+    left = erasure_sums(erasure.ANSWER.once(site, ask, plan).tensors, plan)
+    assert traced(network, left, site.held, toy_scans([f"s{n}" for n in range(200)], seed=9)) > 0.9
 
 
 @pytest.mark.parametrize("agreed", [True, False])
@@ -275,6 +275,6 @@ def test_from_one_patient_per_number_the_mean_leaves_and_tells_members_less_well
     site.held = toy_scans([f"p{n}" for n in range(size)])
     shared = coded(plan, parts(plan, shared_keys))
     ask = ErasureAsk(plan_json=plan.to_json(), shared=shared)
-    told = erasure_sums(erasure.ANSWER.once(site, ask, plan).tensors, plan)
+    left = erasure_sums(erasure.ANSWER.once(site, ask, plan).tensors, plan)
     strangers = toy_scans([f"s{n}" for n in range(200)], seed=9)
-    assert traced(coded_network(plan), told, site.held, strangers) < 0.85
+    assert traced(coded_network(plan), left, site.held, strangers) < 0.85
