@@ -13,6 +13,7 @@ from torch import nn
 
 from client.latents.latent_set import LatentSet
 from client.scans.whole_volumes import lay_back_whole
+from meduet_models.downstream.networks import predict
 from meduet_models.downstream.whole_scans import predict_voxels
 
 
@@ -25,6 +26,8 @@ def segment_whole(
     """
     if scans.crop is None:
         raise ValueError("Expected whole scans (volumes.extent: scan); these are crops.")
-    logits = predict_voxels(network, torch.tensor(scans.whole(row)), scans.crop)
+    logits = predict_voxels(
+        lambda latents: predict(network, latents), torch.tensor(scans.whole(row)), scans.crop
+    )
     classes = logits.argmax(dim=0, keepdim=True).to(torch.uint8)
     return lay_back_whole(classes, scans.whole_geometry(row))

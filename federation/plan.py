@@ -102,6 +102,9 @@ class TrainingPlan:
     """Optimiser steps of each site in a round."""
     batch_size: Annotated[int, Range(at_least=4, at_most=4096)] = 8
     """Scans per step; even, at least 4."""
+    optimiser: Literal["adamw", "muon"] = "adamw"
+    """`adamw`: as published. `muon`: matrices of the content branch by Muon, at ten times the learning rate,
+    everything else by AdamW."""
     learning_rate: Annotated[float, Range(above=0, at_most=10)] = 2e-3
     """Peak learning rate."""
     final_learning_rate: Annotated[float, Range(at_least=0, at_most=10)] = 4e-4
@@ -109,7 +112,7 @@ class TrainingPlan:
     warmup: Annotated[float, Share] = 0.05
     """Share of all steps over which the learning rate rises."""
     weight_decay: Annotated[float, Range(at_least=0, at_most=10)] = 1e-2
-    """AdamW weight decay."""
+    """Weight decay."""
     betas: Annotated[tuple[float, float], Range(at_least=0, below=1)] = (0.9, 0.95)
     """AdamW betas."""
     gradient_clip_norm: Annotated[float, Range(above=0, at_most=1_000_000)] = 1.0
@@ -298,10 +301,10 @@ def _contradictions(plan: RunPlan) -> Iterator[str]:
             f"Expected the latent grid {network.latent_grid} to divide by network.patch_size"
             f"={network.patch_size}; change volumes.shape or the patch size."
         )
-    if style.exchange != "none" and network.code_size < len(plan.sites):
+    if aggregation.method not in ("alone", "pooled") and network.code_size < len(plan.sites):
         yield (
-            f"Expected network.code_ratio to leave a content code of at least {len(plan.sites)} numbers, one "
-            f"per site; got {network.code_size}."
+            f"Expected network.code_size of at least {len(plan.sites)} numbers, one per site; got "
+            f"{network.code_size}."
         )
     if network.style_map_grid != style.map_grid:
         yield "Expected network.style_map_grid and style.map_grid to be equal."

@@ -1,144 +1,221 @@
-"""The content code: a few numbers per scan that know the patient and not the site, from sums that add.
+"""The content code: 64 to 128 numbers per scan that know where things are and not which site it is from.
 
-Pooled content is wide, and its site means are those of a few dozen patients. Erasing the site along
-directions estimated with that much noise leaves it legible in all the others (`erasure.py`: 9 to 16 points
-above chance). So content is first brought down to the directions in which patients differ and renderings of
-one patient do not: Fisher's discriminant of patients, where the renderings are a patient's scans in the style
-of every entry of the bank, made at the site. Then the site is erased in that small space, where the same
-noise leaves little behind. What comes out is whitened over patients.
+The mean over content tokens throws anatomy away (docs/log.md: sex .65 where the tokens have .92), so tokens
+are read whole. Their axes are public: the principal axes of the content of phantoms that the centre draws,
+dressed in the sites' styles; no patient is in them. They are kept as a product, axes over places times axes
+over channels and a matrix over both, since all tokens side by side are too many numbers to send around. What
+a site tells is one vector, the sum of its patients' codes (`CodeSums`); from the sites' means follows the
+projection that takes out of the code what sites differ in (`without_sites`) and, seen through the same axes,
+out of every token (`token_erasure`).
 
-What this file does not do: it changes no token (a decoder still reads all of them), and a site that was in
-no sum is erased by `erase_own_site` from its own scans, not by this fit.
+What this file does not do: draw phantoms (`server/public_latents.py`), or promise that nothing of the site is
+left: the means are those of a few dozen patients, their error stays in the code of a patient who was not in
+them. A site that was in no sum is taken out by `erase_own_site` from its own scans.
 
-Source: ours. Fisher 1936; within-class covariance normalisation and nuisance attribute projection of speaker
-recognition (Hatch et al. 2006, Campbell et al. 2006) treat channels as renderings are treated here; LEACE
-(arXiv:2306.03819), whose whitened form is a projection. Measured in docs/log.md.
+Source: ours. Principal axes of both sides of a matrix: Lathauwer et al. 2000 (HOSVD); taking means' span out:
+nuisance attribute projection (Campbell et al. 2006). Measured in docs/log.md.
 
-Axes: b = scans, r = renderings, n = patients, k = channels of content, q = numbers in the code, v = numbers
-in a vector.
+Axes: b = scans, n = tokens, k = content channels, a = axes over places, c = axes over channels, z = a times
+c, q = numbers in the code, s = sites, v = numbers in a vector.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from meduet_models.erasure import (
-    ErasureMoments,
-    check_semidefinite,
-    from_triangle,
-    patient_means,
-    roots,
-    to_triangle,
-    triangle_length,
-)
+from meduet_models.erasure import fit_erasure, patient_means
 
+WHITENING = 0.5
+"""Power of the public deviations by which axes are divided: 0 leaves them, 1 makes all as long."""
+_BOUND = 2.0
 _ROUNDING = 1e-6
-RIDGE = 0.1
-"""Share of the covariance between patients that is added to that of renderings: no direction is taken to be
-free of style because a few patients say so."""
+
+
+def code_bound(size: int) -> float:
+    """L2 norm to which one patient's code of so many numbers is scaled: some lengths of a public one."""
+    return _BOUND * math.sqrt(size)
 
 
 @dataclass(frozen=True)
-class RenderingMoments:
-    """Sums of how much the content of one patient varies between renderings; `a + b` are those of both.
+class ContentCode:
+    """The map from layer-normed content tokens to the code: matrix (places · tokens · channelsᵀ - mean)."""
 
-    Guarantee: each patient enters as the covariance of her renderings' content, each rendering scaled to L2
-    norm at most R = `bound` first, so that adding or removing one changes `to_vector()` by at most R² in L2.
-    """
+    places: Float[Tensor, "a n"]
+    """Axes over the places of tokens, orthonormal."""
+    channels: Float[Tensor, "c k"]
+    """Axes over content channels, orthonormal."""
+    mean: Float[Tensor, " z"]
+    matrix: Float[Tensor, "q z"]
 
-    scatter: Float64[Tensor, "k k"]
-    """Sum over patients of the covariance over their renderings."""
-    bound: float
-    """L2 norm to which the content of a rendering is scaled."""
-
-    @staticmethod
-    def of(content: Float[Tensor, "r b k"], patients: Sequence[str], bound: float) -> "RenderingMoments":
-        """From pooled content of every rendering of some scans, averaged per patient first.
-
-        One rendering varies by nothing. Raises `ValueError` without any, or when content is not finite.
-        """
-        if not len(content):
-            raise ValueError("Expected at least one rendering of each scan; got none.")
-        if not bool(torch.isfinite(content).all()):
-            raise ValueError("Expected finite content; got NaN or infinity. Nothing is released.")
-        x = torch.stack([patient_means(of_style.double().cpu(), patients) for of_style in content])  # r n k
-        x = x * (bound / x.norm(dim=2, keepdim=True).clamp(min=bound))
-        apart = x - x.mean(0)
-        return RenderingMoments(torch.einsum("rnk,rnj->kj", apart, apart) / len(x), bound)
-
-    def __add__(self, other: "RenderingMoments") -> "RenderingMoments":
-        """The sums of both cohorts; raises `ValueError` when widths or bounds differ."""
-        if (len(self.scatter), self.bound) != (len(other.scatter), other.bound):
-            raise ValueError(
-                f"Expected rendering sums of width {len(self.scatter)} and bound {self.bound}; "
-                f"got {len(other.scatter)} and {other.bound}."
-            )
-        return RenderingMoments(self.scatter + other.scatter, self.bound)
-
-    def check(self, patients: float) -> None:
-        """Raise `ValueError` unless these can be the sums of so many patients, each within the bound."""
-        if not bool(torch.isfinite(self.scatter).all()):
-            raise ValueError("Expected finite rendering sums; got NaN or infinity.")
-        if float(self.scatter.trace()) > patients * self.bound**2 * (1 + _ROUNDING):
-            raise ValueError("Expected rendering sums within the bound per patient; they are longer.")
-        check_semidefinite(self.scatter)
-
-    def to_vector(self) -> Float64[Tensor, " v"]:
-        """The upper triangle, off-diagonal · √2: its L2 norm is that of the matrix."""
-        return to_triangle(self.scatter)
-
-    @staticmethod
-    def from_vector(vector: Float[Tensor, " v"], channels: int, bound: float) -> "RenderingMoments":
-        """Back from `to_vector`, whether summed before or not; raises `ValueError` for another length."""
-        if len(vector) != triangle_length(channels):
-            raise ValueError(f"Expected {triangle_length(channels)} rendering sums; got {len(vector)}.")
-        return RenderingMoments(from_triangle(vector.double(), channels), bound)
-
-
-def fit_content_code(
-    moments: Mapping[str, ErasureMoments], renderings: Mapping[str, RenderingMoments], size: int
-) -> tuple[Float64[Tensor, " k"], Float64[Tensor, "q k"]]:
-    """Fit code(x) = matrix (x - mean) for pooled content x, from the sites' sums; returns (mean, matrix).
-
-    Patients differ within a site (the site means are taken out first), so a shift between sites never counts
-    as anatomy. Raises `ValueError` unless the same two or more sites told both sums, for sums without
-    variation, and for a `size` that leaves nothing once the sites' means are erased.
-    """
-    if len(moments) < 2 or set(moments) != set(renderings):
-        raise ValueError(
-            f"Expected both content sums of two or more sites; got {len(moments)} and {len(renderings)}."
+    def read(self, tokens: Float[Tensor, "b n k"]) -> Float[Tensor, "b q"]:
+        """The code of each scan, in the dtype of its tokens."""
+        places, channels, mean, matrix = (
+            part.to(tokens) for part in (self.places, self.channels, self.mean, self.matrix)
         )
-    if not len(moments) <= size <= len(next(iter(moments.values())).total):
-        raise ValueError(f"Expected a code of at least {len(moments)} numbers, one per site; got {size}.")
-    count = torch.stack([own.count for own in moments.values()])
-    means = torch.stack([own.total / own.count for own in moments.values()])  # sites k
-    mean = torch.stack([own.total for own in moments.values()]).sum(0) / count.sum()
-    between = torch.stack([own.outer for own in moments.values()]).sum(0)
-    between = (between - torch.einsum("s,sk,sj->kj", count, means, means)) / count.sum()
-    within = torch.stack([own.scatter for own in renderings.values()]).sum(0) / count.sum()
-    if float(between.diagonal().mean()) <= 0:
-        raise ValueError("Expected content that varies between patients; its covariance is zero.")
-    whiten, _ = roots(within + RIDGE * between)
-    values, vectors = torch.linalg.eigh(whiten @ between @ whiten)
-    discriminant = (vectors[:, -size:] / values[-size:].clamp(min=1e-12).sqrt()).T @ whiten  # q k
-    apart = (means - mean) @ discriminant.T  # sites q
-    _, lengths, basis = torch.linalg.svd(apart, full_matrices=False)
-    basis = basis[(lengths > 1e-9 * lengths.max()) & (lengths > 1e-12)][: len(moments) - 1]
-    return mean, discriminant - basis.T @ (basis @ discriminant)
+        seen = torch.einsum("an,bnk,ck->bac", places, tokens, channels).flatten(1)
+        return (seen - mean) @ matrix.T
+
+    def tokens_of(self, change: Float[Tensor, "*s q"]) -> Float64[Tensor, "*s n k"]:
+        """The least change of all tokens that changes the code by `change`."""
+        back = change.double() @ torch.linalg.pinv(self.matrix.double()).T  # s z
+        seen = back.unflatten(-1, (len(self.places), len(self.channels)))
+        return torch.einsum("an,...ac,ck->...nk", self.places.double(), seen, self.channels.double())
+
+
+def code_of(tensors: Mapping[str, Tensor]) -> ContentCode:
+    """The code among a network's tensors."""
+    return ContentCode(*(tensors[f"code_{part.name}"] for part in fields(ContentCode)))
+
+
+def public_code(tokens: Float[Tensor, "b n k"], places: int, channels: int, size: int) -> ContentCode:
+    """The principal axes of public content, so scaled that the mean square of its codes is `size`.
+
+    `places` and `channels` are the numbers of axes kept of either side. Raises `ValueError` for fewer public
+    scans than numbers in the code, for tokens that are not finite, and for ones that do not vary enough.
+    """
+    if len(tokens) <= size:
+        raise ValueError(f"Expected more than {size} public scans for a code of {size}; got {len(tokens)}.")
+    if not bool(torch.isfinite(tokens).all()):
+        raise ValueError("Expected finite public content; got NaN or infinity.")
+    apart = tokens.double().cpu() - tokens.double().cpu().mean(0)
+    over_places = _leading(torch.einsum("bnk,bmk->nm", apart, apart), places)
+    over_channels = _leading(torch.einsum("bnk,bnj->kj", apart, apart), channels)
+    seen = torch.einsum("an,bnk,ck->bac", over_places, tokens.double().cpu(), over_channels).flatten(1)
+    mean = seen.mean(0)
+    _, lengths, rows = torch.linalg.svd(seen - mean, full_matrices=False)
+    axes, variances = _upright(rows[:size]), lengths[:size].square() / len(seen)
+    if float(variances[-1]) <= 1e-12 * float(variances[0]) or float(variances[0]) <= 0:
+        raise ValueError(f"Expected public content that varies in {size} ways; it does not.")
+    scale = variances ** (-0.5 * WHITENING)
+    scale = scale * (size / (variances * scale.square()).sum()).sqrt()
+    return ContentCode(over_places, over_channels, mean, scale[:, None] * axes)
+
+
+def without_sites(code: ContentCode, sums: Mapping[str, "CodeSums"]) -> ContentCode:
+    """The code centred on the sites' means, without the directions in which these means differ.
+
+    Raises `ValueError` with fewer than two sites, and for one without patients.
+    """
+    means = _means(sums)  # s q
+    centre = means.mean(0)
+    matrix = code.matrix.double()
+    basis = _basis(means - centre)
+    projected = matrix - basis.T @ (basis @ matrix)
+    mean = code.mean.double() + torch.linalg.pinv(matrix) @ centre
+    return ContentCode(code.places, code.channels, mean, projected)
+
+
+def token_erasure(
+    code: ContentCode, sums: Mapping[str, "CodeSums"]
+) -> tuple[Float64[Tensor, " k"], Float64[Tensor, "k k"]]:
+    """The affine map of every token that takes out the channels in which sites differ on average over places,
+    as far as the code of `sums` shows them; (mean, matrix) of r(x) = mean + matrix (x - mean).
+
+    `code` is the one that the sums were told of: before `without_sites`.
+    """
+    return fit_erasure(code.tokens_of(_means(sums)).mean(-2))
 
 
 def erase_own_site(codes: Float[Tensor, "b q"], patients: Sequence[str]) -> Float[Tensor, "q q"]:
     """The map that takes a site that was in no sum out of its own codes, from its own patients.
 
-    Codes are whitened over the federation's patients and centred on them, so the site's shift is its mean and
-    the map is the projection that removes that direction; nothing needs to leave the site. For a hospital
-    that joined late or was held out. Raises `ValueError` without scans.
+    Codes are centred on the federation's sites, so the site's shift is its mean and the map is the projection
+    that removes that direction; nothing needs to leave the site. For a hospital that joined late or was held
+    out. Raises `ValueError` without scans.
     """
     if not len(codes):
         raise ValueError("Expected codes of at least one scan; got none.")
     mean = patient_means(codes, patients).mean(0)
     direction = mean / mean.norm().clamp(min=1e-12)
     return torch.eye(len(mean), dtype=codes.dtype) - torch.outer(direction, direction)
+
+
+@dataclass(frozen=True)
+class CodeSums:
+    """What a site tells for the erasure: the sum of its patients' codes; `a + b` are those of both cohorts.
+
+    Guarantee: each patient enters as one vector, the average over her scans, scaled to L2 norm at most R =
+    `bound`. Adding or removing one patient changes `to_vector()`, the count included, by at most sqrt(R² + 1)
+    in L2. Not covered: a mean of few patients still tells, of a scan that somebody holds, with some certainty
+    whether it is among them (docs/threats.md).
+    """
+
+    count: Float64[Tensor, ""]
+    """Patients."""
+    total: Float64[Tensor, " q"]
+    bound: float
+    """L2 norm to which one patient's code is scaled."""
+
+    @staticmethod
+    def of(codes: Float[Tensor, "b q"], patients: Sequence[str], bound: float) -> "CodeSums":
+        """From the codes of scans; raises `ValueError` when they are not finite."""
+        if not bool(torch.isfinite(codes).all()):
+            raise ValueError("Expected finite content codes; got NaN or infinity. Nothing is released.")
+        x = patient_means(codes.double().cpu(), patients)
+        x = x * (bound / x.norm(dim=1, keepdim=True).clamp(min=bound))
+        return CodeSums(torch.tensor(len(x), dtype=torch.float64), x.sum(0), bound)
+
+    def __add__(self, other: "CodeSums") -> "CodeSums":
+        """The sums of both cohorts; raises `ValueError` when sizes or bounds differ."""
+        if (len(self.total), self.bound) != (len(other.total), other.bound):
+            raise ValueError(
+                f"Expected code sums of {len(self.total)} numbers and bound {self.bound}; got "
+                f"{len(other.total)} and {other.bound}."
+            )
+        return CodeSums(self.count + other.count, self.total + other.total, self.bound)
+
+    def check(self, most: int) -> None:
+        """Raise `ValueError` unless these can be the sums of whole patients, `most` at most, each within the
+        bound."""
+        count = float(self.count)
+        if not bool(torch.isfinite(self.to_vector()).all()):
+            raise ValueError("Expected finite code sums; got NaN or infinity.")
+        if not 0 <= count <= most or count != round(count):
+            raise ValueError(f"Expected code sums of 0 to {most} whole patients; got {count:g}.")
+        if float(self.total.norm()) > count * self.bound * (1 + _ROUNDING):
+            raise ValueError("Expected code sums within the bound per patient; they are longer.")
+
+    def to_vector(self) -> Float64[Tensor, " v"]:
+        """Count and sum."""
+        return torch.cat([self.count[None], self.total])
+
+    @staticmethod
+    def from_vector(vector: Float[Tensor, " v"], size: int, bound: float) -> "CodeSums":
+        """Back from `to_vector`, whether summed before or not; raises `ValueError` for another length."""
+        if len(vector) != size + 1:
+            raise ValueError(f"Expected {size + 1} code sums; got {len(vector)}.")
+        return CodeSums(vector[0].double().clone(), vector[1:].double().clone(), bound)
+
+
+def _means(sums: Mapping[str, CodeSums]) -> Float64[Tensor, "s q"]:
+    if len(sums) < 2:
+        raise ValueError(f"Expected code sums of at least two sites to erase between; got {len(sums)}.")
+    for site, own in sums.items():
+        if not bool(torch.isfinite(own.to_vector()).all()) or own.count < 1:
+            raise ValueError(
+                f"Expected finite code sums of at least one patient from {site!r}; leave it out."
+            )
+    return torch.stack([own.total / own.count for own in sums.values()])
+
+
+def _basis(apart: Float64[Tensor, "s q"]) -> Float64[Tensor, "r q"]:
+    """Orthonormal basis of what sites differ in: of rank sites - 1 at most."""
+    _, lengths, rows = torch.linalg.svd(apart, full_matrices=False)
+    basis: Tensor = rows[(lengths > 1e-9 * lengths.max()) & (lengths > 1e-12)]
+    return basis[: len(apart) - 1]
+
+
+def _leading(second_moment: Float64[Tensor, "k k"], count: int) -> Float64[Tensor, "count k"]:
+    """The leading eigenvectors as rows."""
+    vectors: Tensor = torch.linalg.eigh(second_moment)[1]
+    return _upright(vectors.T.flip(0)[:count])
+
+
+def _upright(rows: Float64[Tensor, "q k"]) -> Float64[Tensor, "q k"]:
+    """Axes whose largest entries are positive: their sign is nobody's choice."""
+    largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
+    return rows * largest.sign()

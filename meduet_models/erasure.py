@@ -13,7 +13,7 @@ Axes: b = scans, n = patients, k = channels of content, v = numbers in the vecto
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 _ROUNDING = 1e-6
+_SHRINKAGE = 0.05
 
 
 @dataclass(frozen=True)
@@ -145,33 +146,27 @@ def patient_means(features: Float[Tensor, "b k"], patients: Sequence[str]) -> Fl
 
 
 def fit_erasure(
-    moments: Mapping[str, ErasureMoments], shrinkage: float = 0.05
+    means: Float[Tensor, "s k"], covariance: Float[Tensor, "k k"] | None = None
 ) -> tuple[Float64[Tensor, " k"], Float64[Tensor, "k k"]]:
-    """Fit r(x) = mean + matrix (x - mean) from the sites' sums; returns (mean, matrix).
+    """Fit r(x) = mean + matrix (x - mean) from the sites' means; returns (mean, matrix).
 
-    `shrinkage` mixes the covariance with a multiple of the identity; the erasure stays exact (site means
-    coincide) whatever it is, only the metric of "as little as possible" changes. Raises `ValueError` with
-    fewer than two sites, for a site without patients, and for sums that are not those of any data.
+    Content is moved as little as possible in the metric of `covariance`, shrunk a little towards the identity
+    (LEACE, where it is the features' own); none: the identity. The site means coincide whatever it is.
+    Raises `ValueError` with fewer than two sites, and for a covariance of nothing.
     """
-    if len(moments) < 2:
-        raise ValueError(f"Expected content sums of at least two sites to erase between; got {len(moments)}.")
-    for site, own in moments.items():
-        if not bool(torch.isfinite(own.to_vector()).all()) or own.count < 1:
-            raise ValueError(
-                f"Expected finite content sums of at least one patient from {site!r}; leave it out."
-            )
-    first, *others = moments.values()
-    pooled = sum(others, start=first)
-    mean = pooled.total / pooled.count
-    covariance = pooled.outer / pooled.count - torch.outer(mean, mean)
-    spread = covariance.diagonal().mean()
-    if spread <= 0:
-        raise ValueError("Expected content that varies between patients; its covariance is zero.")
-    covariance = (1 - shrinkage) * covariance + shrinkage * spread * torch.eye(len(mean), dtype=torch.float64)
-    whiten, unwhiten = roots(covariance)
-    between = torch.stack([own.total / own.count - mean for own in moments.values()], dim=1)  # k sites
-    basis, size, _ = torch.linalg.svd(whiten @ between, full_matrices=False)
-    basis = basis[:, (size > 1e-9 * size.max()) & (size > 1e-12)][:, : len(moments) - 1]
+    if len(means) < 2:
+        raise ValueError(f"Expected means of at least two sites to erase between; got {len(means)}.")
+    means = means.double()
+    mean = means.mean(0)
+    metric = torch.eye(len(mean), dtype=torch.float64)
+    if covariance is not None:
+        spread = covariance.double().diagonal().mean()
+        if spread <= 0:
+            raise ValueError("Expected content that varies between patients; its covariance is zero.")
+        metric = (1 - _SHRINKAGE) * covariance.double() + _SHRINKAGE * spread * metric
+    whiten, unwhiten = roots(metric)
+    basis, size, _ = torch.linalg.svd(whiten @ (means - mean).T, full_matrices=False)
+    basis = basis[:, (size > 1e-9 * size.max()) & (size > 1e-12)][:, : len(means) - 1]
     matrix = torch.eye(len(mean), dtype=torch.float64) - unwhiten @ basis @ basis.T @ whiten
     return mean, matrix
 

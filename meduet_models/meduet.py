@@ -10,7 +10,7 @@ Source: MeDUET (arXiv:2602.17901), sizes of MeDUET_vit_base; split paths, latent
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from forms.form import check
 from forms.ranges import Range
 from meduet_models.adversary import SiteClassifier
+from meduet_models.content_code import ContentCode, code_of
 from meduet_models.factors import (
     ContentHead,
     Factors,
@@ -32,10 +33,12 @@ from meduet_models.factors import (
     normalise,
 )
 from meduet_models.tokens import patchify, unpatchify
-from meduet_models.vit import NORM_EPS, Decoder, Encoder
+from meduet_models.vit import NORM_EPS, Block, Decoder, Encoder
 
 MOST_WEIGHTS = 2_000_000_000
 """Of a network: about twenty times the published one; 8 GB as float32."""
+CODE_AXES = 32
+"""Axes over places, and over channels, that the content code is made of, at most (docs/log.md)."""
 MOST_ACTIVATIONS = 2**32
 """Numbers that the blocks of a network hand on in a step, about six times those of the published network and
 batch: at ten or more numbers kept for each, no machine holds more."""
@@ -63,13 +66,21 @@ class NetworkConfig:
     """Decoder blocks."""
     decoder_heads: Annotated[int, Range(at_least=1, at_most=64)]
     """Decoder attention heads."""
+    attention: Literal["global", "neighbours"] = "global"
+    """`global`: as published. `neighbours`: the first six heads of every block begin with the six tokens next
+    to each, by a fixed bias."""
+    positions: Literal["published", "grid"] = "published"
+    """Wavelengths of the fixed positions: to 10000 tokens, as published, or no longer than `grid` needs."""
+    blocks_start: Literal["xavier", "identity"] = "xavier"
+    """What a block does at the start: as MAE's, or (`identity`) it adds nothing, and the decoder predicts the
+    centre."""
     style_ratio: Annotated[float, Range(above=0, at_most=4)] = 0.25
     """Style channels over content channels."""
     factor_paths: Literal["split", "joint"] = "split"
     """`joint`: both factors from one encoder, as published. `split`: content from normalised latents,
     style from the statistics that the normalisation removed."""
-    code_ratio: Annotated[float, Range(above=0, at_most=1)] = 0.25
-    """Numbers in the content code over content channels."""
+    code_size: Annotated[int, Range(at_least=1, at_most=1024)] = 64
+    """Numbers in the content code of a scan."""
     style_map_grid: Annotated[tuple[int, int, int], Range(at_least=1, at_most=64)] = (2, 3, 2)
     """Coarse mean map that the split style path reads (and that sites exchange)."""
 
@@ -104,10 +115,10 @@ class NetworkConfig:
             raise ValueError(
                 f"Expected network.style_ratio to leave at least one style channel; got {self.style_ratio}."
             )
-        if not 1 <= self.code_size <= self.width:
+        if self.code_size > (most := self.code_places * self.code_channels):
             raise ValueError(
-                f"Expected network.code_ratio to leave 1 to {self.width} numbers in the content code; "
-                f"got {self.code_ratio}."
+                f"Expected network.code_size of at most {most} numbers, of tokens and network.width as they "
+                f"are; got {self.code_size}."
             )
         if any(
             not 1 <= cells <= size for cells, size in zip(self.style_map_grid, self.token_grid, strict=True)
@@ -140,9 +151,14 @@ class NetworkConfig:
         return round(self.width * self.style_ratio)
 
     @property
-    def code_size(self) -> int:
-        """Numbers in the content code of a scan."""
-        return round(self.width * self.code_ratio)
+    def code_places(self) -> int:
+        """Axes over the places of tokens that the content code is made of."""
+        return min(self.num_tokens, CODE_AXES)
+
+    @property
+    def code_channels(self) -> int:
+        """Axes over content channels that it is made of."""
+        return min(self.width, CODE_AXES)
 
 
 class FactorNetwork(nn.Module):
@@ -159,6 +175,8 @@ class FactorNetwork(nn.Module):
         "latent_deviation",
         "erasure_mean",
         "erasure_matrix",
+        "code_places",
+        "code_channels",
         "code_mean",
         "code_matrix",
     )
@@ -168,6 +186,8 @@ class FactorNetwork(nn.Module):
     latent_deviation: Tensor
     erasure_mean: Tensor
     erasure_matrix: Tensor
+    code_places: Tensor
+    code_channels: Tensor
     code_mean: Tensor
     code_matrix: Tensor
 
@@ -177,7 +197,8 @@ class FactorNetwork(nn.Module):
         patch_values = config.latent_channels * config.patch_size**3
         grid, width, style_width = config.token_grid, config.width, config.style_width
         self.embed = nn.Linear(patch_values, width)
-        self.encoder = Encoder(width, config.depth, config.heads, grid)
+        neighbours, within_grid = config.attention == "neighbours", config.positions == "grid"
+        self.encoder = Encoder(width, config.depth, config.heads, grid, neighbours, within_grid)
         self.content_head = ContentHead(width)
         self.style_meter = StyleMeter(config.latent_grid, config.style_map_grid)
         self.style_head: nn.Module
@@ -190,25 +211,39 @@ class FactorNetwork(nn.Module):
                 self.style_head = TokenStyleHead(width, style_width)
         self.fuse = Fuse(width, style_width)
         self.decoder = Decoder(
-            width, config.decoder_width, config.decoder_depth, config.decoder_heads, grid, patch_values
+            width,
+            config.decoder_width,
+            config.decoder_depth,
+            config.decoder_heads,
+            grid,
+            patch_values,
+            neighbours,
+            within_grid,
         )
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels, *config.latent_grid))
         self.register_buffer("latent_deviation", torch.ones(config.latent_channels))
         self.register_buffer("erasure_mean", torch.zeros(width))
         self.register_buffer("erasure_matrix", torch.eye(width))
-        self.register_buffer("code_mean", torch.zeros(width))
-        self.register_buffer("code_matrix", torch.zeros(config.code_size, width))  # zero: not fitted
+        seen = config.code_places * config.code_channels
+        self.register_buffer("code_places", torch.zeros(config.code_places, config.num_tokens))
+        self.register_buffer("code_channels", torch.zeros(config.code_channels, width))
+        self.register_buffer("code_mean", torch.zeros(seen))
+        self.register_buffer("code_matrix", torch.zeros(config.code_size, seen))  # zero: not fitted
         self._initialise(seed)
 
     def _initialise(self, seed: int) -> None:
-        """MAE's start: Xavier weights, no biases, a small mask token. From its own seed: no global draw
-        matters."""
+        """MAE's start: Xavier weights, no biases, a small mask token; blocks that add nothing, where that is
+        the setting. From its own seed: no global draw matters."""
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if isinstance(module, nn.Linear) and not module.weight.is_meta:
                 nn.init.xavier_uniform_(module.weight, generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if self.config.blocks_start == "identity":
+            last = [layer for module in self.modules() if isinstance(module, Block) for layer in module.added]
+            for layer in [*last, self.decoder.predict]:
+                nn.init.zeros_(layer.weight)
         if not self.decoder.mask_token.is_meta:
             nn.init.normal_(self.decoder.mask_token, std=0.02, generator=generator)
 
@@ -235,10 +270,12 @@ class FactorNetwork(nn.Module):
         self.erasure_matrix.copy_(matrix)
 
     @torch.no_grad()
-    def set_content_code(self, mean: Float[Tensor, " k"], matrix: Float[Tensor, "q k"]) -> None:
-        """Set the linear map from pooled content to the content code (`content_code.py`)."""
-        self.code_mean.copy_(mean)
-        self.code_matrix.copy_(matrix)
+    def set_content_code(self, code: ContentCode | None) -> None:
+        """Set the map from content tokens to the content code; None: there is none, as at the start."""
+        mine = code_of(dict(self.named_buffers()))
+        for part in fields(ContentCode):
+            buffer = getattr(mine, part.name)
+            buffer.zero_() if code is None else buffer.copy_(getattr(code, part.name))
 
     # Latents and tokens
 
@@ -322,27 +359,35 @@ class FactorNetwork(nn.Module):
         return self.erasure_mean + (content - self.erasure_mean) @ self.erasure_matrix.T
 
     def pooled_content(self, latents: Float[Tensor, "b c d h w"]) -> Float[Tensor, "b k"]:
-        """One content vector per scan: the mean of `content_tokens`, so the erasure acts on it as it was
-        fitted."""
+        """The mean of `content_tokens`: a baseline that knows little of where things are; `content_code` is
+        what analysis reads."""
         return self.content_tokens(latents).mean(dim=1)
 
     @property
     def has_content_code(self) -> bool:
-        """Whether a content code was fitted; it takes a style bank and at least two sites."""
+        """Whether a content code was fitted; at the end of a run that takes at least two sites."""
         return bool(self.code_matrix.any())
 
+    @property
+    def code(self) -> ContentCode:
+        """The map from content tokens to the content code. Raises `ValueError` when none was fitted."""
+        if not self.has_content_code:
+            raise ValueError(
+                "Expected a network with a content code; none was fitted, which takes a run of two sites or "
+                "more. Use pooled_content."
+            )
+        return code_of(dict(self.named_buffers()))
+
     def content_code(self, latents: Float[Tensor, "b c d h w"]) -> Float[Tensor, "b q"]:
-        """The content code of each scan: what names the patient and not the site, whitened over patients.
+        """The content code of each scan: what is where in it, and not which site it is from.
 
         Raises `ValueError` when none was fitted.
         """
-        if not self.has_content_code:
-            raise ValueError(
-                "Expected a network with a content code; none was fitted, which takes a style bank and two "
-                "sites. Use pooled_content."
-            )
-        pooled = layer_normed(self.encode(latents).content).mean(dim=1)
-        return (pooled - self.code_mean) @ self.code_matrix.T
+        return self.coded(self.encode(latents).content)
+
+    def coded(self, content: Float[Tensor, "b n k"]) -> Float[Tensor, "b q"]:
+        """The content code from content of the head, before any erasure of tokens."""
+        return self.code.read(layer_normed(content))
 
     def pooled_style(self, latents: Float[Tensor, "b c d h w"]) -> Float[Tensor, "b s"]:
         """One style vector per scan: the mean of its layer-normed style tokens."""

@@ -1,6 +1,8 @@
 """The whole MeDUET loss on one page: named terms, named weights.
 
-One step pairs the scans, exchanges tokens within each pair, and asks for everything back: both volumes
+The first steps of a run may hide tokens and ask for them alone (`masked_share`): they cost a fifth of a step
+with all terms, and without them the encoder learns little about a token's neighbours (docs/log.md). After
+them, one step pairs the scans, exchanges tokens within each pair, and asks for everything back: both volumes
 (reconstruction), their sites (adversary, site from style), their factors (MFTD), and factors that survive a
 swap of styles (SiQC) and a restyling (invariance). Passes are shared wherever the result is the same: one
 encode of the mixtures, one decode of plain and swapped streams, one re-encode of both; the teacher likewise.
@@ -75,6 +77,9 @@ class ObjectiveConfig:
     scan (masked autoencoding, a baseline): no partner, no swap, reconstruction terms only."""
     mask_ratio: Annotated[float, Range(above=0, below=1)] = 0.5
     """Share of tokens taken from the partner, or hidden."""
+    masked_share: Annotated[float, Range(at_least=0, below=1)] = 0.0
+    """Share of all steps, the first ones, that hide and predict tokens as `masked` does, whatever `masking`
+    says of the others; 0 in the published method."""
     temperature_content: Annotated[float, TEMPERATURE] = 0.07
     """SiQC temperature of content."""
     temperature_style: Annotated[float, TEMPERATURE] = 0.07
@@ -82,9 +87,9 @@ class ObjectiveConfig:
     temperature_invariance: Annotated[float, TEMPERATURE] = 0.1
     """InfoNCE temperature of the invariance term."""
     mftd_warmup: Annotated[float, Share] = 0.2
-    """Share of all steps before MFTD starts (published: the first 20% are off)."""
+    """Share of the steps after the masked ones before MFTD starts (published: the first 20% are off)."""
     reversal_warmup: Annotated[float, Share] = 0.0
-    """Share of all steps over which gradient reversal ramps to 1 (published: none)."""
+    """Share of the steps after the masked ones over which gradient reversal ramps to 1 (published: none)."""
     estimator: Literal["full", "one_stream", "alternate"] = "full"
     """`full`: both re-encoded streams each step. `one_stream`: one of them per scan, drawn at random
     (unbiased for MFTD). `alternate`: after MFTD's warm-up, either MFTD or SiQC at twice its weight, drawn at
@@ -100,6 +105,20 @@ class ObjectiveConfig:
                 f"objective.weights.{on[0]} needs a partner or a restyling, and objective.masking=masked has "
                 "none: set it to 0."
             )
+        if self.masked_share and self.masking == "masked":
+            raise ValueError(
+                "objective.masked_share has no effect with objective.masking=masked, where every step is "
+                "masked: set it to 0."
+            )
+        if self.masked_share and not any(getattr(self.weights, name) for name in own):
+            raise ValueError(
+                "objective.masked_share trains on reconstruction alone: set objective.weights.reconstruction "
+                "or visible_reconstruction above 0, or masked_share to 0."
+            )
+
+    def masked_at(self, progress: float) -> bool:
+        """Whether the step at a share `progress` of all steps hides and predicts tokens, and nothing else."""
+        return self.masking == "masked" or progress < self.masked_share
 
 
 @dataclass(frozen=True)
@@ -186,7 +205,8 @@ class _Plan:
 
     @staticmethod
     def of(config: ObjectiveConfig, draws: StepDraws, progress: float) -> "_Plan":
-        weights = config.weights
+        weights, masked = config.weights, config.masked_share
+        progress = (progress - masked) / (1.0 - masked)
         mftd = weights.mftd if progress >= config.mftd_warmup else 0.0
         siqc = weights.siqc
         if config.estimator == "alternate" and mftd and siqc:
@@ -209,15 +229,15 @@ class MeduetObjective:
         Raises `ValueError` when the invariance term is on and there is no `batch.restyled`.
         """
         config, weights = self.config, self.config.weights
-        if config.masking == "masked":
-            return self._masked(student, batch, draws)
-        plan = _Plan.of(config, draws, progress)
         needs_restyled = [n for n in ("invariance", "restyled_reconstruction") if getattr(weights, n)]
         if needs_restyled and batch.restyled is None:
             raise ValueError(
                 f"Expected batch.restyled, which the {needs_restyled[0]} term compares with; got None. "
                 f"Exchange styles, or set weights.{needs_restyled[0]} to 0."
             )
+        if config.masked_at(progress):
+            return self._masked(student, batch, draws)
+        plan = _Plan.of(config, draws, progress)
         subject = torch.arange(len(batch.site), device=batch.site.device)
         subject = subject if batch.subject is None else batch.subject
         kept, lent = ~draws.exchanged, draws.exchanged  # b n, what each stream shows of volume i

@@ -7,6 +7,10 @@ sites is not in it, and is left as it started. What this file does not do: train
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from forms.form import build
 from forms.json_text import read_json
 from meduet_models.meduet import FactorNetwork, NetworkConfig
@@ -14,15 +18,29 @@ from meduet_models.weights import load_weights
 
 
 @dataclass(frozen=True)
+class CodeReader:
+    """A linear reading of the content code, in the target's own unit."""
+
+    weight: tuple[float, ...]
+    bias: float
+
+    def __call__(self, codes: Float[Tensor, "b q"]) -> Float[Tensor, " b"]:
+        """What is read of each scan."""
+        return codes @ torch.tensor(self.weight).to(codes) + self.bias
+
+
+@dataclass(frozen=True)
 class Pretrained:
     """A pretrained network and where it comes from."""
 
     network: FactorNetwork
-    """In evaluation mode, on the CPU; `pooled_content` and `content_tokens` are what analysis reads."""
+    """In evaluation mode, on the CPU; `content_code` and `content_tokens` are what analysis reads."""
     has_style: bool
     """Whether the style branch is the trained one; without it `decode` and `pooled_style` mean nothing."""
     tokenizer_sha256: str
     """Hash of the tokenizer whose latents the network reads."""
+    readers: dict[str, CodeReader]
+    """Of the content code, by anatomical target: fitted from the sites' sums, where the plan had targets."""
     provenance: dict[str, str]
     """Header of the file: plan, rounds, erasure, hashes."""
 
@@ -49,4 +67,6 @@ def load_pretrained(path: Path) -> Pretrained:
     if wrong := sorted(n for n, t in tensors.items() if n in mine and t.shape != mine[n].shape):
         raise ValueError(f"Expected {wrong[0]!r} of shape {tuple(mine[wrong[0]].shape)} in {path.name}.")
     network.load_state_dict(mine | {name: tensors[name] for name in mine if name in tensors})
-    return Pretrained(network.eval(), at_home <= set(tensors), tokenizer, provenance)
+    told = read_json(provenance.get("readers", "{}"), f"the readers in {path.name}")
+    readers = {name: build(CodeReader, one, f"readers.{name}") for name, one in told.items()}
+    return Pretrained(network.eval(), at_home <= set(tensors), tokenizer, readers, provenance)

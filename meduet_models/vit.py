@@ -3,9 +3,15 @@
 Pre-norm blocks, no class token (it would see both contents and both styles of a mixture and carry them around
 the factors), no dropout. Attention is PyTorch's fused one. Heads, fusing and losses are elsewhere.
 
+A network may look at neighbours first (`neighbour_bias`): a fixed term of attention that is best for the
+token one step along a head's own axis, so that a convolution need not be learned from nothing. It has no
+weights: a learned table of positions gives a patient's tokens away in its gradient.
+
 Axes: b = volumes, n = tokens, k = encoder width, m = decoder width, p = values in a token.
-Source: ViT and MAE; sizes of MeDUET (arXiv:2602.17901).
+Source: ViT and MAE; sizes of MeDUET (arXiv:2602.17901); the bias is the start of ConViT (arXiv:2103.10697).
 """
+
+import itertools
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,6 +21,8 @@ from torch.nn import functional as F
 from meduet_models.tokens import sincos_positions
 
 NORM_EPS = 1e-6
+SHARPNESS = 2.0
+"""Of the neighbours' bias. Chosen among 1, 2 and 4 on people who choose (docs/log.md)."""
 
 
 class Block(nn.Module):
@@ -30,25 +38,61 @@ class Block(nn.Module):
         self.expand = nn.Linear(width, 4 * width)
         self.contract = nn.Linear(4 * width, width)
 
-    def forward(self, x: Float[Tensor, "b n k"]) -> Float[Tensor, "b n k"]:
-        """Attend, then transform each token."""
+    @property
+    def added(self) -> tuple[nn.Linear, nn.Linear]:
+        """The two layers whose outputs are added to the tokens."""
+        return self.proj, self.contract
+
+    def forward(
+        self, x: Float[Tensor, "b n k"], bias: Float[Tensor, "*b heads n n"] | None = None
+    ) -> Float[Tensor, "b n k"]:
+        """Attend, then transform each token. `bias` is added to what queries (rows) make of keys."""
         b, n, k = x.shape
         qkv = self.qkv(self.norm1(x)).reshape(b, n, 3, self.heads, k // self.heads)
         q, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each b heads n k/heads
-        attended = F.scaled_dot_product_attention(q, key, value)
+        mask = None if bias is None else bias.to(q.dtype)
+        attended = F.scaled_dot_product_attention(q, key, value, attn_mask=mask)
         x = x + self.proj(attended.transpose(1, 2).reshape(b, n, k))
         out: Tensor = x + self.contract(F.gelu(self.expand(self.norm2(x))))
         return out
+
+
+def neighbour_bias(grid: tuple[int, int, int], heads: int) -> Float[Tensor, "heads n n"]:
+    """Minus `SHARPNESS` times the squared distance, in tokens, of each key from the place one step off the
+    query.
+
+    The six directions are dealt to the first six heads, back and forth along each axis; heads beyond have no
+    bias. A query at the border prefers itself, there being nobody beyond.
+    """
+    axes = torch.meshgrid(*(torch.arange(size, dtype=torch.float32) for size in grid), indexing="ij")
+    place = torch.stack([axis.flatten() for axis in axes], dim=1)  # n 3
+    offset = place.unsqueeze(0) - place.unsqueeze(1)  # n n 3, from query to key
+    bias = torch.zeros(heads, len(place), len(place))
+    for head, (axis, step) in zip(range(heads), itertools.product(range(3), (-1.0, 1.0)), strict=False):
+        wanted = torch.zeros(3)
+        wanted[axis] = step
+        bias[head] = -SHARPNESS * (offset - wanted).square().sum(dim=2)
+    return bias
 
 
 class Encoder(nn.Module):
     """Token embeddings -> features. Positions are added here, so a mixed grid needs no special care."""
 
     positions: Tensor
+    bias: Tensor | None
 
-    def __init__(self, width: int, depth: int, heads: int, grid: tuple[int, int, int]) -> None:
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        grid: tuple[int, int, int],
+        neighbours: bool = False,
+        within_grid: bool = False,
+    ) -> None:
         super().__init__()
-        self.register_buffer("positions", sincos_positions(grid, width), persistent=False)
+        self.register_buffer("positions", sincos_positions(grid, width, within_grid), persistent=False)
+        self.register_buffer("bias", neighbour_bias(grid, heads) if neighbours else None, persistent=False)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
 
@@ -56,7 +100,7 @@ class Encoder(nn.Module):
         """Encode a grid of embedded tokens, its own or mixed."""
         x = tokens + self.positions
         for block in self.blocks:
-            x = block(x)
+            x = block(x, self.bias)
         out: Tensor = self.norm(x)
         return out
 
@@ -68,11 +112,14 @@ class Encoder(nn.Module):
         Source: MAE (arXiv:2111.06377).
         """
         count = int(visible[0].sum())
-        kept = visible.int().argsort(dim=1, descending=True, stable=True)[:, :count].unsqueeze(-1)
-        kept = kept.expand(-1, -1, tokens.shape[-1])  # b m k, places of the visible tokens
+        places = visible.int().argsort(dim=1, descending=True, stable=True)[:, :count]  # b v
+        kept = places.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])  # b v k
         x = (tokens + self.positions).gather(1, kept)
+        bias = None
+        if self.bias is not None:
+            bias = self.bias[:, places.unsqueeze(2), places.unsqueeze(1)].transpose(0, 1)  # b heads v v
         for block in self.blocks:
-            x = block(x)
+            x = block(x, bias)
         return torch.zeros_like(tokens).scatter(1, kept, self.norm(x))
 
     def hidden_states(self, tokens: Float[Tensor, "b n k"]) -> list[Float[Tensor, "b n k"]]:
@@ -81,7 +128,7 @@ class Encoder(nn.Module):
         states = []
         x = tokens + self.positions
         for block in self.blocks:
-            x = block(x)
+            x = block(x, self.bias)
             states.append(x)
         return states
 
@@ -90,12 +137,22 @@ class Decoder(nn.Module):
     """Fused tokens -> latent patches. Hidden positions hold a learned mask token."""
 
     positions: Tensor
+    bias: Tensor | None
 
     def __init__(
-        self, width_in: int, width: int, depth: int, heads: int, grid: tuple[int, int, int], patch_values: int
+        self,
+        width_in: int,
+        width: int,
+        depth: int,
+        heads: int,
+        grid: tuple[int, int, int],
+        patch_values: int,
+        neighbours: bool = False,
+        within_grid: bool = False,
     ) -> None:
         super().__init__()
-        self.register_buffer("positions", sincos_positions(grid, width), persistent=False)
+        self.register_buffer("positions", sincos_positions(grid, width, within_grid), persistent=False)
+        self.register_buffer("bias", neighbour_bias(grid, heads) if neighbours else None, persistent=False)
         self.narrow = nn.Linear(width_in, width)
         self.mask_token = nn.Parameter(torch.zeros(width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
@@ -111,6 +168,6 @@ class Decoder(nn.Module):
             x = torch.where(visible.unsqueeze(-1), x, self.mask_token.to(x.dtype))
         x = x + self.positions
         for block in self.blocks:
-            x = block(x)
+            x = block(x, self.bias)
         out: Tensor = self.predict(self.norm(x))
         return out

@@ -2,9 +2,9 @@
 
 Phases: (0) every site tells the sums that describe its scans' appearance, from which come the latent scale
 and the style bank; (1 to R) rounds of `strategies/content_share.py`, every few of them followed by federated
-probes (`server/exchanges/probes.py`), which train nothing and stop nothing; (R + 1) every site tells the sums
-of its pooled content, from which comes the site erasure; (R + 2) the diffusion model is trained at the
-sites, or finished, where the centre has trained it on released latents while the rounds ran
+probes (`server/exchanges/probes.py`), which train nothing and stop nothing; (R + 1) every site tells the sum
+of its patients' content codes, from which comes the site erasure; (R + 2) the diffusion model is trained at
+the sites, or finished, where the centre has trained it on released latents while the rounds ran
 (`server/exchanges/diffusion.py`). After each phase and round everything is on disk before anything else is
 asked. A run that is started again goes on after its last checkpoint; sites answer a round that is asked twice
 in the same way, so on one kind of machine the final weights are the same bits. What this file does not do: it
@@ -191,7 +191,8 @@ class _Run:
             probes = self.observer.on_round_end(round_number, strategy.shared, report)
             report |= {"probes": dict(probes)} if probes else {}
             if self.probes.due(round_number):
-                report["federated_probes"] = self.probes.read(round_number, strategy.shared, last.bank)
+                coded = self.model.with_code(strategy.shared, last.bank)
+                report["federated_probes"] = self.probes.read(round_number, coded, last.bank)
             metrics = last.metrics | {"rounds": [*last.metrics["rounds"], report]}
             last = self._save(round_number, strategy.shared, strategy.optimiser.state(), last.bank, metrics)
             self._note(
@@ -214,8 +215,12 @@ class _Run:
         metrics: dict[str, Any] = {"erasure": erasure}
         if self.probes.due(last.round):
             erased = bool(erasure) and "skipped" not in erasure
-            metrics["federated_probes"] = self.probes.read(last.round + erased, shared, last.bank, erased)
+            coded = shared if erased else self.model.with_code(shared, last.bank)
+            metrics["federated_probes"] = self.probes.read(last.round + erased, coded, last.bank, erased)
             metrics["directions"] = {name: one.tolist() for name, one in self.probes.directions.items()}
+            if erased:  # the code that the readers read is in the final weights
+                readers = self.probes.readers.items()
+                metrics["readers"] = {name: dataclasses.asdict(one) for name, one in readers}
         sha256 = sha256_of_tensors(shared)
         provenance = {
             **self.model.provenance(),
@@ -234,15 +239,16 @@ class _Run:
         their sums."""
         if not self.model.erased:
             return last.shared, {}
+        coded = self.model.with_code(last.shared, last.bank)
         replies, refused = ask_erasure(
-            self.grid, self.roster, self.plan, last.shared, last.bank, self.model.check_erasure, self.book
+            self.grid, self.roster, self.plan, coded, self.model.check_erasure, self.book
         )
         if len(replies) < 2:
             why = f"{len(replies)} of {len(self.roster.sites)} sites told their sums; the site is not erased"
             _log.warning("query.erasure: %s.", why)
             self._note("erasure", skipped=why, refused=refused)
             return last.shared, {"rank": 0, "sites": {}, "skipped": why, "refused": refused}
-        shared, summary = self.model.after_erasure(last.shared, replies)
+        shared, summary = self.model.after_erasure(coded, replies)
         return shared, {**summary, "refused": refused}
 
     def _generative(self, result: RunResult) -> RunResult:
@@ -274,7 +280,7 @@ class _Run:
             return None
         metrics: dict[str, Any] = {
             n: json.loads(provenance[n])
-            for n in ("erasure", "federated_probes", "directions")
+            for n in ("erasure", "federated_probes", "directions", "readers")
             if n in provenance
         }
         return tensors, metrics

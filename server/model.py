@@ -1,31 +1,35 @@
 """The model as the centre sees it: tensors that travel, tensors that stay, and two things to learn from sums.
 
 `SharedModel` is all that the run needs of a model; `MeduetModel` is the one we pretrain. The centre never
-trains and never sees a scan: it makes the common start, sets the latent scale from the pooled survey, and
-fits the site erasure from the sums of pooled content.
+trains and never sees a scan: it makes the common start, sets the latent scale from the pooled survey, takes
+the axes of the content code from phantoms, and fits the site erasure from the sums of the sites' codes.
 What this file does not do: it sends and stores nothing (`server/app.py`).
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
-from federation.exchanges.erasure import ErasureReply, erasure_moments, share_bound
+from federation.exchanges.erasure import ErasureReply, erasure_sums
 from federation.exchanges.survey import SurveyReply, smallest_cohort
 from federation.limits import MOST_PATIENTS, MOST_SCANS
 from federation.messages import Tensors
 from federation.plan import RunPlan
-from meduet_models.content_code import RenderingMoments, fit_content_code
-from meduet_models.erasure import ErasureMoments, fit_erasure
-from meduet_models.meduet import MeDUET
+from meduet_models.content_code import public_code, token_erasure, without_sites
+from meduet_models.meduet import MeDUET, layer_normed
 from meduet_models.sharing import home_keys, shared_keys
+from meduet_models.style.bank import StyleBank
+from server.public_latents import dressed, public_latents
 from strategies.aggregation import ReplyRefused
 from strategies.style_bank import StyleSurvey
 
-_ROUNDING = 1 + 1e-6
+_CODE = ("code_places", "code_channels", "code_mean", "code_matrix")
+_ERASED = ("erasure_mean", "erasure_matrix", *_CODE)
+_SCANS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,9 @@ class SharedModel(Protocol):
     def after_survey(self, shared: Tensors, replies: Mapping[str, SurveyReply]) -> Surveyed:
         """Shared weights and style bank for the rounds."""
 
+    def with_code(self, shared: Tensors, style_bank: Tensors) -> Tensors:
+        """These weights with the axes of a code, in which no site is erased yet."""
+
     def check_erasure(self, reply: ErasureReply) -> None:
         """Raise `ValueError` when a site's sums cannot be used."""
 
@@ -75,6 +82,7 @@ class MeduetModel:
     def __init__(self, plan: RunPlan) -> None:
         self.plan = plan
         self._survey = StyleSurvey(plan)
+        self._drawn: Tensor | None = None
         network = self._network()
         method = plan.aggregation.method
         self._shared = shared_keys(network, plan.style.head, method)
@@ -121,40 +129,49 @@ class MeduetModel:
         tensors = style_bank.to_tensors() if self.plan.style.exchange != "none" else {}
         return Surveyed(shared | constants, tensors, summary)
 
+    @torch.no_grad()
+    def with_code(self, shared: Tensors, style_bank: Tensors) -> Tensors:
+        """The principal axes of public content under these weights (and the norm layers of the start, where
+        these stay at the sites), dressed in the sites' styles where there is a bank."""
+        network = self._network().eval()
+        network.load_state_dict({**network.state_dict(), **shared})
+        worn = StyleBank.from_tensors(style_bank, self.plan.sites) if style_bank else None
+        latents = dressed(self._public(network), self.plan, worn)
+        tokens = [
+            layer_normed(network.encode(chunk).content) for chunk in torch.split(latents, _SCANS_AT_ONCE)
+        ]
+        config = self.plan.network
+        network.set_content_code(
+            public_code(torch.cat(tokens), config.code_places, config.code_channels, config.code_size)
+        )
+        return shared | _constants(network, _CODE)
+
     def check_erasure(self, reply: ErasureReply) -> None:
         """Sums that whole patients of a whole cohort can have, within what was agreed for each; raises
         `ReplyRefused`."""
         try:
-            moments, renderings = self._moments(reply)
-            if (count := float(moments.count)) < (least := smallest_cohort(self.plan)):
-                raise ReplyRefused(f"Expected content sums of at least {least} patients; got {count:g}.")
-            moments.check(MOST_PATIENTS)
-            if renderings is not None:
-                renderings.check(count)
+            sums = erasure_sums(reply.moments, self.plan)
+            if (count := float(sums.count)) < (least := smallest_cohort(self.plan)):
+                raise ReplyRefused(f"Expected code sums of at least {least} patients; got {count:g}.")
+            sums.check(MOST_PATIENTS)
         except ValueError as reason:
             raise ReplyRefused(str(reason)) from reason
-        vector = torch.cat([moments.to_vector(), *([] if renderings is None else [renderings.to_vector()])])
-        if float(vector.norm()) > count * share_bound(self.plan) * _ROUNDING:
-            raise ReplyRefused("Expected content sums within the bound per patient; they are longer.")
 
     def after_erasure(
         self, shared: Tensors, replies: Mapping[str, ErasureReply]
     ) -> tuple[Tensors, dict[str, Any]]:
-        """The site erasure as the last linear layer of the content head; the content code where styles are
-        exchanged."""
-        sums = {site: self._moments(reply) for site, reply in replies.items()}
-        moments = {site: own for site, (own, _) in sums.items()}
-        renderings = {site: own for site, (_, own) in sums.items() if own is not None}
+        """The code without the sites, and the same of every token as the last linear layer of the content
+        head."""
+        sums = {site: erasure_sums(reply.moments, self.plan) for site, reply in replies.items()}
         network = self._network()
-        mean, matrix = fit_erasure(moments)
+        network.load_state_dict({**network.state_dict(), **shared})
+        told_of = network.code
+        mean, matrix = token_erasure(told_of, sums)
         network.set_erasure(mean, matrix)
-        if renderings:
-            network.set_content_code(*fit_content_code(moments, renderings, self.plan.network.code_size))
-        names = ("erasure_mean", "erasure_matrix", "code_mean", "code_matrix")
-        constants = {name: network.state_dict()[name] for name in names}
+        network.set_content_code(without_sites(told_of, sums))
         rank = round(float(len(mean) - matrix.trace()))  # the erased directions: a projection's trace
-        sites = {site: {"patients": int(own.count)} for site, own in moments.items()}
-        return shared | constants, {"rank": rank, "sites": sites}
+        sites = {site: {"patients": int(own.count)} for site, own in sums.items()}
+        return shared | _constants(network, _ERASED), {"rank": rank, "sites": sites}
 
     def provenance(self) -> dict[str, str]:
         """Enough to build the network again and to say what it was trained on."""
@@ -167,9 +184,17 @@ class MeduetModel:
     def _network(self) -> MeDUET:
         return MeDUET(self.plan.network, len(self.plan.sites), seed=self.plan.seed)
 
-    def _moments(self, reply: ErasureReply) -> tuple[ErasureMoments, RenderingMoments | None]:
-        return erasure_moments(reply.moments, self.plan)
+    def _public(self, network: MeDUET) -> Tensor:
+        """Drawn once: the centre and deviation of a run's latents are those of its survey."""
+        if self._drawn is None:
+            self._drawn = public_latents(self.plan, network.latent_mean, network.latent_deviation)
+        return self._drawn
 
     def _surveyed_as(self, site: str) -> str:
         """The pooled participant is no site of the plan; only its pooled centre and scale are used."""
         return self.plan.sites[0] if self.plan.aggregation.method == "pooled" else site
+
+
+def _constants(network: MeDUET, names: Sequence[str]) -> Tensors:
+    tensors = network.state_dict()
+    return {name: tensors[name] for name in names}

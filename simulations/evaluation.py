@@ -91,7 +91,8 @@ def measure(
     percentile of the null), features mean, deviation (mean and deviation over tokens), tokens or code, probe
     linear or mlp; `patient_from_<factor>_among_all` and `chance_patient_among_all`;
     `anatomy_from_<factor>_<target>` (R² out of fold) with its mean over targets `anatomy_from_<factor>`, from
-    pooled vectors and `…_tokens` from all tokens; `content_through_style` (R²).
+    pooled vectors, `…_tokens` from all tokens and, for the factor `code`, from the content code;
+    `content_through_style` (R²).
     """
     model.eval()
     factors = _tokens(model, held.latents)
@@ -185,6 +186,8 @@ def _code(
         read = anatomy_probe(codes, held.anatomy, held.patient, plan.seed)
         if bool((known := ~torch.isnan(read)).any()):
             measured["anatomy_from_code"] = float(read[known].mean())
+            told = zip(held.anatomy_names, read.tolist(), strict=True)
+            measured |= {f"anatomy_from_code_{name}": value for name, value in told if value == value}
     return measured
 
 

@@ -16,10 +16,11 @@ import torch
 from client.scans.volumes import Geometry
 from federation.journal import Journal
 from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan, VolumePlan
-from meduet_models.meduet import NetworkConfig
+from meduet_models.meduet import MeDUET, NetworkConfig
 from meduet_models.objective import ObjectiveConfig
 from privacy.chain import read_chain
 from privacy.ledger import Ledger
+from server.model import MeduetModel
 
 SITES = ("oslo", "lyon", "turin")
 GRID = (4, 6, 4)
@@ -57,6 +58,18 @@ def small_plan(**changes: Any) -> RunPlan:
         "release": ReleasePlan(),
     }
     return RunPlan(**parts | changes)
+
+
+def coded(plan: RunPlan, shared: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Shared weights with the public axes of their content code, as the centre sends them."""
+    return MeduetModel(plan).with_code(shared, {})
+
+
+def coded_network(plan: RunPlan) -> MeDUET:
+    """The network of the plan's seed, with the public axes of its content code."""
+    network = MeDUET(plan.network, len(plan.sites), seed=plan.seed)
+    network.load_state_dict(coded(plan, network.state_dict()))
+    return network.eval()
 
 
 @dataclass

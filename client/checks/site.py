@@ -25,7 +25,7 @@ from client.checks.machine import device_check, disk_check, folder_check, memory
 from client.checks.proxies import proxy_check
 from client.connection.certificate_checks import certificate_check
 from client.connection.keys import SiteKeys
-from client.exact_sums import fewest_patients
+from client.exact_sums import fewest_for_means, fewest_patients
 from client.exchanges.exchange import AskRefused
 from client.exchanges.latents import consent
 from client.refusals import stopped_plans
@@ -207,13 +207,13 @@ def _stopped(site: Site) -> Check:
 
 
 def _sums(cohort: Cohort, plan: RunPlan, config: SiteConfig) -> Check:
-    """Whether the sums of products that the plan asks for would be of too few patients."""
+    """Whether the sums that the plan asks for would be of too few patients."""
     if config.allow_exact_sums:
         return Check("exact sums", "ok", "may leave over few patients, too (site.yaml: allow_exact_sums)")
     train = len(cohort.patients("train"))
     probed = train if plan.probes.patients == "train" else len(cohort.patients()) - train
     needed = {
-        "site erasure": (train, fewest_patients(plan.network.width), ERASURE.rounds(plan)),
+        "site erasure": (train, fewest_for_means(plan.network.code_size), ERASURE.rounds(plan)),
         "probes": (probed, plan.probes.folds * fewest_patients(widest_sums(plan)), PROBES.rounds(plan)),
     }
     short = [

@@ -10,10 +10,10 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from client.exact_sums import fewest_patients
+from client.exact_sums import fewest_for_means, fewest_patients
 from client.refusals import MOST
 from federation.exchanges.diffusion import DIFFUSION
-from federation.exchanges.erasure import ERASURE, content_bound, erasure_shapes, share_bound
+from federation.exchanges.erasure import ERASURE, erasure_shapes
 from federation.exchanges.finetuning import FinetunePlan
 from federation.exchanges.latents import LATENTS
 from federation.exchanges.pretraining import PRETRAINING
@@ -22,6 +22,7 @@ from federation.exchanges.survey import SURVEY, smallest_cohort, survey_layout
 from federation.plan import RunPlan
 from federation.published_plan import PublishedPlan
 from federation.wire import num_bytes
+from meduet_models.content_code import code_bound
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import shared_keys
 
@@ -102,13 +103,17 @@ def _run(plan: RunPlan, site_minimum: int) -> Iterator[Line]:
         )
         yield _told(_few(widest_sums(plan), " in each fold") + _HITS_TELL)
     if aggregation.method not in ("alone", "pooled"):
+        size = network.code_size
         yield (
             "",
-            f"Once after the last round: {_numbers(erasure_shapes(plan))} numbers for the site erasure, "
-            f"sums of pooled content (each at most {content_bound(plan):.3g} long); one patient's share "
-            f"is at most {share_bound(plan):.3g} long.",
+            f"Once after the last round: {_numbers(erasure_shapes(plan))} numbers for the site erasure, how "
+            f"many patients and the sum of their content codes (each at most {code_bound(size):.3g} long).",
         )
-        yield _told(_few(network.width))
+        yield _told(
+            "with some certainty, whether a person whose scan somebody else holds is among yours: the more, "
+            f"the fewer you have. So it leaves only from {fewest_for_means(size)} patients, or where "
+            "site.yaml agrees (allow_exact_sums); otherwise your site says so and the run goes on."
+        )
     if plan.diffusion is not None:
         yield from _diffusion(plan)
     yield from _how_often(plan)
@@ -176,6 +181,18 @@ def _diffusion(plan: RunPlan) -> Iterator[Line]:
         yield "", "Of each scan that is the crop around its foreground's centre, never more of it."
 
 
+_NETWORKS = {
+    "tokens": "The network reads latents.",
+    "volume_unet": "The network is a U-Net that reads the prepared volumes themselves",
+    "joined": "The network is a U-Net that reads the prepared volumes themselves, and latents",
+}
+_STARTS = {
+    "canonical": "; it starts from public anatomy, in which no patient is.",
+    "shapes": "; it starts from random shapes, in which no patient is.",
+    "none": "; it starts from random numbers.",
+}
+
+
 def _finetuning(plan: RunPlan, finetuning: FinetunePlan) -> Iterator[Line]:
     from meduet_models.downstream.tasks import task_of  # MONAI takes seconds to import
 
@@ -188,9 +205,11 @@ def _finetuning(plan: RunPlan, finetuning: FinetunePlan) -> Iterator[Line]:
     yield (
         "What",
         f"Fine-tuning of run {plan.sha256[:12]}… with your labels: {trained} learn to predict {target} "
-        f"(task {local.task}, {local.classes} outputs{labels}).",
+        f"(task {local.task}, {local.classes} outputs{labels}). {_NETWORKS[local.network]}"
+        f"{_STARTS[finetuning.anatomy_start] if local.sees_volumes else ''}",
     )
-    yield "On which data", f"{_data(plan)} Of those with a label, {finetuning.label_share:.0%}."
+    kept = " The prepared volumes are kept beside the latents, on this site." if local.sees_volumes else ""
+    yield "On which data", f"{_data(plan)} Of those with a label, {finetuning.label_share:.0%}.{kept}"
     yield (
         "How long",
         f"{finetuning.rounds} rounds of {local.steps} steps; a round waits at most "

@@ -1,34 +1,22 @@
-"""A site's answer to the site erasure: sums of its patients' pooled content.
+"""A site's answer to the site erasure: the sum of its patients' content codes.
 
-Does not do: fit anything (`meduet_models/erasure.py`).
+Does not do: fit anything (`meduet_models/content_code.py`).
 """
 
 import logging
-from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
-from client.exact_sums import check_sums
-from client.exchanges.exchange import Answer, AskRefused, OnStep, Site, bank_of
-from client.latents.batches import Batches
+from client.exact_sums import check_means
+from client.exchanges.exchange import Answer, AskRefused, OnStep, Site
 from client.release import Gate, Released
 from client.training.site_state import StateFolder, StateMissing
 from client.training.trainee import student_of
-from federation.exchanges.erasure import (
-    ERASURE,
-    ErasureAsk,
-    ErasureReply,
-    content_bound,
-    erasure_shapes,
-    erasure_tensors,
-    renders,
-)
+from federation.exchanges.erasure import ERASURE, ErasureAsk, ErasureReply, erasure_shapes, erasure_tensors
 from federation.exchanges.survey import smallest_cohort
 from federation.plan import RunPlan
 from federation.wire import RefusalKind
-from meduet_models.content_code import RenderingMoments
-from meduet_models.erasure import ErasureMoments
+from meduet_models.content_code import CodeSums, code_bound
 from meduet_models.style.moments import CohortTooSmall
 
 _SCANS_AT_ONCE = 16
@@ -36,10 +24,10 @@ _log = logging.getLogger(__name__)
 
 
 def answer_erasure(site: Site, ask: ErasureAsk, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
-    """Sums of pooled content over the training patients, under the run's last weights: in their own style,
-    and how it varies when they are restyled to every style of the bank.
+    """The sum of the training patients' codes, under the run's last weights and the code that came with them.
 
-    Raises `CohortTooSmall` below the minimum, and `TooFewForSums` below ten times the width.
+    Raises `CohortTooSmall` below the minimum, `TooFewForSums` below one patient per number, and `AskRefused`
+    when no code came.
     """
     states = StateFolder(site.state_dir / "state", ask.plan_sha256)
     try:
@@ -48,32 +36,21 @@ def answer_erasure(site: Site, ask: ErasureAsk, plan: RunPlan, gate: Gate, on_st
         _log.warning("The sums are told with home weights of the plan's seed: %s", error)
         kept = None
     student = student_of(plan, ask.shared, kept).to(site.device).eval()
-    width = plan.network.width
-    student.set_erasure(torch.zeros(width), torch.eye(width))  # before any site erasure, whatever came
+    if not student.has_content_code:
+        raise AskRefused("Expected the axes of a content code; none came.", RefusalKind.MALFORMED)
 
     scans = site.scans(plan)
     rows = list(scans.indices("train"))
     patients = [scans.patients[row] for row in rows]
     least = smallest_cohort(plan, site.minimum_cohort)
     if (came := len(set(patients))) < least:
-        raise CohortTooSmall(f"Expected at least {least} patients behind content sums; got {came}.")
-    check_sums(came, width, site.exact_sums)
-
-    def content(read: Callable[[list[int]], Tensor]) -> Tensor:
-        chunks = [rows[first : first + _SCANS_AT_ONCE] for first in range(0, len(rows), _SCANS_AT_ONCE)]
-        with torch.no_grad():
-            return torch.cat([student.pooled_content(read(chunk).to(site.device)).cpu() for chunk in chunks])
-
-    bound = content_bound(plan)
-    moments = ErasureMoments.of(content(scans.latents), patients, bound)
-    renderings = None
-    if renders(plan):
-        batches = Batches(scans, plan, bank_of(plan, ask.bank))
-        contents = [content(lambda chunk, s=s: batches.in_style(chunk, s)) for s in batches.styles]  # type: ignore[misc]
-        if not contents:
-            raise AskRefused("Expected the run's style bank; got an empty one.", RefusalKind.MALFORMED)
-        renderings = RenderingMoments.of(torch.stack(contents), patients, bound)
-    return gate.release(erasure_tensors(moments, renderings), erasure_shapes(plan), weight=float(came))
+        raise CohortTooSmall(f"Expected at least {least} patients behind code sums; got {came}.")
+    check_means(came, plan.network.code_size, site.exact_sums)
+    chunks = [rows[first : first + _SCANS_AT_ONCE] for first in range(0, len(rows), _SCANS_AT_ONCE)]
+    with torch.no_grad():
+        codes = [student.content_code(scans.latents(chunk).to(site.device)).cpu() for chunk in chunks]
+    sums = CodeSums.of(torch.cat(codes), patients, code_bound(plan.network.code_size))
+    return gate.release(erasure_tensors(sums), erasure_shapes(plan), weight=float(came))
 
 
 def erasure_mail(released: Released, ask: ErasureAsk, site: str) -> ErasureReply:

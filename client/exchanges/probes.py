@@ -59,7 +59,7 @@ from federation.plan import RunPlan
 from federation.wire import RefusalKind
 from meduet_models.erasure import ErasureMoments, patient_means
 from meduet_models.factors import Factors
-from meduet_models.meduet import MeDUET
+from meduet_models.meduet import MeDUET, layer_normed
 from meduet_models.probes.recognition import recognised
 from meduet_models.probes.sums import site_hits
 from meduet_models.style.bank import StyleBank
@@ -113,6 +113,8 @@ def answer_probe(site: Site, ask: ProbeAsk, plan: RunPlan, gate: Gate, on_step: 
     fitted = bool(ask.probe)
     states = StateFolder(site.state_dir / "state", ask.plan_sha256)
     student = student_of(plan, ask.shared, states.before(ask.round + 1)).to(site.device).eval()
+    if not student.has_content_code:
+        raise AskRefused("Expected the axes of a content code; none came.", RefusalKind.MALFORMED)
     style_bank, index = bank_of(plan, ask.bank), plan.sites.index(site.name)
     scans = site.scans(plan)
     probed = probed_patients(scans, plan, site.minimum_cohort, site.secret)
@@ -215,12 +217,13 @@ def probe_hits(
 
 @torch.no_grad()
 def _joint(student: MeDUET, scans: TrainingScans, probed: Probed) -> Float[Tensor, "b z"]:
-    """Pooled content and style of every scan, side by side."""
-    parts = [
-        torch.cat([student.pooled_content(latents), student.pooled_style(latents)], dim=1).cpu()
-        for latents, _ in _chunks(student, scans, probed)
-    ]
-    return torch.cat(parts)
+    """Content code and pooled style of every scan, side by side."""
+    return torch.cat([_coded(student, latents).cpu() for latents, _ in _chunks(student, scans, probed)])
+
+
+def _coded(student: MeDUET, latents: Float[Tensor, "b c d h w"]) -> Float[Tensor, "b z"]:
+    factors = student.encode(latents)
+    return torch.cat([student.coded(factors.content), layer_normed(factors.style).mean(dim=1)], dim=1)
 
 
 def _factors(joint: Float[Tensor, "n z"], plan: RunPlan) -> tuple[Tensor, Tensor]:
@@ -319,9 +322,7 @@ def _restyled_sums(
         for latents, _ in _chunks(student, scans, probed):
             here = torch.full((len(latents),), site)
             restyled = style_bank.restyle(latents, here, torch.full_like(here, target))
-            queries.append(
-                torch.cat([student.pooled_content(restyled), student.pooled_style(restyled)], dim=1).cpu()
-            )
+            queries.append(_coded(student, restyled).cpu())
             style = student.encode(restyled).style.sum(0)
             tokens = style if total == 0 else tokens + style
             total += len(latents)

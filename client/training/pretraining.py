@@ -1,16 +1,16 @@
 """Training: one round at one site, a loop to be read aloud.
 
-A round starts from the shared weights that came and from what this site kept (home weights, teacher, AdamW's
-moments), takes the plan's number of steps, and gives back the difference of the shared weights. Schedules run
-over all steps of the run and depend on round and step alone, so a run that was resumed never notices. No draw
-touches a global generator. What stays here: everything in `SiteState`; AdamW's moments of the shared weights
-too. A round that was cut short by the end of its process goes on after the last step that was written
-(`client/training/site_state.py`), to the same bits.
+A round starts from the shared weights that came and from what this site kept (home weights, teacher, the
+optimiser's moments), takes the plan's number of steps, and gives back the difference of the shared weights.
+Schedules run over all steps of the run and depend on round and step alone, so a run that was resumed never
+notices. No draw touches a global generator. What stays here: everything in `SiteState`; the optimiser's
+moments of the shared weights too. A round that was cut short by the end of its process goes on after the last
+step that was written (`client/training/site_state.py`), to the same bits.
 
 Does not do: read scans (`client/latents/batches.py`), bound or send anything (`client/release.py`), show
 progress. Source: MeDUET (arXiv:2602.17901), section "Implementation": AdamW, warm-up and cosine, clipping,
 cosine EMA of the teacher per step. FedProx (arXiv:1812.06127). The anchor of a style branch that stays home
-is ours.
+is ours; Muon (`meduet_models/muon.py`) is not MeDUET's.
 """
 
 import logging

@@ -1,7 +1,7 @@
 """A site's place in a round, on its own disk: where the round begins, how far it has come, what it leaves.
 
 `StateFolder.enter` says where a round begins: from the state after the round before, or after the last one
-taken part in, and anchored to the common start. A state is home weights, teacher and AdamW's moments
+taken part in, and anchored to the common start. A state is home weights, teacher and the optimiser's moments
 (`client/training/trainee.py` says why those), one file per round, `state/<plan>/round-0003.safetensors`,
 written whole or not at all; round 0 is the common start. A state is never changed, so a round delivered
 twice, or after the centre went back to its last checkpoint, begins from the same. Kept are the last three: a
@@ -69,7 +69,7 @@ class SiteState:
     teacher: Mapping[str, Tensor] = field(default_factory=dict)
     """The moving-average teacher; empty at the start, where it equals the student."""
     optimiser: Mapping[str, Tensor] = field(default_factory=dict)
-    """AdamW's moments and step counts, `<moment>/<parameter>`; empty at the start."""
+    """The optimiser's moments and step counts, `<moment>/<parameter>`; empty at the start."""
     sha256: str = ""
     """Hash of all its tensors, as they were read from disk; empty before."""
 

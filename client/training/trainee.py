@@ -1,9 +1,9 @@
 """The trainee: student, teacher and optimiser of a site, put together for a round and taken apart after it.
 
 Put together from the shared weights that came and from what the site kept (`client/training/site_state.py`);
-taken apart into what it keeps. AdamW's moments of the shared weights are kept with the others: they belong to
-this site's gradients. Over 12 rounds of 8 steps that made no difference to starting them anew
-(bench/optimiser_moments.py: held-out error within 2%, two seeds); it is kept because a round then never
+taken apart into what it keeps. The optimiser's moments of the shared weights are kept with the others: they
+belong to this site's gradients. Over 12 rounds of 8 steps of AdamW that made no difference to starting them
+anew (bench/optimiser_moments.py: held-out error within 2%, two seeds); it is kept because a round then never
 begins with AdamW's first, full-size steps.
 
 Does not do: steps (`client/training/pretraining.py`).
@@ -19,6 +19,7 @@ from client.training.site_state import SiteState
 from federation.plan import RunPlan
 from meduet_models.adamw import AdamW, decay_groups
 from meduet_models.meduet import MeDUET
+from meduet_models.muon import Muon
 from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.teacher import Teacher
 from meduet_models.weights import StoredWeights, shapes_of
@@ -58,12 +59,7 @@ class Trainee:
         teacher = Teacher(student)
         if kept.teacher:
             _load(teacher.network, kept.teacher, "the teacher that was kept")
-        optimiser = AdamW(
-            decay_groups(student.parameters(), plan.training.weight_decay),
-            lr=plan.training.learning_rate,
-            betas=plan.training.betas,
-            fused=True,
-        )
+        optimiser = _optimiser(student, plan)
         trainee = Trainee(student, teacher, optimiser, shared)
         trainee._load_moments(kept.optimiser)
         if compile:
@@ -89,9 +85,13 @@ class Trainee:
             _check(network, parts[kind], f"the {kind} of a round under way")
         shapes = {name: tuple(parameter.shape) for name, parameter in self.student.named_parameters()}
         for moment in _MOMENTS:
-            wanted = {n: () if moment == "step" else shapes.get(n) for n in parts["step"]}
+            wanted = {
+                n: () if moment == "step" else shapes.get(n)
+                for n in parts["exp_avg"]
+                if moment == "exp_avg" or n not in self._matrices()
+            }
             if parts[moment].shapes() != wanted:
-                raise WrongWeights(f"Expected AdamW's {moment!r} of this network; others came.")
+                raise WrongWeights(f"Expected the optimiser's {moment!r} of this network; others came.")
         for kind, network in networks.items():
             network.load_state_dict(parts[kind])
         self._load_moments(tensors)
@@ -102,14 +102,24 @@ class Trainee:
             for name, parameter in self.student.named_parameters()
             if parameter in self.optimiser.state
             for moment in _MOMENTS
+            if moment in self.optimiser.state[parameter]
         }
+
+    def _matrices(self) -> set[str]:
+        """Names of the parameters of which there is a momentum and nothing else."""
+        if not isinstance(self.optimiser, Muon):
+            return set()
+        own = {id(matrix) for matrix in self.optimiser.matrices}
+        return {name for name, parameter in self.student.named_parameters() if id(parameter) in own}
 
     def _load_moments(self, tensors: Mapping[str, Tensor]) -> None:
         self.optimiser.state.clear()
         for name, parameter in self.student.named_parameters():
-            if f"step/{name}" in tensors:
+            if f"exp_avg/{name}" in tensors:
                 self.optimiser.state[parameter] = {
-                    moment: tensors[f"{moment}/{name}"].to(parameter.device, copy=True) for moment in _MOMENTS
+                    moment: tensors[f"{moment}/{name}"].to(parameter.device, copy=True)
+                    for moment in _MOMENTS
+                    if f"{moment}/{name}" in tensors
                 }
 
     def state(self, plan: RunPlan, round_number: int, began_from: int) -> SiteState:
@@ -122,6 +132,14 @@ class Trainee:
             teacher=self.teacher.network.state_dict(),
             optimiser=self._moments(),
         )
+
+
+def _optimiser(student: MeDUET, plan: RunPlan) -> AdamW:
+    training = plan.training
+    rate, decay, betas = training.learning_rate, training.weight_decay, training.betas
+    if training.optimiser == "muon":
+        return Muon.of(student, lr=rate, betas=betas, weight_decay=decay)
+    return AdamW(decay_groups(student.parameters(), decay), lr=rate, betas=betas, fused=True)
 
 
 def student_of(plan: RunPlan, shared: Mapping[str, Tensor], kept: SiteState | None) -> MeDUET:

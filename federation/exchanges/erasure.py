@@ -1,9 +1,10 @@
-"""Site erasure: after the last round every site tells the sums of its patients' pooled content.
+"""Site erasure: after the last round every site tells the sum of its patients' content codes.
 
-From them comes a projection that takes the site, not a patient, out of content. The one place where site and
-centre take the sums' shape and bound from.
+From the sites' means comes a projection that takes the site, not a patient, out of content. One vector and
+no products: a mean can be protected by noise, and spans nobody. The one place where site and centre take the
+sums' shape and bound from.
 What this file does not do: it computes no sums (`client/exchanges/erasure.py`) and fits nothing
-(`meduet_models/erasure.py`).
+(`meduet_models/content_code.py`).
 """
 
 import math
@@ -17,52 +18,35 @@ from federation.exchanges.exchange import Exchange
 from federation.limits import Largest, largest_reply, promised
 from federation.messages import Ask, Reply, Tensors
 from federation.plan import RunPlan
-from meduet_models.content_code import RenderingMoments
-from meduet_models.erasure import ErasureMoments, erasure_length, triangle_length
+from meduet_models.content_code import CodeSums, code_bound
 from privacy.promise import Promise
 
-SUMS, RENDERINGS = "sums", "renderings"
-"""Names of the tensors: the vectors of `ErasureMoments` and, where a style bank renders every scan in every
-site's style, of `RenderingMoments`; float64."""
+SUMS = "sums"
+"""Name of the tensor: the vector of `CodeSums`, float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ErasureAsk(Ask, kind="erasure_ask"):
-    """After the last round: tell the sums of your pooled content under these weights."""
+    """After the last round: tell the sum of your patients' codes under these weights, code included."""
 
     shared: Tensors
-    bank: Tensors
 
 
 @dataclass(frozen=True, kw_only=True)
 class ErasureReply(Reply, kind="erasure_reply"):
-    """A site's sums of pooled content: count, sum, outer products."""
+    """How many patients a site has, and the sum of their codes."""
 
     moments: Tensors
 
 
-def renders(plan: RunPlan) -> bool:
-    """Whether sites can see their scans in other styles, and so tell how content varies with them."""
-    return plan.style.exchange != "none"
-
-
-def content_bound(plan: RunPlan) -> float:
-    """L2 norm of one patient's pooled content: the mean of layer-normed tokens is never longer than this."""
-    return math.sqrt(plan.network.width)
-
-
 def share_bound(plan: RunPlan) -> float:
-    """L2 norm of one patient's share of the sums, her count included.
-
-    content_bound² + 1 of the sums, and content_bound² of the renderings where there are any.
-    """
-    return math.hypot(plan.network.width + 1.0, plan.network.width if renders(plan) else 0.0)
+    """L2 norm of one patient's share of the sums, her count included."""
+    return math.hypot(code_bound(plan.network.code_size), 1.0)
 
 
 def erasure_shapes(plan: RunPlan) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what travels."""
-    shapes: dict[str, tuple[int, ...]] = {SUMS: (erasure_length(plan.network.width),)}
-    return shapes | ({RENDERINGS: (triangle_length(plan.network.width),)} if renders(plan) else {})
+    return {SUMS: (plan.network.code_size + 1,)}
 
 
 def largest_erasure(plan: RunPlan, ask: ErasureAsk) -> Largest:
@@ -70,24 +54,16 @@ def largest_erasure(plan: RunPlan, ask: ErasureAsk) -> Largest:
     return largest_reply(promised(erasure_shapes(plan), torch.float64))
 
 
-def erasure_tensors(moments: ErasureMoments, renderings: RenderingMoments | None) -> dict[str, Tensor]:
+def erasure_tensors(sums: CodeSums) -> dict[str, Tensor]:
     """The sums as they travel."""
-    optional = {} if renderings is None else {RENDERINGS: renderings.to_vector()}
-    return {SUMS: moments.to_vector()} | optional
+    return {SUMS: sums.to_vector()}
 
 
-def erasure_moments(
-    tensors: Mapping[str, Tensor], plan: RunPlan
-) -> tuple[ErasureMoments, RenderingMoments | None]:
+def erasure_sums(tensors: Mapping[str, Tensor], plan: RunPlan) -> CodeSums:
     """Back from `erasure_tensors`; raises `ValueError` for another name or length."""
-    expected = erasure_shapes(plan)
-    if set(tensors) != set(expected) or any(tensor.ndim != 1 for tensor in tensors.values()):
-        raise ValueError(
-            f"Expected content sums as vectors {', '.join(expected)}; got {len(tensors)} other tensors."
-        )
-    width, bound = plan.network.width, content_bound(plan)
-    renderings = RenderingMoments.from_vector(tensors[RENDERINGS], width, bound) if renders(plan) else None
-    return ErasureMoments.from_vector(tensors[SUMS], width, bound), renderings
+    if set(tensors) != {SUMS} or tensors[SUMS].ndim != 1:
+        raise ValueError(f"Expected code sums as one vector {SUMS!r}; got {len(tensors)} other tensors.")
+    return CodeSums.from_vector(tensors[SUMS], plan.network.code_size, code_bound(plan.network.code_size))
 
 
 def erasure_promise(plan: RunPlan, ask: ErasureAsk) -> Promise:

@@ -1,8 +1,9 @@
 """Federated probes: after a round, sums of what the factors of a site's patients say, then hits of fitted
 probes. Where site and centre take the shapes and bounds of probe sums from.
 
-First exchange, per fold of a site's patients: `factors`, the `ErasureMoments` of (content, style) of each
-patient; `anatomy`, those of (content, style, targets) of the patients of whom every target is known (zeros
+Content is read as the code (`meduet_models/content_code.py`), whose axes come with the weights.
+First exchange, per fold of a site's patients: `factors`, the `ErasureMoments` of (code, style) of each
+patient; `anatomy`, those of (code, style, targets) of the patients of whom every target is known (zeros
 where too few are); with a style bank also `swapped`, style sums of the scans swapped to each other site's
 style, and the counts `swapped_patients` and `recognition`. Second exchange: the fitted site probes go out,
 `hits` comes back.
@@ -25,6 +26,7 @@ from federation.exchanges.survey import survey_layout
 from federation.limits import Largest, largest_reply, promised
 from federation.messages import Ask, Reply, Tensors
 from federation.plan import RunPlan
+from meduet_models.content_code import code_bound
 from meduet_models.erasure import ErasureMoments, erasure_length
 from meduet_models.style.moments import StyleLayout, StyleMoments
 from privacy.promise import Promise
@@ -64,28 +66,28 @@ class ProbeReply(Reply, kind="probe_reply"):
 
 
 def joint_width(plan: RunPlan) -> int:
-    """Coordinates of a patient's (content, style)."""
-    return plan.network.width + plan.network.style_width
+    """Coordinates of a patient's (code, style)."""
+    return plan.network.code_size + plan.network.style_width
 
 
 def content_part(plan: RunPlan) -> slice:
-    """Where content is in the joint vector."""
-    return slice(0, plan.network.width)
+    """Where the content code is in the joint vector."""
+    return slice(0, plan.network.code_size)
 
 
 def style_part(plan: RunPlan) -> slice:
     """Where style is."""
-    return slice(plan.network.width, joint_width(plan))
+    return slice(plan.network.code_size, joint_width(plan))
 
 
 def joint_bound(plan: RunPlan) -> float:
-    """L2 norm to which a patient's (content, style) is scaled: that of layer-normed tokens' mean at most."""
-    return math.sqrt(joint_width(plan))
+    """L2 norm to which a patient's (code, style) is scaled: the bounds of a code and of pooled style."""
+    return math.hypot(code_bound(plan.network.code_size), math.sqrt(plan.network.style_width))
 
 
 def anatomy_bound(plan: RunPlan) -> float:
     """The same with the targets, each within [-1, 1]."""
-    return math.sqrt(joint_width(plan) + len(plan.probes.anatomy))
+    return math.hypot(joint_bound(plan), math.sqrt(len(plan.probes.anatomy)))
 
 
 def widest_sums(plan: RunPlan) -> int:
@@ -123,9 +125,9 @@ def sums_bound(plan: RunPlan) -> float:
 def probe_shapes(plan: RunPlan) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the fitted site probes, as they go out with the second exchange."""
     folds, sites = plan.probes.folds, len(plan.sites)
-    width, style = plan.network.width, plan.network.style_width
+    size, style = plan.network.code_size, plan.network.style_width
     return {
-        "content_weight": (folds, width, sites),
+        "content_weight": (folds, size, sites),
         "content_bias": (folds, sites),
         "style_weight": (folds, style, sites),
         "style_bias": (folds, sites),
@@ -148,6 +150,12 @@ def fold_moments(tensors: Mapping[str, Tensor], name: str, plan: RunPlan) -> lis
     if name == ANATOMY:
         width, bound = width + len(plan.probes.anatomy), anatomy_bound(plan)
     return [ErasureMoments.from_vector(row, width, bound) for row in tensors[name]]
+
+
+def known_sites(sums: Mapping[str, Tensors], plan: RunPlan) -> dict[str, list[ErasureMoments]]:
+    """`anatomy`, fold by fold, of the sites that told it of some patients in every fold."""
+    sites = {site: fold_moments(own, ANATOMY, plan) for site, own in sums.items() if ANATOMY in own}
+    return {site: folds for site, folds in sites.items() if min(float(f.count) for f in folds) >= 1}
 
 
 def style_vector(moments: StyleMoments) -> Tensor:

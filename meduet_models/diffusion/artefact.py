@@ -47,7 +47,7 @@ class GenerativeModel:
     """Styles of the sites; none where the plan exchanges no styles."""
     sites: tuple[str, ...]
     """The plan's sites."""
-    directions: dict[str, Float[Tensor, " k"]]
+    directions: dict[str, Float[Tensor, "n k"]]
     """Covariate -> direction in content tokens along which it grows."""
     tokenizer_sha256: str
     """Hash of the tokenizer whose latents it makes."""

@@ -25,9 +25,10 @@ from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.diffusion.conditioner import entries_of_scans
 from meduet_models.diffusion.conditions import UNKNOWN, Conditions, Examples
 from meduet_models.diffusion.sampling import SamplingSettings, invert, sample
-from meduet_models.diffusion.whole_scans import Windows, invert_whole, sample_whole
+from meduet_models.diffusion.whole_scans import invert_whole, sample_whole
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleEntry, restyle
+from meduet_models.windows import Windows
 
 Method = Literal["sample", "invert", "restyle"]
 

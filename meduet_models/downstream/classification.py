@@ -1,7 +1,7 @@
 """Classification: a class per scan, which a covariate names.
 
-The head is a linear map of pooled content, trained with cross-entropy; where the encoder is frozen, logistic
-regression, its penalty chosen on the patients held back. Measured by the area under the ROC curve.
+The head is a linear map of pooled content, trained with cross-entropy; a frozen model is read by logistic
+regression from its content code or tokens (`frozen.py`). Measured by the area under the ROC curve.
 
 Axes: b = scans.
 """
@@ -15,22 +15,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from meduet_models.downstream.frozen import fit_classes, frozen_features
 from meduet_models.downstream.networks import PooledNetwork
 from meduet_models.downstream.task import (
     Floats,
     Grid,
     KnownScans,
     Metric,
-    Pooled,
+    Reading,
     Statistic,
     Target,
     Task,
     check_classes,
     covariate_text,
 )
-from meduet_models.meduet import FactorNetwork
-
-_PENALTIES = (0.01, 0.1, 1.0, 10.0)  # inverse regularisation of the logistic regression
+from meduet_models.meduet import FactorNetwork, NetworkConfig
 
 
 class Classification(Task):
@@ -39,7 +38,6 @@ class Classification(Task):
     name = "classification"
     per_voxel = False
     metrics = (Metric("auc", "AUC", main=True),)
-    fits_pooled = True
 
     def check(self, classes: int, target: Target) -> None:
         """A covariate, with a value for each class."""
@@ -92,45 +90,37 @@ class Classification(Task):
         scores, truth = outputs.double().numpy(), answers.numpy()
         return {"auc": lambda rows: _auc(scores[rows], truth[rows])}
 
+    def seen(self, network: FactorNetwork, reading: Reading, latents: Tensor) -> Tensor:
+        """The code, or all tokens side by side, as one token."""
+        return frozen_features(network, latents, reading).unsqueeze(1)
+
     def fit(
-        self, pooled: Pooled, answers: Tensor, held: Pooled, held_answers: Tensor, classes: int, seed: int
-    ) -> Callable[[Pooled], Tensor]:
+        self,
+        seen: Tensor,
+        answers: Tensor,
+        patients: Sequence[str],
+        classes: int,
+        config: NetworkConfig,
+        seed: int,
+    ) -> Callable[[Tensor], Tensor]:
         """Logistic regression: probabilities of the classes."""
-        from sklearn.linear_model import LogisticRegression  # seconds to import, and sites never come here
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-
-        y = answers.numpy()
-        if len(np.unique(y)) < 2:  # one class is all that was seen: no scan is told from another
-            share = torch.eye(classes)[int(y[0])]
-            return lambda pooled: share.expand(len(pooled), -1)
-        fits = [
-            make_pipeline(
-                StandardScaler(), LogisticRegression(C=penalty, max_iter=2000, random_state=seed)
-            ).fit(pooled, y)
-            for penalty in _PENALTIES
-        ]
-
-        def probabilities(fit: object, pooled: Pooled) -> Float[Tensor, "b classes"]:
-            one_hot = torch.zeros(len(pooled), classes)
-            one_hot[:, fit.classes_] = torch.from_numpy(fit.predict_proba(pooled)).float()  # type: ignore[attr-defined]
-            return one_hot
-
-        best = fits[_PENALTIES.index(1.0)]
-        if len(held):
-            losses = [
-                float(F.nll_loss(probabilities(fit, held).clamp(1e-6).log(), held_answers)) for fit in fits
-            ]
-            best = fits[int(np.argmin(losses))]
-        return lambda pooled: probabilities(best, pooled)
+        fitted = fit_classes(seen.flatten(1), answers, classes, patients, seed)
+        return lambda unseen: fitted(unseen.flatten(1))
 
 
 def _auc(scores: Floats, truth: NDArray[np.int64]) -> float:
-    from sklearn.metrics import roc_auc_score
-
     present = np.unique(truth)
     if len(present) < 2:
         return float("nan")
     if scores.shape[1] == 2:
-        return float(roc_auc_score(truth, scores[:, 1]))
-    return float(np.mean([roc_auc_score(truth == one, scores[:, one]) for one in present]))
+        return _auc_of(scores[:, 1], truth == 1)
+    return float(np.mean([_auc_of(scores[:, one], truth == one) for one in present]))
+
+
+def _auc_of(scores: Floats, positive: NDArray[np.bool_]) -> float:
+    """The share of pairs in the right order, ties counted half (Mann and Whitney)."""
+    _, places, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(counts) - (counts - 1) / 2)[places]
+    hits = int(positive.sum())
+    above = float(rank[positive].sum()) - hits * (hits + 1) / 2
+    return above / (hits * (len(scores) - hits))

@@ -1,8 +1,8 @@
 """Regression: a number per scan, such as age, which a covariate holds.
 
 A plan names the range [low, high] that is mapped to [-1, 1], so that all sites mean the same by an output;
-numbers beyond it are cut off. The head is a linear map of pooled content, trained with squared error; where
-the encoder is frozen, ridge regression, its penalty chosen on the patients held back. Measured by the mean
+numbers beyond it are cut off. The head is a linear map of pooled content, trained with squared error; a
+frozen model is read by ridge regression from its content code or tokens (`frozen.py`). Measured by the mean
 absolute error, in the covariate's own unit, and by R².
 
 Axes: b = scans.
@@ -17,21 +17,20 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.nn import functional as F
 
+from meduet_models.downstream.frozen import fit_number, frozen_features
 from meduet_models.downstream.networks import PooledNetwork
 from meduet_models.downstream.task import (
     Floats,
     Grid,
     KnownScans,
     Metric,
-    Pooled,
+    Reading,
     Statistic,
     Target,
     Task,
     covariate_text,
 )
-from meduet_models.meduet import FactorNetwork
-
-_PENALTIES = (0.1, 1.0, 10.0, 100.0)  # of the ridge regression
+from meduet_models.meduet import FactorNetwork, NetworkConfig
 
 
 class Regression(Task):
@@ -41,7 +40,6 @@ class Regression(Task):
     least_classes = 1
     per_voxel = False
     metrics = (Metric("r2", "R²", main=True), Metric("mae", "mean absolute error", digits=2))
-    fits_pooled = True
 
     def check(self, classes: int, target: Target) -> None:
         """One output, and a covariate with the ends of its range."""
@@ -96,21 +94,22 @@ class Regression(Task):
         error = np.abs(predicted - truth) * (high - low) / 2
         return {"r2": lambda rows: _r2(predicted[rows], truth[rows]), "mae": error}
 
-    def fit(
-        self, pooled: Pooled, answers: Tensor, held: Pooled, held_answers: Tensor, classes: int, seed: int
-    ) -> Callable[[Pooled], Tensor]:
-        """Ridge regression."""
-        from sklearn.linear_model import Ridge  # seconds to import, and sites never come here
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
+    def seen(self, network: FactorNetwork, reading: Reading, latents: Tensor) -> Tensor:
+        """The code, or all tokens side by side, as one token."""
+        return frozen_features(network, latents, reading).unsqueeze(1)
 
-        y = answers.double().numpy()
-        fits = [make_pipeline(StandardScaler(), Ridge(alpha=p)).fit(pooled, y) for p in _PENALTIES]
-        best = fits[_PENALTIES.index(10.0)]
-        if len(held):
-            truth = held_answers.double().numpy()
-            best = fits[int(np.argmin([np.square(fit.predict(held) - truth).mean() for fit in fits]))]
-        return lambda pooled: torch.from_numpy(best.predict(pooled)).float().unsqueeze(1)
+    def fit(
+        self,
+        seen: Tensor,
+        answers: Tensor,
+        patients: Sequence[str],
+        classes: int,
+        config: NetworkConfig,
+        seed: int,
+    ) -> Callable[[Tensor], Tensor]:
+        """Ridge regression."""
+        fitted = fit_number(seen.flatten(1), answers, patients, seed)
+        return lambda unseen: fitted(unseen.flatten(1))
 
 
 def _range(target: Target) -> tuple[float, float]:

@@ -10,7 +10,7 @@ Axes: b = scans; ... = what an answer is made of.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from meduet_models.downstream.networks import PretrainedNetwork
-from meduet_models.meduet import FactorNetwork
+from meduet_models.meduet import FactorNetwork, NetworkConfig
 
 Floats = NDArray[np.float64]
-Pooled = NDArray[np.float32]
-"""Pooled content of scans, [b, content channels]."""
+Reading = Literal["code", "tokens"]
+"""What of a frozen model is read: its content code, or all of its content tokens."""
 Statistic = Callable[[NDArray[np.int64]], float]
 """From rows of the test scans to a number of all of them; NaN where they have none."""
 
@@ -86,8 +86,6 @@ class Task(ABC):
     """Whether the answer is a map on the grid of the volume."""
     metrics: tuple[Metric, ...]
     """What `measure` tells."""
-    fits_pooled: bool = False
-    """Whether a frozen encoder is read by `fit`, on pooled content, instead of a trained head."""
 
     @abstractmethod
     def check(self, classes: int, target: Target) -> None:
@@ -133,11 +131,29 @@ class Task(ABC):
     ) -> Mapping[str, Floats | Statistic]:
         """By metric: the value of each scan (NaN: none), or a number of any rows."""
 
+    def measure_main(
+        self, outputs: Tensor, answers: Tensor, target: Target, grid: Grid
+    ) -> Mapping[str, Floats | Statistic]:
+        """The main metric alone, for many predictions of the same scans."""
+        main = {metric.name for metric in self.metrics if metric.main}
+        measured = self.measure(outputs, answers, target, grid)
+        return {name: own for name, own in measured.items() if name in main}
+
+    @abstractmethod
+    def seen(self, network: FactorNetwork, reading: Reading, latents: Tensor) -> Tensor:
+        """What a frozen network shows of scans, [b n k]: its tokens, or a code as one token."""
+
+    @abstractmethod
     def fit(
-        self, pooled: Pooled, answers: Tensor, held: Pooled, held_answers: Tensor, classes: int, seed: int
-    ) -> Callable[[Pooled], Tensor]:
-        """From pooled content to outputs; chosen on what is `held` back. With `fits_pooled` only."""
-        raise NotImplementedError
+        self,
+        seen: Tensor,
+        answers: Tensor,
+        patients: Sequence[str],
+        classes: int,
+        config: NetworkConfig,
+        seed: int,
+    ) -> Callable[[Tensor], Tensor]:
+        """From what is seen of scans to outputs: a closed form fitted on these scans and their patients."""
 
 
 VALUES_SHOWN = 8

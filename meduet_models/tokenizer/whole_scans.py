@@ -20,6 +20,7 @@ from torch import Tensor
 from meduet_models.tokenizer.patch_pca import PatchPCA
 from meduet_models.tokenizer.patch_vae import PatchVAE
 from meduet_models.tokenizer.tokenizer import OVERLAP, STRIDE, Tokenizer
+from meduet_models.windows import window_starts
 
 WINDOW = 40
 """Cells per axis of the window of a codec with a known reach: 160 voxels, 4.1 million at once."""
@@ -60,11 +61,6 @@ def reach_of(tokenizer: Tokenizer, *, encoder: bool) -> int | None:
             return 1 + 2 * (len(layers) - 2)
         case _:
             return None
-
-
-def window_starts(side: int, window: int, step: int) -> list[int]:
-    """Where windows begin along one side: every `step`, and the last one ends where the side does."""
-    return [*range(0, side - window, step), max(0, side - window)]
 
 
 def _slide(x: Tensor, tokenizer: Tokenizer, *, encoder: bool, device: torch.device) -> Tensor:

@@ -1,6 +1,6 @@
 """The site erasure: asked once, after the last round. What is made of it says `server/model.py`.
 
-A site whose sums would be of too few patients to leave is left out; that ends nobody's run.
+A site whose mean would be of too few patients to leave is left out; that ends nobody's run.
 """
 
 from collections.abc import Callable
@@ -20,12 +20,12 @@ def ask_erasure(
     roster: Roster,
     plan: RunPlan,
     shared: Tensors,
-    style_bank: Tensors,
     check: Callable[[ErasureReply], None],
     book: ReplyBook,
 ) -> tuple[dict[str, ErasureReply], dict[str, str]]:
-    """Valid replies by site, and who was put aside why. Raises as `ask_sites`."""
-    ask = ErasureAsk(plan_json=plan.to_json(), shared=shared, bank=style_bank)
+    """Valid replies by site, and who was put aside why; `shared` holds the axes of the code. Raises as
+    `ask_sites`."""
+    ask = ErasureAsk(plan_json=plan.to_json(), shared=shared)
     at_least = min(2, len(plan.participants))  # of one site there is nothing to erase
     few = (RefusalKind.TOO_FEW_FOR_SUMS,)
     return ask_sites(grid, roster, plan, ERASURE, ask, check, book, at_least=at_least, excused=few)

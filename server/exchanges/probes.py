@@ -39,6 +39,7 @@ from federation.exchanges.probes import (
     fold_moments,
     hits_shapes,
     joint_width,
+    known_sites,
     probe_shapes,
     style_moments,
     style_part,
@@ -50,7 +51,9 @@ from federation.limits import MOST_PATIENTS
 from federation.messages import Tensors
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
+from meduet_models.content_code import code_of
 from meduet_models.erasure import ErasureMoments
+from meduet_models.pretrained import CodeReader
 from meduet_models.probes.sums import explained_from_sums, pooled_folds, site_probes_by_fold
 from meduet_models.probes.swap_fidelity import style_gap_closed
 from meduet_models.style.bank import StyleBank
@@ -58,6 +61,7 @@ from meduet_models.style.moments import StyleEntry, StyleMoments
 from privacy.clipping import joint_norm
 from server.exchanges.directions import directions_of_sums
 from server.exchanges.queries import ask_sites
+from server.exchanges.readers import readers_of_sums
 from strategies.aggregation import ReplyRefused
 from strategies.quorum import Roster
 
@@ -71,6 +75,8 @@ class FederatedProbes:
         self._grid, self._roster, self._plan, self._book = grid, roster, plan, book
         self.directions: dict[str, Tensor] = {}
         """Directions of anatomy in content, under the weights that were last read (`directions.py`)."""
+        self.readers: dict[str, CodeReader] = {}
+        """Readers of anatomy from the content code, under these weights (`readers.py`)."""
         self._patients: dict[str, float] = {}
         """Patients behind the sums of each site that told any."""
 
@@ -86,12 +92,13 @@ class FederatedProbes:
         Readings are absent where fewer than two sites told their sums. `erased` says that these weights hold
         an erasure, fitted on the patients trained on; they are asked about under the round that would follow.
         """
-        self._round, self.directions, self._patients = round_number, {}, {}
+        self._round, self.directions, self.readers, self._patients = round_number, {}, {}, {}
         replies, refused = self._ask(shared, style_bank, {}, self._check_sums)
         if len(replies) < 2:
             return {"readings": {}, "sites": {}, "refused": refused}
         sums = {site: reply.sums for site, reply in replies.items()}
-        self.directions = directions_of_sums(sums, self._plan)
+        self.directions = directions_of_sums(sums, self._plan, code_of(shared))
+        self.readers = readers_of_sums(sums, self._plan)
         fitted = fitted_probes(sums, self._plan)
         hits, refused_hits = self._ask(shared, style_bank, fitted, self._check_hits, only=set(sums))
         readings = readings_of_sums(sums, style_bank, self._plan)
@@ -221,8 +228,7 @@ def readings_of_sums(sums: Mapping[str, Tensors], style_bank: Tensors, plan: Run
 
 def _anatomy(sums: Mapping[str, Tensors], plan: RunPlan) -> dict[str, float]:
     """R² of each target out of fold, over the sites that know all of them."""
-    sites = {s: fold_moments(own, ANATOMY, plan) for s, own in sums.items() if ANATOMY in own}
-    sites = {site: folds for site, folds in sites.items() if min(float(f.count) for f in folds) >= 1}
+    sites = known_sites(sums, plan)
     if not sites:
         return {}
     folds, targets = pooled_folds(sites), slice(joint_width(plan), None)

@@ -32,7 +32,7 @@ from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.style.moments import CohortTooSmall
 from meduet_models.weights import sha256_of_tensors
 from privacy.ledger import LedgerRefusal
-from tests.worlds import Hospital, unanswered_places
+from tests.worlds import Hospital, coded, unanswered_places
 
 SECRET = "Jane Doe 1961 /mnt/pacs/jane_doe.dcm"
 PATIENTS = [f"p{n}" for n in range(8)]
@@ -67,7 +67,7 @@ def asks(plan: RunPlan, toy_bank: Any) -> dict[str, RecordDict]:
     return {
         SURVEY.route: SurveyAsk(plan_json=text).to_record(),
         PRETRAINING.route: TrainAsk(plan_json=text, round=1, shared=shared, bank=bank, home=home).to_record(),
-        ERASURE.route: ErasureAsk(plan_json=text, shared=shared, bank=bank).to_record(),
+        ERASURE.route: ErasureAsk(plan_json=text, shared=coded(plan, shared)).to_record(),
     }
 
 

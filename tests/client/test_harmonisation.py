@@ -228,8 +228,8 @@ def whole_desk(tmp_path: Path) -> Desk:
 
 @pytest.mark.parametrize("method", ["sample", "invert", "restyle"])
 def test_a_whole_scan_is_harmonised_on_the_patients_own_grid(whole_desk: Desk, method: str) -> None:
-    told = [] if method == "restyle" else ["--steps", "2"]
-    asked = ["--style", "south", "--method", method, *told, "-o", "@out.nii.gz"]
+    steps = [] if method == "restyle" else ["--steps", "2"]
+    asked = ["--style", "south", "--method", method, *steps, "-o", "@out.nii.gz"]
     status, said = whole_desk.run("@a.nii.gz", "--model", "@model.safetensors", *asked)
     assert status == 0, said
     made, scan = nib.load(whole_desk.root / "out.nii.gz"), nib.load(whole_desk.root / "a.nii.gz")

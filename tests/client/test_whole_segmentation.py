@@ -13,7 +13,7 @@ from client.latents.latent_set import LatentSet
 from client.scans.cohort import open_cohort, read_entry
 from client.whole_segmentation import segment_whole
 from federation.plan import VolumePlan
-from meduet_models.downstream.whole_scans import predict_scan, predict_voxels
+from meduet_models.downstream.whole_scans import predict_voxels
 from meduet_models.tokenizer.tokenizer import Tokenizer
 
 VOLUMES = VolumePlan(
@@ -77,18 +77,3 @@ def test_windows_of_a_network_that_sees_one_cell_are_the_whole_at_once(scans: La
     )
     expected = torch.cat([-score, score]).detach()
     torch.testing.assert_close(predict_voxels(network, latents, GRID), expected, rtol=0, atol=1e-4)
-
-
-def test_one_answer_per_scan_is_that_of_its_foreground(scans: LatentSet) -> None:
-    class Mean(Bright):
-        def forward(self, latents: Tensor) -> Tensor:
-            return latents.mean((1, 2, 3, 4))[:, None]
-
-    latents = torch.zeros(2, 12, 4, 4)
-    latents[:, 8:] = 5.0
-    foreground = torch.zeros(12, 4, 4, dtype=torch.bool)
-    foreground[8:] = True
-    answer = predict_scan(Mean(0.0), latents, foreground, GRID)
-    shares = torch.tensor([0.0, 0.0, 0.0, 0.5, 1.0])  # windows from 0, 2, 4, 6, 8
-    means = torch.tensor([0.0, 0.0, 0.0, 2.5, 5.0])
-    torch.testing.assert_close(answer, ((shares * means).sum() / shares.sum())[None])

@@ -29,7 +29,7 @@ OWN = (
     ("aggregation.deadline_s", 1e12), ("aggregation.norm_tolerance", -1), ("aggregation.learning_rate", 0),
     ("objective.mask_ratio", 0), ("objective.temperature_style", 0), ("objective.weights.siqc", 1e30),
     ("objective.reversal_warmup", 2), ("network.depth", -1), ("network.depth", 10**5), ("network.heads", 0),
-    ("network.width", 0), ("network.patch_size", 0), ("network.style_ratio", NAN), ("network.code_ratio", 0),
+    ("network.width", 0), ("network.patch_size", 0), ("network.style_ratio", NAN), ("network.code_size", 0),
     ("volumes.spacing_mm", [NAN, 1, 1]), ("volumes.shape", [0, 48, 32]), ("volumes.shape", [-32, 48, 32]),
     ("volumes.views", 0), ("volumes.views", 10**6), ("seed", -1), ("name", ""), ("name", "a\nb"),
     ("probes.folds", 0), ("probes.every_rounds", -1),

@@ -1,6 +1,7 @@
 """`volumes.extent`: what goes with it and what does not, what people are told, what the site checks."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,9 +55,9 @@ def test_the_plan_as_people_read_it_says_what_the_extent_means() -> None:
         return " ".join(text for _, text in plan_words(PublishedPlan(plan=plan, bundle_sha256="0" * 64)))
 
     assert "the central 16 x 24 x 16 voxels" in words(make_plan())
-    told = words(make_plan(volumes=WHOLE))
-    assert "all of their foreground" in told and "crop of 16 x 24 x 16 voxels" in told and "30%" in told
-    assert "the central 16 x 24 x 16 voxels" not in told
+    shown = words(make_plan(volumes=WHOLE))
+    assert "all of their foreground" in shown and "crop of 16 x 24 x 16 voxels" in shown and "30%" in shown
+    assert "the central 16 x 24 x 16 voxels" not in shown
     assert "plan.volumes.extent = scan" in list(
         plan_settings(PublishedPlan(plan=make_plan(volumes=WHOLE), bundle_sha256="0" * 64))
     )
@@ -69,8 +70,8 @@ def test_check_says_what_a_crop_cuts_off_and_nothing_where_all_is_seen() -> None
     assert kept_share(scan, crop) < 0.1 and kept_share(scan, WHOLE) == 1.0
 
     def said(volumes: VolumePlan) -> list[str]:
-        entry = ScanEntry("0", "p", path=None, files=(), modality="mr", split="train",  # type: ignore[arg-type]
+        entry = ScanEntry("0", "p", path=Path("a"), files=(), modality="mr", split="train",
                           kept=kept_share(scan, volumes))  # fmt: skip
-        return [name for name, *_ in cohort_lines(Cohort(None, (entry,), ()), volumes)]  # type: ignore[arg-type]
+        return [name for name, *_ in cohort_lines(Cohort(Path(), (entry,), ()), volumes)]
 
     assert "crop" in said(crop) and "crop" not in said(WHOLE)

@@ -28,7 +28,7 @@ MESSAGES = [
     TrainReply(
         plan_sha256=HASH, site="oslo", round=2, examples=7, update=TENSORS, metrics={"loss.total": 0.5}
     ),
-    ErasureAsk(plan_json="{}", shared=TENSORS, bank=TENSORS),
+    ErasureAsk(plan_json="{}", shared=TENSORS),
     ErasureReply(plan_sha256=HASH, site="oslo", moments=MOMENTS),
     Refusal(kind=RefusalKind.BUDGET, site="oslo"),
     ProbeAsk(plan_json="{}", round=3, shared=TENSORS, bank={}, probe=TENSORS),

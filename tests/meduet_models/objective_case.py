@@ -21,6 +21,7 @@ TINY = small_network(latent_grid=(4, 4, 6), style_map_grid=(1, 2, 1))
 SITES = (0, 1, 2)
 PUBLISHED = LossWeights(visible_reconstruction=0.0, invariance=0.0, restyled_reconstruction=0.0)
 ESTIMATORS = pytest.mark.parametrize("estimator", ["full", "one_stream", "alternate"])
+NOTHING = LossWeights(**{field.name: 0.0 for field in dataclasses.fields(LossWeights)})
 PATHS = pytest.mark.parametrize("paths", ["split", "joint"])
 
 
@@ -41,3 +42,8 @@ class Case:
         weights = weights or (LossWeights() if self.batch.restyled is not None else PUBLISHED)
         objective = MeduetObjective(ObjectiveConfig(weights=weights, **config))
         return objective(self.student, self.teacher, self.batch, self.draws, progress)
+
+
+def reconstruction_only(**weights: float) -> LossWeights:
+    none = {field.name: 0.0 for field in dataclasses.fields(LossWeights)}
+    return LossWeights(**{**none, "reconstruction": 1.0, **weights})

@@ -1,94 +1,166 @@
+import math
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from meduet_models.content_code import (
-    RenderingMoments,
+    CodeSums,
+    ContentCode,
+    code_bound,
     erase_own_site,
-    fit_content_code,
+    public_code,
+    token_erasure,
+    without_sites,
 )
-from meduet_models.erasure import ErasureMoments, erase, fit_erasure, triangle_length
-from meduet_models.meduet import MeDUET, NetworkConfig
+from meduet_models.meduet import MeDUET, NetworkConfig, layer_normed
 from meduet_models.probes.quick import site_probe
 from meduet_models.probes.recognition import retrieval_across_sites
-from tests.worlds import small_network
 
-WIDTH, SIZE, SITES, PATIENTS = 48, 8, 3, 30
-BOUND = 1e3
+TOKENS, WIDTH, SIZE, SITES, PATIENTS = 12, 10, 16, 3, 60
+BOUND = code_bound(SIZE)
 G = torch.Generator().manual_seed(5)
-ANATOMY, STYLE = torch.randn(10, WIDTH, generator=G), torch.randn(6, WIDTH, generator=G)
-LOOKS = 0.8 * torch.randn(SITES, 6, generator=G)
+ANATOMY = torch.randn(10, TOKENS, WIDTH, generator=G)
+ANATOMY = ANATOMY - ANATOMY.mean(
+    1, keepdim=True
+)  # where things are: nothing of it is in the mean over tokens
+LOOKS = 0.8 * torch.randn(SITES, TOKENS, WIDTH, generator=G)
 
 
-def content(site: int, seed: int, patients: int = PATIENTS) -> Tensor:
-    """Content [r n k] of a site's patients in every site's style: anatomy, an imperfectly removed style,
-    and noise of the rendering."""
-    generator = torch.Generator().manual_seed(1000 * seed + site)
-    anatomy = torch.randn(patients, 10, generator=generator) @ ANATOMY
-    noise = 0.3 * torch.randn(SITES, patients, WIDTH, generator=generator)
-    return anatomy + (LOOKS @ STYLE)[:, None] + noise
+def tokens(seed: int, site: int | None = None, patients: int = PATIENTS) -> Tensor:
+    """Content tokens of patients: anatomy, what a site adds to it, and noise."""
+    draws = torch.Generator().manual_seed(seed)
+    anatomy = torch.einsum("bq,qnk->bnk", torch.randn(patients, 10, generator=draws), ANATOMY)
+    noise = 0.3 * torch.randn(patients, TOKENS, WIDTH, generator=draws)
+    return anatomy + noise + (0 if site is None else LOOKS[site])
 
 
 def names(count: int) -> list[str]:
     return [str(i) for i in range(count)]
 
 
-def sums_of(seed: int) -> tuple[dict[str, ErasureMoments], dict[str, RenderingMoments]]:
-    own, renderings = {}, {}
+@pytest.fixture(scope="module")
+def public() -> ContentCode:
+    dressed = torch.cat([tokens(100 + s, s, 40) for s in range(SITES)])
+    return public_code(dressed, TOKENS, WIDTH, SIZE)
+
+
+@pytest.fixture(scope="module")
+def sums(public: ContentCode) -> dict[str, CodeSums]:
+    sums_by_site = {}
     for site in range(SITES):
-        x = content(site, seed)
-        own[str(site)] = ErasureMoments.of(x[site], names(PATIENTS), BOUND)
-        renderings[str(site)] = RenderingMoments.of(x, names(PATIENTS), BOUND)
-    return own, renderings
+        sums_by_site[str(site)] = CodeSums.of(public.read(tokens(site, site)), names(PATIENTS), BOUND)
+    return sums_by_site
 
 
-def test_sums_of_two_sites_are_the_sums_of_their_union() -> None:
-    x = content(0, 1)
-    both = RenderingMoments.of(x, names(PATIENTS), BOUND)
-    parts = [
-        RenderingMoments.of(x[:, rows], names(PATIENTS)[rows], BOUND) for rows in (slice(0, 9), slice(9, 30))
-    ]
-    torch.testing.assert_close((parts[0] + parts[1]).to_vector(), both.to_vector())
-    back = RenderingMoments.from_vector(both.to_vector(), WIDTH, BOUND)
-    torch.testing.assert_close(back.scatter, both.scatter)
-    assert len(both.to_vector()) == triangle_length(WIDTH)
-    assert float(both.to_vector().norm()) == pytest.approx(float(both.scatter.norm()))
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), a=st.integers(1, 6), b=st.integers(1, 6))
+def test_sums_of_two_sites_are_the_sums_of_their_union(seed: int, a: int, b: int) -> None:
+    x = torch.randn(a + b, 5, generator=torch.Generator().manual_seed(seed))
+    both, people = CodeSums.of(x, names(a + b), 1.5), names(a + b)
+    one, other = CodeSums.of(x[:a], people[:a], 1.5), CodeSums.of(x[a:], people[a:], 1.5)
+    torch.testing.assert_close((one + other).to_vector(), both.to_vector())
+    torch.testing.assert_close(one.to_vector() + other.to_vector(), both.to_vector())
+    assert torch.equal(CodeSums.from_vector(one.to_vector(), 5, 1.5).to_vector(), one.to_vector())
+    both.check(a + b)
 
 
-def test_one_patient_moves_the_vector_by_at_most_the_bound_squared() -> None:
-    x = 100 * torch.stack([torch.ones(1, WIDTH), -torch.ones(1, WIDTH)])  # as far apart as can be
-    vector = RenderingMoments.of(x, ["a"], 2.0).to_vector()
-    assert float(vector.norm()) == pytest.approx(4.0)
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), bound=st.floats(0.1, 10.0), scale=st.floats(0.1, 100.0))
+def test_one_patient_moves_the_vector_by_at_most_her_bound_and_her_count(
+    seed: int, bound: float, scale: float
+) -> None:
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed)) * scale
+    moved = CodeSums.of(x, names(4), bound).to_vector() - CodeSums.of(x[:3], names(3), bound).to_vector()
+    assert float(moved.norm()) <= math.hypot(bound, 1.0) * (1 + 1e-6)
 
 
-def test_renderings_that_do_not_differ_scatter_nothing() -> None:
-    assert float(RenderingMoments.of(content(0, 1)[:1], names(PATIENTS), BOUND).scatter.abs().max()) == 0
+def test_a_patient_with_many_scans_counts_once() -> None:
+    x = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
+    many = CodeSums.of(x[[0, 1, 1, 1, 2]], ["a", "b", "b", "b", "c"], 10.0)
+    torch.testing.assert_close(many.to_vector(), CodeSums.of(x, names(3), 10.0).to_vector())
 
 
-def test_the_code_forgets_the_site_that_a_wide_erasure_still_shows_and_keeps_the_patient() -> None:
-    own, renderings = sums_of(1)
-    mean, matrix = fit_content_code(own, renderings, SIZE)
-    unseen = content(7, 2, 80)  # new patients on every scanner
-    sites = [s for s in range(SITES) for _ in range(80)]
-    patients = names(80) * SITES
-    flat = unseen.flatten(0, 1)
-    code = ((flat - mean.float()) @ matrix.T.float()).float()
-    wide = erase(flat, *fit_erasure(own))
-    chance = 1 / SITES
-    assert site_probe(flat, sites, patients, 0).score > 0.95
-    assert site_probe(wide, sites, patients, 0).score > chance + 0.1  # what dimension and noise leave
-    assert site_probe(code, sites, patients, 0).score < chance + 0.05
-    assert retrieval_across_sites(code, sites, patients).score > 0.95
+def test_the_code_keeps_what_the_mean_over_tokens_throws_away(public: ContentCode) -> None:
+    where = torch.randn(200, 10, generator=torch.Generator().manual_seed(8))
+    noise = 0.3 * torch.randn(200, TOKENS, WIDTH, generator=torch.Generator().manual_seed(9))
+    seen = torch.einsum("bq,qnk->bnk", where, ANATOMY) + noise
+
+    def explained(features: Tensor) -> float:
+        solution = torch.linalg.lstsq(features.double(), where.double()).solution
+        left = where.double() - features.double() @ solution
+        return float(1 - left.square().sum() / where.square().sum())
+
+    assert explained(public.read(seen)) > 0.9
+    assert explained(seen.mean(1)) < 0.1
 
 
-def test_the_code_of_the_sites_patients_is_centred_by_site_and_whitened() -> None:
-    own, renderings = sums_of(1)
-    mean, matrix = fit_content_code(own, renderings, SIZE)
-    codes = [(content(s, 1)[s].double() - mean) @ matrix.T for s in range(SITES)]
-    torch.testing.assert_close(torch.stack([c.mean(0) for c in codes]), torch.zeros(SITES, SIZE).double())
-    variances = torch.linalg.eigvalsh(torch.cat(codes).T @ torch.cat(codes) / (SITES * PATIENTS))
-    torch.testing.assert_close(variances[SITES - 1 :], torch.ones(SIZE - SITES + 1).double())
-    assert float(variances[: SITES - 1].abs().max()) < 1e-9  # one direction less per site but one
+def test_after_the_erasure_the_sites_means_coincide_and_fresh_patients_of_a_site_look_like_the_others(
+    public: ContentCode, sums: dict[str, CodeSums]
+) -> None:
+    code = without_sites(public, sums)
+    means = torch.stack([code.read(tokens(site, site).double()).mean(0) for site in range(SITES)])
+    torch.testing.assert_close(means, torch.zeros_like(means), atol=1e-6, rtol=0)
+    fresh = torch.cat([tokens(50, site, 80) for site in range(SITES)])  # new patients, on every scanner
+    sites = [site for site in range(SITES) for _ in range(80)]
+    before, after = public.read(fresh), code.read(fresh)
+    assert site_probe(before, sites, names(80) * SITES, 0).score > 0.95
+    assert site_probe(after, sites, names(80) * SITES, 0).score < 1 / SITES + 0.15
+    assert retrieval_across_sites(after, sites, names(80) * SITES).score > 0.9
+
+
+def test_the_erasure_costs_at_most_one_direction_per_further_site(
+    public: ContentCode, sums: dict[str, CodeSums]
+) -> None:
+    code = without_sites(public, sums)
+    assert int(torch.linalg.matrix_rank(public.matrix)) == SIZE
+    assert int(torch.linalg.matrix_rank(code.matrix, tol=1e-9)) == SIZE - SITES + 1
+    same = {"0": sums["0"], "1": sums["0"]}
+    torch.testing.assert_close(without_sites(public, same).matrix, public.matrix)
+
+
+def test_the_erasure_of_means_is_that_of_the_patients_side_by_side(
+    public: ContentCode, sums: dict[str, CodeSums]
+) -> None:
+    x = [public.read(tokens(site, site)).double() for site in range(SITES)]
+    centre = torch.stack([own.mean(0) for own in x]).mean(0)
+    apart = torch.stack([own.mean(0) - centre for own in x])
+    projector = torch.eye(SIZE).double() - torch.linalg.pinv(apart) @ apart
+    expected = (x[0] - centre) @ projector
+    torch.testing.assert_close(
+        without_sites(public, sums).read(tokens(0, 0)).double(), expected, atol=1e-4, rtol=0
+    )
+
+
+def test_a_change_of_tokens_laid_back_from_the_code_is_read_as_that_change(public: ContentCode) -> None:
+    change = torch.randn(4, SIZE, generator=torch.Generator().manual_seed(2))
+    moved = public.tokens_of(change)
+    assert moved.shape == (4, TOKENS, WIDTH)
+    start = tokens(3, None, 4).double()
+    torch.testing.assert_close(public.read(start + moved) - public.read(start), change.double())
+
+
+def test_of_tokens_the_erasure_takes_the_channels_that_sites_differ_in_on_average(
+    public: ContentCode, sums: dict[str, CodeSums]
+) -> None:
+    mean, matrix = token_erasure(public, sums)
+    torch.testing.assert_close(matrix @ matrix, matrix, rtol=0, atol=1e-9)
+    pooled = torch.stack([tokens(site, site).mean((0, 1)) for site in range(SITES)]).double()
+    erased = mean + (pooled - mean) @ matrix.T
+    assert float(erased.var(0).sum()) < 0.1 * float(pooled.var(0).sum())
+
+
+def test_a_public_code_has_as_much_variance_as_numbers() -> None:
+    seen = torch.cat([tokens(100 + s, s, 40) for s in range(SITES)])
+    code = public_code(seen, 5, 4, 12)
+    assert code.places.shape == (5, TOKENS) and code.channels.shape == (4, WIDTH)
+    codes = code.read(seen.double())
+    torch.testing.assert_close(codes.mean(0), torch.zeros(12).double(), atol=1e-9, rtol=0)
+    assert float(codes.square().sum(1).mean()) == pytest.approx(12)
+    again = public_code(seen, 5, 4, 12)
+    assert torch.equal(again.matrix, code.matrix)
 
 
 def test_a_late_site_is_erased_by_its_own_patients() -> None:
@@ -100,31 +172,43 @@ def test_a_late_site_is_erased_by_its_own_patients() -> None:
         erase_own_site(codes[:0], [])
 
 
-def test_bad_sums_are_refused() -> None:
-    own, renderings = sums_of(1)
-    with pytest.raises(ValueError, match="two or more sites; got 1 and 1"):
-        fit_content_code({"0": own["0"]}, {"0": renderings["0"]}, SIZE)
-    with pytest.raises(ValueError, match="got 3 and 2"):
-        fit_content_code(own, {k: renderings[k] for k in "01"}, SIZE)
-    with pytest.raises(ValueError, match="at least 3 numbers, one per site; got 2"):
-        fit_content_code(own, renderings, 2)
-    with pytest.raises(ValueError, match="of width 48"):
-        renderings["0"] + RenderingMoments.from_vector(torch.zeros(3), 2, BOUND)
-    with pytest.raises(ValueError, match="3 rendering sums; got 4"):
-        RenderingMoments.from_vector(torch.zeros(4), 2, BOUND)
-    with pytest.raises(ValueError, match="at least one rendering"):
-        RenderingMoments.of(torch.zeros(0, 2, 4), ["a", "b"], BOUND)
+def test_bad_sums_and_public_scans_are_refused(public: ContentCode, sums: dict[str, CodeSums]) -> None:
+    with pytest.raises(ValueError, match="two sites to erase between; got 1"):
+        without_sites(public, {"0": sums["0"]})
+    nobody = CodeSums.from_vector(torch.zeros(SIZE + 1), SIZE, BOUND)
+    with pytest.raises(ValueError, match="at least one patient from '1'"):
+        without_sites(public, {"0": sums["0"], "1": nobody})
+    with pytest.raises(ValueError, match="of 16 numbers and bound"):
+        sums["0"] + CodeSums.from_vector(torch.zeros(3), 2, BOUND)
+    with pytest.raises(ValueError, match="17 code sums; got 4"):
+        CodeSums.from_vector(torch.zeros(4), SIZE, BOUND)
     with pytest.raises(ValueError, match="NaN"):
-        RenderingMoments.of(torch.full((2, 1, 4), torch.nan), ["a"], BOUND)
+        CodeSums.of(torch.full((2, 4), torch.nan), ["a", "b"], BOUND)
+    for vector, reason in (([2.5, 0.0], "whole"), ([9.0, 0.0], "0 to 5"), ([1.0, 3.0], "longer")):
+        with pytest.raises(ValueError, match=reason):
+            CodeSums.from_vector(torch.tensor(vector), 1, 2.0).check(5)
+    with pytest.raises(ValueError, match="more than 16 public scans"):
+        public_code(tokens(0)[:16], TOKENS, WIDTH, SIZE)
+    with pytest.raises(ValueError, match="varies in 16 ways"):
+        public_code(tokens(0)[:1].expand(30, -1, -1), TOKENS, WIDTH, SIZE)
 
 
 def test_a_network_without_a_fitted_code_says_so() -> None:
-    config = small_network(latent_grid=(4, 4, 4), style_map_grid=(1, 2, 1))
+    config = NetworkConfig(
+        latent_channels=2, latent_grid=(4, 4, 4), patch_size=2, width=12, depth=1, heads=2, decoder_width=12,
+        decoder_depth=1, decoder_heads=2, style_map_grid=(1, 2, 1), code_size=20,
+    )  # fmt: skip
     network, latents = MeDUET(config, 3).eval(), torch.randn(5, 2, 4, 4, 4)
     with pytest.raises(ValueError, match="none was fitted"):
         network.content_code(latents)
-    network.set_content_code(torch.ones(12), torch.eye(12)[: config.code_size])
-    expected = (network.pooled_content(latents) - 1)[:, : config.code_size]
+    seen = layer_normed(network.encode(torch.randn(40, 2, 4, 4, 4)).content.detach())
+    code = public_code(seen, config.code_places, config.code_channels, 20)
+    network.set_content_code(code)
+    expected = code.read(layer_normed(network.encode(latents).content))
     torch.testing.assert_close(network.content_code(latents), expected)
-    with pytest.raises(ValueError, match="code_ratio above 0 and at most 1"):
-        NetworkConfig(**{**vars(config), "code_ratio": 2.0})
+    network.set_erasure(torch.zeros(12), torch.zeros(12, 12))
+    torch.testing.assert_close(network.content_code(latents), expected)  # the code has its own erasure
+    network.set_content_code(None)
+    assert not network.has_content_code
+    with pytest.raises(ValueError, match="code_size of at most 96 numbers"):
+        NetworkConfig(**{**vars(config), "code_size": 97})

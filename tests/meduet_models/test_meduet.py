@@ -23,8 +23,8 @@ PAPER = NetworkConfig(
 PATHS = pytest.mark.parametrize("paths", ["split", "joint"])
 
 
-def network(paths: str, seed: int = 0) -> MeDUET:
-    return MeDUET(dataclasses.replace(TINY, factor_paths=paths), 3, seed=seed)
+def network(paths: str, seed: int = 0, **changes: str) -> MeDUET:
+    return MeDUET(dataclasses.replace(TINY, factor_paths=paths, **changes), 3, seed=seed)
 
 
 def scans(count: int = 3, seed: int = 0) -> torch.Tensor:
@@ -98,6 +98,22 @@ def test_erasure_is_the_identity_until_fitted_and_then_the_last_layer_of_content
     reloaded = network("split", seed=3)
     reloaded.load_state_dict(net.state_dict())
     assert torch.equal(reloaded.pooled_content(latents), net.pooled_content(latents))
+
+
+@PATHS
+def test_blocks_that_start_as_the_identity_add_nothing_and_the_centre_is_predicted(paths: str) -> None:
+    net, latents = network(paths, blocks_start="identity"), scans()
+    net.set_latent_scale(scans(1, seed=5)[0], torch.tensor([0.7, 1.4]))
+    tokens = net.embed_latents(latents)
+    assert torch.equal(net.encoder(tokens), net.encoder.norm(tokens + net.encoder.positions))
+    torch.testing.assert_close(net.decode(net.encode(latents)), net.latent_mean.expand_as(latents))
+    other = network(paths).state_dict()
+    changed = {name for name, t in net.state_dict().items() if not torch.equal(t, other[name])}
+    assert {n.rsplit(".", 2)[-2] for n in changed if not n.startswith("latent_")} == {
+        "proj",
+        "contract",
+        "predict",
+    }
 
 
 def test_weights_follow_the_seed_and_no_global_generator() -> None:

@@ -15,7 +15,7 @@ from meduet_models.objective import (
     StepDraws,
     draw_step,
 )
-from tests.meduet_models.objective_case import PATHS, PUBLISHED, Case
+from tests.meduet_models.objective_case import PATHS, PUBLISHED, Case, reconstruction_only
 
 ROOT = Path(__file__).parents[2]
 
@@ -292,11 +292,6 @@ def test_one_site_or_none_leaves_no_choice() -> None:
 
 
 # Masked autoencoding
-
-
-def reconstruction_only(**weights: float) -> LossWeights:
-    none = {field.name: 0.0 for field in dataclasses.fields(LossWeights)}
-    return LossWeights(**{**none, "reconstruction": 1.0, **weights})
 
 
 def test_masked_autoencoding_predicts_hidden_tokens_of_each_scan_from_its_visible_ones() -> None:

@@ -49,3 +49,16 @@ def test_width_that_is_no_multiple_of_six_leaves_zeros() -> None:
     assert torch.equal(table[:, 60:], torch.zeros(8, 4))
     with pytest.raises(ValueError, match="width of at least 6"):
         sincos_positions((2, 2, 2), 4)
+
+
+def test_positions_within_the_grid_tell_its_tokens_further_apart() -> None:
+    grid = (5, 6, 5)
+    published, within = [sincos_positions(grid, 96, choice) for choice in (False, True)]
+    assert within.abs().max() <= 1
+    nearest = [
+        (table[:, None] - table[None]).norm(dim=2).fill_diagonal_(torch.inf).min()
+        for table in (published, within)
+    ]
+    assert nearest[1] > 1.5 * nearest[0]
+    changing = [(table.std(0) > 0.2).sum() for table in (published, within)]
+    assert changing[1] > 2 * changing[0]

@@ -74,6 +74,9 @@ class TinyModel:
             shared | {"constant": pooled / patients}, {"entries": pooled[None]}, {"patients": patients}
         )
 
+    def with_code(self, shared: dict[str, Tensor], style_bank: dict[str, Tensor]) -> dict[str, Tensor]:
+        return shared
+
     def check_erasure(self, reply: ErasureReply) -> None:
         if set(reply.moments) != {"sums"}:
             raise ValueError("Expected sums.")

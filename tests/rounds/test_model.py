@@ -5,10 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from federation.exchanges.erasure import ErasureReply, content_bound, erasure_tensors, renders
+from federation.exchanges.erasure import ErasureReply, erasure_tensors
 from federation.exchanges.survey import SurveyReply, survey_layout
-from meduet_models.content_code import RenderingMoments
-from meduet_models.erasure import ErasureMoments
+from meduet_models.content_code import CodeSums, code_bound, code_of
 from meduet_models.meduet import MeDUET
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleMoments
@@ -26,15 +25,14 @@ def surveyed(plan: Any, site: str, seed: int, num: int = 8) -> SurveyReply:
     )
 
 
+def codes(plan: Any, seed: int, num: int = 8) -> torch.Tensor:
+    return torch.randn(num, plan.network.code_size, generator=torch.Generator().manual_seed(seed)) + seed / 2
+
+
 def content(plan: Any, site: str, seed: int, num: int = 8) -> ErasureReply:
-    vectors = torch.randn(num, 12, generator=torch.Generator().manual_seed(seed)) * 0.3 + seed / 5
-    moments = ErasureMoments.of(vectors, [str(i) for i in range(num)], content_bound(plan))
-    rendered = torch.stack(
-        [vectors, vectors + 0.1 * torch.randn(12, generator=torch.Generator().manual_seed(9))]
-    )
-    renderings = RenderingMoments.of(rendered, [str(i) for i in range(num)], content_bound(plan))
-    tensors = erasure_tensors(moments, renderings if renders(plan) else None)
-    return ErasureReply(plan_sha256=plan.sha256, site=site, moments=tensors)
+    bound = code_bound(plan.network.code_size)
+    sums = CodeSums.of(codes(plan, seed, num), [str(i) for i in range(num)], bound)
+    return ErasureReply(plan_sha256=plan.sha256, site=site, moments=erasure_tensors(sums))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -92,16 +90,23 @@ def test_the_erasure_makes_the_sites_means_equal(miniature: Any) -> None:
     replies = {site: content(plan, site, i) for i, site in enumerate(plan.sites)}
     for reply in replies.values():
         model.check_erasure(reply)
-    shared, summary = model.after_erasure(model.start()[0], replies)
-    assert summary["rank"] == 2
-    mean, matrix = shared["erasure_mean"], shared["erasure_matrix"]
-    means = [
-        (torch.randn(8, 12, generator=torch.Generator().manual_seed(i)) * 0.3 + i / 5).mean(0)
-        for i in range(3)
-    ]
-    erased = [mean + matrix @ (own - mean) for own in means]
-    assert torch.allclose(erased[0], erased[1], atol=1e-5) and torch.allclose(erased[1], erased[2], atol=1e-5)
-    assert not torch.allclose(means[0], means[1], atol=1e-1)
+    coded = model.with_code(model.start()[0], {})
+    shared, summary = model.after_erasure(coded, replies)
+    assert summary["rank"] == 2 and set(shared) == set(model.start()[0])
+    before, after = code_of(coded), code_of(shared)
+    means = torch.stack([codes(plan, i).double().mean(0) for i in range(3)])
+    tokens = before.tokens_of(means) + before.tokens_of(torch.zeros(1, plan.network.code_size))
+    apart = after.read(tokens) - after.read(tokens)[:1]
+    assert float(apart.abs().max()) < 1e-4 < 1.0 < float((means - means[0]).norm())
+
+
+def test_the_axes_of_the_code_follow_from_the_plan_and_the_weights_alone(miniature: Any) -> None:
+    plan = miniature.plan()
+    shared = MeduetModel(plan).start()[0]
+    one, other = (MeduetModel(plan).with_code(shared, {}) for _ in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert set(one) == set(shared)
+    assert bool(one["code_matrix"].any()) and not bool(shared["code_matrix"].any())
 
 
 def test_content_sums_that_no_cohort_can_have_are_refused(miniature: Any) -> None:
@@ -112,8 +117,8 @@ def test_content_sums_that_no_cohort_can_have_are_refused(miniature: Any) -> Non
         return dataclasses.replace(good, moments={**good.moments, "sums": sums})
 
     sums = good.moments["sums"]
-    nan, few, long = sums.clone(), sums.clone(), sums * 100
+    nan, few, long = sums.clone(), sums.clone(), sums * 1000
     nan[5], few[0], long[0] = torch.nan, 2.0, sums[0]
-    for broken, reason in ((nan, "NaN"), (few, "at least 5"), (long, "bound"), (sums[:-1], "content sums")):
+    for broken, reason in ((nan, "NaN"), (few, "at least 5"), (long, "bound"), (sums[:-1], "code sums")):
         with pytest.raises(ValueError, match=reason):
             model.check_erasure(with_sums(broken))

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.diffusion import DIFFUSION
-from federation.exchanges.erasure import ERASURE, content_bound
+from federation.exchanges.erasure import ERASURE
 from federation.exchanges.finetuning import FINETUNING
 from federation.exchanges.latents import LATENTS, LatentsAsk, LatentsReply, largest_latents, latent_bound
 from federation.exchanges.pretraining import PRETRAINING, TrainReply
@@ -47,6 +47,7 @@ from federation.limits import MOST_PATIENTS, MOST_SCANS, Largest, largest_reply,
 from federation.messages import METRIC_NAMES
 from federation.plan import ProbePlan, ReleasePlan, RunPlan
 from federation.reply_book import ReplyBook
+from meduet_models.content_code import code_bound
 from meduet_models.diffusion.conditions import Examples
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.erasure import ErasureMoments
@@ -226,7 +227,7 @@ def survey_case(plan: RunPlan) -> Case:
 
 def erasure_case(plan: RunPlan) -> Case:
     model, honest = MeduetModel(plan), content(plan, HONEST, 0)
-    shared, book, sha256 = model.start()[0], Unwritten(), plan.sha256
+    shared, book, sha256 = model.with_code(model.start()[0], {}), Unwritten(), plan.sha256
 
     def begin() -> tuple[ReplyWall[Any], Settle]:
         wall = ReplyWall(
@@ -237,7 +238,9 @@ def erasure_case(plan: RunPlan) -> Case:
         def settle(reply: Any) -> None:
             if reply is None:
                 return
-            assert possible_sums(reply.moments["sums"], plan.network.width, content_bound(plan)) >= 5
+            count, *total = reply.moments["sums"].tolist()
+            assert 5 <= count <= MOST_PATIENTS and count == round(count)
+            assert np.linalg.norm(total) <= count * code_bound(plan.network.code_size) * (1 + 1e-5)
             after, _ = model.after_erasure(shared, {HONEST: honest, "turin": reply})
             finite({name: after[name] for name in ("erasure_matrix", "code_matrix")})
 

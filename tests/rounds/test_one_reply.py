@@ -68,22 +68,24 @@ def negative(reply: ErasureReply) -> ErasureReply:
     return dataclasses.replace(reply, moments={n: -t for n, t in reply.moments.items()})
 
 
-def of_nobody(reply: ErasureReply) -> ErasureReply:
-    """The count is right, and the sums are no cohort's: their covariance has a negative direction."""
+def too_long(reply: ErasureReply) -> ErasureReply:
+    """The count is right, and the sum is longer than so many patients' can be."""
     sums = reply.moments["sums"].clone()
-    sums[13:] *= -1
-    return dataclasses.replace(reply, moments={**reply.moments, "sums": sums})
+    sums[1:] *= 1e6
+    return dataclasses.replace(reply, moments={"sums": sums})
 
 
-def renderings_of_nobody(reply: ErasureReply) -> ErasureReply:
-    return dataclasses.replace(reply, moments={**reply.moments, "renderings": -reply.moments["renderings"]})
+def halves(reply: ErasureReply) -> ErasureReply:
+    sums = reply.moments["sums"].clone()
+    sums[0] += 0.5
+    return dataclasses.replace(reply, moments={"sums": sums})
 
 
 @pytest.mark.parametrize(
     ("lie", "reason"),
-    [(negative, "at least 5 patients"), (of_nobody, "no patients"), (renderings_of_nobody, "no patients")],
+    [(negative, "at least 5 patients"), (too_long, "longer"), (halves, "whole patients")],
 )
-def test_content_sums_of_nobody_do_not_end_the_run_at_its_last_step(
+def test_code_sums_of_nobody_do_not_end_the_run_at_its_last_step(
     plan: RunPlan, tmp_path: Path, lie: Lie, reason: str
 ) -> None:
     _, metrics = go(plan, tmp_path, ERASURE.route, ErasureReply, lie)

@@ -18,8 +18,12 @@ from federation.journal import Journal
 from federation.plan import ProbePlan, RunPlan, TrainingPlan
 from meduet_models.erasure import ErasureMoments, patient_means
 from meduet_models.meduet import MeDUET
+from meduet_models.pretrained import load_pretrained
+from meduet_models.probes.ridge import ridge_from_sums
 from meduet_models.probes.sums import coordinates, explained_from_sums, linear_probe_from_sums, read_site
 from server.app import RunResult, run
+from server.checkpoints import Checkpoints
+from server.model import MeduetModel
 from simulations.engines.in_process import InProcessGrid
 from tests.worlds import Hospital, Latents
 
@@ -91,15 +95,17 @@ def test_every_reading_is_in_the_metrics_of_its_round_and_of_the_end(probed: Any
 def test_the_readings_are_those_of_everybodys_factors_in_one_place(probed: Any) -> None:
     """The federation's readings after the last round, against features pooled behind its back."""
     plan, folder, result = probed
+    last = Checkpoints(folder / "checkpoints", plan.sha256).latest()
+    assert last is not None
+    unerased = MeduetModel(plan).with_code(last.shared, last.bank)
     joint, sites, folds = [], [], []
     for index, name in enumerate(plan.sites):
         state = StateFolder(folder / "sites" / name / "state", plan.sha256).before(3)
         model = MeDUET(plan.network, 3).eval()
-        unerased = {"erasure_mean": torch.zeros(12), "erasure_matrix": torch.eye(12)}
-        model.load_state_dict({**state.home, **result.shared, **unerased})
+        model.load_state_dict({**state.home, **unerased})
         scans = Aged(index, 18)
         with torch.no_grad():
-            own = torch.cat([model.pooled_content(scans.values), model.pooled_style(scans.values)], 1)
+            own = torch.cat([model.content_code(scans.values), model.pooled_style(scans.values)], 1)
         own = patient_means(own.double(), scans.patients)
         joint.append(own * (joint_bound(plan) / own.norm(dim=1, keepdim=True).clamp(min=joint_bound(plan))))
         sites += [index] * 18
@@ -123,6 +129,32 @@ def test_the_readings_are_those_of_everybodys_factors_in_one_place(probed: Any) 
         recall = [float((said[site == s] == s).double().mean()) for s in range(3)]
         assert readings[f"site_from_{factor}"] == pytest.approx(sum(recall) / 3, abs=1e-9)
     assert x.shape == (54, joint_width(plan))
+
+
+def test_the_readers_in_the_final_model_are_the_ridge_of_everybodys_codes(probed: Any) -> None:
+    plan, folder, result = probed
+    pretrained = load_pretrained(folder / "model.safetensors")
+    ages, codes, folds = [], [], []
+    for index, name in enumerate(plan.sites):
+        state = StateFolder(folder / "sites" / name / "state", plan.sha256).before(3)
+        model = MeDUET(plan.network, 3).eval()
+        model.load_state_dict({**state.home, **result.shared})
+        scans = Aged(index, 18)
+        with torch.no_grad():
+            codes.append(model.content_code(scans.values).double())
+        ages += [float(one["age"]) for one in scans.covariates]
+        folds += list(probed_patients(scans, plan, 0, b"1" * 32).folds.values())
+    x, age, fold = torch.cat(codes), torch.tensor(ages, dtype=torch.float64), torch.tensor(folds)
+    assert float(x.norm(dim=1).max()) < joint_bound(plan)
+    joint = torch.cat([x, (age[:, None] / 50 - 1)], dim=1)
+    sums = [
+        ErasureMoments.of(joint[fold == f], [str(i) for i in range(int((fold == f).sum()))], 1e6)
+        for f in range(3)
+    ]
+    size = plan.network.code_size
+    fitted = ridge_from_sums(sums, slice(0, size), slice(size, None))
+    expected = 50 * (fitted(x)[:, 0] + 1)
+    torch.testing.assert_close(pretrained.readers["age"](x), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_probes_change_no_weight(miniature: Any, probed: Any, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import torch
 
 from client.site import Site, SiteConfig
 from federation.plan import RunPlan
-from meduet_models.meduet import MeDUET
+from meduet_models.content_code import public_code
+from meduet_models.meduet import MeDUET, layer_normed
 from meduet_models.tokenizer.tokenizer import TokenizerSpec, load_tokenizer
 from server.config import compose_config, plain, plan_from
 from simulations.evaluation import _codes, measure
@@ -100,9 +101,10 @@ def test_a_content_code_is_measured_and_a_late_site_taken_out_of_its_own_codes(p
     training = [held.latents[first : first + 8] for first in (0, 8, 16)]
     model = network(plan)
     assert not any("code" in name for name in measure(model, plan, held, training))
-    width, size = plan.network.width, plan.network.code_size
-    draws = torch.Generator().manual_seed(1)
-    model.set_content_code(torch.ones(width), torch.randn(size, width, generator=draws))
+    with torch.no_grad():
+        seen = layer_normed(model.encode(torch.randn(200, *held.latents.shape[1:])).content)
+    config = plan.network
+    model.set_content_code(public_code(seen, config.code_places, config.code_channels, config.code_size))
     with torch.no_grad():
         late = model.content_code(training[2])
     assert float(late.mean(0).norm()) > 1  # far from the federation's patients, as a site that is new

@@ -58,10 +58,10 @@ class Noting(io.StringIO):
 
 
 def piped(clock: Clock) -> tuple[Live, Noting]:
-    told = Noting(clock)
-    live = Live(Console(file=told, force_terminal=False, width=200), clock=clock)
+    screen = Noting(clock)
+    live = Live(Console(file=screen, force_terminal=False, width=200), clock=clock)
     clock.look = live.pulse.look
-    return live, told
+    return live, screen
 
 
 SLOW = (
@@ -81,7 +81,7 @@ def test_a_run_in_which_everything_is_slow_is_never_silent_for_more_than_five_se
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     clock = Clock()
-    live, told = piped(clock)
+    live, screen = piped(clock)
     main = threading.get_ident()
 
     def slow(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -99,8 +99,8 @@ def test_a_run_in_which_everything_is_slow_is_never_silent_for_more_than_five_se
     settings = [*small_simulation(rounds=1), f"folder={tmp_path}"]
     run.run(compose_config(settings))
     assert clock.now > 15 * SLOW_S
-    assert told.longest_silence() <= MOST_SILENT_S
-    pulses = [line for _, line in told.lines if line[0].isdigit()]
+    assert screen.longest_silence() <= MOST_SILENT_S
+    pulses = [line for _, line in screen.lines if line[0].isdigit()]
     for what in [*(what for _, _, what in SLOW), "north: steps", "rounds"]:
         assert any(what in line for line in pulses), what
     assert all("left" in line for line in pulses)
@@ -108,24 +108,24 @@ def test_a_run_in_which_everything_is_slow_is_never_silent_for_more_than_five_se
 
 def test_without_its_pulse_the_same_run_would_be_silent(tmp_path: Path) -> None:
     clock = Clock()
-    live, told = piped(clock)
+    live, screen = piped(clock)
     clock.look = lambda: None
     with live.counting("something slow", 3):
         clock.passes(SLOW_S)
-    assert told.longest_silence() > MOST_SILENT_S
+    assert screen.longest_silence() > MOST_SILENT_S
 
 
 def test_the_time_left_follows_the_pace_and_the_longest_bar() -> None:
     clock = Clock()
-    live, told = piped(clock)
+    live, screen = piped(clock)
     with live.counting("probing the models", 4) as probed, live.reading("north") as read:
         clock.passes(6)
-        assert told.lines[-1][1].endswith("time left not known yet")
+        assert screen.lines[-1][1].endswith("time left not known yet")
         probed(1, 4)
         read("encoding", 2, 3)
         clock.passes(4)  # 10 s for one of four; two of three since nobody knows
-    assert "probing the models 1 of 4; north: encoding 2 of 3" in told.lines[-1][1]
-    assert told.lines[-1][1].endswith("about 0:24 left")  # said at second 8, as the last line was at 4
+    assert "probing the models 1 of 4; north: encoding 2 of 3" in screen.lines[-1][1]
+    assert screen.lines[-1][1].endswith("about 0:24 left")  # said at second 8, as the last line was at 4
 
 
 def test_the_thread_speaks_while_the_main_one_is_busy() -> None:

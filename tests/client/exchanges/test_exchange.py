@@ -12,7 +12,7 @@ from client.exchanges.exchange import AskRefused, before_deadline
 from client.release import GateRefusal, Released
 from client.training.site_state import StateMissing
 from client.training.trainee import WrongWeights
-from federation.exchanges.erasure import ErasureAsk, erasure_moments
+from federation.exchanges.erasure import ErasureAsk, erasure_sums
 from federation.exchanges.pretraining import TrainAsk
 from federation.exchanges.survey import SurveyAsk, survey_layout
 from federation.journal import Journal
@@ -23,7 +23,7 @@ from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.style.moments import CohortTooSmall, StyleMoments
 from privacy.clipping import joint_norm
 from privacy.ledger import AnsweredBefore, Ledger, LedgerRefusal
-from tests.worlds import Hospital, unanswered_places
+from tests.worlds import Hospital, coded, unanswered_places
 
 answer_survey, answer_round, answer_erasure = survey.ANSWER.once, answers.ANSWER.once, erasure.ANSWER.once
 PATIENTS = [f"p{n // 2}" for n in range(12)]
@@ -157,7 +157,7 @@ def test_the_ledger_refuses_before_the_first_scan_is_opened(
     questions: list[Callable[[], Released]] = [
         lambda: answer_survey(site, SurveyAsk(plan_json=plan.to_json()), plan),
         lambda: answer_round(site, ask(plan, toy_bank(plan)), plan),
-        lambda: answer_erasure(site, ErasureAsk(plan_json=plan.to_json(), shared=shared, bank={}), plan),
+        lambda: answer_erasure(site, ErasureAsk(plan_json=plan.to_json(), shared=shared), plan),
     ]
     for question in questions:
         with pytest.raises(LedgerRefusal, match="Nothing was read"):
@@ -212,38 +212,32 @@ def test_too_small_a_cohort_tells_no_style_and_no_content(site: ToySite, plan: R
     states = answers.StateFolder(site.state_dir / "state", plan.sha256)
     states.enter(1, lambda: weights(plan)[1])
     with pytest.raises(CohortTooSmall, match="at least 7 patients"):
-        answer_erasure(site, ErasureAsk(plan_json=plan.to_json(), shared=weights(plan)[0], bank={}), plan)
+        answer_erasure(site, ErasureAsk(plan_json=plan.to_json(), shared=coded(plan, weights(plan)[0])), plan)
     assert site.journal.verify() == 0
 
 
-def test_erasure_sums_are_those_of_the_final_network_before_any_erasure(
+def test_erasure_sums_are_those_of_the_final_networks_codes(
     site: ToySite, plan: RunPlan, toy_bank: Any
 ) -> None:
-    shared = add(weights(plan)[0], answer_round(site, ask(plan, toy_bank(plan)), plan))
-    erased = shared | {"erasure_matrix": torch.zeros(16, 16)}
-    styles = toy_bank(plan)
-    question = ErasureAsk(plan_json=plan.to_json(), shared=erased, bank=styles.to_tensors())
-    moments, renderings = erasure_moments(answer_erasure(site, question, plan).tensors, plan)
+    shared = coded(plan, add(weights(plan)[0], answer_round(site, ask(plan, toy_bank(plan)), plan)))
+    question = ErasureAsk(plan_json=plan.to_json(), shared=shared)
+    sums = erasure_sums(answer_erasure(site, question, plan).tensors, plan)
     student = MeDUET(plan.network, 3)
     state = answers.StateFolder(site.state_dir / "state", plan.sha256).before(4)
     student.load_state_dict({**state.home, **shared})
     with torch.no_grad():
-        content = student.pooled_content(site.held.values[:, 0]).double().reshape(6, 2, 16).mean(1)
-    assert float(moments.count) == 6
-    torch.testing.assert_close(moments.total, content.sum(0), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(moments.outer, content.T @ content, rtol=1e-5, atol=1e-5)
-    own, latents = site.held.site_index, site.held.values[:, 0]
-    with torch.no_grad():
-        restyled = torch.stack(
-            [student.pooled_content(styles.restyle(latents, own, torch.full_like(own, s))) for s in range(3)]
-        )
-    restyled = restyled.double().reshape(3, 6, 2, 16).mean(2)  # r n k
-    apart = restyled - restyled.mean(0)
-    assert renderings is not None and float(apart.norm()) > 0.1
-    scatter = torch.einsum("rnk,rnj->kj", apart, apart) / 3
-    torch.testing.assert_close(renderings.scatter, scatter, rtol=1e-4, atol=1e-5)
+        codes = student.content_code(site.held.values[:, 0]).double().reshape(6, 2, -1).mean(1)
+    assert float(sums.count) == 6 and float(codes.norm(dim=1).max()) < sums.bound
+    torch.testing.assert_close(sums.total, codes.sum(0), rtol=1e-5, atol=1e-5)
     with pytest.raises(AnsweredBefore):
-        answer_erasure(site, replace(question, bank={}), plan)
+        answer_erasure(site, replace(question, shared={**shared, "code_mean": 0 * shared["code_mean"]}), plan)
+
+
+def test_without_axes_of_a_code_no_sums_are_told(site: ToySite, plan: RunPlan) -> None:
+    answers.StateFolder(site.state_dir / "state", plan.sha256).enter(1, lambda: weights(plan)[1])
+    with pytest.raises(AskRefused, match="axes of a content code") as refusal:
+        answer_erasure(site, ErasureAsk(plan_json=plan.to_json(), shared=weights(plan)[0]), plan)
+    assert refusal.value.kind is RefusalKind.MALFORMED and site.journal.verify() == 0
 
 
 @pytest.mark.parametrize(("round_number", "text"), [(0, "got round 0"), (4, "got round 4")])

@@ -31,7 +31,7 @@ from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import CohortTooSmall, StyleMoments
 from privacy.clipping import joint_norm
-from tests.worlds import Hospital, unanswered_places
+from tests.worlds import Hospital, coded, coded_network, unanswered_places
 
 answer_probe = ANSWER.once
 SECRET = b"1" * 32
@@ -53,7 +53,7 @@ def scans(toy_scans: Any) -> Any:
 
 
 def network(plan: RunPlan) -> MeDUET:
-    return MeDUET(plan.network, len(plan.sites), seed=plan.seed).eval()
+    return coded_network(plan)
 
 
 def test_folds_are_even_by_patient_and_do_not_depend_on_the_order_of_scans(plan: RunPlan, scans: Any) -> None:
@@ -69,7 +69,7 @@ def test_the_sums_are_those_of_each_folds_patients(plan: RunPlan, scans: Any, to
     assert {name: tuple(t.shape) for name, t in sums.items()} == sums_shapes(plan)
     with torch.no_grad():
         x = scans.values[:, 0]
-        both = torch.cat([student.pooled_content(x), student.pooled_style(x)], 1).double()
+        both = torch.cat([student.content_code(x), student.pooled_style(x)], 1).double()
     patients = both.reshape(12, 2, -1).mean(1)
     for fold, moments in enumerate(fold_moments(sums, FACTORS, plan)):
         mine = patients[[probed.folds[f"p{i}"] == fold for i in range(12)]]
@@ -88,7 +88,7 @@ def test_one_patients_share_is_within_the_promise(plan: RunPlan, scans: Any, toy
     assert 0 < joint_norm(covered) <= 12 * sums_bound(plan)
     one = replace(probed, rows=probed.rows[:2], patients=probed.patients[:2])
     scaled = network(plan)
-    scaled.set_erasure(torch.zeros(16), 1e3 * torch.eye(16))  # content far beyond its bound
+    scaled.code_matrix *= 1e3  # codes far beyond their bound
     alone = probe_sums(scaled, scans, replace(one, folds={"p0": 0}, least=0), plan, toy_bank(plan), 1)
     assert joint_norm({n: t for n, t in alone.items() if n not in UNBOUNDED}) <= sums_bound(plan) * (1 + 1e-9)
 
@@ -159,7 +159,11 @@ def ask(plan: RunPlan, bank: StyleBank, round_number: int = 1, **probe: torch.Te
     named = network(plan).state_dict()
     shared = {n: named[n] for n in shared_keys(network(plan), plan.style.head, plan.aggregation.method)}
     return ProbeAsk(
-        plan_json=plan.to_json(), round=round_number, shared=shared, bank=bank.to_tensors(), probe=probe
+        plan_json=plan.to_json(),
+        round=round_number,
+        shared=coded(plan, shared),
+        bank=bank.to_tensors(),
+        probe=probe,
     )
 
 

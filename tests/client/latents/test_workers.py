@@ -122,9 +122,14 @@ def test_a_worker_that_is_killed_is_one_line_and_what_was_done_stays(
         os.kill(workers.pids[0], signal.SIGKILL)  # as the kernel does when memory runs out
         with pytest.raises(WorkerLost) as lost:
             done += answers
-    told = str(lost.value)
-    assert told.startswith("Expected worker 1 of 2 to go on; it was killed while it read scans")
-    assert "take fewer workers" in told and "\n" not in told and str(folder) not in told and "nii" not in told
+    reason = str(lost.value)
+    assert reason.startswith("Expected worker 1 of 2 to go on; it was killed while it read scans")
+    assert (
+        "take fewer workers" in reason
+        and "\n" not in reason
+        and str(folder) not in reason
+        and "nii" not in reason
+    )
     assert 1 <= len(done) < len(sources)
     kept = files(tmp_path)
     assert {path.name for answer in done for path in answer.written} <= set(kept)

@@ -142,5 +142,5 @@ def test_a_verdict_is_the_same_behind_json() -> None:
     )
     for verdict in (whole, Judgement("a", "b")):
         assert verdict_from_json(json.loads(json.dumps(verdict_to_json(verdict)))) == verdict
-    told = verdict_from_json(json.loads(json.dumps(verdict_to_json(UnusableScan(Reason.RGB, "detail")))))
-    assert isinstance(told, UnusableScan) and (told.reason, told.detail) == (Reason.RGB, "detail")
+    read = verdict_from_json(json.loads(json.dumps(verdict_to_json(UnusableScan(Reason.RGB, "detail")))))
+    assert isinstance(read, UnusableScan) and (read.reason, read.detail) == (Reason.RGB, "detail")

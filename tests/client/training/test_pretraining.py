@@ -18,6 +18,7 @@ from meduet_models.meduet import MeDUET
 from meduet_models.objective import LossWeights, ObjectiveConfig
 from meduet_models.sharing import home_keys, shared_keys, style_keys
 from meduet_models.teacher import momentum_at
+from meduet_models.weights import open_weights, save_weights
 from privacy.clipping import joint_norm
 
 SECRET = b"1" * 32
@@ -309,6 +310,46 @@ def test_norms_biases_and_the_mask_token_are_not_decayed(site: Callable[..., Sit
     assert decayed | free == set(named.values()) and not decayed & free
     assert {"decoder.mask_token", "embed.bias", "encoder.norm.weight"} <= free
     assert {"embed.weight", "encoder.blocks.0.qkv.weight"} <= decayed
+
+
+def test_muon_keeps_one_moment_of_a_matrix_and_two_of_everything_else(site: Callable[..., Site]) -> None:
+    one = site(training=TrainingPlan(rounds=2, steps_per_round=2, batch_size=4, optimiser="muon"))
+    one.round(1)
+    kept = one.kept.optimiser
+    assert kept["exp_avg/encoder.blocks.0.qkv.weight"].any()
+    assert "exp_avg_sq/encoder.blocks.0.qkv.weight" not in kept
+    assert {"step/embed.weight", "exp_avg/embed.weight", "exp_avg_sq/embed.weight"} <= set(kept)
+    shared, forgot = one.shared, replace(one.kept, optimiser={})
+    first = one.round(2)
+    one.shared, one.kept = shared, forgot
+    assert not same(first.update, one.round(2).update)
+
+
+@pytest.mark.parametrize("lost", ["exp_avg_sq/embed.weight", "exp_avg/embed.weight", "step/embed.bias"])
+def test_muons_moments_are_taken_whole_or_not_at_all(
+    site: Callable[..., Site], lost: str, tmp_path: Path
+) -> None:
+    one = site(training=TrainingPlan(rounds=2, steps_per_round=1, batch_size=4, optimiser="muon"))
+    one.round(1)
+    trainee = Trainee.of(one.plan, one.shared, one.kept, CPU)
+    whole = {name: tensor.clone() for name, tensor in trainee.tensors().items()}
+    save_weights(tmp_path / "whole", whole, {})
+    trainee.load(open_weights(tmp_path / "whole")[0])
+    save_weights(tmp_path / "less", {name: t for name, t in whole.items() if name != lost}, {})
+    with pytest.raises(WrongWeights, match="the optimiser's"):
+        trainee.load(open_weights(tmp_path / "less")[0])
+
+
+def test_the_first_steps_of_a_run_are_masked_and_the_terms_come_after_them(site: Callable[..., Site]) -> None:
+    one = site(
+        objective=ObjectiveConfig(masked_share=0.5),
+        training=TrainingPlan(rounds=2, steps_per_round=2, batch_size=4),
+    )
+    early, late = one.round(1).metrics, one.round(2).metrics
+    assert {name for name in early if name.startswith("loss.")} == {
+        "loss.total", "loss.reconstruction", "loss.visible_reconstruction", "loss.anchor",
+    }  # fmt: skip
+    assert {"loss.siqc", "loss.invariance", "loss.restyled_reconstruction"} <= set(late)
 
 
 def test_compiling_is_asked_of_encoder_and_decoder_of_both_networks_and_of_nothing_by_default(

@@ -11,7 +11,8 @@ import torch
 from client.training.site_state import SiteState, StateFolder, UnderWay, cohort_sha256
 from federation.exchanges.pretraining import TrainAsk
 from federation.journal import Journal
-from federation.plan import RunPlan
+from federation.plan import RunPlan, TrainingPlan
+from meduet_models.objective import ObjectiveConfig
 from tests.client.training.killed_site import PATIENTS, STEPS, Killed, Tensors, ToySite, alike, same
 
 
@@ -51,6 +52,23 @@ def test_killed_after_every_step_it_is_still_the_same(
     again = site("killed")
     assert alike(whole, again, alone_plan, (expected, again.answer(ask(alone_plan), alone_plan)), 1)
     assert again.steps == []
+
+
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
+def test_killed_where_masked_steps_give_way_to_all_terms_it_is_still_the_same(
+    site: Callable[..., ToySite], ask: Callable[..., TrainAsk], toy_plan: Any, step: int
+) -> None:
+    plan = toy_plan(
+        objective=ObjectiveConfig(masked_share=0.5),
+        training=TrainingPlan(rounds=1, steps_per_round=STEPS, batch_size=4, optimiser="muon"),
+    )
+    whole, killed = site("whole"), site("killed")
+    expected = whole.answer(ask(plan), plan)
+    with pytest.raises(Killed):
+        killed.answer(ask(plan), plan, kill_after=step)
+    again = site("killed")
+    assert alike(whole, again, plan, (expected, again.answer(ask(plan), plan)), 1)
+    assert again.steps == list(range(step + 1, STEPS + 1))
 
 
 @pytest.mark.parametrize("what", ["shared", "bank", "cohort", "state", "round"])

@@ -13,7 +13,9 @@ from tests.worlds import small_network
 
 
 def config(patch: int = 2, depth: int = 2, grid: tuple[int, int, int] = (4, 8, 4)) -> NetworkConfig:
-    return small_network(latent_grid=grid, patch_size=patch, depth=depth, style_map_grid=(1, 1, 1))
+    return small_network(
+        latent_grid=grid, patch_size=patch, code_size=8, depth=depth, style_map_grid=(1, 1, 1)
+    )
 
 
 def with_head(network: FactorNetwork, task: str, classes: int, **settings: Any) -> PretrainedNetwork:

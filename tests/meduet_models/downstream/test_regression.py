@@ -60,12 +60,3 @@ def test_what_is_no_range_is_refused(values: tuple[str, ...]) -> None:
         TASK.check(1, Target("age", values))
     with pytest.raises(ValueError, match="classes to be 1"):
         TASK.check(2, AGE)
-
-
-def test_ridge_regression_of_pooled_content_finds_what_is_linear() -> None:
-    draws = np.random.default_rng(0)
-    pooled, weights = draws.normal(size=(60, 5)).astype(np.float32), draws.normal(size=5)
-    truth = torch.from_numpy(np.tanh(pooled @ weights / 5)).float()
-    fit = TASK.fit(pooled[:40], truth[:40], pooled[40:50], truth[40:50], 1, 0)
-    left = fit(pooled[50:])[:, 0] - truth[50:]
-    assert float(left.square().mean()) < 0.1 * float(truth[50:].var())

@@ -19,7 +19,8 @@ from meduet_models.tokenizer.tokenizer import (
     pca_tokenizer,
     vae_tokenizer,
 )
-from meduet_models.tokenizer.whole_scans import decode_whole, encode_whole, reach_of, window_starts
+from meduet_models.tokenizer.whole_scans import decode_whole, encode_whole, reach_of
+from meduet_models.windows import window_starts
 from tests.meduet_models.tokenizer.test_maisi import NARROW, narrow_state
 
 

@@ -14,16 +14,20 @@ from federation.plan import (
     TrainingPlan,
     VolumePlan,
 )
+from meduet_models.content_code import public_code
 from meduet_models.erasure import ErasureMoments
 from server.exchanges.directions import directions_of_sums
 from tests.worlds import small_network, small_plan
 
 FOLDS = 4
-WIDTH = 8
+WIDTH, TOKENS = 8, 12
+CODE = public_code(
+    torch.randn(100, TOKENS, WIDTH, generator=torch.Generator().manual_seed(4)), TOKENS, WIDTH, WIDTH
+)
 
 
 def a_plan(**anatomy: tuple[float, float]) -> RunPlan:
-    network = small_network(width=WIDTH)
+    network = small_network(width=WIDTH, code_size=WIDTH)
     return small_plan(
         name="toy",
         seed=0,
@@ -34,6 +38,16 @@ def a_plan(**anatomy: tuple[float, float]) -> RunPlan:
         style=StylePlan(),
         probes=ProbePlan(every_rounds=1, folds=FOLDS, anatomy=anatomy),
     )
+
+
+def found_directions(sums: dict[str, Any], plan: RunPlan) -> dict[str, torch.Tensor]:
+    """Directions of tokens, read by the code again."""
+    found = directions_of_sums(sums, plan, CODE)
+    assert all(moved.shape == (TOKENS, WIDTH) for moved in found.values())
+    return {
+        name: (CODE.read(moved[None]) - CODE.read(torch.zeros_like(moved)[None]))[0]
+        for name, moved in found.items()
+    }
 
 
 def site_sums(plan: RunPlan, content: torch.Tensor, natural: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -67,7 +81,7 @@ def test_a_direction_is_the_change_of_content_per_year_whatever_the_sites_differ
     plan = a_plan(age=(0.0, 120.0))
     slope = torch.tensor([0.02, -0.01, 0.0, 0.0, 0.015, 0.0, 0.0, 0.005])
     sums = {site: site_sums(plan, *population(i, slope)) for i, site in enumerate(plan.sites)}
-    found = directions_of_sums(sums, plan)["age"]
+    found = found_directions(sums, plan)["age"]
     # Standard error of a slope: .08 of noise per channel over 8 years and 800 patients, about 4e-4.
     assert torch.allclose(found, slope, atol=2e-3)
     # Without taking site means out, the older site's other content would be taken for age.
@@ -85,7 +99,7 @@ def test_the_direction_does_not_depend_on_the_range_that_the_plan_maps() -> None
     for high in (120.0, 240.0):
         plan = a_plan(age=(0.0, high))
         sums = {site: site_sums(plan, *population(i, slope)) for i, site in enumerate(plan.sites)}
-        found.append(directions_of_sums(sums, plan)["age"])
+        found.append(found_directions(sums, plan)["age"])
     assert torch.allclose(found[0], found[1], rtol=1e-4)
 
 
@@ -93,7 +107,7 @@ def test_what_content_does_not_tell_has_no_direction() -> None:
     plan = a_plan(age=(0.0, 120.0), coin=(0.0, 1.0))
     slope = torch.full((WIDTH,), 0.02)
     sums = {site: site_sums(plan, *population(i, slope)) for i, site in enumerate(plan.sites)}
-    assert set(directions_of_sums(sums, plan)) == {"age"}
+    assert set(found_directions(sums, plan)) == {"age"}
 
 
 def test_sites_that_withhold_anatomy_leave_the_directions_of_the_others() -> None:
@@ -102,11 +116,11 @@ def test_sites_that_withhold_anatomy_leave_the_directions_of_the_others() -> Non
     sums = site_sums(plan, *population(0, slope))
     nobody = ErasureMoments.none(joint_width(plan) + 1, anatomy_bound(plan)).to_vector()
     withheld = {ANATOMY: nobody.expand(FOLDS, -1).clone()}
-    both = directions_of_sums({"north": sums, "south": withheld}, plan)
-    assert torch.equal(both["age"], directions_of_sums({"north": sums}, plan)["age"])
-    assert directions_of_sums({"south": withheld}, plan) == {}
+    both = found_directions({"north": sums, "south": withheld}, plan)
+    assert torch.equal(both["age"], found_directions({"north": sums}, plan)["age"])
+    assert found_directions({"south": withheld}, plan) == {}
     without = dataclasses.replace(plan, probes=ProbePlan())
-    assert directions_of_sums({"north": {}}, without) == {}
+    assert found_directions({"north": {}}, without) == {}
 
 
 def test_the_same_target_everywhere_has_no_direction() -> None:
@@ -114,4 +128,4 @@ def test_the_same_target_everywhere_has_no_direction() -> None:
     content, known = population(0, torch.zeros(WIDTH))
     sums = {"north": site_sums(plan, content, {"age": torch.full_like(known["age"], 50.0)})}
     with pytest.raises(KeyError):
-        directions_of_sums(sums, plan)["age"]
+        found_directions(sums, plan)["age"]

@@ -74,7 +74,7 @@ def same(one: Path, other: Path) -> bool:
     return set(first) == set(second) and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def told(folder: Path) -> Any:
+def what_was_written(folder: Path) -> Any:
     """What the run tells in the order in which it tells it, but for times."""
     metrics = json.loads((folder / "metrics.json").read_text())
     for entry in metrics["rounds"]:
@@ -108,7 +108,7 @@ def test_the_bits_and_the_metrics_do_not_depend_on_the_number_of_processes(
     assert len(process_ids) == min(workers, 3)
     assert not any(map(alive, process_ids))
     assert same(tmp_path, alone)
-    assert told(tmp_path) == told(alone)
+    assert what_was_written(tmp_path) == what_was_written(alone)
 
 
 def test_a_process_that_is_killed_ends_the_run_in_one_line_and_it_goes_on_to_the_same_bits(

@@ -1,0 +1,100 @@
+"""Latents of nobody, for the axes of the content code: phantoms of the centre, in the sites' styles.
+
+Phantoms are deformed pieces of the public brain template about the middle of the field of view, on the plan's
+grid, imaged in random ways (`server/tokenizer/random_phantoms.py`), and encoded with the plan's tokenizer
+where that is a shipped one. The centre needs no other tokenizer: then, smooth random fields with the latents'
+own centre and deviation stand in for them (what that costs: docs/log.md). Which it is, and each draw, follows
+from the plan, so that a run that is resumed gets the same axes.
+
+What this file does not do: read a scan, or fit the axes (`meduet_models/content_code.py`).
+
+Axes: m = phantoms, c d h w = latents.
+"""
+
+import dataclasses
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from federation.exchanges.survey import survey_layout
+from federation.plan import RunPlan
+from meduet_models.seeds import generator_of
+from meduet_models.style.bank import StyleBank
+from meduet_models.style.moments import StyleMoments, restyle
+from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
+from server.tokenizer.random_phantoms import Recipe, draw_recipe, make_phantom
+
+PER_NUMBER = 2
+"""Phantoms for each number of the code."""
+_AT_ONCE = 8
+_SHIFT, _TURN, _ZOOM, _WARP_MM = 0.08, 0.1, 0.07, 6.0
+"""Deviations of a phantom's place (share of half the template), turn (radians) and size (its logarithm)."""
+_FIELDS = ((3, 1.0), (5, 0.7), (9, 0.5))
+"""Cells per axis and weight of the noises that a random field is the sum of."""
+_UNBOUNDED = 1e9
+
+
+def public_latents(
+    plan: RunPlan, centre: Float[Tensor, "c d h w"], deviation: Float[Tensor, " c"]
+) -> Float[Tensor, "m c d h w"]:
+    """Latents of phantoms, or random fields about `centre` with `deviation` per channel."""
+    draws = generator_of("public latents", plan.seed)
+    tokenizer = _shipped(plan)
+    if tokenizer is None:
+        return centre + deviation[:, None, None, None] * _random_fields(plan, draws)
+    encoded = []
+    for _ in range(0, PER_NUMBER * plan.network.code_size, _AT_ONCE):
+        recipes = [_posed(draw_recipe(draws), plan, draws) for _ in range(_AT_ONCE)]
+        encoded.append(tokenizer.encode(torch.stack([make_phantom(r, plan.volumes.shape) for r in recipes])))
+    return torch.cat(encoded)
+
+
+def dressed(
+    latents: Float[Tensor, "m c d h w"], plan: RunPlan, style_bank: StyleBank | None
+) -> Float[Tensor, "m c d h w"]:
+    """Public latents in the styles that the bank holds, by turns; as they are where it holds none."""
+    worn = None if style_bank is None else (style_bank.count > 0).nonzero()  # site and body part
+    if style_bank is None or worn is None or not len(worn):
+        return latents
+    layout = dataclasses.replace(survey_layout(plan), parts=1, centre=False, bound=_UNBOUNDED)
+    own = StyleMoments.of(latents, [str(i) for i in range(len(latents))], layout).entry()
+    chosen = worn[torch.arange(len(latents)) % len(worn)]
+    return restyle(latents, own, style_bank.entry(chosen[:, 0], chosen[:, 1]))
+
+
+def _shipped(plan: RunPlan) -> Tokenizer | None:
+    """The plan's tokenizer, if it is one of those in the package."""
+    try:
+        tokenizer = load_tokenizer(TokenizerSpec(channels=plan.network.latent_channels))
+    except ValueError:
+        return None
+    return tokenizer if tokenizer.sha256 == plan.tokenizer_sha256 else None
+
+
+def _posed(recipe: Recipe, plan: RunPlan, draws: torch.Generator) -> Recipe:
+    """The recipe with anatomy about the middle of the field of view, upright, at the plan's voxel size."""
+    turn = _TURN * torch.randn(3, 3, generator=draws)
+    zoom = float(torch.exp(_ZOOM * torch.randn((), generator=draws)))
+    rotation = torch.matrix_exp(turn - turn.T)
+    return dataclasses.replace(
+        recipe,
+        anatomy=True,
+        centre=tuple((_SHIFT * torch.randn(3, generator=draws)).tolist()),
+        rotation=tuple(tuple(row) for row in rotation.tolist()),
+        spacing_mm=tuple(zoom * mm for mm in plan.volumes.spacing_mm),
+        warp_mm=_WARP_MM,
+        slice_factor=(1, 1, 1),
+    )
+
+
+def _random_fields(plan: RunPlan, draws: torch.Generator) -> Float[Tensor, "m c d h w"]:
+    """Smooth random fields of about unit deviation."""
+    network = plan.network
+    shape = (PER_NUMBER * network.code_size, network.latent_channels, *network.latent_grid)
+    fields = torch.zeros(shape)
+    for cells, weight in _FIELDS:
+        noise = torch.randn(*shape[:2], cells, cells, cells, generator=draws)
+        fields += weight * F.interpolate(noise, network.latent_grid, mode="trilinear", align_corners=True)
+    return fields
