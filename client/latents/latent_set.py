@@ -242,11 +242,13 @@ class LatentSet:
                 f"Expected all or none of {len(stored)} rows to have a label; {len(labelled)} have. "
                 "Choose rows by has_label."
             )
-        arrays = [
-            one.read(place)[(slice(None), *self._inside(one, one.start, one.stride))].astype(np.int64)
-            for one, place in zip(stored, labelled, strict=True)
-        ]
-        return torch.from_numpy(np.stack(arrays))
+        arrays = [one.read(place) for one, place in zip(stored, labelled, strict=True)]
+        if self.crop is not None:
+            arrays = [
+                array[(slice(None), *self._inside(one, one.start, one.stride))]
+                for one, array in zip(stored, arrays, strict=True)
+            ]
+        return torch.from_numpy(np.stack(arrays).astype(np.int64))
 
     def whole_label(self, row: int, view: int = 0) -> Int64[Tensor, "1 D H W"] | None:
         """The label of a row at its own size; None when it has none."""
