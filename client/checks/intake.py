@@ -119,7 +119,7 @@ def table_lines(joins: Sequence[Join], exclusions: Sequence[Exclusion]) -> Itera
     for join in joins:
         verdict: Literal["ok", "look"] = "ok" if join.complete else "look"
         advice = "" if join.complete else "Rows and scans that do not match have no covariates."
-        yield "table", verdict, f"{shown(join.table.name)}, {join.told}", advice
+        yield "table", verdict, f"{shown(join.table.name)}, {join.summary}", advice
     unread = [one.path.name for one in exclusions if one.detail == "a table that is not read"]
     if unread:
         names = ", ".join(map(shown, sorted(set(unread))[:MOST_LINES]))
