@@ -158,7 +158,9 @@ class Readings:
         once = codes[torch.arange(len(fresh)) % sites, fresh]
         sex, age = self.people["sex"][fresh], self.people["age"][fresh]
         found = retrieval_across_sites(everywhere, where, who).score
-        self.rows[label].append((told, *site, auc(once, sex), correlation(once, age), found))
+        row = (told, *site, auc(once, sex), correlation(once, age), found)
+        print(f"    {label:40s} " + "  ".join(f"{v:.3f}" for v in row), flush=True)
+        self.rows[label].append(row)
 
     def show(self, title: str) -> None:
         """Print the means."""
@@ -245,7 +247,7 @@ def wanted(kind: str, tokens: Tensor) -> list[tuple[int, tuple[int, int], float]
         return []
     if kind != "phantoms":
         return [(64, (32, 32), 0.5)]
-    sizes = [(size, (32, 32), 0.5) for size in (32, 64, 96, 128)]
+    sizes = [(size, (32, 32), 0.5) for size in (32, 64, 96, 120)]
     return [
         *sizes,
         *((64, (32, 32), w) for w in (0.0, 1.0)),

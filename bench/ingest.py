@@ -45,6 +45,7 @@ from scipy.ndimage import gaussian_filter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from client.latents.cache import LatentCache
+from client.latents.encoding import Preparation
 from client.latents.workers import Job, Workers
 from client.scans.cohort import Cohort, open_cohort
 from client.scans.cohort_memo import remembered
@@ -168,11 +169,14 @@ def _load(folder: Path) -> None:
 
 def _floor(files: list[Path], plan: VolumePlan, tokenizer: Tokenizer) -> dict[str, Callable[[], object]]:
     arrays = [np.asarray(nib.load(path).dataobj, np.float32) for path in files]
-    volumes = torch.rand(8, 1, *plan.shape)
+    at_once = Preparation(Path(), tokenizer.sha256, plan).at_once
+    volumes = torch.rand(at_once, 1, *plan.shape)
     return {
         "floor: decompress": lambda: [_decompress(path) for path in files],
         "floor: percentiles": lambda: [np.percentile(array, plan.mr_percentiles) for array in arrays],
-        "floor: encode, eight at once": lambda: [tokenizer.encode(volumes) for _ in range(len(files) // 8)],
+        "floor: encode": lambda: [
+            tokenizer.encode(volumes[: len(files) - first]) for first in range(0, len(files), at_once)
+        ],
     }
 
 

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from federation.plan import VolumePlan
 from meduet_models.adamw import AdamW, decay_groups
-from meduet_models.erasure import ErasureMoments, fit_erasure
+from meduet_models.erasure import erase, fit_erasure
 from meduet_models.factors import Factors
 from meduet_models.meduet import MeDUET, NetworkConfig, layer_normed
 from meduet_models.muon import Muon
@@ -299,12 +299,9 @@ def site_code(tokens: Tensor, people: People, size: int = 64) -> Tensor:
     size = min(size, len(within) - len(SITES))
     axes = torch.linalg.svd(within, full_matrices=False).Vh[:size]
     code = ((tokens.double() - trained.mean(0)) @ axes.T).float()
-    moments = {}
-    for s, name in enumerate(SITES):
-        mine = code[people.trained][site == s]
-        moments[name] = ErasureMoments.of(mine, [str(i) for i in range(len(mine))], 1e9)
-    mean, matrix = fit_erasure(moments)
-    return mean + (code - mean) @ matrix.T
+    mine, own = code[people.trained], people.site[people.trained]
+    means = torch.stack([mine[own == s].mean(0) for s in range(len(SITES))])
+    return erase(code, *fit_erasure(means, mine.T.cov()))
 
 
 def transfer(network: MeDUET, people: People, bank: StyleBank) -> dict[str, float]:

@@ -82,11 +82,12 @@ def public_code(tokens: Float[Tensor, "b n k"], places: int, channels: int, size
     if not bool(torch.isfinite(tokens).all()):
         raise ValueError("Expected finite public content; got NaN or infinity.")
     apart = tokens.double().cpu() - tokens.double().cpu().mean(0)
-    over_places = _leading(torch.einsum("bnk,bmk->nm", apart, apart), places)[0]
-    over_channels = _leading(torch.einsum("bnk,bnj->kj", apart, apart), channels)[0]
+    over_places = _leading(torch.einsum("bnk,bmk->nm", apart, apart), places)
+    over_channels = _leading(torch.einsum("bnk,bnj->kj", apart, apart), channels)
     seen = torch.einsum("an,bnk,ck->bac", over_places, tokens.double().cpu(), over_channels).flatten(1)
     mean = seen.mean(0)
-    axes, variances = _leading((seen - mean).T @ (seen - mean) / len(seen), size)
+    _, lengths, rows = torch.linalg.svd(seen - mean, full_matrices=False)
+    axes, variances = _upright(rows[:size]), lengths[:size].square() / len(seen)
     if float(variances[-1]) <= 1e-12 * float(variances[0]) or float(variances[0]) <= 0:
         raise ValueError(f"Expected public content that varies in {size} ways; it does not.")
     scale = variances ** (-0.5 * WHITENING)
@@ -208,12 +209,13 @@ def _basis(apart: Float64[Tensor, "s q"]) -> Float64[Tensor, "r q"]:
     return basis[: len(apart) - 1]
 
 
-def _leading(
-    second_moment: Float64[Tensor, "k k"], count: int
-) -> tuple[Float64[Tensor, "count k"], Float64[Tensor, " count"]]:
-    """The leading eigenvectors as rows, and their eigenvalues, largest first; each vector's largest entry is
-    positive."""
-    values, vectors = torch.linalg.eigh(second_moment)
-    rows = vectors.T.flip(0)[:count]
+def _leading(second_moment: Float64[Tensor, "k k"], count: int) -> Float64[Tensor, "count k"]:
+    """The leading eigenvectors as rows."""
+    vectors: Tensor = torch.linalg.eigh(second_moment)[1]
+    return _upright(vectors.T.flip(0)[:count])
+
+
+def _upright(rows: Float64[Tensor, "q k"]) -> Float64[Tensor, "q k"]:
+    """Axes whose largest entries are positive: their sign is nobody's choice."""
     largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
-    return rows * largest.sign(), values.flip(0)[:count].clamp(min=0)
+    return rows * largest.sign()

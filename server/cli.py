@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read with PyTorch: a thre
 
 from federation.loopback import spare_loopback
 from federation.terminal import ended, terminal
+from server.commands import anatomy as anatomy_commands
 from server.commands import bank as bank_commands
 from server.commands import journal as journal_commands
 from server.commands import plan as plan_commands
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     service_commands.add_to(commands)
     tokenizer_commands.add_to(commands)
+    anatomy_commands.add_to(commands)
     synthesis_commands.add_to(commands)
     bank_commands.add_to(commands)
     provisioning_commands.add_to(commands)

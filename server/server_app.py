@@ -34,9 +34,9 @@ _CPU = torch.device("cpu")
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the plan that the run configuration names, or go on with it."""
-    plan_path, folder, consortium, device, key, pretrained = (
+    plan_path, folder, consortium, device, key, pretrained, anatomy = (
         str(context.run_config.get(name, ""))
-        for name in ("plan", "folder", "consortium", "device", "bank_key", "pretrained")
+        for name in ("plan", "folder", "consortium", "device", "bank_key", "pretrained", "anatomy")
     )
     if not plan_path or not folder or not consortium:
         raise ValueError(
@@ -46,7 +46,8 @@ def main(grid: Grid, context: Context) -> None:
     plan, finetuning = plan_to_run(Path(plan_path)), finetuning_to_run(Path(plan_path))
     registered = Registrations(Path(consortium))
     if finetuning is not None:
-        finetune_in_folder(grid, plan, finetuning, Path(pretrained), Path(folder), registered)
+        start = Path(anatomy) if anatomy else None
+        finetune_in_folder(grid, plan, finetuning, Path(pretrained), Path(folder), registered, start)
         return
     bank_key = Path(key) if key else None
     run_in_folder(grid, plan, Path(folder), torch.device(device or "cpu"), bank_key, registered)
@@ -76,8 +77,10 @@ def finetune_in_folder(
     pretrained: Path,
     folder: Path,
     site_of: SiteOf | None = None,
+    anatomy: Path | None = None,
 ) -> None:
-    """The same for a fine-tuning, from the weights of its pretraining.
+    """The same for a fine-tuning, from the weights of its pretraining and, where the plan names one, the
+    start from public anatomy in the file `anatomy`.
 
     Raises what `run_finetuning` raises, `ValueError` for a file that is no run's weights, and `FolderBusy`.
     """
@@ -85,7 +88,9 @@ def finetune_in_folder(
 
     with _watched(plan, folder, finetuning) as status:
         network = pretrained_of(pretrained).network
-        run_finetuning(grid, plan, finetuning, network, folder, observer=status, site_of=site_of)
+        run_finetuning(
+            grid, plan, finetuning, network, folder, observer=status, site_of=site_of, anatomy=anatomy
+        )
 
 
 @contextmanager

@@ -25,10 +25,12 @@ from simulations.consortium import Consortium
 from simulations.evaluation import load_model, mean_style, measure, swap
 from simulations.generation.judge import Bench
 from simulations.hospitals.held_out import Held, join, own_scans, paired_scans, paired_set
+from simulations.hospitals.labelled import labels_for_segmenters, num_classes
 from simulations.hospitals.plans import Hospital
 from simulations.progress import Live
 from simulations.report.figures import SwapRow, draw_swaps
 from simulations.settings import SimulationSettings
+from simulations.yardsticks import label_rows, told_of_labels, yardsticks
 
 TRAINING_SCANS = 24
 """Training scans of each hospital from which its style tokens are made."""
@@ -111,10 +113,25 @@ class Witness(RunObserver):
 
         Hospitals held out are measured here and nowhere else: `with_held_out` has the probes on all.
         """
-        measured: dict[str, Any] = {**self._measure(result.shared, self._held)}
+        measured: dict[str, Any] = {**self._measure(result.shared, self._held), **self._beside(result)}
         if self._consortium.held_out:
             measured["with_held_out"] = self._measure(result.shared, self._hold_out(len(self._hospitals)))
         return measured | self._alignment(result)
+
+    def _beside(self, result: RunResult) -> dict[str, Any]:
+        """What probes of the first site's model are to be read beside; Dice where there are label maps."""
+        if self._held is None:
+            return {}
+        names, rounds = self._plan.sites, self._plan.training.rounds
+        model = self._models(result.shared, rounds)[0]
+        told: dict[str, Any] = yardsticks(model, self._plan, self._held, self._training[: len(names)])
+        own = list(zip(names, self._scans, strict=False))
+        learn = [(name, scans, scans.indices("train")) for name, scans in own]
+        kept = [(n, s, [*s.indices("validation"), *s.indices("test")]) for n, s in own]
+        if (found := labels_for_segmenters(learn, kept)) is not None:
+            rows = label_rows(model, self._plan, *found, num_classes(scans for _, scans in own))
+            told |= {} if rows is None else {"labels": told_of_labels(rows)}
+        return told
 
     def _alignment(self, result: RunResult) -> dict[str, float]:
         """The weakest outcome of the alignment self-test over pairs of sites, and whether all passed.

@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from federation.plan import RunPlan
+from simulations.findings import about_content, findings_of
 from simulations.generation.page import generation_part
 from simulations.report.figures import draw_losses, draw_probes, draw_traffic, human_bytes
 from storage.files import write_whole
@@ -32,6 +33,28 @@ _PROBES = (
     ("counterfactual_ratio", "error against truth"),
     ("reconstruction_error", "reconstruction error"),
 )
+_BESIDE = (
+    ("hidden_error", "error at hidden tokens (1: nothing learned)"),
+    ("hidden_error_ridge", "… of a ridge from the visible neighbours"),
+    ("hidden_error_ridge_all", "… of a ridge from all 26 neighbours"),
+    ("anatomy_from_content", "anatomy from content (R²)"),
+    ("anatomy_from_style", "anatomy from style (R²)"),
+    ("site_from_content_fitted", "hospital from content, people the erasure was fitted on"),
+    ("site_from_content", "hospital from content, fresh people"),
+    ("site_from_code_fitted", "hospital from content code, people the erasure was fitted on"),
+    ("site_from_code", "hospital from content code, fresh people"),
+    ("fitted_patients_per_site", "people fitted on at the smallest hospital"),
+    ("fresh_patients_per_site", "fresh people at the smallest hospital"),
+    ("site_from_covariates", "hospital from age and sex alone"),
+    ("site_from_content_given_covariates", "hospital from content without what age and sex explain"),
+    ("chance_site", "hospital by guessing"),
+)
+_LABEL_ROWS = {
+    "label_map": "mean training label map (reads no scan)",
+    "ridge": "ridge on raw latents, own token",
+    "random": "ridge on content of a random encoder",
+    "frozen": "ridge on content of this network",
+}
 _FEDERATED = (
     ("site_from_content", "hospital from content", "site_from_content"),
     ("site_from_style", "hospital from style", "site_from_style"),
@@ -71,11 +94,13 @@ def write_page(folder: Path, hospitals_text: str, held_out: Sequence[str] = ()) 
     page = environment.get_template(_TEMPLATE.name).render(
         plan=plan,
         summary=_summary(plan, hospitals, hospitals_text, held_out),
+        findings=findings_of(last),
+        beside=_beside(last),
         tiles=_tiles(plan, rounds, hospitals, last),
         swaps=[{"data": _embed(path), "caption": _caption(path)} for path in swaps],
         swap_text=_swap_text(last),
         probes=_embed(draw_probes(rounds, figures / "probes.png")) if "chance_site" in last else None,
-        probe_names=["round", *(label for _, label in names)],
+        probe_names=["round", *(about_content(label, last) for _, label in names)],
         probe_rows=[
             [label, *(f"{probes[key]:.2f}" if key in probes else "" for key, _ in names)]
             for label, probes in [
@@ -212,13 +237,18 @@ def _summary(
 
 
 def _tiles(
-    plan: RunPlan, rounds: list[dict[str, Any]], hospitals: list[dict[str, Any]], last: Mapping[str, float]
+    plan: RunPlan, rounds: list[dict[str, Any]], hospitals: list[dict[str, Any]], last: Mapping[str, Any]
 ) -> list[dict[str, str]]:
     moved = "scans, none of which moved" if plan.diffusion is None else plan.diffusion.release.moved
     tiles = [
         (str(len(plan.sites)), "hospitals"),
         (str(sum(h["scans"] for h in hospitals)), moved),
         (str(len(rounds)), "rounds"),
+    ]
+    tiles += [
+        (f"{last[name]:.2f}", f"of the anatomy's variance told by {factor} (R²)")
+        for factor in ("content", "style")
+        if (name := f"anatomy_from_{factor}") in last
     ]
     if "site_from_content" in last:
         tiles.append(
@@ -235,10 +265,26 @@ def _tiles(
         )
     if "style_gap_closed" in last:
         tiles.append((f"{last['style_gap_closed']:.0%}", "of the style gap closed by a swap"))
-    return [{"value": value, "label": label} for value, label in tiles]
+    return [{"value": value, "label": about_content(label, last)} for value, label in tiles]
 
 
-def _swap_text(last: Mapping[str, float]) -> str:
+def _beside(last: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What probes are to be read beside, and Dice of closed forms; labels and values."""
+
+    def text(name: str) -> str:
+        return f"{last[name]:.0f}" if name.endswith("per_site") else f"{last[name]:.2f}"
+
+    rows = [(about_content(label, last), text(name)) for name, label in _BESIDE if name in last]
+    dice = last.get("labels", {}).get("dice", {})
+    rows += [
+        (f"Dice, {about_content(label, last)}", f"{dice[mode]:.3f}")
+        for mode, label in _LABEL_ROWS.items()
+        if mode in dice
+    ]
+    return rows if "hidden_error" in last else []
+
+
+def _swap_text(last: Mapping[str, Any]) -> str:
     if not last:
         return "Patients of the training set: this run kept nobody for validation or test."
     text = (
@@ -265,7 +311,7 @@ def _erasure_text(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def _federated(metrics: Mapping[str, Any], last: Mapping[str, float]) -> dict[str, Any] | None:
+def _federated(metrics: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, Any] | None:
     """Table of the federated probes over rounds, beside what the observer read at the end; None without."""
     readings = [
         (str(e["round"]), e["federated_probes"]) for e in metrics["rounds"] if "federated_probes" in e
@@ -281,7 +327,7 @@ def _federated(metrics: Mapping[str, Any], last: Mapping[str, float]) -> dict[st
 
     refused = sorted({site for _, probes in readings for site in probes["refused"]})
     return {
-        "names": ["round", *(label for _, label, _ in seen)],
+        "names": ["round", *(about_content(label, last) for _, label, _ in seen)],
         "rows": [
             *(row(label, probes["readings"], [name for name, _, _ in seen]) for label, probes in readings),
             row("observer, held out", last, [name for _, _, name in seen]),
@@ -290,7 +336,7 @@ def _federated(metrics: Mapping[str, Any], last: Mapping[str, float]) -> dict[st
     }
 
 
-def _facts(plan: RunPlan, versions: Mapping[str, Any], last: Mapping[str, float]) -> list[tuple[str, str]]:
+def _facts(plan: RunPlan, versions: Mapping[str, Any], last: Mapping[str, Any]) -> list[tuple[str, str]]:
     heads = []
     if "alignment" in last:
         verdict = (

@@ -43,7 +43,7 @@ def small_model(tokenizer: Tokenizer, **changes: Any) -> GenerativeModel:
         "encoder": small_encoder(),
         "bank": StyleBank.of(SITES, moments),
         "sites": SITES,
-        "directions": {"age": torch.linspace(-0.1, 0.1, 24)},
+        "directions": {"age": torch.linspace(-0.1, 0.1, 24).expand(12, 24)},
         "tokenizer_sha256": tokenizer.sha256,
         "volumes": dataclasses.asdict(VOLUMES),
         "body_parts": ("head",),

@@ -181,6 +181,18 @@ def _diffusion(plan: RunPlan) -> Iterator[Line]:
         yield "", "Of each scan that is the crop around its foreground's centre, never more of it."
 
 
+_NETWORKS = {
+    "tokens": "The network reads latents.",
+    "volume_unet": "The network is a U-Net that reads the prepared volumes themselves",
+    "joined": "The network is a U-Net that reads the prepared volumes themselves, and latents",
+}
+_STARTS = {
+    "canonical": "; it starts from public anatomy, in which no patient is.",
+    "shapes": "; it starts from random shapes, in which no patient is.",
+    "none": "; it starts from random numbers.",
+}
+
+
 def _finetuning(plan: RunPlan, finetuning: FinetunePlan) -> Iterator[Line]:
     from meduet_models.downstream.tasks import task_of  # MONAI takes seconds to import
 
@@ -193,9 +205,11 @@ def _finetuning(plan: RunPlan, finetuning: FinetunePlan) -> Iterator[Line]:
     yield (
         "What",
         f"Fine-tuning of run {plan.sha256[:12]}… with your labels: {trained} learn to predict {target} "
-        f"(task {local.task}, {local.classes} outputs{labels}).",
+        f"(task {local.task}, {local.classes} outputs{labels}). {_NETWORKS[local.network]}"
+        f"{_STARTS[finetuning.anatomy_start] if local.sees_volumes else ''}",
     )
-    yield "On which data", f"{_data(plan)} Of those with a label, {finetuning.label_share:.0%}."
+    kept = " The prepared volumes are kept beside the latents, on this site." if local.sees_volumes else ""
+    yield "On which data", f"{_data(plan)} Of those with a label, {finetuning.label_share:.0%}.{kept}"
     yield (
         "How long",
         f"{finetuning.rounds} rounds of {local.steps} steps; a round waits at most "

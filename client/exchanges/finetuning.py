@@ -7,7 +7,7 @@ the site's secret. Does not do: know Flower's messages, catch anything, use held
 
 from client.exchanges.exchange import AskRefused, OnStep, Site, before_deadline
 from client.latents.batches import FEWEST_SCANS
-from client.latents.labelled import ScansWithLabels, labelled_scans
+from client.latents.labelled import ScansWithLabels, ScansWithVolumes, labelled_scans
 from client.release import Gate, Released
 from client.site_secret import seed_of
 from client.training.finetuning import finetune
@@ -15,7 +15,8 @@ from client.training.trainee import WrongWeights
 from federation.exchanges.finetuning import FinetuneAsk, FinetunePlan
 from federation.plan import RunPlan
 from federation.wire import RefusalKind
-from meduet_models.downstream.networks import PretrainedNetwork, encoder_tensors, trained_keys
+from meduet_models.downstream.networks import encoder_tensors, trained_keys
+from meduet_models.downstream.starting import StartedNetwork, starting_network
 from meduet_models.downstream.tasks import task_of
 from meduet_models.meduet import FactorNetwork
 from meduet_models.style.moments import CohortTooSmall
@@ -42,8 +43,17 @@ def answer_finetuning(
     scans = site.scans(plan)
     if not isinstance(scans, ScansWithLabels):
         raise AskRefused("Expected a site that keeps labels with its scans.", RefusalKind.NO_LABELS)
+    if finetuning.local.sees_volumes and not (
+        isinstance(scans, ScansWithVolumes) and plan.volumes.extent == "crop"
+    ):
+        raise AskRefused("Expected crops whose volumes can be prepared again.", RefusalKind.PLAN_NOT_ACCEPTED)
     found = labelled_scans(
-        scans, scans.indices("train"), finetuning.local, finetuning.target, finetuning.target_values
+        scans,
+        scans.indices("train"),
+        finetuning.local,
+        finetuning.target,
+        finetuning.target_values,
+        plan.volumes if finetuning.local.sees_volumes else None,
     ).share(finetuning.label_share, seed_of(site.secret, "labels", finetuning.seed))
     if (came := len(found.patients)) < FEWEST_SCANS:
         raise CohortTooSmall(f"Expected labels of at least {FEWEST_SCANS} patients; got {came}.")
@@ -81,12 +91,14 @@ def answer_finetuning(
     )
 
 
-def network_of(plan: RunPlan, finetuning: FinetunePlan, ask: FinetuneAsk) -> PretrainedNetwork:
+def network_of(plan: RunPlan, finetuning: FinetunePlan, ask: FinetuneAsk) -> StartedNetwork:
     """The network with the weights that came, checked against the fine-tuning plan's hash where they are
     still the pretrained ones. Raises `WrongWeights`."""
     local = finetuning.local
     trainable = local.encoder == "finetuned"
-    network = task_of(local.task).network(FactorNetwork(plan.network), local.classes, trainable=trainable)
+    network = starting_network(
+        task_of(local.task), local.network, FactorNetwork(plan.network), local.classes, trainable=trainable
+    )
     trained = trained_keys(network)
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     came = {name: tuple(tensor.shape) for name, tensor in {**ask.fixed, **ask.shared}.items()}

@@ -22,7 +22,13 @@ from pathlib import Path
 import torch
 
 from client.latents.encoding import Encoder, Preparation, encode_each, prepare_each
-from client.latents.latent_set import DamagedEncoding, LatentSet, StoredLatent, open_stored
+from client.latents.latent_set import (
+    DamagedEncoding,
+    LatentSet,
+    StoredLatent,
+    open_stored,
+    volume_path,
+)
 from client.latents.workers import Workers
 from client.scans.cohort import Cohort, ScanEntry
 from client.scans.judgement import Source, Verdict
@@ -144,7 +150,7 @@ class LatentCache:
         """What is cached of `cohort`; encodes nothing and changes nothing."""
         rows, damaged, _ = self._find(cohort)
         missing = [row for row in rows if row.missing]
-        used = {path for row in rows for path in row.paths}
+        used = {path for row in rows for latents in row.paths for path in (latents, volume_path(latents))}
         stride, shape = self._tokenizer.stride, self.volumes.shape
         latent_bytes = 4 * self._tokenizer.latent_channels * math.prod(side // stride for side in shape)
         bytes_to_write = sum(
@@ -165,7 +171,8 @@ class LatentCache:
         For patients who withdrew. Encodings of other plans in this folder go as well, and are made again when
         asked for.
         """
-        unused = self._all_files() - keep.files()
+        read = keep.files()
+        unused = self._all_files() - read - {volume_path(latents) for latents in read}
         for path in unused:
             path.unlink(missing_ok=True)
         return len(unused)

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float32, Int64, Shaped
+from jaxtyping import Float, Float16, Float32, Int64, Shaped
 from torch import Tensor
 
 from client.latents.batches import TrainingScans
 from federation.exchanges.finetuning import LocalFinetuning
+from federation.plan import VolumePlan
 from meduet_models.downstream.task import Target
 from meduet_models.seeds import digest_of
 
@@ -39,6 +40,16 @@ class ScansWithLabels(TrainingScans, Protocol):
         """Label volumes of these scans."""
 
 
+@runtime_checkable
+class ScansWithVolumes(ScansWithLabels, Protocol):
+    """What networks that see volumes need besides."""
+
+    def volumes(
+        self, indices: Sequence[int], plan: VolumePlan, view: int = 0
+    ) -> Float16[Tensor, "b 1 D H W"]:
+        """The prepared volumes that the latents encode."""
+
+
 @dataclass(frozen=True)
 class LabelledScans:
     """Scans with their answers."""
@@ -51,12 +62,18 @@ class LabelledScans:
     """Patient of each scan."""
     site: tuple[int, ...]
     """Site label of each scan."""
+    volumes: Float[Tensor, "b 1 D H W"] | None = None
+    """The prepared volumes that were encoded, for networks that see them."""
 
     def __post_init__(self) -> None:
         """Refuse rows that do not belong together."""
         sizes = {len(self.latents), len(self.answers), len(self.patient), len(self.site)}
         if len(sizes) > 1:
             raise ValueError(f"Expected as many answers, patients and sites as scans; got {sorted(sizes)}.")
+        if self.volumes is not None and len(self.volumes) != len(self.latents):
+            raise ValueError(
+                f"Expected as many volumes as scans; got {len(self.volumes)} of {len(self.latents)}."
+            )
 
     def __len__(self) -> int:
         """Scans."""
@@ -75,6 +92,7 @@ class LabelledScans:
             self.answers[chosen],
             tuple(self.patient[i] for i in indices),
             tuple(self.site[i] for i in indices),
+            None if self.volumes is None else self.volumes[chosen],
         )
 
     def share(self, share: float, seed: int) -> "LabelledScans":
@@ -92,8 +110,10 @@ def labelled_scans(
     local: LocalFinetuning,
     target: str = "",
     values: Sequence[str] = (),
+    volumes: VolumePlan | None = None,
 ) -> LabelledScans:
-    """Those of `rows` whose answer is known to the task.
+    """Those of `rows` whose answer is known to the task; with their volumes, where `volumes` says how they
+    were prepared.
 
     Raises `NoLabels` when no row has an answer.
     """
@@ -108,7 +128,13 @@ def labelled_scans(
         _classes(task.answers(scans, known, named), local.label_values),
         tuple(scans.patients[row] for row in known),
         tuple(int(scans.site_index[row]) for row in known),
+        None if volumes is None else _volumes(scans, known, volumes),
     )
+
+
+def _volumes(scans: ScansWithLabels, rows: Sequence[int], plan: VolumePlan) -> Tensor:
+    assert isinstance(scans, ScansWithVolumes), "who asks for volumes has scans with volumes"
+    return scans.volumes(rows, plan)
 
 
 def _classes(answers: Shaped[Tensor, "b ..."], label_values: Mapping[int, int]) -> Shaped[Tensor, "b ..."]:
@@ -128,7 +154,13 @@ def join(parts: Sequence[LabelledScans]) -> LabelledScans:
         torch.cat([part.answers for part in parts]),
         tuple(patient for part in parts for patient in part.patient),
         tuple(site for part in parts for site in part.site),
+        _joined([part.volumes for part in parts]),
     )
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    seen = [part for part in parts if part is not None]
+    return torch.cat(seen) if seen and len(seen) == len(parts) else None
 
 
 def _place(seed: int, patient: str) -> bytes:

@@ -20,16 +20,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Int, Int64
+from jaxtyping import Bool, Float16, Float32, Int, Int64
 from torch import Tensor
 
 from client.scans.cohort import Cohort, ScanEntry
 from client.scans.volumes import Geometry
 from client.scans.whole_volumes import part_of
+from federation.plan import VolumePlan
 
 LATENTS, LABEL, FOREGROUND = "latents", "label", "foreground"
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I16": np.dtype("<i2"), "U8": np.dtype("u1")}
 _LARGEST_HEADER = 2**20
+
+
+def volume_path(latents: Path) -> Path:
+    """Where the prepared volume of an encoding is kept, if one is (`prepared_volumes.py`)."""
+    return latents.with_suffix(".volume")
 
 
 class DamagedEncoding(ValueError):
@@ -236,11 +242,13 @@ class LatentSet:
                 f"Expected all or none of {len(stored)} rows to have a label; {len(labelled)} have. "
                 "Choose rows by has_label."
             )
-        arrays = [
-            one.read(place)[(slice(None), *self._inside(one, one.start, one.stride))].astype(np.int64)
-            for one, place in zip(stored, labelled, strict=True)
-        ]
-        return torch.from_numpy(np.stack(arrays))
+        arrays = [one.read(place) for one, place in zip(stored, labelled, strict=True)]
+        if self.crop is not None:
+            arrays = [
+                array[(slice(None), *self._inside(one, one.start, one.stride))]
+                for one, array in zip(stored, arrays, strict=True)
+            ]
+        return torch.from_numpy(np.stack(arrays).astype(np.int64))
 
     def whole_label(self, row: int, view: int = 0) -> Int64[Tensor, "1 D H W"] | None:
         """The label of a row at its own size; None when it has none."""
@@ -261,8 +269,21 @@ class LatentSet:
         values: Mapping[str, Any] = json.loads(self._at(row, view).geometry_json)
         return Geometry.from_dict(dict(values))
 
+    def volumes(
+        self, indices: Sequence[int], plan: VolumePlan, view: int = 0
+    ) -> Float16[Tensor, "b 1 D H W"]:
+        """The volumes that these rows' latents encode, prepared now as `plan` says where they are not kept
+        yet. Raises `UnusableScan` when a scan is gone or changed since it was encoded."""
+        from client.latents.prepared_volumes import prepared_volumes  # which reads this file
+
+        return prepared_volumes(self, indices, plan, view)
+
+    def path(self, row: int, view: int = 0) -> Path:
+        """The file of a row's latents. Raises `IndexError`."""
+        return self._at(row, view).path
+
     def files(self) -> set[Path]:
-        """Every file this set reads."""
+        """Every file of latents that this set reads."""
         return {one.path for views in self._stored for one in views}
 
     @staticmethod

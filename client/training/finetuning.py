@@ -1,34 +1,39 @@
 """Fine-tuning: a downstream network learns from labelled scans; the same loop alone and in a federation.
 
 Patients are drawn, a scan of each; a scan may be moved to another site's entry of the style bank, which shows
-the network scanners that none of the labels comes from. Every step has its own generator, from seed, site and
-step. Given validation scans, the weights of the step that served them best are kept; test scans are never
-seen here. In a federation no validation is given: a round ends where its steps end.
+the network scanners that none of the labels comes from. Networks that see volumes get them augmented. What is
+kept is the moving average of the weights, where one is asked for. Every step has its own generator, from
+seed, site and step. Given validation scans, the weights of the step that served them best are kept; test
+scans are never seen here. In a federation no validation is given: a round ends where its steps end.
 
 Does not do: choose scans (`client/latents/labelled.py`), send anything (`client/exchanges/finetuning.py`),
 measure on test patients (`simulations/downstream/evaluate.py`); the loss is the task's. Source: style bank
 for labels of one site: ours.
 """
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from client.latents.labelled import LabelledScans, NoLabels
 from client.training.pretraining import NotFinite
 from federation.exchanges.finetuning import LocalFinetuning
 from meduet_models.adamw import AdamW, decay_groups
+from meduet_models.downstream.augmentation import augmented
 from meduet_models.downstream.networks import predict
 from meduet_models.downstream.tasks import task_of
 from meduet_models.downstream.unet import DownstreamNetwork
+from meduet_models.downstream.volume_networks import VolumeSegmenter
 from meduet_models.schedules import cosine, rise
 from meduet_models.seeds import generator_of
 from meduet_models.style.bank import StyleBank
+from meduet_models.teacher import early_momentum
 
 _VALIDATIONS = 10  # over a whole run
 _RESTYLED = 0.5  # probability that a scan is restyled to another site, where there is a bank
@@ -80,15 +85,22 @@ def finetune(
     measure_every = math.ceil(local.steps / _VALIDATIONS)
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimiser = AdamW(decay_groups(trained, local.weight_decay), lr=local.learning_rate)
+    averaged = MovingAverage(network, local.average)
     losses: list[float] = []
     best: tuple[float, int, dict[str, Tensor]] | None = None
     for step in range(local.steps):
         generator = generator_of("fedmeduet finetuning", seed, site, first_step + step)
         rows = _draw(scans, local.batch_size, generator)
-        latents = scans.latents[rows]
+        truth, latents = answers[rows], scans.latents[rows]
         if style_bank is not None:
             latents = _restyled(style_bank, latents, [scans.site[row] for row in rows], generator)
-        loss = task.loss(network(latents.to(device)), answers[rows].to(device))
+        seen: tuple[Tensor, ...] = (latents,)
+        if isinstance(network, VolumeSegmenter):
+            volumes, beside = _volumes_of(scans)[rows].float(), latents if network.reads_latents else None
+            if local.augmentation:
+                volumes, truth, beside = augmented(volumes, truth, beside, local.augmentation, generator)
+            seen = (volumes,) if beside is None else (volumes, beside)
+        loss = task.loss(network(*(part.to(device) for part in seen)), truth.to(device))
         losses.append(_finite(loss, "loss", first_step + step))
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -98,11 +110,14 @@ def finetune(
         for group in optimiser.param_groups:
             group["lr"] = learning_rate_at(first_step + step, total, local)
         optimiser.step()
+        averaged.update(step)
         on_step(step + 1, losses[-1])
         if validation is not None and ((step + 1) % measure_every == 0 or step + 1 == local.steps):
-            score = validation_score(network, validation, local)
-            if best is None or score > best[0]:
-                best = score, step + 1, {n: p.detach().clone() for n, p in network.named_parameters()}
+            with averaged.in_place():
+                score = validation_score(network, validation, local)
+                if best is None or score > best[0]:
+                    best = score, step + 1, {n: p.detach().clone() for n, p in network.named_parameters()}
+    averaged.keep()
     if best is not None:
         network.load_state_dict(best[2], strict=False)  # parameters alone: buffers never change
     return Finetuned(
@@ -115,7 +130,56 @@ def finetune(
 
 def validation_score(network: DownstreamNetwork, scans: LabelledScans, local: LocalFinetuning) -> float:
     """The task's score on scans; higher is better."""
-    return task_of(local.task).score(predict(network, scans.latents), scans.answers)
+    return task_of(local.task).score(predicted(network, scans), scans.answers)
+
+
+def predicted(network: DownstreamNetwork, scans: LabelledScans) -> Tensor:
+    """Outputs of a network for scans: of their latents, their volumes, or both."""
+    if not isinstance(network, VolumeSegmenter):
+        return predict(network, scans.latents)
+    volumes = _volumes_of(scans)
+    return predict(network, volumes, scans.latents) if network.reads_latents else predict(network, volumes)
+
+
+class MovingAverage:
+    """The moving average of a network's trained weights; with momentum 0 it is the weights themselves."""
+
+    def __init__(self, network: DownstreamNetwork, momentum: float) -> None:
+        self._momentum = momentum
+        trained = [p for p in network.parameters() if p.requires_grad]
+        self._own: list[Tensor] = list(trained) if momentum else []
+        self._average = [p.detach().clone() for p in self._own]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Follow the weights after step number `step` (from 0)."""
+        if self._own:
+            torch._foreach_lerp_(self._average, self._own, 1.0 - early_momentum(self._momentum, step))
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The network has the average within, and its own weights again after."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def keep(self) -> None:
+        """The network has the average from here on."""
+        self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for own, average in zip(self._own, self._average, strict=True):
+            was = own.clone()
+            own.copy_(average)
+            average.copy_(was)
+
+
+def _volumes_of(scans: LabelledScans) -> Float[Tensor, "b 1 D H W"]:
+    assert scans.volumes is not None, "a network that sees volumes is given scans with them"
+    return scans.volumes
 
 
 def learning_rate_at(number: int, total: int, local: LocalFinetuning) -> float:

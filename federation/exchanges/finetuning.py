@@ -20,6 +20,8 @@ from forms.form import build, check
 from forms.json_text import canonical, read_json, sha256_of
 from forms.names import OptionalPhrase, Phrase, Sha256
 from forms.ranges import Entries, Range, Share
+from meduet_models.anatomy_start import AnatomyStart
+from meduet_models.downstream.kinds import NetworkKind
 from meduet_models.downstream.task import Target
 from privacy.promise import Promise
 
@@ -35,6 +37,9 @@ class LocalFinetuning:
     label_values: Annotated[dict[int, int], Entries(1000)] = field(default_factory=dict)
     """Segmentation: values of label files and the classes that they become (`{255: 1}`); every other value is
     background. Empty: the values are the classes."""
+    network: NetworkKind = "tokens"
+    """What predicts: a head on content tokens and latents; `volume_unet`: a U-Net on the volume, segmentation
+    only; `joined`: that U-Net with content tokens at its deepest level."""
     encoder: Literal["frozen", "finetuned"] = "finetuned"
     """Whether the encoder stays as it came."""
     steps: Annotated[int, Range(at_least=1, at_most=1_000_000)] = 200
@@ -49,6 +54,15 @@ class LocalFinetuning:
     """AdamW weight decay, of matrices and convolutions."""
     gradient_clip_norm: Annotated[float, Range(above=0, at_most=1_000_000)] = 1.0
     """L2 norm to which the batch gradient is clipped (no privacy meaning)."""
+    augmentation: Annotated[float, Range(at_least=0, at_most=2)] = 0.0
+    """How much volumes are moved and rendered anew at each step; 0: not at all, 1: about as nnU-Net does."""
+    average: Annotated[float, Range(at_least=0, below=1)] = 0.0
+    """Momentum of the moving average of the weights, which is what is kept; 0: the last weights are."""
+
+    @property
+    def sees_volumes(self) -> bool:
+        """Whether the network is shown prepared volumes."""
+        return self.network != "tokens"
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be meant."""
@@ -58,6 +72,12 @@ class LocalFinetuning:
         if self.classes < (least := task_of(self.task).least_classes):
             raise ValueError(
                 f"Expected classes to be at least {least} with task={self.task}; got {self.classes}."
+            )
+        if self.sees_volumes and self.task != "segmentation":
+            raise ValueError(f"network={self.network} segments: with task={self.task} use network=tokens.")
+        if self.augmentation and not self.sees_volumes:
+            raise ValueError(
+                "augmentation has no effect with network=tokens, which sees latents: set it to 0."
             )
         if self.label_values and self.task != "segmentation":
             raise ValueError(f"label_values has no effect with task={self.task}: leave it out.")
@@ -76,11 +96,14 @@ class FinetunePlan:
     run_sha256: Sha256
     """Hash of the plan of the run that pretrained the encoder."""
     pretrained_sha256: Sha256
-    """Hash of the encoder's tensors as they are before round 1."""
+    """Hash of the encoder's tensors as they are before round 1; of a U-Net on the volume, of its start."""
     local: LocalFinetuning
     """The local loop."""
     rounds: Annotated[int, Range(at_least=1, at_most=100_000)] = 5
     """Rounds."""
+    anatomy_start: AnatomyStart = "none"
+    """What a U-Net on the volume starts from: `canonical`, public anatomy that never was a patient; `shapes`,
+    its control; `none`, the seed."""
     seed: Annotated[int, Range(at_least=0, at_most=2**63 - 1)] = 0
     """Seed of every draw: heads, labelled patients, batches."""
     label_share: Annotated[float, Range(above=0, at_most=1)] = 1.0
@@ -106,6 +129,7 @@ class FinetunePlan:
                 f"{steps:,}."
             )
         check_target(self.local, self.target, self.target_values)
+        check_start(self.local, self.anatomy_start)
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces; what is hashed."""
@@ -127,6 +151,15 @@ def check_target(local: LocalFinetuning, target: str, values: tuple[str, ...]) -
     from meduet_models.downstream.tasks import task_of  # MONAI takes seconds to import
 
     task_of(local.task).check(local.classes, Target(target, values))
+
+
+def check_start(local: LocalFinetuning, anatomy_start: AnatomyStart) -> None:
+    """Raise `ValueError` for a start from anatomy of a network that has none."""
+    if anatomy_start != "none" and not local.sees_volumes:
+        raise ValueError(
+            f"anatomy_start={anatomy_start} has no effect with network={local.network}, which has no U-Net "
+            "on the volume: leave it out."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from meduet_models.downstream.task import (
     check_classes,
     covariate_text,
 )
-from meduet_models.meduet import FactorNetwork
+from meduet_models.meduet import FactorNetwork, NetworkConfig
 
 
 class Classification(Task):
@@ -90,28 +90,37 @@ class Classification(Task):
         scores, truth = outputs.double().numpy(), answers.numpy()
         return {"auc": lambda rows: _auc(scores[rows], truth[rows])}
 
-    def read(
+    def seen(self, network: FactorNetwork, reading: Reading, latents: Tensor) -> Tensor:
+        """The code, or all tokens side by side, as one token."""
+        return frozen_features(network, latents, reading).unsqueeze(1)
+
+    def fit(
         self,
-        network: FactorNetwork,
-        reading: Reading,
-        latents: Tensor,
+        seen: Tensor,
         answers: Tensor,
         patients: Sequence[str],
         classes: int,
+        config: NetworkConfig,
         seed: int,
     ) -> Callable[[Tensor], Tensor]:
         """Logistic regression: probabilities of the classes."""
-        seen = frozen_features(network, latents, reading)
-        fitted = fit_classes(seen, answers, classes, patients, seed)
-        return lambda unseen: fitted(frozen_features(network, unseen, reading))
+        fitted = fit_classes(seen.flatten(1), answers, classes, patients, seed)
+        return lambda unseen: fitted(unseen.flatten(1))
 
 
 def _auc(scores: Floats, truth: NDArray[np.int64]) -> float:
-    from sklearn.metrics import roc_auc_score
-
     present = np.unique(truth)
     if len(present) < 2:
         return float("nan")
     if scores.shape[1] == 2:
-        return float(roc_auc_score(truth, scores[:, 1]))
-    return float(np.mean([roc_auc_score(truth == one, scores[:, one]) for one in present]))
+        return _auc_of(scores[:, 1], truth == 1)
+    return float(np.mean([_auc_of(scores[:, one], truth == one) for one in present]))
+
+
+def _auc_of(scores: Floats, positive: NDArray[np.bool_]) -> float:
+    """The share of pairs in the right order, ties counted half (Mann and Whitney)."""
+    _, places, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(counts) - (counts - 1) / 2)[places]
+    hits = int(positive.sum())
+    above = float(rank[positive].sum()) - hits * (hits + 1) / 2
+    return above / (hits * (len(scores) - hits))

@@ -85,10 +85,11 @@ def encoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def predict(network: nn.Module, latents: Float[Tensor, "b c d h w"]) -> Tensor:
-    """Outputs of many scans, in batches, on the CPU."""
+def predict(network: nn.Module, *seen: Tensor) -> Tensor:
+    """Outputs of many scans, in batches, on the CPU; `seen`: what the network takes of them, [b ...] each."""
     device = next(network.parameters()).device
-    return torch.cat([network(chunk.to(device)).cpu() for chunk in torch.split(latents, _AT_ONCE)])
+    chunks = zip(*(torch.split(tensor, _AT_ONCE) for tensor in seen), strict=True)
+    return torch.cat([network(*(part.to(device).float() for part in chunk)).cpu() for chunk in chunks])
 
 
 def initialise(module: nn.Module, seed: int) -> None:

@@ -30,7 +30,7 @@ from meduet_models.downstream.task import (
     Task,
     covariate_text,
 )
-from meduet_models.meduet import FactorNetwork
+from meduet_models.meduet import FactorNetwork, NetworkConfig
 
 
 class Regression(Task):
@@ -94,20 +94,22 @@ class Regression(Task):
         error = np.abs(predicted - truth) * (high - low) / 2
         return {"r2": lambda rows: _r2(predicted[rows], truth[rows]), "mae": error}
 
-    def read(
+    def seen(self, network: FactorNetwork, reading: Reading, latents: Tensor) -> Tensor:
+        """The code, or all tokens side by side, as one token."""
+        return frozen_features(network, latents, reading).unsqueeze(1)
+
+    def fit(
         self,
-        network: FactorNetwork,
-        reading: Reading,
-        latents: Tensor,
+        seen: Tensor,
         answers: Tensor,
         patients: Sequence[str],
         classes: int,
+        config: NetworkConfig,
         seed: int,
     ) -> Callable[[Tensor], Tensor]:
         """Ridge regression."""
-        seen = frozen_features(network, latents, reading)
-        fitted = fit_number(seen, answers, patients, seed)
-        return lambda unseen: fitted(frozen_features(network, unseen, reading))
+        fitted = fit_number(seen.flatten(1), answers, patients, seed)
+        return lambda unseen: fitted(unseen.flatten(1))
 
 
 def _range(target: Target) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from meduet_models.downstream.networks import PretrainedNetwork
-from meduet_models.meduet import FactorNetwork
+from meduet_models.meduet import FactorNetwork, NetworkConfig
 
 Floats = NDArray[np.float64]
 Reading = Literal["code", "tokens"]
@@ -131,19 +131,29 @@ class Task(ABC):
     ) -> Mapping[str, Floats | Statistic]:
         """By metric: the value of each scan (NaN: none), or a number of any rows."""
 
+    def measure_main(
+        self, outputs: Tensor, answers: Tensor, target: Target, grid: Grid
+    ) -> Mapping[str, Floats | Statistic]:
+        """The main metric alone, for many predictions of the same scans."""
+        main = {metric.name for metric in self.metrics if metric.main}
+        measured = self.measure(outputs, answers, target, grid)
+        return {name: own for name, own in measured.items() if name in main}
+
     @abstractmethod
-    def read(
+    def seen(self, network: FactorNetwork, reading: Reading, latents: Tensor) -> Tensor:
+        """What a frozen network shows of scans, [b n k]: its tokens, or a code as one token."""
+
+    @abstractmethod
+    def fit(
         self,
-        network: FactorNetwork,
-        reading: Reading,
-        latents: Tensor,
+        seen: Tensor,
         answers: Tensor,
         patients: Sequence[str],
         classes: int,
+        config: NetworkConfig,
         seed: int,
     ) -> Callable[[Tensor], Tensor]:
-        """From latents to outputs, by a frozen network and a closed form fitted on these scans and their
-        patients."""
+        """From what is seen of scans to outputs: a closed form fitted on these scans and their patients."""
 
 
 VALUES_SHOWN = 8

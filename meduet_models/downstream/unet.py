@@ -12,7 +12,9 @@ from monai.networks.nets import UNet
 from monai.networks.utils import pixelshuffle
 from torch import Tensor, nn
 
+from meduet_models.downstream.baselines import PlainVolumeUNet
 from meduet_models.downstream.networks import WIDTH, PretrainedNetwork, initialise
+from meduet_models.downstream.volume_networks import VolumeSegmenter
 from meduet_models.factors import normalise
 from meduet_models.tokenizer.tokenizer import STRIDE
 
@@ -45,4 +47,4 @@ class SmallUNet(nn.Module):
         return shuffled
 
 
-DownstreamNetwork = PretrainedNetwork | SmallUNet
+DownstreamNetwork = PretrainedNetwork | SmallUNet | PlainVolumeUNet | VolumeSegmenter

@@ -14,7 +14,7 @@ Axes: g = groups, b = rows (scans), k = features, t = targets or classes, r = ra
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,8 +42,10 @@ class LinearMap:
 
     mean: Float64[Tensor, "*g 1 k"]
     """Of the rows fitted."""
-    weight: Float64[Tensor, "*g k t"]
-    """Standardisation included."""
+    rotate: Float64[Tensor, "*g k r"]
+    """Standardisation, and the rotation into the span of the rows fitted: small where features are many."""
+    shrunk: Float64[Tensor, "*g r t"]
+    """Weights there."""
     bias: Float64[Tensor, "*g 1 t"]
     """What the mean row is mapped to."""
     alpha: Float64[Tensor, "*g t"]
@@ -51,7 +53,12 @@ class LinearMap:
 
     def __call__(self, features: Float[Tensor, "*g b k"]) -> Float64[Tensor, "*g b t"]:
         """The numbers, or logits, of each row."""
-        return (features.double() - self.mean) @ self.weight + self.bias
+        return ((features.double() - self.mean) @ self.rotate) @ self.shrunk + self.bias
+
+    @property
+    def weight(self) -> Float64[Tensor, "*g k t"]:
+        """Weights of the features as they are."""
+        return self.rotate @ self.shrunk
 
 
 def fit_ridge(
@@ -90,7 +97,8 @@ def fit_ridge(
     chosen = _chosen(wrong, alphas, (*y.shape[:-2], y.shape[-1]), each)
     return LinearMap(
         mean=whole.mean,
-        weight=whole.rotate @ whole.shrunk(y, chosen),
+        rotate=whole.rotate,
+        shrunk=whole.shrunk(y, chosen),
         bias=y.mean(-2, keepdim=True),
         alpha=chosen,
     )
@@ -128,7 +136,7 @@ def fit_logistic(
     whole = _Basis.of(x)
     ((weight, bias),) = _logistic_path(whole.z, labels, classes, (best,))
     alpha = torch.full((classes,), best, dtype=torch.float64)
-    return LinearMap(whole.mean, whole.rotate @ weight, bias[None], alpha)
+    return LinearMap(whole.mean, whole.rotate, weight, bias[None], alpha)
 
 
 def ridge_from_sums(
@@ -160,8 +168,8 @@ def ridge_from_sums(
                 wrong[rank] += (weight * (around[source, source] @ weight)).sum(0)
     chosen = _chosen(wrong, alphas, (width,), each)
     rotate, power, moment, mean = _basis_of_sums(whole, source, target)
-    weight = rotate @ (moment / (power[:, None] + chosen))
-    return LinearMap(mean[None, source], weight, mean[None, target], chosen)
+    shrunk = moment / (power[:, None] + chosen)
+    return LinearMap(mean[None, source], rotate, shrunk, mean[None, target], chosen)
 
 
 @dataclass(frozen=True)
@@ -203,10 +211,11 @@ class _Basis:
         moment = self.z.mT @ (y - y.mean(-2, keepdim=True)) / y.shape[-2]
         return moment / (self.power.unsqueeze(-1) + alpha.unsqueeze(-2))
 
-    def weights(self, y: Float64[Tensor, "*g b t"], alphas: Sequence[float]) -> list[Tensor]:
-        """Ridge weights in this basis for every alpha, [*g r t] each."""
+    def weights(self, y: Float64[Tensor, "*g b t"], alphas: Sequence[float]) -> Iterator[Tensor]:
+        """Ridge weights in this basis for every alpha, [*g r t] each, one after the other."""
         moment = self.z.mT @ (y - y.mean(-2, keepdim=True)) / y.shape[-2]
-        return [moment / (self.power.unsqueeze(-1) + alpha) for alpha in alphas]
+        for alpha in alphas:
+            yield moment / (self.power.unsqueeze(-1) + alpha)
 
 
 def _rows(features: Tensor, patients: Sequence[str]) -> Tensor:

@@ -48,6 +48,12 @@ def add_to(commands: Any) -> None:
     finetuning.add_argument(
         "pretrained", type=Path, metavar="RUN", help="folder of the finished run, or its model.safetensors"
     )
+    finetuning.add_argument(
+        "--anatomy",
+        type=Path,
+        metavar="FILE",
+        help="the file of pretrain-public that anatomy_start is read from, in place of ours",
+    )
     finetuning.add_argument("settings", nargs="*", metavar="SETTING=VALUE", help="of the fine-tuning")
     finetuning.add_argument(
         "--out",
@@ -92,7 +98,7 @@ def _plan(chosen: argparse.Namespace, console: Console) -> None:
 def _finetuning(chosen: argparse.Namespace, console: Console) -> None:
     from server.consortium.plans import make_finetuning
 
-    made = make_finetuning(chosen.pretrained, chosen.settings)
+    made = make_finetuning(chosen.pretrained, chosen.settings, chosen.anatomy)
     _write_new(chosen.out, made.to_json(), "fine-tuning")
     say(
         console,

@@ -39,6 +39,12 @@ def add_to(commands: Any) -> None:
         metavar="RUN",
         help="of a fine-tuning: the folder of the pretraining, or its model.safetensors",
     )
+    run.add_argument(
+        "--anatomy",
+        type=Path,
+        metavar="FILE",
+        help="of a fine-tuning from public anatomy: the file of pretrain-public, in place of ours",
+    )
     _config(run)
     run.set_defaults(run=_run)
 
@@ -104,7 +110,12 @@ def _run(chosen: argparse.Namespace, console: Console) -> None:
 
     control = Control(load_server_config(chosen.config))
     submission = Submission(
-        control, chosen.plan, chosen.folder, lambda line: say(console, line), chosen.pretrained
+        control,
+        chosen.plan,
+        chosen.folder,
+        lambda line: say(console, line),
+        chosen.pretrained,
+        chosen.anatomy,
     )
     with failing(RunGivenUp):
         submission.see_through()

@@ -4,6 +4,7 @@ the code it will run in.
 Does not do: start a run (`server/app.py`), or send the file: it holds no secret, any way will do.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,9 @@ def finetuning_to_run(path: Path) -> FinetunePlan | None:
     return PublishedPlan.from_json(text).finetuning if published else None
 
 
-def make_finetuning(pretrained: Path, settings: Sequence[str]) -> FinetunePlan:
+def make_finetuning(pretrained: Path, settings: Sequence[str], anatomy: Path | None = None) -> FinetunePlan:
     """The fine-tuning of a finished run (its folder, or its model.safetensors), from settings as ``rounds=5``
-    or ``local.task=segmentation``.
+    or ``local.task=segmentation``; a start from public anatomy from the file `anatomy`, or the shipped one.
 
     Raises `ValueError` for a setting that is wrong, and for a file that is no run's final weights.
     """
@@ -127,7 +128,11 @@ def make_finetuning(pretrained: Path, settings: Sequence[str]) -> FinetunePlan:
             else read_yaml(text, name)
         )
         (values["local"] if part else values)[inner] = text if inner == "target" else value
-    return build(FinetunePlan, values, "finetuning")
+    named = build(FinetunePlan, values, "finetuning")
+    if anatomy is not None and named.anatomy_start == "none":
+        raise ValueError("--anatomy has no effect without anatomy_start=canonical or shapes: leave it out.")
+    started = pretrained_sha256(found.network, named.local.network, named.anatomy_start, named.seed, anatomy)
+    return dataclasses.replace(named, pretrained_sha256=started)
 
 
 def _plan(path: Path) -> RunPlan:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from federation.processes import Say
+from meduet_models.anatomy_start import shipped_path
 from server.checkpoints import Checkpoints
 from server.consortium.plans import finetuning_to_run, plan_to_run
 from server.deployment.app_folder import write_app_folder
@@ -61,8 +62,10 @@ class Submission:
         folder: Path,
         say: Say = lambda line: None,
         pretrained: Path | None = None,
+        anatomy: Path | None = None,
     ) -> None:
-        """Of a fine-tuning, `pretrained` is the folder or the file of the weights that it starts from.
+        """Of a fine-tuning, `pretrained` is the folder or the file of the weights that it starts from, and
+        `anatomy` the file of its start from public anatomy (none: the shipped one, where the plan names one).
 
         Raises `ValueError` for a file that is no plan, and for one kind of plan run as the other.
         """
@@ -78,6 +81,9 @@ class Submission:
             )
         if finetuning is None and pretrained is not None:
             raise ValueError(f"--pretrained has no effect: {plan_path} is a pretraining, no fine-tuning.")
+        start = "none" if finetuning is None else finetuning.anatomy_start
+        if start == "none" and anatomy is not None:
+            raise ValueError(f"--anatomy has no effect: {plan_path} starts nothing from public anatomy.")
         self._settings = {
             "plan": str(self._plan_path),
             "folder": str(self.folder),
@@ -85,6 +91,8 @@ class Submission:
         }
         if pretrained is not None:
             self._settings["pretrained"] = str(pretrained.resolve())
+        if start != "none":  # a bundle carries code only: the application is told where the weights are
+            self._settings["anatomy"] = str((anatomy or shipped_path(start)).resolve())
         self._sha256 = self.plan.sha256 if finetuning is None else finetuning.sha256
         self._kind = "plan" if finetuning is None else "fine-tuning"
 

@@ -19,11 +19,10 @@ from federation.exchanges.finetuning import FINETUNING, FinetuneAsk, FinetunePla
 from federation.journal import Journal
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
-from meduet_models.downstream.networks import (
-    ContentEncoder,
-    PretrainedNetwork,
-    trained_keys,
-)
+from meduet_models.anatomy_start import AnatomyStart
+from meduet_models.downstream.kinds import NetworkKind
+from meduet_models.downstream.networks import trained_keys
+from meduet_models.downstream.starting import StartedNetwork, start_sha256, starting_network
 from meduet_models.downstream.tasks import task_of
 from meduet_models.meduet import FactorNetwork
 from meduet_models.pretrained import Pretrained, load_pretrained
@@ -43,7 +42,7 @@ MODEL = "model.safetensors"
 class FinetunedRun:
     """A complete federated fine-tuning."""
 
-    network: PretrainedNetwork
+    network: StartedNetwork
     """After the last round, on the CPU."""
     rounds: tuple[dict[str, Any], ...]
     """One report per round: as in `metrics.json` of a run."""
@@ -56,10 +55,28 @@ def pretrained_of(path: Path) -> Pretrained:
     return load_pretrained(path / MODEL if path.is_dir() else path)
 
 
-def pretrained_sha256(network: FactorNetwork) -> str:
-    """Hash that a `FinetunePlan` names the encoder of `network` by."""
-    encoder = ContentEncoder(network, trainable=False).state_dict()
-    return sha256_of_tensors({f"encoder.{name}": tensor for name, tensor in encoder.items()})
+def pretrained_sha256(
+    network: FactorNetwork,
+    kind: NetworkKind = "tokens",
+    anatomy_start: AnatomyStart = "none",
+    seed: int = 0,
+    anatomy: Path | None = None,
+) -> str:
+    """Hash that a `FinetunePlan` names what it starts from by: the encoder of `network`, a U-Net's start, or
+    both."""
+    of_segmentation = task_of("segmentation")  # the head is not in the hash, and all tasks have one encoder
+    return start_sha256(
+        starting_network(
+            of_segmentation,
+            kind,
+            network,
+            2,
+            trainable=False,
+            seed=seed,
+            anatomy_start=anatomy_start,
+            anatomy=anatomy,
+        )
+    )
 
 
 def run_finetuning(
@@ -71,10 +88,12 @@ def run_finetuning(
     *,
     observer: RoundObserver | None = None,
     site_of: SiteOf | None = None,
+    anatomy: Path | None = None,
 ) -> FinetunedRun:
     """Fine-tune `pretrained` in `folder`, or go on with what is there.
 
-    `site_of` says which site a node is registered as; none: as in a simulation.
+    `site_of` says which site a node is registered as; none: as in a simulation. `anatomy`: the file of the
+    start from public anatomy that the plan names; none: the shipped one.
     Raises `ValueError` when `pretrained` is not the encoder that `finetuning` names, `OtherPlan` when the
     folder holds another fine-tuning or a run, and `RoundFailed` below the quorum (the last checkpoint stays).
     """
@@ -82,14 +101,20 @@ def run_finetuning(
     local = finetuning.local
     if finetuning.run_sha256 != plan.sha256:
         raise ValueError(f"Expected a fine-tuning of run {plan.sha256[:12]}; it names another.")
-    if (found := pretrained_sha256(pretrained)) != finetuning.pretrained_sha256:
+    network = starting_network(
+        task_of(local.task),
+        local.network,
+        pretrained,
+        local.classes,
+        trainable=local.encoder == "finetuned",
+        seed=finetuning.seed,
+        anatomy_start=finetuning.anatomy_start,
+        anatomy=anatomy,
+    )
+    if (found := start_sha256(network)) != finetuning.pretrained_sha256:
         raise ValueError(
             f"Expected the pretrained encoder {finetuning.pretrained_sha256[:12]}; got {found[:12]}."
         )
-    trainable = local.encoder == "finetuned"
-    network = task_of(local.task).network(
-        pretrained, local.classes, trainable=trainable, seed=finetuning.seed
-    )
     start = network.state_dict()
     names = trained_keys(network)
     fixed = {name: tensor for name, tensor in start.items() if name not in names}

@@ -7,17 +7,18 @@ not measured, never as met.
 What this file does not do: it computes no number (`benchmark_tables.py`).
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass, replace
 
 from meduet_models.downstream.tasks import metric_of
-from simulations.benchmark.tables import Summaries, Summary, downstream_measure
+from simulations.benchmark.tables import MODE_WORDS, Summaries, Summary, downstream_measure
+from simulations.downstream.draws import rank_of
 
 OURS, POOLED = "meduet", "pooled"
 RIVALS = {"fedavg_mae": "FedAvg", "alone": "alone", "scratch": "from scratch"}
 """Methods that ours is to be above downstream."""
-FEW_LABELS = (0.05, 0.1)
-"""Shares of labelled patients that count as few, both included."""
+FEW_LABELS = ("5", "10", "5%", "10%")
+"""Labelled patients that count as few."""
 WITHIN = 0.02
 """Relative distance to pooled MeDUET."""
 LINEAR_ABOVE_CHANCE, MLP_ABOVE_CHANCE = 0.05, 0.10
@@ -25,6 +26,11 @@ RECOGNISED = 0.95
 PATIENT_FROM_STYLE_TIMES_CHANCE = 5
 NEARER_DB = 3.0
 _CONTENT = {"content": "pooled content", "code": "the content code"}
+
+
+Withdrawn = Set[tuple[str, str]]
+"""Data sets and downstream measures of ours that the mean training label is not below."""
+_NO_SCAN = "the mean training label, which reads no scan, is not below it"
 
 
 @dataclass(frozen=True)
@@ -37,18 +43,24 @@ class Aim:
     found: str
     """The number, in words."""
     met: bool | None
-    """None: not measured."""
+    """None: not measured, or withdrawn."""
+    withdrawn: bool = False
+    """Whether the comparison says nothing: what reads no scan is not below ours."""
 
     @property
     def verdict(self) -> str:
-        """Met, not met or not measured."""
+        """Met, not met, not measured or withdrawn."""
+        if self.withdrawn:
+            return "withdrawn"
         return "not measured" if self.met is None else "met" if self.met else "not met"
 
 
-def aims_of(data: Sequence[str], summaries: Summaries) -> list[Aim]:
-    """Every aim on every data set."""
+def aims_of(data: Sequence[str], summaries: Summaries, withdrawn: Withdrawn = frozenset()) -> list[Aim]:
+    """Every aim on every data set; downstream numbers of ours that are `withdrawn` decide none."""
     return [
-        aim for name in data for aim in (*_probe_aims(name, summaries), *_downstream_aims(name, summaries))
+        aim
+        for name in data
+        for aim in (*_probe_aims(name, summaries), *_downstream_aims(name, summaries, withdrawn))
     ]
 
 
@@ -107,27 +119,41 @@ def _probe_aims(data: str, summaries: Summaries) -> Iterator[Aim]:
         )
 
 
-def _downstream_aims(data: str, summaries: Summaries) -> Iterator[Aim]:
+def _downstream_aims(data: str, summaries: Summaries, withdrawn: Withdrawn) -> Iterator[Aim]:
     measures = sorted({m for own, _, m in summaries if own == data and m.startswith("downstream.")})
     found = {tuple(measure.split(".", 5)[1:]) for measure in measures}
     for task, metric in sorted({(t, m) for t, m, *_ in found if metric_of(m).main}):
-        for mode in ("frozen", "finetuned"):
-            shares = sorted({float(s) for t, m, _, own, s in found if (t, m, own) == (task, metric, mode)})
-            if not shares:
+        for mode in MODE_WORDS:
+            own = {labels for t, m, _, whose, labels in found if (t, m, whose) == (task, metric, mode)}
+            if not own:
                 continue
-            words = f"{task} ({metric_of(metric).title}, {mode})"
-            yield _near_pooled(data, task, metric, mode, shares[-1], words, summaries)
-            cases = [("held_out", shares[-1])]
-            cases += [("seen", share) for share in shares if FEW_LABELS[0] <= share <= FEW_LABELS[1]]
-            for test, share in cases:
-                yield _above_rivals(data, task, metric, mode, test, share, words, summaries)
+            ordered = sorted(own, key=rank_of)
+            words = f"{task} ({metric_of(metric).title}, {MODE_WORDS[mode]})"
+            cases = [
+                ("held_out", ordered[-1]),
+                *(("seen", labels) for labels in ordered if labels in FEW_LABELS),
+            ]
+            aims = [
+                ("seen", ordered[-1], _near_pooled(data, task, metric, mode, ordered[-1], words, summaries))
+            ]
+            aims += [
+                (test, labels, _above_rivals(data, task, metric, mode, test, labels, words, summaries))
+                for test, labels in cases
+            ]
+            for test, labels, aim in aims:
+                taken_back = (data, downstream_measure(task, metric, test, mode, labels)) in withdrawn
+                yield (
+                    replace(aim, met=None, withdrawn=True, found=f"{aim.found}; {_NO_SCAN}")
+                    if taken_back
+                    else aim
+                )
 
 
 def _near_pooled(
-    data: str, task: str, metric: str, mode: str, share: float, words: str, summaries: Summaries
+    data: str, task: str, metric: str, mode: str, labels: str, words: str, summaries: Summaries
 ) -> Aim:
     text = f"{words}: within 2% of pooled MeDUET"
-    measure = downstream_measure(task, metric, "seen", mode, share)
+    measure = downstream_measure(task, metric, "seen", mode, labels)
     ours, pooled = (summaries.get((data, method, measure)) for method in (OURS, POOLED))
     if ours is None or pooled is None:
         return Aim(data, text, "", None)
@@ -135,15 +161,15 @@ def _near_pooled(
 
 
 def _above_rivals(
-    data: str, task: str, metric: str, mode: str, test: str, share: float, words: str, summaries: Summaries
+    data: str, task: str, metric: str, mode: str, test: str, labels: str, words: str, summaries: Summaries
 ) -> Aim:
     where = "on the hospital held out" if test == "held_out" else "on hospitals that took part"
-    text = f"{words}, {share:g} of labels, {where}: above {', '.join(RIVALS.values())}, intervals apart"
-    ours = summaries.get((data, OURS, downstream_measure(task, metric, test, mode, share)))
+    text = f"{words}, labels of {labels}, {where}: above {', '.join(RIVALS.values())}, intervals apart"
+    ours = summaries.get((data, OURS, downstream_measure(task, metric, test, mode, labels)))
     rivals = {}
     for method, name in RIVALS.items():
         theirs = "scratch" if method == "scratch" else mode
-        rivals[name] = summaries.get((data, method, downstream_measure(task, metric, test, theirs, share)))
+        rivals[name] = summaries.get((data, method, downstream_measure(task, metric, test, theirs, labels)))
     known = {name: rival for name, rival in rivals.items() if rival is not None}
     if ours is None or len(known) < len(rivals):
         return Aim(data, text, "", None)

@@ -44,6 +44,7 @@ from simulations.observer import TRAINING_SCANS, site_models
 from simulations.progress import Live
 from simulations.run import Made, Simulation, prepare, simulate
 from simulations.settings import settings_from
+from simulations.yardsticks import yardsticks
 from storage.files import write_whole
 
 _MADE = "hospitals.json"
@@ -99,7 +100,7 @@ def run_cell(cell: Cell, instruments: Instruments) -> dict[str, Any]:
         measures = _measures(cell, simulation, scans, models, instruments.probes)
         seconds["probes"] = time.monotonic() - started - seconds["training"]
         different = [m for m, first in zip(models, _first_of_content(models), strict=True) if first]
-        rows = downstream_rows(cell, simulation, scans, different, instruments.downstream)
+        evaluated = downstream_rows(cell, simulation, scans, different, instruments.downstream)
         seconds["total"] = time.monotonic() - started
         seconds["downstream"] = seconds["total"] - seconds["training"] - seconds["probes"]
     return {
@@ -110,8 +111,21 @@ def run_cell(cell: Cell, instruments: Instruments) -> dict[str, Any]:
         "patients": cell.patients,
         "plan_sha256": simulation.plan.sha256,
         "measures": measures,
-        "downstream": [asdict(row) for row in rows],
+        "downstream": [_finite(asdict(row)) for row in evaluated.rows],
+        "fairness": [_finite(asdict(one)) for one in evaluated.fairness],
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
+    }
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as JSON values, null for what is not a number."""
+
+    def plain(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {
+        name: [plain(one) for one in own] if isinstance(own, (tuple, list)) else plain(own)
+        for name, own in row.items()
     }
 
 
@@ -212,6 +226,19 @@ def _quiet() -> Live:
     return Live(Console(stderr=True, quiet=True))
 
 
+def _probes(
+    model: MeDUET,
+    plan: RunPlan,
+    held: Held,
+    training: Sequence[Tensor],
+    thorough: bool,
+    tokenizer: Tokenizer | None,
+) -> dict[str, float]:
+    """Probes, and where content is measured for the first time what they are to be read beside."""
+    measured = measure(model, plan, held, training, thorough, tokenizer)
+    return {**yardsticks(model, plan, held, training), **measured} if thorough else measured
+
+
 def main(arguments: Sequence[str]) -> None:
     """Entry point of the process: `data FILE` or `cell FILE`."""
     kind, file = arguments
@@ -221,7 +248,7 @@ def main(arguments: Sequence[str]) -> None:
             make_data_set(DataSet(**json.loads(text)))
         case "cell":
             cell = Cell.from_json(text)
-            result = run_cell(cell, Instruments(measure, evaluate_downstream))
+            result = run_cell(cell, Instruments(_probes, evaluate_downstream))
             write_whole(Path(cell.result), json.dumps(result, indent=1, allow_nan=False) + "\n")
         case _:
             raise ValueError(f"Expected data or cell; got {kind!r}.")

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from meduet_models.downstream.tasks import metric_of
 from simulations.benchmark.aims import OURS
-from simulations.benchmark.tables import Summaries, Summary
+from simulations.benchmark.tables import MODE_WORDS, YARDSTICK_ROWS, Summaries, Summary
+from simulations.downstream.draws import rank_of
 from simulations.report.figures import BAD, GOOD, INK, MUTED, SITE_COLOURS, save, style_axes
 
 
@@ -72,19 +73,21 @@ def draw_gaps(data: str, titles: Mapping[str, str], summaries: Summaries, path: 
 def draw_downstream(
     data: str, titles: Mapping[str, str], summaries: Summaries, methods: Sequence[str], path: Path
 ) -> Path | None:
-    """Draw main metrics by share of labels, a panel per task, way of training and test; None without any.
+    """Draw main metrics by number of labels, a panel per task, way of reading and test; None without any.
 
-    Only `methods` are drawn; those without pretraining are in every panel.
+    Only `methods` are drawn; what needs no pretraining is in every panel.
     """
-    panels: dict[tuple[str, str, str, str], dict[str, dict[float, Summary]]] = {}
+    read = {measure.split(".", 5)[4] for own, _, measure in summaries if own == data and _is_told(measure)}
+    ways = [mode for mode in MODE_WORDS if mode in read] or ["frozen"]
+    panels: dict[tuple[str, str, str, str], dict[str, dict[str, Summary]]] = {}
     for (own, method, measure), summary in summaries.items():
-        if own == data and method in methods and measure.startswith("downstream."):
-            task, metric, test, mode, share = measure.split(".", 5)[1:]
+        if own == data and method in methods and _is_told(measure):
+            task, metric, test, mode, labels = measure.split(".", 5)[1:]
             if metric_of(metric).main:
-                for panel in ("frozen", "finetuned") if mode in ("scratch", "unet") else (mode,):
-                    line = titles[method] if mode == panel else f"{titles[method]}: {mode}"
+                for panel in (mode,) if mode in MODE_WORDS else ways:
+                    line = titles[method] if mode == panel else YARDSTICK_ROWS.get(mode, mode)
                     lines = panels.setdefault((task, metric, panel, test), {})
-                    lines.setdefault(line, {})[float(share)] = summary
+                    lines.setdefault(line, {})[labels] = summary
     if not panels:
         return None
     columns = min(2, len(panels))
@@ -96,8 +99,8 @@ def draw_downstream(
     for axes, ((task, metric, mode, test), lines) in zip(axes_of, sorted(panels.items()), strict=False):
         _lines(axes, lines, colours)
         where = "hospitals that took part" if test == "seen" else test.replace("_", " ")
-        style_axes(axes, f"{task}, {mode}: {where}", metric_of(metric).title)
-        axes.set_xlabel("share of patients with labels", fontsize=8, color=MUTED)
+        style_axes(axes, f"{task}, {MODE_WORDS[mode]}: {where}", metric_of(metric).title)
+        axes.set_xlabel("patients with labels (of each class), or share of them", fontsize=8, color=MUTED)
     for axes in axes_of[len(panels) :]:
         axes.set_visible(False)
     handles = [axes_of[0].plot([], [], color=colours[n], marker="o", markersize=3, label=n)[0] for n in names]
@@ -105,23 +108,26 @@ def draw_downstream(
     return save(figure, path)
 
 
-def _lines(axes: Axes, lines: Mapping[str, Mapping[float, Summary]], colours: Mapping[str, str]) -> None:
-    for line, by_share in lines.items():
-        shares = sorted(by_share)
-        values = [by_share[share].value for share in shares]
-        axes.plot(shares, values, color=colours[line], marker="o", markersize=3, linewidth=1.4)
+def _is_told(measure: str) -> bool:
+    return measure.startswith("downstream.")
+
+
+def _lines(axes: Axes, lines: Mapping[str, Mapping[str, Summary]], colours: Mapping[str, str]) -> None:
+    every = sorted({labels for by_labels in lines.values() for labels in by_labels}, key=rank_of)
+    for line, by_labels in lines.items():
+        places = [place for place, labels in enumerate(every) if labels in by_labels]
+        told = [by_labels[every[place]] for place in places]
+        values = [own.value for own in told]
+        axes.plot(places, values, color=colours[line], marker="o", markersize=3, linewidth=1.4)
         bands = [
-            (share, own.low, own.high)
-            for share, own in sorted(by_share.items())
+            (place, own.low, own.high)
+            for place, own in zip(places, told, strict=True)
             if own.low is not None and own.high is not None
         ]
         if bands:
             x, low, high = zip(*bands, strict=True)
             axes.fill_between(x, low, high, color=colours[line], alpha=0.12, linewidth=0)
-    axes.set_xscale("log")
-    every = sorted({share for by_share in lines.values() for share in by_share})
-    axes.set_xticks(every, [f"{share:g}" for share in every], minor=False)
-    axes.set_xticks([], minor=True)
+    axes.set_xticks(range(len(every)), every)
 
 
 def _bar(summary: Summary) -> list[list[float]] | None:

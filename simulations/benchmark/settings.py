@@ -58,8 +58,14 @@ class Task:
     """Covariate that is to be told, of a task that tells one."""
     values: tuple[str, ...] = ()
     """Its values, in the order of the classes; of a number the ends of its range."""
+    label_counts: tuple[int, ...] = ()
+    """Numbers of patients (of each class, of a task with classes) whose labels are used."""
     label_shares: tuple[float, ...]
     """Shares of the training patients whose labels are used."""
+    draws: int = 20
+    """Draws of the labelled patients for what is in closed form."""
+    trained_draws: int = 1
+    """Draws for what is trained."""
     steps: int
     """Optimiser steps."""
 

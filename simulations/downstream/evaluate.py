@@ -1,94 +1,50 @@
 """Downstream evaluation: what pretrained content is worth with few labels, on seen and on unseen hospitals.
 
-For each share of labelled patients: the pretrained encoder frozen and read in closed form, from its content
-code or from its tokens (`meduet_models/downstream/frozen.py`), the same fine-tuned, the same network from
-scratch, and a small U-Net; these are trained by the loop that a hospital runs
-(`client/training/finetuning.py`). The step to stop at is chosen on validation patients of the training
-hospitals; test scans are looked at once, after every network is trained.
+For each number of labelled patients: the pretrained encoder frozen and read in closed form, from its content
+code or from its tokens (`meduet_models/downstream/frozen.py`), and fine-tuned; and what it has to be above
+(`baselines.py` there): the mean label, ridge on raw latents, a random encoder read in the same way, the same
+network from scratch, a small U-Net over latents and one on the volume. What is in closed form is fitted for
+many draws of labelled patients, what is trained for few; the number is told. Trained by the loop that a
+hospital runs (`client/training/finetuning.py`), stopped by validation patients of the training hospitals;
+test scans are looked at once, after everything is trained.
 
-Does not do: pretrain, federate (`server/exchanges/finetuning.py`), draw (`simulations/downstream/report.py`).
+Does not do: pretrain, federate (`server/exchanges/finetuning.py`), compare (`comparisons.py`), draw
+(`report.py`).
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal
-
-from torch import Tensor
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from client.latents.labelled import LabelledScans
-from client.training.finetuning import finetune
-from federation.exchanges.finetuning import LocalFinetuning
-from meduet_models.downstream.networks import predict
-from meduet_models.downstream.task import Grid, Reading, Target
+from meduet_models.downstream.task import Grid
 from meduet_models.downstream.tasks import task_of
-from meduet_models.downstream.unet import DownstreamNetwork, SmallUNet
-from meduet_models.meduet import FactorNetwork, NetworkConfig
+from meduet_models.meduet import FactorNetwork
 from meduet_models.style.bank import StyleBank
-from simulations.downstream.metrics import estimates
+from simulations.downstream.fairness import LEAST_PATIENTS, Fairness, fairness_score
+from simulations.downstream.learning import Fitted, fitted_mode, predictor_of
+from simulations.downstream.metrics import estimates, resampled, value_on
+from simulations.downstream.settings import (
+    CLOSED_FORM,
+    MODES,
+    PRETRAINED,
+    SEES_VOLUMES,
+    DownstreamSettings,
+    Mode,
+)
 
 __all__ = [
+    "MODES",
     "DownstreamRow",
     "DownstreamSettings",
+    "Evaluated",
+    "Fitted",
     "LabelledScans",
+    "Mode",
     "evaluate_downstream",
     "predictor_of",
     "rows_of",
 ]
-
-Mode = Literal["frozen", "frozen_tokens", "finetuned", "scratch", "unet", "federated"]
-Predictor = Callable[[Tensor], Tensor]
-"""Latents to the outputs of a task, per voxel or per scan."""
-
-_READINGS: Mapping[str, Reading] = {"frozen": "code", "frozen_tokens": "tokens"}
-_PRETRAINED: tuple[Mode, ...] = ("frozen", "frozen_tokens", "finetuned")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DownstreamSettings:
-    """How downstream networks are trained and measured."""
-
-    task: str
-    """What is predicted: the name of a downstream task."""
-    classes: int
-    """Classes, the background of a segmentation included; 1 for a number."""
-    target: Target = field(default_factory=Target)
-    """What is predicted, where a covariate is."""
-    spacing_mm: tuple[float, float, float]
-    """Voxel spacing of the volumes; distances are in mm."""
-    label_shares: tuple[float, ...] = (0.01, 0.05, 0.1, 1.0)
-    """Shares of the training patients whose labels are used; at least one patient."""
-    modes: tuple[Literal["frozen", "frozen_tokens", "finetuned", "scratch", "unet"], ...] = (
-        "frozen",
-        "finetuned",
-        "scratch",
-        "unet",
-    )
-    """What is compared: a frozen model read from its code (segmentation: from its tokens) or from all of its
-    tokens, and networks that are trained."""
-    steps: int = 200
-    """Optimiser steps of each network."""
-    batch_size: int = 8
-    """Scans per step, at most."""
-    learning_rate: float = 2e-3
-    """Peak learning rate of each network."""
-    bootstrap: int = 1000
-    """Resamples of the patients, for the intervals."""
-    tolerance_mm: float = 1.0
-    """Distance within which two surfaces agree, for surface Dice."""
-    network: NetworkConfig | None = None
-    """The encoder of `scratch` where no pretrained model is given, which is what it copies otherwise."""
-
-    @property
-    def local(self) -> LocalFinetuning:
-        """The loop's settings."""
-        return LocalFinetuning(
-            task=self.task,
-            classes=self.classes,
-            encoder="finetuned",
-            steps=self.steps,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-        )
 
 
 @dataclass(frozen=True)
@@ -96,23 +52,48 @@ class DownstreamRow:
     """One number of the table."""
 
     task: str
-    mode: Mode
-    label_share: float
+    mode: str
+    labels: str
+    """How many patients had labels: a number (of each class, where there are classes), or a share."""
     test: str
     """Which test scans: "seen", "held_out", or any other name."""
     metric: str
     """Name of one of the task's metrics."""
     value: float
-    """Mean over patients, or of all of them. NaN where there is none."""
+    """Mean over patients, or of all of them, averaged over draws. NaN where there is none."""
     low: float
     high: float
-    """95% interval, bootstrap over patients."""
+    """95% interval, bootstrap over test patients."""
     patients: int
     """Test patients."""
     undefined: int
     """Of these, without a value."""
     labelled: int
     """Patients whose labels were used in training."""
+    draws: int = 1
+    """Draws of the labelled patients that were averaged."""
+    spread: float = 0.0
+    """Standard deviation over the draws."""
+    resamples: tuple[float, ...] = ()
+    """The main metric on every resample of the test patients, the same for every mode, to be compared."""
+    first_draws: int = 1
+    """How many draws what is trained has."""
+    first_value: float = math.nan
+    """The main metric over these first draws alone, to be compared with what has no more."""
+    first_resamples: tuple[float, ...] = ()
+    """The same on every resample."""
+
+
+Groups = Mapping[str, Mapping[str, Sequence[str]]]
+"""By test set and grouping, the group of each scan; empty where unknown."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Everything a downstream evaluation tells."""
+
+    rows: list[DownstreamRow]
+    fairness: list[Fairness]
 
 
 def evaluate_downstream(
@@ -124,135 +105,142 @@ def evaluate_downstream(
     seed: int,
     *,
     style_bank: StyleBank | None = None,
+    groups: Groups | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> list[DownstreamRow]:
-    """Train every mode at every label share, then measure each on every test set.
+) -> Evaluated:
+    """Train every mode at every number of labels, then measure each on every test set.
 
     `model` None: only modes that need no pretrained encoder. With a `style_bank`, half of the scans of a
-    batch are restyled to another site. `progress` is called with what is trained, steps done and steps in
-    all. Raises `ValueError` for modes that cannot be, and for labels that are missing or out of range.
+    batch are restyled to another site. `groups` are those of which the FairnessScore is told, at the largest
+    number of labels, beside sites. `progress` is called with what is trained, steps done and steps in all.
+    Raises `ValueError` for modes that cannot be, and for labels that are missing or out of range.
     """
-    _check(model, settings, style_bank)
-    trained: list[tuple[Mode, float, int, Predictor]] = []
-    mode: Mode
-    for mode in settings.modes:
-        known: dict[int, Predictor] = {}  # shares that come to the same patients are trained once
-        for share in settings.label_shares:
-            labelled = train.share(share, seed)
-            count = len(labelled.patients)
-            if count not in known:
-                what = f"{mode}, labels of {count}"
-                report = lambda step, loss, what=what: progress(what, step, settings.steps)  # noqa: E731
-                known[count] = _trained(mode, model, labelled, validation, settings, seed, style_bank, report)
-            trained.append((mode, share, count, known[count]))
+    _check(model, train, settings, style_bank)
+    fitted = [
+        own
+        for mode in settings.modes
+        for own in fitted_mode(mode, model, train, validation, settings, seed, style_bank, progress)
+    ]
     measured: dict[tuple[int, str], list[DownstreamRow]] = {}
     rows: list[DownstreamRow] = []
-    for mode, share, count, predictor in trained:
+    fairness: list[Fairness] = []
+    for own in fitted:
         for name, scans in tests.items():
-            key = (id(predictor), name)
+            key = (id(own.predictors), name)  # numbers of labels that come to the same patients
             if key not in measured:
-                measured[key] = rows_of(predictor, scans, settings, seed, mode, share, name, count)
-            rows += [replace(row, label_share=share) for row in measured[key]]
-    return rows
+                measured[key] = rows_of(own, scans, settings, seed, name)
+            rows += [replace(row, labels=own.labels) for row in measured[key]]
+            if own.labels == fitted[-1].labels:
+                fairness += _fairness(own, scans, settings, name, (groups or {}).get(name, {}))
+    return Evaluated(rows, fairness)
 
 
 def rows_of(
-    predictor: Predictor,
-    scans: LabelledScans,
-    settings: DownstreamSettings,
-    seed: int,
-    mode: Mode,
-    share: float,
-    test: str,
-    labelled: int,
+    fitted: Fitted, scans: LabelledScans, settings: DownstreamSettings, seed: int, test: str, mode: str = ""
 ) -> list[DownstreamRow]:
-    """Measure one trained network on one test set."""
-    task = task_of(settings.task)
+    """Measure the predictors of one mode on one test set; the main metric over all draws, the others where
+    there is one draw."""
+    task, who = task_of(settings.task), mode or fitted.mode
     task.check_answers(scans.answers, settings.classes)
     grid = Grid(spacing_mm=settings.spacing_mm, tolerance_mm=settings.tolerance_mm)
-    measured = task.measure(predictor(scans.latents), scans.answers, settings.target, grid)
-    found = estimates(measured, scans.patient, settings.bootstrap, seed)
-    patients = len(scans.patients)
-    return [
-        DownstreamRow(
-            settings.task, mode, share, test, metric, e.value, e.low, e.high, patients, e.undefined, labelled
-        )
-        for metric, e in found.items()
-    ]
+    outputs = [predictor(scans) for predictor in fitted.predictors]
+    draws = [task.measure_main(out, scans.answers, settings.target, grid) for out in outputs]
+    patients, rows = len(scans.patients), []
+    for metric in draws[0]:
+        over = resampled([draw[metric] for draw in draws], scans.patient, settings.bootstrap, seed)
+        few = over
+        if len(draws) > settings.trained_draws:
+            chosen = [draw[metric] for draw in draws[: settings.trained_draws]]
+            few = resampled(chosen, scans.patient, settings.bootstrap, seed)
+        rows.append(
+            DownstreamRow(
+                settings.task, who, fitted.labels, test, metric, over.value, over.low, over.high,
+                patients, over.undefined, fitted.labelled, len(draws), over.spread, over.resamples,
+                min(len(draws), settings.trained_draws), few.value, few.resamples,
+            )
+        )  # fmt: skip
+    if len(outputs) == 1:
+        measured = task.measure(outputs[0], scans.answers, settings.target, grid)
+        others = {name: own for name, own in measured.items() if name not in draws[0]}
+        rows += [
+            DownstreamRow(
+                settings.task, who, fitted.labels, test, metric, e.value, e.low, e.high,
+                patients, e.undefined, fitted.labelled,
+            )
+            for metric, e in estimates(others, scans.patient, settings.bootstrap, seed).items()
+        ]  # fmt: skip
+    return rows
 
 
-def predictor_of(network: DownstreamNetwork) -> Predictor:
-    """A trained network as a predictor."""
-    network.eval()
-    return lambda latents: predict(network, latents)
+def _fairness(
+    fitted: Fitted,
+    scans: LabelledScans,
+    settings: DownstreamSettings,
+    test: str,
+    groups: Mapping[str, Sequence[str]],
+) -> list[Fairness]:
+    """The FairnessScore of the first draw, over sites and every other grouping of the test scans."""
+    task = task_of(settings.task)
+    grid = Grid(spacing_mm=settings.spacing_mm, tolerance_mm=settings.tolerance_mm)
+    measured = task.measure_main(fitted.predictors[0](scans), scans.answers, settings.target, grid)
+    scores = []
+    for grouping, names in {"site": [str(site) for site in scans.site], **groups}.items():
+        rows = {one: [i for i, name in enumerate(names) if name == one] for one in sorted(set(names)) if one}
+        who = {one: len({scans.patient[i] for i in own}) for one, own in rows.items()}
+        for metric, own in measured.items():
+            read = {
+                one: value_on(own, scans.patient, chosen)
+                for one, chosen in rows.items()
+                if who[one] >= LEAST_PATIENTS
+            }
+            read = {one: value for one, value in read.items() if math.isfinite(value)}
+            if len(read) > 1:
+                overall = value_on(
+                    own, scans.patient, sorted(row for chosen in rows.values() for row in chosen)
+                )
+                score = fairness_score(overall, list(read.values()))
+                of_groups = {one: who[one] for one in read}
+                scores.append(
+                    Fairness(
+                        mode=fitted.mode, labels=fitted.labels, test=test, metric=metric, grouping=grouping,
+                        score=score, groups=read, patients=of_groups,
+                    )
+                )  # fmt: skip
+    return scores
 
 
-def _check(model: FactorNetwork | None, settings: DownstreamSettings, style_bank: StyleBank | None) -> None:
-    wanted = [mode for mode in settings.modes if mode in _PRETRAINED]
+def _check(
+    model: FactorNetwork | None,
+    train: LabelledScans,
+    settings: DownstreamSettings,
+    style_bank: StyleBank | None,
+) -> None:
+    wanted = [mode for mode in settings.modes if mode in PRETRAINED]
     if model is None and wanted:
         raise ValueError(f"Expected a pretrained model for {', '.join(wanted)}; got none.")
+    for mode in settings.modes:
+        settings.local_of(mode)  # refuses a network that cannot learn this task
+    if settings.anatomy_start != "none" and not {"volume_start", "joined"} & set(settings.modes):
+        raise ValueError("anatomy_start has no effect without mode volume_start or joined: leave it out.")
+    if "volume_start" in settings.modes and settings.anatomy_start == "none":
+        raise ValueError("Expected anatomy_start for mode volume_start; from none it is mode volume_unet.")
     if model is not None and settings.network is not None:
         raise ValueError(
             "network has no effect beside a pretrained model, whose shape is taken: leave it out."
         )
-    if model is None and settings.network is None and "scratch" in settings.modes:
-        raise ValueError("Expected network for mode scratch without a pretrained model; got none.")
-    if style_bank is not None and all(mode in _READINGS for mode in settings.modes):
+    for mode in ("scratch", "random", "ridge", "ridge_neighbours"):
+        if model is None and settings.network is None and mode in settings.modes:
+            raise ValueError(f"Expected network for mode {mode} without a pretrained model; got none.")
+    for mode in SEES_VOLUMES:
+        if train.volumes is None and mode in settings.modes:
+            raise ValueError(f"Expected prepared volumes for mode {mode}; got none.")
+    if style_bank is not None and {"volume_unet", "volume_start"} & set(settings.modes):
+        raise ValueError(
+            "bank has no effect on a U-Net on the volume, which sees no latents: leave one of them out."
+        )
+    if style_bank is not None and all(mode in CLOSED_FORM for mode in settings.modes):
         raise ValueError(
             f"bank has no effect on {', '.join(settings.modes)}, fitted in closed form: leave it out."
         )
     if task_of(settings.task).per_voxel and "frozen_tokens" in settings.modes:
         raise ValueError("frozen_tokens is frozen with task=segmentation, which reads tokens: leave it out.")
-
-
-def _trained(
-    mode: Mode,
-    model: FactorNetwork | None,
-    labelled: LabelledScans,
-    validation: LabelledScans,
-    settings: DownstreamSettings,
-    seed: int,
-    style_bank: StyleBank | None,
-    report: Callable[[int, float], None],
-) -> Predictor:
-    network: DownstreamNetwork
-    task, classes = task_of(settings.task), settings.classes
-    match mode:
-        case "unet":
-            channels = labelled.latents.shape[1]
-            network = SmallUNet(channels, classes, per_voxel=task.per_voxel, seed=seed)
-        case "scratch":
-            fresh = _fresh(model, labelled, settings, seed)
-            network = task.network(fresh, classes, trainable=True, seed=seed)
-        case _:
-            assert model is not None
-            if mode in _READINGS:
-                task.check_answers(labelled.answers, classes)
-                reading, known = _READINGS[mode], (labelled.latents, labelled.answers, labelled.patient)
-                return task.read(model, reading, *known, classes, seed)
-            network = task.network(model, classes, trainable=True, seed=seed)
-    finetune(
-        network,
-        labelled,
-        settings.local,
-        seed=seed,
-        validation=validation,
-        style_bank=style_bank,
-        on_step=report,
-    )
-    return predictor_of(network)
-
-
-def _fresh(
-    model: FactorNetwork | None, labelled: LabelledScans, settings: DownstreamSettings, seed: int
-) -> FactorNetwork:
-    """An encoder that was not pretrained, with the model's centre and scale of latents, or its own scans'."""
-    if model is not None:
-        fresh = FactorNetwork(model.config, seed=seed)
-        fresh.set_latent_scale(model.latent_mean, model.latent_deviation)
-        return fresh
-    assert settings.network is not None
-    fresh = FactorNetwork(settings.network, seed=seed)
-    mean = labelled.latents.mean(dim=(0, 2, 3, 4)).reshape(-1, 1, 1, 1)
-    fresh.set_latent_scale(mean.expand_as(fresh.latent_mean), labelled.latents.std(dim=(0, 2, 3, 4)))
-    return fresh

@@ -17,7 +17,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from meduet_models.downstream.tasks import metric_of
+from simulations.downstream.comparisons import YARDSTICKS, Comparison, compare, measured, sentences
 from simulations.downstream.evaluate import DownstreamRow
+from simulations.downstream.fairness import Fairness
+from simulations.downstream.settings import PRETRAINED
 from simulations.report.figures import INK, SITE_COLOURS, save, style_axes
 from storage.files import private_folder, write_whole
 
@@ -28,23 +31,49 @@ _MODES = {
     "frozen_tokens": "pretrained, frozen, all tokens",
     "finetuned": "pretrained, fine-tuned",
     "scratch": "same network from scratch",
-    "unet": "small U-Net",
+    "unet": "small U-Net over latents",
+    "label_map": "mean training label (reads no scan)",
+    "ridge": "ridge on raw latents, own token",
+    "ridge_neighbours": "ridge on raw latents, 27 tokens",
+    "random": "random encoder, frozen",
+    "unet_volume": "plain U-Net on the volume",
+    "volume_unet": "our U-Net on the volume",
+    "volume_start": "our U-Net on the volume, from public anatomy",
+    "joined": "our U-Net on the volume with content tokens",
     "federated": "pretrained, fine-tuned in the federation",
 }
+_COLUMNS = [
+    field.name for field in fields(DownstreamRow) if not field.name.startswith(("resamples", "first_"))
+]
 _TESTS = {"seen": "seen hospitals", "unlabelled": "hospitals without labels", "held_out": "held-out hospital"}
 
 
-def write_downstream(folder: Path, rows: Sequence[DownstreamRow], facts: Mapping[str, Any]) -> Path:
+def write_downstream(
+    folder: Path,
+    rows: Sequence[DownstreamRow],
+    facts: Mapping[str, Any],
+    fairness: Sequence[Fairness] = (),
+) -> Path:
     """Write the table below `folder`; `facts` (JSON values) say what was run. Returns the page's path."""
     private_folder(folder)
     plain = [
-        {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(row).items()}
+        {
+            k: None if isinstance(v, float) and math.isnan(v) else v
+            for k, v in asdict(row).items()
+            if k in _COLUMNS
+        }
         for row in rows
     ]
-    content = json.dumps({**facts, "rows": plain}, indent=1, allow_nan=False)
+    compared = comparisons_of(rows)
+    told = {
+        "rows": plain,
+        "comparisons": [asdict(one) | {"above": one.above} for one in compared],
+        "fairness": [asdict(one) for one in fairness],
+    }
+    content = json.dumps(_finite({**facts, **told}), indent=1, allow_nan=False)
     write_whole(folder / "downstream.json", content + "\n")
     table = io.StringIO()
-    writer = csv.DictWriter(table, [f.name for f in fields(DownstreamRow)], lineterminator="\n")
+    writer = csv.DictWriter(table, _COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(plain)
     write_whole(folder / "downstream.csv", table.getvalue())
@@ -52,13 +81,43 @@ def write_downstream(folder: Path, rows: Sequence[DownstreamRow], facts: Mapping
     environment = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined)
     page = environment.get_template(_TEMPLATE).render(
         figure="data:image/png;base64," + base64.b64encode(figure.read_bytes()).decode(),
+        findings=sentences(compared),
         rows=[_cells(row) for row in rows],
+        fairness=[_fairness_cells(one) for one in fairness],
         facts=json.dumps(facts, indent=1),
         task=rows[0].task,
     )
     target = folder / "downstream.html"
     write_whole(target, page)
     return target
+
+
+def comparisons_of(rows: Sequence[DownstreamRow]) -> list[Comparison]:
+    """Every pretrained mode against every yardstick with the same labels, on the same test patients."""
+    by_key = {(r.mode, r.labels, r.test, r.metric): r for r in rows if r.resamples}
+
+    return [
+        compare(
+            measured(asdict(row), _MODES.get(mode, mode)), measured(asdict(rival), YARDSTICKS[name]), name
+        )
+        for (mode, labels, test, metric), row in by_key.items()
+        if mode in (*PRETRAINED, "federated")
+        for name in YARDSTICKS
+        if (rival := by_key.get((name, labels, test, metric))) is not None
+    ]
+
+
+def _finite(value: Any) -> Any:
+    """JSON values, with null for what is not a number."""
+    match value:
+        case dict():
+            return {key: _finite(own) for key, own in value.items()}
+        case list() | tuple():
+            return [_finite(own) for own in value]
+        case float():
+            return value if math.isfinite(value) else None
+        case _:
+            return value
 
 
 def draw_downstream(rows: Sequence[DownstreamRow], path: Path) -> Path:
@@ -96,9 +155,23 @@ def _cells(row: DownstreamRow) -> dict[str, str]:
     return {
         "test": _TESTS.get(row.test, row.test),
         "mode": _MODES.get(row.mode, row.mode),
-        "share": f"{row.label_share:.0%} ({row.labelled})",
+        "share": f"{row.labels} ({row.labelled})",
+        "draws": f"{row.draws}" + (f", deviation {row.spread:.{digits}f}" if row.draws > 1 else ""),
         "metric": metric_of(row.metric).title,
         "value": f"{row.value:.{digits}f}" if known else "none",
         "interval": f"{row.low:.{digits}f} to {row.high:.{digits}f}" if known else "",
         "patients": f"{row.patients}" + (f", {row.undefined} without a value" if row.undefined else ""),
+    }
+
+
+def _fairness_cells(one: Fairness) -> dict[str, str]:
+    groups = [f"{name}: {value:.3f} ({one.patients[name]})" for name, value in one.groups.items()]
+    return {
+        "test": _TESTS.get(one.test, one.test),
+        "mode": _MODES.get(one.mode, one.mode),
+        "share": one.labels,
+        "metric": metric_of(one.metric).title,
+        "grouping": one.grouping,
+        "score": f"{one.score:.3f}",
+        "groups": "; ".join(groups),
     }

@@ -19,21 +19,28 @@ from client.app import make_client_app
 from client.latents.labelled import LabelledScans, NoLabels
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning, check_target
 from forms.form import build
+from meduet_models.anatomy_start import AnatomyStart
+from meduet_models.downstream.kinds import NetworkKind
 from meduet_models.downstream.task import Target
 from meduet_models.downstream.tasks import task_of
 from server.config import plain
 from server.exchanges.finetuning import FinetunedRun, pretrained_sha256, run_finetuning
 from server.observer import RoundObserver
+from simulations.downstream.draws import Amount
 from simulations.downstream.evaluate import (
     DownstreamSettings,
+    Fitted,
+    Mode,
     evaluate_downstream,
     predictor_of,
     rows_of,
 )
+from simulations.downstream.fairness import groups_of
 from simulations.downstream.report import write_downstream
+from simulations.downstream.settings import SEES_VOLUMES
 from simulations.engines.in_process import FixedThreads, InProcessGrid, fixed_threads
 from simulations.finished_run import FinishedRun, open_run
-from simulations.hospitals.labelled import known_answers, num_classes
+from simulations.hospitals.labelled import Part, known_answers, known_covariates, num_classes
 from simulations.progress import Live
 
 _ROUNDS, _CLIP = 5, 20.0
@@ -59,10 +66,16 @@ class DownstreamRunSettings:
     """The covariate to predict, of a task that predicts one."""
     target_values: tuple[str, ...]
     """Its values, in the order of the classes; of a number the ends of its range."""
-    modes: tuple[Literal["frozen", "frozen_tokens", "finetuned", "scratch", "unet"], ...]
+    modes: tuple[Mode, ...]
     """What is compared."""
+    label_counts: tuple[int, ...]
+    """Numbers of patients (of each class, of a task with classes) whose labels are used."""
     label_shares: tuple[float, ...]
     """Shares of the training patients whose labels are used."""
+    draws: int
+    """Draws of the labelled patients for what is in closed form."""
+    trained_draws: int
+    """Draws for what is trained."""
     label_sites: tuple[str, ...]
     """Hospitals whose labels train; empty: all."""
     bank: bool
@@ -73,10 +86,14 @@ class DownstreamRunSettings:
     """Scans per step, at most."""
     learning_rate: float
     """Peak learning rate."""
+    anatomy_start: AnatomyStart
+    """What a U-Net on the volume starts from: canonical, shapes, none."""
     bootstrap: int
     """Resamples of the test patients."""
     tolerance_mm: float
     """Tolerance of surface Dice."""
+    network: NetworkKind
+    """What the federation fine-tunes: tokens, volume_unet, joined."""
     federated: bool
     """Whether to fine-tune in the federation too."""
     encoder: Literal["frozen", "finetuned"]
@@ -88,9 +105,16 @@ class DownstreamRunSettings:
 
     def __post_init__(self) -> None:
         """Refuse settings that have no effect."""
-        unused = (self.encoder, self.rounds, self.update_clip_norm) != ("finetuned", _ROUNDS, _CLIP)
-        if unused and not self.federated:
-            raise ValueError("encoder, rounds and update_clip_norm have no effect without federated=true.")
+        said = (self.network, self.encoder, self.rounds, self.update_clip_norm)
+        if said != ("tokens", "finetuned", _ROUNDS, _CLIP) and not self.federated:
+            raise ValueError(
+                "network, encoder, rounds and update_clip_norm have no effect without federated=true."
+            )
+        starts = self.network != "tokens" or {"volume_start", "joined"} & set(self.modes)
+        if self.anatomy_start != "none" and not starts:
+            raise ValueError(
+                "anatomy_start has no effect without mode volume_start or joined, or a network on the volume."
+            )
         if self.federated and (self.label_sites or self.bank):
             raise ValueError(
                 "federated=true uses every hospital's labels, as they are: leave out label_sites and bank."
@@ -124,22 +148,32 @@ def _evaluate(asked: DownstreamRunSettings, opened: FinishedRun, live: Live) -> 
     with_labels = [name for name in plan.sites if not asked.label_sites or name in asked.label_sites]
     without = [name for name in plan.sites if name not in with_labels]
 
+    sees_volumes = local.sees_volumes or bool(set(SEES_VOLUMES) & set(asked.modes))
+    volumes = plan.volumes if sees_volumes else None
+
+    def known(parts: Sequence[Part]) -> LabelledScans | None:
+        return known_answers(parts, local, asked.target, asked.target_values, volumes)
+
+    def parts_of(names: Sequence[str], which: str) -> list[Part]:
+        return [(name, opened.scans[name], opened.scans[name].indices(which)) for name in names]
+
     def split(names: Sequence[str], which: str) -> LabelledScans | None:
-        scans = [(name, opened.scans[name], opened.scans[name].indices(which)) for name in names]
-        return known_answers(scans, local, asked.target, asked.target_values)
+        return known(parts_of(names, which))
 
     train, validation = split(with_labels, "train"), split(with_labels, "validation")
     if train is None:
         raise NoLabels(f"Expected training patients with {asked.target or 'labels'}; got none.")
     outside = [(name, opened.outside(name)) for name in opened.held_out]
-    found = {
-        "seen": split(with_labels, "test"),
-        "unlabelled": split(without, "test"),
-        "held_out": known_answers(
-            [(name, s, range(s.num_scans)) for name, s in outside], local, asked.target, asked.target_values
-        ),
+    parts: dict[str, Sequence[Part]] = {
+        "seen": parts_of(with_labels, "test"),
+        "unlabelled": parts_of(without, "test"),
+        "held_out": [(name, scans, range(scans.num_scans)) for name, scans in outside],
     }
-    tests = {name: scans for name, scans in found.items() if scans is not None}
+    tests = {name: scans for name, own in parts.items() if (scans := known(own)) is not None}
+    groups = {
+        name: groups_of(known_covariates(parts[name], local, asked.target, asked.target_values))
+        for name in tests
+    }
     if not tests:
         raise ValueError("Expected test patients with labels; the run kept none. Set site.split_fractions.")
     settings = DownstreamSettings(
@@ -147,11 +181,16 @@ def _evaluate(asked: DownstreamRunSettings, opened: FinishedRun, live: Live) -> 
         classes=local.classes,
         target=Target(asked.target, asked.target_values),
         spacing_mm=plan.volumes.spacing_mm,
+        label_counts=asked.label_counts,
         label_shares=asked.label_shares,
+        draws=asked.draws,
+        trained_draws=asked.trained_draws,
         modes=asked.modes,
+        plan_seed=plan.seed,
         steps=asked.steps,
         batch_size=asked.batch_size,
         learning_rate=asked.learning_rate,
+        anatomy_start=_start(asked, {"volume_start", "joined"} & set(asked.modes)),
         bootstrap=asked.bootstrap,
         tolerance_mm=asked.tolerance_mm,
     )
@@ -170,7 +209,7 @@ def _evaluate(asked: DownstreamRunSettings, opened: FinishedRun, live: Live) -> 
     }
     federated = _federate(asked, opened, local, live) if asked.federated else None
     with live.reading("training") as progress:
-        rows = evaluate_downstream(
+        evaluated = evaluate_downstream(
             opened.pretrained,
             train,
             validation if validation is not None else train.rows([]),
@@ -178,8 +217,10 @@ def _evaluate(asked: DownstreamRunSettings, opened: FinishedRun, live: Live) -> 
             settings,
             asked.seed,
             style_bank=opened.bank() if asked.bank else None,
+            groups=groups,
             progress=progress,
         )
+    rows = evaluated.rows
     if federated is not None:
         share, predictor = max(asked.label_shares), predictor_of(federated.network)
         facts["federated"] = list(federated.rounds)
@@ -187,8 +228,9 @@ def _evaluate(asked: DownstreamRunSettings, opened: FinishedRun, live: Live) -> 
             len(own.share(share, asked.seed).patients) for n in with_labels if (own := split([n], "train"))
         )
         for name, scans in tests.items():
-            rows += rows_of(predictor, scans, settings, asked.seed, "federated", share, name, labelled)
-    return write_downstream(Path(asked.folder), rows, facts)
+            fitted = Fitted("finetuned", Amount(share=share).name, labelled, (predictor,))
+            rows += rows_of(fitted, scans, settings, asked.seed, name, mode="federated")
+    return write_downstream(Path(asked.folder), rows, facts, evaluated.fairness)
 
 
 class _Counted(RoundObserver):
@@ -221,18 +263,26 @@ def _local(asked: DownstreamRunSettings, opened: FinishedRun) -> LocalFinetuning
         steps=math.ceil(asked.steps / asked.rounds),
         batch_size=asked.batch_size,
         learning_rate=asked.learning_rate,
+        network=asked.network,
+        augmentation=0.0 if asked.network == "tokens" else 1.0,
     )
     check_target(local, asked.target, asked.target_values)
     return local
 
 
+def _start(asked: DownstreamRunSettings, used: object) -> AnatomyStart:
+    """The start that was asked for, where something of this part starts from it."""
+    return asked.anatomy_start if used else "none"
+
+
 def _federate(
     asked: DownstreamRunSettings, opened: FinishedRun, local: LocalFinetuning, live: Live
 ) -> FinetunedRun:
-    plan = opened.plan
+    plan, start = opened.plan, _start(asked, local.sees_volumes)
     finetuning = FinetunePlan(
         run_sha256=plan.sha256,
-        pretrained_sha256=pretrained_sha256(opened.pretrained),
+        pretrained_sha256=pretrained_sha256(opened.pretrained, local.network, start, asked.seed),
+        anatomy_start=start,
         local=local,
         rounds=asked.rounds,
         seed=asked.seed,

@@ -4,11 +4,14 @@ What this file does not do: read a file (`client/latents/labelled.py`), or train
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from client.latents.labelled import LabelledScans, NoLabels, join, labelled_scans
 from client.latents.latent_set import LatentSet
 from federation.exchanges.finetuning import LocalFinetuning
+from federation.plan import VolumePlan
+from meduet_models.downstream.task import Target
+from meduet_models.downstream.tasks import task_of
 
 Part = tuple[str, LatentSet, Sequence[int]]
 """A hospital, its scans, and which of them."""
@@ -26,17 +29,45 @@ def num_classes(hospitals: Iterable[LatentSet]) -> int:
 
 
 def known_answers(
-    parts: Sequence[Part], local: LocalFinetuning, target: str = "", target_values: tuple[str, ...] = ()
+    parts: Sequence[Part],
+    local: LocalFinetuning,
+    target: str = "",
+    target_values: tuple[str, ...] = (),
+    volumes: VolumePlan | None = None,
 ) -> LabelledScans | None:
-    """Those scans whose answer is known, patients named apart by hospital; None where there is none."""
+    """Those scans whose answer is known, patients named apart by hospital; None where there is none.
+
+    With their volumes, where `volumes` says how they were prepared.
+    """
     found = []
     for name, scans, rows in parts:
+        known = known_rows(scans, rows, local.task, target, target_values)
         try:
-            own = labelled_scans(scans, rows, local, target, target_values)
+            own = labelled_scans(scans, known, local, target, target_values, volumes)
         except NoLabels:
             continue
-        found.append(dataclasses.replace(own, patient=tuple(f"{name}/{patient}" for patient in own.patient)))
+        patients = tuple(f"{name}/{patient}" for patient in own.patient)
+        found.append(dataclasses.replace(own, patient=patients))
     return join(found) if found else None
+
+
+def known_rows(
+    scans: LatentSet, rows: Sequence[int], task: str, target: str = "", target_values: tuple[str, ...] = ()
+) -> list[int]:
+    """Those rows whose answer is known to the task."""
+    named = Target(target, target_values)
+    return [row for row in rows if task_of(task).known(scans, row, named)]
+
+
+def known_covariates(
+    parts: Sequence[Part], local: LocalFinetuning, target: str = "", target_values: tuple[str, ...] = ()
+) -> list[Mapping[str, str | float]]:
+    """What else is known of each scan of `known_answers`, in its order."""
+    return [
+        scans.covariates[row]
+        for _, scans, rows in parts
+        for row in known_rows(scans, rows, local.task, target, target_values)
+    ]
 
 
 def labels_for_segmenters(

@@ -58,6 +58,7 @@ def test_the_five_files_to_read_exist() -> None:
         ("client.cli", ("encode",)),
         ("client.cli", ("plan", "show")),
         ("server.cli", ("tokenizer", "train")),
+        ("server.cli", ("pretrain-public",)),
         ("server.cli", ("synthesize",)),
         ("server.cli", ("bank", "forget")),
     ],

@@ -1,6 +1,7 @@
 """`volumes.extent`: what goes with it and what does not, what people are told, what the site checks."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,8 +70,8 @@ def test_check_says_what_a_crop_cuts_off_and_nothing_where_all_is_seen() -> None
     assert kept_share(scan, crop) < 0.1 and kept_share(scan, WHOLE) == 1.0
 
     def said(volumes: VolumePlan) -> list[str]:
-        entry = ScanEntry("0", "p", path=None, files=(), modality="mr", split="train",  # type: ignore[arg-type]
+        entry = ScanEntry("0", "p", path=Path("a"), files=(), modality="mr", split="train",
                           kept=kept_share(scan, volumes))  # fmt: skip
-        return [name for name, *_ in cohort_lines(Cohort(None, (entry,), ()), volumes)]  # type: ignore[arg-type]
+        return [name for name, *_ in cohort_lines(Cohort(Path(), (entry,), ()), volumes)]
 
     assert "crop" in said(crop) and "crop" not in said(WHOLE)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from client.site_secret import seed_of
 from client.training.finetuning import finetune
 from federation.exchanges.finetuning import FinetuneAsk, FinetunePlan, LocalFinetuning
 from federation.messages import MessageError
-from federation.plan import RunPlan
+from federation.plan import RunPlan, VolumePlan
+from meduet_models.downstream.starting import start_sha256
 from meduet_models.downstream.tasks import task_of
 from meduet_models.meduet import FactorNetwork
 from meduet_models.weights import load_weights
@@ -40,6 +41,10 @@ class Scans(KnownScans):
         super().__init__(site, 10, held_out=2, labelled=10)
         self.label *= highest
         self.covariates = [{"sex": "FM"[n % 2], "age": 30.0 + 3 * n} for n in range(10)]
+
+    def volumes(self, indices: Sequence[int], plan: VolumePlan, view: int = 0) -> torch.Tensor:
+        blurred = torch.nn.functional.interpolate(self.latents(indices)[:, :1], size=plan.shape)
+        return blurred.sigmoid().half()
 
 
 @pytest.fixture
@@ -201,12 +206,49 @@ def test_other_pretrained_weights_are_refused_on_both_sides(
     with pytest.raises(ValueError, match="Expected the pretrained encoder"):
         run_finetuning(grid_of(plan, tmp_path), plan, finetuning, pretrained, tmp_path / "fine")
     monkeypatch.setattr(
-        "server.exchanges.finetuning.pretrained_sha256", lambda network: finetuning.pretrained_sha256
+        "server.exchanges.finetuning.start_sha256", lambda network: finetuning.pretrained_sha256
     )
     with pytest.raises(RoundFailed, match="not_answered"):
         run_finetuning(grid_of(plan, tmp_path), plan, finetuning, pretrained, tmp_path / "fine")
     log = (tmp_path / "sites" / "oslo" / "site.log").read_text()
     assert "Expected the pretrained encoder" in log
+
+
+@pytest.mark.parametrize("network", ["volume_unet", "joined"])
+def test_a_u_net_on_the_volume_is_trained_in_rounds_from_the_start_that_the_plan_names(
+    plan: RunPlan, pretrained: FactorNetwork, tmp_path: Path, network: Any
+) -> None:
+    local = dataclasses.replace(LOCAL, network=network, augmentation=1.0, average=0.9, steps=2)
+    start = pretrained_sha256(pretrained, network)
+    finetuning = agreed(plan, pretrained, local=local, pretrained_sha256=start, rounds=2)
+    done = run_finetuning(grid_of(plan, tmp_path), plan, finetuning, pretrained, tmp_path / "fine")
+    assert [sorted(report["sites"]) for report in done.rounds] == [sorted(plan.sites)] * 2
+    tensors = done.network.state_dict()
+    assert start_sha256(done.network) != start
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    again = run_finetuning(grid_of(plan, tmp_path / "2"), plan, finetuning, pretrained, tmp_path / "2" / "f")
+    assert all(torch.equal(tensors[n], t) for n, t in again.network.state_dict().items())
+
+
+def test_a_u_net_from_another_start_is_refused_on_both_sides(
+    plan: RunPlan, pretrained: FactorNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = dataclasses.replace(LOCAL, network="volume_unet")
+    other = pretrained_sha256(pretrained, "volume_unet", seed=1)
+    finetuning = agreed(plan, pretrained, local=local, pretrained_sha256=other)
+    with pytest.raises(ValueError, match="Expected the pretrained encoder"):
+        run_finetuning(grid_of(plan, tmp_path), plan, finetuning, pretrained, tmp_path / "fine")
+    monkeypatch.setattr("server.exchanges.finetuning.start_sha256", lambda network: other)
+    with pytest.raises(RoundFailed, match="not_answered"):
+        run_finetuning(grid_of(plan, tmp_path), plan, finetuning, pretrained, tmp_path / "fine")
+    assert "Expected the pretrained encoder" in (tmp_path / "sites" / "oslo" / "site.log").read_text()
+
+
+def test_a_start_from_anatomy_is_refused_where_nothing_starts_from_it(
+    plan: RunPlan, pretrained: FactorNetwork
+) -> None:
+    with pytest.raises(ValueError, match="anatomy_start=canonical has no effect"):
+        agreed(plan, pretrained, anatomy_start="canonical")
 
 
 def test_a_folder_of_another_fine_tuning_is_not_gone_on_with(

@@ -3,12 +3,15 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from federation.plan import RunPlan
+from meduet_models.anatomy_start import save_start
 from meduet_models.meduet import FactorNetwork
+from meduet_models.volume_unet import VolumeUNet
 from meduet_models.weights import save_weights
 from server.consortium.plans import finetuning_to_run, make_finetuning, plan_to_run, publish
 from server.deployment.status import read_status
@@ -84,6 +87,44 @@ def test_one_kind_of_plan_is_not_run_as_the_other(published: Path, pretrained: P
         Submission(None, published, tmp_path / "fine")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no effect"):
         Submission(None, tmp_path / "plan.json", tmp_path / "fine", pretrained=pretrained)  # type: ignore[arg-type]
+
+
+def start_of(path: Path, seed: int) -> Path:
+    save_start(path, "canonical", VolumeUNet(seed=seed).state_dict(), {})
+    return path
+
+
+def test_a_start_from_public_anatomy_is_named_by_its_hash_and_no_other_is_trained(
+    plan: RunPlan, pretrained: Path, tmp_path: Path
+) -> None:
+    own, other = start_of(tmp_path / "own.safetensors", 1), start_of(tmp_path / "other.safetensors", 2)
+    settings = ["local.task=segmentation", "local.classes=2", "local.steps=1", "rounds=1"]
+    settings += ["local.network=volume_unet", "anatomy_start=canonical"]
+    finetuning = make_finetuning(pretrained, settings, own)
+    assert make_finetuning(pretrained, settings, other).pretrained_sha256 != finetuning.pretrained_sha256
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    (tmp_path / "finetuning.json").write_text(finetuning.to_json())
+    path = publish(tmp_path / "plan.json", tmp_path / "published", tmp_path / "finetuning.json")[0]
+    with pytest.raises(ValueError, match="Expected the pretrained encoder"):
+        finetune_in_folder(
+            grid_of(plan, tmp_path), plan, finetuning, pretrained, tmp_path / "no", anatomy=other
+        )
+    folder = tmp_path / "fine"
+    finetune_in_folder(grid_of(plan, tmp_path), plan, finetuning, pretrained, folder, anatomy=own)
+    assert is_complete(folder, finetuning.sha256)
+    centre = SimpleNamespace(consortium=tmp_path)
+    told = Submission(centre, path, folder, pretrained=pretrained, anatomy=own)  # type: ignore[arg-type]
+    assert told._settings["anatomy"] == str(own)
+
+
+def test_a_file_of_a_start_is_refused_where_nothing_starts_from_it(
+    published: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    own = start_of(tmp_path / "own.safetensors", 1)
+    with pytest.raises(ValueError, match="--anatomy has no effect"):
+        make_finetuning(pretrained, SETTINGS, own)
+    with pytest.raises(ValueError, match="--anatomy has no effect"):
+        Submission(None, published, tmp_path, pretrained=pretrained, anatomy=own)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

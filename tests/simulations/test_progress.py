@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from client.latents import cache
+from client.latents import encoding
 from server import model
 from server.config import compose_config
 from simulations import observer, run
@@ -66,7 +66,7 @@ def piped(clock: Clock) -> tuple[Live, Noting]:
 
 SLOW = (
     (phantom, "_keep_or_make", "making hospitals"),
-    (cache.LatentCache, "_encode", "encoding"),
+    (encoding.Encoder, "write", "north: reading"),
     (model.MeduetModel, "after_survey", ""),
     (model.MeduetModel, "after_erasure", ""),
     (observer, "measure", "probing the models"),

@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from client.latents.labelled import LabelledScans, NoLabels
-from client.training.finetuning import finetune, learning_rate_at, validation_score
+from client.training.finetuning import MovingAverage, finetune, learning_rate_at, validation_score
 from client.training.pretraining import NotFinite
 from federation.exchanges.finetuning import LocalFinetuning
 from meduet_models.downstream.networks import PretrainedNetwork, predict
 from meduet_models.downstream.tasks import task_of
 from meduet_models.downstream.unet import SmallUNet
+from meduet_models.downstream.volume_networks import VolumeSegmenter
 from meduet_models.meduet import FactorNetwork
+from meduet_models.volume_unet import VolumeUNet
 from tests.worlds import small_network
 
 GRID = (4, 6, 4)
@@ -158,3 +160,91 @@ def test_the_learning_rate_rises_and_falls_as_in_every_run_so_far() -> None:
     assert [learning_rate_at(step, 37, local) for step in (0, 3, 4, 5, 20, 36)] == [
         0.0002, 0.0008, 0.001, 0.0009977359612865424, 0.0005237909579118712, 2.2640387134577057e-06,
     ]  # fmt: skip
+
+
+VOLUME = LocalFinetuning(
+    task="segmentation",
+    classes=2,
+    network="volume_unet",
+    steps=40,
+    batch_size=4,
+    learning_rate=1e-2,
+    augmentation=0.3,
+    average=0.8,
+)
+
+
+def with_volumes(count: int = 8, seed: int = 0) -> LabelledScans:
+    """A bright ball in noise, somewhere; the ball is the foreground."""
+    draws = torch.Generator().manual_seed(seed)
+    axes = torch.meshgrid(*(torch.arange(16.0),) * 3, indexing="ij")
+    centres = 5 + 6 * torch.rand(count, 3, generator=draws)
+    labels = torch.stack(
+        [sum((x - c).square() for x, c in zip(axes, centre, strict=True)) < 14 for centre in centres]
+    )[:, None].long()
+    volumes = (0.3 + 0.4 * labels + 0.1 * torch.randn(labels.shape, generator=draws)).clamp(0, 1)
+    latents = torch.zeros(count, 2, *GRID)
+    return LabelledScans(latents, labels, tuple(f"p{n}" for n in range(count)), (0,) * count, volumes.half())
+
+
+def test_a_volume_is_segmented_after_a_few_steps_and_the_same_again() -> None:
+    scores = []
+    for _ in range(2):
+        network = VolumeSegmenter(VolumeUNet(seed=1), 2)
+        done = finetune(network, with_volumes(), VOLUME, seed=3)
+        scores.append((validation_score(network.eval(), with_volumes(seed=9), VOLUME), done.losses))
+    assert scores[0] == scores[1]
+    assert scores[0][0] > 0.8
+    other = VolumeSegmenter(VolumeUNet(seed=1), 2)
+    assert finetune(other, with_volumes(), VOLUME, seed=4).losses != scores[0][1]
+
+
+def test_augmentation_shows_another_volume_at_every_step() -> None:
+    one = with_volumes(1)
+    still = replace(VOLUME, augmentation=0.0, learning_rate=1e-9, average=0.0, steps=3)
+    same = finetune(VolumeSegmenter(VolumeUNet(), 2), one, still, seed=0).losses
+    moved = finetune(VolumeSegmenter(VolumeUNet(), 2), one, replace(still, augmentation=1.0), seed=0).losses
+    assert max(same) - min(same) < 1e-5
+    assert max(moved) - min(moved) > 1e-3
+
+
+def test_an_average_stands_in_for_the_weights_and_gives_them_back() -> None:
+    network = with_head(FactorNetwork(CONFIG), "segmentation", 2, trainable=False)
+    bias = dict(network.named_parameters())["head.predict.bias"]
+    averaged = MovingAverage(network, 0.75)
+    fixed = network.encoder.branch.embed.bias.clone()
+    with torch.no_grad():
+        bias += 1.0
+        network.encoder.branch.embed.bias += 1.0  # not trained, and so not averaged
+    averaged.update(step=1000)
+    with averaged.in_place():
+        torch.testing.assert_close(bias, torch.full_like(bias, 0.25))
+        assert torch.equal(network.encoder.branch.embed.bias, fixed + 1)
+    torch.testing.assert_close(bias, torch.full_like(bias, 1.0))
+    averaged.keep()
+    torch.testing.assert_close(bias, torch.full_like(bias, 0.25))
+    plain = MovingAverage(network, 0.0)
+    plain.update(step=0)
+    plain.keep()
+    torch.testing.assert_close(bias, torch.full_like(bias, 0.25))
+
+
+def test_the_average_is_what_validation_saw() -> None:
+    plain = replace(SEGMENTATION, steps=6)
+    held = planted(4, seed=5)
+    judged = with_head(FactorNetwork(CONFIG), "segmentation", 2, trainable=True)
+    done = finetune(judged, planted(), replace(plain, average=0.99), seed=0, validation=held)
+    assert done.validation == pytest.approx(validation_score(judged, held, plain), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"task": "classification", "network": "volume_unet"}, "segments"),
+        ({"augmentation": 1.0}, "augmentation has no effect"),
+        ({"average": 1.0}, "average"),
+    ],
+)
+def test_settings_of_networks_that_cannot_be_meant_are_refused(changes: dict[str, Any], word: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=word):
+        replace(SEGMENTATION, **changes)

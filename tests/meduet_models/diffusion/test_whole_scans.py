@@ -57,10 +57,10 @@ def test_inverted_and_sampled_again_told_the_same_a_whole_scan_comes_back() -> N
     windows = Windows.over((9, 8, 6), GRID)
     parts = windows.cut(x, range(len(windows)))
     given = Conditions(content=made.conditioner.content(parts), style=made.conditioner.style(parts))
-    fine = SamplingSettings(steps=200)
+    fine = SamplingSettings(steps=60)
     noise = invert_whole(made.transformer, x, given, windows, fine)
     back = sample_whole(made.transformer, given, windows, fine, seed=0, noise=noise)
-    assert float((back - x).abs().max()) < 0.02
+    assert float((back - x).abs().max()) < 0.05
 
 
 @pytest.mark.parametrize("method", ["sample", "invert", "restyle"])

@@ -21,7 +21,7 @@ from server.config import compose_config, plain
 from simulations.benchmark.cell import Instruments, make_data_set, run_cell
 from simulations.benchmark.run import run_benchmark
 from simulations.benchmark.settings import Cell, Task, benchmark_settings, cells_of
-from simulations.downstream.evaluate import DownstreamRow, DownstreamSettings, LabelledScans
+from simulations.downstream.evaluate import DownstreamRow, DownstreamSettings, Evaluated, LabelledScans
 from simulations.hospitals.held_out import Held
 from tests.small_simulation import SMALL_NETWORK
 
@@ -82,11 +82,27 @@ class Seen:
         tests: Mapping[str, LabelledScans],
         settings: DownstreamSettings,
         seed: int,
-    ) -> list[DownstreamRow]:
+        *,
+        groups: Any = None,
+    ) -> Evaluated:
         self.trained.append((model, {"train": train, "validation": validation, **tests}, settings))
         value = float(len(self.trained))
-        row = DownstreamRow(settings.task, settings.modes[0], 1.0, "seen", "dice", value, 0.0, 9.0, 3, 0, 9)
-        return [row]
+        assert set(groups or {}) == set(tests)
+        row = DownstreamRow(
+            settings.task,
+            settings.modes[0],
+            "100%",
+            "seen",
+            "dice",
+            value,
+            0.0,
+            9.0,
+            3,
+            0,
+            9,
+            first_value=value,
+        )
+        return Evaluated([row], [])
 
     @property
     def instruments(self) -> Instruments:
@@ -154,7 +170,10 @@ def test_downstream_gets_labels_by_split_and_the_hospital_held_out_whole(cells: 
     measured = run_cell(dataclasses.replace(cells["scratch"], tasks=tasks), seen.instruments)
     assert measured["measures"] == {}
     (model, parts, settings), (_, classes, _) = seen.trained
-    assert model is None and settings.modes == ("scratch", "unet")
+    assert model is None and settings.modes == (
+        "label_map", "ridge", "ridge_neighbours", "scratch", "unet", "unet_volume",
+    )  # fmt: skip
+    assert parts["train"].volumes is not None and parts["train"].volumes.shape[2:] == (32, 24, 24)
     assert set(parts) == {"train", "validation", "seen", "held_out"}
     patients = {name: set(part.patient) for name, part in parts.items()}
     assert len(patients["train"] | patients["validation"] | patients["seen"]) == 24

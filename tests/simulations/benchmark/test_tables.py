@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from simulations.benchmark.aims import Aim, aims_of
+from simulations.benchmark.paired import paired
 from simulations.benchmark.tables import (
     Number,
     Summary,
@@ -23,8 +24,10 @@ from simulations.benchmark.tables import (
 
 def result(method: str = "meduet", seed: int = 0, **changes: Any) -> dict[str, Any]:
     probes = {"scans": 30.0, "patients": 10.0, "site_from_content": 0.4, "chance_site": 0.25}
-    row = {"task": "segmentation", "mode": "frozen", "label_share": 0.1, "test": "seen", "metric": "dice",
-           "value": 0.7, "low": 0.65, "high": 0.74, "patients": 12}  # fmt: skip
+    row = {"task": "segmentation", "mode": "frozen", "labels": "10%", "test": "seen", "metric": "dice",
+           "value": 0.7, "low": 0.65, "high": 0.74, "patients": 12, "draws": 20,
+           "resamples": [0.7, 0.71, 0.69], "first_draws": 1, "first_value": 0.6,
+           "first_resamples": [0.6, 0.61, 0.59]}  # fmt: skip
     return {
         "key": "k", "data": "phantoms", "method": method, "seed": seed, "measures": {"seen": probes},
         "downstream": [row], "seconds": {"total": 3.0}, **changes,
@@ -49,8 +52,8 @@ def test_several_seeds_give_mean_and_interval_and_one_seed_that_of_the_patients(
     for seed, number in enumerate(n for n in numbers if n.measure == "seen.site_from_content"):
         assert (number.low, number.high) == pytest.approx(wilson(0.4, 10))
         assert number.seed == seed
-    measure = downstream_measure("segmentation", "dice", "seen", "frozen", 0.1)
-    assert measure == "downstream.segmentation.dice.seen.frozen.0.1"
+    measure = downstream_measure("segmentation", "dice", "seen", "frozen", "10%")
+    assert measure == "downstream.segmentation.dice.seen.frozen.10%"
     values = (0.6, 0.7, 0.8)
     summary = summarise([Number("phantoms", "meduet", s, measure, v, 0.0, 1.0) for s, v in enumerate(values)])
     ours = summary["phantoms", "meduet", measure]
@@ -78,9 +81,14 @@ def test_a_failed_method_stands_in_the_table_with_its_error() -> None:
     assert probes.rows[0] == ("FedMeDUET", str(summaries["phantoms", "meduet", "seen.site_from_content"]))
     assert probes.rows[1] == ("each site alone", "failed: ValueError: a / b")
     assert "chance: site 0.250" in probes.title
-    assert downstream.header == ("method", "seen, 0.1 of labels")
-    assert downstream.rows == (("FedMeDUET", "0.700 [0.650, 0.740]"),)
-    assert probes.markdown().splitlines()[2:4] == ["| method | site from content |", "| --- | --- |"]
+    assert downstream.header == ("method", "seen, labels of 10%", "not above")
+    assert downstream.rows == (
+        ("FedMeDUET", "0.700 [0.650, 0.740]", ""), ("each site alone", "failed: ValueError: a / b", ""),
+    )  # fmt: skip
+    assert probes.markdown().splitlines()[2:4] == [
+        "| method | site from content, fresh people |",
+        "| --- | --- |",
+    ]
 
 
 def verdicts(aims: list[Aim]) -> dict[str, bool | None]:
@@ -140,7 +148,7 @@ def test_a_bound_that_no_share_can_exceed_is_no_aim_met() -> None:
 @pytest.mark.parametrize(("rival_high", "expected"), [(0.69, True), (0.71, False)])
 def test_above_means_that_intervals_do_not_touch(rival_high: float, expected: bool) -> None:
     def measure(test: str, mode: str = "frozen") -> str:
-        return downstream_measure("segmentation", "dice", test, mode, 0.1)
+        return downstream_measure("segmentation", "dice", test, mode, "10%")
 
     summaries = dict(
         [
@@ -160,9 +168,72 @@ def test_above_means_that_intervals_do_not_touch(rival_high: float, expected: bo
 
 @pytest.mark.parametrize(("pooled", "expected"), [(0.714, True), (0.716, False)])
 def test_within_two_percent_is_relative(pooled: float, expected: bool) -> None:
-    measure = downstream_measure("segmentation", "dice", "seen", "finetuned", 1.0)
+    measure = downstream_measure("segmentation", "dice", "seen", "finetuned", "100%")
     summaries = dict(
         [measured("meduet", measure, 0.70, 0.6, 0.8), measured("pooled", measure, pooled, 0.6, 0.8)]
     )
     (near,) = [a for a in aims_of(["phantoms"], summaries) if "within 2%" in a.text]
     assert near.met is expected
+
+
+def cell(method: str, mode: str, value: float, seed: int = 0, wobble: float = 0.0) -> dict[str, Any]:
+    (row,) = result()["downstream"]
+    resamples = [value + wobble * step for step in (-1, 0, 1)]
+    own = row | {
+        "mode": mode,
+        "value": value,
+        "low": resamples[0],
+        "high": resamples[-1],
+        "resamples": resamples,
+    }
+    return result(method, seed, downstream=[own])
+
+
+TITLES = {"meduet": "FedMeDUET", "random": "random encoder", "scratch": "no pretraining"}
+
+
+def test_every_yardstick_stands_in_the_table_of_a_pretrained_method_which_names_those_it_is_not_above() -> (
+    None
+):
+    results = [
+        cell("meduet", "frozen", 0.65, wobble=0.01), cell("random", "frozen", 0.66, wobble=0.01),
+        cell("scratch", "label_map", 0.60, wobble=0.01),
+    ]  # fmt: skip
+    compared = paired("phantoms", results, TITLES)
+    assert {(one.rival, one.above) for one in compared} == {("label_map", True), ("random", False)}
+    (table,) = [
+        t
+        for t in tables_of("phantoms", TITLES, summarise(numbers_of(results)), {}, compared)
+        if "segmentation" in t.title
+    ]
+    assert [row[0] for row in table.rows] == [
+        "FedMeDUET", "mean training label (reads no scan)", "random encoder, read in the same way",
+    ]  # fmt: skip
+    assert table.rows[0][-1] == "random encoder, read in the same way: 10%"
+
+
+def test_differences_of_several_seeds_have_the_t_interval_of_the_seeds() -> None:
+    results = [
+        cell(method, mode, value + seed / 10, seed)
+        for seed in (0, 1, 2)
+        for method, mode, value in (("meduet", "frozen", 0.65 + seed / 100), ("scratch", "ridge", 0.6))
+    ]
+    (one,) = paired("phantoms", results, TITLES)
+    mean, half = t_interval([0.05, 0.06, 0.07])
+    assert (one.difference, one.low) == (pytest.approx(mean), pytest.approx(mean - half))
+
+
+def test_an_aim_is_withdrawn_where_what_reads_no_scan_is_not_below_ours() -> None:
+    measure = downstream_measure("segmentation", "dice", "seen", "finetuned", "100%")
+    summaries = dict(measured(method, measure, 0.70, 0.6, 0.8) for method in ("meduet", "pooled"))
+    (near,) = [a for a in aims_of(["phantoms"], summaries, {("phantoms", measure)}) if "within 2%" in a.text]
+    assert (near.verdict, near.met) == ("withdrawn", None) and "reads no scan" in near.found
+
+
+def test_a_network_at_its_start_is_called_so_in_its_row() -> None:
+    probes = {"patients": 10.0, "site_from_content": 0.4, "hidden_error": 0.89, "hidden_error_ridge": 0.4,
+              "fitted_patients_per_site": 24.0, "fresh_patients_per_site": 9.0}  # fmt: skip
+    summaries = summarise(numbers_of([result(measures={"seen": probes}, downstream=[])]))
+    (table,) = tables_of("phantoms", {"meduet": "FedMeDUET"}, summaries, {})
+    assert table.rows[0][:3] == ("FedMeDUET (network at its start)", "0.890", "0.400")
+    assert table.title.endswith("at the smallest hospital 24 people fitted on and 9 fresh people")

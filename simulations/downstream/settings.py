@@ -1,0 +1,115 @@
+"""What a downstream evaluation is told, and the ways to learn from labels that it compares."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
+
+from federation.exchanges.finetuning import LocalFinetuning
+from meduet_models.anatomy_start import AnatomyStart
+from meduet_models.downstream.kinds import NetworkKind
+from meduet_models.downstream.task import Target
+from meduet_models.meduet import NetworkConfig
+
+Mode = Literal[
+    "frozen",
+    "frozen_tokens",
+    "finetuned",
+    "label_map",
+    "ridge",
+    "ridge_neighbours",
+    "random",
+    "scratch",
+    "unet",
+    "unet_volume",
+    "volume_unet",
+    "volume_start",
+    "joined",
+]
+"""A way to learn from labels. `unet_volume`: MONAI's U-Net on the volume; `volume_unet`: ours;
+`volume_start`: ours from `anatomy_start`; `joined`: that, with content tokens of the pretrained encoder at
+its deepest level; `federated` beside them is told by who fine-tuned in a federation."""
+MODES: tuple[Mode, ...] = get_args(Mode)
+CLOSED_FORM: tuple[Mode, ...] = (
+    "frozen",
+    "frozen_tokens",
+    "label_map",
+    "ridge",
+    "ridge_neighbours",
+    "random",
+)
+"""Those without training, for which many draws cost little."""
+PRETRAINED: tuple[Mode, ...] = ("frozen", "frozen_tokens", "finetuned", "joined")
+"""Those that need a pretrained encoder."""
+VOLUME_KINDS: Mapping[Mode, NetworkKind] = {
+    "volume_unet": "volume_unet",
+    "volume_start": "volume_unet",
+    "joined": "joined",
+}
+"""Our segmenters that are shown volumes, and their network."""
+SEES_VOLUMES: tuple[Mode, ...] = ("unet_volume", *VOLUME_KINDS)
+"""Those that are shown volumes."""
+_AVERAGE = 0.98  # of the weights of our networks that see volumes
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownstreamSettings:
+    """How downstream networks are trained and measured."""
+
+    task: str
+    """What is predicted: the name of a downstream task."""
+    classes: int
+    """Classes, the background of a segmentation included; 1 for a number."""
+    target: Target = field(default_factory=Target)
+    """What is predicted, where a covariate is."""
+    spacing_mm: tuple[float, float, float]
+    """Voxel spacing of the volumes; distances are in mm."""
+    label_counts: tuple[int, ...] = ()
+    """Numbers of patients (of each class, of a task with classes per scan) whose labels are used; those that
+    there are not enough patients for are left out."""
+    label_shares: tuple[float, ...] = (0.01, 0.05, 0.1, 1.0)
+    """Shares of the training patients whose labels are used; at least one patient."""
+    draws: int = 1
+    """Draws of the labelled patients for what is in closed form."""
+    trained_draws: int = 1
+    """Draws for what is trained."""
+    modes: tuple[Mode, ...] = ("frozen", "finetuned", "scratch", "unet")
+    """What is compared."""
+    plan_seed: int = 0
+    """Seed of the plan, from which the random encoder is made."""
+    steps: int = 200
+    """Optimiser steps of each network."""
+    batch_size: int = 8
+    """Scans per step, at most."""
+    learning_rate: float = 2e-3
+    """Peak learning rate of each network."""
+    anatomy_start: AnatomyStart = "none"
+    """What `volume_start` and `joined` start from."""
+    bootstrap: int = 1000
+    """Resamples of the patients, for the intervals."""
+    tolerance_mm: float = 1.0
+    """Distance within which two surfaces agree, for surface Dice."""
+    network: NetworkConfig | None = None
+    """The encoder of `scratch` where no pretrained model is given, which is what it copies otherwise."""
+
+    def __post_init__(self) -> None:
+        """Refuse draws of nobody."""
+        if min(self.draws, self.trained_draws) < 1 or min(self.label_counts, default=1) < 1:
+            raise ValueError("Expected draws, trained_draws and every one of label_counts to be at least 1.")
+
+    @property
+    def local(self) -> LocalFinetuning:
+        """The loop's settings."""
+        return LocalFinetuning(
+            task=self.task,
+            classes=self.classes,
+            encoder="finetuned",
+            steps=self.steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+        )
+
+    def local_of(self, mode: Mode) -> LocalFinetuning:
+        """The same for one mode: our networks on the volume get it augmented, and their weights averaged."""
+        if mode not in VOLUME_KINDS:
+            return self.local
+        return replace(self.local, network=VOLUME_KINDS[mode], augmentation=1.0, average=_AVERAGE)
