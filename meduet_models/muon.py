@@ -38,7 +38,8 @@ def equalised(momentum: Float[Tensor, "*b i j"]) -> Float[Tensor, "*b i j"]:
     for _ in range(_ITERATIONS):
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
-    return x.mT if tall else x
+    nearest: Tensor = x.mT if tall else x
+    return nearest
 
 
 class Muon(AdamW):
@@ -83,7 +84,7 @@ class Muon(AdamW):
         for (outputs, inputs), group in by_shape.items():  # those of one shape in one call
             steps = equalised(torch.cat([ahead for _, ahead in group]))
             scale = max(1.0, outputs / inputs) ** 0.5
-            for (matrix, _), step in zip(group, steps.split([len(a) for _, a in group]), strict=True):
+            for (matrix, _), step in zip(group, torch.split(steps, [len(a) for _, a in group]), strict=True):
                 matrix.mul_(1 - rate * self._weight_decay)
                 matrix.add_(step.reshape(matrix.shape), alpha=-rate * scale)
 

@@ -22,7 +22,7 @@ from meduet_models.tokens import sincos_positions
 
 NORM_EPS = 1e-6
 SHARPNESS = 2.0
-"""Of the neighbours' bias. Chosen among 1, 2 and 4 on people who choose (docs/log.md)."""
+"""Of the neighbours' bias. Of 1 and 2 the better (docs/log.md)."""
 
 
 class Block(nn.Module):

@@ -23,6 +23,7 @@ from meduet_models.content_code import public_code, token_erasure, without_sites
 from meduet_models.meduet import MeDUET, layer_normed
 from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.style.bank import StyleBank
+from meduet_models.threads import one_thread
 from server.public_latents import dressed, public_latents
 from strategies.aggregation import ReplyRefused
 from strategies.style_bank import StyleSurvey
@@ -132,7 +133,12 @@ class MeduetModel:
     @torch.no_grad()
     def with_code(self, shared: Tensors, style_bank: Tensors) -> Tensors:
         """The principal axes of public content under these weights (and the norm layers of the start, where
-        these stay at the sites), dressed in the sites' styles where there is a bank."""
+        these stay at the sites), dressed in the sites' styles where there is a bank; the same bits whatever
+        the number of threads."""
+        with one_thread():
+            return shared | self._code_axes(shared, style_bank)
+
+    def _code_axes(self, shared: Tensors, style_bank: Tensors) -> Tensors:
         network = self._network().eval()
         network.load_state_dict({**network.state_dict(), **shared})
         worn = StyleBank.from_tensors(style_bank, self.plan.sites) if style_bank else None
@@ -144,7 +150,7 @@ class MeduetModel:
         network.set_content_code(
             public_code(torch.cat(tokens), config.code_places, config.code_channels, config.code_size)
         )
-        return shared | _constants(network, _CODE)
+        return _constants(network, _CODE)
 
     def check_erasure(self, reply: ErasureReply) -> None:
         """Sums that whole patients of a whole cohort can have, within what was agreed for each; raises

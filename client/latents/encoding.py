@@ -18,7 +18,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from client.scans.scans import Reason, UnusableScan
 from client.scans.volumes import Prepared, prepare
 from client.scans.whole_volumes import WholeVolume, prepare_whole
 from federation.plan import VolumePlan
+from meduet_models.threads import one_thread
 from meduet_models.tokenizer.tokenizer import STRIDE, Tokenizer
 from meduet_models.weights import save_weights
 from storage.files import private_folder
@@ -151,7 +152,7 @@ class Encoder:
         volumes = torch.stack([ready.prepared.volume for ready in batch])
         if len(batch) < self._at_once:
             volumes = torch.cat([volumes, volumes.new_zeros(self._at_once - len(batch), *volumes.shape[1:])])
-        with _one_thread(self._device):
+        with one_thread(self._device):
             latents = self._tokenizer.to(self._device).encode(volumes.to(self._device))
         latents = latents.to("cpu", torch.float32)[: len(batch)]
         self._check(latents)
@@ -161,7 +162,7 @@ class Encoder:
 
     def _write_whole(self, ready: Ready) -> None:
         assert isinstance(ready.prepared, WholeVolume)
-        with _one_thread(self._device):
+        with one_thread(self._device):
             tokenizer = self._tokenizer.to(self._device)
             tensors, said = encoded(ready.prepared, tokenizer, self._crop, self._device)
         self._check(tensors[LATENTS])
@@ -244,17 +245,3 @@ def _write(path: Path, tensors: dict[str, Tensor], label: Tensor | None, said: d
         tensors = {**tensors, LABEL: label.to(torch.uint8 if small else torch.int16)}
     private_folder(path.parent)
     save_weights(path, tensors, said)
-
-
-@contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
-    """On a CPU, one thread: with several, the last bit of a latent depends on how many they are."""
-    before = torch.get_num_threads()
-    if device.type != "cpu" or before == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

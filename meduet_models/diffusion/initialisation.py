@@ -2,7 +2,8 @@
 
 The encoder's blocks have affine norms and no modulation; the transformer's have modulations and no affine
 norms. A norm's weight w and bias b become the modulation's constant part, scale w - 1 and shift b, so that
-attention and MLP compute exactly what they computed. The gates stay at zero, as in DiT: each block begins as
+attention and MLP compute exactly what they computed, but for a bias by distance (`network.attention`), which
+the transformer has not. The gates stay at zero, as in DiT: each block begins as
 the identity, and training opens it where it helps. With gates of 1 the whole stack stands between what is
 told and the prediction, and learns slower than from nothing (docs/log.md). The prediction, too, starts at
 zero.

@@ -218,6 +218,8 @@ def _check(
     wanted = [mode for mode in settings.modes if mode in PRETRAINED]
     if model is None and wanted:
         raise ValueError(f"Expected a pretrained model for {', '.join(wanted)}; got none.")
+    for mode in settings.modes:
+        settings.local_of(mode)  # refuses a network that cannot learn this task
     if settings.anatomy_start != "none" and not {"volume_start", "joined"} & set(settings.modes):
         raise ValueError("anatomy_start has no effect without mode volume_start or joined: leave it out.")
     if "volume_start" in settings.modes and settings.anatomy_start == "none":

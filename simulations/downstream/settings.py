@@ -26,8 +26,8 @@ Mode = Literal[
     "joined",
 ]
 """A way to learn from labels. `unet_volume`: MONAI's U-Net on the volume; `volume_unet`: ours;
-`volume_start`: ours from `anatomy_start`; `joined`: that, with content tokens of the pretrained encoder at its
-deepest level; `federated` beside them is told by who fine-tuned in a federation."""
+`volume_start`: ours from `anatomy_start`; `joined`: that, with content tokens of the pretrained encoder at
+its deepest level; `federated` beside them is told by who fine-tuned in a federation."""
 MODES: tuple[Mode, ...] = get_args(Mode)
 CLOSED_FORM: tuple[Mode, ...] = (
     "frozen",

@@ -165,7 +165,10 @@ def test_a_plan_made_in_code_is_checked_as_one_that_is_read(value: float) -> Non
         (["volumes.shape=3"], "volumes.shape"),
         (["volumes=null"], "volumes"),
         (["training.rounds=100000", "training.steps_per_round=1000000"], "training.steps_per_round"),
-        (["training.batch_size=4096", "network.width=4096", "network.depth=8"], "training.batch_size"),
+        (
+            ["training.batch_size=4096", "network.width=4096", "network.heads=8", "network.depth=8"],
+            "training.batch_size",
+        ),
         (["network.width=4096", "network.depth=64"], "network.width"),
         (
             ["diffusion=raw", "diffusion.transformer.width=4096", "diffusion.transformer.depth=64"],

@@ -1,4 +1,5 @@
 import dataclasses
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -100,10 +101,19 @@ def test_the_erasure_makes_the_sites_means_equal(miniature: Any) -> None:
     assert float(apart.abs().max()) < 1e-4 < 1.0 < float((means - means[0]).norm())
 
 
+def with_threads(number: int, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        return make()
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_axes_of_the_code_follow_from_the_plan_and_the_weights_alone(miniature: Any) -> None:
     plan = miniature.plan()
     shared = MeduetModel(plan).start()[0]
-    one, other = (MeduetModel(plan).with_code(shared, {}) for _ in range(2))
+    one, other = (with_threads(number, lambda: MeduetModel(plan).with_code(shared, {})) for number in (1, 3))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert set(one) == set(shared)
     assert bool(one["code_matrix"].any()) and not bool(shared["code_matrix"].any())

@@ -113,8 +113,8 @@ def test_a_start_from_public_anatomy_is_named_by_its_hash_and_no_other_is_traine
     finetune_in_folder(grid_of(plan, tmp_path), plan, finetuning, pretrained, folder, anatomy=own)
     assert is_complete(folder, finetuning.sha256)
     centre = SimpleNamespace(consortium=tmp_path)
-    told = Submission(centre, path, folder, pretrained=pretrained, anatomy=own)  # type: ignore[arg-type]
-    assert told._settings["anatomy"] == str(own)
+    submission = Submission(centre, path, folder, pretrained=pretrained, anatomy=own)  # type: ignore[arg-type]
+    assert submission._settings["anatomy"] == str(own)
 
 
 def test_a_file_of_a_start_is_refused_where_nothing_starts_from_it(

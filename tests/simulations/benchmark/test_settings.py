@@ -118,7 +118,7 @@ def test_real_data_sets_need_the_folder_of_the_scans(data_root: Path) -> None:
         ("methods=[meduet,magic]", "Expected methods among .*; got 'magic'"),
         ("methods=[meduet,meduet]", "Expected methods to name one or more, each once"),
         ("data=[]", "Expected data to name one or more"),
-        ("data=[moon]", "Expected data among phantoms, hippocampus, hippocampus_scanners; got 'moon'"),
+        ("data=[moon]", "Expected data among phantoms, hippocampus, hippocampus_scanners, ixi; got 'moon'"),
         ("size=huge", "Expected size among small, full; got 'huge'"),
         ("seeds=[]", "Expected seeds to name one or more"),
         ("workers=0", "Expected workers to be at least 1"),

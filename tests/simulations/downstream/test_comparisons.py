@@ -6,7 +6,7 @@ import pytest
 from simulations.downstream.comparisons import Comparison, Measured, compare, sentences, withdrawn
 
 
-def told(value: float, noise: np.ndarray, labels: str = "5", draws: int = 20) -> Measured:
+def measured(value: float, noise: np.ndarray, labels: str = "5", draws: int = 20) -> Measured:
     own = tuple((value + noise).tolist())
     return Measured(
         task="segmentation", metric="Dice", test="seen", labels=labels, who="ours", draws=draws, value=value,
@@ -17,20 +17,20 @@ def told(value: float, noise: np.ndarray, labels: str = "5", draws: int = 20) ->
 def test_a_difference_is_paired_and_so_narrower_than_either() -> None:
     patients = np.random.default_rng(0).normal(0, 0.05, size=400)
     small = np.random.default_rng(1).normal(0, 0.002, size=400)
-    one = compare(told(0.65, patients + small), told(0.64, patients), "label_map")
+    one = compare(measured(0.65, patients + small), measured(0.64, patients), "label_map")
     assert one.above and one.high - one.low < 0.02 < np.quantile(patients, 0.975)
     assert one.difference == pytest.approx(0.01)
 
 
 def test_fewer_draws_are_compared_with_the_same_draws() -> None:
     noise = np.zeros(10)
-    few, many = told(0.6, noise, draws=1), told(0.65, noise)
+    few, many = measured(0.6, noise, draws=1), measured(0.65, noise)
     assert compare(few, many, "ridge").difference == pytest.approx(0.5 - 0.55)
 
 
 def test_other_resamples_are_refused() -> None:
     with pytest.raises(ValueError, match="same resamples"):
-        compare(told(0.6, np.zeros(10)), told(0.6, np.zeros(11)), "ridge")
+        compare(measured(0.6, np.zeros(10)), measured(0.6, np.zeros(11)), "ridge")
 
 
 def comparison(rival: str, labels: str, low: float) -> Comparison:
