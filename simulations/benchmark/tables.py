@@ -71,7 +71,12 @@ YARDSTICK_ROWS = {
     "unet_volume": "U-Net on the volume",
 }
 """By mode, what needs no pretraining, and what it is called."""
-MODE_WORDS = {"frozen": "frozen", "frozen_tokens": "frozen, all tokens", "finetuned": "fine-tuned"}
+MODE_WORDS = {
+    "frozen": "frozen",
+    "frozen_tokens": "frozen, all tokens",
+    "finetuned": "fine-tuned",
+    "joined": "joined to a U-Net on the volume",
+}
 GROUPS = {"seen": "hospitals that took part", "all": "with the hospital held out"}
 
 

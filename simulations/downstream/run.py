@@ -37,7 +37,7 @@ from simulations.downstream.evaluate import (
 )
 from simulations.downstream.fairness import groups_of
 from simulations.downstream.report import write_downstream
-from simulations.downstream.settings import SEES_VOLUMES
+from simulations.downstream.settings import SEES_VOLUMES, VOLUME_RATE
 from simulations.engines.in_process import FixedThreads, InProcessGrid, fixed_threads
 from simulations.finished_run import FinishedRun, open_run
 from simulations.hospitals.labelled import Part, known_answers, known_covariates, num_classes
@@ -262,7 +262,7 @@ def _local(asked: DownstreamRunSettings, opened: FinishedRun) -> LocalFinetuning
         encoder=asked.encoder,
         steps=math.ceil(asked.steps / asked.rounds),
         batch_size=asked.batch_size,
-        learning_rate=asked.learning_rate,
+        learning_rate=asked.learning_rate * (1.0 if asked.network == "tokens" else VOLUME_RATE),
         network=asked.network,
         augmentation=0.0 if asked.network == "tokens" else 1.0,
     )

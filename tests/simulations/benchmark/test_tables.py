@@ -10,6 +10,7 @@ import pytest
 from simulations.benchmark.aims import Aim, aims_of
 from simulations.benchmark.paired import paired
 from simulations.benchmark.tables import (
+    MODE_WORDS,
     Number,
     Summary,
     csv_text,
@@ -20,6 +21,7 @@ from simulations.benchmark.tables import (
     tables_of,
     wilson,
 )
+from simulations.downstream.settings import PRETRAINED
 
 
 def result(method: str = "meduet", seed: int = 0, **changes: Any) -> dict[str, Any]:
@@ -237,3 +239,7 @@ def test_a_network_at_its_start_is_called_so_in_its_row() -> None:
     (table,) = tables_of("phantoms", {"meduet": "FedMeDUET"}, summaries, {})
     assert table.rows[0][:3] == ("FedMeDUET (network at its start)", "0.890", "0.400")
     assert table.title.endswith("at the smallest hospital 24 people fitted on and 9 fresh people")
+
+
+def test_every_way_to_read_a_pretrained_encoder_has_words() -> None:
+    assert set(PRETRAINED) == set(MODE_WORDS)
