@@ -9,6 +9,7 @@ What this file does not do: it sends and stores nothing (`server/app.py`).
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -80,8 +81,9 @@ class SharedModel(Protocol):
 class MeduetModel:
     """MeDUET under a plan."""
 
-    def __init__(self, plan: RunPlan) -> None:
-        self.plan = plan
+    def __init__(self, plan: RunPlan, tokenizer: Path | None = None) -> None:
+        """`tokenizer`: the file of the plan's tokenizer; none: the package's, if it is the plan's."""
+        self.plan, self._tokenizer = plan, tokenizer
         self._survey = StyleSurvey(plan)
         self._drawn: Tensor | None = None
         network = self._network()
@@ -193,7 +195,9 @@ class MeduetModel:
     def _public(self, network: MeDUET) -> Tensor:
         """Drawn once: the centre and deviation of a run's latents are those of its survey."""
         if self._drawn is None:
-            self._drawn = public_latents(self.plan, network.latent_mean, network.latent_deviation)
+            self._drawn = public_latents(
+                self.plan, network.latent_mean, network.latent_deviation, self._tokenizer
+            )
         return self._drawn
 
     def _surveyed_as(self, site: str) -> str:

@@ -12,6 +12,8 @@ Axes: m = phantoms, c d h w = latents.
 """
 
 import dataclasses
+import logging
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -23,12 +25,13 @@ from federation.plan import RunPlan
 from meduet_models.seeds import generator_of
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleMoments, restyle
-from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
+from meduet_models.tokenizer.tokenizer import Tokenizer, load_tokenizer_file, shipped_tokenizer
 from server.tokenizer.random_phantoms import Recipe, draw_recipe, make_phantom
 
 PER_NUMBER = 2
 """Phantoms for each number of the code."""
 _AT_ONCE = 8
+_log = logging.getLogger(__name__)
 _SHIFT, _TURN, _ZOOM, _WARP_MM = 0.08, 0.1, 0.07, 6.0
 """Deviations of a phantom's place (share of half the template), turn (radians) and size (its logarithm)."""
 _FIELDS = ((3, 1.0), (5, 0.7), (9, 0.5))
@@ -37,11 +40,15 @@ _UNBOUNDED = 1e9
 
 
 def public_latents(
-    plan: RunPlan, centre: Float[Tensor, "c d h w"], deviation: Float[Tensor, " c"]
+    plan: RunPlan,
+    centre: Float[Tensor, "c d h w"],
+    deviation: Float[Tensor, " c"],
+    path: Path | None = None,
 ) -> Float[Tensor, "m c d h w"]:
-    """Latents of phantoms, or random fields about `centre` with `deviation` per channel."""
+    """Latents of phantoms, or random fields about `centre` with `deviation` per channel. `path`: of the
+    plan's tokenizer, which an application that travels does not carry; none: the package's."""
     draws = generator_of("public latents", plan.seed)
-    tokenizer = _shipped(plan)
+    tokenizer = _shipped(plan, path)
     if tokenizer is None:
         return centre + deviation[:, None, None, None] * _random_fields(plan, draws)
     encoded = []
@@ -64,13 +71,14 @@ def dressed(
     return restyle(latents, own, style_bank.entry(chosen[:, 0], chosen[:, 1]))
 
 
-def _shipped(plan: RunPlan) -> Tokenizer | None:
+def _shipped(plan: RunPlan, path: Path | None) -> Tokenizer | None:
     """The plan's tokenizer, if it is one of those in the package."""
-    try:
-        tokenizer = load_tokenizer(TokenizerSpec(channels=plan.network.latent_channels))
-    except ValueError:
+    path = path or shipped_tokenizer(plan.network.latent_channels)
+    tokenizer = load_tokenizer_file(path) if path.exists() else None
+    if tokenizer is None or tokenizer.sha256 != plan.tokenizer_sha256:
+        _log.warning("The plan's tokenizer is not at hand: random fields stand in for phantoms.")
         return None
-    return tokenizer if tokenizer.sha256 == plan.tokenizer_sha256 else None
+    return tokenizer
 
 
 def _posed(recipe: Recipe, plan: RunPlan, draws: torch.Generator) -> Recipe:

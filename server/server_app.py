@@ -24,6 +24,7 @@ from server.app import run
 from server.consortium.plans import finetuning_to_run, plan_to_run
 from server.consortium.registrations import Registrations
 from server.deployment.status import StatusFile
+from server.model import MeduetModel
 from server.run_folder import held
 from strategies.quorum import OutOfReach, SiteOf
 
@@ -34,9 +35,18 @@ _CPU = torch.device("cpu")
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the plan that the run configuration names, or go on with it."""
-    plan_path, folder, consortium, device, key, pretrained, anatomy = (
+    plan_path, folder, consortium, device, key, pretrained, anatomy, tokenizer = (
         str(context.run_config.get(name, ""))
-        for name in ("plan", "folder", "consortium", "device", "bank_key", "pretrained", "anatomy")
+        for name in (
+            "plan",
+            "folder",
+            "consortium",
+            "device",
+            "bank_key",
+            "pretrained",
+            "anatomy",
+            "tokenizer",
+        )
     )
     if not plan_path or not folder or not consortium:
         raise ValueError(
@@ -50,7 +60,8 @@ def main(grid: Grid, context: Context) -> None:
         finetune_in_folder(grid, plan, finetuning, Path(pretrained), Path(folder), registered, start)
         return
     bank_key = Path(key) if key else None
-    run_in_folder(grid, plan, Path(folder), torch.device(device or "cpu"), bank_key, registered)
+    path = Path(tokenizer) if tokenizer else None
+    run_in_folder(grid, plan, Path(folder), torch.device(device or "cpu"), bank_key, registered, path)
 
 
 def run_in_folder(
@@ -60,14 +71,25 @@ def run_in_folder(
     device: torch.device = _CPU,
     bank_key: Path | None = None,
     site_of: SiteOf | None = None,
+    tokenizer: Path | None = None,
 ) -> None:
     """Run `plan` in `folder`, which nobody else may write meanwhile, and leave in `status.json` how it ended.
-    `site_of`: as in `server.app.run`.
+    `site_of`: as in `server.app.run`; `tokenizer`: the file of the plan's tokenizer (none: the package's).
 
     Raises what `run` raises, and `FolderBusy`.
     """
     with _watched(plan, folder) as status:
-        run(grid, plan, folder, observer=status, device=device, bank_key=bank_key, site_of=site_of)
+        model = MeduetModel(plan, tokenizer)
+        run(
+            grid,
+            plan,
+            folder,
+            model=model,
+            observer=status,
+            device=device,
+            bank_key=bank_key,
+            site_of=site_of,
+        )
 
 
 def finetune_in_folder(

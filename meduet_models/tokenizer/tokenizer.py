@@ -136,7 +136,7 @@ def load_tokenizer(spec: TokenizerSpec) -> Tokenizer:
     Raises `ValueError` when its file is absent, damaged, or of another width than `spec` says.
     """
     if spec.kind == "shipped":
-        return _load_ours(Path(__file__).with_name(f"tokenizer_{spec.channels}ch.safetensors"), spec)
+        return _load_ours(shipped_tokenizer(spec.channels), spec)
     if spec.path is None:
         raise ValueError(
             f"Expected the path of a weights file for a tokenizer of kind {spec.kind}; got none."
@@ -149,6 +149,11 @@ def load_tokenizer(spec: TokenizerSpec) -> Tokenizer:
         {"kind": "maisi", **dataclasses.asdict(config)},
         sliding_window=spec.sliding_window,
     )
+
+
+def shipped_tokenizer(channels: int) -> Path:
+    """Where the package's tokenizer of this width lies, if there is one."""
+    return Path(__file__).with_name(f"tokenizer_{channels}ch.safetensors")
 
 
 def load_tokenizer_file(path: Path, sliding_window: tuple[int, int, int] | None = None) -> Tokenizer:

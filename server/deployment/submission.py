@@ -22,6 +22,7 @@ from pathlib import Path
 
 from federation.processes import Say
 from meduet_models.anatomy_start import shipped_path
+from meduet_models.tokenizer.tokenizer import shipped_tokenizer
 from server.checkpoints import Checkpoints
 from server.consortium.plans import finetuning_to_run, plan_to_run
 from server.deployment.app_folder import write_app_folder
@@ -89,6 +90,9 @@ class Submission:
             "folder": str(self.folder),
             "consortium": str(self._control.consortium.resolve()),
         }
+        shipped = shipped_tokenizer(self.plan.network.latent_channels)
+        if finetuning is None and shipped.exists():  # a bundle carries code only
+            self._settings["tokenizer"] = str(shipped.resolve())
         if pretrained is not None:
             self._settings["pretrained"] = str(pretrained.resolve())
         if start != "none":  # a bundle carries code only: the application is told where the weights are

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from meduet_models.tokenizer.tokenizer import shipped_tokenizer
 from server.checkpoints import Checkpoint, Checkpoints, OtherPlan
 from server.deployment import submission
 from server.deployment.control import ControlFailed, FlowerRun
@@ -84,6 +85,7 @@ def test_a_run_that_fails_is_submitted_until_it_is_complete(
         "plan": str(tmp_path / "plan.json"),
         "folder": str(folder),
         "consortium": "/srv/consortium",  # whose key a node has
+        "tokenizer": str(shipped_tokenizer(tiny_plan.network.latent_channels)),  # not in a bundle
     }
     assert said[0].startswith("Expected SuperLink to be up")
     assert said[-1].startswith("complete:")
