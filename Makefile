@@ -20,7 +20,7 @@ demo: .venv/.installed   ## three simulated hospitals pretrain together; ends wi
 test: .venv/.installed   ## the tests, a process for each core (minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'not slow' -n auto --dist loadfile --no-loadscope-reorder
 
-slow: .venv/.installed   ## the same laws over many more draws, and a model of full size; CI runs both
+slow: .venv/.installed   ## the same laws over many more draws, whole commands in processes; CI runs both
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n auto --dist load
 
 faults: .venv/.installed  ## kill, cut and lie to a consortium of real processes (under 15 minutes on 2 cores, 8 GB); writes docs/faults.md

@@ -141,6 +141,7 @@ def test_every_baseline_runs_with_the_same_messages(tmp_path: Path, method: str)
         assert not torch.equal(scale, torch.ones_like(scale))
 
 
+@pytest.mark.slow  # tests/rounds/test_engines.py compares the two engines in a third of the time
 @pytest.mark.ray
 def test_ray_ends_in_the_same_bits_as_one_process(undisturbed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "ray"
@@ -159,6 +160,7 @@ def test_ray_ends_in_the_same_bits_as_one_process(undisturbed: Path, tmp_path: P
     assert all(torch.equal(weights(undisturbed)[n], t) for n, t in weights(folder).items())
 
 
+@pytest.mark.slow  # three processes begin
 def test_several_runs_at_once_have_a_folder_each(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[2]
     more = ["training.rounds=1", f"hydra.sweep.dir={tmp_path}", "tensorboard=true", "seed=3,4"]

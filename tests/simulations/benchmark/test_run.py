@@ -240,6 +240,7 @@ def command(*settings: str) -> "subprocess.CompletedProcess[str]":
     )  # fmt: skip
 
 
+@pytest.mark.slow  # half a dozen processes begin
 def test_the_command_makes_one_table_and_one_page_lists_failures_and_does_only_what_is_missing(
     tmp_path: Path, folder: Path, cells: dict[str, Cell]
 ) -> None:
