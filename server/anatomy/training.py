@@ -23,12 +23,10 @@ from torch.nn import functional as F
 from meduet_models.anatomy_start import AnatomyKind, load_start, save_start
 from meduet_models.schedules import cosine, rise
 from meduet_models.seeds import seed_of
-from meduet_models.teacher import early_momentum
 from meduet_models.volume_unet import WIDTHS, VolumeUNet, start_weights
-from meduet_models.weights import load_weights, save_weights
 from server.anatomy.pieces import ANSWERS, UNIT_MM, Pieces, draw_pieces
+from server.averaged_training import AveragedTraining, check_output
 
-CLIP_NORM = 1.0
 _HELD_OUT = 32  # pieces
 _AT_ONCE = 8
 _BORDER = ANSWERS.index("border")
@@ -110,20 +108,14 @@ def train_start(
     same settings goes on from there, one with others raises `ValueError`. The checkpoint is removed at the
     end. `stop_after`: so many steps in this call at most; None is returned when more are left.
     """
-    if out.suffix != ".safetensors":
-        raise ValueError(f"Expected an output file that ends in .safetensors; got {out.name}.")
-    if not out.parent.is_dir():
-        raise ValueError(f"Expected the folder {out.parent} to exist; create it first.")
+    check_output(out)
     run, checkpoint = _Run(settings), out.with_suffix(".checkpoint")
     if checkpoint.is_file():
-        run.resume(checkpoint)
-    until = settings.steps if stop_after is None else min(settings.steps, run.step + stop_after)
-    for step in range(run.step, until):
-        report(step + 1, run.train_step(step))
-        if (step + 1) % checkpoint_every == 0 and step + 1 < until:
-            run.save(checkpoint)
+        run.training.resume(checkpoint)
+    until = settings.steps if stop_after is None else min(settings.steps, run.training.step + stop_after)
+    run.training.go_on(until, run.train_step, report, checkpoint, checkpoint_every)
     if until < settings.steps:
-        run.save(checkpoint)
+        run.training.save(checkpoint)
         return None
     network = run.finished()
     quality = quality_of(network, settings.start, settings.seed)
@@ -185,68 +177,26 @@ def answer_loss(predicted: Tensor, pieces: Pieces) -> Tensor:
 
 
 class _Run:
-    """A training run: network, optimiser, moving average, and the step they are at."""
+    """A training run: its network, what a step draws, and what is kept in the end."""
 
     def __init__(self, settings: AnatomyTraining) -> None:
-        self.settings, self.step = settings, 0
-        self.network = AnatomyNetwork(settings.seed)
-        self.average = {name: t.detach().clone() for name, t in self.network.state_dict().items()}
-        self.optimiser = torch.optim.AdamW(self.network.parameters(), betas=(0.9, 0.99), weight_decay=1e-2)
+        self.settings, self.network = settings, AnatomyNetwork(settings.seed)
+        self.training = AveragedTraining(
+            self.network, settings, named="network", weight_decay=1e-2, momentum=settings.average_momentum
+        )
 
     def train_step(self, step: int) -> float:
         """One optimiser step; returns its loss."""
         settings = self.settings
         pieces = draw_pieces(settings.start, settings.batch_size, settings.seed, "step", step)
         share = rise(step, round(settings.warmup * settings.steps)) * cosine(1.0, 0.01, step, settings.steps)
-        for group in self.optimiser.param_groups:
-            group["lr"] = settings.learning_rate * share
         loss = answer_loss(self.network(pieces.volumes), pieces)
-        self.optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.network.parameters(), CLIP_NORM)
-        self.optimiser.step()
-        momentum = early_momentum(settings.average_momentum, step)
-        for name, value in self.network.state_dict().items():
-            self.average[name].lerp_(value, 1 - momentum)
-        self.step = step + 1
+        self.training.descend(loss, settings.learning_rate * share)
         return float(loss.detach())
 
     def finished(self) -> AnatomyNetwork:
         """The averaged weights, the body's rounded to half precision."""
-        self.network.load_state_dict(self.average)
+        self.network.load_state_dict(self.training.average)
         body = self.network.body
         body.load_state_dict({name: t.half().float() for name, t in body.state_dict().items()})
         return self.network
-
-    def save(self, path: Path) -> None:
-        """Write everything a later call needs to go on."""
-        tensors = {f"network.{name}": t for name, t in self.network.state_dict().items()}
-        tensors |= {f"average.{name}": t for name, t in self.average.items()}
-        for index, state in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{index}.{key}": value for key, value in state.items()}
-        save_weights(path, tensors, {"settings": self._settings, "step": str(self.step)})
-
-    def resume(self, path: Path) -> None:
-        """Take over the state that `save` wrote; other settings are refused."""
-        tensors, provenance = load_weights(path)
-        if provenance.get("settings") != self._settings:
-            raise ValueError(
-                f"Expected {path} to be of a run with these settings; it is of another. "
-                "Use its settings, or delete it to start afresh."
-            )
-        self.network.load_state_dict(_under(tensors, "network."))
-        self.average = _under(tensors, "average.")
-        states: dict[int, dict[str, Tensor]] = {}
-        for name, value in _under(tensors, "optimiser.").items():
-            index, key = name.split(".", maxsplit=1)
-            states.setdefault(int(index), {})[key] = value
-        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": states})
-        self.step = int(provenance["step"])
-
-    @property
-    def _settings(self) -> str:
-        return json.dumps(dataclasses.asdict(self.settings), sort_keys=True)
-
-
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

@@ -16,20 +16,18 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from meduet_models.schedules import cosine, rise
 from meduet_models.seeds import digest_of
-from meduet_models.teacher import early_momentum
 from meduet_models.tokenizer.patch_pca import PatchMoments, principal_components
 from meduet_models.tokenizer.patch_vae import PatchVAE, PatchVAEConfig
 from meduet_models.tokenizer.tokenizer import Tokenizer, save_tokenizer, vae_tokenizer
-from meduet_models.weights import load_weights, save_weights
+from server.averaged_training import AveragedTraining, check_output
 from server.tokenizer.random_phantoms import Recipe, draw_recipe, make_phantom
 
 PHANTOM_SIDE = 40  # of the volumes in the training bank
 CROP_SIDE = 32  # of what a step sees
-CLIP_NORM = 1.0
 ERROR_FLOOR = 1e-4  # mean squared error (40 dB) below which a volume is good enough
 
 Report = Callable[[int, float], None]
@@ -80,18 +78,12 @@ def train_tokenizer(
     the same settings goes on from there, one with others raises `ValueError`. The checkpoint is removed at
     the end.
     """
-    if out.suffix != ".safetensors":
-        raise ValueError(f"Expected an output file that ends in .safetensors; got {out.name}.")
-    if not out.parent.is_dir():
-        raise ValueError(f"Expected the folder {out.parent} to exist; create it first.")
+    check_output(out)
     run = _Run(settings, training_phantoms(settings))
     checkpoint = out.with_suffix(".checkpoint")
     if checkpoint.is_file():
-        run.resume(checkpoint)
-    for step in range(run.step, settings.steps):
-        report(step + 1, run.train_step(step))
-        if (step + 1) % checkpoint_every == 0 and step + 1 < settings.steps:
-            run.save(checkpoint)
+        run.training.resume(checkpoint)
+    run.training.go_on(settings.steps, run.train_step, report, checkpoint, checkpoint_every)
     tokenizer = run.finished()
     save_tokenizer(out, tokenizer, _provenance(settings), dtype=torch.float16)
     checkpoint.unlink(missing_ok=True)
@@ -121,10 +113,10 @@ def draw_recipes(seed: int, purpose: str, count: int) -> list[Recipe]:
 
 
 class _Run:
-    """A training run: network, optimiser, moving average, and the step they are at."""
+    """A training run: its phantoms, what a step draws of them, and what is kept in the end."""
 
     def __init__(self, settings: TokenizerTraining, phantoms: Tensor) -> None:
-        self.settings, self.phantoms, self.step = settings, phantoms, 0
+        self.settings, self.phantoms = settings, phantoms
         self.config = PatchVAEConfig(channels=settings.channels)
         with torch.random.fork_rng(devices=[]):  # layers initialise from the global generator
             torch.manual_seed(_stream(settings.seed, "weights"))
@@ -133,8 +125,9 @@ class _Run:
         for part in torch.split(phantoms[1:], 256):
             moments = moments + PatchMoments.of(part.float())
         self.vae.start_from(principal_components(moments, settings.channels))
-        self.average = {k: v.detach().clone() for k, v in self.vae.state_dict().items()}
-        self.optimiser = torch.optim.AdamW(self.vae.parameters(), betas=(0.9, 0.99), weight_decay=1e-4)
+        self.training = AveragedTraining(
+            self.vae, settings, named="vae", weight_decay=1e-4, momentum=settings.average_momentum
+        )
 
     def train_step(self, step: int) -> float:
         """One optimiser step; returns the mean PSNR of its batch, in dB."""
@@ -142,8 +135,6 @@ class _Run:
         generator = torch.Generator().manual_seed(_stream(settings.seed, f"step {step}"))
         volumes = _draw_crops(self.phantoms, settings.batch_size, generator)
         volumes = _noisy(volumes, settings.noise, generator)
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate_at(step, settings)
         mean, log_variance = self.vae.posterior(volumes)
         latents = mean + torch.exp(0.5 * log_variance) * torch.randn(mean.shape, generator=generator)
         errors = (self.vae.reconstruct(latents) - volumes).square().flatten(1).mean(dim=1)
@@ -151,53 +142,19 @@ class _Run:
         # that of the few volumes full of noise.
         loss = torch.log(errors + ERROR_FLOOR).mean()
         divergence = 0.5 * (mean**2 + log_variance.exp() - 1.0 - log_variance).mean()
-        self.optimiser.zero_grad()
-        (loss + settings.kl_weight * divergence).backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.vae.parameters(), CLIP_NORM)
-        self.optimiser.step()
-        # An average of few steps forgets the start quickly; of many, it is long.
-        momentum = early_momentum(settings.average_momentum, step)
-        for name, value in self.vae.state_dict().items():
-            self.average[name].lerp_(value, 1 - momentum)
-        self.step = step + 1
+        self.training.descend(loss + settings.kl_weight * divergence, learning_rate_at(step, settings))
         return float(errors.detach().log10().mean() * -10.0)
 
     def finished(self) -> Tokenizer:
         """The averaged weights, rounded to float16, scaled so that latents of phantoms have variance 1."""
         with torch.device("meta"):
             vae = PatchVAE(self.config)
-        vae.load_state_dict({k: v.half().float() for k, v in self.average.items()}, assign=True)
+        vae.load_state_dict({k: v.half().float() for k, v in self.training.average.items()}, assign=True)
         with torch.no_grad():
             means = torch.cat(
                 [vae.posterior_mean(part.float()) for part in torch.split(self.phantoms[:512], 64)]
             )
         return vae_tokenizer(vae, self.config, latent_scale=round(1.0 / float(means.std()), 6))
-
-    def save(self, path: Path) -> None:
-        """Write everything a later call needs to go on."""
-        tensors = {f"vae.{k}": v for k, v in self.vae.state_dict().items()}
-        tensors |= {f"average.{k}": v for k, v in self.average.items()}
-        for index, state in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{index}.{k}": v for k, v in state.items()}
-        settings = json.dumps(dataclasses.asdict(self.settings), sort_keys=True)
-        save_weights(path, tensors, {"settings": settings, "step": str(self.step)})
-
-    def resume(self, path: Path) -> None:
-        """Take over the state that `save` wrote; other settings are refused."""
-        tensors, provenance = load_weights(path)
-        if provenance.get("settings") != json.dumps(dataclasses.asdict(self.settings), sort_keys=True):
-            raise ValueError(
-                f"Expected {path} to be of a run with these settings; it is of another. "
-                "Use its settings, or delete it to start afresh."
-            )
-        self.vae.load_state_dict(_under(tensors, "vae."))
-        self.average = _under(tensors, "average.")
-        states: dict[int, dict[str, Tensor]] = {}
-        for name, value in _under(tensors, "optimiser.").items():
-            index, key = name.split(".", maxsplit=1)
-            states.setdefault(int(index), {})[key] = value
-        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": states})
-        self.step = int(provenance["step"])
 
 
 def _draw_crops(phantoms: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -235,10 +192,6 @@ def learning_rate_at(step: int, settings: TokenizerTraining) -> float:
 def _stream(seed: int, purpose: str) -> int:
     """A seed for one purpose: the first bytes of a hash, so that streams do not meet."""
     return int.from_bytes(digest_of(seed, purpose, separator="/")[:7], "little")
-
-
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def _provenance(settings: TokenizerTraining) -> dict[str, str]:
