@@ -17,9 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from meduet_models.threads import fixed_threads
 from server.app import RunObserver
 from server.config import compose_config, plain
-from simulations.engines.in_process import fixed_threads
 from simulations.hospitals.make import make_hospitals
 from simulations.progress import Live
 from simulations.run import Made, prepare, simulate

@@ -1,4 +1,4 @@
-"""One thread where bits matter: sums of floats depend on the number of threads that make them.
+"""Numbers of threads where bits matter: sums of floats depend on how many threads make them.
 
 Does not do: choose how many threads training takes (`client/site.py`).
 """
@@ -10,13 +10,10 @@ import torch
 
 
 @contextmanager
-def one_thread(device: torch.device | str = "cpu") -> Iterator[None]:
-    """On a CPU, PyTorch computes with one thread within, and with as many as before after."""
+def fixed_threads(threads: int) -> Iterator[None]:
+    """On the CPU, PyTorch computes with so many threads within, and with as many as before after."""
     before = torch.get_num_threads()
-    if torch.device(device).type != "cpu" or before == 1:
-        yield
-        return
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     try:
         yield
     finally:

@@ -24,7 +24,7 @@ from meduet_models.content_code import public_code, token_erasure, without_sites
 from meduet_models.meduet import MeDUET, layer_normed
 from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.style.bank import StyleBank
-from meduet_models.threads import one_thread
+from meduet_models.threads import fixed_threads
 from server.public_latents import dressed, public_latents
 from strategies.aggregation import ReplyRefused
 from strategies.style_bank import StyleSurvey
@@ -137,7 +137,7 @@ class MeduetModel:
         """The principal axes of public content under these weights (and the norm layers of the start, where
         these stay at the sites), dressed in the sites' styles where there is a bank; the same bits whatever
         the number of threads."""
-        with one_thread():
+        with fixed_threads(1):
             return shared | self._code_axes(shared, style_bank)
 
     def _code_axes(self, shared: Tensors, style_bank: Tensors) -> Tensors:

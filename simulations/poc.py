@@ -29,6 +29,7 @@ from federation.keys.kits import SETTINGS
 from federation.plan import RunPlan
 from federation.processes import GRACE_S, ChildProcess, Say, Supervisor
 from federation.terminal import CommandFailed, ended, say, terminal
+from meduet_models.tokenizer.tokenizer import shipped_tokenizer
 from server.config import compose_config, plain
 from server.consortium.plans import publish
 from server.consortium.provisioning import ConsortiumSettings, SiteEntry
@@ -205,9 +206,7 @@ class _Teller:
 def _site_yaml(config: SiteConfig) -> str:
     """The site.yaml of a simulated hospital, as its people would write it: only what is not as it comes."""
     if config.tokenizer.kind == "shipped":  # the application that travels carries code only
-        shipped = (
-            ROOT / "meduet_models" / "tokenizer" / f"tokenizer_{config.tokenizer.channels}ch.safetensors"
-        )
+        shipped = shipped_tokenizer(config.tokenizer.channels)
         as_file = dataclasses.replace(config.tokenizer, kind="file", path=str(shipped))
         config = dataclasses.replace(config, tokenizer=as_file)
     values = {

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from meduet_models.threads import fixed_threads
 from storage.files import write_whole
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # read when Flower is imported
@@ -34,7 +35,7 @@ from server.app import RunObserver, RunResult
 from server.app import run as run_plan
 from server.config import plain, plan_from
 from simulations.consortium import Consortium, site_configs
-from simulations.engines.in_process import FixedThreads, InProcessGrid, fixed_threads
+from simulations.engines.in_process import FixedThreads, InProcessGrid
 from simulations.engines.side_by_side import SideBySide, SideBySideGrid, num_processes
 from simulations.generation.judge import judge
 from simulations.hospitals.make import make_hospitals

@@ -27,8 +27,8 @@ from client.latents.latent_set import (
     LatentSet,
     StoredLatent,
     open_stored,
-    volume_path,
 )
+from client.latents.prepared_volumes import volume_path
 from client.latents.workers import Workers
 from client.scans.cohort import Cohort, ScanEntry
 from client.scans.judgement import Source, Verdict

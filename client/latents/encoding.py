@@ -33,7 +33,7 @@ from client.scans.scans import Reason, UnusableScan
 from client.scans.volumes import Prepared, prepare
 from client.scans.whole_volumes import WholeVolume, prepare_whole
 from federation.plan import VolumePlan
-from meduet_models.threads import one_thread
+from meduet_models.threads import fixed_threads
 from meduet_models.tokenizer.tokenizer import STRIDE, Tokenizer
 from meduet_models.weights import save_weights
 from storage.files import private_folder
@@ -152,7 +152,7 @@ class Encoder:
         volumes = torch.stack([ready.prepared.volume for ready in batch])
         if len(batch) < self._at_once:
             volumes = torch.cat([volumes, volumes.new_zeros(self._at_once - len(batch), *volumes.shape[1:])])
-        with one_thread(self._device):
+        with fixed_threads(1):
             latents = self._tokenizer.to(self._device).encode(volumes.to(self._device))
         latents = latents.to("cpu", torch.float32)[: len(batch)]
         self._check(latents)
@@ -162,7 +162,7 @@ class Encoder:
 
     def _write_whole(self, ready: Ready) -> None:
         assert isinstance(ready.prepared, WholeVolume)
-        with one_thread(self._device):
+        with fixed_threads(1):
             tokenizer = self._tokenizer.to(self._device)
             tensors, said = encoded(ready.prepared, tokenizer, self._crop, self._device)
         self._check(tensors[LATENTS])

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float16, Float32, Int, Int64
 from torch import Tensor
 
+from client.latents.prepared_volumes import prepared_volume
 from client.scans.cohort import Cohort, ScanEntry
 from client.scans.volumes import Geometry
 from client.scans.whole_volumes import part_of
@@ -31,11 +32,6 @@ from federation.plan import VolumePlan
 LATENTS, LABEL, FOREGROUND = "latents", "label", "foreground"
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I16": np.dtype("<i2"), "U8": np.dtype("u1")}
 _LARGEST_HEADER = 2**20
-
-
-def volume_path(latents: Path) -> Path:
-    """Where the prepared volume of an encoding is kept, if one is (`prepared_volumes.py`)."""
-    return latents.with_suffix(".volume")
 
 
 class DamagedEncoding(ValueError):
@@ -274,9 +270,9 @@ class LatentSet:
     ) -> Float16[Tensor, "b 1 D H W"]:
         """The volumes that these rows' latents encode, prepared now as `plan` says where they are not kept
         yet. Raises `UnusableScan` when a scan is gone or changed since it was encoded."""
-        from client.latents.prepared_volumes import prepared_volumes  # which reads this file
-
-        return prepared_volumes(self, indices, plan, view)
+        return torch.stack(
+            [prepared_volume(self.entries[row], self.path(row, view), plan, view) for row in indices]
+        )
 
     def path(self, row: int, view: int = 0) -> Path:
         """The file of a row's latents. Raises `IndexError`."""

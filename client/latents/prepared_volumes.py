@@ -8,18 +8,16 @@ the gate.
 
 Does not do: encode (`cache.py`), or choose scans (`labelled.py`).
 
-Axes: b = rows asked for, D H W = voxels.
+Axes: D H W = voxels.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from jaxtyping import Float16
 from torch import Tensor
 
-from client.latents.latent_set import LatentSet, volume_path
-from client.scans.cohort import read_entry
+from client.scans.cohort import ScanEntry, read_entry
 from client.scans.volumes import prepare
 from federation.plan import VolumePlan
 from meduet_models.weights import load_weights, save_weights
@@ -27,26 +25,27 @@ from meduet_models.weights import load_weights, save_weights
 _VOLUME = "volume"
 
 
-def prepared_volumes(
-    scans: LatentSet, rows: Sequence[int], plan: VolumePlan, view: int = 0
-) -> Float16[Tensor, "b 1 D H W"]:
-    """The volumes whose latents `scans` holds, prepared now where they are not kept yet.
+def volume_path(latents: Path) -> Path:
+    """Where the prepared volume of an encoding is kept, if one is."""
+    return latents.with_suffix(".volume")
 
-    Raises `UnusableScan` when a scan is gone or changed since it was encoded, and `ValueError` where whole
+
+def prepared_volume(
+    entry: ScanEntry, latents: Path, plan: VolumePlan, view: int = 0
+) -> Float16[Tensor, "1 D H W"]:
+    """The volume of a scan that the file `latents` encodes, prepared now where it is not kept yet.
+
+    Raises `UnusableScan` when the scan is gone or changed since it was encoded, and `ValueError` where whole
     scans were encoded, of which there is no one volume.
     """
     if plan.extent == "scan":
         raise ValueError(
             "Expected volumes.extent=crop for a network that sees volumes; got scan: use network=tokens."
         )
-    return torch.stack([_volume(scans, row, plan, view) for row in rows])
-
-
-def _volume(scans: LatentSet, row: int, plan: VolumePlan, view: int) -> Float16[Tensor, "1 D H W"]:
-    path = volume_path(scans.path(row, view))
+    path = volume_path(latents)
     if (kept := _kept(path, plan)) is not None:
         return kept
-    scan, _ = read_entry(scans.entries[row], plan)
+    scan, _ = read_entry(entry, plan)
     volume = prepare(scan, plan, view).volume.to(torch.float16)
     save_weights(path, {_VOLUME: volume}, {})
     return volume

@@ -29,13 +29,13 @@ from federation.plan import RunPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import constant_keys, content_keys
 from meduet_models.style.bank import StyleBank
+from meduet_models.threads import fixed_threads
 from meduet_models.tokenizer.tokenizer import Tokenizer
 from meduet_models.weights import sha256_of_tensors
 from server.app import RunObserver
 from simulations.benchmark.downstream import Downstream, downstream_rows
 from simulations.benchmark.settings import Cell, DataSet
 from simulations.downstream.evaluate import evaluate_downstream
-from simulations.engines.in_process import fixed_threads
 from simulations.evaluation import measure
 from simulations.hospitals.held_out import Held, join, own_scans, paired_scans
 from simulations.hospitals.make import make_hospitals

@@ -18,11 +18,11 @@ from forms.form import build
 from forms.json_text import fingerprint_of
 from meduet_models.diffusion.artefact import GenerativeModel, save_generative_model
 from meduet_models.diffusion.training import validation_loss
+from meduet_models.threads import fixed_threads
 from meduet_models.weights import sha256_of_tensors
 from server.config import plain
 from simulations.diffusion_study.report import Curve, write_study
 from simulations.diffusion_study.study import Source, Study, StudySettings, cells
-from simulations.engines.in_process import fixed_threads
 from simulations.finished_run import open_run
 from simulations.generation.evaluate import evaluate_generation
 from simulations.generation.quality import averaged

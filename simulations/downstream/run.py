@@ -23,6 +23,7 @@ from meduet_models.anatomy_start import AnatomyStart
 from meduet_models.downstream.kinds import NetworkKind
 from meduet_models.downstream.task import Target
 from meduet_models.downstream.tasks import task_of
+from meduet_models.threads import fixed_threads
 from server.config import plain
 from server.exchanges.finetuning import FinetunedRun, pretrained_sha256, run_finetuning
 from server.observer import RoundObserver
@@ -38,7 +39,7 @@ from simulations.downstream.evaluate import (
 from simulations.downstream.fairness import groups_of
 from simulations.downstream.report import write_downstream
 from simulations.downstream.settings import SEES_VOLUMES, VOLUME_RATE
-from simulations.engines.in_process import FixedThreads, InProcessGrid, fixed_threads
+from simulations.engines.in_process import FixedThreads, InProcessGrid
 from simulations.finished_run import FinishedRun, open_run
 from simulations.hospitals.labelled import Part, known_answers, known_covariates, num_classes
 from simulations.progress import Live

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NoReturn
 
-import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.serde import message_from_proto, message_to_proto
@@ -26,6 +25,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from meduet_models.threads import fixed_threads
 from strategies.quorum import numbered
 
 _SUPERLINK = 1
@@ -66,17 +66,6 @@ def message_of(content: bytes) -> Message:
     """Back from `message_bytes`."""
     message: Message = message_from_proto(WireMessage.FromString(content))
     return message
-
-
-@contextmanager
-def fixed_threads(threads: int) -> Iterator[None]:
-    """As many torch threads as a site has, for encoding too: sums of floats depend on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class FixedThreads(ClientApp):

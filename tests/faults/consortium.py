@@ -25,12 +25,12 @@ from torch import Tensor
 
 from client.site import SiteConfig, confirm_patients, load_site_config
 from federation.processes import ChildProcess, Supervisor, die_with_parent, read_state
+from meduet_models.threads import fixed_threads
 from meduet_models.weights import load_weights
 from server.app import RunObserver
 from server.config import compose_config, plain
 from server.deployment.app_folder import ROOT
 from server.deployment.status import read_status
-from simulations.engines.in_process import fixed_threads
 from simulations.poc import SMALL, Poc, provision
 from simulations.progress import Live
 from simulations.run import Made, prepare, simulate

@@ -12,11 +12,12 @@ import yaml
 
 from client.app import make_client_app
 from federation.published_plan import PublishedPlan
+from meduet_models.threads import fixed_threads
 from meduet_models.weights import load_weights
 from server.config import compose_config, plain
 from server.deployment.status import read_status
 from server.exchanges.finetuning import FINETUNED, pretrained_of, run_finetuning
-from simulations.engines.in_process import FixedThreads, InProcessGrid, fixed_threads
+from simulations.engines.in_process import FixedThreads, InProcessGrid
 from simulations.poc import SMALL
 from simulations.progress import Live
 from simulations.run import Made, prepare

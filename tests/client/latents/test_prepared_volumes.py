@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from client.latents.cache import LatentCache
 from client.latents.labelled import labelled_scans
-from client.latents.latent_set import LatentSet, volume_path
+from client.latents.latent_set import LatentSet
+from client.latents.prepared_volumes import volume_path
 from client.scans.cohort import open_cohort, read_entry
 from client.scans.scans import UnusableScan
 from client.scans.volumes import prepare
