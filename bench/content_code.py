@@ -33,13 +33,14 @@ from meduet_models.content_code import CodeSums, public_code, token_erasure, wit
 from meduet_models.erasure import erase, fit_erasure
 from meduet_models.factors import normalise
 from meduet_models.meduet import MeDUET, layer_normed
-from meduet_models.objective import LossWeights, MeduetObjective, ObjectiveConfig, StepBatch, draw_step
+from meduet_models.objective.objective import MeduetObjective, StepBatch, draw_step
+from meduet_models.objective.settings import LossWeights, ObjectiveConfig
+from meduet_models.objective.teacher import Teacher, momentum_at
 from meduet_models.probes.quick import site_probe
 from meduet_models.probes.recognition import retrieval_across_sites
 from meduet_models.probes.ridge import fit_ridge
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleLayout, StyleMoments
-from meduet_models.teacher import Teacher, momentum_at
 from meduet_models.tokenizer.tokenizer import TokenizerSpec, load_tokenizer
 from server import public_latents
 from server.config import compose_config, plain, plan_from

@@ -28,7 +28,7 @@ from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, Tr
 from meduet_models.diffusion.conditions import Examples
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.meduet import NetworkConfig
-from meduet_models.objective import ObjectiveConfig
+from meduet_models.objective.settings import ObjectiveConfig
 from server.latent_bank.bank import BANK, LatentBank
 from server.latent_bank.tables import Item
 

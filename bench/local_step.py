@@ -31,15 +31,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from meduet_models.factors import Factors
 from meduet_models.meduet import FactorNetwork, MeDUET, NetworkConfig
-from meduet_models.objective import (
-    LossWeights,
-    MeduetObjective,
-    ObjectiveConfig,
-    StepBatch,
-    StepDraws,
-    draw_step,
-)
-from meduet_models.teacher import Teacher
+from meduet_models.objective.objective import MeduetObjective, StepBatch, StepDraws, draw_step
+from meduet_models.objective.settings import LossWeights, ObjectiveConfig
+from meduet_models.objective.teacher import Teacher
 
 PUBLISHED = LossWeights(visible_reconstruction=0.0, invariance=0.0, restyled_reconstruction=0.0)
 SIZES = {

@@ -38,13 +38,14 @@ from meduet_models.erasure import erase, fit_erasure
 from meduet_models.factors import Factors
 from meduet_models.meduet import MeDUET, NetworkConfig, layer_normed
 from meduet_models.muon import Muon
-from meduet_models.objective import LossWeights, MeduetObjective, ObjectiveConfig, StepBatch, draw_step
+from meduet_models.objective.objective import MeduetObjective, StepBatch, draw_step
+from meduet_models.objective.settings import LossWeights, ObjectiveConfig
+from meduet_models.objective.teacher import Teacher, momentum_at
 from meduet_models.probes.anatomy import anatomy_probe
 from meduet_models.probes.quick import site_probe
 from meduet_models.schedules import cosine, rise
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleLayout, StyleMoments
-from meduet_models.teacher import Teacher, momentum_at
 from meduet_models.tokens import patchify
 
 SITES, BATCH, RATIO = ("north", "harbour", "valley"), 8, 5.0

@@ -32,17 +32,18 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from meduet_models.demixing import hidden_mean, mix_tokens, unmix_tokens
-from meduet_models.distillation import squared_distance
 from meduet_models.erasure import ErasureMoments, fit_erasure
 from meduet_models.factors import Factors
 from meduet_models.meduet import MeDUET, NetworkConfig
-from meduet_models.objective import LossWeights, MeduetObjective, ObjectiveConfig, StepBatch, draw_step
+from meduet_models.objective.demixing import hidden_mean, mix_tokens, unmix_tokens
+from meduet_models.objective.distillation import squared_distance
+from meduet_models.objective.objective import MeduetObjective, StepBatch, draw_step
+from meduet_models.objective.settings import LossWeights, ObjectiveConfig
+from meduet_models.objective.teacher import Teacher, momentum_at
 from meduet_models.probes.quick import site_probe
 from meduet_models.probes.recognition import retrieval_across_sites
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleLayout, StyleMoments
-from meduet_models.teacher import Teacher, momentum_at
 from meduet_models.tokenizer.patch_pca import PatchMoments
 from meduet_models.tokenizer.tokenizer import pca_tokenizer
 

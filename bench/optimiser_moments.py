@@ -28,7 +28,8 @@ from client.training.trainee import Trainee
 from federation.exchanges.survey import survey_layout
 from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan, VolumePlan
 from meduet_models.meduet import MeDUET, NetworkConfig
-from meduet_models.objective import LossWeights, MeduetObjective, ObjectiveConfig
+from meduet_models.objective.objective import MeduetObjective
+from meduet_models.objective.settings import LossWeights, ObjectiveConfig
 from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleMoments
@@ -143,7 +144,7 @@ def main() -> None:
     latents = cohorts(volumes)
     for seed in (1, 2):
         plan = RunPlan(
-            name="moments", seed=seed, sites=SITES, tokenizer_sha256="", volumes=volumes,
+            name="moments", seed=seed, sites=SITES, tokenizer_sha256="0" * 64, volumes=volumes,
             network=NetworkConfig(
                 latent_channels=4, latent_grid=(8, 12, 8), patch_size=2, width=48, depth=2, heads=4,
                 decoder_width=48, decoder_depth=1, decoder_heads=4,

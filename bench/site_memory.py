@@ -40,7 +40,7 @@ from federation.exchanges.survey import survey_layout
 from federation.journal import Journal
 from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan, VolumePlan
 from meduet_models.meduet import MeDUET, NetworkConfig
-from meduet_models.objective import ObjectiveConfig
+from meduet_models.objective.settings import ObjectiveConfig
 from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleMoments

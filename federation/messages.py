@@ -24,7 +24,7 @@ from federation.limits import metric_range
 from federation.plan import WIRE_VERSION, RunPlan, WireDtype
 from federation.wire import GROWTH, MessageError, RefusalKind, Tensors, array_record, tensors_of
 from forms.json_text import sha256_of
-from meduet_models.objective import LossWeights
+from meduet_models.objective.settings import LossWeights
 from meduet_models.weights import sha256_of_tensors
 
 __all__ = [

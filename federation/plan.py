@@ -17,7 +17,7 @@ from forms.json_text import canonical, read_json, sha256_of
 from forms.names import Phrase, Sha256, SiteName
 from forms.ranges import Entries, Range, Share
 from meduet_models.meduet import MOST_ACTIVATIONS, NetworkConfig
-from meduet_models.objective import ObjectiveConfig
+from meduet_models.objective.settings import ObjectiveConfig
 
 WIRE_VERSION = 2
 

@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from forms.form import check
 from forms.ranges import Range
-from meduet_models.adversary import SiteClassifier
 from meduet_models.content_code import ContentCode, code_of
 from meduet_models.factors import (
     ContentHead,
@@ -32,6 +31,7 @@ from meduet_models.factors import (
     TokenStyleHead,
     normalise,
 )
+from meduet_models.objective.adversary import SiteClassifier
 from meduet_models.tokens import patchify, unpatchify
 from meduet_models.vit import NORM_EPS, Block, Decoder, Encoder
 

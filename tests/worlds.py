@@ -17,7 +17,7 @@ from client.scans.volumes import Geometry
 from federation.journal import Journal
 from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan, VolumePlan
 from meduet_models.meduet import MeDUET, NetworkConfig
-from meduet_models.objective import ObjectiveConfig
+from meduet_models.objective.settings import ObjectiveConfig
 from privacy.chain import read_chain
 from privacy.ledger import Ledger
 from server.model import MeduetModel

@@ -28,7 +28,7 @@ from client.latents.style_moments import body_parts, own_moments
 from client.latents.whole_scan import draw_start
 from client.site_secret import seed_of
 from federation.plan import RunPlan
-from meduet_models.objective import StepBatch, StepDraws, draw_step
+from meduet_models.objective.objective import StepBatch, StepDraws, draw_step
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import CohortTooSmall
 

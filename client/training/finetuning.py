@@ -30,10 +30,10 @@ from meduet_models.downstream.networks import predict
 from meduet_models.downstream.tasks import task_of
 from meduet_models.downstream.unet import DownstreamNetwork
 from meduet_models.downstream.volume_networks import VolumeSegmenter
+from meduet_models.objective.teacher import early_momentum
 from meduet_models.schedules import cosine, rise
 from meduet_models.seeds import generator_of
 from meduet_models.style.bank import StyleBank
-from meduet_models.teacher import early_momentum
 
 _VALIDATIONS = 10  # over a whole run
 _RESTYLED = 0.5  # probability that a scan is restyled to another site, where there is a bank

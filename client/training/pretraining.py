@@ -27,10 +27,10 @@ from client.training.site_state import RoundResult, UnderWay
 from client.training.trainee import Trainee
 from federation.plan import RunPlan
 from meduet_models.meduet import MeDUET
-from meduet_models.objective import Losses, MeduetObjective
+from meduet_models.objective.objective import Losses, MeduetObjective
+from meduet_models.objective.teacher import momentum_at
 from meduet_models.schedules import cosine, rise
 from meduet_models.sharing import shared_keys, style_keys
-from meduet_models.teacher import momentum_at
 from meduet_models.weights import StoredWeights
 from privacy.clipping import joint_norm
 

@@ -20,8 +20,8 @@ from federation.plan import RunPlan
 from meduet_models.adamw import AdamW, decay_groups
 from meduet_models.meduet import MeDUET
 from meduet_models.muon import Muon
+from meduet_models.objective.teacher import Teacher
 from meduet_models.sharing import home_keys, shared_keys
-from meduet_models.teacher import Teacher
 from meduet_models.weights import StoredWeights, shapes_of
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")

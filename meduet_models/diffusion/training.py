@@ -36,9 +36,9 @@ from meduet_models.diffusion.path import Path
 from meduet_models.diffusion.settings import DiffusionTraining
 from meduet_models.diffusion.site_styles import SiteStyles, restyled_examples
 from meduet_models.diffusion.transformer import DiffusionTransformer, regrid
+from meduet_models.objective.teacher import early_momentum
 from meduet_models.schedules import rise
 from meduet_models.style.bank import StyleBank
-from meduet_models.teacher import early_momentum
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 

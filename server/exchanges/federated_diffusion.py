@@ -20,8 +20,8 @@ from federation.messages import Tensors
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
 from meduet_models.diffusion.transformer import DiffusionTransformer
+from meduet_models.objective.teacher import early_momentum
 from meduet_models.sharing import encoder_keys
-from meduet_models.teacher import early_momentum
 from server.checkpoints import Checkpoint, Checkpoints
 from strategies.content_share import ContentShare, Task
 from strategies.quorum import Roster

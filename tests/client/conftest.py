@@ -8,7 +8,7 @@ import pytest
 
 from federation.exchanges.survey import survey_layout
 from federation.plan import AggregationPlan, RunPlan, StylePlan, TrainingPlan, VolumePlan
-from meduet_models.objective import LossWeights, ObjectiveConfig
+from meduet_models.objective.settings import LossWeights, ObjectiveConfig
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleMoments
 from tests.worlds import ViewedScans, small_network, small_plan

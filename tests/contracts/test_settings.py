@@ -28,7 +28,7 @@ from federation.plan import (
 )
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.meduet import NetworkConfig
-from meduet_models.objective import LossWeights, ObjectiveConfig
+from meduet_models.objective.settings import LossWeights, ObjectiveConfig
 from server.deployment.config import ServerConfig
 from simulations.downstream.evaluate import DownstreamSettings
 from simulations.downstream.run import DownstreamRunSettings
@@ -64,7 +64,9 @@ SETTINGS = (
     SiteConfig,
 )
 KNOWN = {kind.__name__: kind for kind in SETTINGS}
-EVERY_FIELD = {"LossWeights": "meduet_models/objective.py multiplies each term with the weight of its name"}
+EVERY_FIELD = {
+    "LossWeights": "meduet_models/objective/objective.py multiplies each term with the weight of its name"
+}
 """Classes whose fields are read by a loop over all of them."""
 
 

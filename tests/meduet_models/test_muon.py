@@ -5,21 +5,11 @@ import torch
 from torch import nn
 
 from meduet_models.adamw import AdamW, decay_groups
-from meduet_models.meduet import MeDUET, NetworkConfig
+from meduet_models.meduet import MeDUET
 from meduet_models.muon import MATRIX_RATE, Muon, equalised
+from tests.worlds import small_network
 
-NETWORK = NetworkConfig(
-    latent_channels=2,
-    latent_grid=(4, 4, 6),
-    patch_size=2,
-    width=12,
-    depth=1,
-    heads=2,
-    decoder_width=12,
-    decoder_depth=1,
-    decoder_heads=2,
-    style_map_grid=(1, 2, 1),
-)
+NETWORK = small_network(latent_grid=(4, 4, 6), style_map_grid=(1, 2, 1))
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 1e-2}
 
 

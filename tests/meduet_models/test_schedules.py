@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from meduet_models.adamw import AdamW, decay_groups
+from meduet_models.objective.teacher import momentum_at
 from meduet_models.schedules import cosine, rise
-from meduet_models.teacher import momentum_at
 from server.tokenizer.training import TokenizerTraining, learning_rate_at
 
 STEPS = (0, 150, 199, 200, 1250, 2499)

@@ -25,7 +25,7 @@ from federation.plan import (
     StylePlan,
     TrainingPlan,
 )
-from meduet_models.objective import LossWeights, ObjectiveConfig
+from meduet_models.objective.settings import LossWeights, ObjectiveConfig
 from server.model import Surveyed
 from tests.worlds import small_plan
 

@@ -12,22 +12,14 @@ from meduet_models.weights import load_weights
 from server.config import compose_config
 from simulations import observer
 from simulations.run import run
-from tests.small_simulation import SMALL_NETWORK
+from tests.small_simulation import small_simulation
 
 WHOLE = [
-    "hospitals.num_hospitals=2",
-    "hospitals.patients=7",
-    "hospitals.paired=2",
-    "hospitals.resolution_mm=4",
-    *SMALL_NETWORK,
+    *small_simulation(patients=7, paired=2),
     "volumes.spacing_mm=[4,5,5]",
     "volumes.extent=scan",
     "volumes.registered=false",
-    "training.rounds=2",
-    "training.steps_per_round=2",
-    "training.batch_size=4",
-    "device=cpu",
-    "engine.cpus_per_site=1",
+    "engine.workers=auto",
 ]
 
 

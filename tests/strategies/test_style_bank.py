@@ -9,7 +9,7 @@ from federation.plan import (
     StylePlan,
     TrainingPlan,
 )
-from meduet_models.objective import LossWeights, ObjectiveConfig
+from meduet_models.objective.settings import LossWeights, ObjectiveConfig
 from meduet_models.style.moments import CohortTooSmall, StyleMoments
 from strategies.style_bank import StyleSurvey
 from tests.worlds import small_plan

@@ -15,9 +15,9 @@ from client.training.trainee import Trainee, WrongWeights, student_of
 from federation.messages import METRIC_NAMES
 from federation.plan import AggregationPlan, RunPlan, StylePlan, TrainingPlan
 from meduet_models.meduet import MeDUET
-from meduet_models.objective import LossWeights, ObjectiveConfig
+from meduet_models.objective.settings import LossWeights, ObjectiveConfig
+from meduet_models.objective.teacher import momentum_at
 from meduet_models.sharing import home_keys, shared_keys, style_keys
-from meduet_models.teacher import momentum_at
 from meduet_models.weights import open_weights, save_weights
 from privacy.clipping import joint_norm
 

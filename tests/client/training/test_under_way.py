@@ -12,7 +12,7 @@ from client.training.site_state import SiteState, StateFolder, UnderWay, cohort_
 from federation.exchanges.pretraining import TrainAsk
 from federation.journal import Journal
 from federation.plan import RunPlan, TrainingPlan
-from meduet_models.objective import ObjectiveConfig
+from meduet_models.objective.settings import ObjectiveConfig
 from tests.client.training.killed_site import PATIENTS, STEPS, Killed, Tensors, ToySite, alike, same
 
 

@@ -8,20 +8,11 @@ from meduet_models.downstream.networks import predict, trained_keys
 from meduet_models.downstream.starting import start_sha256, starting_network
 from meduet_models.downstream.tasks import task_of
 from meduet_models.downstream.volume_networks import VolumeSegmenter
-from meduet_models.meduet import FactorNetwork, NetworkConfig
+from meduet_models.meduet import FactorNetwork
 from meduet_models.volume_unet import VolumeUNet
+from tests.worlds import small_network
 
-CONFIG = NetworkConfig(
-    latent_channels=2,
-    latent_grid=(4, 6, 4),
-    patch_size=2,
-    width=16,
-    depth=2,
-    heads=2,
-    decoder_width=12,
-    decoder_depth=1,
-    decoder_heads=2,
-)
+CONFIG = small_network(latent_grid=(4, 6, 4), width=16, depth=2)
 VOLUMES = torch.rand(3, 1, 16, 24, 16, generator=torch.Generator().manual_seed(0))
 LATENTS = torch.randn(3, 2, 4, 6, 4, generator=torch.Generator().manual_seed(1))
 

@@ -4,7 +4,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from meduet_models.objective import LossWeights
+from meduet_models.objective.settings import LossWeights
 from simulations.report.figures import draw_losses, loss_terms
 
 

@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from meduet_models.distillation import squared_distance
 from meduet_models.meduet import layer_normed
+from meduet_models.objective.distillation import squared_distance
 
 
 def pool_tokens(

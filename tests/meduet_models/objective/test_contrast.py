@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meduet_models.contrast import pool_tokens, restyling_invariance, supervised_contrast
+from meduet_models.objective.contrast import pool_tokens, restyling_invariance, supervised_contrast
 
 
 def plain(queries, keys, query_labels, key_labels, temperature, excluded):

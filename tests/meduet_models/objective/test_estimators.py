@@ -8,13 +8,9 @@ import torch
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from meduet_models.objective import (
-    MeduetObjective,
-    ObjectiveConfig,
-    StepBatch,
-    StepDraws,
-)
-from tests.meduet_models.objective_case import ESTIMATORS, PATHS, Case
+from meduet_models.objective.objective import MeduetObjective, StepBatch, StepDraws
+from meduet_models.objective.settings import ObjectiveConfig
+from tests.meduet_models.objective.objective_case import ESTIMATORS, PATHS, Case
 
 
 @PATHS

@@ -3,7 +3,7 @@ import torch
 from torch.func import grad, vmap
 from torch.nn import functional as F
 
-from meduet_models.adversary import SiteClassifier, reverse_gradient
+from meduet_models.objective.adversary import SiteClassifier, reverse_gradient
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])

@@ -12,8 +12,8 @@ Source: MeDUET (arXiv:2602.17901), MFTD; content counts half, as published.
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from meduet_models.demixing import hidden_mean
 from meduet_models.factors import Factors
+from meduet_models.objective.demixing import hidden_mean
 
 
 def distil_factors(student: Factors, teacher: Factors, hidden: Bool[Tensor, "b n"]) -> Float[Tensor, ""]:

@@ -7,16 +7,12 @@ import pytest
 import torch
 
 from meduet_models.meduet import MeDUET
-from meduet_models.objective import (
-    MeduetObjective,
-    ObjectiveConfig,
-    StepBatch,
-    draw_step,
-)
-from meduet_models.teacher import Teacher
+from meduet_models.objective.objective import MeduetObjective, StepBatch, draw_step
+from meduet_models.objective.settings import ObjectiveConfig
+from meduet_models.objective.teacher import Teacher
 from tests.worlds import small_network
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TINY = small_network(latent_grid=(4, 4, 6), style_map_grid=(1, 2, 1))
 SITES = (0, 1, 2)
 
@@ -51,7 +47,7 @@ def golden_lines() -> list[str]:
 
 def test_the_losses_of_a_tiny_run_are_the_recorded_ones() -> None:
     """Recorded in tests/golden; a change of the mathematics re-records them:
-    `python -m tests.meduet_models.test_golden_losses`."""
+    `python -m tests.meduet_models.objective.test_golden_losses`."""
     recorded = (ROOT / "tests" / "golden" / "tiny_run.txt").read_text().splitlines()
     for ours, theirs in zip(golden_lines(), recorded, strict=True):
         (*head, values), (*their_head, their_values) = ours.split(" ", 2), theirs.split(" ", 2)

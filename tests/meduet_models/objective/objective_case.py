@@ -6,15 +6,9 @@ import pytest
 import torch
 
 from meduet_models.meduet import MeDUET
-from meduet_models.objective import (
-    Losses,
-    LossWeights,
-    MeduetObjective,
-    ObjectiveConfig,
-    StepBatch,
-    draw_step,
-)
-from meduet_models.teacher import Teacher
+from meduet_models.objective.objective import Losses, MeduetObjective, StepBatch, draw_step
+from meduet_models.objective.settings import LossWeights, ObjectiveConfig
+from meduet_models.objective.teacher import Teacher
 from tests.worlds import small_network
 
 TINY = small_network(latent_grid=(4, 4, 6), style_map_grid=(1, 2, 1))

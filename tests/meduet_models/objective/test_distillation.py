@@ -1,7 +1,7 @@
 import torch
 
-from meduet_models.distillation import distil_factors, squared_distance
 from meduet_models.factors import Factors
+from meduet_models.objective.distillation import distil_factors, squared_distance
 
 
 def test_content_counts_half_and_only_hidden_positions_count() -> None:

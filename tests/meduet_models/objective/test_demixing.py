@@ -3,7 +3,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meduet_models.demixing import draw_exchanged, draw_partners, hidden_mean, mix_tokens, unmix_tokens
+from meduet_models.objective.demixing import (
+    draw_exchanged,
+    draw_partners,
+    hidden_mean,
+    mix_tokens,
+    unmix_tokens,
+)
 
 pairs = st.integers(1, 6).map(lambda half: 2 * half)
 

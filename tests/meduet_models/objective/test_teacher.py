@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from meduet_models.meduet import MeDUET
-from meduet_models.teacher import Teacher, momentum_at
+from meduet_models.objective.teacher import Teacher, momentum_at
 from tests.worlds import small_network
 
 TINY = small_network(latent_grid=(4, 4, 4), style_map_grid=(1, 2, 1))

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from meduet_models.objective import LossWeights, ObjectiveConfig
-from tests.meduet_models.objective_case import ESTIMATORS, NOTHING, PATHS, Case, reconstruction_only
+from meduet_models.objective.settings import LossWeights, ObjectiveConfig
+from tests.meduet_models.objective.objective_case import ESTIMATORS, NOTHING, PATHS, Case, reconstruction_only
 
 
 @PATHS

@@ -8,16 +8,11 @@ import pytest
 import torch
 
 from meduet_models.factors import Factors
-from meduet_models.objective import (
-    LossWeights,
-    ObjectiveConfig,
-    StepBatch,
-    StepDraws,
-    draw_step,
-)
-from tests.meduet_models.objective_case import PATHS, PUBLISHED, Case, reconstruction_only
+from meduet_models.objective.objective import StepBatch, StepDraws, draw_step
+from meduet_models.objective.settings import LossWeights, ObjectiveConfig
+from tests.meduet_models.objective.objective_case import PATHS, PUBLISHED, Case, reconstruction_only
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @PATHS
