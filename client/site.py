@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import torch
 
 from client.approvals import AllowedHours, Approvals
+from client.approvers import ApprovalRule
 from client.books import open_books
 from client.confirmation import CURE, confirm, unconfirmed
 from client.exact_sums import EXACT_SUMS_CONSENT
@@ -101,6 +102,8 @@ class SiteConfig:
     """`required`: a plan runs here only after `meduet-site plan approve`, in the code it was approved with;
     `implied`: any plan that lists this site (simulated hospitals). Other code than what is installed here
     runs in neither case."""
+    approvals: ApprovalRule = field(default_factory=ApprovalRule)
+    """How many people must approve a plan, each with a key of her own."""
     allowed_hours: str = ""
     """Hours in which an answer may begin, local time ("18:00-06:00"); empty: always."""
     keys_dir: Path | None = None
@@ -134,6 +137,15 @@ class SiteConfig:
         check_exact_sums(self.allow_exact_sums)
         if self.allowed_hours:
             AllowedHours.parse(self.allowed_hours)
+        if self.plan_approval == "implied" and self.approvals != ApprovalRule():
+            raise ValueError(
+                "Expected plan_approval: required where approvals are set; got implied, which asks nobody."
+            )
+
+
+def approvals_of(config: SiteConfig) -> Approvals:
+    """The book of what this site approved, read by its own rule."""
+    return Approvals(config.state_dir, config.approvals, config.name)
 
 
 def load_site_config(path: Path) -> SiteConfig:
@@ -245,11 +257,13 @@ class Site:
             )
 
     def _approved(self, sha256: str) -> None:
-        bundle = Approvals(self.state_dir).approved_bundle(sha256)
+        book = approvals_of(self.config)
+        bundle = book.approved_bundle(sha256)
         if bundle is None:
             raise AskRefused(
-                f"Expected a plan that this hospital approved; nobody approved {sha256[:12]}…: meduet-site "
-                "plan show, plan approve. Nothing was read.",
+                f"Expected a plan that this hospital approved; {len(book.approvers(sha256))} of "
+                f"{book.rule.needed} needed approved {sha256[:12]}…: meduet-site plan show, plan approve. "
+                "Nothing was read.",
                 RefusalKind.PLAN_NOT_ACCEPTED,
             )
         if bundle != running_bundle():

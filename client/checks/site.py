@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from client.approvals import Approvals
 from client.books import open_books
 from client.checks.centre import centre_check, clock_check
 from client.checks.intake import (
@@ -33,7 +32,7 @@ from client.scans.cohort import COPY, SPLITS, Cohort
 from client.scans.layouts import Found
 from client.scans.names import alike
 from client.scans.scans import Reason
-from client.site import Site, SiteConfig, SiteProgress, survey_site
+from client.site import Site, SiteConfig, SiteProgress, approvals_of, survey_site
 from federation.bundle import running_bundle
 from federation.exchanges.erasure import ERASURE
 from federation.exchanges.probes import PROBES, widest_sums
@@ -231,7 +230,7 @@ def _approvals(config: SiteConfig) -> Check:
     """Which plans this hospital has approved with the code of this machine."""
     if config.plan_approval == "implied":
         return Check("approved plans", "ok", "every plan that lists this site (site.yaml: plan_approval)")
-    book = Approvals(config.state_dir)
+    book = approvals_of(config)
     bundles = {one.sha256[:12]: book.approved_bundle(one.sha256) for one in book.kept()}
     approved = [sha256 for sha256, bundle in bundles.items() if bundle == running_bundle()]
     other = [sha256 for sha256, bundle in bundles.items() if bundle not in (None, running_bundle())]
