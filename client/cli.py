@@ -116,8 +116,9 @@ def _parser() -> argparse.ArgumentParser:
         "check",
         help="look at device, memory, disk, keys, centre, clock, data, books, plans; say what to do",
         description="Look at everything a run needs and encode nothing. With --plan, every scan is read that "
-        "`check` or `prepare` has not read before, too: counts, exclusions, duplicates, patients in two splits. "
-        "Each line is ok, look (a person should decide) or failed (a run will not work), and says what to do.",
+        "neither `check` nor `prepare` has read before: counts, exclusions, duplicates, patients in two "
+        "splits. Each line is ok, look (a person should decide) or failed (a run will not work), and says "
+        "what to do.",
         epilog=_CHECK_STATUS,
     )
     check.add_argument(

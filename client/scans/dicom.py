@@ -126,7 +126,10 @@ def find_series(files: Sequence[Path]) -> tuple[list[Series], list[Exclusion]]:
             left_over.append(Exclusion(path, Reason.SIDECAR if sidecar else error.reason))
             continue
         except AttributeError:
-            left_over.append(Exclusion(path, Reason.SIDECAR if path.name == "DICOMDIR" else Reason.CORRUPT))
+            if path.name == "DICOMDIR":
+                left_over.append(Exclusion(path, Reason.SIDECAR))
+            else:
+                left_over.append(Exclusion(path, Reason.CORRUPT, "no SeriesInstanceUID or SOPInstanceUID"))
             continue
         if "Rows" not in header:
             left_over.append(Exclusion(path, Reason.NOT_AN_IMAGE))
@@ -242,7 +245,7 @@ def read_series(
     rows, columns = stack[0][0].size
     _, num_volumes = check_shape((columns, rows, len(stack), len(stack[0])), four_d)
     step, rounded = _step([position[0] for position in stack])
-    notes += (Note.ROUNDED_POSITIONS,) * rounded
+    notes += (Note.ROUNDED_POSITIONS,) * rounded + (Note.INVERTED,) * frames[0].inverted
     affine = np.eye(4)
     first = stack[0][0]
     affine[:3, 0] = first.directions[0] * first.spacing[1]  # PS3.3 equation C.7.6.2.1-1

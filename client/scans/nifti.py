@@ -36,6 +36,8 @@ from client.scans.scans import (
 NIFTI_NAMES = (".nii", ".nii.gz")
 DEFLATE_LIMIT = 1032
 """No deflate stream expands further (RFC 1951: 258 bytes from two bits)."""
+NO_INTENSITIES = frozenset({*range(2, 25), *range(1004, 1011), *range(2006, 2010), *range(2016, 2019)})
+"""Intent codes of statistics, of vectors and matrices, and of FSL's deformations: no pictures."""
 SLACK_BYTES = 2**26
 """Most bytes of header extensions, and most that may follow the last voxel."""
 
@@ -163,6 +165,8 @@ def _read(
         raise UnusableScan(Reason.COMPLEX)
     if not (0 <= num_axes <= 7 and dtype.itemsize and dtype.kind in "iuf" and math.isfinite(offset)):
         raise UnusableScan(Reason.CORRUPT, "impossible axes, type or offset")
+    if (intent := int(header["intent_code"])) in NO_INTENSITIES:
+        raise UnusableScan(Reason.DERIVATIVE, f"intent {intent}: no intensities")
     shape, num_volumes = check_shape(sizes[:num_axes], four_d)
     affine, notes = place_of(header, placeless)
 

@@ -137,6 +137,7 @@ class Note(StrEnum):
     TILTED = "tilted"  # slices that are sheared against each other; resampled to a straight stack
     ROUNDED_POSITIONS = "rounded_positions"  # slices off a regular grid by less than a tenth of the spacing
     ORDER_BY_NUMBER = "order_by_number"  # only InstanceNumber tells the volumes of a series apart
+    INVERTED = "inverted"  # MONOCHROME1: meant to be seen with the lowest value brightest; taken as stored
     NOT_HOUNSFIELD = "not_hounsfield"  # a CT whose values are not HU by their range; taken as they are
 
 

@@ -36,7 +36,7 @@ def hospital(tmp_path: Path, toy_plan: Callable[..., RunPlan]) -> Path:
     volumes = VolumePlan(
         modality="mr",
         shape=(16, 24, 16),
-        spacing_mm=(1.0, 1.0, 1.0),
+        spacing_mm=(1.5, 1.5, 1.5),
         extent="scan",
         registered=False,
         views=2,

@@ -86,12 +86,14 @@ def test_downstream_learns_from_crops_and_is_measured_on_all_of_the_patient(
 
     monkeypatch.setattr(measuring, "laid_back", watched)
 
-    def downstream(*more: str) -> list[dict[str, Any]]:
+    def downstream(*more: str, network: str = "tokens") -> list[dict[str, Any]]:
         settings = [
             f"pretrained={undisturbed}", f"folder={tmp_path}", "modes=[finetuned,unet]", "steps=2",
             "label_counts=[]", "label_shares=[1.0]", "bootstrap=5", "batch_size=2",
         ]  # fmt: skip
-        run_downstream(compose_config([*settings, *more], "downstream"))
+        config = compose_config([*settings, *more], "downstream")
+        config.network = network  # Hydra takes the word on a command line for a group of settings
+        run_downstream(config)
         rows: list[dict[str, Any]] = json.loads((tmp_path / "downstream.json").read_text())["rows"]
         return rows
 
@@ -104,7 +106,7 @@ def test_downstream_learns_from_crops_and_is_measured_on_all_of_the_patient(
         with pytest.raises(ValueError, match=rf"Expected modes among .*extent=scan.*{mode} is {why}"):
             downstream(f"modes=[{mode}]")
     with pytest.raises(ValueError, match=r"Expected network=tokens with volumes.extent=scan"):
-        downstream("federated=true", "++network=volume_unet")
+        downstream("federated=true", network="volume_unet")
     rows = downstream(
         "task=regression", "target=age", "target_values=[20,90]", "modes=[frozen,ridge,finetuned,unet]"
     )
