@@ -27,7 +27,7 @@ CURES = {
     Reason.LINKED_FOLDER: "Links to folders; follow_links: true in site.yaml follows them.",
     Reason.MISSING_FILE: "Paths of the manifest start at its own folder; correct those that lead nowhere.",
     Reason.NO_PATIENT: "Set patient_pattern in site.yaml, or name patients in a manifest.",
-    Reason.DERIVATIVE: "Made from other scans. Of a BIDS data set: set data_root to the folder of sub-… folders.",
+    Reason.DERIVATIVE: "Made from other scans. Of BIDS: set data_root to the folder of sub-… folders.",
     Reason.NO_SUCH_MODALITY: "Say in modality_names which of the site's names is the plan's.",
     Reason.NOT_IN_MANIFEST: "Add them to the manifest, or leave them out.",
     Reason.LABEL_MAP: "They look like segmentations: name them so (labels/, …_seg), or leave them out.",
