@@ -29,6 +29,7 @@ from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRL
 from client.scans.frames import HEADER, Frame, frames_of
 from client.scans.scans import (
     MINIMUM_SLICES,
+    TILE,
     Exclusion,
     FourD,
     Note,
@@ -36,6 +37,7 @@ from client.scans.scans import (
     UnusableScan,
     check_shape,
     combine,
+    stacked,
 )
 from client.scans.stacks import Arranged, arrange, groups_of, is_misfit, misfit_of
 
@@ -254,7 +256,11 @@ def read_series(
 
     def volumes() -> Iterator[np.ndarray]:
         for time in range(num_volumes):
-            yield np.stack([_pixels(position[time]) for position in stack], axis=-1)  # x y z
+            slabs = (
+                np.stack([_pixels(position[time]) for position in stack[z : z + TILE[1]]], axis=-1)  # x y z
+                for z in range(0, len(stack), TILE[1])
+            )
+            yield stacked(slabs, (columns, rows, len(stack)))
 
     if not _is_tilted(affine):
         return combine(volumes(), four_d), LPS_TO_RAS @ affine, num_volumes, notes

@@ -68,7 +68,7 @@ def draw_archive(draw: random.Random) -> tuple[list[Series], list[str], list[str
     )
     found, paths, whose = [], [], []
     for person in persons:
-        born, issuer = f"19{person % 100:02d}0101", f"H{person % 2}"
+        born, issuer = f"1{person}0101", f"H{person % 2}"
         for visit in range(1, draw.randint(2, 4)):
             number = len(found)
             patient = {
