@@ -320,8 +320,11 @@ def _cache(site: Site, cohort: Cohort, plan: RunPlan) -> Iterator[Check]:
     found += f", {state.unused} files that this plan does not use" if state.unused else ""
     advice = []
     if state.missing:
-        advice.append("`meduet-site prepare` encodes them now; otherwise the first round does.")
+        advice.append(
+            "`meduet-site prepare` encodes them now, reading each once more; otherwise the first round does."
+        )
     if state.unused:
         advice.append("`meduet-site prepare --prune` removes what is not used.")
     yield Check("cache", "look" if advice else "ok", found, " ".join(advice))
-    yield Check("disk space", *disk_check(site.state_dir, round(HEADROOM * state.bytes_to_write)))
+    needed = round(HEADROOM * state.bytes_to_write)
+    yield Check("disk space", *disk_check(site.state_dir, needed, state.at_least))
