@@ -30,17 +30,17 @@ from torch import Tensor
 
 from client.latents.examples import ras_spacing
 from client.latents.whole_scan import central_start
-from client.scans.nifti import is_nifti_name, nifti_stem
-from client.scans.scans import Scan, UnusableScan
-from client.scans.volumes import Prepared, intensity_range, lay_back, prepare, read_scan
-from client.scans.whole_volumes import WholeVolume, lay_back_whole, prepare_whole
-from federation.plan import VolumePlan
 from forms.form import build
 from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.diffusion.harmonisation import HarmonisationSettings, check, harmonise, harmonise_whole
 from meduet_models.encoded_scan import EncodedScan
 from meduet_models.tokenizer.tokenizer import Tokenizer
 from meduet_models.tokenizer.whole_scans import decode_whole, encode_whole
+from scans.nifti import is_nifti_name, nifti_stem
+from scans.scans import Scan, UnusableScan
+from scans.volume_plan import VolumePlan
+from scans.volumes import Prepared, intensity_range, lay_back, prepare, read_scan
+from scans.whole_volumes import WholeVolume, lay_back_whole, prepare_whole
 from storage.files import write_whole
 
 OnStep = Callable[[int, int], None]

@@ -12,9 +12,9 @@ from jaxtyping import Float64, UInt8
 from torch import nn
 
 from client.latents.latent_set import LatentSet
-from client.scans.whole_volumes import lay_back_whole
 from meduet_models.downstream.networks import predict
 from meduet_models.downstream.whole_scans import predict_voxels
+from scans.whole_volumes import lay_back_whole
 
 
 def segment_whole(

@@ -32,7 +32,6 @@ from client.refusals import stopped_plans
 from client.scans.cohort import COPY, SPLITS, Cohort
 from client.scans.layouts import Found
 from client.scans.names import alike
-from client.scans.scans import Reason
 from client.site import Site, SiteConfig, SiteProgress, survey_site
 from federation.bundle import running_bundle
 from federation.exchanges.erasure import ERASURE
@@ -42,6 +41,7 @@ from federation.keys.certificates import utc_now
 from federation.plan import RunPlan
 from federation.wire import RefusalKind
 from privacy.chain import BrokenChain
+from scans.scans import Reason
 
 Verdict = Literal["ok", "look", "failed"]
 HEADROOM = 1.1

@@ -134,11 +134,11 @@ def _harmonise(chosen: argparse.Namespace, console: Console) -> int:
 
 def _encode(chosen: argparse.Namespace, console: Console) -> int:
     from client.harmonisation import check_tokenizer, encode_scan, volume_plan
-    from client.scans.scans import UnusableScan
-    from client.scans.volumes import read_scan
     from client.site import load_plan
     from meduet_models.diffusion.artefact import load_generative_model
     from meduet_models.encoded_scan import PATIENT_DATA, save_encoded_scan
+    from scans.scans import UnusableScan
+    from scans.volumes import read_scan
 
     if not chosen.scan.exists():
         raise ValueError(f"Expected a scan at {chosen.scan}; nothing is there.")

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from client.latents.batches import TrainingScans
-from client.scans.volumes import Geometry
 from federation.plan import RunPlan
 from meduet_models.diffusion.conditions import UNKNOWN, Examples
 from meduet_models.downstream.task import covariate_text
+from scans.volumes import Geometry
 
 
 @runtime_checkable

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from client.latents.batches import TrainingScans
 from federation.exchanges.finetuning import LocalFinetuning
-from federation.plan import VolumePlan
 from meduet_models.downstream.task import Target
 from meduet_models.seeds import digest_of
+from scans.volume_plan import VolumePlan
 
 
 class NoLabels(ValueError):

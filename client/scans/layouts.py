@@ -20,10 +20,10 @@ from client.scans.contrasts import ModalityNames, contrasts_of_bids, contrasts_o
 from client.scans.files import Files, walk
 from client.scans.labels import Offers, choose_labels, find_images, is_label_name, label_folder
 from client.scans.names import readable, subject_of
-from client.scans.nifti import is_nifti_name, nifti_stem
 from client.scans.patients import PatientMap, Reading, Whose, doubts_of, patients_by_path, patients_by_pattern
-from client.scans.scans import Exclusion, FileKind, Reason
 from client.scans.tables import TABLE_SUFFIXES, Covariates, Join, join_covariates
+from scans.nifti import is_nifti_name, nifti_stem
+from scans.scans import Exclusion, FileKind, Reason
 
 Layout = Literal["auto", "bids", "plain", "manifest", "dicom"]
 

@@ -12,9 +12,9 @@ from client.latents.cache import LatentCache
 from client.latents.latent_set import LatentSet
 from client.scans.cohort import open_cohort, read_entry
 from client.whole_segmentation import segment_whole
-from federation.plan import VolumePlan
 from meduet_models.downstream.whole_scans import predict_voxels
 from meduet_models.tokenizer.tokenizer import Tokenizer
+from scans.volume_plan import VolumePlan
 
 VOLUMES = VolumePlan(
     modality="any", window="fixed", fixed_window=(0.0, 1.0), spacing_mm=(2.0, 2.0, 2.0), shape=(16, 16, 16),

@@ -18,8 +18,8 @@ from client.latents.cache import LatentCache
 from client.latents.workers import Job, WorkerLost, Workers
 from client.scans.cohort import Cohort, open_cohort
 from client.scans.judgement import Source
-from federation.plan import VolumePlan
 from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
+from scans.volume_plan import VolumePlan
 
 PLAN = VolumePlan(modality="t1", shape=(64, 64, 64), spacing_mm=(0.5, 0.5, 0.5), views=2)
 
