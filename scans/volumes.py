@@ -34,8 +34,8 @@ from scans.volume_plan import VolumePlan
 
 __all__ = ["CORNERS", "Geometry", "Prepared", "Reason", "Scan", "UnusableScan", "View", "draw_view",
            "geometry_of", "intensity_range", "kept_share", "label_on", "lay_back", "prepare",
-           "prepared_affine", "read_files", "read_label", "read_scan", "same_grid", "translation",
-           "volume_on", "world"]  # fmt: skip
+           "prepared_affine", "ras_spacing", "read_files", "read_label", "read_scan", "same_grid",
+           "translation", "volume_on", "world"]  # fmt: skip
 
 SAMPLED = 100_000
 """Voxels of a scan, about, from which the share within the crop is told."""
@@ -290,6 +290,18 @@ def prepared_affine(scan: Scan, plan: VolumePlan, view: View) -> Float64[np.ndar
     to_mm = np.diag([*plan.spacing_mm, 1.0])  # turn in millimetres, not in voxels
     about = np.linalg.inv(to_mm) @ moved @ to_mm
     return np.asarray(grid @ translation(centre) @ about @ translation(-centre))
+
+
+def ras_spacing(geometry: Geometry) -> Float32[np.ndarray, "3"]:
+    """Millimetres between voxels of the scan as it was stored, right, anterior, superior.
+
+    An oblique scan's axes count as those they are nearest to.
+    """
+    from nibabel.orientations import io_orientation  # imports all of nibabel
+
+    edges_mm = np.linalg.norm(geometry.source_affine[:3, :3], axis=0)
+    nearest = io_orientation(geometry.source_affine)[:, 0].astype(int)
+    return np.asarray(edges_mm[np.argsort(nearest)], np.float32)
 
 
 def translation(by: np.ndarray) -> np.ndarray:

@@ -90,9 +90,10 @@ def add_to(commands: Any) -> None:
 
 
 def _harmonise(chosen: argparse.Namespace, console: Console) -> int:
-    from client.harmonisation import Harmoniser, harmonise_files, target_paths
+    from client.harmonisation import harmonise_files, target_paths
     from meduet_models.diffusion.artefact import load_generative_model
     from meduet_models.diffusion.harmonisation import HarmonisationSettings
+    from meduet_models.diffusion.harmoniser import Harmoniser
     from meduet_models.weights import sha256_of_file
 
     if chosen.method == "restyle":
@@ -133,9 +134,10 @@ def _harmonise(chosen: argparse.Namespace, console: Console) -> int:
 
 
 def _encode(chosen: argparse.Namespace, console: Console) -> int:
-    from client.harmonisation import check_tokenizer, encode_scan, volume_plan
+    from client.harmonisation import encode_scan
     from client.site import load_plan
     from meduet_models.diffusion.artefact import load_generative_model
+    from meduet_models.diffusion.harmoniser import check_tokenizer, volume_plan
     from meduet_models.encoded_scan import PATIENT_DATA, save_encoded_scan
     from scans.scans import UnusableScan
     from scans.volumes import read_scan

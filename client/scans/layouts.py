@@ -146,7 +146,8 @@ def _guess(files: Files) -> Layout:
     nifti, dicom = any(is_nifti_name(path) for path in files.kinds), "dicom" in files.kinds.values()
     if nifti and dicom:
         raise ValueError(
-            f"Expected one layout; {files.root} holds both NIfTI and DICOM. Name the layout in site.yaml."
+            f"Expected one layout; {files.root} holds both NIfTI and DICOM. Name the layout in "
+            "site.yaml, or give folders of one kind."
         )
     if dicom:
         return "dicom"

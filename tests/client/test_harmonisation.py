@@ -12,10 +12,11 @@ import torch
 from rich.console import Console
 
 from client.cli import main
-from client.harmonisation import Harmoniser, target_paths
+from client.harmonisation import target_paths
 from meduet_models.diffusion.artefact import save_generative_model
 from meduet_models.diffusion.conditioner import entries_of_scans
 from meduet_models.diffusion.harmonisation import HarmonisationSettings, harmonise, site_style
+from meduet_models.diffusion.harmoniser import Harmoniser
 from meduet_models.diffusion.sampling import SamplingSettings
 from meduet_models.encoded_scan import load_encoded_scan
 from meduet_models.style.moments import restyle
