@@ -25,7 +25,7 @@ COPY client ./client
 COPY server ./server
 COPY simulations ./simulations
 COPY conf ./conf
-RUN .venv/bin/pip install -c constraints.txt -e . \
+RUN .venv/bin/pip install -c constraints.txt -e '.[federation]' \
     && .venv/bin/python -m compileall -q storage scans forms meduet_models privacy federation strategies client server simulations \
     && .venv/bin/pip uninstall --yes pip
 
