@@ -61,6 +61,7 @@ def test_the_five_files_to_read_exist() -> None:
         ("server.cli", ("tokenizer", "train")),
         ("server.cli", ("pretrain-public",)),
         ("server.cli", ("synthesize",)),
+        ("server.cli", ("export",)),
         ("server.cli", ("bank", "forget")),
     ],
 )
