@@ -26,7 +26,6 @@ import objective_variants as variants
 import torch
 from torch import Tensor
 
-from client.scans.volumes import prepare, read_scan
 from federation.plan import RunPlan
 from meduet_models import content_code
 from meduet_models.content_code import CodeSums, public_code, token_erasure, without_sites
@@ -42,6 +41,7 @@ from meduet_models.probes.ridge import fit_ridge
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleLayout, StyleMoments
 from meduet_models.tokenizer.tokenizer import TokenizerSpec, load_tokenizer
+from scans.volumes import prepare, read_scan
 from server import public_latents
 from server.config import compose_config, plain, plan_from
 

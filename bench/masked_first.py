@@ -32,7 +32,6 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from federation.plan import VolumePlan
 from meduet_models.adamw import AdamW, decay_groups
 from meduet_models.erasure import erase, fit_erasure
 from meduet_models.factors import Factors
@@ -47,6 +46,7 @@ from meduet_models.schedules import cosine, rise
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleLayout, StyleMoments
 from meduet_models.tokens import patchify
+from scans.volume_plan import VolumePlan
 
 SITES, BATCH, RATIO = ("north", "harbour", "valley"), 8, 5.0
 SIZE = dict(
@@ -342,7 +342,7 @@ def ixi(root: Path, by_age: bool = False) -> People:
 
     `by_age`: the sites' ages differ (means 29, 45 and 65 years), as anatomy of real sites does.
     """
-    from client.scans.volumes import prepare, read_files, read_label
+    from scans.volumes import prepare, read_files, read_label
     from simulations.phantoms.scanners import draw_acquisition, draw_scanner
     from simulations.phantoms.scans import scan_image
 
@@ -390,8 +390,8 @@ def ixi(root: Path, by_age: bool = False) -> People:
 
 def phantoms(folder: Path, patients: int = 40, paired: int = 30) -> People:
     """Phantoms of three hospitals, and further ones seen by every scanner."""
-    from client.scans.volumes import prepare, read_files
     from forms.json_text import read_json
+    from scans.volumes import prepare, read_files
     from simulations.hospitals.phantom import make_phantoms
     from simulations.hospitals.plans import PhantomHospitals
 

@@ -9,118 +9,24 @@ sees all of the foreground, by windows that overlap and are blended.
 
 A harmonised scan is still the patient's: it stays where the scan may be. It is not an acquired image, and its
 header and the JSON beside it say so. What this file does not do: ask a server, choose a style
-(`meduet_models/diffusion/harmonisation.py`), or write files (`volume_files.py`).
-
-Axes: d h w = the prepared volume.
+(`meduet_models/diffusion/harmonisation.py`), make the volume (`meduet_models/diffusion/harmoniser.py`), or
+write files (`volume_files.py`).
 """
 
 import dataclasses
-from collections.abc import Callable
 
-import numpy as np
 import torch
-from jaxtyping import Float32
-from torch import Tensor
 
-from client.latents.examples import ras_spacing
 from client.latents.whole_scan import central_start
-from client.scans.scans import Scan
-from client.scans.volumes import Prepared, intensity_range, lay_back, prepare
-from client.scans.whole_volumes import WholeVolume, lay_back_whole, prepare_whole
 from client.volume_files import VolumeFile
-from federation.plan import VolumePlan
-from forms.form import build
-from meduet_models.diffusion.artefact import GenerativeModel
-from meduet_models.diffusion.harmonisation import HarmonisationSettings, check, harmonise, harmonise_whole
+from meduet_models.diffusion.harmoniser import Harmonised
 from meduet_models.encoded_scan import EncodedScan
+from meduet_models.scan_latents import encoded
 from meduet_models.tokenizer.tokenizer import Tokenizer
-from meduet_models.tokenizer.whole_scans import decode_whole, encode_whole
-
-OnStep = Callable[[int, int], None]
-
-
-class Harmoniser:
-    """One model, tokenizer and request, for any number of scans."""
-
-    def __init__(
-        self,
-        model: GenerativeModel,
-        tokenizer: Tokenizer,
-        settings: HarmonisationSettings,
-        *,
-        model_sha256: str = "",
-        device: torch.device | str = "cpu",
-    ) -> None:
-        """Raises `ValueError`, before any scan is read, when model, tokenizer and request do not fit."""
-        check(model, settings)
-        check_tokenizer(model, tokenizer)
-        device = torch.device(device)
-        for network in (model.transformer, model.encoder, tokenizer):
-            network.to(device)
-        self._model, self._tokenizer = model, tokenizer
-        self._settings, self._device, self._model_sha256 = settings, device, model_sha256
-        self.volumes = volume_plan(model)
-        """How scans are prepared: the model's own way."""
-
-    def __call__(self, scan: Scan, on_step: OnStep = lambda done, total: None) -> VolumeFile:
-        """`scan` in the asked style. Raises `ValueError` when the model makes numbers that are not finite."""
-        prepared, latents = encoded(scan, self.volumes, self._tokenizer, self._device)
-        spacing = torch.from_numpy(ras_spacing(prepared.geometry))
-        if isinstance(prepared, WholeVolume):
-            moved = harmonise_whole(
-                self._model, latents, prepared.foreground, self._settings, spacing, on_step
-            )
-            volume = decode_whole(self._tokenizer, moved, self._device).clamp_(0.0, 1.0)
-        else:
-            moved = harmonise(self._model, latents[None], self._settings, spacing[None], on_step)
-            volume = self._tokenizer.decode(moved.to(self._device))[0].cpu().clamp(0.0, 1.0)
-        if not bool(torch.isfinite(volume).all()):
-            raise ValueError("Expected finite intensities; the model made others. Check its file.")
-        low, high = intensity_range(scan.array, self.volumes)
-        back = lay_back_whole if isinstance(prepared, WholeVolume) else lay_back
-        array, affine = back(volume, prepared.geometry)
-        inside, _ = back(torch.ones_like(volume), prepared.geometry)
-        facts = {
-            "what": "A harmonised scan: made by a network, not acquired. Not for diagnosis.",
-            "patient_data": True,
-            "scan_id": scan.scan_id,
-            "model_sha256": self._model_sha256,
-            "model_policy": self._model.policy,
-            "tokenizer_sha256": self._tokenizer.sha256,
-            **{k: v for k, v in dataclasses.asdict(self._settings).items() if k != "sampling"},
-            **dataclasses.asdict(self._settings.sampling),
-            "intensity_range": [low, high],
-            "share_inside_crop": round(float((inside > 0.5).mean()), 6),
-        }
-        moved_back = low + array.astype(np.float32) * np.float32(high - low)
-        style = self._settings.style
-        return VolumeFile(moved_back, affine, facts, f"FedMeDUET: made, not acquired; style of {style}")
-
-
-def volume_plan(model: GenerativeModel) -> VolumePlan:
-    """How the model's scans became volumes."""
-    return build(VolumePlan, model.volumes, "volumes of the model")
-
-
-def check_tokenizer(model: GenerativeModel, tokenizer: Tokenizer) -> None:
-    """Raise `ValueError` unless the model was trained on latents of this tokenizer."""
-    if model.tokenizer_sha256 != tokenizer.sha256:
-        raise ValueError(
-            f"Expected the model's tokenizer {model.tokenizer_sha256[:8]}…; got {tokenizer.sha256[:8]}… "
-            f"({tokenizer.name}). Give the one that the federation agreed on."
-        )
-
-
-def encoded(
-    scan: Scan, volumes: VolumePlan, tokenizer: Tokenizer, device: torch.device | str
-) -> tuple[Prepared, Float32[Tensor, "c d h w"]]:
-    """A scan prepared and encoded as for training: its central crop or all of its foreground, as the plan
-    says; latents on the CPU."""
-    if volumes.extent == "scan":
-        whole = prepare_whole(scan, volumes, tokenizer.stride)
-        return whole, encode_whole(tokenizer, whole.volume, device).float()
-    prepared = prepare(scan, volumes)
-    return prepared, tokenizer.encode(prepared.volume[None].to(device))[0].float().cpu()
+from scans.scans import Scan
+from scans.volume_plan import VolumePlan
+from scans.volumes import ras_spacing
+from scans.whole_volumes import WholeVolume
 
 
 def encode_scan(
@@ -142,3 +48,9 @@ def encode_scan(
         spacing_mm=(x, y, z),
         start=start,
     )
+
+
+def volume_file(made: Harmonised) -> VolumeFile:
+    """A harmonised scan as it is written."""
+    description = f"FedMeDUET: made, not acquired; style of {made.facts['style']}"
+    return VolumeFile(made.array, made.affine, made.facts, description)

@@ -18,21 +18,22 @@ import torch
 from jaxtyping import Float, Float32, Float64, Int16
 from torch import Tensor
 
-from client.harmonisation import encoded
-from client.scans.scans import Scan
-from client.scans.volumes import Geometry, Prepared
-from client.scans.whole_volumes import WholeVolume, lay_back_whole
 from client.volume_files import VolumeFile
 from federation.exchanges.finetuning import FinetunePlan
-from federation.plan import RunPlan, VolumePlan
+from federation.plan import RunPlan
 from meduet_models.downstream.networks import predict
 from meduet_models.downstream.starting import StartedNetwork, starting_network
 from meduet_models.downstream.tasks import task_of
 from meduet_models.downstream.volume_networks import VolumeSegmenter
 from meduet_models.downstream.whole_scans import predict_voxels
 from meduet_models.meduet import FactorNetwork
+from meduet_models.scan_latents import encoded
 from meduet_models.tokenizer.tokenizer import Tokenizer
 from meduet_models.weights import load_weights, sha256_of_file
+from scans.scans import Scan
+from scans.volume_plan import VolumePlan
+from scans.volumes import Geometry, Prepared
+from scans.whole_volumes import WholeVolume, lay_back_whole
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,7 +40,7 @@ from client.site_secret import DRAWS, site_secret
 from federation.bundle import running_bundle
 from federation.journal import Journal
 from federation.keys.key_files import read_text
-from federation.plan import WIRE_VERSION, RunPlan, VolumePlan
+from federation.plan import WIRE_VERSION, RunPlan
 from federation.published_plan import plan_of
 from federation.wire import RefusalKind
 from forms.form import build, check
@@ -50,6 +50,7 @@ from forms.ranges import Entries, Range, Share, shown
 from forms.yaml_text import read_yaml
 from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
 from privacy.ledger import Ledger
+from scans.volume_plan import VolumePlan
 from storage.files import private_folder
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]

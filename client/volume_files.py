@@ -18,9 +18,9 @@ import nibabel as nib
 import numpy as np
 from jaxtyping import Float64, Shaped
 
-from client.scans.nifti import is_nifti_name, nifti_stem
-from client.scans.scans import FourD, Scan, UnusableScan
-from client.scans.volumes import read_scan
+from scans.nifti import is_nifti_name, nifti_stem
+from scans.scans import FourD, Scan, UnusableScan
+from scans.volumes import read_scan
 from storage.files import write_whole
 
 _DESCRIPTION_BYTES = 79

@@ -182,11 +182,12 @@ class MeduetModel:
         return shared | _constants(network, _ERASED), {"rank": rank, "sites": sites}
 
     def provenance(self) -> dict[str, str]:
-        """Enough to build the network again and to say what it was trained on."""
+        """Enough to build the network again, to prepare a scan for it, and to say what it was trained on."""
         return {
             "model": "MeDUET",
             "network": json.dumps(asdict(self.plan.network), sort_keys=True),
             "tokenizer_sha256": self.plan.tokenizer_sha256,
+            "volumes": json.dumps(asdict(self.plan.volumes), sort_keys=True),
         }
 
     def _network(self) -> MeDUET:

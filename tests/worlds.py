@@ -13,13 +13,14 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from client.scans.volumes import Geometry
 from federation.journal import Journal
-from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan, VolumePlan
+from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan
 from meduet_models.meduet import MeDUET, NetworkConfig
 from meduet_models.objective.settings import ObjectiveConfig
 from privacy.chain import read_chain
 from privacy.ledger import Ledger
+from scans.volume_plan import VolumePlan
+from scans.volumes import Geometry
 from server.model import MeduetModel
 
 SITES = ("oslo", "lyon", "turin")

@@ -12,10 +12,10 @@ from client.confirmation import CURE, unconfirmed
 from client.scans.cohort import Cohort
 from client.scans.layouts import Found
 from client.scans.patients import PatientMap, shown
-from client.scans.scans import Exclusion, Note, Reason
 from client.scans.tables import Join
 from client.site import SiteConfig
-from federation.plan import VolumePlan
+from scans.scans import Exclusion, Note, Reason
+from scans.volume_plan import VolumePlan
 
 Line = tuple[str, Literal["ok", "look", "failed"], str, str]
 """What was looked at, the verdict, what was found, what to do."""

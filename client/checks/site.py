@@ -31,7 +31,6 @@ from client.refusals import stopped_plans
 from client.scans.cohort import COPY, SPLITS, Cohort
 from client.scans.layouts import Found
 from client.scans.names import alike
-from client.scans.scans import Reason
 from client.site import Site, SiteConfig, SiteProgress, approvals_of, survey_site
 from federation.bundle import running_bundle
 from federation.exchanges.erasure import ERASURE
@@ -41,6 +40,7 @@ from federation.keys.certificates import utc_now
 from federation.plan import RunPlan
 from federation.wire import RefusalKind
 from privacy.chain import BrokenChain
+from scans.scans import Reason
 
 Verdict = Literal["ok", "look", "failed"]
 HEADROOM = 1.1

@@ -117,10 +117,11 @@ def add_to(commands: Any) -> None:
 
 
 def _harmonise(chosen: argparse.Namespace, console: Console) -> int:
-    from client.harmonisation import Harmoniser
+    from client.harmonisation import volume_file
     from client.volume_files import make_files, target_paths
     from meduet_models.diffusion.artefact import load_generative_model
     from meduet_models.diffusion.harmonisation import HarmonisationSettings
+    from meduet_models.diffusion.harmoniser import Harmoniser
     from meduet_models.weights import sha256_of_file
 
     if chosen.method == "restyle":
@@ -144,8 +145,8 @@ def _harmonise(chosen: argparse.Namespace, console: Console) -> int:
         unusable = make_files(
             chosen.scans,
             targets,
-            lambda scan: harmoniser(
-                scan, lambda done, total: bars.update(steps, completed=done, total=total)
+            lambda scan: volume_file(
+                harmoniser(scan, lambda done, total: bars.update(steps, completed=done, total=total))
             ),
             harmoniser.volumes.four_d,
             lambda done, total: bars.update(scans, completed=done, total=total),
@@ -192,12 +193,13 @@ def _told(
 
 
 def _encode(chosen: argparse.Namespace, console: Console) -> int:
-    from client.harmonisation import check_tokenizer, encode_scan, volume_plan
-    from client.scans.scans import UnusableScan
-    from client.scans.volumes import read_scan
+    from client.harmonisation import encode_scan
     from client.site import load_plan
     from meduet_models.diffusion.artefact import load_generative_model
+    from meduet_models.diffusion.harmoniser import check_tokenizer, volume_plan
     from meduet_models.encoded_scan import PATIENT_DATA, save_encoded_scan
+    from scans.scans import UnusableScan
+    from scans.volumes import read_scan
 
     if not chosen.scan.exists():
         raise ValueError(f"Expected a scan at {chosen.scan}; nothing is there.")

@@ -32,9 +32,9 @@ from client.latents.prepared_volumes import volume_path
 from client.latents.workers import Workers
 from client.scans.cohort import Cohort, ScanEntry
 from client.scans.judgement import Source, Verdict
-from client.scans.scans import Reason, UnusableScan
-from federation.plan import VolumePlan
 from meduet_models.tokenizer.tokenizer import Tokenizer
+from scans.scans import Reason, UnusableScan
+from scans.volume_plan import VolumePlan
 from storage.files import private_folder
 
 _log = logging.getLogger(__name__)

@@ -22,9 +22,9 @@ from client.latents.batches import TrainingScans
 from client.latents.latent_set import LatentSet
 from client.latents.whole_labelled import WholeScan, as_classes
 from federation.exchanges.finetuning import LocalFinetuning
-from federation.plan import VolumePlan
 from meduet_models.downstream.task import Target
 from meduet_models.seeds import digest_of
+from scans.volume_plan import VolumePlan
 
 
 class NoLabels(ValueError):

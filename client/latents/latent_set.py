@@ -25,9 +25,9 @@ from torch import Tensor
 
 from client.latents.prepared_volumes import prepared_volume
 from client.scans.cohort import Cohort, ScanEntry
-from client.scans.volumes import Geometry
-from client.scans.whole_volumes import part_of
-from federation.plan import VolumePlan
+from scans.volume_plan import VolumePlan
+from scans.volumes import Geometry
+from scans.whole_volumes import part_of
 
 LATENTS, LABEL, FOREGROUND = "latents", "label", "foreground"
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I16": np.dtype("<i2"), "U8": np.dtype("u1")}
@@ -265,7 +265,7 @@ class LatentSet:
 
     def geometry(self, row: int, view: int = 0) -> Geometry:
         """Where the volume of a row (of a whole scan: its central crop) lies in the patient;
-        `client.scans.volumes.lay_back` uses it."""
+        `scans.volumes.lay_back` uses it."""
         one, whole = self._at(row, view), self.whole_geometry(row, view)
         if self.crop is None:
             return whole

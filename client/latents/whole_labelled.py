@@ -23,9 +23,9 @@ from torch import Tensor
 
 from client.latents.latent_set import LatentSet
 from client.latents.whole_scan import draw_start
-from client.scans.scans import Scan
-from client.scans.volumes import Geometry, label_on, read_label
 from meduet_models.windows import Windows
+from scans.scans import Scan
+from scans.volumes import Geometry, label_on, read_label
 
 ON_LABEL = 1 / 3
 """Probability that a crop is drawn around a labelled voxel: nnU-Net's."""

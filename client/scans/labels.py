@@ -3,7 +3,7 @@
 A label carries its image's name, extended (`t2_seg-manual` labels `t2`), or its case's (`case_seg` labels
 `case_t1` and `case_t2`), beside it or in a folder of its own (`labels/`, `labelsTr/`, `DLMUSE_seg/`). One
 label per image; every other one is accounted for. What calls itself a scan and is a label by its values is
-found when it is read (`client/scans/scans.py`).
+found when it is read (`scans/scans.py`).
 """
 
 import re
@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from client.scans.names import contrast_of
-from client.scans.nifti import nifti_stem
-from client.scans.scans import Exclusion, Reason
+from scans.nifti import nifti_stem
+from scans.scans import Exclusion, Reason
 
 _WORDS = (
     r"[a-z0-9]*seg|segs|segmentations?|segmented|labels?|labelmaps?|lbl|masks?|[a-z]*mask|lesions?|roi|rois|gt"

@@ -27,10 +27,10 @@ from client.scans.labels import (
     made_from_others,
 )
 from client.scans.names import readable, subject_of
-from client.scans.nifti import is_nifti_name, nifti_stem
 from client.scans.patients import PatientMap, Reading, Whose, doubts_of, patients_by_path, patients_by_pattern
-from client.scans.scans import Exclusion, FileKind, Reason
 from client.scans.tables import TABLE_SUFFIXES, Covariates, Join, join_covariates
+from scans.nifti import is_nifti_name, nifti_stem
+from scans.scans import Exclusion, FileKind, Reason
 
 Layout = Literal["auto", "bids", "plain", "manifest", "dicom"]
 
@@ -153,7 +153,8 @@ def _guess(files: Files) -> Layout:
     nifti, dicom = any(is_nifti_name(path) for path in files.kinds), "dicom" in files.kinds.values()
     if nifti and dicom:
         raise ValueError(
-            f"Expected one layout; {files.root} holds both NIfTI and DICOM. Name the layout in site.yaml."
+            f"Expected one layout; {files.root} holds both NIfTI and DICOM. Name the layout in "
+            "site.yaml, or give folders of one kind."
         )
     if dicom:
         return "dicom"

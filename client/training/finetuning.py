@@ -26,7 +26,6 @@ from client.latents.labelled import LabelledScans, NoLabels
 from client.latents.whole_labelled import WholeScan
 from client.training.pretraining import NotFinite
 from federation.exchanges.finetuning import LocalFinetuning
-from federation.plan import VolumePlan
 from meduet_models.adamw import AdamW, decay_groups
 from meduet_models.downstream.augmentation import augmented
 from meduet_models.downstream.networks import predict
@@ -39,6 +38,7 @@ from meduet_models.objective.teacher import early_momentum
 from meduet_models.schedules import cosine, rise
 from meduet_models.seeds import generator_of
 from meduet_models.style.bank import StyleBank
+from scans.volume_plan import VolumePlan
 
 _VALIDATIONS = 10  # over a whole run
 _RESTYLED = 0.5  # probability that a scan is restyled to another site, where there is a bank

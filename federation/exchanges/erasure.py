@@ -66,9 +66,14 @@ def erasure_sums(tensors: Mapping[str, Tensor], plan: RunPlan) -> CodeSums:
     return CodeSums.from_vector(tensors[SUMS], plan.network.code_size, code_bound(plan.network.code_size))
 
 
-def erasure_promise(plan: RunPlan, ask: ErasureAsk) -> Promise:
+def code_promise(plan: RunPlan) -> Promise:
     """One patient's share of the sums is bounded where they are made."""
     return Promise(kind="erasure", bound=share_bound(plan), unit="patient statistics", enforcement="check")
+
+
+def erasure_promise(plan: RunPlan, ask: ErasureAsk) -> Promise:
+    """There is one erasure."""
+    return code_promise(plan)
 
 
 def erasure_rounds(plan: RunPlan) -> range:

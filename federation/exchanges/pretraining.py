@@ -52,9 +52,14 @@ class TrainReply(Reply, kind="train_reply"):
     wire_dtype: WireDtype = "float32"
 
 
-def round_promise(plan: RunPlan, ask: TrainAsk) -> Promise:
+def update_promise(plan: RunPlan) -> Promise:
     """A site's mean update is clipped at the gate."""
     return Promise(kind="round", bound=plan.release.update_clip_norm, unit="site update", enforcement="clip")
+
+
+def round_promise(plan: RunPlan, ask: TrainAsk) -> Promise:
+    """The same in every round."""
+    return update_promise(plan)
 
 
 PRETRAINING = Exchange(

@@ -1,7 +1,7 @@
 """How well a tokenizer keeps a scan: PSNR and SSIM of volumes decoded from their own latents.
 
 Measured on phantoms that training never drew, or on a folder of NIfTI files. What it does not do: train, or
-prepare scans as a hospital does (`client/scans/volumes.py`): files are taken on their own grid, windowed by
+prepare scans as a hospital does (`scans/volumes.py`): files are taken on their own grid, windowed by
 percentiles, and cropped or padded about their centre to sides the tokenizer can take.
 
 Axes: D H W = voxels.

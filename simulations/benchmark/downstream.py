@@ -19,9 +19,9 @@ from typing import Protocol
 from client.latents.labelled import LabelledScans, NoLabels
 from client.latents.latent_set import LatentSet
 from federation.exchanges.finetuning import LocalFinetuning
-from federation.plan import VolumePlan
 from meduet_models.downstream.task import Target
 from meduet_models.meduet import MeDUET
+from scans.volume_plan import VolumePlan
 from simulations.benchmark.settings import Cell, Task
 from simulations.downstream.evaluate import (
     DownstreamRow,

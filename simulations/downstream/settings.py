@@ -5,12 +5,12 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from federation.exchanges.finetuning import LocalFinetuning
-from federation.plan import VolumePlan
 from meduet_models.anatomy_start import AnatomyStart
 from meduet_models.downstream.kinds import NetworkKind
 from meduet_models.downstream.task import Target
 from meduet_models.downstream.tasks import task_of
 from meduet_models.meduet import NetworkConfig
+from scans.volume_plan import VolumePlan
 
 Mode = Literal[
     "frozen",

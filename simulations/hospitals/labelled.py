@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from client.latents.labelled import LabelledScans, NoLabels, join, labelled_scans
 from client.latents.latent_set import LatentSet
 from federation.exchanges.finetuning import LocalFinetuning
-from federation.plan import VolumePlan
 from meduet_models.downstream.task import Target
 from meduet_models.downstream.tasks import task_of
+from scans.volume_plan import VolumePlan
 
 Part = tuple[str, LatentSet, Sequence[int]]
 """A hospital, its scans, and which of them."""

@@ -20,9 +20,10 @@ from rich.console import Console
 import client.scans.judgement
 from client.cli import main
 from client.scans.fingerprints import SETTLED_S
-from federation.plan import RunPlan, VolumePlan
+from federation.plan import RunPlan
 from meduet_models.tokenizer.patch_pca import PatchMoments
 from meduet_models.tokenizer.tokenizer import pca_tokenizer, save_tokenizer
+from scans.volume_plan import VolumePlan
 
 SCANS = 8
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,12 +15,13 @@ from safetensors.torch import save_file
 import client.scans.cohort_memo
 from client.site import confirm_patients, open_site
 from federation.exchanges.survey import survey_layout
-from federation.plan import RunPlan, VolumePlan
+from federation.plan import RunPlan
 from meduet_models.adamw import AdamW
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleMoments
+from scans.volume_plan import VolumePlan
 from tests.worlds import small_network
 
 ROOT = Path(__file__).parents[2]

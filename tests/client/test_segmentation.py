@@ -14,10 +14,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from client.cli import main
-from client.scans.volumes import Geometry, read_scan
 from client.segmentation import Segmenter, laid_back, load_finetuned
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning
-from federation.plan import VolumePlan
 from meduet_models.downstream.networks import PretrainedNetwork
 from meduet_models.downstream.starting import start_sha256, starting_network
 from meduet_models.downstream.tasks import task_of
@@ -25,6 +23,8 @@ from meduet_models.downstream.whole_scans import predict_voxels
 from meduet_models.meduet import FactorNetwork
 from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
 from meduet_models.weights import save_weights
+from scans.volume_plan import VolumePlan
+from scans.volumes import Geometry, read_scan
 from tests.client.conftest import make_plan
 from tests.worlds import small_network
 

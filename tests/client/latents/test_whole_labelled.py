@@ -14,11 +14,11 @@ from client.latents.latent_set import LatentSet
 from client.scans.cohort import open_cohort
 from client.training.finetuning import check_answers, finetune, predicted, validation_score
 from federation.exchanges.finetuning import LocalFinetuning
-from federation.plan import VolumePlan
 from meduet_models.downstream.networks import PretrainedNetwork
 from meduet_models.downstream.tasks import task_of
 from meduet_models.downstream.unet import SmallUNet
 from meduet_models.tokenizer.tokenizer import Tokenizer
+from scans.volume_plan import VolumePlan
 
 VOLUMES = VolumePlan(
     modality="any", window="fixed", fixed_window=(0.0, 1.0), spacing_mm=(2.0, 2.0, 2.0), shape=(16, 16, 16),

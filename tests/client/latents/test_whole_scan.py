@@ -17,12 +17,13 @@ from client.latents.latent_set import LatentSet
 from client.latents.style_moments import own_moments
 from client.latents.whole_scan import central_start, draw_start
 from client.scans.cohort import open_cohort, read_entry
-from client.scans.scans import Reason
-from client.scans.whole_volumes import prepare_whole, volume_at
 from federation.exchanges.survey import survey_layout
-from federation.plan import RunPlan, StylePlan, VolumePlan
+from federation.plan import RunPlan, StylePlan
 from meduet_models.style.moments import StyleMoments
 from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
+from scans.scans import Reason
+from scans.volume_plan import VolumePlan
+from scans.whole_volumes import prepare_whole, volume_at
 from tests.client.conftest import make_plan
 
 VOLUMES = VolumePlan(

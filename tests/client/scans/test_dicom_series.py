@@ -5,10 +5,10 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from client.scans.dicom import Series
 from client.scans.dicom_series import _persons, whose_series
 from client.scans.layouts import LayoutRules
 from client.scans.patients import doubts_of
+from scans.dicom import Series
 
 DRAWS, QUICK = 5_000, 1_000
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from client.scans.cohort import Cohort, open_cohort
-from client.scans.scans import Note, Reason
-from federation.plan import VolumePlan
-from tests.client.scans.test_stacks import header_of, stack, write
+from scans.scans import Note, Reason
+from scans.volume_plan import VolumePlan
+from tests.scans.test_stacks import header_of, stack, write
 
 
 def opened(root: Path, **settings: object) -> Cohort:
@@ -103,7 +103,7 @@ def test_a_picture_meant_to_be_seen_inverted_is_said_and_half_of_one_refused(tmp
 
 
 def test_bits_beyond_those_stored_are_no_values(tmp_path: Path) -> None:
-    from client.scans.volumes import read_scan
+    from scans.volumes import read_scan
 
     headers = stack(1)
     for header in headers:

@@ -7,8 +7,8 @@ Several frames at one position are volumes of one series over time where an attr
 decides only where it and the positions run in whole, even blocks. Everything else is ambiguous, and refused
 with the attribute's name.
 
-Does not do: read headers (`client/scans/frames.py`), or pixels beyond their hash; the grid
-(`client/scans/dicom.py`).
+Does not do: read headers (`scans/frames.py`), or pixels beyond their hash; the grid
+(`scans/dicom.py`).
 """
 
 import hashlib
@@ -20,8 +20,8 @@ from itertools import pairwise
 import numpy as np
 import pydicom
 
-from client.scans.frames import CLOCKS, KINDS, PERSON, SECONDARY, SETTINGS, TIMES, Frame
-from client.scans.scans import MINIMUM_SLICES, Note, Reason, UnusableScan
+from scans.frames import CLOCKS, KINDS, PERSON, SECONDARY, SETTINGS, TIMES, Frame
+from scans.scans import MINIMUM_SLICES, Note, Reason, UnusableScan
 
 ALIGNED = 1e-3
 """Largest difference of direction cosines between two slices of one stack."""

@@ -24,9 +24,9 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 
-from client.scans.dicom import find_series
-from client.scans.scans import Note, Reason, Scan, UnusableScan
-from client.scans.volumes import read_files, read_scan
+from scans.dicom import find_series
+from scans.scans import Note, Reason, Scan, UnusableScan
+from scans.volumes import read_files, read_scan
 
 SIZE = 5
 DRAWS = 5000

@@ -2,7 +2,7 @@
 
 Every frame says where it lies (DICOM PS3.3 C.7.6.2: position and orientation of the patient, pixel spacing);
 the positions, not the file names or instance numbers, make the volume. Which frames belong together is
-`client/scans/stacks.py`'s. Slices that are sheared against each other, as a tilted gantry makes them, are
+`scans/stacks.py`'s. Slices that are sheared against each other, as a tilted gantry makes them, are
 resampled to a straight stack. What cannot be a volume on a regular grid is refused by name: mosaics,
 multi-frame files without positions, gaps.
 
@@ -26,8 +26,8 @@ from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.pixels import pixel_array
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from client.scans.frames import HEADER, Frame, frames_of
-from client.scans.scans import (
+from scans.frames import HEADER, Frame, frames_of
+from scans.scans import (
     MINIMUM_SLICES,
     TILE,
     Exclusion,
@@ -39,7 +39,7 @@ from client.scans.scans import (
     combine,
     stacked,
 )
-from client.scans.stacks import Arranged, arrange, groups_of, is_misfit, misfit_of
+from scans.stacks import Arranged, arrange, groups_of, is_misfit, misfit_of
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 REGULAR = 0.1

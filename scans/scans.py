@@ -1,8 +1,8 @@
 """What a scan is, and the closed list of reasons why a file is not one.
 
 A scan is one 3-D array with the affine that places it in the patient (RAS+, millimetres). This file holds the
-checks that do not depend on the file format: grid, affine, values. It reads nothing (`client/scans/nifti.py`,
-`client/scans/dicom.py` do) and resamples nothing (`client/scans/volumes.py` does).
+checks that do not depend on the file format: grid, affine, values. It reads nothing (`scans/nifti.py`,
+`scans/dicom.py` do) and resamples nothing (`scans/volumes.py` does).
 
 A `Reason` may leave the site as a count. The `detail` of an `UnusableScan` holds numbers only, never a path,
 a name or a header's text.

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from client.scans import whole_volumes
-from client.scans.scans import Reason, Scan, UnusableScan, accept, accept_label
-from client.scans.volumes import lay_back, prepare
-from client.scans.whole_volumes import lay_back_whole, part_of, prepare_whole, volume_at
-from federation.plan import VolumePlan
+from scans import whole_volumes
+from scans.scans import Reason, Scan, UnusableScan, accept, accept_label
+from scans.volume_plan import VolumePlan
+from scans.volumes import lay_back, prepare
+from scans.whole_volumes import lay_back_whole, part_of, prepare_whole, volume_at
 
 PLAN = VolumePlan(
     modality="ct", window="ct_hu", ct_window_hu=(-1000.0, 1000.0), spacing_mm=(2.0, 2.0, 2.0),

@@ -4,7 +4,7 @@ An enhanced object says all this per frame, by its functional groups and dimensi
 C.7.6.16, C.7.6.17); other objects once per file. What is no slice of a volume is refused by name: mosaics,
 localizers, screenshots, multi-frame files without places.
 
-Does not do: say which frames belong together (`client/scans/stacks.py`); read pixels.
+Does not do: say which frames belong together (`scans/stacks.py`); read pixels.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -16,7 +16,7 @@ import pydicom
 from pydicom.datadict import keyword_for_tag
 from pydicom.dataset import Dataset
 
-from client.scans.scans import Reason, UnusableScan
+from scans.scans import Reason, UnusableScan
 
 PERSON = ("PatientID", "IssuerOfPatientID", "PatientName", "PatientBirthDate", "PatientSex")
 SETTINGS = ("EchoTime", "InversionTime", "FlipAngle", "KVP")

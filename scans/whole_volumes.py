@@ -1,6 +1,6 @@
 """Scan to whole volume (`volumes.extent: scan`): the box around the foreground of the resampled scan.
 
-The grid is that of a crop (`client/scans/volumes.py`), continued over the scan; its cells are blocks of the
+The grid is that of a crop (`scans/volumes.py`), continued over the scan; its cells are blocks of the
 tokenizer's stride, the same blocks as the central crop's, so that one voxel is in one place of one cell
 whatever the extent. Foreground is what is brighter than a tenth of the window; a cell is foreground when at
 least half of it is. The box holds every such cell, one cell more on each side where the scan has one, and is
@@ -22,8 +22,9 @@ import torch
 from jaxtyping import Bool, Float32, Float64, Int16, Shaped
 from torch import Tensor
 
-from client.scans.scans import MAXIMUM_VOXELS, Reason, Scan, UnusableScan
-from client.scans.volumes import (
+from scans.scans import MAXIMUM_VOXELS, Reason, Scan, UnusableScan
+from scans.volume_plan import VolumePlan
+from scans.volumes import (
     CORNERS,
     Geometry,
     Prepared,
@@ -37,7 +38,6 @@ from client.scans.volumes import (
     volume_on,
     world,
 )
-from federation.plan import VolumePlan
 
 FOREGROUND = 0.1
 """Intensity, of [0, 1], above which a voxel is foreground: with -175 to 250 HU, above -132 HU."""
@@ -58,7 +58,7 @@ class WholeVolume(Prepared):
 def prepare_whole(
     scan: Scan, plan: VolumePlan, stride: int, view: int = 0, label: Scan | None = None
 ) -> WholeVolume:
-    """As `client.scans.volumes.prepare`, but all of the foreground; `stride`: edge of a cell, in voxels.
+    """As `scans.volumes.prepare`, but all of the foreground; `stride`: edge of a cell, in voxels.
 
     Raises `UnusableScan` when there is no foreground, and for a grid beyond `MAXIMUM_VOXELS`.
     """
@@ -99,7 +99,7 @@ def volume_at(scan: Scan, plan: VolumePlan, geometry: Geometry) -> Float32[Tenso
 def lay_back_whole(
     volume: Shaped[Tensor, "1 d h w"], geometry: Geometry
 ) -> tuple[Shaped[np.ndarray, "x y z"], Float64[np.ndarray, "4 4"]]:
-    """As `client.scans.volumes.lay_back`, slab by slab of the patient's grid."""
+    """As `scans.volumes.lay_back`, slab by slab of the patient's grid."""
     source = geometry.source_affine
     laid: list[np.ndarray] = []
     for _, affine, slab in _slabs(source, geometry.source_shape, 1):

@@ -2,19 +2,20 @@
 
 The prepared grid is the one that MONAI's `Orientation("RAS")`, `Spacing` and `ResizeWithPadOrCrop` would give
 (a test compares). The way there is a window with clipping and one resampling straight onto that grid
-(`client/scans/resampling.py`), of the part of the scan that it needs: a whole body costs no more memory than
+(`scans/resampling.py`), of the part of the scan that it needs: a whole body costs no more memory than
 a head. The way back is `lay_back`.
 
 Augmented views (`view > 0`) are not a separate step: a mirrored, turned, scaled view *is* another prepared
 grid, so image and label move together and `lay_back` undoes it.
 
 No anti-aliasing: downsampling samples, as `Spacing` does. What a scan is, and why a file is not one:
-`client/scans/scans.py`.
+`scans/scans.py`.
 
 Axes: x y z = voxels as stored; d h w = voxels of the prepared volume, towards right, anterior, superior.
 """
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,16 +27,15 @@ import torch
 from jaxtyping import Float32, Float64, Int16, Shaped
 from torch import Tensor
 
-from client.scans.nifti import read_nifti
-from client.scans.resampling import Mode, percentiles, resample, spaced_grid
-from client.scans.scans import FourD, Reason, Scan, UnusableScan, accept, accept_label, file_kind
-from federation.plan import VolumePlan
-from meduet_models.seeds import digest_of
+from scans.nifti import read_nifti
+from scans.resampling import Mode, percentiles, resample, spaced_grid
+from scans.scans import FourD, Reason, Scan, UnusableScan, accept, accept_label, file_kind
+from scans.volume_plan import VolumePlan
 
 __all__ = ["CORNERS", "Geometry", "Prepared", "Reason", "Scan", "UnusableScan", "View", "draw_view",
            "geometry_of", "intensity_range", "kept_share", "label_on", "lay_back", "prepare",
-           "prepared_affine", "read_files", "read_label", "read_scan", "same_grid", "translation",
-           "volume_on", "world"]  # fmt: skip
+           "prepared_affine", "ras_spacing", "read_files", "read_label", "read_scan", "same_grid",
+           "translation", "volume_on", "world"]  # fmt: skip
 
 SAMPLED = 100_000
 """Voxels of a scan, about, from which the share within the crop is told."""
@@ -52,7 +52,7 @@ def read_scan(path: Path, four_d: FourD = "first") -> Scan:
     """
     if not path.is_dir():
         return read_files([path], four_d)
-    from client.scans.dicom import find_series
+    from scans.dicom import find_series
 
     members = sorted(p for p in path.iterdir() if p.is_file() and file_kind(p) == "dicom")
     series, left_over = find_series(members)
@@ -70,7 +70,7 @@ def read_files(files: Sequence[Path], four_d: FourD = "first") -> Scan:
         raise UnusableScan(Reason.WRONG_EXTENSION, "dicom")
     if not dicom:
         return accept(*read_nifti(files[0], four_d))
-    from client.scans.dicom import read_series  # pydicom takes a fifth of a second to import
+    from scans.dicom import read_series  # pydicom takes a fifth of a second to import
 
     return accept(*read_series(files, four_d))
 
@@ -202,7 +202,8 @@ def draw_view(scan_id: str, view: int) -> View:
     """The `view`-th view of a scan: 0 is the scan itself; the others are drawn from (scan id, view) alone."""
     if view == 0:
         return View()
-    generator = np.random.default_rng(int.from_bytes(digest_of(scan_id, view, separator="/"), "big"))
+    digest = hashlib.sha256(f"{scan_id}/{view}".encode()).digest()
+    generator = np.random.default_rng(int.from_bytes(digest, "big"))
     mirrored = bool(generator.integers(2))
     x, y, z = generator.uniform(-LARGEST_TURN_DEGREES, LARGEST_TURN_DEGREES, 3)
     scaling = 1.0 + float(generator.uniform(-LARGEST_SCALING, LARGEST_SCALING))
@@ -289,6 +290,18 @@ def prepared_affine(scan: Scan, plan: VolumePlan, view: View) -> Float64[np.ndar
     to_mm = np.diag([*plan.spacing_mm, 1.0])  # turn in millimetres, not in voxels
     about = np.linalg.inv(to_mm) @ moved @ to_mm
     return np.asarray(grid @ translation(centre) @ about @ translation(-centre))
+
+
+def ras_spacing(geometry: Geometry) -> Float32[np.ndarray, "3"]:
+    """Millimetres between voxels of the scan as it was stored, right, anterior, superior.
+
+    An oblique scan's axes count as those they are nearest to.
+    """
+    from nibabel.orientations import io_orientation  # imports all of nibabel
+
+    edges_mm = np.linalg.norm(geometry.source_affine[:3, :3], axis=0)
+    nearest = io_orientation(geometry.source_affine)[:, 0].astype(int)
+    return np.asarray(edges_mm[np.argsort(nearest)], np.float32)
 
 
 def translation(by: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ so that a gzip file is read to its end, where its checksum is. (nibabel stops at
 the checksum.)
 
 Follows https://nifti.nimh.nih.gov/nifti-1: sform before qform, slope 0 means no scaling. Where the scan lies,
-and what happens when the header says it twice and differently: `client/scans/nifti_place.py`.
+and what happens when the header says it twice and differently: `scans/nifti_place.py`.
 
 Axes: x y z = voxels as stored.
 """
@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Float64
 
-from client.scans.nifti_place import place_of
-from client.scans.scans import (
+from scans.nifti_place import place_of
+from scans.scans import (
     TILE,
     FourD,
     Note,

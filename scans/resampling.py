@@ -4,7 +4,7 @@ What MONAI's `Spacing` and `SpatialResample` compute, to the bit (tests compare)
 which takes fifty times as long as resampling a head. Where two grids coincide voxel by voxel, whatever the
 order and direction of their axes, voxels are copied instead of interpolated.
 
-Does not do: decide what is resampled onto which grid (`client/scans/volumes.py`).
+Does not do: decide what is resampled onto which grid (`scans/volumes.py`).
 
 Axes: x y z = voxels of the given array, d h w = voxels of the grid asked for.
 """

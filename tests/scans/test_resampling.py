@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from client.scans.resampling import percentiles, resample, spaced_grid
+from scans.resampling import percentiles, resample, spaced_grid
 
 
 def draw(random: np.random.Generator, whole: bool) -> tuple[np.ndarray, np.ndarray]:

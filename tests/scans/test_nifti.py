@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from client.scans.scans import Reason, UnusableScan
-from client.scans.volumes import read_label, read_scan
+from scans.scans import Reason, UnusableScan
+from scans.volumes import read_label, read_scan
 
 RAMP = np.arange(5 * 6 * 7, dtype=np.int16).reshape(5, 6, 7)
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from client.scans.scans import Note, Reason, UnusableScan
+from scans.scans import Note, Reason, UnusableScan
 
 MM = {1: 1e3, 2: 1.0, 3: 1e-3}
 """Millimetres in a unit of xyzt_units: metre, millimetre, micron."""

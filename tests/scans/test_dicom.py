@@ -15,9 +15,9 @@ from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
 from scipy.ndimage import gaussian_filter, map_coordinates
 
 from client.scans.contrasts import ModalityNames
-from client.scans.dicom import find_series
-from client.scans.scans import Note, Reason, UnusableScan
-from client.scans.volumes import read_files, read_scan
+from scans.dicom import find_series
+from scans.scans import Note, Reason, UnusableScan
+from scans.volumes import read_files, read_scan
 
 SERIES = "dicom_small/dicom2nifti_tests/tests/data"
 WITH_TRUTH = (

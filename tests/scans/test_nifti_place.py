@@ -8,8 +8,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from client.scans.scans import Note, Reason, Scan, UnusableScan, accept, is_hounsfield
-from client.scans.volumes import read_scan
+from scans.scans import Note, Reason, Scan, UnusableScan, accept, is_hounsfield
+from scans.volumes import read_scan
 
 RAMP = np.arange(5 * 6 * 7, dtype=np.int16).reshape(5, 6, 7)
 EDGES = np.array([1.5, 2.0, 3.0])

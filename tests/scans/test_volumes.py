@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from monai.data import MetaTensor
 from monai.transforms import Compose, Orientation, ResizeWithPadOrCrop, Spacing
 
-from client.scans.scans import Scan, accept, accept_label
-from client.scans.volumes import Geometry, draw_view, intensity_range, lay_back, prepare, same_grid
-from federation.plan import VolumePlan
+from scans.scans import Scan, accept, accept_label
+from scans.volume_plan import VolumePlan
+from scans.volumes import Geometry, draw_view, intensity_range, lay_back, prepare, same_grid
 
 PLAN = VolumePlan(modality="any", window="ct_hu", ct_window_hu=(-1000.0, 1000.0), spacing_mm=(2.0, 1.5, 2.5),
                   shape=(16, 20, 12))  # fmt: skip
