@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
 
-.PHONY: help demo test slow faults check clean
+.PHONY: help demo test slow faults check sbom clean
 help:            ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
 
@@ -31,6 +31,9 @@ check: .venv/.installed  ## ruff, mypy, import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+sbom: .venv/.installed   ## what the software is made of, as CycloneDX: dist/sbom.cdx.json
+	mkdir -p dist && $(BIN)/python .ci/sbom.py > dist/sbom.cdx.json
 
 clean:           ## remove environment and runs
 	rm -rf .venv runs

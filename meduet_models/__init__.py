@@ -18,13 +18,16 @@ def load(
     *,
     tokenizer: "str | Path | Tokenizer | None" = None,
     device: "torch.device | str" = "cpu",
+    trusted: "str | Path | None" = None,
 ) -> "ScanModel":
     """The model of a run (its folder, or its `model.safetensors`), ready for scans.
 
     `embed(path_or_array, affine)` gives the content code (n numbers), `tokens` the grid that it is made of,
     `reconstruct` and `harmonise` volumes on the scan's own grid; see `meduet_models/scan_model.py`. Nothing
-    is fetched, nothing leaves the machine. Raises `ValueError`, in one line, for files that do not fit.
+    is fetched, nothing leaves the machine. With `trusted`, the certificate of a consortium, weights that it
+    did not sign are refused; `signature` says who signed them. Raises `ValueError`, in one line, for files
+    that do not fit.
     """
     from meduet_models.scan_model import load as load_model  # PyTorch takes seconds
 
-    return load_model(source, tokenizer=tokenizer, device=device)
+    return load_model(source, tokenizer=tokenizer, device=device, trusted=trusted)

@@ -30,6 +30,7 @@ from meduet_models.diffusion.harmoniser import Harmonised, Harmoniser
 from meduet_models.factors import VARIANCE_FLOOR
 from meduet_models.pretrained import Pretrained, load_pretrained
 from meduet_models.scan_latents import encoded
+from meduet_models.signature import Signature, check_signature
 from meduet_models.tokenizer.tokenizer import Tokenizer, load_tokenizer_file, shipped_tokenizer
 from meduet_models.tokenizer.whole_scans import decode_whole
 from meduet_models.windows import Windows
@@ -74,6 +75,8 @@ class ScanModel:
     ) -> None:
         self.network, self.tokenizer = pretrained.network.to(device), tokenizer.to(device)
         self.volumes, self.provenance = volumes, pretrained.provenance
+        self.signature: Signature | None = None
+        """Who signed the weights; None: nobody."""
         self._has_style, self._generative, self._device = pretrained.has_style, generative, device
 
     @torch.inference_mode()
@@ -221,15 +224,22 @@ class ScanModel:
 
 
 def load(
-    source: str | Path, *, tokenizer: str | Path | Tokenizer | None = None, device: torch.device | str = "cpu"
+    source: str | Path,
+    *,
+    tokenizer: str | Path | Tokenizer | None = None,
+    device: torch.device | str = "cpu",
+    trusted: str | Path | None = None,
 ) -> ScanModel:
     """The model of a run or an export: its folder, or its `model.safetensors`.
 
     `tokenizer`: the one that the run used, or its file; none: that beside the weights, else the package's.
-    Raises `ValueError` in one line when a file is absent, damaged, or another tokenizer's.
+    `trusted`: certificate of the consortium's authority (ca.pem); weights that it did not sign are refused
+    then. Raises `ValueError` in one line when a file is absent, damaged, changed since it was signed, or
+    another tokenizer's.
     """
     source = Path(source)
     path = source / MODEL if source.is_dir() else source
+    signature = check_signature(path, None if trusted is None else Path(trusted))
     pretrained = load_pretrained(path)
     if "volumes" not in pretrained.provenance:
         raise ValueError(
@@ -241,7 +251,9 @@ def load(
     )
     generated = path.with_name(DIFFUSION_MODEL)
     generative = load_generative_model(generated) if generated.is_file() else None
-    return ScanModel(pretrained, volumes, tokenizer_of(path, pretrained, tokenizer), generative, device)
+    model = ScanModel(pretrained, volumes, tokenizer_of(path, pretrained, tokenizer), generative, device)
+    model.signature = signature
+    return model
 
 
 def tokenizer_of(

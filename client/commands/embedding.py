@@ -65,6 +65,10 @@ def add_to(commands: Any) -> None:
     embed.add_argument(
         "--tokenizer", type=Path, metavar="FILE", help="the run's tokenizer, where it is not the shipped one"
     )
+    embed.add_argument(
+        "--trusted", type=Path, metavar="CA.PEM",
+        help="certificate of the consortium: refuse weights that it did not sign",
+    )  # fmt: skip
     embed.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where it is computed")
     embed.set_defaults(run=_embed)
 
@@ -79,7 +83,10 @@ def _embed(chosen: argparse.Namespace, console: Console) -> int:
     from client.embedding import TABLES, check_target, embeddings, scans_of, write_one, write_table
     from meduet_models import load
 
-    model = load(chosen.model, tokenizer=chosen.tokenizer, device=chosen.device)
+    model = load(chosen.model, tokenizer=chosen.tokenizer, device=chosen.device, trusted=chosen.trusted)
+    signed = "The weights are not signed."
+    if model.signature is not None:
+        signed = f"Signed by {model.signature.consortium}, fingerprint {model.signature.fingerprint}."
     asked, left_out = scans_of(given, model.volumes)
     check_target(chosen.output, chosen.what, len(asked))
     for exclusion in left_out:
@@ -104,5 +111,5 @@ def _embed(chosen: argparse.Namespace, console: Console) -> int:
             write_table(chosen.output, chosen.what, done)
     where = last if len(done) == 1 else chosen.output
     scans = "1 scan" if len(done) == 1 else f"{len(done)} scans"
-    say(console, f"{where}: {chosen.what} of {scans}. Patient data, as the scans are.")
+    say(console, f"{where}: {chosen.what} of {scans}. Patient data, as the scans are.", signed)
     return FAILED if failed else DONE

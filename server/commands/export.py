@@ -14,7 +14,7 @@ from federation.terminal import say
 _ABOUT = """\
 Write a finished run's weights in a form that others load. Each carries the plan's hash, the promise under
 which anything left the sites, and the licence that the consortium gives; none carries the plan, a site's name
-or a site's count.
+or a site's count. What each file is says ro-crate-metadata.json.
 
   folder   config.json, model.safetensors, tokenizer, model card, as hubs have them; `meduet embed` reads it
   bundle   a MONAI bundle: verify_metadata accepts it, its inference configuration runs (with fedmeduet)
@@ -52,6 +52,7 @@ def add_to(commands: Any) -> None:
 
 def _export(chosen: argparse.Namespace, console: Console) -> int:
     from server.export.bundle import write_bundle
+    from server.export.crate import write_crate
     from server.export.facts import release_of
     from server.export.folder import write_folder
     from server.export.onnx_graph import write_onnx
@@ -62,6 +63,7 @@ def _export(chosen: argparse.Namespace, console: Console) -> int:
     release = release_of(chosen.source, chosen.licence, chosen.tokenizer)
     private_folder(chosen.out)
     {"folder": write_folder, "bundle": write_bundle, "onnx": write_onnx}[chosen.form](release, chosen.out)
+    write_crate(release, chosen.out)
     say(
         console, f"{chosen.out}: {chosen.form} of plan {release.plan.sha256[:12]}, licence {release.licence}."
     )

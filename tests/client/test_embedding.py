@@ -43,7 +43,7 @@ def test_one_scan_as_a_container_is_asked(
 ) -> None:
     monkeypatch.setenv("MEDUET_MODEL", str(run))
     status, told = said("--input", folder / "p1.nii.gz", "--output", tmp_path / "out.npy")
-    assert status == 0 and "Patient data" in told
+    assert status == 0 and "Patient data" in told and "not signed" in told
     code = np.load(tmp_path / "out.npy")
     assert code.ndim == 1 and code.dtype == np.float32
     assert np.array_equal(code, meduet_models.load(run).embed(folder / "p1.nii.gz"))

@@ -69,7 +69,7 @@ def plan_of(run: Path) -> RunPlan:
 def test_a_folder_gives_the_runs_own_code_and_needs_no_other_file(run: Path, scan: Path) -> None:
     out = exported(run, "folder")
     assert {p.name for p in out.iterdir()} == {
-        "README.md", "config.json", "model.safetensors", "tokenizer.safetensors",
+        "README.md", "config.json", "model.safetensors", "tokenizer.safetensors", "ro-crate-metadata.json",
     }  # fmt: skip
     assert np.array_equal(meduet_models.load(out).embed(scan), meduet_models.load(run).embed(scan))
 
@@ -94,6 +94,23 @@ def test_every_form_says_plan_promise_and_licence_and_names_no_site(form: str, r
     assert "20 " in text and "24" in text  # 24 patients in cohorts of five: at least 20
     card = next(out.rglob("README.md")).read_text()
     assert "at least 20 (rounded down" in card and "## Not tested" in card
+
+
+@pytest.mark.parametrize("form", ["folder", "bundle"])
+def test_the_record_names_every_file_by_its_hash(form: str, run: Path) -> None:
+    out = exported(run, form)
+    crate = json.loads((out / "ro-crate-metadata.json").read_text())
+    assert crate["@context"] == "https://w3id.org/ro/crate/1.1/context"
+    entities = {one["@id"]: one for one in crate["@graph"]}
+    assert entities["ro-crate-metadata.json"]["about"] == {"@id": "./"}
+    root = entities["./"]
+    assert {"name", "description", "datePublished", "license"} <= root.keys()
+    there = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    parts = {one["@id"] for one in root["hasPart"]}
+    assert parts == there - {"ro-crate-metadata.json"}
+    for part in parts:
+        assert entities[part]["identifier"] == f"sha256:{sha256_of_file(out / part)}"
+    assert plan_of(run).sha256 in entities["#run"]["description"]
 
 
 def test_monai_accepts_the_bundles_metadata_and_runs_its_inference(
