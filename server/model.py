@@ -20,7 +20,7 @@ from federation.exchanges.survey import SurveyReply, smallest_cohort
 from federation.limits import MOST_PATIENTS, MOST_SCANS
 from federation.messages import Tensors
 from federation.plan import RunPlan
-from meduet_models.content_code import public_code, token_erasure, without_sites
+from meduet_models.content_code import public_code, shift_left, token_erasure, without_sites
 from meduet_models.meduet import MeDUET, layer_normed
 from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.style.bank import StyleBank
@@ -159,9 +159,12 @@ class MeduetModel:
         `ReplyRefused`."""
         try:
             sums = erasure_sums(reply.moments, self.plan)
-            if (count := float(sums.count)) < (least := smallest_cohort(self.plan)):
+            if (count := float(sums.codes.count)) < (least := smallest_cohort(self.plan)):
                 raise ReplyRefused(f"Expected code sums of at least {least} patients; got {count:g}.")
-            sums.check(MOST_PATIENTS)
+            sums.codes.check(MOST_PATIENTS)
+            sums.pooled.check(MOST_PATIENTS)
+            if (other := float(sums.pooled.count)) not in (0.0, count):
+                raise ReplyRefused(f"Expected pooled content of nobody or of {count:g}; got {other:g}.")
         except ValueError as reason:
             raise ReplyRefused(str(reason)) from reason
 
@@ -170,16 +173,20 @@ class MeduetModel:
     ) -> tuple[Tensors, dict[str, Any]]:
         """The code without the sites, and the same of every token as the last linear layer of the content
         head."""
-        sums = {site: erasure_sums(reply.moments, self.plan) for site, reply in replies.items()}
+        told = {site: erasure_sums(reply.moments, self.plan) for site, reply in replies.items()}
+        sums = {site: own.codes for site, own in told.items()}
+        pooled = {site: own.pooled for site, own in told.items() if own.pooled.count > 0}
         network = self._network()
         network.load_state_dict({**network.state_dict(), **shared})
         told_of = network.code
-        mean, matrix = token_erasure(told_of, sums)
+        mean, matrix = token_erasure(told_of, sums, pooled)
         network.set_erasure(mean, matrix)
         network.set_content_code(without_sites(told_of, sums))
         rank = round(float(len(mean) - matrix.trace()))  # the erased directions: a projection's trace
         sites = {site: {"patients": int(own.count)} for site, own in sums.items()}
-        return shared | _constants(network, _ERASED), {"rank": rank, "sites": sites}
+        left = shift_left(self.plan.network.code_size, min(own["patients"] for own in sites.values()))
+        summary = {"rank": rank, "sites": sites, "pooled": sorted(pooled), "shift_left": left}
+        return shared | _constants(network, _ERASED), summary
 
     def provenance(self) -> dict[str, str]:
         """Enough to build the network again, to prepare a scan for it, and to say what it was trained on."""
