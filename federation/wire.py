@@ -74,6 +74,8 @@ class RefusalKind(StrEnum):
     BUDGET = "budget"
     ANSWERED_BEFORE = "answered_before"
     TOO_FEW_FOR_SUMS = "too_few_for_sums"
+    NO_KEYS = "no_keys"
+    SUM_REFUSED = "sum_refused"
     NOT_ANSWERED = "not_answered"
     STOPPED = "stopped"
     NON_FINITE = "non_finite"

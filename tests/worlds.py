@@ -15,12 +15,14 @@ import torch
 
 from client.scans.volumes import Geometry
 from federation.journal import Journal
+from federation.keys.identity import SiteIdentity
 from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan, VolumePlan
 from meduet_models.meduet import MeDUET, NetworkConfig
 from meduet_models.objective.settings import ObjectiveConfig
 from privacy.chain import read_chain
 from privacy.ledger import Ledger
 from server.model import MeduetModel
+from simulations.consortium import simulated_identity
 
 SITES = ("oslo", "lyon", "turin")
 GRID = (4, 6, 4)
@@ -101,6 +103,9 @@ class Hospital:
         if self.state_dir not in self._journals:
             self._journals[self.state_dir] = Journal(self.state_dir / "journal.jsonl")
         return self._journals[self.state_dir]
+
+    def identity(self) -> SiteIdentity:
+        return simulated_identity(self.name)
 
     def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
         """Every plan."""

@@ -9,6 +9,7 @@ Does not do: ask anybody, or decide who survived (`server/exchanges/secure_sum.p
 
 import hashlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import combinations, islice
 
 from privacy.secure_sum.masks import add_mask, pair_key, pair_sign, public_key, seed_key
@@ -34,24 +35,23 @@ def unmask(
     `answers`: what at least `least` survivors opened. Raises `SumRefused`, and leaves the sum as it was, when
     a secret cannot be put together.
     """
-    seeds = {
-        site: _joined(
-            {one: opened.seeds[site] for one, opened in answers.items()},
-            roster,
-            least,
-            lambda seed, site=site: hashlib.sha256(seed).digest() == roster[site].seed_sha256,
-        )
-        for site in sorted(said.survivors)
-    }
-    secrets = {
-        site: _joined(
-            {one: opened.mask_keys[site] for one, opened in answers.items()},
-            roster,
-            least,
-            lambda secret, site=site: public_key(secret) == roster[site].mask_key,
-        )
-        for site in sorted(said.lost)
-    }
+
+    def announced(site: str, seed: bytes) -> bool:
+        return hashlib.sha256(seed).digest() == roster[site].seed_sha256
+
+    def of_key(site: str, secret: bytes) -> bool:
+        return public_key(secret) == roster[site].mask_key
+
+    opened = {site: one for site, one in answers.items() if site in said.survivors}
+    if len(opened) < least:
+        raise SumRefused(f"Expected shares of at least {least} sites; got {len(opened)}.")
+    seeds, secrets = dict[str, bytes](), dict[str, bytes]()
+    for site in sorted(said.survivors):
+        shares = {by: one.seeds[site] for by, one in opened.items()}
+        seeds[site] = _joined(shares, roster, least, partial(announced, site))
+    for site in sorted(said.lost):
+        shares = {by: one.mask_keys[site] for by, one in opened.items()}
+        secrets[site] = _joined(shares, roster, least, partial(of_key, site))
     for site, seed in seeds.items():
         add_mask(total, seed_key(seed, attempt, site), -1)
     for lost, secret in secrets.items():
@@ -61,8 +61,6 @@ def unmask(
 
 
 def _joined(shares: Mapping[str, bytes], roster: Roster, least: int, right: Callable[[bytes], bool]) -> bytes:
-    if len(shares) < least:
-        raise SumRefused(f"Expected shares of at least {least} sites; got {len(shares)}.")
     for chosen in islice(combinations(sorted(shares), least), _MOST_TRIES):
         secret = join({site: shares[site] for site in chosen}, list(roster))
         if right(secret):

@@ -193,17 +193,17 @@ class Party:
         names = {"attempt", "site", "secrets", "roster", "held"}
         fields = checked_fields(read_said(text, "a site's secrets"), names, "a site's secrets")
         try:
-            secrets = [from_hex(one) for one in fields["secrets"]]
+            mask_secret, share_secret, seed = (from_hex(one) for one in fields["secrets"])
             attempt, site = Attempt(**fields["attempt"]), str(fields["site"])
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise SumRefused("Expected a site's secrets; got something else.") from error
-        if [len(one) for one in secrets] != [KEY_BYTES] * 3:
+        if {len(mask_secret), len(share_secret), len(seed)} != {KEY_BYTES}:
             raise SumRefused("Expected three secrets of 32 bytes; got others.")
         roster = {n: Announcement.from_json(one) for n, one in by_name(fields["roster"], "keys").items()}
         held = {
             n: HeldShares.from_bytes(from_hex(one)) for n, one in by_name(fields["held"], "shares").items()
         }
-        return Party(attempt, site, *secrets, roster=roster, held=held)
+        return Party(attempt, site, mask_secret, share_secret, seed, roster, held)
 
     def _share_key(self, peer: str, roster: Roster, to_peer: bool) -> bytes:
         one, other = (self.site, peer) if to_peer else (peer, self.site)

@@ -66,4 +66,4 @@ def encode(values: Floats, bits: int, into: Ring) -> None:
 
 def decode(sums: Ring, bits: int) -> NDArray[np.float64]:
     """The sums that these ring elements stand for."""
-    return sums.view(np.int32) * 2.0**-bits
+    return sums.view(np.int32) * np.float64(2.0**-bits)

@@ -23,7 +23,7 @@ _NONCE = 12
 
 def split(secret: bytes, sites: Sequence[str], least: int) -> dict[str, bytes]:
     """A share of 32 bytes for each site, by its place among the sorted names; `least` of them are needed."""
-    halves = [Shamir.split(least, len(sites), secret[i : i + _HALF]) for i in (0, _HALF)]
+    halves = [Shamir.split(least, len(sites), secret[i : i + _HALF], False) for i in (0, _HALF)]
     first, second = ([share for _, share in sorted(half)] for half in halves)
     return {site: first[i] + second[i] for i, site in enumerate(sorted(sites))}
 
@@ -33,7 +33,7 @@ def join(shares: Mapping[str, bytes], sites: Sequence[str]) -> bytes:
     another secret, not an error."""
     places = {site: place for place, site in enumerate(sorted(sites), start=1)}
     return b"".join(
-        Shamir.combine([(places[site], share[i : i + _HALF]) for site, share in shares.items()])
+        Shamir.combine([(places[site], share[i : i + _HALF]) for site, share in shares.items()], False)
         for i in (0, _HALF)
     )
 
