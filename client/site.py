@@ -23,6 +23,7 @@ from client.approvals import AllowedHours, Approvals
 from client.approvers import ApprovalRule
 from client.books import open_books
 from client.confirmation import CURE, confirm, unconfirmed
+from client.connection.keys import SiteKeys
 from client.exact_sums import EXACT_SUMS_CONSENT
 from client.exact_sums import check_sentence as check_exact_sums
 from client.exchanges.exchange import AskRefused
@@ -39,6 +40,7 @@ from client.scans.patients import PatientMap
 from client.site_secret import DRAWS, site_secret
 from federation.bundle import running_bundle
 from federation.journal import Journal
+from federation.keys.identity import SiteIdentity
 from federation.keys.key_files import read_text
 from federation.plan import WIRE_VERSION, RunPlan
 from federation.published_plan import plan_of
@@ -198,12 +200,17 @@ class Site:
     """One hospital. Its books are open; its scans are read when `scans` is called, and not before."""
 
     def __init__(
-        self, config: SiteConfig, tokenizer: Tokenizer | None = None, secret: bytes | None = None
+        self,
+        config: SiteConfig,
+        tokenizer: Tokenizer | None = None,
+        secret: bytes | None = None,
+        identity: SiteIdentity | None = None,
     ) -> None:
         """Open the books in `config.state_dir`, creating it for its owner only.
 
         `tokenizer`: None loads the one that `config.tokenizer` names, when it is first needed. `secret`: what
-        batches and folds are drawn from; None takes the site's own file, as every real site does. Raises
+        batches and folds are drawn from; None takes the site's own file, as every real site does. `identity`:
+        None reads the keys in `config.keys_dir`, when it must sign. Raises
         `BrokenChain` when a book was tampered with or lost, and `ValueError` when the device is not there.
         """
         self.config = config
@@ -225,7 +232,7 @@ class Site:
         self.journal = Journal(self.state_dir / "journal.jsonl")
         """What left this site."""
         open_books(self.state_dir)
-        self._given, self._secret = tokenizer, secret
+        self._given, self._secret, self._identity = tokenizer, secret, identity
         self._opened: dict[tuple[VolumePlan, int], LatentSet] = {}
         self.num_encoded = 0
         """Scans that were encoded since this site was opened."""
@@ -239,6 +246,16 @@ class Site:
     def secret(self) -> bytes:
         """What its batches and folds are drawn from. Raises `ValueError` when its file is damaged."""
         return self._secret if self._secret is not None else site_secret(self.state_dir / DRAWS)
+
+    def identity(self) -> SiteIdentity:
+        """The site's key and certificate, with which it signs what other sites must believe. Raises
+        `AskRefused` where they are missing or do not belong together."""
+        if self._identity is None:
+            try:
+                self._identity = SiteKeys.read_identity(self.config.keys_dir)
+            except ValueError as error:
+                raise AskRefused(str(error), RefusalKind.NO_KEYS) from error
+        return self._identity
 
     def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
         """Raise `AskRefused` unless the plan fits this site, makes no latents leave without its agreement,

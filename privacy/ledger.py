@@ -149,7 +149,7 @@ class Ledger:
         record = {
             "event": "settle",
             "reservation": reservation.entry,
-            "charge": "NonPrivate",
+            "charge": "NonPrivate" if reservation.promise.epsilon else "Nothing",
             "epsilon": _word(reservation.promise.epsilon),
             "bound": reservation.promise.bound,
             "weight": weight,

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from federation.journal import Journal
+from federation.keys.identity import SiteIdentity
 from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan
 from meduet_models.meduet import MeDUET, NetworkConfig
 from meduet_models.objective.settings import ObjectiveConfig
@@ -22,6 +23,7 @@ from privacy.ledger import Ledger
 from scans.volume_plan import VolumePlan
 from scans.volumes import Geometry
 from server.model import MeduetModel
+from simulations.consortium import simulated_identity
 
 SITES = ("oslo", "lyon", "turin")
 GRID = (4, 6, 4)
@@ -102,6 +104,9 @@ class Hospital:
         if self.state_dir not in self._journals:
             self._journals[self.state_dir] = Journal(self.state_dir / "journal.jsonl")
         return self._journals[self.state_dir]
+
+    def identity(self) -> SiteIdentity:
+        return simulated_identity(self.name)
 
     def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
         """Every plan."""

@@ -206,8 +206,17 @@ def finetuning_promise(plan: RunPlan, ask: FinetuneAsk) -> Promise:
     return Promise(kind="finetuning", bound=bound, unit="site update", enforcement="clip")
 
 
+UNMASKED = (
+    "A fine-tuning sends each site's update unmasked, and its run has aggregation.secure_sum=true: fine-tune "
+    "at one site, or pretrain without secure sums."
+)
+
+
 def agreed(plan: RunPlan, ask: FinetuneAsk) -> tuple[str, range]:
-    """Hash and rounds of the fine-tuning. Raises as `FinetuneAsk.finetuning`."""
+    """Hash and rounds of the fine-tuning. Raises as `FinetuneAsk.finetuning`, and `ValueError` under a plan
+    whose updates leave in secure sums only."""
+    if plan.aggregation.secure_sum:
+        raise ValueError(UNMASKED)
     finetuning = ask.finetuning(plan)
     return finetuning.sha256, range(1, finetuning.rounds + 1)
 

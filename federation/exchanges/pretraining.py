@@ -62,11 +62,16 @@ def round_promise(plan: RunPlan, ask: TrainAsk) -> Promise:
     return update_promise(plan)
 
 
+def unmasked_rounds(plan: RunPlan) -> range:
+    """None where updates leave in secure sums: nobody may ask for one by itself then."""
+    return range(0) if plan.aggregation.secure_sum else range(1, plan.training.rounds + 1)
+
+
 PRETRAINING = Exchange(
     route="train.round",
     ask=TrainAsk,
     reply=TrainReply,
-    rounds=lambda plan: range(1, plan.training.rounds + 1),
+    rounds=unmasked_rounds,
     largest=lambda plan, ask: largest_reply(ask.shared, ask.wire_dtype),
     promise=round_promise,
 )
