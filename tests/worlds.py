@@ -4,6 +4,7 @@ The client, the networks, the ledger and the journal are the real ones; only the
 whose hospital or patients do more (fail, count, refuse) adds that in a class of its own.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, Tr
 from meduet_models.meduet import MeDUET, NetworkConfig
 from meduet_models.objective.settings import ObjectiveConfig
 from privacy.chain import read_chain
-from privacy.ledger import Ledger
+from privacy.ledger import Ceiling, Ledger
 from server.model import MeduetModel
 
 SITES = ("oslo", "lyon", "turin")
@@ -93,7 +94,8 @@ class Hospital:
     def ledger(self) -> Ledger:
         key = self.state_dir, self.epsilon_ceiling
         if key not in self._ledgers:  # opening verifies the whole file, and each type check of a `Site` asks
-            self._ledgers[key] = Ledger(self.state_dir / "ledger.jsonl", self.epsilon_ceiling)
+            epsilon = math.inf if self.epsilon_ceiling is None else self.epsilon_ceiling
+            self._ledgers[key] = Ledger(self.state_dir / "ledger.jsonl", Ceiling(epsilon=epsilon))
         return self._ledgers[key]
 
     @property
