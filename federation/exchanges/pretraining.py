@@ -61,7 +61,7 @@ PRETRAINING = Exchange(
     route="train.round",
     ask=TrainAsk,
     reply=TrainReply,
-    rounds=lambda plan: range(1, plan.training.rounds + 1),
+    rounds=lambda plan: range(1, plan.training.rounds + 1) if plan.privacy is None else range(0),
     largest=lambda plan, ask: largest_reply(ask.shared, ask.wire_dtype),
     promise=round_promise,
 )
