@@ -17,7 +17,7 @@ import torch
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from federation.exchanges.style_code import StyleCodeAsk, code_promise
+from federation.exchanges.style_code import code_promise
 from federation.messages import Tensors
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
@@ -57,7 +57,7 @@ class ProtectedPretraining:
             self._grid, self._roster, self._plan, self._public, styles.check, self._book
         )
         style_bank = styles.bank(replies)
-        promise = code_promise(self._plan, StyleCodeAsk(plan_json=self._plan.to_json(), public={}))
+        promise = code_promise(self._plan)
         return style_bank.to_tensors(), {
             "sites": {site: {"patients": round(styles.patients(r))} for site, r in replies.items()},
             "latent_deviation": style_bank.scale.tolist(),

@@ -5,7 +5,7 @@ whose hospital or patients do more (fail, count, refuse) adds that in a class of
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +17,10 @@ import torch
 from client.scans.volumes import Geometry
 from federation.journal import Journal
 from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan, VolumePlan
+from federation.privacy_plan import PrivacyPlan
 from meduet_models.meduet import MeDUET, NetworkConfig
 from meduet_models.objective.settings import ObjectiveConfig
+from meduet_models.weights import sha256_of_tensors
 from privacy.chain import read_chain
 from privacy.ledger import Ceiling, Ledger
 from server.model import MeduetModel
@@ -188,3 +190,27 @@ class ViewedScans:
     def latents(self, indices: Sequence[int], view: int = 0) -> torch.Tensor:
         self.asked += [(int(i), view) for i in indices]
         return self.values[list(indices), view].clone()
+
+
+def protected_plan(
+    public: torch.Tensor, make: Callable[..., RunPlan] = small_plan, **changes: Any
+) -> RunPlan:
+    """A plan of seconds with privacy, whose public scans are `public`; `changes` replace settings of its
+    privacy."""
+    settings = {
+        "epsilon": 3.0,
+        "style_dimensions": 4,
+        "public_scans": len(public),
+        "public_sha256": sha256_of_tensors({"latents": public}),
+    }
+    return make(
+        privacy=PrivacyPlan(**settings | changes),
+        style=StylePlan(minimum_cohort=3, head="shared", anchor=0.0),
+    )
+
+
+def public_latents(count: int = 48, seed: int = 0) -> torch.Tensor:
+    """Latents of nobody (2 channels, 4 x 6 x 4), of many means and deviations."""
+    draws = torch.Generator().manual_seed(seed)
+    place, spread = torch.randn(2, count, 2, 1, 1, 1, generator=draws)
+    return torch.randn(count, 2, *GRID, generator=draws) * (0.3 * spread).exp() + place

@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 
 def answer_style_code(site: Site, ask: StyleCodeAsk, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
-    """The sum of the training patients' shares. Raises `AskRefused` for public scans of another plan."""
+    """The sum of the training patients' shares. Raises `AskRefused` for public scans that give no axes."""
     try:
         code = style_code(plan, check_public(plan, ask.public))
     except ValueError as error:

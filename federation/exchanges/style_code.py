@@ -82,7 +82,14 @@ def largest_code(plan: RunPlan, ask: StyleCodeAsk) -> Largest:
     return largest_reply(promised(code_shapes(plan), torch.float32))
 
 
-def code_promise(plan: RunPlan, ask: StyleCodeAsk) -> Promise:
+def asked_promise(plan: RunPlan, ask: StyleCodeAsk) -> Promise:
+    """The promise of a question that comes with the plan's public scans; raises `ValueError` for any others,
+    before anything is reserved for them."""
+    check_public(plan, ask.public)
+    return code_promise(plan)
+
+
+def code_promise(plan: RunPlan) -> Promise:
     """Each patient's share is bounded where it is made; the gate adds the noise that the plan's epsilon
     asks for."""
     privacy = privacy_of(plan)
@@ -102,5 +109,5 @@ STYLE_CODE = Exchange(
     reply=StyleCodeReply,
     rounds=lambda plan: range(plan.privacy is not None),
     largest=largest_code,
-    promise=code_promise,
+    promise=asked_promise,
 )
