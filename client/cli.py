@@ -25,6 +25,7 @@ from rich.text import Text
 from client.commands import harmonisation as harmonisation_commands
 from client.commands import journal as journal_commands
 from client.commands import key as key_commands
+from client.commands import ledger as ledger_commands
 from client.commands import plan as plan_commands
 from client.commands import service as service_commands
 from federation.loopback import spare_loopback
@@ -130,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     key_commands.add_to(commands)
     plan_commands.add_to(commands)
     journal_commands.add_to(commands)
+    ledger_commands.add_to(commands)
     for command, needed in ((prepare, True), (check, False)):
         command.add_argument(
             "--config", type=Path, required=True, metavar="FILE", help="the site's site.yaml"

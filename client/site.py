@@ -9,6 +9,7 @@ ledger has reserved. Does not do: answer messages (`client/exchanges/exchange.py
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -51,7 +52,8 @@ from forms.paths import path_from, resolve_paths
 from forms.ranges import Entries, Range, Share, shown
 from forms.yaml_text import read_yaml
 from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
-from privacy.ledger import Ledger
+from privacy.accounting import LARGEST_DELTA
+from privacy.ledger import Ceiling, Ledger
 from scans.volume_plan import VolumePlan
 from storage.files import private_folder
 
@@ -94,7 +96,12 @@ class SiteConfig:
     """Fewest patients whose statistics may leave together; the plan may ask for more, never for fewer."""
     allow_non_private: bool = False
     """This site agrees that bounded sums without differential privacy leave it. Without this consent it takes
-    part in no plan of this version, which adds no noise."""
+    part only in plans whose every release is noised, within `epsilon_ceiling`."""
+    epsilon_ceiling: Annotated[float, Range(at_least=0, at_most=100)] = 0.0
+    """The most epsilon that a patient of this site may be charged over all plans together; 0: nothing leaves,
+    unless `allow_non_private`."""
+    delta_ceiling: Annotated[float, Range(above=0, at_most=LARGEST_DELTA)] = LARGEST_DELTA
+    """At which delta the charges are added up."""
     latent_release: str = ""
     """Agreement that latents leave, as the full sentence of `client/exchanges/latents.py`; empty: no latents
     leave, and no plan that asks for them is accepted."""
@@ -136,6 +143,11 @@ class SiteConfig:
                 )
         if abs(sum(self.split_fractions) - 1.0) > 1e-9:
             raise ValueError(f"Expected split_fractions that sum to 1; got {list(self.split_fractions)}.")
+        if self.allow_non_private and self.epsilon_ceiling:
+            raise ValueError(
+                "epsilon_ceiling has no effect with allow_non_private: true, under which releases without "
+                "noise leave: remove one of the two."
+            )
         check_sentence(self.latent_release)
         check_exact_sums(self.allow_exact_sums)
         if self.allowed_hours:
@@ -149,6 +161,12 @@ class SiteConfig:
 def approvals_of(config: SiteConfig) -> Approvals:
     """The book of what this site approved, read by its own rule."""
     return Approvals(config.state_dir, config.approvals, config.name)
+
+
+def ceiling_of(config: SiteConfig) -> Ceiling:
+    """The most that the site's patients may be charged; none, where releases without noise may leave."""
+    epsilon = math.inf if config.allow_non_private else config.epsilon_ceiling
+    return Ceiling(epsilon=epsilon, delta=config.delta_ceiling)
 
 
 def load_site_config(path: Path) -> SiteConfig:
@@ -225,9 +243,7 @@ class Site:
         private_folder(config.state_dir)
         if config.threads:
             torch.set_num_threads(config.threads)
-        # Consent or a ceiling of 0: the ledger compares it with the epsilon of each promise.
-        ceiling = None if config.allow_non_private else 0.0
-        self.ledger = Ledger(self.state_dir / "ledger.jsonl", epsilon_ceiling=ceiling)
+        self.ledger = Ledger(self.state_dir / "ledger.jsonl", ceiling_of(config))
         """What this site's patients have been charged; reserves before anything is read."""
         self.journal = Journal(self.state_dir / "journal.jsonl")
         """What left this site."""

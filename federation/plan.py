@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from federation import privacy_plan
 from federation.diffusion_plan import MOST_STEPS, DiffusionPlan, contradictions
+from federation.privacy_plan import PrivacyPlan
 from forms.form import build, check
 from forms.json_text import canonical, read_json, sha256_of
 from forms.names import Phrase, Sha256, SiteName
@@ -181,6 +183,8 @@ class RunPlan:
     """Federated probes."""
     diffusion: DiffusionPlan | None = None
     """The diffusion model; none: there is none."""
+    privacy: PrivacyPlan | None = None
+    """Differential privacy for each patient; none: bounds without noise, epsilon infinite."""
     wire_version: Annotated[int, Range(at_least=1, at_most=1000)] = WIRE_VERSION
     """Version of the messages."""
 
@@ -290,6 +294,8 @@ def _contradictions(plan: RunPlan) -> Iterator[str]:
         if aggregation.method == "alone":
             yield "aggregation.method=alone shares no encoder for a diffusion model: set diffusion=none."
     yield from _secure_sum_contradictions(plan)
+    if plan.privacy is not None:
+        yield from privacy_plan.contradictions(plan)
     defaults = AggregationPlan()
     if aggregation.rule in ("mean", "median") and aggregation.trim != defaults.trim:
         yield f"aggregation.trim has no effect with aggregation.rule={aggregation.rule}: leave it out."

@@ -97,9 +97,15 @@ def _checks(
         yield Check("disk space", *disk_check(config.state_dir))
     if config.allow_non_private:
         yield Check("consent", "ok", "bounded sums without differential privacy may leave")
+    elif config.epsilon_ceiling:
+        most = f"epsilon {config.epsilon_ceiling:g} (delta {config.delta_ceiling:g}) for each patient"
+        yield Check("consent", "ok", f"only releases with noise may leave, of at most {most} over all plans")
     else:
-        advice = "This version adds no noise: set allow_non_private: true in site.yaml, or take no part."
-        yield Check("consent", "failed", "nothing may leave without differential privacy", advice)
+        advice = (
+            "In site.yaml set epsilon_ceiling (3, say) for plans with noise, or set allow_non_private: true "
+            "for those without, or take no part."
+        )
+        yield Check("consent", "failed", "nothing may leave, with or without noise", advice)
     yield from _connection(config)
     data = list(_data(config, plan, seen))
     yield from data

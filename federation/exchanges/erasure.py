@@ -104,7 +104,7 @@ def erasure_promise(plan: RunPlan, ask: ErasureAsk) -> Promise:
 
 def erasure_rounds(plan: RunPlan) -> range:
     """With the last round, where there is a shared model and more than one site to tell apart."""
-    shares = plan.aggregation.method != "alone" and len(plan.participants) > 1
+    shares = plan.aggregation.method != "alone" and len(plan.participants) > 1 and plan.privacy is None
     return range(plan.training.rounds, plan.training.rounds + 1) if shares else range(0)
 
 
