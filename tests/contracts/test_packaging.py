@@ -19,6 +19,7 @@ PACKAGES = (
     "privacy",
     "federation",
     "strategies",
+    "audit",
     "client",
     "server",
     "simulations",
