@@ -22,6 +22,7 @@ from audit.guarantee import largest_rate
 from audit.intervals import clopper_pearson
 from audit.linkage import attack_latents
 from audit.membership import attack_model, attack_round
+from audit.memorisation import DIFFUSION_MODEL, attack_diffusion
 from audit.policy import Behind
 from audit.scores import Scores, false_alarms
 from audit.sums import (
@@ -134,6 +135,11 @@ def audit(evidence: Evidence, effort: Effort, say: Say) -> Audited:
         say("the published model")
         found = list(attack_model(evidence, effort.draws, scored))
         artefacts.append(_row(MODEL, (evidence.hashes.get(MODEL, ""),), total.values(), found))
+    if evidence.diffusion is not None:
+        say("the published diffusion model")
+        found = list(attack_diffusion(evidence, effort.draws, scored))
+        hashes = (evidence.hashes.get(DIFFUSION_MODEL, ""),)
+        artefacts.append(_row(DIFFUSION_MODEL, hashes, total.values(), found))
     say("nobody's membership")
     alarms, tried = false_alarms([scores for _, scores in scored], effort.null_draws)
     return Audited([_contradicted(one) for one in artefacts], alarms, tried, list(_behind(evidence, books)))

@@ -68,6 +68,8 @@ class Release:
     """What left; None where it is not at hand."""
     missing: str = ""
     """Why it is not."""
+    rows: tuple[int, ...] = ()
+    """Of released latents: which scan of the cohort each is."""
 
     @property
     def kind(self) -> str:

@@ -35,6 +35,8 @@ TESTS: Final = {
     "decode": "the scan behind a released latent",
     "recognition": "is a released latent found again among other acquisitions",
     "diffusion_loss": "loss of the diffusion model on a candidate",
+    "copies": "are samples nearer to training scans than to held-out ones",
+    "returned": "does a model that is told a scan return it better if it was trained on",
 }
 """Every test by name; a policy may require any of them."""
 

@@ -46,18 +46,13 @@ def found_again(
     return similar
 
 
-def whose(released: Float[Tensor, "n c d h w"], cohort: Cohort) -> np.ndarray:
-    """The scan of the cohort that each released latent is nearest to: what the site's own table says."""
-    return torch.cdist(released.flatten(1), cohort.latents.flatten(1)).argmin(1).numpy()
-
-
 def attack_latents(evidence: Evidence, release: Release) -> Iterator[Finding]:
     """Decoded and found again; nothing is said where the release is empty."""
     cohort, tokenizer = evidence.cohorts.get(release.site), evidence.tokenizer
     if cohort is None or tokenizer is None or release.tensors is None or not len(release.tensors[BOUNDED]):
         return
     released = release.tensors[BOUNDED].float()
-    rows = whose(released, cohort)
+    rows = np.array(release.rows)
     yield _decoded(release, released, rows, cohort, tokenizer)
     again = evidence.acquired_again(release.site)
     if again is not None:

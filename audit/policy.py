@@ -36,7 +36,7 @@ class Policy:
     """Fewest patients for each number of a vector that is summed."""
     max_excess_memorisation: Annotated[float, Range(at_least=0, at_most=1)] = 0.01
     """Largest share of a generative model's samples that are nearer to training than to held-out patients,
-    over one half, at the lower end of its interval."""
+    over what chance gives; it counts where it is told from chance."""
     required_tests: tuple[str, ...] = ("books", "tracing", "loss")
     """Tests that must have run with enough patients."""
 
@@ -122,7 +122,7 @@ def _too_much(finding: Finding, policy: Policy) -> bool:
     if finding.measure == "AUC":
         return finding.low is not None and finding.low > policy.max_tracing_auc
     if finding.attack == "copies":
-        return finding.low is not None and finding.low - 0.5 > policy.max_excess_memorisation
+        return finding.value is not None and finding.value > policy.max_excess_memorisation
     return True
 
 

@@ -64,6 +64,7 @@ def _audit(chosen: argparse.Namespace, console: Console) -> int:
 
     from audit.attacks import QUICK, Effort, audit
     from audit.page import first_sentences, page_of
+    from audit.planted import planted
     from audit.policy import decide
     from audit.record import record_of, to_json
     from meduet_models.threads import fixed_threads
@@ -79,6 +80,8 @@ def _audit(chosen: argparse.Namespace, console: Console) -> int:
         with Live() as live:
             evidence = evidence_of(chosen.run, live)
         audited = audit(evidence, effort, lambda text: say(console, text))
+    say(console, "faults that are built in on purpose")
+    faults = planted()
     charged = {one.name: (one.epsilon, one.delta) for one in audited.artefacts}
     decision = decide(policy, audited.findings, charged, audited.behind)
     about = {
@@ -90,7 +93,7 @@ def _audit(chosen: argparse.Namespace, console: Console) -> int:
         },
         "seconds": time.monotonic() - began,
     }
-    record = record_of(evidence, audited, policy, decision, None, about)
+    record = record_of(evidence, audited, policy, decision, faults, about)
     folder = chosen.run / "audit"
     private_folder(folder)
     write_whole(folder / "audit.json", to_json(record))

@@ -123,14 +123,22 @@ def _released(site: Site, scans: LatentSet, plan: RunPlan) -> Iterator[Release]:
         return
     kept = KeptAnswers(site.state_dir / ANSWERS)
     for line in lines:
+        rows: tuple[int, ...] = ()
         if line["kind"] == "latents":
-            tensors = _latents_again(site, scans, plan, line)
+            rows = _rows_of(site, scans, plan, line)
+            tensors = _latents_again(scans, plan, line, rows)
             missing = "" if tensors else "Latents made again have another hash: scans changed since."
         else:
             answer = kept.read(_place(line), line["sha256"])
             tensors = None if answer is None else dict(answer.tensors)
             missing = "" if tensors else "The answer is not kept any more: sites keep those of three rounds."
-        yield Release(site.name, line, tensors, missing)
+        yield Release(site.name, line, tensors, missing, rows)
+
+
+def _rows_of(site: Site, scans: LatentSet, plan: RunPlan, line: Mapping[str, Any]) -> tuple[int, ...]:
+    """Which scans a release of latents was of."""
+    first, count = line["counts"]["first_item"], len(line["items"])
+    return tuple(raw_items(scans, plan, line["round"], site.secret)[first : first + count])
 
 
 def _place(line: Mapping[str, Any]) -> Place:
@@ -140,11 +148,9 @@ def _place(line: Mapping[str, Any]) -> Place:
 
 
 def _latents_again(
-    site: Site, scans: LatentSet, plan: RunPlan, line: Mapping[str, Any]
+    scans: LatentSet, plan: RunPlan, line: Mapping[str, Any], rows: tuple[int, ...]
 ) -> dict[str, Tensor] | None:
     """Released latents as the site's own functions make them; None when they have another hash."""
-    first, count = line["counts"]["first_item"], len(line["items"])
-    rows = raw_items(scans, plan, line["round"], site.secret)[first : first + count]
     if not rows:
         return None
     tensors, dtype = to_tensors(examples_of(scans, rows, plan)), plan.release.latent_dtype
