@@ -67,7 +67,9 @@ def scans(root: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFac
 
 def plan(**changes: object) -> RunPlan:
     made = make_plan(volumes=VOLUMES, style=StylePlan(minimum_cohort=3))
-    network = dataclasses.replace(made.network, latent_channels=4)
+    network = dataclasses.replace(
+        made.network, latent_channels=load_tokenizer(TokenizerSpec()).latent_channels
+    )
     return dataclasses.replace(made, network=network, **changes)  # type: ignore[arg-type]
 
 
