@@ -39,7 +39,8 @@ def _noised(sigma: float, clip: float = 1.0) -> bool:
 
     def mechanism(rows: np.ndarray, draws: int, generator: np.random.Generator) -> np.ndarray:
         noise: np.ndarray = sigma * generator.normal(size=(draws, _NUMBERS))
-        return noise + _clipped(rows, clip).sum(0)
+        total: np.ndarray = noise + _clipped(rows, clip).sum(0)
+        return total
 
     return audit_mechanism(mechanism, 100.0 * np.eye(_NUMBERS)[0], _PROMISED).contradicts
 
