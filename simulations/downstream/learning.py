@@ -126,7 +126,8 @@ def _mean_read(read: Callable[[LabelledScans], Tensor], scan: LabelledScans) -> 
     assert scan.whole is not None
     windows, weights = scan.whole[0].windows()
     of_windows = read(replace(scan.rows([0] * len(windows)), latents=windows, whole=None))
-    return torch.tensordot(weights, of_windows, dims=1)[None]
+    mean: Tensor = torch.tensordot(weights, of_windows, dims=1)
+    return mean[None]
 
 
 def _reader(
