@@ -10,9 +10,9 @@ Stages: "read" (the scan alone), "cohort" (read and judged), "encode" (resampled
 cached), "batch" (eight crops drawn and read), "survey" (statistics of its foreground), "restyle" (harmonised,
 and laid back on its own grid). "encode" holds the scan, the resampled volume and one slab or window of work.
 
-Found, on a busy CPU: 526 MiB to read the scan's 300 MiB, and no more to encode it (525 MiB, 25 s, latents of
+Found, on a busy CPU: 316 MiB to read the scan's 300 MiB, 378 to judge it, 498 to encode it (latents of
 60 x 47 x 76); 6 MiB for a batch of eight crops of 24 cubed; 9 MiB for the statistics of 142,386 latent voxels
-of foreground; 780 MiB to restyle it and lay it back on 512 x 512 x 300.
+of foreground; 806 MiB to restyle it and lay it back on 512 x 512 x 300.
 
 Not importable; not shipped.
 """

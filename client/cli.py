@@ -109,8 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     prepare.add_argument(
         "--workers", type=int, default=1, metavar="N",
-        help="processes that read and encode side by side, each on one thread, each with half a gigabyte and "
-        "the largest scan in memory; what comes of it does not depend on N (default: 1)",
+        help="processes that read and encode side by side, each with half a gigabyte and the largest scan in "
+        "memory; what comes of it does not depend on N (default: 1)",
     )  # fmt: skip
     prepare.set_defaults(run=_prepare)
     check = commands.add_parser(

@@ -61,7 +61,7 @@ def _work(questions: IO[bytes], answers: IO[bytes]) -> None:
     for line in questions:
         sources = list(map(Source.from_json, json.loads(line)))
         for number, verdict, paths in encode_each(
-            prepare_each(preparation, sources, ahead=0), write, preparation.at_once
+            prepare_each(preparation, sources, ahead=1), write, preparation.at_once
         ):
             ready = [sent[path] for path in paths] if not job.encodes else []
             _say(answers, answer_lines(number, verdict, paths if job.encodes else [], ready))

@@ -3,8 +3,9 @@
 A worker is a program of its own (`client/latents/worker.py`), started afresh, not forked: it inherits no open
 book, no mapped file and no thread. Questions and answers are lines of JSON on its standard input and output;
 on another device than the CPU, prepared volumes follow an answer as raw numbers and this process encodes
-them. A worker computes on one thread. When this process ends, however it ends, its workers' input ends, and
-so do they; when a worker ends before its input, that is one line here, and what it wrote stays.
+them. A worker encodes on one thread and reads the next scan on another, so that its core is not idle while a
+file is synced. When this process ends, however it ends, its workers' input ends, and so do they; when a
+worker ends before its input, that is one line here, and what it wrote stays.
 """
 
 import contextlib
@@ -36,6 +37,8 @@ from scans.volumes import Geometry, Prepared
 from scans.whole_volumes import WholeVolume
 
 MOST_WORKERS = 256
+MOST_BATCHES = 8
+"""Batches that a worker is given at most before it is asked again."""
 STOP_S = 10.0
 """How long a worker may take to end when asked to, before it is killed."""
 _ROOT = Path(__file__).resolve().parents[2]
@@ -158,8 +161,7 @@ class Workers:
         if not sources:
             return
         self.start()
-        at_once = self._job.preparation().at_once
-        asked = iter(range(0, len(sources), at_once))
+        shares = self._shares(len(sources))
         lock = threading.Lock()
         answers: queue.Queue[Answer | Exception | None] = queue.Queue(maxsize=2 * self._num)
         stopped = threading.Event()
@@ -174,15 +176,14 @@ class Workers:
             try:
                 while not stopped.is_set():
                     with lock:
-                        first = next(asked, None)
-                    if first is None:
+                        chunk = next(shares, None)
+                    if chunk is None:
                         break
-                    chunk = range(first, min(first + at_once, len(sources)))
                     for answer in self._answers(number, chunk, sources):
                         put(answer)
             except (OSError, ValueError) as error:
                 with lock:
-                    for _ in asked:  # the others finish what they have and take no more
+                    for _ in shares:  # the others finish what they have and take no more
                         pass
                 put(error)
             finally:
@@ -208,6 +209,16 @@ class Workers:
         if failed is not None:
             raise failed
         assert num_answers == len(sources), "an answer that cannot be read"
+
+    def _shares(self, count: int) -> Iterator[range]:
+        """Scans that a worker is given together, within which it reads ahead; fewer towards the end, so that
+        no worker is left alone with many."""
+        at_once, first = self._job.preparation().at_once, 0
+        while first < count:
+            batches = max(1, min(MOST_BATCHES, (count - first) // (4 * self._num * at_once)))
+            share = range(first, min(first + batches * at_once, count))
+            yield share
+            first = share.stop
 
     def _answers(self, number: int, chunk: range, sources: Sequence[Source]) -> Iterator[Answer]:
         worker = self._workers[number]

@@ -50,11 +50,12 @@ def _of_whole(
     predictor: Predictor, scan: LabelledScans, settings: DownstreamSettings, everything: bool
 ) -> Measured:
     whole = scan.by_voxel[0]
-    predicted, affine = laid_back(predictor(scan)[0], whole.geometry)
-    truth = whole.classes_as_stored()
-    classes, truth = _around_what_is_labelled(torch.from_numpy(predicted)[None].long(), truth)
+    labels, affine = laid_back(predictor(scan)[0], whole.geometry)
+    predicted, truth = _around_what_is_labelled(
+        torch.from_numpy(labels)[None].long(), whole.classes_as_stored()
+    )
     x, y, z = np.linalg.norm(affine[:3, :3], axis=0).tolist()
-    outputs = F.one_hot(classes, settings.classes).movedim(-1, 1).float()  # 1 classes x y z
+    outputs = F.one_hot(predicted, settings.classes).movedim(-1, 1).float()  # 1 classes x y z
     grid = Grid(spacing_mm=(x, y, z), tolerance_mm=settings.tolerance_mm)
     return _measured(outputs, truth[None], settings, grid, everything)
 

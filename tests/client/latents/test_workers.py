@@ -111,6 +111,20 @@ def test_a_worker_makes_of_whole_scans_what_one_process_does(
     assert left[0] == left[1] and len(left[0]) == 2
 
 
+def test_however_many_scans_are_shared_each_is_answered_once(
+    folder: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    sources = [Source((folder / f"p{number % 7}.nii.gz",)) for number in range(45)]
+    with Workers(job(tmp_path, tokenizer), 2) as workers:
+        answers = list(workers.read(sources))
+    assert sorted(answer.number for answer in answers) == list(range(45))
+    found = {answer.number % 7: set[str]() for answer in answers}
+    for answer in answers:
+        assert not isinstance(answer.verdict, Exception)
+        found[answer.number % 7].add(answer.verdict.scan_id)
+    assert all(map(len, found.values())) and len(set.union(*found.values())) == 7
+
+
 def test_a_worker_that_is_killed_is_one_line_and_what_was_done_stays(
     folder: Path, tokenizer: Tokenizer, alone: tuple[Cohort, dict[str, bytes]], tmp_path: Path
 ) -> None:
