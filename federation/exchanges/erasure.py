@@ -92,14 +92,19 @@ def erasure_sums(tensors: Mapping[str, Tensor], plan: RunPlan) -> ErasureSums:
     )
 
 
-def erasure_promise(plan: RunPlan, ask: ErasureAsk) -> Promise:
+def code_promise(plan: RunPlan) -> Promise:
     """One patient's share of the sums is bounded where they are made."""
     return Promise(kind="erasure", bound=share_bound(plan), unit="patient statistics", enforcement="check")
 
 
+def erasure_promise(plan: RunPlan, ask: ErasureAsk) -> Promise:
+    """There is one erasure."""
+    return code_promise(plan)
+
+
 def erasure_rounds(plan: RunPlan) -> range:
     """With the last round, where there is a shared model and more than one site to tell apart."""
-    shares = plan.aggregation.method != "alone" and len(plan.participants) > 1
+    shares = plan.aggregation.method != "alone" and len(plan.participants) > 1 and plan.privacy is None
     return range(plan.training.rounds, plan.training.rounds + 1) if shares else range(0)
 
 
