@@ -20,6 +20,7 @@ import dataclasses
 import os
 from collections import defaultdict
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import objective_variants as variants
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from federation.plan import RunPlan
 from meduet_models import content_code
-from meduet_models.content_code import CodeSums, public_code, token_erasure, without_sites
+from meduet_models.content_code import CodeSums, public_code, shift_left, token_erasure, without_sites
 from meduet_models.erasure import erase, fit_erasure
 from meduet_models.factors import normalise
 from meduet_models.meduet import MeDUET, layer_normed
@@ -234,9 +235,18 @@ def compare(
                 readings.read(f"{name}: site left in", plain, *ask)
                 for label, codes in others(plain, means(plain), at, fitted):
                     readings.read(f"  {label}", codes, *ask)
-                readings.read(
-                    "  mean over tokens, erased by it", erase(pooled, *token_erasure(code, told)), *ask
-                )
+                beside = {
+                    str(s): CodeSums.of(
+                        pooled[s, fitted[at == s]], [str(i) for i in range(int((at == s).sum()))], BOUND
+                    )
+                    for s in range(sites)
+                }
+                for how, known in (("laid back from it", {}), ("pooled content told", beside)):
+                    erased = erase(pooled, *token_erasure(code, told, known))
+                    readings.read(f"  mean over tokens, {how}", erased, *ask)
+                patients = len(fitted) // sites
+                apart = shift_left(size, patients)
+                print(f"    foretold: {apart:.2f} deviations, {NormalDist().cdf(apart / 2):.3f}")
             readings.read(name, torch.stack([without_sites(code, told).read(own) for own in tokens]), *ask)
     readings.read(*within(tokens, means, at, fitted), *ask)
 

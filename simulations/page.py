@@ -112,7 +112,7 @@ def write_page(folder: Path, hospitals_text: str, held_out: Sequence[str] = ()) 
             ]
         ],
         generation=generation_part(folder),
-        erasure_text=_erasure_text(metrics),
+        erasure_text=erasure_text(metrics.get("erasure") or {}),
         federated=_federated(metrics, last),
         held_out=f"{last.get('scans', 0):.0f} scans of {last.get('patients', 0):.0f} patients",
         losses=_embed(draw_losses(rounds, figures / "losses.png")),
@@ -318,12 +318,18 @@ def _swap_text(last: Mapping[str, Any]) -> str:
     return text
 
 
-def _erasure_text(metrics: Mapping[str, Any]) -> str:
-    if not metrics.get("erasure"):
+def erasure_text(erasure: Mapping[str, Any]) -> str:
+    """What a run says of its site erasure; nothing where there was none."""
+    if not erasure:
         return ""
-    if why := metrics["erasure"].get("skipped"):
+    if why := erasure.get("skipped"):
         return f"The last row is the final model: {why}."
-    erasure = metrics["erasure"]
+    if told_by := erasure.get("fitted_on"):
+        return (
+            f"The last row is the final model, after a site erasure that was fitted on {told_by} dressed in "
+            "the hospitals' styles: no patient is in it, and it takes out what such styles show, which was "
+            "little where it was measured (docs/log.md)."
+        )
     left = float(erasure["shift_left"])
     fewest = min(own["patients"] for own in erasure["sites"].values())
     text = (

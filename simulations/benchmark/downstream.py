@@ -20,6 +20,7 @@ from client.latents.labelled import LabelledScans, NoLabels
 from client.latents.latent_set import LatentSet
 from federation.exchanges.finetuning import LocalFinetuning
 from meduet_models.downstream.task import Target
+from meduet_models.downstream.tasks import task_of
 from meduet_models.meduet import MeDUET
 from scans.volume_plan import VolumePlan
 from simulations.benchmark.settings import Cell, Task
@@ -35,6 +36,8 @@ from simulations.hospitals.labelled import Part, known_answers, known_covariates
 from simulations.run import Simulation
 
 _OF_A_MODEL: tuple[Mode, ...] = ("frozen", "finetuned")
+_OF_A_SCAN: tuple[Mode, ...] = ("frozen", "frozen_tokens", "finetuned")
+"""Of an answer per scan: from the code, and from all tokens."""
 _WITHOUT: tuple[Mode, ...] = ("label_map", "ridge", "ridge_neighbours", "scratch", "unet", "unet_volume")
 _SPLITS = ("train", "validation", "test")
 _RESAMPLES = 400
@@ -68,11 +71,11 @@ def downstream_rows(
     yardsticks that need none. The FairnessScore is that of the first model.
     """
     num_sites, seed = len(simulation.plan.sites), simulation.plan.seed
-    modes = _OF_A_MODEL if models else _WITHOUT
-    volumes = simulation.plan.volumes if "unet_volume" in modes else None
+    volumes = None if models else simulation.plan.volumes
     encoders: Sequence[MeDUET | None] = models or [None]
     of_cell = Evaluated([], [])
     for task in cell.tasks:
+        of_a_model = _OF_A_MODEL if task_of(task.task).per_voxel else _OF_A_SCAN
         settings = DownstreamSettings(
             task=task.task,
             classes=task.classes,
@@ -83,7 +86,7 @@ def downstream_rows(
             label_shares=task.label_shares,
             draws=task.draws,
             trained_draws=task.trained_draws,
-            modes=modes,
+            modes=of_a_model if models else _WITHOUT,
             plan_seed=seed,
             steps=task.steps,
             bootstrap=_RESAMPLES,

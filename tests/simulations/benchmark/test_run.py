@@ -185,6 +185,11 @@ def test_downstream_gets_labels_by_split_and_the_hospital_held_out_whole(cells: 
     alone = Seen()
     measured = run_cell(dataclasses.replace(cells["alone"], tasks=tasks[:1]), alone.instruments)
     assert [row["value"] for row in measured["downstream"]] == [1.5], "the mean over the sites' encoders"
+    random = Seen()
+    run_cell(dataclasses.replace(cells["random"], tasks=tasks), random.instruments)
+    assert [settings.modes for *_, settings in random.trained] == [
+        ("frozen", "finetuned"), ("frozen", "frozen_tokens", "finetuned"),
+    ], "a class is read from the code and from all tokens"  # fmt: skip
 
 
 def test_settings_are_chosen_without_opening_anybody_held_out(folder: Path) -> None:
