@@ -26,6 +26,7 @@ from federation.plan import (
     TrainingPlan,
     VolumePlan,
 )
+from federation.privacy_plan import PrivacyPlan
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.meduet import NetworkConfig
 from meduet_models.objective.settings import LossWeights, ObjectiveConfig
@@ -46,6 +47,7 @@ SETTINGS = (
     AggregationPlan,
     ReleasePlan,
     ProbePlan,
+    PrivacyPlan,
     NetworkConfig,
     ObjectiveConfig,
     LossWeights,
