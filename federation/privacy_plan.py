@@ -29,7 +29,7 @@ class PrivacyPlan:
     """What the whole run may cost a patient."""
     delta: Annotated[float, Range(above=0, at_most=LARGEST_DELTA)] = LARGEST_DELTA
     """At which epsilon is meant."""
-    style_dimensions: Annotated[int, Range(at_least=1, at_most=256)] = 16
+    style_dimensions: Annotated[int, Range(at_least=1, at_most=256)] = 8
     """Numbers in a style code: more say more of a style, and each gets the same noise (docs/privacy.md)."""
     public_scans: Annotated[int, Range(at_least=32, at_most=4096)] = 256
     """Public scans: phantoms that the plan's seed draws, encoded by its tokenizer. They are trained on, and
@@ -67,6 +67,11 @@ def contradictions(plan: "RunPlan") -> Iterator[str]:
         yield (
             f"Expected privacy.style_dimensions of at most {most} (a style has {numbers} numbers, and there "
             f"are {privacy.public_scans} public scans); got {privacy.style_dimensions}."
+        )
+    if privacy.public_scans <= plan.network.code_size:
+        yield (
+            f"Expected privacy.public_scans above network.code_size={plan.network.code_size}, whose axes "
+            f"they give; got {privacy.public_scans}."
         )
     for name, part, settings in (
         ("aggregation", plan.aggregation, ("rule", "optimiser", "norm_tolerance")),

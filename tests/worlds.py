@@ -215,7 +215,7 @@ def protected_plan(
     )
 
 
-def public_latents(count: int = 48, seed: int = 0) -> torch.Tensor:
+def public_latents(count: int = 72, seed: int = 0) -> torch.Tensor:
     """Latents of nobody (2 channels, 4 x 6 x 4), of many means and deviations."""
     draws = torch.Generator().manual_seed(seed)
     place, spread = torch.randn(2, count, 2, 1, 1, 1, generator=draws)

@@ -35,10 +35,12 @@ from client.site import Site, SiteConfig, SiteProgress, approvals_of, survey_sit
 from federation.bundle import running_bundle
 from federation.exchanges.erasure import ERASURE
 from federation.exchanges.probes import PROBES, widest_sums
+from federation.exchanges.style_code import code_promise
 from federation.exchanges.survey import smallest_cohort
 from federation.keys.certificates import utc_now
 from federation.plan import RunPlan
 from federation.wire import RefusalKind
+from privacy.accounting import epsilon_of
 from privacy.chain import BrokenChain
 from scans.scans import Reason
 
@@ -86,6 +88,31 @@ def run_checks(
             yield Check("in all", "ok", line)
 
 
+def _consent(config: SiteConfig, plan: RunPlan | None) -> Check:
+    """Whether anything may leave, and under a plan, whether what it asks for may."""
+    ceiling = config.epsilon_ceiling
+    if config.allow_non_private:
+        return Check("consent", "ok", "bounded sums without differential privacy may leave")
+    if not ceiling:
+        advice = (
+            "In site.yaml set epsilon_ceiling (3, say) for plans with noise, or set allow_non_private: true "
+            "for those without, or take no part."
+        )
+        return Check("consent", "failed", "nothing may leave, with or without noise", advice)
+    delta = config.delta_ceiling
+    if plan is not None:
+        mechanism = None if plan.privacy is None else code_promise(plan).mechanism
+        if (asked := epsilon_of([mechanism], delta).upper) > ceiling:
+            return Check(
+                "consent",
+                "failed",
+                f"the plan asks for epsilon {asked:.4g} (delta {delta:g}); epsilon_ceiling is {ceiling:g}",
+                "This site will refuse it. Set another epsilon_ceiling in site.yaml, or take no part.",
+            )
+    most = f"epsilon {ceiling:g} (delta {delta:g}) for each patient"
+    return Check("consent", "ok", f"only releases with noise may leave, of at most {most} over all plans")
+
+
 def _checks(
     config: SiteConfig, plan: RunPlan | None, progress: SiteProgress | None, seen: Seen
 ) -> Iterator[Check]:
@@ -95,17 +122,7 @@ def _checks(
     yield folder
     if folder.verdict != "failed" and plan is None:  # with a plan, when it is known what is to be encoded
         yield Check("disk space", *disk_check(config.state_dir))
-    if config.allow_non_private:
-        yield Check("consent", "ok", "bounded sums without differential privacy may leave")
-    elif config.epsilon_ceiling:
-        most = f"epsilon {config.epsilon_ceiling:g} (delta {config.delta_ceiling:g}) for each patient"
-        yield Check("consent", "ok", f"only releases with noise may leave, of at most {most} over all plans")
-    else:
-        advice = (
-            "In site.yaml set epsilon_ceiling (3, say) for plans with noise, or set allow_non_private: true "
-            "for those without, or take no part."
-        )
-        yield Check("consent", "failed", "nothing may leave, with or without noise", advice)
+    yield _consent(config, plan)
     yield from _connection(config)
     data = list(_data(config, plan, seen))
     yield from data

@@ -18,6 +18,7 @@ from federation.exchanges.finetuning import FinetunePlan
 from federation.exchanges.latents import LATENTS
 from federation.exchanges.pretraining import PRETRAINING
 from federation.exchanges.probes import PROBES, sums_bound, sums_shapes, widest_sums
+from federation.exchanges.style_code import STYLE_CODE, code_promise, code_shapes, privacy_of
 from federation.exchanges.survey import SURVEY, smallest_cohort, survey_layout
 from federation.plan import RunPlan
 from federation.published_plan import PublishedPlan
@@ -72,6 +73,9 @@ def _run(plan: RunPlan, site_minimum: int) -> Iterator[Line]:
     )
     yield "On which data", _data(plan)
     yield "", f"The tokenizer must be {plan.tokenizer_sha256[:12]}…; encodings stay in your cache."
+    if plan.privacy is not None:
+        yield from _protected(plan)
+        return
     yield (
         "How long",
         f"{training.rounds} rounds of {training.steps_per_round} steps with {training.batch_size} scans; a "
@@ -126,10 +130,39 @@ def _run(plan: RunPlan, site_minimum: int) -> Iterator[Line]:
     )
 
 
+def _protected(plan: RunPlan) -> Iterator[Line]:
+    """What a plan with privacy makes leave, and what it promises."""
+    privacy, promise = privacy_of(plan), code_promise(plan)
+    yield (
+        "How long",
+        f"One question, answered within {plan.aggregation.deadline_s:g} s. Then the centre trains for "
+        f"{plan.total_steps:,} steps on {privacy.public_scans} phantoms, in which no patient is, dressed in "
+        "the sites' styles; your site is asked nothing more.",
+    )
+    yield (
+        "What leaves",
+        f"Once: {_numbers(code_shapes(plan))} numbers with noise, which say how your scanner's images look "
+        f"on average and about how many patients you have (level {privacy.level}). No weights, no losses, no "
+        "counts, no scan, no file name, no label.",
+    )
+    yield (
+        "Promise",
+        f"Each patient, with all her scans: epsilon {promise.epsilon} at delta {privacy.delta:g} for the "
+        f"whole run. {promise.sentence()}",
+    )
+    yield (
+        "",
+        "Your own ceiling wins (site.yaml: epsilon_ceiling, delta_ceiling): it holds for all plans together; "
+        "meduet-site ledger show says what is spent.",
+    )
+    yield from _how_often(plan)
+
+
 def _how_often(plan: RunPlan) -> Iterator[Line]:
     """How often each thing may be asked, in all."""
     counted = (
         ("survey", SURVEY),
+        ("style code", STYLE_CODE),
         ("rounds of training", PRETRAINING),
         ("probes (two questions each)", PROBES),
         ("site erasure", ERASURE),

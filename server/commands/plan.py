@@ -38,6 +38,25 @@ def add_to(commands: Any) -> None:
         help="where to write (default: plan.json)",
     )
     plan.set_defaults(run=_plan)
+    about = "draw a plan's public scans again, and say whether they are the plan's"
+    public = commands.add_parser(
+        "public-scans",
+        help=about,
+        description=f"{about.capitalize()}: latents of phantoms, in which no patient is. `plan privacy=sums` "
+        "draws them beside the plan; a run draws them itself, or takes the file from its folder.",
+    )
+    public.add_argument("plan", type=Path, metavar="PLAN.json", help="a plan with privacy")
+    public.add_argument(
+        "--out",
+        type=Path,
+        default=Path("public_scans.safetensors"),
+        metavar="FILE",
+        help="where to write (default: public_scans.safetensors)",
+    )
+    public.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="the plan's tokenizer (default: the package's)"
+    )
+    public.set_defaults(run=_public_scans)
     about = "make a fine-tuning of a finished run"
     finetuning = commands.add_parser(
         "finetuning",
@@ -84,7 +103,7 @@ def _plan(chosen: argparse.Namespace, console: Console) -> None:
     from server.consortium.plans import make_plan
     from server.consortium.provisioning import load_consortium
 
-    made = make_plan(load_consortium(chosen.consortium), chosen.settings)
+    made = make_plan(load_consortium(chosen.consortium), chosen.settings, chosen.out.parent)
     _write_new(chosen.out, made.to_json(), "plan")
     say(
         console,
@@ -93,6 +112,27 @@ def _plan(chosen: argparse.Namespace, console: Console) -> None:
         f"{len(made.sites)} sites, {made.training.rounds} rounds; publish it with:",
         f"  meduet-server publish {chosen.out}",
     )
+
+
+def _public_scans(chosen: argparse.Namespace, console: Console) -> None:
+    from federation.exchanges.style_code import privacy_of
+    from server.consortium.plans import plan_to_run
+    from server.public_latents import plans_tokenizer
+    from server.public_scans import drawn_public_scans
+
+    plan = plan_to_run(chosen.plan)
+    agreed, tokenizer = privacy_of(plan).public_sha256, plans_tokenizer(plan, chosen.tokenizer)
+    if tokenizer is None:
+        raise ValueError(
+            "Expected the plan's tokenizer; the package's is another. Name its file: --tokenizer."
+        )
+    drawn = drawn_public_scans(plan, tokenizer, chosen.out)
+    if drawn != agreed:
+        raise ValueError(
+            f"Expected the plan's public scans {agreed[:12]}…; drawn here they are {drawn[:12]}…, as on "
+            "another kind of machine. Take the file that was made with the plan."
+        )
+    say(console, f"{chosen.out}", f"public scans {drawn}", "They are the plan's.")
 
 
 def _finetuning(chosen: argparse.Namespace, console: Console) -> None:

@@ -23,6 +23,7 @@ from forms.yaml_text import read_yaml
 from meduet_models.tokenizer.tokenizer import TokenizerSpec, load_tokenizer
 from server.config import FROM_CONFIG, compose_config, plain, plan_from
 from server.consortium.provisioning import ConsortiumSettings
+from server.public_scans import PUBLIC_SCANS, drawn_public_scans
 from storage.files import write_whole
 
 _SETTINGS = ("network", "tokenizer", "hospitals", "experiment", "method")
@@ -31,12 +32,14 @@ _VALUES = "target_values"
 """Values of a covariate are texts, also those that YAML takes for numbers or for true and false."""
 
 
-def make_plan(consortium: ConsortiumSettings, overrides: Sequence[str] = ()) -> RunPlan:
+def make_plan(
+    consortium: ConsortiumSettings, overrides: Sequence[str] = (), folder: Path = Path()
+) -> RunPlan:
     """The plan of these hospitals, from `conf/` and `overrides` in Hydra's words (``training.rounds=20``).
 
     The grid of volumes is that of `hospitals=folders` unless an override says otherwise; of a group
-    `hospitals` only that grid counts. Raises `ValueError` for a setting that is wrong, or has no effect on a
-    plan.
+    `hospitals` only that grid counts. Public scans of a plan with privacy are drawn into `folder`. Raises
+    `ValueError` for a setting that is wrong, or has no effect on a plan.
     """
     keys = [override.split("=")[0].lstrip("+~") for override in overrides]
     for key, override in zip(keys, overrides, strict=True):
@@ -49,13 +52,17 @@ def make_plan(consortium: ConsortiumSettings, overrides: Sequence[str] = ()) -> 
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(f"Expected settings of conf/: {' '.join(str(error).split())}") from None
     tokenizer = load_tokenizer(build(TokenizerSpec, settings["tokenizer"], "tokenizer"))
-    return plan_from(
+    made = plan_from(
         settings,
         sites=[site.name for site in consortium.sites],
         tokenizer_sha256=tokenizer.sha256,
         latent_channels=tokenizer.latent_channels,
         stride=tokenizer.stride,
     )
+    if made.privacy is None:
+        return made
+    public_sha256 = drawn_public_scans(made, tokenizer, folder / PUBLIC_SCANS)
+    return dataclasses.replace(made, privacy=dataclasses.replace(made.privacy, public_sha256=public_sha256))
 
 
 def publish(plan: Path, folder: Path, finetuning: Path | None = None) -> tuple[Path, PublishedPlan]:

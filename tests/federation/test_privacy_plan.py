@@ -1,0 +1,74 @@
+import dataclasses
+from typing import Any
+
+import pytest
+
+from federation.exchanges.style_code import code_promise
+from federation.plan import RunPlan
+from server.config import compose_config, plain, plan_from
+
+
+def composed(*overrides: str) -> RunPlan:
+    settings = plain(compose_config(["privacy=sums", *overrides]))
+    return plan_from(settings, sites=("a", "b"), tokenizer_sha256="0" * 64, latent_channels=4, stride=4)
+
+
+def test_a_plan_with_privacy_comes_back_from_its_json_and_promises_its_epsilon() -> None:
+    plan = composed("privacy.epsilon=1.0")
+    assert RunPlan.from_json(plan.to_json()) == plan
+    promise = code_promise(plan)
+    assert 0.99 < promise.epsilon.upper <= 1.0 and promise.noise_in == "release"
+    sentence = promise.sentence()
+    for words in ("epsilon 0.999 to 1.000 at delta 1e-05", "each patient, all scans together", "Not covered"):
+        assert words in sentence
+    assert "anonymous" not in sentence
+
+
+def test_an_experiment_with_probes_becomes_one_without_under_privacy() -> None:
+    assert composed("experiment=hippocampus").probes.every_rounds == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["probes.every_rounds=2"], "privacy does not cover probes.*set probes.every_rounds=0"),
+        (["diffusion=federated"], "privacy does not cover a diffusion model: set diffusion=none"),
+        (["diffusion=raw"], "privacy does not cover a diffusion model"),
+        (
+            ["aggregation.method=fedbn"],
+            "Expected aggregation.method content_share",
+        ),
+        (["aggregation.rule=median"], "aggregation.rule has no effect with privacy.level=sums"),
+        (["aggregation.norm_tolerance=3"], "aggregation.norm_tolerance has no effect"),
+        (["release.style_clip=3"], "release.style_clip has no effect"),
+        (["release.wire_dtype=mxint8"], "release.wire_dtype has no effect"),
+        (["style.exchange=amplitude"], "privacy needs style.exchange=bank; got amplitude"),
+        (["style.head=local"], "set style.head=shared"),
+        (["style.centre=full"], "privacy does not cover the mean of every voxel"),
+        (["+style.body_parts=[head]"], "With privacy a site tells one style"),
+        (
+            ["volumes.extent=scan", "volumes.registered=false", "privacy.style_dimensions=4"],
+            "set volumes.extent=crop",
+        ),
+        (["privacy.style_dimensions=200"], "style_dimensions of at most 104 .a style has 104 numbers"),
+        (
+            ["volumes.registered=false", "privacy.style_dimensions=9"],
+            "style_dimensions of at most 8 .a style has 8 numbers",
+        ),
+        (["privacy.public_scans=64"], "public_scans above network.code_size=64"),
+        (["privacy.epsilon=0"], "privacy.epsilon above 0"),
+        (["privacy.delta=1e-4"], "privacy.delta above 0 and at most 1e-05; got 0.0001"),
+        (["privacy.level=adapters"], "privacy.level to be one of sums"),
+        (["+privacy.clip_norm=1.0"], "no setting 'clip_norm'"),
+    ],
+)
+def test_what_contradicts_privacy_is_refused_in_a_sentence(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        composed(*overrides)
+
+
+def test_without_privacy_every_one_of_these_is_a_plan() -> None:
+    plan = composed()
+    for changes in ({"aggregation": dataclasses.replace(plan.aggregation, rule="median")}, {"privacy": None}):
+        settings: dict[str, Any] = {"privacy": None, **changes}
+        dataclasses.replace(plan, **settings)

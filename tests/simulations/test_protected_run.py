@@ -1,0 +1,30 @@
+"""`meduet-simulate privacy=sums`, whole: hospitals, gate, centre, page."""
+
+import json
+from pathlib import Path
+
+from server.config import compose_config
+from simulations.run import run
+from tests.small_simulation import small_simulation
+
+
+def test_a_simulation_with_privacy_ends_with_a_page_that_says_epsilon_as_an_interval(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    settings = [
+        "privacy=sums",
+        "privacy.epsilon=8.0",
+        "privacy.style_dimensions=3",
+        "privacy.public_scans=72",
+    ]
+    page = run(compose_config([*small_simulation(patients=24), *settings, f"folder={folder}"]))
+    text = page.read_text(encoding="utf-8")
+    assert "epsilon 7.998 to 7.999 at delta 1e-05 for the whole run" in text
+    assert "a style code (one noised sum over patients)" in text and "Gaussian, deviation" in text
+    for site in json.loads((folder / "plan.json").read_text(encoding="utf-8"))["sites"]:
+        state = folder / "sites" / site
+        lines = (state / "journal.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line)["record"]["kind"] for line in lines] == ["style_code"]
+        assert list(state.rglob("*.secret")) == [] and not (state / "state").exists()
+    assert {"reconstruction_error", "style_gap_closed"} <= set(
+        json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["final"]
+    )
