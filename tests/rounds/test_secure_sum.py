@@ -520,7 +520,7 @@ def test_a_plan_says_what_a_secure_sum_rules_out(changes: dict[str, Any], why: s
 @pytest.mark.parametrize("number", [3, 4])
 def test_plan_show_says_what_a_secure_sum_means(number: int) -> None:
     plan = a_plan(SITES[:number], quorum=1.0)
-    text = " ".join(words for _, words in plan_words(PublishedPlan(plan, "0" * 64)))
+    text = " ".join(words for _, words in plan_words(PublishedPlan(plan=plan, bundle_sha256="0" * 64)))
     assert f"3 of {number} sites must answer" in text and "MASKED" in text
     assert ("two that collude know yours" in text) == (number == 3)
     assert ("the loss of any one stops the sum" in text) == (number == 3)
