@@ -24,7 +24,16 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.exact_sums import TooFewForSums
-from client.exchanges import diffusion, erasure, latents, pretraining, probes, secure_sum, survey
+from client.exchanges import (
+    diffusion,
+    erasure,
+    latents,
+    pretraining,
+    probes,
+    secure_sum,
+    style_code,
+    survey,
+)
 from client.exchanges.exchange import Answer, AskRefused, Site
 from client.latents.labelled import NoLabels
 from client.refusals import note_refusal, told_as
@@ -63,6 +72,7 @@ def exchanges() -> tuple[Answer[Any, Any], ...]:
     """The table of exchanges: everything that a centre may ask of a site, and how it is answered."""
     return (
         survey.ANSWER,
+        style_code.ANSWER,
         pretraining.ANSWER,
         secure_sum.KEYS,
         secure_sum.SHARES,

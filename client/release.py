@@ -8,9 +8,12 @@ Replies are built from `Released` values alone, and only the gate makes one: a n
 the ledger, and that one again for the same question. What leaves for a secure sum is bounded in the same way
 and masked after that; its counts and metrics leave in the masked vector or not at all.
 
+Noise is the gate's own work: no exchange can forget it, and none sees its key. It is drawn from a secret of
+this question's place in the ledger, so that a site that was killed goes on in the same bits; beside it
+nothing leaves, and the books say nothing of how many patients are behind it.
+
 Does not do: decide what is shared (`meduet_models/sharing.py`) or bound one patient's share of a sum: that
-happens where the sum is made; the gate checks that the sum is no longer than that allows. Noise enters
-nowhere in this version; the step exists as the identity and says so in the journal.
+happens where the sum is made; the gate checks that the sum is no longer than that allows.
 """
 
 import dataclasses
@@ -45,6 +48,8 @@ _OF_RANDOM_NUMBERS: Final = frozenset({"sum_keys", "sum_shares", "sum_unmask"})
 
 _ROUNDING_OF_SUMS: Final = 2.0**-20
 """By what share the float32 copy of a float64 sum may pass its bound."""
+
+_NO_NOISE: Final = "noise enters nowhere: the values leave as they were bounded"
 
 _MAKERS_MARK: Final = object()
 
@@ -132,7 +137,9 @@ class Gate:
         if answer is None:
             return None
         self._leaves_now()
-        return self._out(answer, settled.entry)
+        released = self._out(answer, settled.entry)
+        self._answers.forget_secret(self._reservation.place)
+        return released
 
     def release(
         self,
@@ -165,15 +172,18 @@ class Gate:
         Guarantee: the released vector's L2 norm is at most `weight * promise.bound` (of each row
         `promise.bound`, with one that bounds each), rounding to the wire's dtype included; a sum that was
         bounded where it was made may pass that by one part in a million, its own rounding. Not covered:
-        `not_covered`, counts and metrics; the journal lists them.
+        `not_covered`, counts and metrics; the journal lists them. With a promise that has a mechanism, this
+        holds before the noise: Gaussian, of the promise's deviation in each number; there is nothing else.
         Raises `GateRefusal` (kind `non_finite` for NaN and infinity), `AnsweredBefore` when another answer
         left under this reservation, `BrokenChain` or `OSError`.
         """
         reservation = self._reservation
         promise = reservation.promise
-        each = promise.enforcement == "each"
-        if not (math.isfinite(weight) and (weight > 0 or (each and weight == 0))):
+        each, noised = promise.enforcement == "each", promise.mechanism is not None
+        if not (math.isfinite(weight) and (weight > 0 or ((each or noised) and weight == 0))):
             raise GateRefusal(f"Expected a weight > 0; got {weight}.")
+        if noised and (counts or metrics or not_covered):
+            raise GateRefusal("Expected nothing beside a release with noise: it would be exact.")
         _check_declared(tensors, declared)
         whole, real = _counts(counts or {}), _metrics(metrics or {})
         _check_items(items, tensors, weight if each else 0.0)
@@ -184,13 +194,12 @@ class Gate:
         before = _longest_row(covered) if each else _finite_norm(covered)
         room = 0.0 if masking is None else masking.rounding / weight
         bounded = _bound(covered, promise, weight, wire_dtype, room)
-        noised, noise = _noise(bounded, promise)
         on_wire = (lambda tensor: rounded(tensor, wire_dtype)) if masking is None else masking.rounded
-        leaving = {
-            name: on_wire(noised.pop(name) if name in noised else tensor.detach().clone()).cpu()
+        exact = {
+            name: on_wire(bounded.pop(name) if name in bounded else tensor.detach().clone()).cpu()
             for name, tensor in tensors.items()
         }
-        left = {name: leaving[name] for name in covered}
+        left = {name: exact[name] for name in covered}
         after = _longest_row(left) if each else _finite_norm(left)
         allowed = promise.bound * (1 if each else weight)
         limit = allowed * (1 + _ROUNDING_OF_SUMS if promise.enforcement == "check" else 1)
@@ -199,7 +208,10 @@ class Gate:
                 f"Expected '{promise.kind}' over {weight:g} contributors to be at most {limit:g} long; got "
                 f"{after:g}. Contributors were not bounded where the sum was made."
             )
-        _finite_norm(leaving)
+        leaving, noise = self._with_noise(tensors, wire_dtype) if noised else (exact, _NO_NOISE)
+        length = _finite_norm(leaving)
+        if noised:  # nothing of the exact sum stands in the books
+            weight, before, after, allowed = 1.0, length, length, promise.bound
         beside: dict[str, Any] = {"counts": whole, "metrics": real}
         if masking is not None:
             leaving = masking.masked(leaving, weight, real)
@@ -230,7 +242,9 @@ class Gate:
             keep()
             if not each:
                 self._answers.write(reservation.place, answer)
-            return self._out(answer, self._ledger.settle(reservation, weight, sha256))
+            released = self._out(answer, self._ledger.settle(reservation, weight, sha256))
+            self._answers.forget_secret(reservation.place)
+            return released
         # The same answer, or none; another one only where all was lost.
         charge = self._ledger.settle(reservation, weight, sha256, anew)
         keep()
@@ -274,6 +288,19 @@ class Gate:
             keep()
             self._answers.write(reservation.place, answer)
         return self._out(answer, self._ledger.settle(reservation, 1.0, sha256))
+
+    def _with_noise(
+        self, tensors: Mapping[str, Tensor], wire_dtype: WireDtype
+    ) -> tuple[dict[str, Tensor], str]:
+        """The tensors with Gaussian noise, added in float64, and the sentence that says so."""
+        reservation = self._reservation
+        deviation = reservation.promise.deviation
+        source = self._answers.secret(reservation.place)
+        leaving = {}
+        for name, tensor in tensors.items():
+            noise = source.stream("noise", reservation.entry, name).normals(tuple(tensor.shape))
+            leaving[name] = rounded((tensor.double().cpu() + deviation * noise).to(tensor.dtype), wire_dtype)
+        return leaving, f"noise enters {reservation.promise.noise_in}: Gaussian, deviation {deviation:.4g}"
 
     def _leaves_now(self) -> None:
         if not may_leave():
@@ -384,8 +411,3 @@ def _bound(
         raise GateRefusal(f"Expected a grid finer than the bound {bound:g}; rounding alone takes {room:g}.")
     mean = clip(tensors, bound - room).value  # a copy
     return {name: tensor.mul_(weight) for name, tensor in mean.items()}
-
-
-def _noise(tensors: dict[str, Tensor], promise: Promise) -> tuple[dict[str, Tensor], str]:
-    """The identity, and the sentence that says so."""
-    return tensors, f"noise enters {promise.noise_in}: the values leave as they were bounded"

@@ -28,6 +28,7 @@ from federation.plan import RunPlan
 from forms.form import build
 from meduet_models.seeds import digest_of
 from meduet_models.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from privacy.accounting import LARGEST_DELTA
 from simulations.hospitals.plans import Hospital
 from simulations.settings import SimulationSettings
 
@@ -155,7 +156,8 @@ def site_configs(
     cache: Path | None = None,
 ) -> tuple[SiteConfig, ...]:
     """The `site.yaml` that each hospital would have; every one agrees to releases that are not private, to
-    exact sums over few patients, and to the release of latents where the plan asks for it.
+    exact sums over few patients, and to the release of latents where the plan asks for it; with privacy, to
+    what the plan may cost a patient, and to nothing else.
 
     `cache`: folder of the hospitals' encodings where several runs share them; none: each in its state folder.
     """
@@ -170,8 +172,10 @@ def site_configs(
             patient_pattern=settings.site.patient_pattern,
             split_fractions=settings.site.split_fractions,
             minimum_cohort=plan.style.minimum_cohort,
-            allow_non_private=True,
-            allow_exact_sums=EXACT_SUMS_CONSENT,
+            allow_non_private=plan.privacy is None,
+            epsilon_ceiling=0.0 if plan.privacy is None else plan.privacy.epsilon,
+            delta_ceiling=LARGEST_DELTA if plan.privacy is None else plan.privacy.delta,
+            allow_exact_sums=EXACT_SUMS_CONSENT if plan.privacy is None else "",
             latent_release=plan.diffusion.release.consent if plan.diffusion else "",
             plan_approval="implied",
             tokenizer=settings.tokenizer,

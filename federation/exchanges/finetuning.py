@@ -162,6 +162,16 @@ def check_start(local: LocalFinetuning, anatomy_start: AnatomyStart) -> None:
         )
 
 
+def check_sees_volumes(local: LocalFinetuning, plan: RunPlan) -> None:
+    """Raise `ValueError` for a network that is shown volumes, of a run on whole scans: only crops are kept as
+    volumes."""
+    if local.sees_volumes and plan.volumes.extent == "scan":
+        raise ValueError(
+            f"Expected network=tokens with volumes.extent=scan; network={local.network} is shown volumes, "
+            "and of whole scans only latents are kept."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class FinetuneAsk(Ask, kind="finetune_ask"):
     """One round of fine-tuning from these weights: `shared` changes and travels back, `fixed` does not. The

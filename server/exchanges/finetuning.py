@@ -15,7 +15,13 @@ from typing import Any
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
-from federation.exchanges.finetuning import FINETUNING, UNMASKED, FinetuneAsk, FinetunePlan
+from federation.exchanges.finetuning import (
+    FINETUNING,
+    UNMASKED,
+    FinetuneAsk,
+    FinetunePlan,
+    check_sees_volumes,
+)
 from federation.journal import Journal
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
@@ -104,6 +110,7 @@ def run_finetuning(
         raise ValueError(UNMASKED)
     if finetuning.run_sha256 != plan.sha256:
         raise ValueError(f"Expected a fine-tuning of run {plan.sha256[:12]}; it names another.")
+    check_sees_volumes(local, plan)
     network = starting_network(
         task_of(local.task),
         local.network,
