@@ -186,6 +186,9 @@ def _crossed(folder: Path, site: str) -> list[dict[str, str]]:
         "survey": "style statistics (sums over patients)",
         "style_code": "a style code (one noised sum over patients)",
         "round": "content branch update (weighted sum)",
+        "sum_keys": "fresh keys for a secure sum",
+        "sum_shares": "shares of keys, encrypted for each of the others",
+        "sum_unmask": "shares that open the sum of all",
         "erasure": "the sum of content codes",
         "probe": "sums of content, style and anatomy, per fold",
         "probe_hits": "counts of a fitted probe's hits",
@@ -196,7 +199,7 @@ def _crossed(folder: Path, site: str) -> list[dict[str, str]]:
     return [
         {
             "site": site,
-            "what": words.get(kind, kind),
+            "what": words.get(kind, kind) + (", masked" if "masked" in records[0] else ""),
             "times": _times(records),
             "bytes": human_bytes(sum(r["bytes"] for r in records)),
             "norm": f"{max(r['norm_after'] for r in records):.3g}",

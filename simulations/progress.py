@@ -172,11 +172,11 @@ class Live:
     def on_round_end(self, round_number: int, report: Mapping[str, Any], probes: Mapping[str, float]) -> None:
         """A round is over: its losses, and what was probed."""
         loss = report["loss"]
-        words = [
-            f"round {round_number:3d}",
-            f"loss {loss['total']:6.3f}",
-            f"reconstruction {loss['reconstruction']:.3f}",
-        ]
+        words = [f"round {round_number:3d}"]
+        if report.get("burnt"):
+            words.append("burnt: the sum could not be opened, the weights stay")
+        else:
+            words += [f"loss {loss['total']:6.3f}", f"reconstruction {loss['reconstruction']:.3f}"]
         for name, label in (
             ("site_from_content", "hospital from content"),
             ("site_from_style", "from style"),

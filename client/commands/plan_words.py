@@ -18,14 +18,17 @@ from federation.exchanges.finetuning import FinetunePlan
 from federation.exchanges.latents import LATENTS
 from federation.exchanges.pretraining import PRETRAINING
 from federation.exchanges.probes import PROBES, sums_bound, sums_shapes, widest_sums
+from federation.exchanges.secure_sum import SUM_MASKED
 from federation.exchanges.style_code import STYLE_CODE, code_promise, code_shapes, privacy_of
 from federation.exchanges.survey import SURVEY, smallest_cohort, survey_layout
 from federation.plan import RunPlan
 from federation.published_plan import PublishedPlan
+from federation.sum_layout import SumLayout
 from federation.wire import num_bytes
 from meduet_models.content_code import code_bound
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import shared_keys
+from privacy.secure_sum.transcript import threshold
 
 ONCE = (
     "Each is answered once: the same question gets the same answer again, another in its place is refused, "
@@ -164,6 +167,7 @@ def _how_often(plan: RunPlan) -> Iterator[Line]:
         ("survey", SURVEY),
         ("style code", STYLE_CODE),
         ("rounds of training", PRETRAINING),
+        ("rounds of training as secure sums", SUM_MASKED),
         ("probes (two questions each)", PROBES),
         ("site erasure", ERASURE),
         ("releases of latents", LATENTS),
@@ -198,13 +202,35 @@ def _round(plan: RunPlan) -> Iterator[Line]:
     size = num_bytes(shared, plan.release.wire_dtype)
     what = "of the content branch" if method == "content_share" else "of the network"
     what += "; your style branch stays here" if plan.style.head == "local" else ", style branch included"
+    clipped = f"clipped to a length of {plan.release.update_clip_norm:g} times how many scans were trained on"
+    if plan.aggregation.secure_sum:
+        layout = SumLayout.of(plan, {name: tensor.shape for name, tensor in shared.items()})
+        yield "", f"Each round: the change of {values:,} weights {what}, {clipped}, {_summed(plan, layout)}"
+        yield _told("of the sum over all sites, the fewer the more: " + _UPDATE_TELLS)
+        return
     yield (
         "",
         f"Each round: the change of {values:,} weights {what} ({size / 1e6:.1f} MB, "
-        f"{plan.release.wire_dtype}), clipped to a length of {plan.release.update_clip_norm:g} times how "
-        "many scans were trained on; that number; losses and seconds.",
+        f"{plan.release.wire_dtype}), {clipped}; that number; losses and seconds.",
     )
     yield _told(_UPDATE_TELLS)
+
+
+def _summed(plan: RunPlan, layout: SumLayout) -> str:
+    """What a secure sum means for who says yes to it."""
+    num_sites, cap = len(plan.sites), plan.aggregation.weight_cap
+    least = threshold(num_sites)
+    loss = "the loss of any one stops" if least == num_sites else "with fewer there is no"
+    together = "two that collude know" if num_sites == 3 else "all others together know"
+    return (
+        f"MASKED ({layout.size * 4 / 1e6:.1f} MB): the centre reads the sum over the sites, with the numbers "
+        f"of scans and the losses in it, and no site's own. At most {cap:,} scans of a site count; the sum "
+        f"is rounded to steps of {2.0**-layout.bits:g} over their number. {least} of {num_sites} sites "
+        f"must answer four questions: {loss} sum; a round that is lost after the third is not repeated. Of "
+        f"{num_sites} sites, {together} yours from the sum. Nothing at the centre judges a single site's "
+        "change any more: one that lies can spoil the model. Style sums, probes and site erasure are still "
+        "your own, not summed."
+    )
 
 
 def _diffusion(plan: RunPlan) -> Iterator[Line]:

@@ -84,15 +84,22 @@ def save(figure: Figure, path: Path) -> Path:
 
 def loss_terms(rounds: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Every loss term that any hospital told in any round, with its title; one without a title is called by
-    its name."""
-    terms = {term for entry in rounds for site in entry["sites"].values() for term in site["loss"]}
+    its name. Of secure sums only the mean over hospitals is known."""
+    terms = {term for entry in rounds for told in _told(entry).values() for term in told}
     ordered = [*(term for term in _LABELS if term in terms), *sorted(terms - set(_LABELS))]
     return {term: _LABELS.get(term, term) for term in ordered}
 
 
+def _told(entry: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
+    """Losses of a round by hospital, or of all together where that is all there is."""
+    told = {name: site["loss"] for name, site in entry["sites"].items() if site["loss"]}
+    return told or {"mean of all": entry.get("loss", {})}
+
+
 def draw_losses(rounds: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Draw every loss term that any hospital told over rounds, a line per hospital."""
-    sites = sorted({name for entry in rounds for name in entry["sites"]})
+    """Draw every loss term that any hospital told over rounds, a line per hospital; of secure sums, the
+    mean."""
+    sites = sorted({name for entry in rounds for name in _told(entry)})
     terms = loss_terms(rounds)
     columns = min(4, len(terms))
     rows = -(-len(terms) // columns)
@@ -101,9 +108,9 @@ def draw_losses(rounds: Sequence[Mapping[str, Any]], path: Path) -> Path:
     for axes, term in zip(panels.flat, terms, strict=False):
         for colour, site in zip(SITE_COLOURS, sites, strict=False):
             points = [
-                (entry["round"], entry["sites"][site]["loss"][term])
+                (entry["round"], _told(entry)[site][term])
                 for entry in rounds
-                if term in entry["sites"].get(site, {}).get("loss", {})
+                if term in _told(entry).get(site, {})
             ]
             if points:
                 x, y = zip(*points, strict=True)
