@@ -24,7 +24,17 @@ PACKAGES = (
     "server",
     "simulations",
 )
-BUNDLED = ("storage", "forms", "meduet_models", "privacy", "federation", "strategies", "client", "server")
+BUNDLED = (
+    "storage",
+    "forms",
+    "meduet_models",
+    "privacy",
+    "federation",
+    "strategies",
+    "audit",
+    "client",
+    "server",
+)
 
 
 @pytest.mark.parametrize("package", PACKAGES)
