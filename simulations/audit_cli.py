@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from audit.options import STATUS, add_audit_options
-from federation.terminal import ended, say, terminal
+from federation.terminal import DONE, ended, say, terminal
 from storage.files import keep_to_owner
 
 _ABOUT = """\
@@ -22,6 +22,7 @@ _EXAMPLES = """\
 examples:
   meduet-audit runs/demo --quick                      minutes
   meduet-audit runs/demo --policy privacy_policy.yaml against what your board allows
+  meduet-audit runs/demo --dossier                    the last record, as a page to file
 
 """
 
@@ -36,6 +37,11 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, help="folder of a run of meduet-simulate")
+    parser.add_argument(
+        "--dossier",
+        action="store_true",
+        help="print the record of the last audit as a page to file, and stop",
+    )
     add_audit_options(parser)
     chosen = parser.parse_args(arguments)
     return ended(
@@ -46,6 +52,8 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
 
 
 def _audit(chosen: argparse.Namespace, console: Console) -> int:
+    if chosen.dossier:
+        return _dossier(chosen, console)
     say(console, "loading PyTorch and the run")
     from audit.report import FOLDER, asked_effort, asked_policy, write_audit
     from meduet_models.threads import fixed_threads
@@ -59,6 +67,17 @@ def _audit(chosen: argparse.Namespace, console: Console) -> int:
         command = " ".join(["meduet-audit", *sys.argv[1:]])
         folder = chosen.run / FOLDER
         return write_audit(evidence, folder, policy, effort, command, lambda text: say(console, text))
+
+
+def _dossier(chosen: argparse.Namespace, console: Console) -> int:
+    from audit.dossier import dossier
+    from audit.record import read_record
+    from audit.report import FOLDER
+
+    if chosen.quick or chosen.policy is not None or chosen.null is not None:
+        raise ValueError("Expected --dossier alone: it prints an audit that was made, and makes none.")
+    say(console, *dossier(read_record(chosen.run / FOLDER / "audit.json")).splitlines())
+    return DONE
 
 
 if __name__ == "__main__":
