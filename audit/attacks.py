@@ -155,16 +155,23 @@ def _released_row(
     findings = [finding for release in tried for finding in _attacked(evidence, release, effort, scored)]
     findings += _differences(evidence, at_hand)
     if not findings:
-        why = (
-            "No attack on this kind is known to this version."
-            if kind not in ATTACKED
-            else (
-                next((r.missing for r in own if r.missing), "") or "Nothing of it is at hand to be attacked."
-            )
-        )
+        why = _why_not(evidence, kind, own)
         findings = [not_audited(name, why)]
     hashes = tuple(str(release.record["sha256"]) for release in own)
     return Artefact(name, len(own), hashes, charged.epsilon, charged.delta, tuple(findings))
+
+
+def _why_not(evidence: Evidence, kind: str, own: Sequence[Release]) -> str:
+    """Why a kind of release has no finding."""
+    if kind not in ATTACKED:
+        return "No attack on this kind is known to this version."
+    if not own:
+        return "Nothing of it is at hand: the site's books do not hold, and it was not opened."
+    if own[-1].tensors is None:
+        return own[-1].missing
+    if kind == "survey":
+        return "Style sums by body part, or of whole scans, are not attacked by this version."
+    return evidence.no_weights or "The weights that came with it are not at hand."
 
 
 def _attacked(evidence: Evidence, release: Release, effort: Effort, scored: Scored) -> Iterator[Finding]:

@@ -123,5 +123,7 @@ class Evidence:
     """Whose decoder turns latents into scans."""
     acquired_again: Callable[[str], Float[Tensor, "n c d h w"] | None] = lambda site: None
     """Latents of the same scans of a site, acquired again: shifted, other gamma, noise."""
+    no_weights: str = ""
+    """Why `network_of` may know none, in a sentence."""
     unfinished: str = ""
     """What is missing of the run, in a sentence; empty: it is finished."""

@@ -73,10 +73,12 @@ def _alarms(record: Record) -> str:
     alarms = record.alarms
     if not alarms.tried:
         return "No score had enough patients for a check against nobody's membership."
+    areas = sum(f.measure == "AUC" for artefact in record.artefacts for f in artefact.findings)
     return (
         f"With membership dealt at random within each site, {alarms.claimed} of {alarms.tried} scores were "
         f"claimed ({alarms.claimed / alarms.tried:.1%}, 95% interval {alarms.low:.1%} to {alarms.high:.1%}; "
-        f"nominal {alarms.nominal:.1%})."
+        f"nominal {alarms.nominal:.1%}). So of the {areas} scores on this page about "
+        f"{areas * alarms.nominal:.1f} would be claimed where nothing is."
     )
 
 

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from client.commands import audit as audit_commands
 from client.commands import harmonisation as harmonisation_commands
 from client.commands import journal as journal_commands
 from client.commands import key as key_commands
@@ -132,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     plan_commands.add_to(commands)
     journal_commands.add_to(commands)
     ledger_commands.add_to(commands)
+    audit_commands.add_to(commands)
     for command, needed in ((prepare, True), (check, False)):
         command.add_argument(
             "--config", type=Path, required=True, metavar="FILE", help="the site's site.yaml"

@@ -24,6 +24,7 @@ SHIPPED = (
     ("privacy", "*.py"),
     ("federation", "*.py"),
     ("strategies", "*.py"),
+    ("audit", "*.py"),
     ("client", "*.py"),
     ("server", "*.py"),
     ("conf", "*.yaml"),

@@ -4,18 +4,15 @@ Does not do: open the run (`audit_run.py`), attack (`audit/`).
 """
 
 import argparse
-import importlib.metadata
-import platform
 import sys
-import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
 
-from federation.terminal import ended, say, terminal
-from storage.files import keep_to_owner, private_folder, write_whole
+from audit.options import STATUS, add_audit_options
+from federation.terminal import DONE, ended, say, terminal
+from storage.files import keep_to_owner
 
 _ABOUT = """\
 Attacks everything that a run of meduet-simulate released, as the coordinating centre could, and writes
@@ -25,9 +22,8 @@ _EXAMPLES = """\
 examples:
   meduet-audit runs/demo --quick                      minutes
   meduet-audit runs/demo --policy privacy_policy.yaml against what your board allows
+  meduet-audit runs/demo --dossier                    the last record, as a page to file
 
-exit status: 0 within the policy; 1 not, or the run cannot be read; 2 undecided, or wrong usage;
-             130 interrupted
 """
 
 
@@ -37,15 +33,16 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     parser = argparse.ArgumentParser(
         prog="meduet-audit",
         description=_ABOUT,
-        epilog=_EXAMPLES,
+        epilog=_EXAMPLES + STATUS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, help="folder of a run of meduet-simulate")
-    parser.add_argument("--quick", action="store_true", help="fewer draws, the newest release of each kind")
-    parser.add_argument("--policy", type=Path, help="what is allowed, as YAML; left out: the defaults")
     parser.add_argument(
-        "--null", type=int, metavar="N", help="draws of nobody's membership (1000; quick: 100)"
+        "--dossier",
+        action="store_true",
+        help="print the record of the last audit as a page to file, and stop",
     )
+    add_audit_options(parser)
     chosen = parser.parse_args(arguments)
     return ended(
         lambda: _audit(chosen, console or terminal()),
@@ -55,56 +52,32 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
 
 
 def _audit(chosen: argparse.Namespace, console: Console) -> int:
-    began = time.monotonic()
-    from audit.policy import Policy, read_policy
-
-    policy = Policy() if chosen.policy is None else read_policy(chosen.policy)
+    if chosen.dossier:
+        return _dossier(chosen, console)
     say(console, "loading PyTorch and the run")
-    import dataclasses
-
-    from audit.attacks import QUICK, Effort, audit
-    from audit.page import first_sentences, page_of
-    from audit.planted import planted
-    from audit.policy import decide
-    from audit.record import record_of, to_json
+    from audit.report import FOLDER, asked_effort, asked_policy, write_audit
     from meduet_models.threads import fixed_threads
     from simulations.audit_run import evidence_of
     from simulations.progress import Live
 
-    effort = QUICK if chosen.quick else Effort()
-    if chosen.null is not None:
-        if not 1 <= chosen.null <= 100_000:
-            raise ValueError(f"Expected --null of 1 to 100000 draws; got {chosen.null}.")
-        effort = dataclasses.replace(effort, null_draws=chosen.null)
+    policy, effort = asked_policy(chosen), asked_effort(chosen)
     with fixed_threads(1):
         with Live() as live:
             evidence = evidence_of(chosen.run, live)
-        audited = audit(evidence, effort, lambda text: say(console, text))
-    say(console, "faults that are built in on purpose")
-    faults = planted()
-    charged = {one.name: (one.epsilon, one.delta) for one in audited.artefacts}
-    decision = decide(policy, audited.findings, charged, audited.behind)
-    about = {
-        "audited_utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["meduet-audit", *sys.argv[1:]]),
-        "versions": {
-            "python": platform.python_version(),
-            **{n: importlib.metadata.version(n) for n in _LIBRARIES},
-        },
-        "seconds": time.monotonic() - began,
-    }
-    record = record_of(evidence, audited, policy, decision, faults, about)
-    folder = chosen.run / "audit"
-    private_folder(folder)
-    write_whole(folder / "audit.json", to_json(record))
-    write_whole(folder / "audit.html", page_of(record))
-    found = [f"{where}: {text}" for where, text in first_sentences(record)]
-    say(console, "", *found, "", *decision.undecided)
-    say(console, "", f"Exit status {decision.status}. The page: {(folder / 'audit.html').resolve()}")
-    return decision.status
+        command = " ".join(["meduet-audit", *sys.argv[1:]])
+        folder = chosen.run / FOLDER
+        return write_audit(evidence, folder, policy, effort, command, lambda text: say(console, text))
 
 
-_LIBRARIES = ("fedmeduet", "torch", "numpy", "scipy")
+def _dossier(chosen: argparse.Namespace, console: Console) -> int:
+    from audit.dossier import dossier
+    from audit.record import read_record
+    from audit.report import FOLDER
+
+    if chosen.quick or chosen.policy is not None or chosen.null is not None:
+        raise ValueError("Expected --dossier alone: it prints an audit that was made, and makes none.")
+    say(console, *dossier(read_record(chosen.run / FOLDER / "audit.json")).splitlines())
+    return DONE
 
 
 if __name__ == "__main__":

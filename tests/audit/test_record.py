@@ -9,6 +9,7 @@ import jsonschema
 import pytest
 
 from audit.attacks import QUICK, audit
+from audit.dossier import OPEN, dossier
 from audit.page import page_of
 from audit.policy import Policy, decide
 from audit.record import Record, read_record, record_of, schema, to_json
@@ -82,6 +83,16 @@ def test_every_number_of_the_page_stands_in_the_record(record: Record) -> None:
     said = {f"{f.value:.2f}" for row in record.artefacts for f in row.findings if f.value is not None}
     cells = [re.findall(r'<td class="n">(.*?)</td>', line) for line in table.split("<tr>")[2:]]
     assert cells and {row[0] for row in cells} - {""} <= said
+
+
+def test_the_dossier_leaves_to_people_what_only_they_know_and_invents_no_number(record: Record) -> None:
+    page = dossier(record)
+    assert page.count(OPEN) == 7 and page.endswith("Fields left open for a person: 7.\n")
+    for name in ("re-identification", "attribute inference", "membership inference", "linkage"):
+        assert f"  {name}: " in page
+    assert "attribute inference: found (north: probe, measured)" in page
+    said, known = (set(re.findall(r"\d+\.\d+|[0-9a-f]{64}", text)) for text in (page, to_json(record)))
+    assert said and {one for one in said if one not in known} == set()
 
 
 def test_text_of_a_run_is_text_on_the_page(record: Record) -> None:

@@ -26,8 +26,17 @@ PACKAGES = (
     "simulations",
 )
 BUNDLED = (
-    "storage", "scans", "forms", "meduet_models", "privacy", "federation", "strategies", "client", "server"
-)  # fmt: skip
+    "storage",
+    "scans",
+    "forms",
+    "meduet_models",
+    "privacy",
+    "federation",
+    "strategies",
+    "audit",
+    "client",
+    "server",
+)
 
 
 @pytest.mark.parametrize("package", PACKAGES)

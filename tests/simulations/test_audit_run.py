@@ -7,8 +7,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from audit.record import read_record
+from client.cli import main as site_main
+from federation.plan import RunPlan
 from server.config import compose_config
 from simulations.audit_cli import main
+from simulations.finished_run import begun_run
+from simulations.progress import Live
 from simulations.run import run
 from tests.small_simulation import small_simulation
 
@@ -63,7 +68,7 @@ def test_a_journal_line_that_was_edited_is_said_first(finished: Path, tmp_path: 
     ledger.write_bytes(b"\n".join(ledger.read_bytes().split(b"\n")[:2]) + b"\n")
     status, said = audited(folder)
     assert status == 1
-    found = said.split("nobody's membership")[1].split("\n")
+    found = said.split("built in on purpose")[1].split("\n")
     first = next(line for line in found if line.strip())
     assert first.startswith("north: books: ") and "the ledger does not know of it" in first
 
@@ -76,6 +81,28 @@ def test_a_run_that_is_not_finished_is_audited_as_far_as_it_came(finished: Path,
     record = json.loads((folder / "audit" / "audit.json").read_text())
     assert record["unfinished"].startswith("The run is not finished (1 of 1 rounds)")
     assert "model.safetensors" not in {row["name"] for row in record["artefacts"]}
+
+
+def test_a_site_audits_what_left_it_on_its_own_patients(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    plan = RunPlan.from_json((folder / "plan.json").read_text())
+    begun = begun_run(folder, Live())
+    (config,) = [one for one in begun.consortium.configs if one.name == "north"]
+    lines = [f"name: {config.name}", f"data_root: {config.data_root}", f"state_dir: {config.state_dir}"]
+    lines += [f"layout: {config.layout}", "modality_names: {'*': t1}", "allow_non_private: true"]
+    lines += ["split_fractions: [0.5, 0.0, 0.5]", "plan_approval: implied", "minimum_cohort: 2"]
+    (tmp_path / "site.yaml").write_text("\n".join(lines) + "\n")
+    console = Console(record=True, width=200)
+    asked = ["audit", "--config", str(tmp_path / "site.yaml"), "--plan", str(folder / "plan.json"), "--quick"]
+    status = site_main([*asked, "--model", str(folder / "model.safetensors")], console)
+    (path,) = config.state_dir.glob("audit/*/audit.json")
+    record = read_record(path)
+    assert status == record.status == 1 and path.parent.name == plan.sha256[:12]
+    verdicts = {row.name: row.verdict for row in record.artefacts}
+    assert verdicts["north: survey"] == "found" and verdicts["north: books"] == "not found"
+    assert verdicts["north: erasure"] == "not audited"  # its weights are not kept at a site
+    assert "harbour" not in path.read_text() and "model.safetensors" in verdicts
 
 
 def test_bad_input_is_one_line(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,141 @@
+"""A site's part of an audit: its scans as candidates, what left it as it left, its books.
+
+What left is read from what the site kept of it (`client/answers.py`), and of latents, which are not kept,
+made again by the site's own functions; either must have the hash of the journal's line, else it is not
+attacked and the report says why. At a site everything stays there: the report is patient data of a kind.
+
+What this file does not do: attack (`audit/`).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from audit.evidence import Cohort, Evidence, Release, SiteBooks
+from client.answers import ANSWERS, KeptAnswers
+from client.books import JOURNAL, LEDGER
+from client.exchanges.latents import raw_items
+from client.exchanges.probes import target_of
+from client.latents.examples import examples_of
+from client.latents.latent_set import LatentSet
+from client.site import Site
+from federation.exchanges.latents import BOUNDED, latent_bound, to_tensors
+from federation.journal import read_journal
+from federation.plan import RunPlan
+from federation.wire import GROWTH, rounded
+from meduet_models.pretrained import load_pretrained
+from meduet_models.weights import sha256_of_file, sha256_of_tensors
+from privacy.clipping import clip
+from privacy.ledger import Place
+
+_SCANS_AT_ONCE = 64
+_SHIFT, _GAMMA, _NOISE = 1, 1.2, 0.02
+"""How a scan is acquired again: moved by a voxel, another gamma, noise."""
+
+
+def evidence_of_site(site: Site, scans: LatentSet, plan: RunPlan, model: Path | None) -> Evidence:
+    """All that a site can audit by itself. `model`: the published model, if it is there; raises `ValueError`
+    when that is another plan's."""
+    network, hashes, tokenizer = None, _hashes(site), site.tokenizer
+    if model is not None:
+        pretrained = load_pretrained(model)
+        if pretrained.provenance.get("plan_sha256") != plan.sha256:
+            raise ValueError(f"Expected a model of plan {plan.sha256[:12]}…; {model.name} is of another.")
+        network = pretrained.network.requires_grad_(False)
+        hashes["model.safetensors"] = sha256_of_file(model)
+    return Evidence(
+        name=f"{plan.name}, seen by {site.name}",
+        plan=plan,
+        books={site.name: site_books(site.state_dir)},
+        releases=list(released(site, scans, plan)),
+        cohorts={site.name: cohort_of(site.name, scans, plan)},
+        hashes=hashes,
+        model=network,
+        acquired_again=lambda _: acquired_again(scans, plan, tokenizer.encode),
+        tokenizer=tokenizer,
+        no_weights="The weights that came with this question are not kept at a site; the centre has them.",
+    )
+
+
+def site_books(state_dir: Path) -> SiteBooks:
+    """Where they lie."""
+    return SiteBooks(state_dir / JOURNAL, state_dir / LEDGER)
+
+
+def _hashes(site: Site) -> dict[str, str]:
+    """sha256 of each, by the name in the report."""
+    own = site_books(site.state_dir)
+    return {f"{site.name}/{path.name}": sha256_of_file(path) for path in (own.journal, own.ledger)}
+
+
+def cohort_of(name: str, scans: LatentSet, plan: RunPlan) -> Cohort:
+    """Everybody of whom there are scans; of whole scans, their central crops."""
+    rows = range(scans.num_scans)
+    chunks = [rows[first : first + _SCANS_AT_ONCE] for first in range(0, len(rows), _SCANS_AT_ONCE)]
+    latents = torch.cat([scans.latents(list(chunk)) for chunk in chunks])
+    measured = None
+    if targets := list(plan.probes.anatomy):
+        measured = torch.tensor([[target_of(scans, row, one, plan) for one in targets] for row in rows])
+    took_part = tuple(split == "train" for split in scans.splits)
+    return Cohort(name, latents, tuple(scans.patients), took_part, measured)
+
+
+def released(site: Site, scans: LatentSet, plan: RunPlan) -> Iterator[Release]:
+    """What left the site under this plan, in the order of its journal."""
+    lines = [e.record for e in read_journal(site.state_dir / JOURNAL) if "sha256" in e.record]
+    kept = KeptAnswers(site.state_dir / ANSWERS)
+    for line in lines:
+        if line["kind"] != "latents":
+            answer = kept.read(_place(line), line["sha256"])
+            tensors = None if answer is None else dict(answer.tensors)
+            missing = "" if tensors else "The answer is not kept any more: sites keep those of three rounds."
+            yield Release(site.name, line, tensors, missing)
+        elif line["plan"] == plan.sha256:
+            rows = _rows_of(site, scans, plan, line)
+            tensors = _latents_again(scans, plan, line, rows)
+            missing = "" if tensors else "Latents made again have another hash: scans changed since."
+            yield Release(site.name, line, tensors, missing, rows)
+        else:
+            yield Release(site.name, line, None, "Latents of another plan: audit them under that.")
+
+
+@torch.no_grad()
+def acquired_again(
+    scans: LatentSet, plan: RunPlan, encode: Callable[[Tensor], Tensor]
+) -> Float[Tensor, "n c d h w"] | None:
+    """Latents of the same scans as another acquisition would give them; None for whole scans."""
+    if plan.volumes.extent != "crop":
+        return None
+    volumes = scans.volumes(range(scans.num_scans), plan.volumes).float()
+    noise = torch.randn(volumes.shape, generator=torch.Generator().manual_seed(0))
+    moved = volumes.roll((_SHIFT, _SHIFT, _SHIFT), (2, 3, 4)).clamp(0, 1) ** _GAMMA
+    return torch.cat([encode(chunk) for chunk in torch.split((moved + _NOISE * noise).clamp(0, 1), 16)])
+
+
+def _place(line: Mapping[str, Any]) -> Place:
+    return Place(
+        plan_sha256=line["plan"], kind=line["kind"], round=line["round"], part=str(line.get("part", ""))
+    )
+
+
+def _rows_of(site: Site, scans: LatentSet, plan: RunPlan, line: Mapping[str, Any]) -> tuple[int, ...]:
+    """Which scans a release of latents was of."""
+    first, count = line["counts"]["first_item"], len(line["items"])
+    return tuple(raw_items(scans, plan, line["round"], site.secret)[first : first + count])
+
+
+def _latents_again(
+    scans: LatentSet, plan: RunPlan, line: Mapping[str, Any], rows: tuple[int, ...]
+) -> dict[str, Tensor] | None:
+    """Released latents as the site's own functions make them; None when they have another hash."""
+    if not rows:
+        return None
+    tensors, dtype = to_tensors(examples_of(scans, rows, plan)), plan.release.latent_dtype
+    bound = latent_bound(plan) * (1 - GROWTH[dtype])
+    tensors[BOUNDED] = torch.stack([clip({BOUNDED: one}, bound).value[BOUNDED] for one in tensors[BOUNDED]])
+    leaving = {name: rounded(tensor, dtype) for name, tensor in tensors.items()}
+    return leaving if sha256_of_tensors(leaving) == line["sha256"] else None

@@ -1,0 +1,77 @@
+"""The centre's part of an audit: the models of a run as the centre knows them.
+
+The centre is the attacker whom an audit assumes: it has the weights before and after each round that is kept,
+and the code with which it asked. A style branch that stays at the sites is as it started.
+
+What this file does not do: attack (`audit/`), or hold a scan.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from audit.evidence import Release
+from federation.plan import RunPlan
+from meduet_models.meduet import FactorNetwork, MeDUET
+from meduet_models.weights import load_weights
+from server.app import MODEL
+from server.checkpoints import Checkpoint, Checkpoints
+from server.model import MeduetModel
+
+
+class CentresModels:
+    """The models in the folder of a run. Raises `ValueError` for a damaged checkpoint."""
+
+    def __init__(self, plan: RunPlan, folder: Path) -> None:
+        checkpoints = Checkpoints(folder / "checkpoints", plan.sha256)
+        self.plan = plan
+        self.kept: dict[int, Checkpoint] = {r: checkpoints.load(r) for r in checkpoints.rounds()}
+        self._model = MeduetModel(plan)
+        self._coded: dict[int, dict[str, Tensor]] = {}
+        path = folder / MODEL
+        self._final = load_weights(path)[0] if path.is_file() else {}
+
+    @property
+    def final(self) -> FactorNetwork | None:
+        """The published model; None before the end."""
+        return self._network(self._final) if self._final else None
+
+    def earlier(self) -> dict[str, FactorNetwork]:
+        """The common start on the final latent scale, and the model of the earliest round that is kept."""
+        if not self._final:
+            return {}
+        start = self._model.start()[0]
+        constants = {n: self._final[n] for n in ("latent_mean", "latent_deviation")}
+        models = {"the common start": self._network(start | constants)}
+        early = [r for r in self.kept if 0 < r < self.plan.training.rounds]
+        if early:
+            models[f"round {min(early)}"] = self._network(self.kept[min(early)].shared)
+        return models
+
+    def asked_with(self, release: Release) -> FactorNetwork | None:
+        """The weights that came with a question of codes; None where they are not kept."""
+        last = self.plan.training.rounds
+        if release.kind == "probe" and release.round == last + 1:
+            return self.final
+        checkpoint = self.kept.get(release.round)
+        if checkpoint is None:
+            return None
+        if checkpoint.round not in self._coded:
+            self._coded[checkpoint.round] = self._model.with_code(checkpoint.shared, checkpoint.bank)
+        return self._network(self._coded[checkpoint.round])
+
+    def before_after(self, release: Release) -> tuple[FactorNetwork, FactorNetwork] | None:
+        """The model that was sent for a round, and the same moved by a site's mean update."""
+        sent, update = self.kept.get(release.round - 1), release.tensors
+        if sent is None or update is None:
+            return None
+        weight = float(release.record["weight"])
+        moved = {n: t + update[n] / weight if n in update else t for n, t in sent.shared.items()}
+        return self._network(sent.shared), self._network(moved)
+
+    def _network(self, shared: Mapping[str, Tensor]) -> FactorNetwork:
+        network = MeDUET(self.plan.network, len(self.plan.sites), seed=self.plan.seed)
+        own = network.state_dict()
+        network.load_state_dict(own | {n: t for n, t in shared.items() if n in own})
+        return network.eval().requires_grad_(False)
