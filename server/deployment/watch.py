@@ -14,7 +14,6 @@ from typing import Any
 from federation.keys.certificates import expiry, read_certificate
 from federation.keys.key_files import read_file
 from federation.plan import RunPlan
-from federation.terminal import visible
 from federation.watching import Section, Series, Watched
 from server.deployment.config import ServerConfig
 from server.deployment.status_screen import OVER, gather
@@ -155,7 +154,7 @@ def _seconds(when: str) -> float:
 
 
 def _ago(when: str | None) -> str:
-    return "never" if when is None else f"{_seconds(when):.0f} s ago ({visible(when)})"
+    return "never" if when is None else f"{_seconds(when):.0f} s ago"
 
 
 def _size(count: int) -> str:
