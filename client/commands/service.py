@@ -1,4 +1,4 @@
-"""`meduet-site start`: the site as something that runs.
+"""`meduet-site start | watch`: the site as something that runs.
 
 Does not do: more than read arguments and call the module that does the work; heavy ones are imported then.
 """
@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from federation.terminal import say
 from storage.files import private_folder
 
 
@@ -23,6 +24,26 @@ def add_to(commands: Any) -> None:
     )
     start.add_argument("--config", type=Path, required=True, metavar="FILE", help="the site's site.yaml")
     start.set_defaults(run=_start)
+    watch = commands.add_parser(
+        "watch",
+        help="a page to watch this site on this machine, and its numbers for Prometheus; read-only",
+        description="Serve what left this site, under which promise, what was charged and what runs, as a "
+        "page on loopback, until Ctrl-C. It needs no JavaScript, asks nobody, and can change nothing. The "
+        "address holds a word that only the owner of state_dir can read.",
+    )
+    watch.add_argument("--config", type=Path, required=True, metavar="FILE", help="the site's site.yaml")
+    watch.add_argument("--port", type=int, default=8601, help="on loopback; 0: any (default 8601)")
+    watch.set_defaults(run=_watch)
+
+
+def _watch(chosen: argparse.Namespace, console: Console) -> None:
+    from client.site import load_site_config
+    from client.watch import watched
+    from federation.watching import watch
+
+    config = load_site_config(chosen.config)
+    private_folder(config.state_dir)
+    watch(lambda: watched(config), config.state_dir, chosen.port, lambda line: say(console, line))
 
 
 def _start(chosen: argparse.Namespace, console: Console) -> int:

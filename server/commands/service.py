@@ -1,4 +1,4 @@
-"""`meduet-server start | run | stop | status | proxy | poc`: the centre as something that runs.
+"""`meduet-server start | run | stop | status | watch | proxy | poc`: the centre as something that runs.
 
 Does not do: more than read arguments and call the module that does the work; heavy ones are imported then.
 """
@@ -67,6 +67,18 @@ def add_to(commands: Any) -> None:
     status.add_argument("--json", action="store_true", help="print JSON once, for programs")
     status.add_argument("--once", action="store_true", help="print once, do not stay")
     status.set_defaults(run=_status)
+
+    watch = commands.add_parser(
+        "watch",
+        help="a page to watch a run on this machine, and its numbers for Prometheus; read-only",
+        description="Serve what `status` shows as a page on loopback, until Ctrl-C. It needs no JavaScript, "
+        "asks nobody, and can change nothing. The address holds a word that only the folder's owner can "
+        "read.",
+    )
+    watch.add_argument("folder", type=Path, metavar="FOLDER", help="the run's folder")
+    watch.add_argument("--config", type=Path, metavar="FILE", help="server.yaml: processes and certificates")
+    watch.add_argument("--port", type=int, default=8600, help="on loopback; 0: any (default 8600)")
+    watch.set_defaults(run=_watch)
 
     proxy = commands.add_parser(
         "proxy",
@@ -144,6 +156,16 @@ def _status(chosen: argparse.Namespace, console: Console) -> None:
         console.out(as_json(chosen.folder, state_dir), highlight=False)
     else:
         show(console, chosen.folder, state_dir, live=not chosen.once)
+
+
+def _watch(chosen: argparse.Namespace, console: Console) -> None:
+    from federation.watching import watch
+    from server.deployment.config import load_server_config
+    from server.deployment.watch import watched
+
+    config = None if chosen.config is None else load_server_config(chosen.config)
+    watched(chosen.folder, config)  # whoever names another folder hears it now
+    watch(lambda: watched(chosen.folder, config), chosen.folder, chosen.port, lambda line: say(console, line))
 
 
 def _proxy(chosen: argparse.Namespace, console: Console) -> None:

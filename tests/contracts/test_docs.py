@@ -62,6 +62,8 @@ def test_the_five_files_to_read_exist() -> None:
         ("server.cli", ("pretrain-public",)),
         ("server.cli", ("synthesize",)),
         ("server.cli", ("export",)),
+        ("server.cli", ("watch",)),
+        ("client.cli", ("watch",)),
         ("server.cli", ("bank", "forget")),
     ],
 )

@@ -1,0 +1,109 @@
+"""What the page of a site shows: what left it and under which promise, what was charged, what runs here.
+
+From the site's own books, read and never written; they stay here, and so does the page. Does not do: serve
+(`federation/watching.py`), or connect to anybody.
+"""
+
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from client.books import JOURNAL, LEDGER
+from client.connection.keys import SiteKeys
+from client.site import SiteConfig
+from federation.journal import read_journal
+from federation.keys.certificates import utc_now
+from federation.processes import read_state
+from federation.watching import Section, Series, Watched
+from privacy.chain import Entry, read_chain
+
+PROCESSES = "processes"
+"""Folder of the supervisor, in the site's state."""
+_SHOWN = 15
+
+
+def watched(config: SiteConfig) -> Watched:
+    """The site of `config` now. Raises `BrokenChain` for books that do not hold."""
+    folder = config.state_dir
+    journal = read_journal(folder / JOURNAL) if (folder / JOURNAL).is_file() else []
+    ledger = read_chain(folder / LEDGER, "ledger") if (folder / LEDGER).is_file() else []
+    left = [entry for entry in journal if "promise" in entry.record]
+    state = read_state(folder / PROCESSES)
+    runs = {} if state is None else state["processes"]
+    days = _certificate_days(config)
+    events = Counter(str(entry.record.get("event", "")) for entry in ledger)
+    places = events["reserve"] - events["settle"]
+    running = any(one["state"] == "running" for one in runs.values())
+    now = "connected processes run" if running else "nothing runs here now"
+    last = f"; something last left {left[-1].utc}" if left else "; nothing has left"
+    sections = [
+        Section(
+            "What left this site",
+            ("when", "what", "plan", "round", "bytes", "promise"),
+            [
+                (entry.utc, entry.record.get("kind", ""), str(entry.record.get("plan", ""))[:12],
+                 entry.record.get("round", ""), entry.record.get("bytes", ""), entry.record["promise"])
+                for entry in reversed(left[-_SHOWN:])
+            ],
+        ),
+        Section(
+            "Ledger",
+            ("releases", "epsilon", "reserved, not released"),
+            [(events["settle"], "infinite" if events["settle"] else "0", max(0, places))],
+            "No noise is added in this version: every release costs an infinite epsilon.",
+        ),
+        Section(
+            "Processes", ("process", "state", "restarts"),
+            [(name, one["state"], one["restarts"]) for name, one in runs.items()],
+        ),
+        Section("Certificate", ("days left",), [] if days is None else [(f"{days:.0f}",)]),
+    ]  # fmt: skip
+    return Watched(f"Site {config.name}", now + last, sections, _series(config, left, events, runs, days))
+
+
+def _series(
+    config: SiteConfig,
+    left: Sequence[Entry],
+    events: Counter[str],
+    runs: dict[str, dict[str, object]],
+    days: float | None,
+) -> list[Series]:
+    disk = shutil.disk_usage(config.state_dir)
+    kinds = Counter(str(entry.record.get("kind", "")) for entry in left)
+    sizes = Counter[str]()
+    for entry in left:
+        sizes[str(entry.record.get("kind", ""))] += int(entry.record.get("bytes", 0))
+    clipped = sum(bool(entry.record.get("clipped")) for entry in left)
+    made = [
+        Series.by("kind", "meduet_released", "Releases that left this site", dict(kinds), "counter"),
+        Series.by("kind", "meduet_released_bytes", "Bytes that left this site", dict(sizes), "counter"),
+        Series.of("meduet_released_clipped", "Releases that the gate scaled down", clipped, "counter"),
+        Series.by("event", "meduet_ledger_lines", "Lines of the ledger", dict(events), "counter"),
+        Series.of("meduet_epsilon", "Charged so far", float("inf") if events["settle"] else 0.0),
+        Series.of("meduet_disk_free_bytes", "Of the site's state", disk.free),
+        Series.of("meduet_disk_size_bytes", "Of the site's state", disk.total),
+        Series.by("process", "meduet_process_up", "1 while it runs",
+                  {name: float(one["state"] == "running") for name, one in runs.items()}),
+        Series.by("process", "meduet_process_restarts", "Times that it was started again",
+                  {name: float(str(one["restarts"])) for name, one in runs.items()}, "counter"),
+    ]  # fmt: skip
+    if left:
+        seconds = (datetime.now(UTC) - datetime.fromisoformat(left[-1].utc)).total_seconds()
+        made.append(Series.of("meduet_last_release_age_seconds", "Since something left", max(0.0, seconds)))
+        rounds = [int(entry.record.get("round", 0)) for entry in left]
+        made.append(Series.of("meduet_last_release_round", "Round of what left last", rounds[-1]))
+    if days is not None:
+        made.append(Series.of("meduet_certificate_days", "Days until this site's certificate ends", days))
+    return made
+
+
+def _certificate_days(config: SiteConfig) -> float | None:
+    """None where the site has no keys, or keys that `check` has something to say about."""
+    if config.keys_dir is None:
+        return None
+    now = utc_now()
+    try:
+        return (SiteKeys.open(config.keys_dir).check(now) - now).total_seconds() / 86400
+    except ValueError:
+        return None

@@ -1,0 +1,62 @@
+"""A site's page: what left, under which promise; nothing of it is a patient's."""
+
+from pathlib import Path
+
+import pytest
+
+from client.site import SiteConfig
+from client.watch import watched
+from federation.journal import Journal
+from federation.watching import openmetrics, page
+from privacy.ledger import Ledger, Place
+from privacy.promise import Promise
+
+PROMISE = Promise(kind="round", bound=20.0, unit="site update", enforcement="clip")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> SiteConfig:
+    (tmp_path / "patients_of_doctor_x").mkdir()
+    return SiteConfig(name="north", data_root=tmp_path / "patients_of_doctor_x", state_dir=tmp_path / "state")
+
+
+def released(config: SiteConfig, number: int) -> None:
+    """One release, as the gate writes it into both books."""
+    ledger, journal = Ledger(config.state_dir / "ledger.jsonl"), Journal(config.state_dir / "journal.jsonl")
+    place = Place(plan_sha256="a" * 64, kind="round", round=number)
+    ledger.reserve(place, f"{number}" * 64, PROMISE)
+    journal.append(
+        {"kind": "round", "plan": "a" * 64, "round": number, "bytes": 1000, "clipped": number == 2,
+         "promise": PROMISE.sentence()}
+    )  # fmt: skip
+
+
+def test_the_page_says_what_left_and_under_which_promise(config: SiteConfig) -> None:
+    config.state_dir.mkdir()
+    assert "nothing has left" in page(watched(config))
+    for number in (1, 2, 3):
+        released(config, number)
+    text = page(watched(config))
+    assert text.count("bounded, not differentially private") == 3
+    assert "something last left" in text and "doctor" not in text
+
+
+def test_the_numbers_count_releases_bytes_and_what_the_gate_scaled(config: SiteConfig) -> None:
+    config.state_dir.mkdir()
+    for number in (1, 2, 3):
+        released(config, number)
+    text = openmetrics(watched(config).series)
+    assert 'meduet_released_total{kind="round"} 3.0' in text
+    assert 'meduet_released_bytes_total{kind="round"} 3000.0' in text
+    assert "meduet_released_clipped_total 1.0" in text
+    assert 'meduet_ledger_lines_total{event="reserve"} 3.0' in text
+    assert "meduet_last_release_round 3.0" in text
+
+
+def test_books_that_were_changed_are_said_and_not_shown(config: SiteConfig) -> None:
+    config.state_dir.mkdir()
+    released(config, 1)
+    path = config.state_dir / "journal.jsonl"
+    path.write_text(path.read_text().replace('"bytes":1000', '"bytes":1'))
+    with pytest.raises(ValueError, match="journal"):
+        watched(config)
