@@ -176,7 +176,7 @@ def test_the_words_say_every_bound_and_the_list_every_setting(plan: RunPlan) -> 
     text = " ".join(sentence for _, sentence in plan_words(published(plan), site_minimum=17))
     for said in (plan.sha256, running_bundle(), "never of fewer than 17", "a length of 20", "modality mr"):
         assert said in text, said
-    for said in ("at most 14 long", "3 rounds of 2 steps", "not differentially private", "Every 2 rounds"):
+    for said in ("at most 10 long", "3 rounds of 2 steps", "not differentially private", "Every 2 rounds"):
         assert said in text, said
     assert "LATENTS" not in text
     listed = list(plan_settings(published(plan)))
