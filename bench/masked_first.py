@@ -50,7 +50,7 @@ from scans.volume_plan import VolumePlan
 
 SITES, BATCH, RATIO = ("north", "harbour", "valley"), 8, 5.0
 SIZE = dict(
-    latent_channels=8, latent_grid=(10, 12, 10), patch_size=2, width=96, depth=3,
+    latent_channels=4, latent_grid=(10, 12, 10), patch_size=2, width=96, depth=3,
     decoder_width=60, decoder_depth=2,
 )  # fmt: skip
 VOLUMES = VolumePlan(

@@ -42,7 +42,7 @@ Report = Callable[[int, float], None]
 class TokenizerTraining:
     """Settings of a training run; with the code's version they determine the weights."""
 
-    channels: int = 8
+    channels: int = 4
     """Latent channels."""
     steps: int = 2000
     """Optimiser steps."""

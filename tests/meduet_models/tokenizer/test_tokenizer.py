@@ -22,7 +22,7 @@ from meduet_models.tokenizer.tokenizer import (
 from meduet_models.weights import load_weights, save_weights
 
 SMALL = PatchVAEConfig(channels=3, encoder_width=8, encoder_blocks=1, decoder_width=8, decoder_blocks=1)
-SHIPPED = [8]
+SHIPPED = [4, 8]
 
 
 def volumes(seed: int, shape: tuple[int, int, int] = (16, 20, 12), count: int = 2) -> Tensor:
@@ -204,7 +204,7 @@ def test_weights_that_do_not_fit_their_own_description_are_refused(tmp_path: Pat
         ({"kind": "file"}, "Expected the path"),
         ({"kind": "maisi"}, "Expected the path"),
         ({"kind": "file", "path": "nowhere.safetensors"}, "there is none"),
-        ({"kind": "shipped", "channels": 5}, "tokenizer_8ch.safetensors"),
+        ({"kind": "shipped", "channels": 5}, r"tokenizer_4ch.safetensors, tokenizer_8ch.safetensors"),
     ],
 )
 def test_a_spec_that_names_no_weights_says_what_there_is(settings: dict[str, Any], complaint: str) -> None:
