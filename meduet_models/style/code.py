@@ -45,9 +45,8 @@ def entry_of(vector: Float[Tensor, " s"], layout: StyleLayout) -> StyleEntry:
     channels, grid = layout.channels, layout.map_grid
     if len(vector) != (expected := style_length(channels, grid)):
         raise ValueError(f"Expected a style of {expected} numbers; got {len(vector)}.")
-    mean, deviation, *rest = vector.float().split(
-        [channels, channels] + ([] if grid is None else [channels * math.prod(grid)] * 2)
-    )
+    sizes = [channels, channels] + ([] if grid is None else [channels * math.prod(grid)] * 2)
+    mean, deviation, *rest = torch.split(vector.float(), sizes)
     if grid is None:
         return StyleEntry(mean=mean, deviation=deviation.exp())
     coarse, within = (part.reshape(channels, *grid) for part in rest)
