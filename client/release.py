@@ -5,7 +5,8 @@ the declared tensors, finite, bounded, noise as promised, wire dtype, still wait
 (`client/watchdog.py`), kept at the site (`client/answers.py`), charge in the ledger, line in the journal.
 Whatever fails, nothing is returned; a site that is killed in between, and is asked again, does the rest.
 Replies are built from `Released` values alone, and only the gate makes one: a new one once for each place in
-the ledger, and that one again for the same question.
+the ledger, and that one again for the same question. What leaves for a secure sum is bounded in the same way
+and masked after that; its counts and metrics leave in the masked vector or not at all.
 
 Noise is the gate's own work: no exchange can forget it, and none sees its key. It is drawn from a secret of
 this question's place in the ledger, so that a site that was killed goes on in the same bits; beside it
@@ -19,7 +20,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Final, NoReturn, final
+from typing import Any, Final, NoReturn, Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -39,6 +40,12 @@ from privacy.promise import Promise
 COUNT_NAMES: Final = frozenset({"examples", "num_patients", "num_scans", "first_item", "num_items"})
 """Every whole number that may leave a site."""
 
+TEXT: Final = "text"
+"""Name of the tensor that holds the bytes of a text."""
+
+_OF_RANDOM_NUMBERS: Final = frozenset({"sum_keys", "sum_shares", "sum_unmask"})
+"""Every kind of text that may leave: keys and shares of a secure sum (`privacy/secure_sum/party.py`)."""
+
 _ROUNDING_OF_SUMS: Final = 2.0**-20
 """By what share the float32 copy of a float64 sum may pass its bound."""
 
@@ -53,6 +60,23 @@ class GateRefusal(ValueError):
     def __init__(self, text: str, kind: RefusalKind = RefusalKind.INTERNAL) -> None:
         super().__init__(text)
         self.kind = kind
+
+
+@runtime_checkable
+class Masking(Protocol):
+    """How a weighted update becomes a masked vector (`client/exchanges/secure_sum.py`)."""
+
+    @property
+    def rounding(self) -> float:
+        """By how much rounding to the grid lengthens a weighted update in L2, at most."""
+
+    def rounded(self, tensor: Tensor) -> Tensor:
+        """Values on the grid."""
+
+    def masked(
+        self, update: Mapping[str, Tensor], weight: float, metrics: Mapping[str, float]
+    ) -> dict[str, Tensor]:
+        """The masked vector of values on the grid, of their weight, and of metrics."""
 
 
 @final
@@ -130,6 +154,7 @@ class Gate:
         wire_dtype: WireDtype = "float32",
         keep: Callable[[], None] = lambda: None,
         anew: bool = False,
+        masking: Masking | None = None,
     ) -> Released:
         """Let `tensors`, `counts` and `metrics` out under the reservation's promise, or raise.
 
@@ -141,7 +166,8 @@ class Gate:
         contributors there were). `keep` is called once nothing but the books is left to do, and before them:
         for what must be on disk when an answer has left. `anew` says that the state after this answer is not
         kept: where an answer left before and is not kept either, this one may be another, once
-        (`Ledger.settle`).
+        (`Ledger.settle`); never with `masking`, since two vectors under one mask tell their difference. With
+        `masking`, what leaves is the masked vector of tensors, weight and metrics, and nothing beside it.
 
         Guarantee: the released vector's L2 norm is at most `weight * promise.bound` (of each row
         `promise.bound`, with one that bounds each), rounding to the wire's dtype included; a sum that was
@@ -162,11 +188,15 @@ class Gate:
         whole, real = _counts(counts or {}), _metrics(metrics or {})
         _check_items(items, tensors, weight if each else 0.0)
         _finite_norm(tensors)
+        if masking is not None and (promise.enforcement != "clip" or not_covered or anew):
+            raise GateRefusal("Expected a clipped update to mask, all of it covered, and once only.")
         covered = {name: tensor for name, tensor in tensors.items() if name not in not_covered}
         before = _longest_row(covered) if each else _finite_norm(covered)
-        bounded = _bound(covered, promise, weight, wire_dtype)
+        room = 0.0 if masking is None else masking.rounding / weight
+        bounded = _bound(covered, promise, weight, wire_dtype, room)
+        on_wire = (lambda tensor: rounded(tensor, wire_dtype)) if masking is None else masking.rounded
         exact = {
-            name: rounded(bounded.pop(name) if name in bounded else tensor.detach().clone(), wire_dtype).cpu()
+            name: on_wire(bounded.pop(name) if name in bounded else tensor.detach().clone()).cpu()
             for name, tensor in tensors.items()
         }
         left = {name: exact[name] for name in covered}
@@ -182,6 +212,10 @@ class Gate:
         length = _finite_norm(leaving)
         if noised:  # nothing of the exact sum stands in the books
             weight, before, after, allowed = 1.0, length, length, promise.bound
+        beside: dict[str, Any] = {"counts": whole, "metrics": real}
+        if masking is not None:
+            leaving = masking.masked(leaving, weight, real)
+            beside = {"counts": {}, "metrics": {}, "masked": beside}
         sha256 = sha256_of_tensors(leaving)
         record: dict[str, Any] = {
             **reservation.place.record(),
@@ -199,8 +233,7 @@ class Gate:
             "bound": allowed,
             "promise": promise.sentence(),
             "noise": noise,
-            "counts": whole,
-            "metrics": real,
+            **beside,
             **({"items": list(items)} if each else {}),
         }
         self._leaves_now()
@@ -220,6 +253,38 @@ class Gate:
             return self._out(answer, charge)
         # What is said beside the tensors is what was said with them.
         return self._out(dataclasses.replace(answer, record=self._line_of(settled) or record), charge)
+
+    def release_text(
+        self, text: str, keep: Callable[[], None] = lambda: None, said: Mapping[str, Any] | None = None
+    ) -> Released:
+        """Let out a text that was made of random numbers alone, of one of the few kinds that may leave.
+
+        `keep`: as in `release`; it is not called where a text left before. `said`: what the journal says of
+        it beside its hash. Raises `GateRefusal`, and `AnsweredBefore` when another text left under this
+        reservation.
+        """
+        reservation = self._reservation
+        if reservation.promise.enforcement != "none" or reservation.place.kind not in _OF_RANDOM_NUMBERS:
+            raise GateRefusal(f"Expected keys or shares of a secure sum; got a {reservation.place.kind!r}.")
+        content = {TEXT: torch.frombuffer(bytearray(text.encode("ascii")), dtype=torch.uint8)}
+        sha256 = sha256_of_tensors(content)
+        record = {
+            **reservation.place.record(),
+            "question": reservation.question,
+            "bytes": len(text),
+            "sha256": sha256,
+            "dtype": "float32",
+            "promise": reservation.promise.sentence(),
+            "counts": {},
+            "metrics": {},
+            **(said or {}),
+        }
+        self._leaves_now()
+        answer = Answer(content, record, reservation.promise)
+        if self._ledger.settled(reservation) is None:
+            keep()
+            self._answers.write(reservation.place, answer)
+        return self._out(answer, self._ledger.settle(reservation, 1.0, sha256))
 
     def _with_noise(
         self, tensors: Mapping[str, Tensor], wire_dtype: WireDtype
@@ -323,10 +388,10 @@ def _longest_row(tensors: Mapping[str, Tensor]) -> float:
 
 
 def _bound(
-    tensors: Mapping[str, Tensor], promise: Promise, weight: float, wire_dtype: WireDtype
+    tensors: Mapping[str, Tensor], promise: Promise, weight: float, wire_dtype: WireDtype, room: float = 0.0
 ) -> dict[str, Tensor]:
     """The weighted sum, of a clipped mean (with head-room for rounding) or as it was; or clipped rows. In
-    memory of its own."""
+    memory of its own. `room`: by how much more a mean is kept below the bound."""
     if promise.enforcement == "check":
         return {name: tensor.detach().clone() for name, tensor in tensors.items()}
     bound = promise.bound * (1 - GROWTH[wire_dtype])
@@ -339,5 +404,7 @@ def _bound(
             name: torch.stack([row[name] for row in rows]) if rows else t.detach().clone()
             for name, t in tensors.items()
         }
-    mean = clip(tensors, bound).value  # a copy
+    if not bound > room:
+        raise GateRefusal(f"Expected a grid finer than the bound {bound:g}; rounding alone takes {room:g}.")
+    mean = clip(tensors, bound - room).value  # a copy
     return {name: tensor.mul_(weight) for name, tensor in mean.items()}

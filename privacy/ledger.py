@@ -146,7 +146,7 @@ class Ledger:
             "question": question,
             "promise": promise.sentence(),
             "epsilon": _word(promise.epsilon.upper),
-            **({} if mechanism is None else {"mechanism": mechanism.record()}),
+            **({} if mechanism is None else {"delta": promise.delta, "mechanism": mechanism.record()}),
         }
         held: list[str] = []
 
@@ -245,8 +245,9 @@ class Ledger:
         record = {
             "event": "settle",
             "reservation": reservation.entry,
-            "charge": "NonPrivate" if promise.mechanism is None else "Gaussian",
+            "charge": _charge(promise),
             "epsilon": _word(promise.epsilon.upper),
+            **({} if promise.delta is None else {"delta": promise.delta}),
             "bound": promise.bound,
             "weight": weight,
             "released": released_sha256,
@@ -326,13 +327,20 @@ def _closed(entries: Sequence[Entry]) -> set[str]:
 
 
 def _charged(entries: Sequence[Entry]) -> list[Mechanism | None]:
-    """What each reservation that was not closed counts as; None: without noise."""
+    """What each reservation of something of a patient counts as, unless it was closed; None: without
+    noise."""
     closed = _closed(entries)
     return [
         Mechanism.from_record(e.record["mechanism"]) if "mechanism" in e.record else None
         for e in entries
-        if e.record.get("event") == "reserve" and e.sha256 not in closed
+        if e.record.get("event") == "reserve" and e.sha256 not in closed and e.record.get("epsilon") != 0
     ]
+
+
+def _charge(promise: Promise) -> str:
+    if promise.enforcement == "none":
+        return "Nothing"
+    return "NonPrivate" if promise.mechanism is None else "Gaussian"
 
 
 def _word(epsilon: float) -> str | float:

@@ -3,8 +3,9 @@
 A release is a sum over contributors, or, where a site has agreed to that, the shares of single contributors
 side by side. The promise bounds the L2 norm of one contributor's share. With a mechanism the gate adds noise
 and the promise is differential privacy for each patient; without one noise enters nowhere, the promise is a
-bound, and it says so in words and as an epsilon of infinity. What travels beside the sum (counts, losses,
-seconds) is not covered by the bound; beside a release with noise nothing travels.
+bound, and it says so in words and as an epsilon of infinity. What was made of random numbers alone, as the
+keys of a secure sum are, has nothing to bound. What travels beside the sum (counts, losses, seconds) is not
+covered by the bound; beside a release with noise nothing travels.
 """
 
 import math
@@ -32,12 +33,13 @@ class Promise:
     """What is released: the word under which ledger and journal know it."""
     bound: float
     """L2 norm of one contributor's share."""
-    unit: Literal["site update", "patient statistics", "scan", "patient"]
+    unit: Literal["site update", "patient statistics", "scan", "patient", "no patient"]
     """Whose share is bounded."""
-    enforcement: Literal["clip", "check", "each"]
+    enforcement: Literal["clip", "check", "each", "none"]
     """`clip`: the gate scales a mean that is too long. `check`: shares were bounded where they were summed;
     the gate refuses a sum that is longer than its number of shares allows. `each`: every row is one
-    contributor's share, and the gate scales each that is too long."""
+    contributor's share, and the gate scales each that is too long. `none`: nothing of a patient is in it, so
+    there is nothing to bound (`bound` is 0)."""
     relation: Literal["add or remove one"] = "add or remove one"
     """Which two cohorts count as neighbours."""
     mechanism: Mechanism | None = None
@@ -47,7 +49,10 @@ class Promise:
 
     def __post_init__(self) -> None:
         """Refuse a bound that bounds nothing, and noise that protects no patient."""
-        if not (math.isfinite(self.bound) and self.bound > 0):
+        if self.enforcement == "none":
+            if self.bound != 0 or self.unit != "no patient":
+                raise ValueError(f"Expected a bound of 0 where nothing is bounded; got {self.bound}.")
+        elif not (math.isfinite(self.bound) and self.bound > 0):
             raise ValueError(f"Expected a promise with a finite bound > 0; got {self.bound}.")
         if (self.mechanism is None) != (self.delta is None):
             raise ValueError("Expected a promise with both a mechanism and a delta, or with neither.")
@@ -71,13 +76,18 @@ class Promise:
 
     @property
     def epsilon(self) -> Epsilon:
-        """What this release alone costs a patient; infinite where no noise is added."""
+        """What this release alone costs a patient: nothing, where no patient is in it; without noise it is
+        infinite."""
+        if self.enforcement == "none":
+            return Epsilon(0.0, 0.0)
         if self.mechanism is None or self.delta is None:
             return INFINITE
         return epsilon_of([self.mechanism], self.delta)
 
     def sentence(self) -> str:
         """The promise in plain words, for the journal and for people."""
+        if self.enforcement == "none":
+            return "Made of random numbers of this site and others: nothing of a patient is in it."
         if self.mechanism is not None:
             return (
                 f"Whoever reads this release learns almost the same whether or not a patient is in it: each "

@@ -1,7 +1,8 @@
 """The centre: survey, rounds, probes, erasure; a run that is stopped anywhere goes on to the same weights.
 
 Phases: (0) every site tells the sums that describe its scans' appearance, from which come the latent scale
-and the style bank; (1 to R) rounds of `strategies/content_share.py`, every few of them followed by federated
+and the style bank; (1 to R) rounds of `strategies/content_share.py`, or
+as secure sums (`server/exchanges/secure_sum.py`), every few of them followed by federated
 probes (`server/exchanges/probes.py`), which train nothing and stop nothing; (R + 1) every site tells the sum
 of its patients' content codes, from which comes the site erasure; (R + 2) the diffusion model is trained at
 the sites, or finished, where the centre has trained it on released latents while the rounds ran
@@ -35,6 +36,7 @@ from server.exchanges.diffusion import diffusion_of, save_diffusion
 from server.exchanges.erasure import ask_erasure
 from server.exchanges.pretraining import pretraining
 from server.exchanges.probes import FederatedProbes
+from server.exchanges.secure_sum import SecureSums
 from server.exchanges.survey import ask_survey
 from server.model import MeduetModel, SharedModel
 from server.observer import RoundObserver
@@ -182,15 +184,7 @@ class _Run:
         num_rounds = self.plan.training.rounds
         if last.round >= num_rounds:
             return last
-        strategy = ContentShare(
-            self.plan,
-            last.shared,
-            pretraining(self.plan, last.bank, self.model.start()[1]),
-            roster=self.roster,
-            folder=self.folder,
-            book=self.book,
-            on_reply=self.observer.on_site_reply,
-        )
+        strategy = self._strategy(last)
         strategy.optimiser.load(last.optimiser)
         strategy.summary()
         rounds = strategy.rounds(self.grid, done=last.round)
@@ -214,8 +208,21 @@ class _Run:
                 sites=list(report["sites"]),
                 refused=report["refused"],
                 loss=report["loss"],
+                **({"burnt": report["burnt"]} if report.get("burnt") else {}),
             )
         return last
+
+    def _strategy(self, last: Checkpoint) -> ContentShare | SecureSums:
+        plan, home = self.plan, self.model.start()[1]
+        told: dict[str, Any] = {
+            "roster": self.roster,
+            "folder": self.folder,
+            "book": self.book,
+            "on_reply": self.observer.on_site_reply,
+        }
+        if plan.aggregation.secure_sum:
+            return SecureSums(plan, last.shared, last.bank, home, **told)
+        return ContentShare(plan, last.shared, pretraining(plan, last.bank, home), **told)
 
     def _protected_rounds(self, protected: ProtectedPretraining, last: Checkpoint) -> Checkpoint:
         """The rounds of a plan with privacy, in which no site is asked anything."""

@@ -11,9 +11,10 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from federation.plan import RunPlan, StylePlan, VolumePlan
+from federation.plan import RunPlan, StylePlan
 from forms.form import build
 from forms.ranges import shown
+from scans.volume_plan import VolumePlan
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 FROM_CONFIG = (

@@ -15,12 +15,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from federation.exchanges.erasure import ErasureReply, erasure_sums
+from federation.exchanges.erasure import ErasureReply, erasure_sums, pooled_bound
 from federation.exchanges.survey import SurveyReply, smallest_cohort, survey_layout
 from federation.limits import MOST_PATIENTS, MOST_SCANS
 from federation.messages import Tensors
 from federation.plan import RunPlan
-from meduet_models.content_code import CodeSums, code_bound, public_code, token_erasure, without_sites
+from meduet_models.content_code import (
+    CodeSums,
+    code_bound,
+    public_code,
+    shift_left,
+    token_erasure,
+    without_sites,
+)
 from meduet_models.dressing import dress, own_entries
 from meduet_models.meduet import MeDUET, layer_normed
 from meduet_models.sharing import home_keys, shared_keys
@@ -168,9 +175,12 @@ class MeduetModel:
         `ReplyRefused`."""
         try:
             sums = erasure_sums(reply.moments, self.plan)
-            if (count := float(sums.count)) < (least := smallest_cohort(self.plan)):
+            if (count := float(sums.codes.count)) < (least := smallest_cohort(self.plan)):
                 raise ReplyRefused(f"Expected code sums of at least {least} patients; got {count:g}.")
-            sums.check(MOST_PATIENTS)
+            sums.codes.check(MOST_PATIENTS)
+            sums.pooled.check(MOST_PATIENTS)
+            if (other := float(sums.pooled.count)) not in (0.0, count):
+                raise ReplyRefused(f"Expected pooled content of nobody or of {count:g}; got {other:g}.")
         except ValueError as reason:
             raise ReplyRefused(str(reason)) from reason
 
@@ -179,17 +189,22 @@ class MeduetModel:
     ) -> tuple[Tensors, dict[str, Any]]:
         """The code without the sites, and the same of every token as the last linear layer of the content
         head."""
-        sums = {site: erasure_sums(reply.moments, self.plan) for site, reply in replies.items()}
+        told = {site: erasure_sums(reply.moments, self.plan) for site, reply in replies.items()}
+        sums = {site: own.codes for site, own in told.items()}
+        pooled = {site: own.pooled for site, own in told.items() if own.pooled.count > 0}
         network = self._network()
         network.load_state_dict({**network.state_dict(), **shared})
-        erased, summary = self._without_sites(network, sums)
+        erased, summary = self._without_sites(network, sums, pooled)
         sites = {site: {"patients": int(own.count)} for site, own in sums.items()}
-        return shared | erased, {**summary, "sites": sites}
+        left = shift_left(self.plan.network.code_size, min(own["patients"] for own in sites.values()))
+        return shared | erased, {**summary, "sites": sites, "pooled": sorted(pooled), "shift_left": left}
 
-    def _without_sites(self, network: MeDUET, sums: Mapping[str, CodeSums]) -> tuple[Tensors, dict[str, Any]]:
-        """Code and erasure of `network`, whose code `sums` were told of."""
+    def _without_sites(
+        self, network: MeDUET, sums: Mapping[str, CodeSums], pooled: Mapping[str, CodeSums]
+    ) -> tuple[Tensors, dict[str, Any]]:
+        """Code and erasure of `network`, whose code `sums` were told of, and whose `pooled` content."""
         told_of = network.code
-        mean, matrix = token_erasure(told_of, sums)
+        mean, matrix = token_erasure(told_of, sums, pooled)
         network.set_erasure(mean, matrix)
         network.set_content_code(without_sites(told_of, sums))
         rank = round(float(len(mean) - matrix.trace()))  # the erased directions: a projection's trace
@@ -228,15 +243,19 @@ class MeduetModel:
                 )
                 for site, latents in seen.items()
             }
-            erased, summary = self._without_sites(network, sums)
+            pooled = {
+                site: CodeSums.of(own.mean(1), names, pooled_bound(plan)) for site, own in tokens.items()
+            }
+            erased, summary = self._without_sites(network, sums, pooled)
         return shared | erased, {**summary, "fitted_on": "public scans"}
 
     def provenance(self) -> dict[str, str]:
-        """Enough to build the network again and to say what it was trained on."""
+        """Enough to build the network again, to prepare a scan for it, and to say what it was trained on."""
         return {
             "model": "MeDUET",
             "network": json.dumps(asdict(self.plan.network), sort_keys=True),
             "tokenizer_sha256": self.plan.tokenizer_sha256,
+            "volumes": json.dumps(asdict(self.plan.volumes), sort_keys=True),
         }
 
     def _tokens(self, network: MeDUET, latents: Tensor) -> Tensor:

@@ -14,12 +14,12 @@ from torch import Tensor
 from client.latents.latent_set import LatentSet
 from client.latents.style_moments import own_moments
 from client.scans.cohort import read_entry
-from client.scans.whole_volumes import volume_at
 from client.training.site_state import StateFolder
 from federation.plan import RunPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.head_alignment import check_alignment, style_tokens
+from scans.whole_volumes import volume_at
 from server.app import RunObserver, RunResult
 from simulations.consortium import Consortium
 from simulations.evaluation import load_model, mean_style, measure, swap

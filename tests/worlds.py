@@ -14,16 +14,19 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from client.scans.volumes import Geometry
 from federation.journal import Journal
-from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan, VolumePlan
+from federation.keys.identity import SiteIdentity
+from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan
 from federation.privacy_plan import PrivacyPlan
 from meduet_models.meduet import MeDUET, NetworkConfig
 from meduet_models.objective.settings import ObjectiveConfig
 from meduet_models.weights import sha256_of_tensors
 from privacy.chain import read_chain
 from privacy.ledger import Ceiling, Ledger
+from scans.volume_plan import VolumePlan
+from scans.volumes import Geometry
 from server.model import MeduetModel
+from simulations.consortium import simulated_identity
 
 SITES = ("oslo", "lyon", "turin")
 GRID = (4, 6, 4)
@@ -105,6 +108,9 @@ class Hospital:
         if self.state_dir not in self._journals:
             self._journals[self.state_dir] = Journal(self.state_dir / "journal.jsonl")
         return self._journals[self.state_dir]
+
+    def identity(self) -> SiteIdentity:
+        return simulated_identity(self.name)
 
     def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
         """Every plan."""

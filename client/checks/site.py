@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from client.approvals import Approvals
 from client.books import open_books
 from client.checks.centre import centre_check, clock_check
 from client.checks.intake import (
@@ -32,8 +31,7 @@ from client.refusals import stopped_plans
 from client.scans.cohort import COPY, SPLITS, Cohort
 from client.scans.layouts import Found
 from client.scans.names import alike
-from client.scans.scans import Reason
-from client.site import Site, SiteConfig, SiteProgress, survey_site
+from client.site import Site, SiteConfig, SiteProgress, approvals_of, survey_site
 from federation.bundle import running_bundle
 from federation.exchanges.erasure import ERASURE
 from federation.exchanges.probes import PROBES, widest_sums
@@ -44,6 +42,7 @@ from federation.plan import RunPlan
 from federation.wire import RefusalKind
 from privacy.accounting import epsilon_of
 from privacy.chain import BrokenChain
+from scans.scans import Reason
 
 Verdict = Literal["ok", "look", "failed"]
 HEADROOM = 1.1
@@ -254,7 +253,7 @@ def _approvals(config: SiteConfig) -> Check:
     """Which plans this hospital has approved with the code of this machine."""
     if config.plan_approval == "implied":
         return Check("approved plans", "ok", "every plan that lists this site (site.yaml: plan_approval)")
-    book = Approvals(config.state_dir)
+    book = approvals_of(config)
     bundles = {one.sha256[:12]: book.approved_bundle(one.sha256) for one in book.kept()}
     approved = [sha256 for sha256, bundle in bundles.items() if bundle == running_bundle()]
     other = [sha256 for sha256, bundle in bundles.items() if bundle not in (None, running_bundle())]
@@ -344,8 +343,11 @@ def _cache(site: Site, cohort: Cohort, plan: RunPlan) -> Iterator[Check]:
     found += f", {state.unused} files that this plan does not use" if state.unused else ""
     advice = []
     if state.missing:
-        advice.append("`meduet-site prepare` encodes them now; otherwise the first round does.")
+        advice.append(
+            "`meduet-site prepare` encodes them now, reading each once more; otherwise the first round does."
+        )
     if state.unused:
         advice.append("`meduet-site prepare --prune` removes what is not used.")
     yield Check("cache", "look" if advice else "ok", found, " ".join(advice))
-    yield Check("disk space", *disk_check(site.state_dir, round(HEADROOM * state.bytes_to_write)))
+    needed = round(HEADROOM * state.bytes_to_write)
+    yield Check("disk space", *disk_check(site.state_dir, needed, state.at_least))

@@ -57,9 +57,11 @@ def test_the_five_files_to_read_exist() -> None:
         ("client.cli", ("harmonise",)),
         ("client.cli", ("encode",)),
         ("client.cli", ("plan", "show")),
+        ("client.weights_cli", ("embed",)),
         ("server.cli", ("tokenizer", "train")),
         ("server.cli", ("pretrain-public",)),
         ("server.cli", ("synthesize",)),
+        ("server.cli", ("export",)),
         ("server.cli", ("bank", "forget")),
     ],
 )

@@ -14,16 +14,20 @@ from federation.bundle import bundle_hash, running_bundle
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
     "storage",
+    "scans",
     "forms",
     "meduet_models",
     "privacy",
     "federation",
     "strategies",
+    "audit",
     "client",
     "server",
     "simulations",
 )
-BUNDLED = ("storage", "forms", "meduet_models", "privacy", "federation", "strategies", "client", "server")
+BUNDLED = (
+    "storage", "scans", "forms", "meduet_models", "privacy", "federation", "strategies", "client", "server"
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("package", PACKAGES)
