@@ -146,7 +146,7 @@ class Ledger:
             "question": question,
             "promise": promise.sentence(),
             "epsilon": _word(promise.epsilon.upper),
-            **({} if mechanism is None else {"mechanism": mechanism.record()}),
+            **({} if mechanism is None else {"delta": promise.delta, "mechanism": mechanism.record()}),
         }
         held: list[str] = []
 
@@ -247,6 +247,7 @@ class Ledger:
             "reservation": reservation.entry,
             "charge": _charge(promise),
             "epsilon": _word(promise.epsilon.upper),
+            **({} if promise.delta is None else {"delta": promise.delta}),
             "bound": promise.bound,
             "weight": weight,
             "released": released_sha256,

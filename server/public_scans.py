@@ -51,6 +51,7 @@ def drawn_public_scans(
         draws = generator_of("public scans", plan.seed)
         latents = phantom_latents(plan, tokenizer, number, draws, progress)[:number].clone()
     tensors = {LATENTS: latents}
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     save_weights(path, tensors, {_DRAWN_FROM: drawn_from})
     return sha256_of_tensors(tensors)
 
