@@ -188,8 +188,8 @@ class Gate:
         whole, real = _counts(counts or {}), _metrics(metrics or {})
         _check_items(items, tensors, weight if each else 0.0)
         _finite_norm(tensors)
-        if masking is not None and (promise.enforcement != "clip" or not_covered or anew):
-            raise GateRefusal("Expected a clipped update to mask, all of it covered, and once only.")
+        if masking is not None and (promise.enforcement != "clip" or noised or not_covered or anew):
+            raise GateRefusal("Expected a clipped update to mask, without noise, all covered, once only.")
         covered = {name: tensor for name, tensor in tensors.items() if name not in not_covered}
         before = _longest_row(covered) if each else _finite_norm(covered)
         room = 0.0 if masking is None else masking.rounding / weight

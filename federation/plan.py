@@ -311,6 +311,9 @@ def _secure_sum_contradictions(plan: RunPlan) -> Iterator[str]:
         if aggregation.weight_cap != AggregationPlan().weight_cap:
             yield "aggregation.weight_cap has no effect with aggregation.secure_sum=false: leave it out."
         return
+    if plan.privacy is not None:
+        yield "aggregation.secure_sum has no effect with privacy: no update leaves a site."
+        return
     if aggregation.method in ("alone", "pooled"):
         yield f"aggregation.method={aggregation.method} sums nothing over sites: leave secure_sum out."
         return

@@ -220,7 +220,7 @@ def _summed(plan: RunPlan, layout: SumLayout) -> str:
     """What a secure sum means for who says yes to it."""
     num_sites, cap = len(plan.sites), plan.aggregation.weight_cap
     least = threshold(num_sites)
-    loss = "the loss of any one stops" if least == num_sites else "with fewer there is no"
+    loss = "the loss of any one stops the" if least == num_sites else "with fewer there is no"
     together = "two that collude know" if num_sites == 3 else "all others together know"
     return (
         f"MASKED ({layout.size * 4 / 1e6:.1f} MB): the centre reads the sum over the sites, with the numbers "
