@@ -15,6 +15,7 @@ COPY constraints.txt ./
 RUN .venv/bin/pip install --index-url "${TORCH_INDEX}" --extra-index-url https://pypi.org/simple -c constraints.txt torch
 COPY pyproject.toml README.md LICENSE ./
 COPY storage ./storage
+COPY scans ./scans
 COPY meduet_models ./meduet_models
 COPY forms ./forms
 COPY privacy ./privacy
@@ -24,8 +25,8 @@ COPY client ./client
 COPY server ./server
 COPY simulations ./simulations
 COPY conf ./conf
-RUN .venv/bin/pip install -c constraints.txt -e . \
-    && .venv/bin/python -m compileall -q storage forms meduet_models privacy federation strategies client server simulations \
+RUN .venv/bin/pip install -c constraints.txt -e '.[federation]' \
+    && .venv/bin/python -m compileall -q storage scans forms meduet_models privacy federation strategies client server simulations \
     && .venv/bin/pip uninstall --yes pip
 
 FROM ${PYTHON_IMAGE} AS base

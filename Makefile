@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
 
-.PHONY: help demo test slow faults check clean
+.PHONY: help demo test slow faults check sbom clean
 help:            ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
 
@@ -11,7 +11,7 @@ help:            ## what can be made
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else f"Expected Python 3.11 to 3.13, got {v[0]}.{v[1]}; set PYTHON=python3.12, say.")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[test,viewer]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[federation,export,test,viewer]'
 	touch $@
 
 demo: .venv/.installed   ## three simulated hospitals pretrain together; ends with the page's address
@@ -31,6 +31,9 @@ check: .venv/.installed  ## ruff, mypy, import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+sbom: .venv/.installed   ## what the software is made of, as CycloneDX: dist/sbom.cdx.json
+	mkdir -p dist && $(BIN)/python .ci/sbom.py > dist/sbom.cdx.json
 
 clean:           ## remove environment and runs
 	rm -rf .venv runs

@@ -38,8 +38,9 @@ def _noised(sigma: float, clip: float = 1.0) -> bool:
     """Whether a Gaussian mechanism of this sigma and clip is accused of breaking sigma 1, clip 1."""
 
     def mechanism(rows: np.ndarray, draws: int, generator: np.random.Generator) -> np.ndarray:
-        made: np.ndarray = _clipped(rows, clip).sum(0) + sigma * generator.normal(size=(draws, _NUMBERS))
-        return made
+        noise: np.ndarray = sigma * generator.normal(size=(draws, _NUMBERS))
+        total: np.ndarray = noise + _clipped(rows, clip).sum(0)
+        return total
 
     return audit_mechanism(mechanism, 100.0 * np.eye(_NUMBERS)[0], _PROMISED).contradicts
 

@@ -27,7 +27,7 @@ from federation.exchanges.erasure import erasure_sums
 from federation.exchanges.probes import ANATOMY, FACTORS, fold_moments
 from federation.exchanges.survey import survey_layout
 from federation.plan import RunPlan
-from meduet_models.meduet import FactorNetwork
+from meduet_models.meduet import FactorNetwork, layer_normed
 from meduet_models.style.moments import StyleMoments
 
 _SCANS_AT_ONCE = 16
@@ -82,9 +82,9 @@ class Products:
 def survey_sum(release: Release, cohort: Cohort, plan: RunPlan) -> Sum | None:
     """The style sums of a site; None where candidates' are not to be had: body parts, whole scans."""
     assert release.tensors is not None
-    if plan.style.body_parts or plan.volumes.extent != "crop":
-        return None
     layout = survey_layout(plan)
+    if plan.style.body_parts or plan.volumes.extent != "crop" or set(release.tensors) != set(layout.shapes()):
+        return None
     rows = [StyleMoments.of_patient(cohort.latents[cohort.rows(p)], layout) for p in cohort.people]
     names = [name for name in layout.shapes() if name != "count"]
     total = torch.cat([release.tensors[name].double().flatten() for name in names])
@@ -94,11 +94,16 @@ def survey_sum(release: Release, cohort: Cohort, plan: RunPlan) -> Sum | None:
 
 
 def erasure_sum(release: Release, cohort: Cohort, plan: RunPlan, network: FactorNetwork) -> Sum:
-    """The sum of a site's content codes."""
+    """The sum of a site's content codes, and that of its pooled content where it told it, as one vector."""
     assert release.tensors is not None
     sums = erasure_sums(release.tensors, plan)
-    codes = _codes(network, cohort, sums.bound)
-    return Sum(release.artefact, codes, cohort.member, _one_site(codes), sums.total, float(sums.count))
+    vectors = _codes(network, cohort, sums.codes.bound)
+    total = sums.codes.total
+    if sums.pooled.count > 0:
+        vectors = torch.cat([vectors, _pooled(network, cohort, sums.pooled.bound)], 1)
+        total = torch.cat([total, sums.pooled.total])
+    count = float(sums.codes.count)
+    return Sum(release.artefact, vectors, cohort.member, _one_site(vectors), total, count)
 
 
 def probe_products(release: Release, cohort: Cohort, plan: RunPlan, network: FactorNetwork) -> list[Products]:
@@ -381,9 +386,23 @@ def _measured(one: Products) -> Finding:
 @torch.no_grad()
 def _codes(network: FactorNetwork, cohort: Cohort, bound: float) -> Float[Tensor, "n q"]:
     """The content code of each patient, scaled to the bound."""
-    rows = range(0, len(cohort.latents), _SCANS_AT_ONCE)
-    codes = [network.content_code(cohort.latents[first : first + _SCANS_AT_ONCE]) for first in rows]
-    means = cohort.per_person(torch.cat(codes))
+    return _scaled(cohort, [network.content_code(some) for some in _chunks(cohort)], bound)
+
+
+@torch.no_grad()
+def _pooled(network: FactorNetwork, cohort: Cohort, bound: float) -> Float[Tensor, "n k"]:
+    """The pooled content of each patient, scaled to the bound."""
+    content = [layer_normed(network.encode(some).content).mean(1) for some in _chunks(cohort)]
+    return _scaled(cohort, content, bound)
+
+
+def _chunks(cohort: Cohort) -> Iterator[Tensor]:
+    for first in range(0, len(cohort.latents), _SCANS_AT_ONCE):
+        yield cohort.latents[first : first + _SCANS_AT_ONCE]
+
+
+def _scaled(cohort: Cohort, of_scans: Sequence[Tensor], bound: float) -> Tensor:
+    means = cohort.per_person(torch.cat(list(of_scans)))
     if bound == float("inf"):
         return means
     scaled: Tensor = means * (bound / means.norm(dim=1, keepdim=True).clamp(min=bound))

@@ -27,15 +27,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from client.latents.labelled import LabelledScans
-from client.scans.volumes import prepare, read_label, read_scan
 from client.training.finetuning import finetune, predicted
 from federation.exchanges.finetuning import LocalFinetuning
-from federation.plan import VolumePlan
 from meduet_models.anatomy_start import load_start
 from meduet_models.downstream.volume_networks import VolumeSegmenter
 from meduet_models.seeds import digest_of, seed_of
 from meduet_models.volume_unet import VolumeUNet
 from meduet_models.weights import load_weights, save_weights
+from scans.volume_plan import VolumePlan
+from scans.volumes import prepare, read_label, read_scan
 
 MUSE = {47: 1, 48: 1, 51: 2, 52: 2, 36: 3, 37: 3, 57: 4, 58: 4, 59: 5, 60: 5, 35: 6}
 """Hippocampus, lateral ventricle, caudate, putamen, thalamus, brain stem."""

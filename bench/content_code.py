@@ -26,7 +26,6 @@ import objective_variants as variants
 import torch
 from torch import Tensor
 
-from client.scans.volumes import prepare, read_scan
 from federation.plan import RunPlan
 from meduet_models import content_code
 from meduet_models.content_code import CodeSums, public_code, token_erasure, without_sites
@@ -42,6 +41,7 @@ from meduet_models.probes.ridge import fit_ridge
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleLayout, StyleMoments
 from meduet_models.tokenizer.tokenizer import TokenizerSpec, load_tokenizer
+from scans.volumes import prepare, read_scan
 from server import public_latents
 from server.config import compose_config, plain, plan_from
 
@@ -88,7 +88,7 @@ def a_plan(num_sites: int) -> RunPlan:
 
 def bank_of(latents: Tensor, site: Tensor) -> StyleBank:
     """The styles of the scanners."""
-    layout = StyleLayout(channels=4, latent_grid=(12, 16, 12), map_grid=(2, 3, 2), bound=BOUND)
+    layout = StyleLayout(channels=latents.shape[1], latent_grid=(12, 16, 12), map_grid=(2, 3, 2), bound=BOUND)
     told = {
         name: StyleMoments.of(latents[site == s], [str(i) for i in range(int((site == s).sum()))], layout)
         for s, name in enumerate(variants.SITES)

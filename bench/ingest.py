@@ -51,8 +51,8 @@ from client.scans.cohort import Cohort, open_cohort
 from client.scans.cohort_memo import remembered
 from client.scans.fingerprints import SETTLED_S
 from client.scans.judgement_memo import JudgementMemo
-from federation.plan import VolumePlan
 from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
+from scans.volume_plan import VolumePlan
 
 STARTED = "workers, until they are ready"
 

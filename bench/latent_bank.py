@@ -24,11 +24,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.latents import LatentsReply, items_per_chunk
-from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan, VolumePlan
+from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan
 from meduet_models.diffusion.conditions import Examples
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.meduet import NetworkConfig
 from meduet_models.objective.settings import ObjectiveConfig
+from scans.volume_plan import VolumePlan
 from server.latent_bank.bank import BANK, LatentBank
 from server.latent_bank.tables import Item
 

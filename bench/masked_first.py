@@ -32,7 +32,6 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from federation.plan import VolumePlan
 from meduet_models.adamw import AdamW, decay_groups
 from meduet_models.erasure import erase, fit_erasure
 from meduet_models.factors import Factors
@@ -47,10 +46,11 @@ from meduet_models.schedules import cosine, rise
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleLayout, StyleMoments
 from meduet_models.tokens import patchify
+from scans.volume_plan import VolumePlan
 
 SITES, BATCH, RATIO = ("north", "harbour", "valley"), 8, 5.0
 SIZE = dict(
-    latent_channels=4, latent_grid=(10, 12, 10), patch_size=2, width=96, depth=3,
+    latent_channels=8, latent_grid=(10, 12, 10), patch_size=2, width=96, depth=3,
     decoder_width=60, decoder_depth=2,
 )  # fmt: skip
 VOLUMES = VolumePlan(
@@ -128,7 +128,9 @@ def train(
     rows = torch.tensor(people.trained)
     latents, site = people.latents[rows], people.site[rows]
     network = MeDUET(NetworkConfig(**SIZE, **variant.network), len(SITES), seed=seed)
-    layout = StyleLayout(channels=4, latent_grid=SIZE["latent_grid"], map_grid=(2, 3, 2), bound=1e6)
+    layout = StyleLayout(
+        channels=latents.shape[1], latent_grid=SIZE["latent_grid"], map_grid=(2, 3, 2), bound=1e6
+    )
     moments = {
         name: StyleMoments.of(latents[site == s], [str(i) for i in range(int((site == s).sum()))], layout)
         for s, name in enumerate(SITES)
@@ -342,7 +344,7 @@ def ixi(root: Path, by_age: bool = False) -> People:
 
     `by_age`: the sites' ages differ (means 29, 45 and 65 years), as anatomy of real sites does.
     """
-    from client.scans.volumes import prepare, read_files, read_label
+    from scans.volumes import prepare, read_files, read_label
     from simulations.phantoms.scanners import draw_acquisition, draw_scanner
     from simulations.phantoms.scans import scan_image
 
@@ -390,8 +392,8 @@ def ixi(root: Path, by_age: bool = False) -> People:
 
 def phantoms(folder: Path, patients: int = 40, paired: int = 30) -> People:
     """Phantoms of three hospitals, and further ones seen by every scanner."""
-    from client.scans.volumes import prepare, read_files
     from forms.json_text import read_json
+    from scans.volumes import prepare, read_files
     from simulations.hospitals.phantom import make_phantoms
     from simulations.hospitals.plans import PhantomHospitals
 

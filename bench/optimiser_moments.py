@@ -21,12 +21,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from client.latents.batches import Batches, step_generator
-from client.scans.volumes import prepare, read_scan
 from client.training.pretraining import train_round
 from client.training.site_state import SiteState
 from client.training.trainee import Trainee
 from federation.exchanges.survey import survey_layout
-from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan, VolumePlan
+from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan
 from meduet_models.meduet import MeDUET, NetworkConfig
 from meduet_models.objective.objective import MeduetObjective
 from meduet_models.objective.settings import LossWeights, ObjectiveConfig
@@ -34,6 +33,8 @@ from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleMoments
 from meduet_models.tokenizer.tokenizer import TokenizerSpec, load_tokenizer
+from scans.volume_plan import VolumePlan
+from scans.volumes import prepare, read_scan
 
 SITES, PATIENTS, HELD_OUT = ("one", "two", "three"), 30, 10
 CPU = torch.device("cpu")
@@ -146,7 +147,7 @@ def main() -> None:
         plan = RunPlan(
             name="moments", seed=seed, sites=SITES, tokenizer_sha256="0" * 64, volumes=volumes,
             network=NetworkConfig(
-                latent_channels=4, latent_grid=(8, 12, 8), patch_size=2, width=48, depth=2, heads=4,
+                latent_channels=8, latent_grid=(8, 12, 8), patch_size=2, width=48, depth=2, heads=4,
                 decoder_width=48, decoder_depth=1, decoder_heads=4,
             ),
             objective=ObjectiveConfig(), training=TrainingPlan(rounds=12, steps_per_round=8),

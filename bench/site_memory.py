@@ -38,13 +38,14 @@ from client.exchanges.pretraining import ANSWER
 from federation.exchanges.pretraining import TrainAsk, TrainReply
 from federation.exchanges.survey import survey_layout
 from federation.journal import Journal
-from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan, VolumePlan
+from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan
 from meduet_models.meduet import MeDUET, NetworkConfig
 from meduet_models.objective.settings import ObjectiveConfig
 from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleMoments
 from privacy.ledger import Ledger
+from scans.volume_plan import VolumePlan
 
 SITES = ("north", "south", "west")
 GRID = (4, 6, 4)

@@ -36,13 +36,13 @@ from client.latents.cache import LatentCache
 from client.latents.style_moments import foreground_latents
 from client.latents.whole_scan import draw_start
 from client.scans.cohort import open_cohort
-from client.scans.volumes import read_scan
-from client.scans.whole_volumes import lay_back_whole
-from federation.plan import VolumePlan
 from meduet_models.diffusion.conditioner import entries_of_scans
 from meduet_models.style.moments import restyle
 from meduet_models.tokenizer.tokenizer import TokenizerSpec, load_tokenizer
 from meduet_models.tokenizer.whole_scans import decode_whole
+from scans.volume_plan import VolumePlan
+from scans.volumes import read_scan
+from scans.whole_volumes import lay_back_whole
 
 SHAPE, SPACING_MM = (512, 512, 300), (0.78125, 0.78125, 1.5)
 VOLUMES = VolumePlan(

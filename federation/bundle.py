@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 """Where the running code lies: a checkout, an installation, or an unpacked bundle."""
 SHIPPED = (
     ("storage", "*.py"),
+    ("scans", "*.py"),
     ("forms", "*.py"),
     ("meduet_models", "*.py"),
     ("privacy", "*.py"),

@@ -15,6 +15,7 @@ from federation.loopback import spare_loopback
 from federation.terminal import ended, terminal
 from server.commands import anatomy as anatomy_commands
 from server.commands import bank as bank_commands
+from server.commands import export as export_commands
 from server.commands import journal as journal_commands
 from server.commands import plan as plan_commands
 from server.commands import provisioning as provisioning_commands
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     anatomy_commands.add_to(commands)
     synthesis_commands.add_to(commands)
     bank_commands.add_to(commands)
+    export_commands.add_to(commands)
     provisioning_commands.add_to(commands)
     plan_commands.add_to(commands)
     journal_commands.add_to(commands)

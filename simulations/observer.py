@@ -14,12 +14,12 @@ from torch import Tensor
 from client.latents.latent_set import LatentSet
 from client.latents.style_moments import own_moments
 from client.scans.cohort import read_entry
-from client.scans.whole_volumes import volume_at
 from client.training.site_state import StateFolder
 from federation.plan import RunPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.head_alignment import check_alignment, style_tokens
+from scans.whole_volumes import volume_at
 from server.app import RunObserver, RunResult
 from simulations.consortium import Consortium
 from simulations.evaluation import load_model, mean_style, measure, swap
@@ -265,7 +265,11 @@ class Witness(RunObserver):
 def site_models(
     plan: RunPlan, consortium: Consortium, shared: Mapping[str, Tensor], round_number: int
 ) -> list[MeDUET]:
-    """Each participant's model after `round`: what all share, with what it keeps at home."""
+    """Each participant's model after `round`: what all share, with what it keeps at home. With privacy sites
+    keep nothing, and theirs is one (its site classifiers, which are not shared, are those of the start)."""
+    if plan.privacy is not None:
+        start = MeDUET(plan.network, len(plan.sites), seed=plan.seed).state_dict()
+        return [load_model(plan, {**start, **shared})]
     models = []
     for name in plan.participants:
         states = StateFolder(consortium.site(name).state_dir / "state", plan.sha256)

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from federation.plan import VolumePlan
 from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.diffusion.conditioner import condition_sizes
 from meduet_models.diffusion.transformer import DiffusionTransformer
@@ -13,6 +12,7 @@ from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleLayout, StyleMoments
 from meduet_models.tokenizer.patch_pca import PatchMoments
 from meduet_models.tokenizer.tokenizer import Tokenizer, pca_tokenizer
+from scans.volume_plan import VolumePlan
 from tests.meduet_models.diffusion.small_models import (
     NETWORK,
     awake_transformer,

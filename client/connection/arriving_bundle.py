@@ -82,7 +82,8 @@ class InstalledCode:
                 raise ValueError
         except (OSError, LookupError, ValueError):
             raise ValueError(
-                f"Expected FedMeDUET's {SETTINGS} in {root}; install from a checkout (pip install -e .)."
+                f"Expected FedMeDUET's {SETTINGS} in {root}; install from a checkout "
+                "(pip install -e '.[federation]')."
             ) from None
         return InstalledCode(shipped_files(root), settings)
 

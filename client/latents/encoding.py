@@ -29,17 +29,17 @@ from client.latents.latent_set import LABEL, LATENTS, DamagedEncoding, open_stor
 from client.latents.whole_scan import encoded
 from client.scans.fingerprints import Fingerprints
 from client.scans.judgement import Read, Source, Verdict, read
-from client.scans.scans import Reason, UnusableScan
-from client.scans.volumes import Prepared, prepare
-from client.scans.whole_volumes import WholeVolume, prepare_whole
-from federation.plan import VolumePlan
 from meduet_models.threads import fixed_threads
 from meduet_models.tokenizer.tokenizer import STRIDE, Tokenizer
 from meduet_models.weights import save_weights
+from scans.scans import Reason, UnusableScan
+from scans.volume_plan import VolumePlan
+from scans.volumes import Prepared, prepare
+from scans.whole_volumes import WholeVolume, prepare_whole
 from storage.files import private_folder
 
 CACHE_FORMAT = 1
-"""Part of every key: raise it when what is stored changes, or what `client/scans/volumes.py` computes."""
+"""Part of every key: raise it when what is stored changes, or what `scans/volumes.py` computes."""
 VOXELS_AT_ONCE = 2**19
 """Volumes are encoded together up to this many voxels, and up to `SCANS_AT_ONCE`. Measured on a CPU: eight of
 32 x 48 x 32 together take a third of the time of one by one, eight of 96 cubed more than one by one."""

@@ -11,15 +11,15 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int, Int64
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
 from client.latents.batches import TrainingScans
-from client.scans.volumes import Geometry
 from federation.plan import RunPlan
 from meduet_models.diffusion.conditions import UNKNOWN, Examples
 from meduet_models.downstream.task import covariate_text
+from scans.volumes import Geometry, ras_spacing
 
 
 @runtime_checkable
@@ -70,18 +70,6 @@ class SiteExamples:
     def read(self, rows: Int[Tensor, " b"]) -> Examples:
         """These of them. Raises as `examples_of`."""
         return examples_of(self._scans, [self._rows[row] for row in rows.tolist()], self._plan)
-
-
-def ras_spacing(geometry: Geometry) -> Float32[np.ndarray, "3"]:
-    """Millimetres between voxels of the scan as it was stored, right, anterior, superior.
-
-    An oblique scan's axes count as those they are nearest to.
-    """
-    from nibabel.orientations import io_orientation  # imports all of nibabel
-
-    edges_mm = np.linalg.norm(geometry.source_affine[:3, :3], axis=0)
-    nearest = io_orientation(geometry.source_affine)[:, 0].astype(int)
-    return np.asarray(edges_mm[np.argsort(nearest)], np.float32)
 
 
 def label_maps(

@@ -18,9 +18,9 @@ from jaxtyping import Float16
 from torch import Tensor
 
 from client.scans.cohort import ScanEntry, read_entry
-from client.scans.volumes import prepare
-from federation.plan import VolumePlan
 from meduet_models.weights import load_weights, save_weights
+from scans.volume_plan import VolumePlan
+from scans.volumes import prepare
 
 _VOLUME = "volume"
 

@@ -5,7 +5,7 @@ centre of the foreground (`central_start`). Training draws its own: uniformly am
 the crop is foreground (`draw_start`), and where there is none, the place with most. A draw looks at the
 stored map of foreground cells, never at latents.
 
-Does not do: read or resample a scan (`client/scans/whole_volumes.py`), or keep files (`cache.py`).
+Does not do: read or resample a scan (`scans/whole_volumes.py`), or keep files (`cache.py`).
 
 Axes: d h w = cells, that is latent voxels.
 """
@@ -19,9 +19,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from client.latents.latent_set import FOREGROUND, LATENTS
-from client.scans.whole_volumes import WholeVolume
 from meduet_models.tokenizer.tokenizer import Tokenizer
 from meduet_models.tokenizer.whole_scans import encode_whole
+from scans.whole_volumes import WholeVolume
 
 Start = tuple[int, int, int]
 TRIES = 32

@@ -29,11 +29,11 @@ from torch import Tensor
 
 from client.latents.encoding import Preparation, Ready
 from client.scans.judgement import Source, Verdict, verdict_from_json, verdict_to_json
-from client.scans.volumes import Geometry, Prepared
-from client.scans.whole_volumes import WholeVolume
-from federation.plan import VolumePlan
 from forms.form import build
 from meduet_models.tokenizer.tokenizer import TokenizerSpec
+from scans.volume_plan import VolumePlan
+from scans.volumes import Geometry, Prepared
+from scans.whole_volumes import WholeVolume
 
 MOST_WORKERS = 256
 STOP_S = 10.0

@@ -3,7 +3,7 @@
 Opening a cohort has every scan read once (by whom and in which order is no matter, `judges`) and leaves every
 file below the data root in exactly one place: a scan's entry (as image or label) or the exclusion table, with
 a reason. Both tables are patient data and stay at the site; `Cohort.summary` is counts. Where files come from
-is `client/scans/layouts.py`; what a scan must be is `client/scans/scans.py`.
+is `client/scans/layouts.py`; what a scan must be is `scans/scans.py`.
 
 Splits are by patient, from a salted hash of the patient's name alone: not from the order of files, not from
 who else is there. A patient who arrives later moves nobody, and no patient is in two splits.
@@ -23,11 +23,11 @@ from client.scans.judgement import Judges, Source, Verdict, one_by_one
 from client.scans.layouts import Candidate, Found, Layout, LayoutRules, survey
 from client.scans.names import readable
 from client.scans.patients import PatientMap
-from client.scans.scans import Exclusion, Note, Reason, Scan, UnusableScan
 from client.scans.tables import Covariates, Join
-from client.scans.volumes import read_files, read_label
-from federation.plan import VolumePlan
 from meduet_models.seeds import digest_of
+from scans.scans import Exclusion, Note, Reason, Scan, UnusableScan
+from scans.volume_plan import VolumePlan
+from scans.volumes import read_files, read_label
 from storage.files import write_whole
 
 __all__ = ["Cohort", "Exclusion", "ScanEntry", "Split", "open_cohort", "read_entry", "split_of"]

@@ -17,14 +17,15 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import scans
 from client.scans.cohort import Cohort, Exclusion, ScanEntry
 from client.scans.fingerprints import SETTLED_S
 from client.scans.patients import PatientMap
-from client.scans.scans import Note, Reason
 from client.scans.tables import Join
+from scans.scans import Note, Reason
 from storage.files import write_whole
 
-_CODE = Path(__file__).parent
+_CODE = (Path(__file__).parent, Path(scans.__file__).parent)
 
 
 def remembered(memo: Path, root: Path, settings: Mapping[str, Any], open_it: Callable[[], Cohort]) -> Cohort:
@@ -89,7 +90,7 @@ def _line(text: str) -> bytes:
 def code_sha256() -> str:
     """Hash of this package's source: another version may decide otherwise."""
     digest = hashlib.sha256()
-    for path in sorted(_CODE.glob("*.py")):
+    for path in (path for folder in _CODE for path in sorted(folder.glob("*.py"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

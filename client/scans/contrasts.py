@@ -6,7 +6,7 @@ shared names by its own map (`modality_names`). Where no name in a folder says a
 the map's `*` says, or what the plan asks for; as soon as two contrasts are told apart, each is only what its
 name says.
 
-Does not do: read headers (`client/scans/dicom.py` brings a series' own names) or voxels.
+Does not do: read headers (`scans/dicom.py` brings a series' own names) or voxels.
 """
 
 import json

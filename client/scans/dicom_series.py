@@ -5,20 +5,20 @@ the folders tell, by the rule of `client/scans/patients.py`. One id with several
 one patient, which never puts one person into two splits, and is said. One id of two issuers is two patients;
 where a series does not say the issuer, it has none.
 
-Does not do: group frames (`client/scans/stacks.py`).
+Does not do: group frames (`scans/stacks.py`).
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import PurePath
 
-from client.scans.dicom import Series, find_series
 from client.scans.files import Files
 from client.scans.layouts import Candidate, Found, LayoutRules, map_of, not_nifti
 from client.scans.names import is_placeholder, readable
-from client.scans.nifti import is_nifti_name
 from client.scans.patients import Reading, Whose, examples, patients_by_path, patients_by_pattern
-from client.scans.scans import Exclusion, Reason
+from scans.dicom import Series, find_series
+from scans.nifti import is_nifti_name
+from scans.scans import Exclusion, Reason
 
 BY_ID = "a patient is the PatientID of the DICOM header, with its issuer"
 

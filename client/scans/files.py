@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from client.scans.scans import Exclusion, FileKind, Reason, UnusableScan, file_kind
+from scans.scans import Exclusion, FileKind, Reason, UnusableScan, file_kind
 
 _ANNEX = "annex/objects/"
 

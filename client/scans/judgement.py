@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from client.scans.scans import Note, Reason, Scan, UnusableScan, is_hounsfield, is_label_map
-from client.scans.volumes import kept_share, read_files, read_label, same_grid
-from federation.plan import VolumePlan
+from scans.scans import Note, Reason, Scan, UnusableScan, is_hounsfield, is_label_map
+from scans.volume_plan import VolumePlan
+from scans.volumes import kept_share, read_files, read_label, same_grid
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import Any
 from client.scans.cohort_memo import code_sha256
 from client.scans.fingerprints import SETTLED_S
 from client.scans.judgement import Judges, Source, Verdict, verdict_from_json, verdict_to_json
-from client.scans.nifti import NIFTI_NAMES
-from client.scans.scans import Reason, UnusableScan
+from scans.nifti import NIFTI_NAMES
+from scans.scans import Reason, UnusableScan
 from storage.files import OWNER, private_folder, write_whole
 
 

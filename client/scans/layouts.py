@@ -18,12 +18,19 @@ from typing import Literal
 
 from client.scans.contrasts import ModalityNames, contrasts_of_bids, contrasts_of_files
 from client.scans.files import Files, walk
-from client.scans.labels import Offers, choose_labels, find_images, is_label_name, label_folder
+from client.scans.labels import (
+    Offers,
+    choose_labels,
+    find_images,
+    is_label_name,
+    label_folder,
+    made_from_others,
+)
 from client.scans.names import readable, subject_of
-from client.scans.nifti import is_nifti_name, nifti_stem
 from client.scans.patients import PatientMap, Reading, Whose, doubts_of, patients_by_path, patients_by_pattern
-from client.scans.scans import Exclusion, FileKind, Reason
 from client.scans.tables import TABLE_SUFFIXES, Covariates, Join, join_covariates
+from scans.nifti import is_nifti_name, nifti_stem
+from scans.scans import Exclusion, FileKind, Reason
 
 Layout = Literal["auto", "bids", "plain", "manifest", "dicom"]
 
@@ -146,7 +153,8 @@ def _guess(files: Files) -> Layout:
     nifti, dicom = any(is_nifti_name(path) for path in files.kinds), "dicom" in files.kinds.values()
     if nifti and dicom:
         raise ValueError(
-            f"Expected one layout; {files.root} holds both NIfTI and DICOM. Name the layout in site.yaml."
+            f"Expected one layout; {files.root} holds both NIfTI and DICOM. Name the layout in "
+            "site.yaml, or give folders of one kind."
         )
     if dicom:
         return "dicom"
@@ -208,6 +216,9 @@ def _plain(files: Files, rules: LayoutRules) -> Found:
             scans.append(path)
         else:
             files.exclusions.append(not_nifti(path, kind))
+    made = set(made_from_others(scans))
+    files.exclusions.extend(Exclusion(path, Reason.DERIVATIVE) for path in scans if path in made)
+    scans = [path for path in scans if path not in made]
     labels = [path for path in scans if label_folder(path, root) is not None or is_label_name(path)]
     if len(labels) == len(scans):  # a folder called for what is in all of it (ms_lesions/P001/…)
         labels = [path for path in scans if is_label_name(path)]
@@ -281,6 +292,9 @@ def _bids(files: Files, rules: LayoutRules) -> Found:
         else:
             loose = len(below.parts) == 1
             files.exclusions.append(Exclusion(path, Reason.NO_PATIENT if loose else Reason.DERIVATIVE))
+    made = set(made_from_others(images))
+    files.exclusions.extend(Exclusion(path, Reason.DERIVATIVE) for path in images if path in made)
+    images = [path for path in images if path not in made]
     return _with_names(files, "bids", images, labels, _bids_labels(images, labels), rules)
 
 

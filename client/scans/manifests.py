@@ -12,10 +12,10 @@ from pathlib import Path, PurePath
 
 from client.scans.files import Files
 from client.scans.layouts import Candidate, Found, LayoutRules, map_of, not_nifti
-from client.scans.nifti import is_nifti_name
 from client.scans.patients import Reading, Whose, patients_by_pattern
-from client.scans.scans import Exclusion, FileKind, Reason, UnusableScan, file_kind
 from client.scans.tables import PATIENT_COLUMNS, Covariates, Join, Table, covariates_of, read_table
+from scans.nifti import is_nifti_name
+from scans.scans import Exclusion, FileKind, Reason, UnusableScan, file_kind
 
 BY_MANIFEST = "a patient is what the manifest's column {} says"
 _VISIT_COLUMNS = ("visit", "session", "session_id", "timepoint", "studydate")
@@ -224,7 +224,7 @@ def _place(
 def _one_series(named: Path, files: tuple[Path, ...], exclusions: list[Exclusion]) -> tuple[Path, ...]:
     """The files of the one DICOM series in a folder that a row names; none, with the reason, when it holds
     several. What leaves a series elsewhere (a localizer, a slice that was sent again) leaves it here, too."""
-    from client.scans.dicom import find_series  # pydicom takes a fifth of a second to import
+    from scans.dicom import find_series  # pydicom takes a fifth of a second to import
 
     found, left_over = find_series(files)
     exclusions += left_over

@@ -61,18 +61,23 @@ def smallest_cohort(plan: RunPlan, site_minimum: int = 0) -> int:
     return max(plan.style.minimum_cohort, site_minimum, 2)
 
 
-def survey_promise(plan: RunPlan, ask: SurveyAsk) -> Promise:
+def style_promise(plan: RunPlan) -> Promise:
     """One patient's style sums are bounded where they are made."""
     return Promise(
         kind="survey", bound=plan.release.style_clip, unit="patient statistics", enforcement="check"
     )
 
 
+def survey_promise(plan: RunPlan, ask: SurveyAsk) -> Promise:
+    """There is one survey."""
+    return style_promise(plan)
+
+
 SURVEY = Exchange(
     route="query.survey",
     ask=SurveyAsk,
     reply=SurveyReply,
-    rounds=lambda plan: range(plan.aggregation.method != "alone"),
+    rounds=lambda plan: range(plan.aggregation.method != "alone" and plan.privacy is None),
     largest=largest_survey,
     promise=survey_promise,
 )

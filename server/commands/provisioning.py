@@ -35,6 +35,8 @@ def add_to(commands: Any) -> None:
     parser = _command(commands, "revoke", about, _revoke)
     parser.add_argument("site", metavar="SITE", help="a site")
     _command(commands, "certificates", "list every certificate and when it ends", _certificates)
+    parser = _command(commands, "sign", "sign a file, weights say, with the consortium's key", _sign)
+    parser.add_argument("file", type=Path, metavar="FILE", help="model.safetensors of a run or an export")
 
 
 def _command(commands: Any, name: str, about: str, run: Any) -> argparse.ArgumentParser:
@@ -97,6 +99,15 @@ def _revoke(chosen: argparse.Namespace, console: Console) -> None:
     path = office.revoke(chosen.site, utc_now())
     say(console, f"Revoked. {path} lists it; a running `meduet-server start` shuts the site out at once.")
     say(console, "With a proxy of your own: reload that now (nginx -s reload).")
+
+
+def _sign(chosen: argparse.Namespace, console: Console) -> None:
+    from server.consortium.signing import sign_file
+
+    office = open_office(chosen.folder)
+    beside = sign_file(chosen.file, office.authority)
+    say(console, f"{beside}: signed by {office.settings.name}, fingerprint")
+    say(console, f"  {office.fingerprint}")
 
 
 def _certificates(chosen: argparse.Namespace, console: Console) -> None:

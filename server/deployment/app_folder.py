@@ -14,6 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
     "storage",
+    "scans",
     "forms",
     "meduet_models",
     "privacy",
@@ -35,7 +36,8 @@ def write_app_folder(parent: Path) -> Path:
     source = ROOT / "pyproject.toml"
     if not source.is_file() or tomllib.loads(source.read_text("utf-8"))["project"]["name"] != NAME:
         raise ValueError(
-            f"Expected FedMeDUET's pyproject.toml in {ROOT}; submit from a checkout (pip install -e .)."
+            f"Expected FedMeDUET's pyproject.toml in {ROOT}; submit from a checkout "
+            "(pip install -e '.[federation]')."
         )
     folder = parent / NAME
     if folder.exists():

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from federation.plan import VolumePlan
+from scans.volume_plan import VolumePlan
 from storage.files import private_folder, write_whole
 
 REQUEST = "request.json"

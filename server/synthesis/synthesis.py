@@ -23,7 +23,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from federation.plan import VolumePlan
 from forms.form import build
 from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.diffusion.conditions import UNKNOWN, Condition, Conditions
@@ -32,6 +31,7 @@ from meduet_models.diffusion.harmonisation import body_part_index, site_style
 from meduet_models.diffusion.sampling import SamplingSettings, sample
 from meduet_models.encoded_scan import EncodedScan
 from meduet_models.tokenizer.tokenizer import Tokenizer
+from scans.volume_plan import VolumePlan
 from server.synthesis.folder import SynthesisFolder
 
 Interpolation = Literal["linear", "spherical"]

@@ -19,9 +19,9 @@ from typing import Protocol
 from client.latents.labelled import LabelledScans, NoLabels
 from client.latents.latent_set import LatentSet
 from federation.exchanges.finetuning import LocalFinetuning
-from federation.plan import VolumePlan
 from meduet_models.downstream.task import Target
 from meduet_models.meduet import MeDUET
+from scans.volume_plan import VolumePlan
 from simulations.benchmark.settings import Cell, Task
 from simulations.downstream.evaluate import (
     DownstreamRow,
@@ -78,6 +78,7 @@ def downstream_rows(
             classes=task.classes,
             target=Target(task.target, task.values),
             spacing_mm=simulation.plan.volumes.spacing_mm,
+            crop_foreground=simulation.plan.volumes.crop_foreground,
             label_counts=task.label_counts,
             label_shares=task.label_shares,
             draws=task.draws,

@@ -18,13 +18,13 @@ from client.latents.examples import examples_of
 from client.latents.labelled import LabelledScans
 from client.latents.latent_set import LatentSet
 from client.scans.cohort import read_entry
-from client.scans.whole_volumes import volume_at
 from federation.plan import RunPlan
 from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.diffusion.conditions import Examples
 from meduet_models.diffusion.sampling import SamplingSettings
 from meduet_models.meduet import MeDUET
 from meduet_models.tokenizer.tokenizer import Tokenizer
+from scans.whole_volumes import volume_at
 from simulations.generation.settings import FOLDER, GenerationSettings
 from simulations.hospitals.held_out import Held
 from simulations.hospitals.labelled import labels_for_segmenters

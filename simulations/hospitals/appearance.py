@@ -19,9 +19,9 @@ from jaxtyping import Float, Float64, Int
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from client.scans.scans import Scan
-from client.scans.volumes import intensity_range
-from federation.plan import VolumePlan
+from scans.scans import Scan
+from scans.volume_plan import VolumePlan
+from scans.volumes import intensity_range
 
 SMALLEST_SHARE = 0.5
 """Least size of a group, as a share of patients over groups."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from client.scans.layouts import Candidate
-from client.scans.scans import Exclusion
+from scans.scans import Exclusion
 from simulations.hospitals.plans import TRUTH
 from storage.files import write_whole
 

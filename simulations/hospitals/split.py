@@ -23,12 +23,12 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from numpy.typing import NDArray
 
 from client.scans.layouts import Candidate, LayoutRules, survey
-from client.scans.nifti import nifti_stem
-from client.scans.scans import Scan, UnusableScan
-from client.scans.volumes import read_files, read_label
 from forms.json_text import fingerprint_of
 from meduet_models.seeds import digest_of
 from meduet_models.weights import sha256_of_file
+from scans.nifti import nifti_stem
+from scans.scans import Scan, UnusableScan
+from scans.volumes import read_files, read_label
 from simulations.hospitals.appearance import appearance, by_appearance
 from simulations.hospitals.manifests import read_record, write_left_out, write_manifest, write_record
 from simulations.hospitals.phantom import Progress

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from federation.exchanges.survey import survey_layout
-from federation.plan import AggregationPlan, RunPlan, StylePlan, TrainingPlan, VolumePlan
+from federation.plan import AggregationPlan, RunPlan, StylePlan, TrainingPlan
 from meduet_models.objective.settings import LossWeights, ObjectiveConfig
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleMoments
+from scans.volume_plan import VolumePlan
 from tests.worlds import ViewedScans, small_network, small_plan
 
 

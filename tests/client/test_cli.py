@@ -20,17 +20,18 @@ from rich.console import Console
 import client.cli
 import client.latents.encoding
 import client.scans.cohort_memo
-import client.scans.dicom
 import client.scans.judgement_memo
+import scans.dicom
 from client.approvals import Approvals
 from client.cli import main
 from client.exact_sums import EXACT_SUMS_CONSENT
 from client.scans.cohort import split_of
 from federation.bundle import running_bundle
-from federation.plan import RunPlan, VolumePlan
+from federation.plan import RunPlan
 from federation.published_plan import PublishedPlan
 from meduet_models.tokenizer.patch_pca import PatchMoments
 from meduet_models.tokenizer.tokenizer import pca_tokenizer, save_tokenizer
+from scans.volume_plan import VolumePlan
 
 NAMES = [f"Mustermann{number}" for number in range(20)]
 
@@ -346,13 +347,13 @@ def test_slices_that_were_sent_again_are_no_copies_of_scans_and_each_header_is_r
     hospital.settings(
         allow_non_private="true", data_root=str(data_root / "odd_cases" / "dicom" / "resent_slices")
     )
-    header, surveyed = client.scans.dicom._header, Counter[str]()
+    header, surveyed = scans.dicom._header, Counter[str]()
 
     def counted(path: Path, tags: Sequence[str] | None = None) -> Dataset:
         surveyed[path.name] += tags is not None
         return header(path, tags)
 
-    monkeypatch.setattr(client.scans.dicom, "_header", counted)
+    monkeypatch.setattr(scans.dicom, "_header", counted)
     _, screen = hospital.run("check", "--confirm-patients")
     assert verdict(screen, "duplicates") == "ok: none" and "duplicate 2" in verdict(screen, "exclusions")
     assert "2 left out (duplicate 2)" in screen and "Confirmed: 1 patient" in screen

@@ -18,10 +18,11 @@ from client.confirmation import FILE, confirm, unconfirmed
 from client.exchanges.exchange import AskRefused
 from client.scans.patients import PatientMap
 from client.site import Site, SiteConfig, confirm_patients
-from federation.plan import RunPlan, VolumePlan
+from federation.plan import RunPlan
 from federation.wire import RefusalKind
 from meduet_models.tokenizer.patch_pca import PatchMoments
 from meduet_models.tokenizer.tokenizer import pca_tokenizer, save_tokenizer
+from scans.volume_plan import VolumePlan
 
 FOUND = PatientMap("a rule", {"P1/a.nii": "P1", "P2/a.nii": "P2"}, ("a doubt",))
 

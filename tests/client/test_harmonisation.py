@@ -12,16 +12,17 @@ import torch
 from rich.console import Console
 
 from client.cli import main
-from client.harmonisation import Harmoniser, target_paths
-from client.scans.volumes import Geometry, intensity_range, lay_back, prepare, read_scan
+from client.volume_files import target_paths
 from meduet_models.diffusion.artefact import save_generative_model
 from meduet_models.diffusion.conditioner import entries_of_scans
 from meduet_models.diffusion.harmonisation import HarmonisationSettings, harmonise, site_style
+from meduet_models.diffusion.harmoniser import Harmoniser
 from meduet_models.diffusion.sampling import SamplingSettings
 from meduet_models.encoded_scan import load_encoded_scan
 from meduet_models.style.moments import restyle
 from meduet_models.tokenizer.patch_pca import PatchMoments
 from meduet_models.tokenizer.tokenizer import pca_tokenizer, save_tokenizer
+from scans.volumes import Geometry, intensity_range, lay_back, prepare, read_scan
 from tests.generative_models import VOLUMES, models_of_whole_scans, small_model, small_tokenizer
 from tests.meduet_models.diffusion.small_models import awake_transformer, small_latents
 

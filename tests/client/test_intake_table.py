@@ -6,7 +6,7 @@
 from pathlib import Path
 
 from client.scans.cohort import Cohort, open_cohort
-from federation.plan import VolumePlan
+from scans.volume_plan import VolumePlan
 
 NIFTI_ODD = {
     "ivadomed_ccbysa/rgb_test_file.nii.gz": "rgb",

@@ -16,11 +16,12 @@ import client.site
 from client.exchanges.exchange import AskRefused
 from client.scans.cohort import Cohort
 from client.site import Site, SiteConfig, load_site_config, open_site, resolve_device
-from federation.plan import RunPlan, VolumePlan
+from federation.plan import RunPlan
 from federation.wire import RefusalKind
 from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec
 from privacy.ledger import LedgerRefusal, Place
 from privacy.promise import Promise
+from scans.volume_plan import VolumePlan
 
 MINIMAL = "name: north\ndata_root: scans\nstate_dir: state\n"
 

@@ -223,5 +223,5 @@ def test_without_a_watchdog_nothing_is_written(log: Path) -> None:
 
 def test_what_the_work_logs_is_of_its_context(log: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "client"):
-        watchdog(log, 60.0, lambda: logging.getLogger("client.scans.scans").warning("from the inside"))
+        watchdog(log, 60.0, lambda: logging.getLogger("scans.scans").warning("from the inside"))
     assert caplog.records[0].threadName == "answer"

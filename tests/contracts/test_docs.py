@@ -57,9 +57,11 @@ def test_the_five_files_to_read_exist() -> None:
         ("client.cli", ("harmonise",)),
         ("client.cli", ("encode",)),
         ("client.cli", ("plan", "show")),
+        ("client.weights_cli", ("embed",)),
         ("server.cli", ("tokenizer", "train")),
         ("server.cli", ("pretrain-public",)),
         ("server.cli", ("synthesize",)),
+        ("server.cli", ("export",)),
         ("server.cli", ("bank", "forget")),
     ],
 )
@@ -89,6 +91,7 @@ def test_every_command_has_help(module: str, command: tuple[str, ...]) -> None:
         ),
         *(f"meduet-site {c}" for c in ("request", "install", "check", "start", "plan list", "plan withdraw")),
         *(f"meduet-site {c}" for c in ("plan show", "plan approve", "journal show", "journal verify")),
+        *(f"meduet-site {c}" for c in ("ledger show", "ledger close")),
         *(f"meduet-server {c}" for c in ("journal show", "journal verify")),
     ],
 )

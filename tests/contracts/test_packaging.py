@@ -14,6 +14,7 @@ from federation.bundle import bundle_hash, running_bundle
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
     "storage",
+    "scans",
     "forms",
     "meduet_models",
     "privacy",
@@ -25,16 +26,9 @@ PACKAGES = (
     "simulations",
 )
 BUNDLED = (
-    "storage",
-    "forms",
-    "meduet_models",
-    "privacy",
-    "federation",
-    "strategies",
-    "audit",
-    "client",
+    "storage", "scans", "forms", "meduet_models", "privacy", "federation", "strategies", "audit", "client",
     "server",
-)
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("package", PACKAGES)

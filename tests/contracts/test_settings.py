@@ -17,18 +17,11 @@ import pytest
 from client.site import SiteConfig
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning
-from federation.plan import (
-    AggregationPlan,
-    ProbePlan,
-    ReleasePlan,
-    RunPlan,
-    StylePlan,
-    TrainingPlan,
-    VolumePlan,
-)
+from federation.plan import AggregationPlan, ProbePlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.meduet import NetworkConfig
 from meduet_models.objective.settings import LossWeights, ObjectiveConfig
+from scans.volume_plan import VolumePlan
 from server.deployment.config import ServerConfig
 from simulations.downstream.evaluate import DownstreamSettings
 from simulations.downstream.run import DownstreamRunSettings

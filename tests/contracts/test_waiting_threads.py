@@ -41,7 +41,7 @@ def policy(module: str, **variables: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("module", ["client.cli", "server.cli", "simulations.cli"])
+@pytest.mark.parametrize("module", ["client.cli", "client.weights_cli", "server.cli", "simulations.cli"])
 def test_every_command_has_waiting_threads_sleep_before_pytorch_is_loaded(module: str) -> None:
     assert policy(module) == "passive"
 

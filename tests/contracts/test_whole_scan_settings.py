@@ -10,10 +10,11 @@ import pytest
 from client.checks.intake import cohort_lines
 from client.commands.plan_words import plan_settings, plan_words
 from client.scans.cohort import Cohort, ScanEntry
-from client.scans.scans import accept
-from client.scans.volumes import kept_share
-from federation.plan import RunPlan, StylePlan, VolumePlan
+from federation.plan import RunPlan, StylePlan
 from federation.published_plan import PublishedPlan
+from scans.scans import accept
+from scans.volume_plan import VolumePlan
+from scans.volumes import kept_share
 from tests.client.conftest import make_plan
 
 WHOLE = VolumePlan(modality="mr", shape=(16, 24, 16), registered=False, extent="scan")

@@ -16,11 +16,12 @@ from client.site_secret import seed_of
 from client.training.finetuning import finetune
 from federation.exchanges.finetuning import FinetuneAsk, FinetunePlan, LocalFinetuning
 from federation.messages import MessageError
-from federation.plan import RunPlan, VolumePlan
+from federation.plan import RunPlan
 from meduet_models.downstream.starting import start_sha256
 from meduet_models.downstream.tasks import task_of
 from meduet_models.meduet import FactorNetwork
 from meduet_models.weights import load_weights
+from scans.volume_plan import VolumePlan
 from server.checkpoints import OtherPlan
 from server.exchanges.finetuning import FinetunedRun, pretrained_sha256, run_finetuning
 from simulations.engines.in_process import InProcessGrid

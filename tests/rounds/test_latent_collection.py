@@ -15,7 +15,6 @@ from flwr.app import Context, Message
 from client.app import make_client_app
 from client.exchanges.latents import KEY_NAME, TABLE_NAME, consent
 from client.latents.examples import examples_of
-from client.scans.volumes import Geometry
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.latents import LatentsAsk, LatentsReply, latent_bound
 from federation.journal import Journal
@@ -23,6 +22,7 @@ from federation.plan import ReleasePlan, RunPlan, StylePlan
 from federation.release_policy import RAW
 from federation.reply_book import ReplyBook
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
+from scans.volumes import Geometry
 from server.exchanges.latents import check_reply, collect
 from server.latent_bank.bank import LatentBank
 from server.latent_bank.listing import items

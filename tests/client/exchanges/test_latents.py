@@ -25,7 +25,7 @@ from client.site import Site, confirm_patients, load_site_config, open_site
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.latents import LatentsAsk, from_tensors
 from federation.journal import Journal
-from federation.plan import RunPlan, VolumePlan
+from federation.plan import RunPlan
 from federation.release_policy import RAW
 from federation.wire import RefusalKind
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
@@ -33,6 +33,7 @@ from meduet_models.tokenizer.patch_pca import PatchMoments
 from meduet_models.tokenizer.tokenizer import Tokenizer, pca_tokenizer, save_tokenizer
 from privacy.ledger import Ledger, LedgerRefusal, Place
 from privacy.promise import Promise
+from scans.volume_plan import VolumePlan
 from server.config import compose_config, plain
 from simulations.consortium import site_configs
 from simulations.hospitals.plans import Hospital

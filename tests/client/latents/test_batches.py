@@ -9,9 +9,10 @@ import torch
 from client.latents.batches import Batches, step_generator
 from client.latents.style_moments import own_moments
 from federation.exchanges.survey import survey_layout
-from federation.plan import RunPlan, TrainingPlan, VolumePlan
+from federation.plan import RunPlan, TrainingPlan
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import CohortTooSmall, StyleMoments, restyle
+from scans.volume_plan import VolumePlan
 
 CPU = torch.device("cpu")
 PATIENTS = [f"p{n}" for n in range(10)]

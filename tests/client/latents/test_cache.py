@@ -18,10 +18,10 @@ import client.scans.fingerprints
 from client.latents.cache import LatentCache
 from client.latents.latent_set import LatentSet
 from client.scans.cohort import Cohort, open_cohort, read_entry
-from client.scans.scans import Reason
-from client.scans.volumes import lay_back, prepare
-from federation.plan import VolumePlan
 from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
+from scans.scans import Reason
+from scans.volume_plan import VolumePlan
+from scans.volumes import lay_back, prepare
 
 PLAN = VolumePlan(modality="t1", shape=(8, 12, 8), spacing_mm=(2.0, 2.0, 2.0))
 OBLIQUE = np.array([[-1.2, 0.1, 0, 9], [0.1, 1.1, 0.2, -8], [0, -0.2, 1.3, 4], [0, 0, 0, 1]])

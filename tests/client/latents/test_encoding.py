@@ -19,10 +19,10 @@ from client.latents.latent_set import LATENTS, LatentSet
 from client.scans.cohort import Cohort, open_cohort, read_entry
 from client.scans.judgement import Source, Verdict, judge
 from client.scans.judgement_memo import JudgementMemo
-from client.scans.volumes import prepare, read_scan
-from federation.plan import VolumePlan
 from meduet_models.tokenizer.tokenizer import TokenizerSpec, load_tokenizer
 from meduet_models.weights import load_weights
+from scans.volume_plan import VolumePlan
+from scans.volumes import prepare, read_scan
 
 PLAN = VolumePlan(modality="t1", shape=(16, 16, 16), spacing_mm=(2.0, 2.0, 2.0))
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from client.latents.examples import SiteExamples, examples_of, ras_spacing
-from client.scans.volumes import Geometry
+from client.latents.examples import SiteExamples, examples_of
 from federation.diffusion_plan import DiffusionPlan
 from federation.plan import RunPlan, StylePlan
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
+from scans.volumes import Geometry, ras_spacing
 from tests.worlds import KnownScans
 
 SHAPE = TransformerShape(patch_size=2, width=12, depth=1, heads=2)

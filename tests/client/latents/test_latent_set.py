@@ -7,8 +7,8 @@ import torch
 
 from client.latents.latent_set import DamagedEncoding, LatentSet, StoredLatent, open_stored
 from client.scans.cohort import Cohort, Exclusion, ScanEntry
-from client.scans.scans import Reason
 from meduet_models.weights import save_weights
+from scans.scans import Reason
 
 
 def stored(path: Path, value: float, label: int | None = None) -> StoredLatent:

@@ -15,11 +15,11 @@ from client.latents.labelled import labelled_scans
 from client.latents.latent_set import LatentSet
 from client.latents.prepared_volumes import volume_path
 from client.scans.cohort import open_cohort, read_entry
-from client.scans.scans import UnusableScan
-from client.scans.volumes import prepare
 from federation.exchanges.finetuning import LocalFinetuning
-from federation.plan import VolumePlan
 from meduet_models.tokenizer.tokenizer import Tokenizer
+from scans.scans import UnusableScan
+from scans.volume_plan import VolumePlan
+from scans.volumes import prepare
 
 PLAN = VolumePlan(modality="t1", shape=(8, 12, 8), spacing_mm=(2.0, 2.0, 2.0), views=2)
 PATIENTS = ("Doe", "Nowak", "Rossi", "Silva")

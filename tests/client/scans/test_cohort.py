@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.scans.cohort import SPLITS, Cohort, open_cohort, read_entry, split_of
-from client.scans.scans import Reason, UnusableScan
-from federation.plan import VolumePlan
+from scans.scans import Reason, UnusableScan
+from scans.volume_plan import VolumePlan
 
 PLAN = VolumePlan(modality="T1w")
 FRACTIONS = (0.8, 0.1, 0.1)

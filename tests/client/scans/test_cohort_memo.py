@@ -12,7 +12,7 @@ import pytest
 import client.scans.cohort_memo
 from client.scans.cohort import Cohort, open_cohort
 from client.scans.cohort_memo import remembered
-from federation.plan import VolumePlan
+from scans.volume_plan import VolumePlan
 
 PLAN = VolumePlan(modality="t1")
 
@@ -95,7 +95,7 @@ def test_other_settings_or_another_version_of_the_code_open_it_again(
     assert opener.count == 1
     opener(salt="2")
     assert opener.count == 2
-    monkeypatch.setattr(client.scans.cohort_memo, "_CODE", tmp_path)
+    monkeypatch.setattr(client.scans.cohort_memo, "_CODE", (tmp_path,))
     opener(salt="2")
     assert opener.count == 3
 

@@ -10,7 +10,7 @@ import pytest
 from client.scans.cohort import Cohort, open_cohort
 from client.scans.contrasts import ModalityNames, contrasts_of_bids, contrasts_of_files
 from client.scans.names import contrast_in
-from federation.plan import VolumePlan
+from scans.volume_plan import VolumePlan
 
 
 def write(path: Path, seed: int, *, label: bool = False) -> Path:

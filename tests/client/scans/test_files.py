@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from client.scans.files import walk
-from client.scans.scans import Reason
+from scans.scans import Reason
 
 
 def reasons(root: Path, follow_links: bool = False) -> dict[str, Reason]:

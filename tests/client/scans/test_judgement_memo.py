@@ -12,7 +12,7 @@ import pytest
 import client.scans.judgement_memo
 from client.scans.judgement import Judgement, Source, Verdict, verdict_from_json, verdict_to_json
 from client.scans.judgement_memo import JudgementMemo
-from client.scans.scans import Note, Reason, UnusableScan
+from scans.scans import Note, Reason, UnusableScan
 
 
 @pytest.fixture(autouse=True)

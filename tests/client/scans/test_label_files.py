@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from client.scans.cohort import Cohort, open_cohort
-from client.scans.scans import Reason, UnusableScan, accept_label, is_label_map
-from client.scans.volumes import kept_share, read_label, read_scan
-from federation.plan import VolumePlan
+from scans.scans import Reason, UnusableScan, accept_label, is_label_map
+from scans.volume_plan import VolumePlan
+from scans.volumes import kept_share, read_label, read_scan
 
 SHAPE = (12, 14, 10)
 
@@ -104,4 +104,4 @@ def test_what_a_crop_keeps_of_a_scan_is_counted(tmp_path: Path) -> None:
     assert kept_share(read, VolumePlan(modality="any", shape=(40, 20, 20))) == 1.0
     half = kept_share(read, VolumePlan(modality="any", shape=(15, 20, 20)))
     assert abs(half - 0.5) < 0.03
-    assert kept_share(read, VolumePlan(modality="any", shape=(8, 10, 10), spacing_mm=(4, 4, 4))) > 0.95
+    assert kept_share(read, VolumePlan(modality="any", shape=(8, 10, 10), spacing_mm=(4.0, 4.0, 4.0))) > 0.95

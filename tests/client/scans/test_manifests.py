@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from client.scans.cohort import Cohort, open_cohort
-from client.scans.scans import Reason
-from federation.plan import VolumePlan
+from scans.scans import Reason
+from scans.volume_plan import VolumePlan
 
 
 def write(path: Path, seed: int, *, label: bool = False) -> Path:

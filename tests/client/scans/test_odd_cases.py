@@ -15,8 +15,8 @@ from rich.console import Console
 from client.checks.intake import closing
 from client.cli import main
 from client.scans.cohort import Cohort, open_cohort
-from client.scans.scans import Reason
-from federation.plan import VolumePlan
+from scans.scans import Reason
+from scans.volume_plan import VolumePlan
 
 NAMES = {"MR": "any", "CT": "any", "T1w": "any"}
 OTHERS = {

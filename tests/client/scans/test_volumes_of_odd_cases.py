@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from client.scans.cohort import Cohort, open_cohort
-from client.scans.dicom import find_series
-from client.scans.scans import Note, Reason, UnusableScan
-from client.scans.volumes import read_files, read_scan
-from federation.plan import VolumePlan
+from scans.dicom import find_series
+from scans.scans import Note, Reason, UnusableScan
+from scans.volume_plan import VolumePlan
+from scans.volumes import read_files, read_scan
 
 DICOM = "dicom_small/dicom2nifti_tests/tests/data"
 

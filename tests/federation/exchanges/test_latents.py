@@ -19,10 +19,11 @@ from federation.exchanges.latents import (
     to_tensors,
 )
 from federation.messages import MessageError
-from federation.plan import RunPlan, StylePlan, TrainingPlan, VolumePlan
+from federation.plan import RunPlan, StylePlan, TrainingPlan
 from federation.wire import array_record
 from meduet_models.diffusion.conditions import Examples
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
+from scans.volume_plan import VolumePlan
 from tests.worlds import small_network, small_plan
 
 DIFFUSION = DiffusionPlan(

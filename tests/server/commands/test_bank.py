@@ -9,10 +9,11 @@ import torch
 
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.latents import LatentsReply
-from federation.plan import StylePlan, TrainingPlan, VolumePlan
+from federation.plan import StylePlan, TrainingPlan
 from federation.terminal import NOT_POSSIBLE
 from meduet_models.diffusion.conditions import Examples
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
+from scans.volume_plan import VolumePlan
 from server.cli import main
 from server.latent_bank.bank import LatentBank
 from tests.worlds import small_network, small_plan

@@ -7,15 +7,10 @@ import pytest
 import torch
 
 from federation.exchanges.probes import ANATOMY, anatomy_bound, joint_width
-from federation.plan import (
-    ProbePlan,
-    RunPlan,
-    StylePlan,
-    TrainingPlan,
-    VolumePlan,
-)
+from federation.plan import ProbePlan, RunPlan, StylePlan, TrainingPlan
 from meduet_models.content_code import public_code
 from meduet_models.erasure import ErasureMoments
+from scans.volume_plan import VolumePlan
 from server.exchanges.directions import directions_of_sums
 from tests.worlds import small_network, small_plan
 

@@ -8,9 +8,10 @@ import torch
 
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.latents import LatentsReply
-from federation.plan import ReleasePlan, RunPlan, StylePlan, TrainingPlan, VolumePlan
+from federation.plan import ReleasePlan, RunPlan, StylePlan, TrainingPlan
 from meduet_models.diffusion.conditions import Examples
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
+from scans.volume_plan import VolumePlan
 from server.latent_bank.bank import BANK, LatentBank
 from server.latent_bank.tables import Tables
 from tests.worlds import small_network, small_plan

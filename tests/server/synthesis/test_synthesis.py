@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import server.synthesis.synthesis
-from federation.plan import VolumePlan
 from meduet_models.diffusion.artefact import GenerativeModel, save_generative_model
 from meduet_models.diffusion.sampling import SamplingSettings
 from meduet_models.encoded_scan import EncodedScan, save_encoded_scan
 from meduet_models.tokenizer.tokenizer import Tokenizer, save_tokenizer
+from scans.volume_plan import VolumePlan
 from server.cli import main
 from server.synthesis.synthesis import SynthesisRequest, interpolate, synthesise
 from tests.generative_models import VOLUMES, small_model, small_tokenizer

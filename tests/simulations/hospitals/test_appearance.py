@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client.scans.scans import Scan
-from client.scans.volumes import read_scan
+from scans.scans import Scan
+from scans.volumes import read_scan
 from simulations.hospitals.appearance import appearance, by_appearance, constrained_k_means
 from simulations.hospitals.make import SplitHospitals, make_hospitals
 

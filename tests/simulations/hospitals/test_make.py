@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from scipy.ndimage import affine_transform
 
 from client.scans.cohort import open_cohort
-from client.scans.volumes import read_label, read_scan, same_grid
-from federation.plan import VolumePlan
+from scans.volume_plan import VolumePlan
+from scans.volumes import read_label, read_scan, same_grid
 from simulations.hospitals.make import (
     FolderHospitals,
     Hospital,
@@ -111,7 +111,7 @@ def test_skew_makes_populations_differ_and_no_skew_does_not() -> None:
 
 
 def test_every_phantom_passes_the_hospitals_own_intake(consortium: tuple[Path, list[Hospital]]) -> None:
-    plan = VolumePlan(modality="T1w", spacing_mm=(4, 4, 4), shape=(40, 48, 40))
+    plan = VolumePlan(modality="T1w", spacing_mm=(4.0, 4.0, 4.0), shape=(40, 48, 40))
     for hospital in consortium[1]:
         for root in (hospital.root, hospital.paired):
             assert root is not None

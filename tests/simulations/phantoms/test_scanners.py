@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy.ndimage import affine_transform
 
-from client.scans.scans import Scan
-from client.scans.volumes import read_label, read_scan
+from scans.scans import Scan
+from scans.volumes import read_label, read_scan
 from simulations.phantoms.atlas import grid_affine, grid_shape, load_atlas
 from simulations.phantoms.patients import (
     TISSUES,

@@ -1,0 +1,1 @@
+"""One scan: read from its files, placed in the patient, made a volume; whose it is, is the cohort's."""

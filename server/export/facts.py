@@ -1,0 +1,117 @@
+"""What every export says of its weights: where they come from, under which promise, and who may use them how.
+
+Read from the header of the final weights alone; no number is typed by hand. The plan itself, the sites' names
+and their counts stay at the consortium: an export names the plan's hash, the number of sites, and how many
+patients, rounded down to whole minimum cohorts. What this file does not do: write a form (its neighbours do).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from federation.exchanges.erasure import code_promise
+from federation.exchanges.pretraining import update_promise
+from federation.exchanges.survey import smallest_cohort, style_promise
+from federation.plan import RunPlan
+from forms.json_text import read_json
+from meduet_models.pretrained import Pretrained, load_pretrained
+from meduet_models.scan_model import MODEL, tokenizer_of
+from meduet_models.tokenizer.tokenizer import Tokenizer
+from meduet_models.weights import load_weights, sha256_of_tensors
+from scans.volume_plan import VolumePlan
+
+_KEPT = (
+    "model", "network", "tokenizer_sha256", "volumes", "plan_sha256", "rounds", "tensors_sha256", "readers"
+)  # fmt: skip
+"""Of the header; the rest (the plan, counts and probes of sites) stays at the consortium."""
+INTENDED = (
+    "Research on 3D medical scans of the kind described by `volumes`: a start for networks that learn from "
+    "few labels, and codes to compare scans by. Not a medical device; not for diagnosis."
+)
+UNTESTED = (
+    "Other modalities, body parts and voxel sizes; scanners unlike those of the sites; attacks on the "
+    "published weights (membership, reconstruction): no audit is part of this version."
+)
+
+
+@dataclass(frozen=True)
+class Release:
+    """A run's final weights, and what is said of them."""
+
+    pretrained: Pretrained
+    tensors: dict[str, Tensor]
+    """All of the file."""
+    tokenizer: Tokenizer
+    plan: RunPlan
+    licence: str
+    """As the consortium says: an SPDX identifier, or a sentence."""
+    patients: int
+    """Of all sites, rounded down to whole minimum cohorts; 0: told by none."""
+
+    @property
+    def volumes(self) -> VolumePlan:
+        """How scans become volumes."""
+        return self.plan.volumes
+
+    @property
+    def promises(self) -> list[str]:
+        """What was promised of all that left the sites for these weights."""
+        made = (update_promise(self.plan), style_promise(self.plan), code_promise(self.plan))
+        return [f"{promise.kind}: {promise.sentence()}" for promise in made]
+
+    def header(self) -> dict[str, str]:
+        """Header of the exported weights."""
+        told = {n: text for n, text in self.pretrained.provenance.items() if n in _KEPT}
+        return told | {"promise": json.dumps(self.promises), "licence": self.licence}
+
+    def config(self) -> dict[str, Any]:
+        """The same as plain values: `config.json`, metadata of other forms."""
+        return {
+            "model_type": "meduet",
+            "network": asdict(self.plan.network),
+            "volumes": asdict(self.volumes),
+            "tokenizer": {"name": self.tokenizer.name, "sha256": self.tokenizer.sha256},
+            "code_size": self.plan.network.code_size if self.pretrained.network.has_content_code else 0,
+            "rounds": int(self.pretrained.provenance["rounds"]),
+            "sites": len(self.plan.sites),
+            "patients_at_least": self.patients,
+            "plan_sha256": self.plan.sha256,
+            "tensors_sha256": self.pretrained.provenance["tensors_sha256"],
+            "promise": self.promises,
+            "licence": self.licence,
+            "fedmeduet_version": version("fedmeduet"),
+        }
+
+
+def release_of(run: Path, licence: str, tokenizer: Path | None = None) -> Release:
+    """The release of a finished run: its folder, or its `model.safetensors`.
+
+    Raises `ValueError` when the weights are damaged, were changed since, or are not a run's.
+    """
+    if not licence.strip() or "\n" in licence:
+        raise ValueError("Expected --licence to be an SPDX identifier or one sentence; got none.")
+    path = run / MODEL if run.is_dir() else run
+    pretrained = load_pretrained(path)
+    told = pretrained.provenance
+    if missing := sorted({"plan", "plan_sha256", "rounds", "tensors_sha256", "volumes"} - set(told)):
+        raise ValueError(f"Expected the final weights of a run in {path}; their header lacks {missing[0]!r}.")
+    plan = RunPlan.from_json(told["plan"])
+    if plan.sha256 != told["plan_sha256"]:
+        raise ValueError(f"Expected the plan in {path.name} to have the hash that it says; it has another.")
+    tensors, _ = load_weights(path)
+    if sha256_of_tensors(tensors) != told["tensors_sha256"]:
+        raise ValueError(f"Expected the weights in {path.name} as they were written; they have changed.")
+    found = tokenizer_of(path, pretrained, tokenizer)
+    return Release(pretrained, tensors, found, plan, licence, _patients(told, plan))
+
+
+def _patients(told: Mapping[str, str], plan: RunPlan) -> int:
+    """Patients of the sites whose sums are in the weights, in whole minimum cohorts."""
+    sites = read_json(told.get("erasure", "{}"), "the erasure of a run").get("sites", {})
+    cohort = smallest_cohort(plan)
+    return sum(int(one["patients"]) for one in sites.values()) // cohort * cohort

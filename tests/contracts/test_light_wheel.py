@@ -1,0 +1,137 @@
+"""The wheel without its extras holds all that published weights need: no Flower, Ray, Opacus or Hydra.
+
+The dependencies that are not declared without extras are made absent by a finder that refuses them: a clean
+environment would need a network, and half a gigabyte of PyTorch.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
+from pathlib import Path
+
+import numpy as np
+import pytest
+from packaging.requirements import Requirement
+
+from tests.published_weights import a_scan, published, written
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = {"flwr", "ray", "opacus", "hydra", "omegaconf", "dp_accounting", "nilearn", "tensorboard", "grpc"}
+REFUSE = """
+import sys
+REFUSED = {refused!r}
+class Refusing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in REFUSED:
+            raise ModuleNotFoundError("not declared without extras: " + name, name=name)
+sys.meta_path.insert(0, Refusing())
+"""
+
+
+def without_extras() -> set[str]:
+    """Import names of everything that `pip install fedmeduet`, without extras, brings."""
+    seen: set[str] = set()
+    todo = list(tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"])
+    names: set[str] = set()
+    while todo:
+        wanted = re.sub(r"[-_.]+", "-", Requirement(todo.pop()).name).lower()
+        if wanted in seen:
+            continue
+        seen.add(wanted)
+        try:
+            found = distribution(wanted)
+        except PackageNotFoundError:  # of another platform
+            continue
+        tops = {
+            Path(file).parts[0].partition(".")[0]
+            for file in found.files or ()
+            if "dist-info" not in str(file)
+        }
+        names |= tops - {"__pycache__", ""}
+        todo += [str(r) for r in map(Requirement, found.requires or []) if plain(r)]
+    return names
+
+
+def refused() -> set[str]:
+    """Import names of whatever else is installed here, ours apart."""
+    ours = {name for name, owners in packages_distributions().items() if owners == ["fedmeduet"]}
+    return set(packages_distributions()) - without_extras() - ours - {"pip", "setuptools", "_distutils_hack"}
+
+
+def plain(requirement: Requirement) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+
+
+def embedded(tmp_path: Path, *places: Path) -> subprocess.CompletedProcess[str]:
+    """`meduet embed` and every module of the models, with packages from `places`, all else refused."""
+    run, scan = published(tmp_path / "run"), written(tmp_path / "scan.nii.gz", *a_scan())
+    blocker = tmp_path / "blocker"
+    blocker.mkdir()
+    (blocker / "sitecustomize.py").write_text(REFUSE.format(refused=refused()))
+    script = (
+        "import importlib, pkgutil, sys, meduet_models, scans\n"
+        "for package in (meduet_models, scans):\n"
+        "    for found in pkgutil.walk_packages(package.__path__, package.__name__ + '.'):\n"
+        "        importlib.import_module(found.name)\n"
+        "from client.weights_cli import main\n"
+        f"status = main(['embed', {str(scan)!r}, '--model', {str(run)!r}, '-o', 'out.npy'])\n"
+        f"assert not {HEAVY!r} & {{name.partition('.')[0] for name in sys.modules}}\n"
+        "print(meduet_models.__file__)\n"
+        "sys.exit(status)\n"
+    )
+    search = os.pathsep.join(map(str, (blocker, *places)))
+    return subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env={"PYTHONPATH": search, "PATH": os.environ["PATH"]},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_what_a_light_installation_lacks_is_found() -> None:
+    allowed = without_extras()
+    assert {"torch", "nibabel", "pydicom", "safetensors", "rich"} <= allowed
+    assert not HEAVY & allowed
+    assert HEAVY & refused() >= {"flwr", "ray", "opacus", "hydra"}
+    refuse = REFUSE.format(refused=refused()) + "import hydra"
+    done = subprocess.run([sys.executable, "-c", refuse], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "not declared without extras: hydra" in done.stderr
+
+
+def test_models_and_embedding_need_nothing_of_the_federation(tmp_path: Path) -> None:
+    done = embedded(tmp_path, ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert np.load(tmp_path / "out.npy").shape == (8,)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_the_built_package_embeds_where_it_is_installed(kind: str, tmp_path: Path) -> None:
+    built, installed = tmp_path / "dist", tmp_path / "installed"
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", built], cwd=ROOT, check=True
+    )
+    (file,) = built.iterdir()
+    if kind == "wheel":
+        inside = zipfile.ZipFile(file).namelist()
+    else:
+        inside = tarfile.open(file).getnames()
+    assert any(re.search(r"meduet_models/tokenizer/tokenizer_\dch\.safetensors$", name) for name in inside)
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+    ]
+    subprocess.run([*pip, "--target", installed, file], check=True)
+    done = embedded(tmp_path, installed)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip().endswith(f"{installed}/meduet_models/__init__.py")
+    assert (installed / "bin" / "meduet").is_file()
