@@ -68,7 +68,8 @@ def read_books(books: SiteBooks) -> Read:
         for kind, most in questions.items()
         if most > 1
     ]
-    kinds = dict.fromkeys(str(e.record["kind"]) for e in ledger if e.record.get("event") == "reserve")
+    left = {e.record.get("reservation") for e in ledger if e.record.get("event") in ("settle", "anew")}
+    kinds = dict.fromkeys(str(e.record["kind"]) for e in ledger if e.sha256 in left)
     charged = {kind: _charged(ledger, {kind}) for kind in kinds}
     return Read(problems, released, charged, _charged(ledger), questions)
 
