@@ -119,13 +119,14 @@ def audit(evidence: Evidence, effort: Effort, say: Say) -> Audited:
     """Attack everything in order; `say` is told what is under way."""
     scored: Scored = []
     artefacts: list[Artefact] = []
-    total = {site: Charged(0.0, 0.0) for site in evidence.books}
     say("reading the books")
     books = {site: read_books(own) for site, own in evidence.books.items()}
+    total = {site: read.total for site, read in books.items()}
     for site, read in books.items():
         artefacts.append(_books_row(site, read))
         for kind, charged in read.charged.items():
-            total[site] = Charged(total[site].epsilon + charged.epsilon, total[site].delta + charged.delta)
+            if charged.epsilon == 0:  # random numbers alone: no patient is in it
+                continue
             say(f"{site}: {kind}")
             artefacts.append(_released_row(evidence, site, kind, charged, effort, scored))
     pooled = list(_pooled(evidence, scored))
@@ -169,6 +170,8 @@ def _why_not(evidence: Evidence, kind: str, own: Sequence[Release]) -> str:
         return "Nothing of it is at hand: the site's books do not hold, and it was not opened."
     if own[-1].tensors is None:
         return own[-1].missing
+    if "masked" in own[-1].record:
+        return "It left under a mask; the sum of all sites, which opens, is not attacked by this version."
     if kind == "survey":
         return "Style sums by body part, or of whole scans, are not attacked by this version."
     return evidence.no_weights or "The weights that came with it are not at hand."

@@ -14,7 +14,9 @@ from typing import Any
 
 from audit.evidence import SiteBooks
 from federation.journal import BrokenChain, read_journal
+from privacy.accounting import LARGEST_DELTA, Mechanism, epsilon_of
 from privacy.chain import Entry, read_chain
+from privacy.ledger import Ceiling
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,9 @@ class Charged:
     """What the ledger says was spent."""
 
     epsilon: float
-    """Sum over what was settled; infinite where a release had no noise."""
+    """Of all together; infinite where a release had no noise."""
     delta: float
-    """Sum of the deltas beside them."""
+    """At which it is told."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Read:
     """Lines of the journal under which something left."""
     charged: dict[str, Charged] = field(default_factory=dict)
     """By kind."""
+    total: Charged = field(default_factory=lambda: Charged(0.0, 0.0))
+    """Of all kinds together: less than the sum."""
     questions: dict[str, int] = field(default_factory=dict)
     """Most questions that were answered for one place, by kind."""
 
@@ -64,7 +68,10 @@ def read_books(books: SiteBooks) -> Read:
         for kind, most in questions.items()
         if most > 1
     ]
-    return Read(problems, released, _charged(ledger), questions)
+    left = {e.record.get("reservation") for e in ledger if e.record.get("event") in ("settle", "anew")}
+    kinds = dict.fromkeys(str(e.record["kind"]) for e in ledger if e.sha256 in left)
+    charged = {kind: _charged(ledger, {kind}) for kind in kinds}
+    return Read(problems, released, charged, _charged(ledger), questions)
 
 
 def _uncharged(released: Sequence[dict[str, Any]], ledger: Sequence[Entry]) -> Iterator[str]:
@@ -98,16 +105,14 @@ def _unreserved(ledger: Sequence[Entry]) -> Iterator[str]:
                 yield f"Line {entry.index + 1} of the ledger charges another epsilon than was reserved."
 
 
-def _over(ledger: Sequence[Entry], ceiling: float | None) -> Iterator[str]:
-    if ceiling is None:
+def _over(ledger: Sequence[Entry], ceiling: Ceiling | None) -> Iterator[str]:
+    """What was reserved beyond the ceiling, before anything was closed."""
+    if ceiling is None or math.isinf(ceiling.epsilon):
         return
-    spent = 0.0
-    for entry in ledger:
-        if entry.record.get("event") == "settle":
-            spent += number(entry.record.get("epsilon"))
-            if spent > ceiling:
-                yield f"Line {entry.index + 1} of the ledger passes the site's ceiling of {ceiling:g}."
-                return
+    for count, entry in enumerate(ledger, start=1):
+        if entry.record.get("event") == "reserve" and _charged(ledger[:count]).epsilon > ceiling.epsilon:
+            yield f"Line {count} of the ledger passes the site's ceiling of {ceiling.epsilon:g}."
+            return
 
 
 def _changed(released: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -131,18 +136,19 @@ def _questions(released: Sequence[dict[str, Any]]) -> dict[str, int]:
     return most
 
 
-def _charged(ledger: Sequence[Entry]) -> dict[str, Charged]:
-    kinds = {e.sha256: str(e.record["kind"]) for e in ledger if e.record.get("event") == "reserve"}
-    total: dict[str, Charged] = {}
-    for entry in ledger:
-        if entry.record.get("event") == "settle":
-            kind = kinds.get(str(entry.record.get("reservation")), "?")
-            before = total.get(kind, Charged(0.0, 0.0))
-            total[kind] = Charged(
-                before.epsilon + number(entry.record.get("epsilon")),
-                before.delta + number(entry.record.get("delta", 0.0)),
-            )
-    return total
+def _charged(ledger: Sequence[Entry], kinds: set[str] | None = None) -> Charged:
+    """What all that was reserved and not closed costs together, of some kinds or of all: with noise by its
+    mechanisms, without it infinite; random numbers alone are charged nothing."""
+    closed = {e.record.get("reservation") for e in ledger if e.record.get("event") == "close"}
+    held = [e.record for e in ledger if e.record.get("event") == "reserve" and e.sha256 not in closed]
+    own = [record for record in held if kinds is None or record.get("kind") in kinds]
+    spent = [record for record in own if number(record.get("epsilon")) != 0]
+    told = [Mechanism.from_record(r["mechanism"]) if "mechanism" in r else None for r in spent]
+    if not all(told):  # a ledger of another version says a number beside each
+        plain = [number(r.get("epsilon")) for r in spent if "mechanism" not in r]
+        noised = epsilon_of([one for one in told if one is not None], LARGEST_DELTA).upper
+        return Charged(sum(plain) + noised, LARGEST_DELTA)
+    return Charged(epsilon_of(told, LARGEST_DELTA).upper, LARGEST_DELTA if told else 0.0)
 
 
 def number(value: Any) -> float:

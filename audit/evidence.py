@@ -22,6 +22,7 @@ from federation.plan import RunPlan
 from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.meduet import FactorNetwork
 from meduet_models.tokenizer.tokenizer import Tokenizer
+from privacy.ledger import Ceiling
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,8 @@ class SiteBooks:
 
     journal: Path
     ledger: Path
-    ceiling: float | None = None
-    """The most epsilon that the site's settings allow; None: no ceiling."""
+    ceiling: Ceiling | None = None
+    """The most that the site's settings allow; None: not known."""
 
 
 @dataclass(frozen=True)

@@ -82,9 +82,9 @@ class Products:
 def survey_sum(release: Release, cohort: Cohort, plan: RunPlan) -> Sum | None:
     """The style sums of a site; None where candidates' are not to be had: body parts, whole scans."""
     assert release.tensors is not None
-    if plan.style.body_parts or plan.volumes.extent != "crop":
-        return None
     layout = survey_layout(plan)
+    if plan.style.body_parts or plan.volumes.extent != "crop" or set(release.tensors) != set(layout.shapes()):
+        return None
     rows = [StyleMoments.of_patient(cohort.latents[cohort.rows(p)], layout) for p in cohort.people]
     names = [name for name in layout.shapes() if name != "count"]
     total = torch.cat([release.tensors[name].double().flatten() for name in names])

@@ -8,6 +8,7 @@ What this file does not do: attack (`audit/`).
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from client.exchanges.latents import raw_items
 from client.exchanges.probes import target_of
 from client.latents.examples import examples_of
 from client.latents.latent_set import LatentSet
-from client.site import Site
+from client.site import Site, ceiling_of
 from federation.exchanges.latents import BOUNDED, latent_bound, to_tensors
 from federation.journal import read_journal
 from federation.plan import RunPlan
@@ -50,7 +51,7 @@ def evidence_of_site(site: Site, scans: LatentSet, plan: RunPlan, model: Path | 
     return Evidence(
         name=f"{plan.name}, seen by {site.name}",
         plan=plan,
-        books={site.name: site_books(site.state_dir)},
+        books={site.name: replace(site_books(site.state_dir), ceiling=ceiling_of(site.config))},
         releases=list(released(site, scans, plan)),
         cohorts={site.name: cohort_of(site.name, scans, plan)},
         hashes=hashes,

@@ -64,7 +64,7 @@ class CentresModels:
     def before_after(self, release: Release) -> tuple[FactorNetwork, FactorNetwork] | None:
         """The model that was sent for a round, and the same moved by a site's mean update."""
         sent, update = self.kept.get(release.round - 1), release.tensors
-        if sent is None or update is None:
+        if sent is None or update is None or not set(update) <= set(sent.shared):
             return None
         weight = float(release.record["weight"])
         moved = {n: t + update[n] / weight if n in update else t for n, t in sent.shared.items()}

@@ -1,5 +1,6 @@
 """Books that do not hold are found out; books that hold are not accused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ import pytest
 from audit.books import number, read_books
 from audit.evidence import SiteBooks
 from federation.journal import Journal
-from privacy.ledger import Ledger, Place, Reservation
+from privacy.accounting import Mechanism
+from privacy.ledger import Ceiling, Ledger, Place, Reservation
 from privacy.promise import Promise
 from tests.audit.released import Answered, toy_plan
 
@@ -88,7 +90,7 @@ def test_other_bytes_than_were_charged_are_found_out(tmp_path: Path) -> None:
 def test_a_release_after_the_ceiling_is_found_out(tmp_path: Path) -> None:
     kept = Kept(tmp_path)
     kept.left()
-    strict = SiteBooks(kept.books.journal, kept.books.ledger, ceiling=3.0)
+    strict = SiteBooks(kept.books.journal, kept.books.ledger, ceiling=Ceiling(epsilon=3.0))
     assert any("passes the site's ceiling of 3" in one for one in read_books(strict).problems)
 
 
@@ -97,6 +99,20 @@ def test_without_a_ledger_nothing_that_was_promised_can_be_checked(tmp_path: Pat
     kept.left()
     kept.books.ledger.unlink()
     assert kept.problems() == "There is no ledger.jsonl: what was promised cannot be checked."
+
+
+def test_what_is_charged_together_is_accounted_and_not_added_up(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    Journal(tmp_path / "journal.jsonl")
+    for kind in ("survey", "erasure"):
+        mechanism = Mechanism(noise_multiplier=4.0)
+        noised = replace(promise(kind), unit="patient", mechanism=mechanism, delta=1e-5)
+        held = ledger.reserve(Place(plan_sha256="0" * 64, kind=kind, round=0), "a", noised)
+        ledger.settle(held, 10.0, "1" * 64)
+    read = read_books(SiteBooks(tmp_path / "journal.jsonl", tmp_path / "ledger.jsonl"))
+    parts = [one.epsilon for one in read.charged.values()]
+    assert parts[0] == parts[1] and parts[0] < read.total.epsilon < sum(parts)
+    assert read.total.epsilon == ledger.spent().total.upper and read.total.delta == 1e-5
 
 
 def test_what_a_ledger_does_not_say_is_infinite() -> None:
