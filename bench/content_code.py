@@ -88,7 +88,7 @@ def a_plan(num_sites: int) -> RunPlan:
 
 def bank_of(latents: Tensor, site: Tensor) -> StyleBank:
     """The styles of the scanners."""
-    layout = StyleLayout(channels=4, latent_grid=(12, 16, 12), map_grid=(2, 3, 2), bound=BOUND)
+    layout = StyleLayout(channels=latents.shape[1], latent_grid=(12, 16, 12), map_grid=(2, 3, 2), bound=BOUND)
     told = {
         name: StyleMoments.of(latents[site == s], [str(i) for i in range(int((site == s).sum()))], layout)
         for s, name in enumerate(variants.SITES)

@@ -50,7 +50,7 @@ from scans.volume_plan import VolumePlan
 
 SITES, BATCH, RATIO = ("north", "harbour", "valley"), 8, 5.0
 SIZE = dict(
-    latent_channels=4, latent_grid=(10, 12, 10), patch_size=2, width=96, depth=3,
+    latent_channels=8, latent_grid=(10, 12, 10), patch_size=2, width=96, depth=3,
     decoder_width=60, decoder_depth=2,
 )  # fmt: skip
 VOLUMES = VolumePlan(
@@ -128,7 +128,9 @@ def train(
     rows = torch.tensor(people.trained)
     latents, site = people.latents[rows], people.site[rows]
     network = MeDUET(NetworkConfig(**SIZE, **variant.network), len(SITES), seed=seed)
-    layout = StyleLayout(channels=4, latent_grid=SIZE["latent_grid"], map_grid=(2, 3, 2), bound=1e6)
+    layout = StyleLayout(
+        channels=latents.shape[1], latent_grid=SIZE["latent_grid"], map_grid=(2, 3, 2), bound=1e6
+    )
     moments = {
         name: StyleMoments.of(latents[site == s], [str(i) for i in range(int((site == s).sum()))], layout)
         for s, name in enumerate(SITES)

@@ -147,7 +147,7 @@ def main() -> None:
         plan = RunPlan(
             name="moments", seed=seed, sites=SITES, tokenizer_sha256="0" * 64, volumes=volumes,
             network=NetworkConfig(
-                latent_channels=4, latent_grid=(8, 12, 8), patch_size=2, width=48, depth=2, heads=4,
+                latent_channels=8, latent_grid=(8, 12, 8), patch_size=2, width=48, depth=2, heads=4,
                 decoder_width=48, decoder_depth=1, decoder_heads=4,
             ),
             objective=ObjectiveConfig(), training=TrainingPlan(rounds=12, steps_per_round=8),

@@ -5,13 +5,13 @@ it could be another one: a patient came, a library changed. So what passed the g
 `answers/<plan>/<kind>-0003.safetensors`, for its owner only and with hashes, written before the charge in the
 ledger; the gate lets it out again when the ledger says that this very answer left. Of each kind the answers
 of the newest three rounds are kept; an older one is computed again, and leaves only if it is the same. Who
-loses the newest together with the state after it answers that question anew, once.
+loses the newest together with the state after it answers that question anew, once. Beside an answer with
+noise lies, until it has left, the key that its noise is drawn from.
 
 Does not do: let anything out by itself (`client/release.py`), or keep latents of single scans: those are in
 the cache already.
 """
 
-import dataclasses
 import json
 import logging
 import re
@@ -25,9 +25,12 @@ from torch import Tensor
 from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
 from privacy.ledger import Place
 from privacy.promise import Promise
+from privacy.randomness import SecretSource
 
 ANSWERS = "answers"
 """The folder, in the site's state folder."""
+SECRET = ".secret"
+"""What the name of a key of noise ends in."""
 KEPT = 3
 """Rounds of which a site keeps its answers, of each kind."""
 _ROUND = re.compile(r"(?P<kind>[a-z_]+)-(?P<round>\d{4,})(-\w+)?\.safetensors")
@@ -65,8 +68,8 @@ class KeptAnswers:
         if sha256_of_tensors(tensors) != sha256:
             _log.warning("%s is not used: it is not the answer that left.", path.name)
             return None
-        record, promise = json.loads(provenance["record"]), Promise(**json.loads(provenance["promise"]))
-        return Answer(tensors, record, promise)
+        promise = Promise.from_record(json.loads(provenance["promise"]))
+        return Answer(tensors, json.loads(provenance["record"]), promise)
 
     def write(self, place: Place, answer: Answer) -> None:
         """Keep `answer`; those of older rounds go. A disk that takes nothing costs this safety, not the
@@ -74,7 +77,7 @@ class KeptAnswers:
         path = self._path(place)
         metadata = {
             "record": json.dumps(dict(answer.record)),
-            "promise": json.dumps(dataclasses.asdict(answer.promise)),
+            "promise": json.dumps(answer.promise.record()),
         }
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -89,6 +92,17 @@ class KeptAnswers:
         )
         for _, old in rounds[:-KEPT]:
             old.unlink(missing_ok=True)
+
+    def secret(self, place: Place) -> SecretSource:
+        """What the noise of the answer for `place` is drawn from: made when it is first needed, so that a
+        killed site draws the same again."""
+        return SecretSource.at(self._path(place).with_suffix(SECRET))
+
+    def forget_secret(self, place: Place) -> None:
+        """Remove it once the answer is kept: who reads the key could take the noise out of what left."""
+        path = self._path(place)
+        if path.is_file():
+            path.with_suffix(SECRET).unlink(missing_ok=True)
 
     def _path(self, place: Place) -> Path:
         part = f"-{place.part}" if place.part else ""

@@ -24,7 +24,16 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.exact_sums import TooFewForSums
-from client.exchanges import diffusion, erasure, latents, pretraining, probes, survey
+from client.exchanges import (
+    diffusion,
+    erasure,
+    latents,
+    pretraining,
+    probes,
+    secure_sum,
+    style_code,
+    survey,
+)
 from client.exchanges.exchange import Answer, AskRefused, Site
 from client.latents.labelled import NoLabels
 from client.refusals import note_refusal, told_as
@@ -41,6 +50,7 @@ from federation.plan import RunPlan
 from meduet_models.diffusion.training import LossNotFinite
 from meduet_models.style.moments import CohortTooSmall
 from privacy.ledger import AnsweredBefore, LedgerRefusal
+from privacy.secure_sum.transcript import SumRefused
 from storage.files import private_folder
 
 LOG_NAME = "site.log"
@@ -62,7 +72,12 @@ def exchanges() -> tuple[Answer[Any, Any], ...]:
     """The table of exchanges: everything that a centre may ask of a site, and how it is answered."""
     return (
         survey.ANSWER,
+        style_code.ANSWER,
         pretraining.ANSWER,
+        secure_sum.KEYS,
+        secure_sum.SHARES,
+        secure_sum.VECTOR,
+        secure_sum.OPENING,
         probes.ANSWER,
         erasure.ANSWER,
         latents.ANSWER,
@@ -185,6 +200,8 @@ def _kind(error: Exception) -> RefusalKind:
             return RefusalKind.BUDGET
         case AnsweredBefore():
             return RefusalKind.ANSWERED_BEFORE
+        case SumRefused():
+            return RefusalKind.SUM_REFUSED
         case TooFewForSums():
             return RefusalKind.TOO_FEW_FOR_SUMS
         case CohortTooSmall():

@@ -1,21 +1,25 @@
 """What this hospital has agreed to: plans, by their hash and the hash of their code, and at which hours.
 
 Approvals are lines of a hash-chained file (`approvals.jsonl` in the state folder); the last line about a plan
-counts. The plans that somebody has looked at are kept beside it (`plans/`). Does not do: judge a plan, or
-prove who approved it: whoever may write to the state folder may approve.
+counts; where several people must agree, the signed approvals since the last withdrawal (`approvers.py`).
+The plans that somebody has looked at are kept beside it (`plans/`). Does not do: judge a plan; prove who
+approved it where no approver has a key (whoever may write to the state folder may approve then); or notice
+that its last lines were cut off (compare `head` with a copy kept elsewhere).
 """
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import time
 from pathlib import Path
+from typing import Any
 
+from client.approvers import ApprovalRule, Signer, signed, statement
 from federation.keys.key_files import read_text
 from federation.published_plan import PublishedPlan
 from forms.ranges import shown
-from privacy.chain import Chain
+from privacy.chain import Chain, Entry
 from storage.files import private_folder, write_whole
 
 SHORTEST = 12
@@ -23,11 +27,13 @@ SHORTEST = 12
 
 
 class Approvals(Chain):
-    """The book of approvals, and the published plans it speaks of."""
+    """The book of approvals of `site`, read by its `rule`, and the published plans it speaks of."""
 
-    def __init__(self, state_dir: Path) -> None:
+    def __init__(self, state_dir: Path, rule: ApprovalRule | None = None, site: str = "") -> None:
         super().__init__(state_dir / "approvals.jsonl", purpose="approvals")
         self._plans = state_dir / "plans"
+        self.rule = rule or ApprovalRule()
+        self._site = site
 
     def keep(self, published: PublishedPlan) -> None:
         """Keep a plan that was looked at, so that its hash can be approved."""
@@ -55,32 +61,66 @@ class Approvals(Chain):
             )
         return found[0]
 
-    def approve(self, published: PublishedPlan) -> None:
-        """Note that this hospital agrees to `published`."""
-        self._note("approval", published)
+    def approve(self, published: PublishedPlan, signer: Signer | None = None) -> None:
+        """Note that this hospital agrees to `published`, or one of its approvers does.
+
+        Raises `ValueError` where approvals need a signature and nobody signs, or the other way round.
+        """
+        if bool(self.rule.people) != (signer is not None):
+            expected = "an approver's key" if self.rule.people else "no key: site.yaml names no approvers"
+            raise ValueError(f"Expected {expected} (site.yaml: approvals.people).")
+        self._note("approval", published, signer)
 
     def withdraw(self, published: PublishedPlan) -> None:
-        """Note that it no longer does; a round that has begun is not stopped."""
-        self._note("withdrawal", published)
+        """Note that this hospital no longer agrees, whoever approved; a round that has begun is not stopped.
+
+        Needs no key: anybody at the site may stop.
+        """
+        self._note("withdrawal", published, None)
+
+    def approvers(self, sha256: str) -> dict[str, str]:
+        """Who approved the plan of this hash since it was last withdrawn, and the hash of the code each did
+        so with. Where no approver has a key: "this site"."""
+        found: dict[str, str] = {}
+        for entry in self.entries():
+            record = entry.record
+            if record.get("plan") != sha256:
+                continue
+            if record["kind"] != "approval":
+                found.clear()
+            elif not self.rule.people:
+                found["this site"] = record["bundle"]
+            else:
+                said = statement(self._site, sha256, record["bundle"], entry.previous)
+                if (name := signed(said, record, self.rule.people)) is not None:
+                    found[name] = record["bundle"]
+        return found
 
     def approved_bundle(self, sha256: str) -> str | None:
-        """Hash of the code with which the plan of this hash is approved; None when it is not."""
-        last = None
-        for record in (entry.record for entry in self.entries()):
-            if record.get("plan") == sha256:
-                last = record["bundle"] if record["kind"] == "approval" else None
-        return last
+        """Hash of the code with which enough people approve the plan of this hash; None when too few do.
 
-    def _note(self, kind: str, published: PublishedPlan) -> None:
-        self.append(
-            {
-                "kind": kind,
-                "plan": published.sha256,
-                "bundle": published.bundle_sha256,
-                "name": published.plan.name,
-                "uid": os.getuid(),
-            }
-        )
+        Where several codes are, that of the latest approval.
+        """
+        bundles = list(self.approvers(sha256).values())
+        enough = [bundle for bundle in bundles if bundles.count(bundle) >= self.rule.needed]
+        return enough[-1] if enough else None
+
+    def _note(self, kind: str, published: PublishedPlan, signer: Signer | None) -> None:
+        record: dict[str, Any] = {
+            "kind": kind,
+            "plan": published.sha256,
+            "bundle": published.bundle_sha256,
+            "name": published.plan.name,
+            "uid": os.getuid(),
+        }
+
+        def line(_: Sequence[Entry]) -> dict[str, Any]:
+            if signer is None:
+                return record
+            said = statement(self._site, published.sha256, published.bundle_sha256, self.head)
+            return {**record, "by": signer.name, "signature": signer.sign(said)}
+
+        self.extend(line)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from rich.text import Text
 from client.commands import harmonisation as harmonisation_commands
 from client.commands import journal as journal_commands
 from client.commands import key as key_commands
+from client.commands import ledger as ledger_commands
 from client.commands import plan as plan_commands
 from client.commands import service as service_commands
 from federation.loopback import spare_loopback
@@ -55,9 +56,11 @@ examples:
   meduet-site prepare --config site.yaml --plan plan.json --workers 8    ... on eight cores
   meduet-site harmonise scan.nii.gz --model diffusion.safetensors --style north -o as-north.nii.gz
                                                             the same patient, as scanned at north
+  meduet-site segment scan.nii.gz --model finetuned.safetensors -o labels.nii.gz
+                                                            a class of every voxel, on the scan's own grid
   meduet-site start   --config site.yaml                    take part, until SIGTERM or Ctrl-C
 
-exit status: 0 done, all checks passed; 1 a check failed, or scans could not be encoded or harmonised;
+exit status: 0 done, all checks passed; 1 a check failed, or scans could not be used;
              2 wrong usage, settings or plan; 130 interrupted
 """
 
@@ -113,9 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check",
         help="look at device, memory, disk, keys, centre, clock, data, books, plans; say what to do",
-        description="Look at everything a run needs and encode nothing. With --plan, every scan is read, "
-        "too: counts, exclusions, duplicates, patients in two splits. Each line is ok, look (a person should "
-        "decide) or failed (a run will not work), and says what to do.",
+        description="Look at everything a run needs and encode nothing. With --plan, every scan is read that "
+        "neither `check` nor `prepare` has read before: counts, exclusions, duplicates, patients in two "
+        "splits. Each line is ok, look (a person should decide) or failed (a run will not work), and says "
+        "what to do.",
         epilog=_CHECK_STATUS,
     )
     check.add_argument(
@@ -127,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     key_commands.add_to(commands)
     plan_commands.add_to(commands)
     journal_commands.add_to(commands)
+    ledger_commands.add_to(commands)
     for command, needed in ((prepare, True), (check, False)):
         command.add_argument(
             "--config", type=Path, required=True, metavar="FILE", help="the site's site.yaml"

@@ -5,18 +5,22 @@ the declared tensors, finite, bounded, noise as promised, wire dtype, still wait
 (`client/watchdog.py`), kept at the site (`client/answers.py`), charge in the ledger, line in the journal.
 Whatever fails, nothing is returned; a site that is killed in between, and is asked again, does the rest.
 Replies are built from `Released` values alone, and only the gate makes one: a new one once for each place in
-the ledger, and that one again for the same question.
+the ledger, and that one again for the same question. What leaves for a secure sum is bounded in the same way
+and masked after that; its counts and metrics leave in the masked vector or not at all.
+
+Noise is the gate's own work: no exchange can forget it, and none sees its key. It is drawn from a secret of
+this question's place in the ledger, so that a site that was killed goes on in the same bits; beside it
+nothing leaves, and the books say nothing of how many patients are behind it.
 
 Does not do: decide what is shared (`meduet_models/sharing.py`) or bound one patient's share of a sum: that
-happens where the sum is made; the gate checks that the sum is no longer than that allows. Noise enters
-nowhere in this version; the step exists as the identity and says so in the journal.
+happens where the sum is made; the gate checks that the sum is no longer than that allows.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Final, NoReturn, final
+from typing import Any, Final, NoReturn, Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -36,8 +40,16 @@ from privacy.promise import Promise
 COUNT_NAMES: Final = frozenset({"examples", "num_patients", "num_scans", "first_item", "num_items"})
 """Every whole number that may leave a site."""
 
+TEXT: Final = "text"
+"""Name of the tensor that holds the bytes of a text."""
+
+_OF_RANDOM_NUMBERS: Final = frozenset({"sum_keys", "sum_shares", "sum_unmask"})
+"""Every kind of text that may leave: keys and shares of a secure sum (`privacy/secure_sum/party.py`)."""
+
 _ROUNDING_OF_SUMS: Final = 2.0**-20
 """By what share the float32 copy of a float64 sum may pass its bound."""
+
+_NO_NOISE: Final = "noise enters nowhere: the values leave as they were bounded"
 
 _MAKERS_MARK: Final = object()
 
@@ -48,6 +60,23 @@ class GateRefusal(ValueError):
     def __init__(self, text: str, kind: RefusalKind = RefusalKind.INTERNAL) -> None:
         super().__init__(text)
         self.kind = kind
+
+
+@runtime_checkable
+class Masking(Protocol):
+    """How a weighted update becomes a masked vector (`client/exchanges/secure_sum.py`)."""
+
+    @property
+    def rounding(self) -> float:
+        """By how much rounding to the grid lengthens a weighted update in L2, at most."""
+
+    def rounded(self, tensor: Tensor) -> Tensor:
+        """Values on the grid."""
+
+    def masked(
+        self, update: Mapping[str, Tensor], weight: float, metrics: Mapping[str, float]
+    ) -> dict[str, Tensor]:
+        """The masked vector of values on the grid, of their weight, and of metrics."""
 
 
 @final
@@ -108,7 +137,9 @@ class Gate:
         if answer is None:
             return None
         self._leaves_now()
-        return self._out(answer, settled.entry)
+        released = self._out(answer, settled.entry)
+        self._answers.forget_secret(self._reservation.place)
+        return released
 
     def release(
         self,
@@ -123,6 +154,7 @@ class Gate:
         wire_dtype: WireDtype = "float32",
         keep: Callable[[], None] = lambda: None,
         anew: bool = False,
+        masking: Masking | None = None,
     ) -> Released:
         """Let `tensors`, `counts` and `metrics` out under the reservation's promise, or raise.
 
@@ -134,33 +166,40 @@ class Gate:
         contributors there were). `keep` is called once nothing but the books is left to do, and before them:
         for what must be on disk when an answer has left. `anew` says that the state after this answer is not
         kept: where an answer left before and is not kept either, this one may be another, once
-        (`Ledger.settle`).
+        (`Ledger.settle`); never with `masking`, since two vectors under one mask tell their difference. With
+        `masking`, what leaves is the masked vector of tensors, weight and metrics, and nothing beside it.
 
         Guarantee: the released vector's L2 norm is at most `weight * promise.bound` (of each row
         `promise.bound`, with one that bounds each), rounding to the wire's dtype included; a sum that was
         bounded where it was made may pass that by one part in a million, its own rounding. Not covered:
-        `not_covered`, counts and metrics; the journal lists them.
+        `not_covered`, counts and metrics; the journal lists them. With a promise that has a mechanism, this
+        holds before the noise: Gaussian, of the promise's deviation in each number; there is nothing else.
         Raises `GateRefusal` (kind `non_finite` for NaN and infinity), `AnsweredBefore` when another answer
         left under this reservation, `BrokenChain` or `OSError`.
         """
         reservation = self._reservation
         promise = reservation.promise
-        each = promise.enforcement == "each"
-        if not (math.isfinite(weight) and (weight > 0 or (each and weight == 0))):
+        each, noised = promise.enforcement == "each", promise.mechanism is not None
+        if not (math.isfinite(weight) and (weight > 0 or ((each or noised) and weight == 0))):
             raise GateRefusal(f"Expected a weight > 0; got {weight}.")
+        if noised and (counts or metrics or not_covered):
+            raise GateRefusal("Expected nothing beside a release with noise: it would be exact.")
         _check_declared(tensors, declared)
         whole, real = _counts(counts or {}), _metrics(metrics or {})
         _check_items(items, tensors, weight if each else 0.0)
         _finite_norm(tensors)
+        if masking is not None and (promise.enforcement != "clip" or not_covered or anew):
+            raise GateRefusal("Expected a clipped update to mask, all of it covered, and once only.")
         covered = {name: tensor for name, tensor in tensors.items() if name not in not_covered}
         before = _longest_row(covered) if each else _finite_norm(covered)
-        bounded = _bound(covered, promise, weight, wire_dtype)
-        noised, noise = _noise(bounded, promise)
-        leaving = {
-            name: rounded(noised.pop(name) if name in noised else tensor.detach().clone(), wire_dtype).cpu()
+        room = 0.0 if masking is None else masking.rounding / weight
+        bounded = _bound(covered, promise, weight, wire_dtype, room)
+        on_wire = (lambda tensor: rounded(tensor, wire_dtype)) if masking is None else masking.rounded
+        exact = {
+            name: on_wire(bounded.pop(name) if name in bounded else tensor.detach().clone()).cpu()
             for name, tensor in tensors.items()
         }
-        left = {name: leaving[name] for name in covered}
+        left = {name: exact[name] for name in covered}
         after = _longest_row(left) if each else _finite_norm(left)
         allowed = promise.bound * (1 if each else weight)
         limit = allowed * (1 + _ROUNDING_OF_SUMS if promise.enforcement == "check" else 1)
@@ -169,7 +208,14 @@ class Gate:
                 f"Expected '{promise.kind}' over {weight:g} contributors to be at most {limit:g} long; got "
                 f"{after:g}. Contributors were not bounded where the sum was made."
             )
-        _finite_norm(leaving)
+        leaving, noise = self._with_noise(tensors, wire_dtype) if noised else (exact, _NO_NOISE)
+        length = _finite_norm(leaving)
+        if noised:  # nothing of the exact sum stands in the books
+            weight, before, after, allowed = 1.0, length, length, promise.bound
+        beside: dict[str, Any] = {"counts": whole, "metrics": real}
+        if masking is not None:
+            leaving = masking.masked(leaving, weight, real)
+            beside = {"counts": {}, "metrics": {}, "masked": beside}
         sha256 = sha256_of_tensors(leaving)
         record: dict[str, Any] = {
             **reservation.place.record(),
@@ -187,8 +233,7 @@ class Gate:
             "bound": allowed,
             "promise": promise.sentence(),
             "noise": noise,
-            "counts": whole,
-            "metrics": real,
+            **beside,
             **({"items": list(items)} if each else {}),
         }
         self._leaves_now()
@@ -197,7 +242,9 @@ class Gate:
             keep()
             if not each:
                 self._answers.write(reservation.place, answer)
-            return self._out(answer, self._ledger.settle(reservation, weight, sha256))
+            released = self._out(answer, self._ledger.settle(reservation, weight, sha256))
+            self._answers.forget_secret(reservation.place)
+            return released
         # The same answer, or none; another one only where all was lost.
         charge = self._ledger.settle(reservation, weight, sha256, anew)
         keep()
@@ -206,6 +253,51 @@ class Gate:
             return self._out(answer, charge)
         # What is said beside the tensors is what was said with them.
         return self._out(dataclasses.replace(answer, record=self._line_of(settled) or record), charge)
+
+    def release_text(
+        self, text: str, keep: Callable[[], None] = lambda: None, said: Mapping[str, Any] | None = None
+    ) -> Released:
+        """Let out a text that was made of random numbers alone, of one of the few kinds that may leave.
+
+        `keep`: as in `release`; it is not called where a text left before. `said`: what the journal says of
+        it beside its hash. Raises `GateRefusal`, and `AnsweredBefore` when another text left under this
+        reservation.
+        """
+        reservation = self._reservation
+        if reservation.promise.enforcement != "none" or reservation.place.kind not in _OF_RANDOM_NUMBERS:
+            raise GateRefusal(f"Expected keys or shares of a secure sum; got a {reservation.place.kind!r}.")
+        content = {TEXT: torch.frombuffer(bytearray(text.encode("ascii")), dtype=torch.uint8)}
+        sha256 = sha256_of_tensors(content)
+        record = {
+            **reservation.place.record(),
+            "question": reservation.question,
+            "bytes": len(text),
+            "sha256": sha256,
+            "dtype": "float32",
+            "promise": reservation.promise.sentence(),
+            "counts": {},
+            "metrics": {},
+            **(said or {}),
+        }
+        self._leaves_now()
+        answer = Answer(content, record, reservation.promise)
+        if self._ledger.settled(reservation) is None:
+            keep()
+            self._answers.write(reservation.place, answer)
+        return self._out(answer, self._ledger.settle(reservation, 1.0, sha256))
+
+    def _with_noise(
+        self, tensors: Mapping[str, Tensor], wire_dtype: WireDtype
+    ) -> tuple[dict[str, Tensor], str]:
+        """The tensors with Gaussian noise, added in float64, and the sentence that says so."""
+        reservation = self._reservation
+        deviation = reservation.promise.deviation
+        source = self._answers.secret(reservation.place)
+        leaving = {}
+        for name, tensor in tensors.items():
+            noise = source.stream("noise", reservation.entry, name).normals(tuple(tensor.shape))
+            leaving[name] = rounded((tensor.double().cpu() + deviation * noise).to(tensor.dtype), wire_dtype)
+        return leaving, f"noise enters {reservation.promise.noise_in}: Gaussian, deviation {deviation:.4g}"
 
     def _leaves_now(self) -> None:
         if not may_leave():
@@ -296,10 +388,10 @@ def _longest_row(tensors: Mapping[str, Tensor]) -> float:
 
 
 def _bound(
-    tensors: Mapping[str, Tensor], promise: Promise, weight: float, wire_dtype: WireDtype
+    tensors: Mapping[str, Tensor], promise: Promise, weight: float, wire_dtype: WireDtype, room: float = 0.0
 ) -> dict[str, Tensor]:
     """The weighted sum, of a clipped mean (with head-room for rounding) or as it was; or clipped rows. In
-    memory of its own."""
+    memory of its own. `room`: by how much more a mean is kept below the bound."""
     if promise.enforcement == "check":
         return {name: tensor.detach().clone() for name, tensor in tensors.items()}
     bound = promise.bound * (1 - GROWTH[wire_dtype])
@@ -312,10 +404,7 @@ def _bound(
             name: torch.stack([row[name] for row in rows]) if rows else t.detach().clone()
             for name, t in tensors.items()
         }
-    mean = clip(tensors, bound).value  # a copy
+    if not bound > room:
+        raise GateRefusal(f"Expected a grid finer than the bound {bound:g}; rounding alone takes {room:g}.")
+    mean = clip(tensors, bound - room).value  # a copy
     return {name: tensor.mul_(weight) for name, tensor in mean.items()}
-
-
-def _noise(tensors: dict[str, Tensor], promise: Promise) -> tuple[dict[str, Tensor], str]:
-    """The identity, and the sentence that says so."""
-    return tensors, f"noise enters {promise.noise_in}: the values leave as they were bounded"

@@ -9,6 +9,7 @@ ledger has reserved. Does not do: answer messages (`client/exchanges/exchange.py
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,8 +21,10 @@ from typing import Annotated, Any, Literal
 import torch
 
 from client.approvals import AllowedHours, Approvals
+from client.approvers import ApprovalRule
 from client.books import open_books
 from client.confirmation import CURE, confirm, unconfirmed
+from client.connection.keys import SiteKeys
 from client.exact_sums import EXACT_SUMS_CONSENT
 from client.exact_sums import check_sentence as check_exact_sums
 from client.exchanges.exchange import AskRefused
@@ -38,6 +41,7 @@ from client.scans.patients import PatientMap
 from client.site_secret import DRAWS, site_secret
 from federation.bundle import running_bundle
 from federation.journal import Journal
+from federation.keys.identity import SiteIdentity
 from federation.keys.key_files import read_text
 from federation.plan import WIRE_VERSION, RunPlan
 from federation.published_plan import plan_of
@@ -48,7 +52,8 @@ from forms.paths import path_from, resolve_paths
 from forms.ranges import Entries, Range, Share, shown
 from forms.yaml_text import read_yaml
 from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
-from privacy.ledger import Ledger
+from privacy.accounting import LARGEST_DELTA
+from privacy.ledger import Ceiling, Ledger
 from scans.volume_plan import VolumePlan
 from storage.files import private_folder
 
@@ -91,7 +96,12 @@ class SiteConfig:
     """Fewest patients whose statistics may leave together; the plan may ask for more, never for fewer."""
     allow_non_private: bool = False
     """This site agrees that bounded sums without differential privacy leave it. Without this consent it takes
-    part in no plan of this version, which adds no noise."""
+    part only in plans whose every release is noised, within `epsilon_ceiling`."""
+    epsilon_ceiling: Annotated[float, Range(at_least=0, at_most=100)] = 0.0
+    """The most epsilon that a patient of this site may be charged over all plans together; 0: nothing leaves,
+    unless `allow_non_private`."""
+    delta_ceiling: Annotated[float, Range(above=0, at_most=LARGEST_DELTA)] = LARGEST_DELTA
+    """At which delta the charges are added up."""
     latent_release: str = ""
     """Agreement that latents leave, as the full sentence of `client/exchanges/latents.py`; empty: no latents
     leave, and no plan that asks for them is accepted."""
@@ -102,6 +112,8 @@ class SiteConfig:
     """`required`: a plan runs here only after `meduet-site plan approve`, in the code it was approved with;
     `implied`: any plan that lists this site (simulated hospitals). Other code than what is installed here
     runs in neither case."""
+    approvals: ApprovalRule = field(default_factory=ApprovalRule)
+    """How many people must approve a plan, each with a key of her own."""
     allowed_hours: str = ""
     """Hours in which an answer may begin, local time ("18:00-06:00"); empty: always."""
     keys_dir: Path | None = None
@@ -131,10 +143,30 @@ class SiteConfig:
                 )
         if abs(sum(self.split_fractions) - 1.0) > 1e-9:
             raise ValueError(f"Expected split_fractions that sum to 1; got {list(self.split_fractions)}.")
+        if self.allow_non_private and self.epsilon_ceiling:
+            raise ValueError(
+                "epsilon_ceiling has no effect with allow_non_private: true, under which releases without "
+                "noise leave: remove one of the two."
+            )
         check_sentence(self.latent_release)
         check_exact_sums(self.allow_exact_sums)
         if self.allowed_hours:
             AllowedHours.parse(self.allowed_hours)
+        if self.plan_approval == "implied" and self.approvals != ApprovalRule():
+            raise ValueError(
+                "Expected plan_approval: required where approvals are set; got implied, which asks nobody."
+            )
+
+
+def approvals_of(config: SiteConfig) -> Approvals:
+    """The book of what this site approved, read by its own rule."""
+    return Approvals(config.state_dir, config.approvals, config.name)
+
+
+def ceiling_of(config: SiteConfig) -> Ceiling:
+    """The most that the site's patients may be charged; none, where releases without noise may leave."""
+    epsilon = math.inf if config.allow_non_private else config.epsilon_ceiling
+    return Ceiling(epsilon=epsilon, delta=config.delta_ceiling)
 
 
 def load_site_config(path: Path) -> SiteConfig:
@@ -186,12 +218,17 @@ class Site:
     """One hospital. Its books are open; its scans are read when `scans` is called, and not before."""
 
     def __init__(
-        self, config: SiteConfig, tokenizer: Tokenizer | None = None, secret: bytes | None = None
+        self,
+        config: SiteConfig,
+        tokenizer: Tokenizer | None = None,
+        secret: bytes | None = None,
+        identity: SiteIdentity | None = None,
     ) -> None:
         """Open the books in `config.state_dir`, creating it for its owner only.
 
         `tokenizer`: None loads the one that `config.tokenizer` names, when it is first needed. `secret`: what
-        batches and folds are drawn from; None takes the site's own file, as every real site does. Raises
+        batches and folds are drawn from; None takes the site's own file, as every real site does. `identity`:
+        None reads the keys in `config.keys_dir`, when it must sign. Raises
         `BrokenChain` when a book was tampered with or lost, and `ValueError` when the device is not there.
         """
         self.config = config
@@ -206,14 +243,12 @@ class Site:
         private_folder(config.state_dir)
         if config.threads:
             torch.set_num_threads(config.threads)
-        # Consent or a ceiling of 0: the ledger compares it with the epsilon of each promise.
-        ceiling = None if config.allow_non_private else 0.0
-        self.ledger = Ledger(self.state_dir / "ledger.jsonl", epsilon_ceiling=ceiling)
+        self.ledger = Ledger(self.state_dir / "ledger.jsonl", ceiling_of(config))
         """What this site's patients have been charged; reserves before anything is read."""
         self.journal = Journal(self.state_dir / "journal.jsonl")
         """What left this site."""
         open_books(self.state_dir)
-        self._given, self._secret = tokenizer, secret
+        self._given, self._secret, self._identity = tokenizer, secret, identity
         self._opened: dict[tuple[VolumePlan, int], LatentSet] = {}
         self.num_encoded = 0
         """Scans that were encoded since this site was opened."""
@@ -227,6 +262,16 @@ class Site:
     def secret(self) -> bytes:
         """What its batches and folds are drawn from. Raises `ValueError` when its file is damaged."""
         return self._secret if self._secret is not None else site_secret(self.state_dir / DRAWS)
+
+    def identity(self) -> SiteIdentity:
+        """The site's key and certificate, with which it signs what other sites must believe. Raises
+        `AskRefused` where they are missing or do not belong together."""
+        if self._identity is None:
+            try:
+                self._identity = SiteKeys.read_identity(self.config.keys_dir)
+            except ValueError as error:
+                raise AskRefused(str(error), RefusalKind.NO_KEYS) from error
+        return self._identity
 
     def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
         """Raise `AskRefused` unless the plan fits this site, makes no latents leave without its agreement,
@@ -246,11 +291,13 @@ class Site:
             )
 
     def _approved(self, sha256: str) -> None:
-        bundle = Approvals(self.state_dir).approved_bundle(sha256)
+        book = approvals_of(self.config)
+        bundle = book.approved_bundle(sha256)
         if bundle is None:
             raise AskRefused(
-                f"Expected a plan that this hospital approved; nobody approved {sha256[:12]}…: meduet-site "
-                "plan show, plan approve. Nothing was read.",
+                f"Expected a plan that this hospital approved; {len(book.approvers(sha256))} of "
+                f"{book.rule.needed} needed approved {sha256[:12]}…: meduet-site plan show, plan approve. "
+                "Nothing was read.",
                 RefusalKind.PLAN_NOT_ACCEPTED,
             )
         if bundle != running_bundle():

@@ -198,11 +198,13 @@ class Arrays:
     """Whether they may be left out (None)."""
     view: bool = False
     """Whether float32 tensors are read as views of the received bytes, which nothing may write."""
+    masked: bool = False
+    """Whether they are the uint32 tensors of a secure sum, and nothing else."""
 
     def put(self, record: RecordDict, name: str, value: Any, wire_dtype: WireDtype) -> None:
         """As `Carrier`."""
         if value is not None:
-            record[name] = array_record(value, wire_dtype if self.rounded else "float32")
+            record[name] = array_record(value, wire_dtype if self.rounded else "float32", self.masked)
 
     def take(self, source: _Source, name: str) -> Any:
         """As `Carrier`."""
@@ -210,7 +212,7 @@ class Arrays:
         if part is None:
             return None
         copy = source.copy and not self.view
-        return tensors_of(part, source.wire_dtype if self.rounded else "float32", copy)
+        return tensors_of(part, source.wire_dtype if self.rounded else "float32", copy, self.masked)
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from federation import privacy_plan
 from federation.diffusion_plan import MOST_STEPS, DiffusionPlan, contradictions
+from federation.privacy_plan import PrivacyPlan
 from forms.form import build, check
 from forms.json_text import canonical, read_json, sha256_of
 from forms.names import Phrase, Sha256, SiteName
 from forms.ranges import Entries, Range, Share
 from meduet_models.meduet import MOST_ACTIVATIONS, NetworkConfig
 from meduet_models.objective.settings import ObjectiveConfig
+from privacy.secure_sum.transcript import FEWEST_SITES, MOST_SITES, threshold
 from scans.volume_plan import VolumePlan
 
 WIRE_VERSION = 2
@@ -106,6 +109,12 @@ class AggregationPlan:
     norm_tolerance: Annotated[float, Range(at_least=0, at_most=1_000_000)] = 5.0
     """A reply whose mean update is longer than this many times the median of the round's is put aside (with
     three replies or more); 0: none is."""
+    secure_sum: bool = False
+    """Whether updates leave masked, so that the centre reads their sum and no site's own
+    (`privacy/secure_sum/`); 3 to 32 sites."""
+    weight_cap: Annotated[int, Range(at_least=1, at_most=1 << 20)] = 1000
+    """Training scans by which a site weighs in a secure sum, at most; one that has more weighs this much. The
+    smaller, the finer the grid of the sum."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +183,8 @@ class RunPlan:
     """Federated probes."""
     diffusion: DiffusionPlan | None = None
     """The diffusion model; none: there is none."""
+    privacy: PrivacyPlan | None = None
+    """Differential privacy for each patient; none: bounds without noise, epsilon infinite."""
     wire_version: Annotated[int, Range(at_least=1, at_most=1000)] = WIRE_VERSION
     """Version of the messages."""
 
@@ -282,8 +293,55 @@ def _contradictions(plan: RunPlan) -> Iterator[str]:
                 )
         if aggregation.method == "alone":
             yield "aggregation.method=alone shares no encoder for a diffusion model: set diffusion=none."
+    yield from _secure_sum_contradictions(plan)
+    if plan.privacy is not None:
+        yield from privacy_plan.contradictions(plan)
     defaults = AggregationPlan()
     if aggregation.rule in ("mean", "median") and aggregation.trim != defaults.trim:
         yield f"aggregation.trim has no effect with aggregation.rule={aggregation.rule}: leave it out."
     if aggregation.optimiser == "average" and aggregation.momentum != defaults.momentum:
         yield "aggregation.momentum has no effect with aggregation.optimiser=average: leave it out."
+
+
+def _secure_sum_contradictions(plan: RunPlan) -> Iterator[str]:
+    """What a secure sum rules out, and what it needs."""
+    aggregation, num_sites = plan.aggregation, len(plan.sites)
+    if not aggregation.secure_sum:
+        if aggregation.weight_cap != AggregationPlan().weight_cap:
+            yield "aggregation.weight_cap has no effect with aggregation.secure_sum=false: leave it out."
+        return
+    if aggregation.method in ("alone", "pooled"):
+        yield f"aggregation.method={aggregation.method} sums nothing over sites: leave secure_sum out."
+        return
+    if not FEWEST_SITES <= num_sites <= MOST_SITES:
+        yield (
+            f"Expected {FEWEST_SITES} to {MOST_SITES} sites with aggregation.secure_sum=true; got "
+            f"{num_sites}. Of two sites each learns the other's update from the sum."
+        )
+        return
+    if aggregation.rule != "mean":
+        yield (
+            f"aggregation.rule={aggregation.rule} compares the updates of single sites, which a secure sum "
+            "hides: set rule=mean or secure_sum=false."
+        )
+    if aggregation.norm_tolerance != 0:
+        yield (
+            "aggregation.norm_tolerance compares the lengths of single sites' updates, which a secure sum "
+            "hides: set aggregation.norm_tolerance=0. A site's own gate is then all that bounds its update."
+        )
+    if aggregation.quorum < (least := threshold(num_sites)) / num_sites:
+        yield (
+            f"Expected aggregation.quorum of at least {least / num_sites:.3g}: a secure sum of {num_sites} "
+            f"sites needs {least} of them; got {aggregation.quorum:g}."
+        )
+    largest = num_sites * aggregation.weight_cap * plan.release.update_clip_norm
+    if largest >= 2.0**31:
+        yield (
+            "Expected sites times aggregation.weight_cap times release.update_clip_norm below 2^31, half of "
+            f"the ring; got {largest:.3g}. Lower one of them."
+        )
+    if plan.diffusion is not None and plan.diffusion.release.trained_at == "sites":
+        yield (
+            "diffusion.policy=federated would send the diffusion model's updates unmasked: set "
+            "diffusion=none, or aggregation.secure_sum=false."
+        )

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from federation.exchanges.finetuning import FinetunePlan
+from federation.exchanges.finetuning import FinetunePlan, check_sees_volumes
 from federation.plan import RunPlan
 from forms.form import build, check
 from forms.json_text import read_json
@@ -36,6 +36,8 @@ class PublishedPlan:
         check(self, "published")
         if self.finetuning is not None and self.finetuning.run_sha256 != self.plan.sha256:
             raise ValueError("Expected a fine-tuning of the plan that is published with it; it is another's.")
+        if self.finetuning is not None:
+            check_sees_volumes(self.finetuning.local, self.plan)
 
     @property
     def sha256(self) -> str:

@@ -36,7 +36,10 @@ class ReplyBook:
             if isinstance(value, Examples):
                 tensors |= to_tensors(value)
         numbers = {n: v for n, v in values.items() if isinstance(v, int) and not isinstance(v, bool)}
-        norm = math.hypot(*(float(torch.linalg.vector_norm(t)) for t in tensors.values()))
+        measured = [
+            tensor for tensor in tensors.values() if tensor.is_floating_point()
+        ]  # a mask has no length
+        norm = math.hypot(*(float(torch.linalg.vector_norm(tensor)) for tensor in measured))
         return {
             "kind": "reply",
             "to": kind,

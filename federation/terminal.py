@@ -80,6 +80,14 @@ def say(console: Console, *lines: str) -> None:
         console.print(visible(line), markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
+def typed(console: Console, question: str) -> str:
+    """What a person types, unseen; raises `ValueError` where nobody sits at a terminal."""
+    try:
+        return console.input(question, password=True)
+    except EOFError:
+        raise ValueError("Expected a passphrase typed at a terminal; there is nobody to type it.") from None
+
+
 def cell(text: object) -> Text:
     """`text` for a table: no markup."""
     return Text(visible(str(text)))

@@ -1,7 +1,8 @@
 """Tensors on the wire: named tensors as Flower arrays and back, and what can be wrong with a message.
 
 float32 and float64 travel as they are, bfloat16 as uint16 bits (numpy has no bfloat16), MXINT8 as whole
-numbers and exponents (`federation/microscaling.py`); integers and booleans never travel. A model is a few
+numbers and exponents (`federation/microscaling.py`); integers and booleans never travel, but for the masked
+vector of a secure sum (uint32), in its own message. A model is a few
 arrays, not one per tensor: Flower asks for, sends and confirms each array and each piece of one by itself, so
 80 tensors were 164 requests. What this file does not do: it knows no message (`federation/messages.py`).
 """
@@ -36,8 +37,10 @@ GROWTH: dict[WireDtype, float] = {
     "mxint8": microscaling.GROWTH,
 }
 """Rounding to a wire type lengthens a vector by less than this share of its L2 norm."""
-_NUMPY = {"float32": "<f4", "bfloat16": "<u2", "mxint8": "|i1", EXPONENTS: "|u1", "float64": "<f8"}
-_KINDS = {"float32", "bfloat16", "mxint8", "float64"}
+_NUMPY = {
+    "float32": "<f4", "bfloat16": "<u2", "mxint8": "|i1", EXPONENTS: "|u1", "float64": "<f8", "uint32": "<u4",
+}  # fmt: skip
+_KINDS = {"float32", "bfloat16", "mxint8", "float64", "uint32"}
 _FORMAT = "numpy.ndarray"
 _LARGEST = 1 << 40  # a size beyond it is a lie
 _MOST_DIMENSIONS = 8  # torch itself ends at 64
@@ -71,6 +74,8 @@ class RefusalKind(StrEnum):
     BUDGET = "budget"
     ANSWERED_BEFORE = "answered_before"
     TOO_FEW_FOR_SUMS = "too_few_for_sums"
+    NO_KEYS = "no_keys"
+    SUM_REFUSED = "sum_refused"
     NOT_ANSWERED = "not_answered"
     STOPPED = "stopped"
     NON_FINITE = "non_finite"
@@ -87,16 +92,20 @@ class MessageError(ValueError):
         self.kind = kind
 
 
-def array_record(tensors: Mapping[str, Tensor], wire_dtype: WireDtype = "float32") -> ArrayRecord:
+def array_record(
+    tensors: Mapping[str, Tensor], wire_dtype: WireDtype = "float32", masked: bool = False
+) -> ArrayRecord:
     """Named tensors as few Flower arrays: the values of one type in a row, and an index of names and shapes.
 
-    float32 travels as `wire_dtype` says (`travels_as`); float64 as it is. Raises `MessageError` for any
-    other dtype: a count or a flag is not a sum that may be averaged.
+    float32 travels as `wire_dtype` says (`travels_as`); float64 as it is. `masked`: all are uint32, masked
+    for a secure sum. Raises `MessageError` for any other dtype: a count or a flag is not a sum that may be
+    averaged.
     """
     rows = dict[str, list[Tensor]]()
     for name, tensor in tensors.items():
-        if tensor.dtype not in (torch.float32, torch.float64):
-            raise MessageError(f"Expected {name!r} to be float32 or float64; got {tensor.dtype}.")
+        if tensor.dtype not in ((torch.uint32,) if masked else (torch.float32, torch.float64)):
+            proper = "uint32" if masked else "float32 or float64"
+            raise MessageError(f"Expected {name!r} to be {proper}; got {tensor.dtype}.")
         rows.setdefault(travels_as(tensor, wire_dtype), []).append(tensor)
     if not tensors:
         return ArrayRecord()
@@ -109,8 +118,11 @@ def array_record(tensors: Mapping[str, Tensor], wire_dtype: WireDtype = "float32
 
 
 def travels_as(tensor: Tensor, wire_dtype: WireDtype) -> str:
-    """The type in which a float32 or float64 tensor travels: float64 as it is; as `mxint8` matrices and
-    more, while vectors (biases, gains: few, and unlike each other in size) stay float32."""
+    """The type in which a float32 or float64 tensor travels: float64 as it is (as uint32, of a secure sum);
+    as `mxint8` matrices and more, while vectors (biases, gains: few, and unlike each other in size) stay
+    float32."""
+    if tensor.dtype == torch.uint32:
+        return "uint32"
     return "float64" if tensor.dtype == torch.float64 else _float32_as(tensor.ndim, wire_dtype)
 
 
@@ -149,19 +161,22 @@ def _index_text(tensors: Mapping[str, Tensor], wire_dtype: WireDtype) -> bytes:
     return json.dumps(index, separators=(",", ":")).encode()
 
 
-def tensors_of(record: ArrayRecord, wire_dtype: WireDtype = "float32", copy: bool = True) -> Tensors:
+def tensors_of(
+    record: ArrayRecord, wire_dtype: WireDtype = "float32", copy: bool = True, masked: bool = False
+) -> Tensors:
     """Flower arrays as named tensors; the inverse of `array_record`. Raises `MessageError`.
 
-    Without `copy`, float32 tensors are views of the received bytes: nothing is allocated, nothing may write.
+    Without `copy`, float32 and uint32 tensors are views of the received bytes: nothing is allocated, nothing
+    may write.
     """
     if not record:
         return {}
     index = _index(record)
     sizes = dict[str, int]()
     for name, kind, shape in index:
-        proper = _float32_as(len(shape), wire_dtype)
-        if kind not in ("float64", proper):
-            raise MessageError(f"Expected {name[:40]!r} as {proper} or float64; got {kind}.")
+        proper = ("uint32",) if masked else (_float32_as(len(shape), wire_dtype), "float64")
+        if kind not in proper:
+            raise MessageError(f"Expected {name[:40]!r} as {' or '.join(proper)}; got {kind}.")
         for row, size in _parts(kind, shape):
             sizes[row] = sizes.get(row, 0) + size
     wanted = {INDEX, *sizes}

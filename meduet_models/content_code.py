@@ -4,13 +4,13 @@ The mean over content tokens throws anatomy away (docs/log.md: sex .65 where the
 are read whole. Their axes are public: the principal axes of the content of phantoms that the centre draws,
 dressed in the sites' styles; no patient is in them. They are kept as a product, axes over places times axes
 over channels and a matrix over both, since all tokens side by side are too many numbers to send around. What
-a site tells is one vector, the sum of its patients' codes (`CodeSums`); from the sites' means follows the
-projection that takes out of the code what sites differ in (`without_sites`) and, seen through the same axes,
-out of every token (`token_erasure`).
+a site tells is one vector, the sum of its patients' codes, and where it has patients enough the sum of their
+pooled content beside it (`CodeSums`). From the sites' means follow the projections that take what sites
+differ in out of the code (`without_sites`) and out of every token (`token_erasure`).
 
 What this file does not do: draw phantoms (`server/public_latents.py`), or promise that nothing of the site is
-left: the means are those of a few dozen patients, their error stays in the code of a patient who was not in
-them. A site that was in no sum is taken out by `erase_own_site` from its own scans.
+left: the means are those of a few dozen patients, and their error stays in the code of a patient who was not
+in them (`shift_left`). A site that was in no sum is taken out by `erase_own_site` from its own scans.
 
 Source: ours. Principal axes of both sides of a matrix: Lathauwer et al. 2000 (HOSVD); taking means' span out:
 nuisance attribute projection (Campbell et al. 2006). Measured in docs/log.md.
@@ -110,14 +110,28 @@ def without_sites(code: ContentCode, sums: Mapping[str, "CodeSums"]) -> ContentC
 
 
 def token_erasure(
-    code: ContentCode, sums: Mapping[str, "CodeSums"]
+    code: ContentCode, sums: Mapping[str, "CodeSums"], pooled: Mapping[str, "CodeSums"]
 ) -> tuple[Float64[Tensor, " k"], Float64[Tensor, "k k"]]:
-    """The affine map of every token that takes out the channels in which sites differ on average over places,
-    as far as the code of `sums` shows them; (mean, matrix) of r(x) = mean + matrix (x - mean).
+    """The affine map of every token that takes out the channels in which sites differ on average over places;
+    (mean, matrix) of r(x) = mean + matrix (x - mean).
 
-    `code` is the one that the sums were told of: before `without_sites`.
+    From the `pooled` content of the sites that told it; of fewer than two, as far as the code of `sums` shows
+    these channels. `code` is the one that the sums were told of: before `without_sites`.
     """
+    if len(pooled) > 1:
+        return fit_erasure(_means(pooled))
     return fit_erasure(code.tokens_of(_means(sums)).mean(-2))
+
+
+def shift_left(numbers: int, patients: int) -> float:
+    """How far two sites' people still are apart after the erasure, in standard deviations within a site.
+
+    Of a site effect that is large beside the error of means of so many `patients` per site: the means are off
+    by 2 / patients in each of the numbers, the projection takes out one direction, and no choice of metric or
+    shrinkage knows the others: √(2 (numbers - 1) / patients). A linear probe that knew everything else would
+    be right in Φ(half of it) of fresh people. Measured beside it: docs/log.md.
+    """
+    return math.sqrt(2 * (numbers - 1) / patients)
 
 
 def erase_own_site(codes: Float[Tensor, "b q"], patients: Sequence[str]) -> Float[Tensor, "q q"]:
@@ -136,7 +150,8 @@ def erase_own_site(codes: Float[Tensor, "b q"], patients: Sequence[str]) -> Floa
 
 @dataclass(frozen=True)
 class CodeSums:
-    """What a site tells for the erasure: the sum of its patients' codes; `a + b` are those of both cohorts.
+    """What a site tells for the erasure: the sum of its patients' codes, or of their pooled content; `a + b`
+    are those of both cohorts.
 
     Guarantee: each patient enters as one vector, the average over her scans, scaled to L2 norm at most R =
     `bound`. Adding or removing one patient changes `to_vector()`, the count included, by at most sqrt(R² + 1)
@@ -149,6 +164,11 @@ class CodeSums:
     total: Float64[Tensor, " q"]
     bound: float
     """L2 norm to which one patient's code is scaled."""
+
+    @staticmethod
+    def none(size: int, bound: float) -> "CodeSums":
+        """The sums over nobody."""
+        return CodeSums.from_vector(torch.zeros(size + 1, dtype=torch.float64), size, bound)
 
     @staticmethod
     def of(codes: Float[Tensor, "b q"], patients: Sequence[str], bound: float) -> "CodeSums":

@@ -19,14 +19,21 @@ from meduet_models.weights import load_weights
 
 @dataclass(frozen=True)
 class CodeReader:
-    """A linear reading of the content code, in the target's own unit."""
+    """A linear reading of the content code, in the target's own unit; of two classes a logistic one."""
 
     weight: tuple[float, ...]
     bias: float
+    classes: tuple[float, float] | None = None
+    """The two values of a target that has no others; none: a number."""
 
     def __call__(self, codes: Float[Tensor, "b q"]) -> Float[Tensor, " b"]:
-        """What is read of each scan."""
-        return codes @ torch.tensor(self.weight).to(codes) + self.bias
+        """What is read of each scan; of two classes what is expected, between one and the other: with values
+        0 and 1 the probability of 1."""
+        told = codes @ torch.tensor(self.weight).to(codes) + self.bias
+        if self.classes is None:
+            return told
+        low, high = self.classes
+        return low + (high - low) * torch.sigmoid(told)
 
 
 @dataclass(frozen=True)

@@ -220,7 +220,7 @@ class ScanModel:
 
     def _token_grid(self, latents: Float[Tensor, "b c d h w"]) -> Float[Tensor, "b k p q r"]:
         tokens = self.network.content_tokens(latents.to(self._device)).float().cpu()
-        return tokens.mT.reshape(len(tokens), -1, *self.network.config.token_grid)
+        return tokens.mT.reshape(*tokens.mT.shape[:2], *self.network.config.token_grid)
 
 
 def load(

@@ -6,12 +6,15 @@ of its own. One answer leaves for each place, to one question: the same question
 charged once, another question for a place that was answered is refused. Sums that answer several questions
 about the same patients are equations, and enough of them have one solution. A site that lost both what left
 and what it was made from cannot give the same bytes again: for its newest place, and once, another answer to
-the same question leaves, in a line of its own (`anew`). That is no second charge while epsilon is infinite;
-under noise it would be one. The ledger may also refuse by the site's own ceiling. It is append-only and
+the same question leaves, in a line of its own (`anew`); not under noise, which would be drawn twice.
+
+A release with noise is written with its mechanism, one without makes the total infinite. Before a place is
+held, all that was reserved and this are added up (`privacy/accounting.py`) and compared with the site's own
+ceiling; a reservation counts in full, whether its answer left or not, until the site's people say that
+nothing left (`close`). So whatever is killed when, the sum is at least what left. It is append-only and
 hash-chained (`privacy/chain.py`).
 
-Does not do: accounting of noise. In this version nothing is noised, so each settled release is an event with
-epsilon infinity (`NonPrivate`), and a site whose ceiling is finite takes part in no plan.
+Does not do: know which patient was in which cohort. Whoever was at the site is charged for everything.
 """
 
 import math
@@ -20,12 +23,44 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from privacy.accounting import LARGEST_DELTA, Epsilon, Mechanism, epsilon_of
 from privacy.chain import Chain, Entry
 from privacy.promise import Promise
 
 
 class LedgerRefusal(ValueError):
     """The site's ceiling does not allow what the plan asks for; nothing was read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ceiling:
+    """The most that a site's patients may be charged, over all plans."""
+
+    epsilon: float = math.inf
+    """Infinity: no ceiling. Any other number refuses whatever is not noised."""
+    delta: float = LARGEST_DELTA
+    """At which epsilon is added up."""
+
+    def __post_init__(self) -> None:
+        """Refuse a ceiling that is none."""
+        if not self.epsilon >= 0:
+            raise ValueError(f"Expected epsilon_ceiling >= 0; got {self.epsilon}.")
+        if not 0 < self.delta <= LARGEST_DELTA:
+            raise ValueError(f"Expected delta_ceiling in (0, {LARGEST_DELTA:g}]; got {self.delta}.")
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a ledger says of its patients."""
+
+    total: Epsilon
+    """Everything together."""
+    noised: Epsilon
+    """The releases with noise alone, for where the total is infinite."""
+    num_plain: int
+    """Releases without noise, reserved or left."""
+    num_noised: int
+    """Releases with noise, reserved or left."""
 
 
 class AnsweredBefore(ValueError):
@@ -80,18 +115,15 @@ class Settled:
     """Hash of its tensors."""
 
 
+NO_CEILING = Ceiling()
+
+
 class Ledger:
-    """The ledger file of one site.
+    """The ledger file of one site; it holds no more than `ceiling`."""
 
-    `epsilon_ceiling`: the most that this site's patients may be charged, None for no ceiling. As releases are
-    not noised in this version, any finite ceiling refuses.
-    """
-
-    def __init__(self, path: Path, epsilon_ceiling: float | None = None) -> None:
-        if epsilon_ceiling is not None and not epsilon_ceiling >= 0:
-            raise ValueError(f"Expected epsilon_ceiling >= 0 or none; got {epsilon_ceiling}.")
+    def __init__(self, path: Path, ceiling: Ceiling = NO_CEILING) -> None:
         self._chain = Chain(path, purpose="ledger")
-        self._ceiling = math.inf if epsilon_ceiling is None else epsilon_ceiling
+        self._ceiling = ceiling
 
     @property
     def head(self) -> str:
@@ -107,17 +139,14 @@ class Ledger:
         does not allow the promise.
         """
         assert promise.kind == place.kind, "a place is held for what the promise is about"
-        if promise.epsilon > self._ceiling:
-            raise LedgerRefusal(
-                f"Plan {place.plan_sha256[:8]}… releases '{promise.kind}' at epsilon {promise.epsilon:g}; "
-                f"this site's ceiling is {self._ceiling:g} (site.yaml: allow_non_private). Nothing was read."
-            )
+        mechanism = promise.mechanism
         record = {
             "event": "reserve",
             **place.record(),
             "question": question,
             "promise": promise.sentence(),
-            "epsilon": _word(promise.epsilon),
+            "epsilon": _word(promise.epsilon.upper),
+            **({} if mechanism is None else {"mechanism": mechanism.record()}),
         }
         held: list[str] = []
 
@@ -126,11 +155,76 @@ class Ledger:
                 raise AnsweredBefore(
                     f"Expected the question that was answered for {place}; got another. Nothing was read."
                 )
-            held.extend(entry.sha256 for entry in entries if entry.record == record)
+            closed = _closed(entries)
+            held.extend(e.sha256 for e in entries if e.record == record and e.sha256 not in closed)
+            if not held:
+                self._check(entries, place, promise)
             return None if held else record
 
         entry = self._chain.extend(decide) or held[0]
         return Reservation(place, question, promise, entry)
+
+    def _check(self, entries: Sequence[Entry], place: Place, promise: Promise) -> None:
+        """Raise `LedgerRefusal` unless everything and this is within the ceiling."""
+        ceiling = self._ceiling
+        if math.isinf(ceiling.epsilon):
+            return
+        asks = f"Plan {place.plan_sha256[:8]}… releases '{promise.kind}'"
+        if promise.mechanism is None:
+            raise LedgerRefusal(
+                f"{asks} without noise, at epsilon infinity; this site's ceiling is {ceiling.epsilon:g} "
+                "(site.yaml: allow_non_private, epsilon_ceiling). Nothing was read."
+            )
+        before = _charged(entries)
+        total = epsilon_of([*before, promise.mechanism], ceiling.delta).upper
+        if total > ceiling.epsilon:
+            alone = epsilon_of([promise.mechanism], ceiling.delta).upper
+            raise LedgerRefusal(
+                f"{asks} at epsilon {alone:.4g} (delta {ceiling.delta:g}); with what was reserved before "
+                f"that makes {total:.4g}, and this site's ceiling is {ceiling.epsilon:g} (site.yaml: "
+                "epsilon_ceiling; meduet-site ledger show). Nothing was read."
+            )
+
+    def spent(self) -> Spent:
+        """What this site's patients are charged: all that was reserved and not closed, at the ceiling's
+        delta."""
+        charged = _charged(self._chain.entries())
+        noised = [mechanism for mechanism in charged if mechanism is not None]
+        delta = self._ceiling.delta
+        return Spent(
+            total=epsilon_of(charged, delta),
+            noised=epsilon_of(noised, delta),
+            num_plain=len(charged) - len(noised),
+            num_noised=len(noised),
+        )
+
+    def close(self, index: int, reason: str) -> None:
+        """Charge the reservation in line `index` no longer: the site's people say, with a reason, that
+        nothing left.
+
+        No answer leaves under it any more. Raises `ValueError` when that line is no reservation, its answer
+        left, or it was closed before.
+        """
+        if not reason.strip():
+            raise ValueError("Expected a reason why nothing left; got none. Nothing was closed.")
+
+        def decide(entries: Sequence[Entry]) -> Mapping[str, Any]:
+            if not 0 <= index < len(entries) or entries[index].record.get("event") != "reserve":
+                raise ValueError(f"Expected the index of a reservation; line {index} is none.")
+            entry = entries[index].sha256
+            if _settled(entries, entry) is not None:
+                raise ValueError(f"Expected a reservation whose answer did not leave; that of {index} left.")
+            if entry in _closed(entries):
+                raise ValueError(f"Expected an open reservation; {index} was closed before.")
+            return {"event": "close", "reservation": entry, "reason": reason.strip()}
+
+        self._chain.extend(decide)
+
+    def open_reservations(self) -> list[Entry]:
+        """Reservations whose answer did not leave, and which nobody closed."""
+        entries = self._chain.entries()
+        done = _closed(entries) | {e.record.get("reservation") for e in entries}
+        return [e for e in entries if e.record.get("event") == "reserve" and e.sha256 not in done]
 
     def settled(self, reservation: Reservation) -> Settled | None:
         """What left under this reservation; None before."""
@@ -146,12 +240,14 @@ class Ledger:
         once. Raises `AnsweredBefore` for other bytes, or when the place was given to another question
         meanwhile, and `ValueError` if the reservation is not in this ledger.
         """
+        promise = reservation.promise
+        anew = anew and promise.mechanism is None
         record = {
             "event": "settle",
             "reservation": reservation.entry,
-            "charge": "NonPrivate",
-            "epsilon": _word(reservation.promise.epsilon),
-            "bound": reservation.promise.bound,
+            "charge": _charge(promise),
+            "epsilon": _word(promise.epsilon.upper),
+            "bound": promise.bound,
             "weight": weight,
             "released": released_sha256,
         }
@@ -161,6 +257,11 @@ class Ledger:
             if reservation.entry not in {e.sha256 for e in entries if e.record.get("event") == "reserve"}:
                 raise ValueError(
                     "Expected a reservation of this ledger; reserve before reading. Nothing is released."
+                )
+            if reservation.entry in _closed(entries):
+                raise AnsweredBefore(
+                    f"Expected an open reservation for {reservation.place}; this site closed it. Nothing is "
+                    "released."
                 )
             before = _settled(entries, reservation.entry)
             other = before is not None and before.released != released_sha256
@@ -217,6 +318,28 @@ def _settled(entries: Sequence[Entry], reservation: str) -> Settled | None:
         if entry.record.get("event") in ("settle", "anew") and entry.record["reservation"] == reservation:
             return Settled(entry.sha256, _text(entry.record, "released"))
     return None
+
+
+def _closed(entries: Sequence[Entry]) -> set[str]:
+    """Reservations of which the site's people said that nothing left."""
+    return {_text(e.record, "reservation") for e in entries if e.record.get("event") == "close"}
+
+
+def _charged(entries: Sequence[Entry]) -> list[Mechanism | None]:
+    """What each reservation of something of a patient counts as, unless it was closed; None: without
+    noise."""
+    closed = _closed(entries)
+    return [
+        Mechanism.from_record(e.record["mechanism"]) if "mechanism" in e.record else None
+        for e in entries
+        if e.record.get("event") == "reserve" and e.sha256 not in closed and e.record.get("epsilon") != 0
+    ]
+
+
+def _charge(promise: Promise) -> str:
+    if promise.enforcement == "none":
+        return "Nothing"
+    return "NonPrivate" if promise.mechanism is None else "Gaussian"
 
 
 def _word(epsilon: float) -> str | float:

@@ -1,14 +1,19 @@
 """What is promised about a release: whose contribution is bounded, by how much, and where noise enters.
 
 A release is a sum over contributors, or, where a site has agreed to that, the shares of single contributors
-side by side. The promise bounds the L2 norm of one contributor's share. Noise enters
-nowhere in this version: the promise is a bound, not differential privacy, and it says so in words and as an
-epsilon of infinity. What travels beside the sum (counts, losses, seconds) is not covered by the bound.
+side by side. The promise bounds the L2 norm of one contributor's share. With a mechanism the gate adds noise
+and the promise is differential privacy for each patient; without one noise enters nowhere, the promise is a
+bound, and it says so in words and as an epsilon of infinity. What was made of random numbers alone, as the
+keys of a secure sum are, has nothing to bound. What travels beside the sum (counts, losses, seconds) is not
+covered by the bound; beside a release with noise nothing travels.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from privacy.accounting import INFINITE, LARGEST_DELTA, Epsilon, Mechanism, epsilon_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,36 +22,80 @@ class Promise:
 
     Guarantee: adding or removing one `unit` changes the released sum by at most `bound` in L2 norm (times the
     unit's weight, for a weighted sum). With `each` there is no sum: a row is one unit's share, at most
-    `bound` long, and the release hides nobody. Not covered: counts and metrics that travel beside it.
+    `bound` long, and the release hides nobody. Not covered: counts and metrics that travel beside it. With a
+    `mechanism` the unit is a patient, all of whose scans are one share, and what leaves is (epsilon,
+    delta)-differentially private for each patient of the site, against everybody outside of it, whatever they
+    know. Not covered then: that the site takes part, when and whether it answers, and other releases,
+    which the ledger adds up.
     """
 
     kind: str
     """What is released: the word under which ledger and journal know it."""
     bound: float
     """L2 norm of one contributor's share."""
-    unit: Literal["site update", "patient statistics", "scan"]
+    unit: Literal["site update", "patient statistics", "scan", "patient", "no patient"]
     """Whose share is bounded."""
-    enforcement: Literal["clip", "check", "each"]
+    enforcement: Literal["clip", "check", "each", "none"]
     """`clip`: the gate scales a mean that is too long. `check`: shares were bounded where they were summed;
     the gate refuses a sum that is longer than its number of shares allows. `each`: every row is one
-    contributor's share, and the gate scales each that is too long."""
+    contributor's share, and the gate scales each that is too long. `none`: nothing of a patient is in it, so
+    there is nothing to bound (`bound` is 0)."""
     relation: Literal["add or remove one"] = "add or remove one"
     """Which two cohorts count as neighbours."""
-    noise_in: Literal["nowhere"] = "nowhere"
-    """Where noise enters."""
+    mechanism: Mechanism | None = None
+    """The noise that the gate adds; none: none."""
+    delta: float | None = None
+    """At which delta epsilon is told, with a mechanism."""
 
     def __post_init__(self) -> None:
-        """Refuse a bound that bounds nothing."""
-        if not (math.isfinite(self.bound) and self.bound > 0):
+        """Refuse a bound that bounds nothing, and noise that protects no patient."""
+        if self.enforcement == "none":
+            if self.bound != 0 or self.unit != "no patient":
+                raise ValueError(f"Expected a bound of 0 where nothing is bounded; got {self.bound}.")
+        elif not (math.isfinite(self.bound) and self.bound > 0):
             raise ValueError(f"Expected a promise with a finite bound > 0; got {self.bound}.")
+        if (self.mechanism is None) != (self.delta is None):
+            raise ValueError("Expected a promise with both a mechanism and a delta, or with neither.")
+        if self.mechanism is not None and (self.unit != "patient" or self.enforcement != "check"):
+            raise ValueError(
+                "Expected noise on a sum of patients' bounded shares; got unit "
+                f"{self.unit!r}, enforcement {self.enforcement!r}."
+            )
+        if self.delta is not None and not 0 < self.delta <= LARGEST_DELTA:
+            raise ValueError(f"Expected delta in (0, {LARGEST_DELTA:g}]; got {self.delta}.")
 
     @property
-    def epsilon(self) -> float:
-        """What the release costs: infinity, as no noise is added."""
-        return math.inf
+    def noise_in(self) -> Literal["nowhere", "release"]:
+        """Where noise enters."""
+        return "nowhere" if self.mechanism is None else "release"
+
+    @property
+    def deviation(self) -> float:
+        """Of the noise in each released number; 0 without a mechanism."""
+        return 0.0 if self.mechanism is None else self.mechanism.noise_multiplier * self.bound
+
+    @property
+    def epsilon(self) -> Epsilon:
+        """What this release alone costs a patient: nothing, where no patient is in it; without noise it is
+        infinite."""
+        if self.enforcement == "none":
+            return Epsilon(0.0, 0.0)
+        if self.mechanism is None or self.delta is None:
+            return INFINITE
+        return epsilon_of([self.mechanism], self.delta)
 
     def sentence(self) -> str:
         """The promise in plain words, for the journal and for people."""
+        if self.enforcement == "none":
+            return "Made of random numbers of this site and others: nothing of a patient is in it."
+        if self.mechanism is not None:
+            return (
+                f"Whoever reads this release learns almost the same whether or not a patient is in it: each "
+                f"patient, all scans together, moves it by at most {self.bound:.4g} (L2, {self.relation}), "
+                f"and the site adds Gaussian noise of deviation {self.deviation:.4g} from a secret of its "
+                f"own. That is epsilon {self.epsilon} at delta {self.delta:g} for this release. Not covered: "
+                "that the site takes part, when and whether it answers, and what else leaves it."
+            )
         if self.enforcement == "each":
             return (
                 f"Each {self.unit} leaves by itself, at most {self.bound:g} long (L2): patient data, "
@@ -57,3 +106,14 @@ class Promise:
             f"One {self.unit} moves this release by at most {self.bound:g} (L2, {self.relation}); "
             "no noise is added, so epsilon is infinite: bounded, not differentially private."
         )
+
+    def record(self) -> dict[str, Any]:
+        """As it is kept beside an answer."""
+        return asdict(self)
+
+    @staticmethod
+    def from_record(record: Mapping[str, Any]) -> "Promise":
+        """Back from `record`."""
+        mechanism = record["mechanism"]
+        known = None if mechanism is None else Mechanism.from_record(mechanism)
+        return Promise(**{**record, "mechanism": known})

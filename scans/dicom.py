@@ -29,6 +29,7 @@ from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRL
 from scans.frames import HEADER, Frame, frames_of
 from scans.scans import (
     MINIMUM_SLICES,
+    TILE,
     Exclusion,
     FourD,
     Note,
@@ -36,6 +37,7 @@ from scans.scans import (
     UnusableScan,
     check_shape,
     combine,
+    stacked,
 )
 from scans.stacks import Arranged, arrange, groups_of, is_misfit, misfit_of
 
@@ -126,7 +128,10 @@ def find_series(files: Sequence[Path]) -> tuple[list[Series], list[Exclusion]]:
             left_over.append(Exclusion(path, Reason.SIDECAR if sidecar else error.reason))
             continue
         except AttributeError:
-            left_over.append(Exclusion(path, Reason.SIDECAR if path.name == "DICOMDIR" else Reason.CORRUPT))
+            if path.name == "DICOMDIR":
+                left_over.append(Exclusion(path, Reason.SIDECAR))
+            else:
+                left_over.append(Exclusion(path, Reason.CORRUPT, "no SeriesInstanceUID or SOPInstanceUID"))
             continue
         if "Rows" not in header:
             left_over.append(Exclusion(path, Reason.NOT_AN_IMAGE))
@@ -242,7 +247,7 @@ def read_series(
     rows, columns = stack[0][0].size
     _, num_volumes = check_shape((columns, rows, len(stack), len(stack[0])), four_d)
     step, rounded = _step([position[0] for position in stack])
-    notes += (Note.ROUNDED_POSITIONS,) * rounded
+    notes += (Note.ROUNDED_POSITIONS,) * rounded + (Note.INVERTED,) * frames[0].inverted
     affine = np.eye(4)
     first = stack[0][0]
     affine[:3, 0] = first.directions[0] * first.spacing[1]  # PS3.3 equation C.7.6.2.1-1
@@ -251,7 +256,11 @@ def read_series(
 
     def volumes() -> Iterator[np.ndarray]:
         for time in range(num_volumes):
-            yield np.stack([_pixels(position[time]) for position in stack], axis=-1)  # x y z
+            slabs = (
+                np.stack([_pixels(position[time]) for position in stack[z : z + TILE[1]]], axis=-1)  # x y z
+                for z in range(0, len(stack), TILE[1])
+            )
+            yield stacked(slabs, (columns, rows, len(stack)))
 
     if not _is_tilted(affine):
         return combine(volumes(), four_d), LPS_TO_RAS @ affine, num_volumes, notes

@@ -72,6 +72,10 @@ class Frame:
     """Between rows, between columns; mm."""
     slope: float
     intercept: float
+    rescaled: bool
+    """Whether the header says slope or intercept."""
+    inverted: bool
+    """Whether the lowest value is the brightest (MONOCHROME1)."""
     kinds: Mapping[str, Hashable]
     times: Mapping[str, Hashable]
     frame_of_reference: str
@@ -156,6 +160,8 @@ def _frame(
         spacing=(float(spacing[0]), float(spacing[1])),
         slope=1.0 if slope is None else float(slope),
         intercept=0.0 if intercept is None else float(intercept),
+        rescaled=slope is not None or intercept is not None,
+        inverted=header.get("PhotometricInterpretation") == "MONOCHROME1",
         kinds={tag: _told(tag, place, header) for tag in KINDS},
         times={**times, **dimensions},
         frame_of_reference=str(header.get("FrameOfReferenceUID") or ""),

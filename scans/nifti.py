@@ -23,6 +23,7 @@ from jaxtyping import Float32, Float64
 
 from scans.nifti_place import place_of
 from scans.scans import (
+    TILE,
     FourD,
     Note,
     Reason,
@@ -31,11 +32,14 @@ from scans.scans import (
     combine,
     file_kind,
     has_nifti_magic,
+    stacked,
 )
 
 NIFTI_NAMES = (".nii", ".nii.gz")
 DEFLATE_LIMIT = 1032
 """No deflate stream expands further (RFC 1951: 258 bytes from two bits)."""
+NO_INTENSITIES = frozenset({*range(2, 25), *range(1004, 1011), *range(2006, 2010), *range(2016, 2019)})
+"""Intent codes of statistics, of vectors and matrices, and of FSL's deformations: no pictures."""
 SLACK_BYTES = 2**26
 """Most bytes of header extensions, and most that may follow the last voxel."""
 
@@ -163,6 +167,8 @@ def _read(
         raise UnusableScan(Reason.COMPLEX)
     if not (0 <= num_axes <= 7 and dtype.itemsize and dtype.kind in "iuf" and math.isfinite(offset)):
         raise UnusableScan(Reason.CORRUPT, "impossible axes, type or offset")
+    if (intent := int(header["intent_code"])) in NO_INTENSITIES:
+        raise UnusableScan(Reason.DERIVATIVE, f"intent {intent}: no intensities")
     shape, num_volumes = check_shape(sizes[:num_axes], four_d)
     affine, notes = place_of(header, placeless)
 
@@ -175,7 +181,14 @@ def _read(
 
     if _drain(stream, int(offset) - len(head)) < int(offset) - len(head):
         raise UnusableScan(Reason.TRUNCATED, "ends before the voxels")
-    array = combine(_volumes(stream, shape, dtype, num_volumes, slope, intercept), four_d)
+    volumes = (
+        _slabs(stream, shape, dtype, (slope, intercept), f"volume {index + 1} of {num_volumes}")
+        for index in range(num_volumes)
+    )
+    if four_d == "first":
+        array = stacked(next(volumes), shape)
+    else:
+        array = combine((np.concatenate(list(slabs), axis=2) for slabs in volumes), four_d)
     left = (num_volumes - 1) * volume_bytes if four_d == "first" else 0
     if left and _drain(stream, left) < left:
         raise UnusableScan(Reason.TRUNCATED, f"{num_volumes} volumes promised")
@@ -184,24 +197,26 @@ def _read(
     return array, affine, num_volumes, notes
 
 
-def _volumes(
+def _slabs(
     stream: io.BufferedIOBase,
     shape: tuple[int, int, int],
     dtype: np.dtype[np.generic],
-    num_volumes: int,
-    slope: float | None,
-    intercept: float | None,
+    scaling: tuple[float | None, float | None],
+    which: str,
 ) -> Iterator[np.ndarray]:
-    for index in range(num_volumes):
-        content = bytearray(math.prod(shape) * dtype.itemsize)
+    """One volume, a few slices at a time: its values, scaled."""
+    slope, intercept = scaling
+    for first in range(0, shape[2], TILE[1]):
+        slab = (shape[0], shape[1], min(TILE[1], shape[2] - first))
+        content = bytearray(math.prod(slab) * dtype.itemsize)
         filled = 0
         while filled < len(content):
             count = stream.readinto(memoryview(content)[filled : filled + 2**20])
             if not count:
-                raise UnusableScan(Reason.TRUNCATED, f"ends in volume {index + 1} of {num_volumes}")
+                raise UnusableScan(Reason.TRUNCATED, f"ends in {which}")
             filled += count
-        array = np.frombuffer(content, dtype).reshape(shape, order="F")  # x y z
-        if slope is None or (slope, intercept) == (1.0, 0.0):
+        array = np.frombuffer(content, dtype).reshape(slab, order="F")  # x y z
+        if slope is None or scaling == (1.0, 0.0):
             yield array
         else:
             yield array * np.float64(slope) + np.float64(intercept or 0.0)

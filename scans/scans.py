@@ -137,6 +137,7 @@ class Note(StrEnum):
     TILTED = "tilted"  # slices that are sheared against each other; resampled to a straight stack
     ROUNDED_POSITIONS = "rounded_positions"  # slices off a regular grid by less than a tenth of the spacing
     ORDER_BY_NUMBER = "order_by_number"  # only InstanceNumber tells the volumes of a series apart
+    INVERTED = "inverted"  # MONOCHROME1: meant to be seen with the lowest value brightest; taken as stored
     NOT_HOUNSFIELD = "not_hounsfield"  # a CT whose values are not HU by their range; taken as they are
 
 
@@ -260,12 +261,19 @@ def to_float32(values: np.ndarray) -> Float32[np.ndarray, "..."]:
     with np.errstate(over="ignore", invalid="ignore"):
         if values.ndim != 3 or values.flags.c_contiguous:
             return np.ascontiguousarray(values, dtype=np.float32)
-        turned = np.empty(values.shape, np.float32)
-        for x in range(0, values.shape[0], TILE[0]):  # half the time of all at once: tiles fit the caches
-            for z in range(0, values.shape[2], TILE[1]):
-                tile = (slice(x, x + TILE[0]), slice(None), slice(z, z + TILE[1]))
-                turned[tile] = values[tile]
-        return turned
+        slabs = (values[:, :, z : z + TILE[1]] for z in range(0, values.shape[2], TILE[1]))
+        return stacked(slabs, values.shape)
+
+
+def stacked(slabs: Iterable[np.ndarray], shape: tuple[int, ...]) -> Float32[np.ndarray, "x y z"]:
+    """Slabs that follow each other along z as one contiguous volume; beside it, one is held at a time."""
+    turned, z = np.empty(shape, np.float32), 0
+    with np.errstate(over="ignore", invalid="ignore"):
+        for slab in slabs:
+            for x in range(0, shape[0], TILE[0]):  # half the time of all at once: tiles fit the caches
+                turned[x : x + TILE[0], :, z : z + slab.shape[2]] = slab[x : x + TILE[0]]
+            z += slab.shape[2]
+    return turned
 
 
 def accept(
@@ -281,6 +289,22 @@ def accept(
     how many (`num_repaired`); more is `not_finite`.
     """
     check_affine(affine)
+    num_repaired = 0
+    low, high = array.min(), array.max()
+    if not (np.isfinite(low) and np.isfinite(high)):  # a NaN anywhere is both
+        array, num_repaired, notes = _repaired(array, notes)
+        low, high = array.min(), array.max()
+    if low == high:
+        raise UnusableScan(Reason.CONSTANT)
+    if all(((part == low) | (part == high)).all() for part in array):
+        raise UnusableScan(Reason.TWO_VALUED)
+    return Scan(array, affine, num_volumes, num_repaired, notes=notes)
+
+
+def _repaired(
+    array: Float32[np.ndarray, "x y z"], notes: tuple[Note, ...]
+) -> tuple[Float32[np.ndarray, "x y z"], int, tuple[Note, ...]]:
+    """The array without what is not finite, how many voxels were repaired, and what is to be said."""
     finite = np.isfinite(array)
     num_repaired = array.size - int(np.count_nonzero(finite))
     if num_repaired >= BACKGROUND_SHARE * array.size:
@@ -292,12 +316,7 @@ def accept(
         raise UnusableScan(Reason.NOT_FINITE, f"{num_repaired} of {array.size} voxels")
     if num_repaired:
         array = np.where(finite, array, array[finite].min())
-    low, high = array.min(), array.max()
-    if low == high:
-        raise UnusableScan(Reason.CONSTANT)
-    if ((array == low) | (array == high)).all():
-        raise UnusableScan(Reason.TWO_VALUED)
-    return Scan(array, affine, num_volumes, num_repaired, notes=notes)
+    return array, num_repaired, notes
 
 
 def _background(array: np.ndarray) -> np.ndarray:

@@ -110,7 +110,12 @@ def _clusters(values: Sequence[np.ndarray], absolute: float, relative: float) ->
 
 
 def arrange(frames: Sequence[Frame]) -> Arranged:
-    """The frames of one group by position, then by time. Raises `UnusableScan` where that is ambiguous."""
+    """The frames of one group by position, then by time. Raises `UnusableScan` where that is ambiguous, or
+    what their values mean."""
+    if len({frame.rescaled for frame in frames}) > 1:
+        raise UnusableScan(Reason.AMBIGUOUS_FRAMES, "RescaleIntercept")
+    if len({frame.inverted for frame in frames}) > 1:
+        raise UnusableScan(Reason.AMBIGUOUS_FRAMES, "PhotometricInterpretation")
     positions = _positions(frames)
     if all(len(position) == 1 for position in positions):
         _check_one_volume([position[0] for position in positions])

@@ -1,14 +1,16 @@
 """The centre: survey, rounds, probes, erasure; a run that is stopped anywhere goes on to the same weights.
 
 Phases: (0) every site tells the sums that describe its scans' appearance, from which come the latent scale
-and the style bank; (1 to R) rounds of `strategies/content_share.py`, every few of them followed by federated
+and the style bank; (1 to R) rounds of `strategies/content_share.py`, or
+as secure sums (`server/exchanges/secure_sum.py`), every few of them followed by federated
 probes (`server/exchanges/probes.py`), which train nothing and stop nothing; (R + 1) every site tells the sum
 of its patients' content codes, from which comes the site erasure; (R + 2) the diffusion model is trained at
 the sites, or finished, where the centre has trained it on released latents while the rounds ran
-(`server/exchanges/diffusion.py`). After each phase and round everything is on disk before anything else is
-asked. A run that is started again goes on after its last checkpoint; sites answer a round that is asked twice
-in the same way, so on one kind of machine the final weights are the same bits. What this file does not do: it
-trains nothing itself, sees no scan, and averages nothing.
+(`server/exchanges/diffusion.py`). With privacy the sites are asked once, for a style with noise, and all the
+rest happens at the centre (`server/protected_pretraining.py`). After each phase and round everything is on
+disk before anything else is asked. A run that is started again goes on after its last checkpoint; sites
+answer a round that is asked twice in the same way, so on one kind of machine the final weights are the same
+bits. What this file does not do: it trains nothing itself, sees no scan, and averages nothing.
 
 `run` takes any Flower grid; `server/server_app.py` is the ServerApp of a deployment.
 """
@@ -34,9 +36,11 @@ from server.exchanges.diffusion import diffusion_of, save_diffusion
 from server.exchanges.erasure import ask_erasure
 from server.exchanges.pretraining import pretraining
 from server.exchanges.probes import FederatedProbes
+from server.exchanges.secure_sum import SecureSums
 from server.exchanges.survey import ask_survey
 from server.model import MeduetModel, SharedModel
 from server.observer import RoundObserver
+from server.protected_pretraining import ProtectedPretraining
 from server.run_folder import claim, write_metrics
 from strategies.content_share import ContentShare
 from strategies.quorum import Roster, SiteOf
@@ -132,6 +136,13 @@ class _Run:
             self.book,
             self.observer.on_diffusion,
         )
+        self.protected = (
+            None
+            if self.plan.privacy is None
+            else ProtectedPretraining(
+                self.grid, self.roster, self.plan, self.folder, self.model, device, self.book
+            )
+        )
         last = self.checkpoints.latest()
         if last is not None and not resume:
             raise ValueError(
@@ -142,7 +153,7 @@ class _Run:
         self._note("start" if last is None else "resume", round=0 if last is None else last.round, **damaged)
         if last is None:
             last = self._survey()
-        last = self._rounds(last)
+        last = self._rounds(last) if self.protected is None else self._protected_rounds(self.protected, last)
         result = self._generative(self._final(last))
         final = self.observer.on_end(result)
         result = dataclasses.replace(result, metrics=result.metrics | {"final": dict(final)})
@@ -153,7 +164,11 @@ class _Run:
         shared, _ = self.model.start()
         metrics: dict[str, Any] = {"rounds": [], "survey": {}, "erasure": {}}
         style_bank: Tensors = {}
-        if self.model.surveyed:
+        if self.protected is not None:
+            style_bank, metrics["survey"] = self.protected.survey()
+            told = metrics["survey"]
+            self._note("style_code", sites=list(told["sites"]), refused=told["refused"])
+        elif self.model.surveyed:
             replies, refused = ask_survey(
                 self.grid, self.roster, self.plan, self.model.check_survey, self.book
             )
@@ -169,15 +184,7 @@ class _Run:
         num_rounds = self.plan.training.rounds
         if last.round >= num_rounds:
             return last
-        strategy = ContentShare(
-            self.plan,
-            last.shared,
-            pretraining(self.plan, last.bank, self.model.start()[1]),
-            roster=self.roster,
-            folder=self.folder,
-            book=self.book,
-            on_reply=self.observer.on_site_reply,
-        )
+        strategy = self._strategy(last)
         strategy.optimiser.load(last.optimiser)
         strategy.summary()
         rounds = strategy.rounds(self.grid, done=last.round)
@@ -201,7 +208,36 @@ class _Run:
                 sites=list(report["sites"]),
                 refused=report["refused"],
                 loss=report["loss"],
+                **({"burnt": report["burnt"]} if report.get("burnt") else {}),
             )
+        return last
+
+    def _strategy(self, last: Checkpoint) -> ContentShare | SecureSums:
+        plan, home = self.plan, self.model.start()[1]
+        told: dict[str, Any] = {
+            "roster": self.roster,
+            "folder": self.folder,
+            "book": self.book,
+            "on_reply": self.observer.on_site_reply,
+        }
+        if plan.aggregation.secure_sum:
+            return SecureSums(plan, last.shared, last.bank, home, **told)
+        return ContentShare(plan, last.shared, pretraining(plan, last.bank, home), **told)
+
+    def _protected_rounds(self, protected: ProtectedPretraining, last: Checkpoint) -> Checkpoint:
+        """The rounds of a plan with privacy, in which no site is asked anything."""
+        num_rounds, shared = self.plan.training.rounds, set(self.model.start()[0])
+        if last.round < num_rounds:
+            self.observer.on_round_start(last.round + 1, num_rounds)
+        for report, weights, state in protected.rounds(last):
+            travels = {name: tensor for name, tensor in weights.items() if name in shared}
+            probes = self.observer.on_round_end(report["round"], travels, report)
+            report |= {"probes": dict(probes)} if probes else {}
+            metrics = last.metrics | {"rounds": [*last.metrics["rounds"], report]}
+            last = self._save(report["round"], travels, state, last.bank, metrics)
+            self._note("round", round=last.round, sites=[], refused={}, loss=report["loss"])
+            if last.round < num_rounds:
+                self.observer.on_round_start(last.round + 1, num_rounds)
         return last
 
     def _final(self, last: Checkpoint) -> RunResult:
@@ -239,6 +275,8 @@ class _Run:
         their sums."""
         if not self.model.erased:
             return last.shared, {}
+        if self.protected is not None:
+            return self.protected.erased(last)
         coded = self.model.with_code(last.shared, last.bank)
         replies, refused = ask_erasure(
             self.grid, self.roster, self.plan, coded, self.model.check_erasure, self.book

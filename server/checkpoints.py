@@ -90,7 +90,7 @@ class Checkpoints:
         rounds, self.damaged = self.rounds(), []
         for round_number in reversed(rounds):
             try:
-                return self._load(round_number)
+                return self.load(round_number)
             except OtherPlan:
                 raise
             except ValueError as error:
@@ -114,7 +114,8 @@ class Checkpoints:
     def _path(self, round_number: int) -> Path:
         return self._folder / f"round-{round_number:04d}.safetensors"
 
-    def _load(self, round_number: int) -> Checkpoint:
+    def load(self, round_number: int) -> Checkpoint:
+        """The checkpoint of a round. Raises `OtherPlan`, and `ValueError` for a damaged file."""
         path = self._path(round_number)
         tensors, provenance = load_weights(path)
         if missing := {"plan_sha256", "round", "metrics", "tensors_sha256"} - set(provenance):

@@ -28,6 +28,7 @@ FROM_CONFIG = (
     "release",
     "probes",
     "diffusion",
+    "privacy",
 )
 """Parts of a plan that are settings of the same name."""
 
@@ -53,8 +54,10 @@ def plan_from(
     tokenizer_sha256: str,
     latent_channels: int,
     stride: int,
+    public_sha256: str = "0" * 64,
 ) -> RunPlan:
-    """Build the plan that `settings` (see `plain`) describe.
+    """Build the plan that `settings` (see `plain`) describe; `public_sha256` is the hash of its public scans,
+    where it has privacy (`server/public_scans.py`).
 
     Raises `ValueError` naming the setting that is unknown, missing, ill-typed, or contradicts another.
     """
@@ -74,6 +77,8 @@ def plan_from(
         "style_map_grid": list(style.map_grid),
     }
     values = {key: settings[key] for key in FROM_CONFIG}
+    if isinstance(values["privacy"], Mapping):
+        values["privacy"] = {**values["privacy"], "public_sha256": public_sha256}
     return build(
         RunPlan, {**values, "network": network, "sites": list(sites), "tokenizer_sha256": tokenizer_sha256}
     )

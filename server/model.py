@@ -15,17 +15,26 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from federation.exchanges.erasure import ErasureReply, erasure_sums
-from federation.exchanges.survey import SurveyReply, smallest_cohort
+from federation.exchanges.erasure import ErasureReply, erasure_sums, pooled_bound
+from federation.exchanges.survey import SurveyReply, smallest_cohort, survey_layout
 from federation.limits import MOST_PATIENTS, MOST_SCANS
 from federation.messages import Tensors
 from federation.plan import RunPlan
-from meduet_models.content_code import public_code, token_erasure, without_sites
+from meduet_models.content_code import (
+    CodeSums,
+    code_bound,
+    public_code,
+    shift_left,
+    token_erasure,
+    without_sites,
+)
+from meduet_models.dressing import dress, own_entries
 from meduet_models.meduet import MeDUET, layer_normed
 from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.style.bank import StyleBank
 from meduet_models.threads import fixed_threads
 from server.public_latents import dressed, public_latents
+from server.public_scans import public_scans
 from strategies.aggregation import ReplyRefused
 from strategies.style_bank import StyleSurvey
 
@@ -73,6 +82,14 @@ class SharedModel(Protocol):
         self, shared: Tensors, replies: Mapping[str, ErasureReply]
     ) -> tuple[Tensors, dict[str, Any]]:
         """Final shared weights, and a summary."""
+
+    def public_scans(self, folder: Path) -> Tensor:
+        """With privacy: latents of the plan's public scans, which lie in the run's folder."""
+
+    def erased_by_public(
+        self, shared: Tensors, style_bank: Tensors, public: Tensor
+    ) -> tuple[Tensors, dict[str, Any]]:
+        """With privacy: final shared weights, from public scans alone, and a summary."""
 
     def provenance(self) -> dict[str, str]:
         """What goes into the header of the final weights."""
@@ -145,12 +162,11 @@ class MeduetModel:
         network.load_state_dict({**network.state_dict(), **shared})
         worn = StyleBank.from_tensors(style_bank, self.plan.sites) if style_bank else None
         latents = dressed(self._public(network), self.plan, worn)
-        tokens = [
-            layer_normed(network.encode(chunk).content) for chunk in torch.split(latents, _SCANS_AT_ONCE)
-        ]
         config = self.plan.network
         network.set_content_code(
-            public_code(torch.cat(tokens), config.code_places, config.code_channels, config.code_size)
+            public_code(
+                self._tokens(network, latents), config.code_places, config.code_channels, config.code_size
+            )
         )
         return _constants(network, _CODE)
 
@@ -159,9 +175,12 @@ class MeduetModel:
         `ReplyRefused`."""
         try:
             sums = erasure_sums(reply.moments, self.plan)
-            if (count := float(sums.count)) < (least := smallest_cohort(self.plan)):
+            if (count := float(sums.codes.count)) < (least := smallest_cohort(self.plan)):
                 raise ReplyRefused(f"Expected code sums of at least {least} patients; got {count:g}.")
-            sums.check(MOST_PATIENTS)
+            sums.codes.check(MOST_PATIENTS)
+            sums.pooled.check(MOST_PATIENTS)
+            if (other := float(sums.pooled.count)) not in (0.0, count):
+                raise ReplyRefused(f"Expected pooled content of nobody or of {count:g}; got {other:g}.")
         except ValueError as reason:
             raise ReplyRefused(str(reason)) from reason
 
@@ -170,16 +189,65 @@ class MeduetModel:
     ) -> tuple[Tensors, dict[str, Any]]:
         """The code without the sites, and the same of every token as the last linear layer of the content
         head."""
-        sums = {site: erasure_sums(reply.moments, self.plan) for site, reply in replies.items()}
+        told = {site: erasure_sums(reply.moments, self.plan) for site, reply in replies.items()}
+        sums = {site: own.codes for site, own in told.items()}
+        pooled = {site: own.pooled for site, own in told.items() if own.pooled.count > 0}
         network = self._network()
         network.load_state_dict({**network.state_dict(), **shared})
+        erased, summary = self._without_sites(network, sums, pooled)
+        sites = {site: {"patients": int(own.count)} for site, own in sums.items()}
+        left = shift_left(self.plan.network.code_size, min(own["patients"] for own in sites.values()))
+        return shared | erased, {**summary, "sites": sites, "pooled": sorted(pooled), "shift_left": left}
+
+    def _without_sites(
+        self, network: MeDUET, sums: Mapping[str, CodeSums], pooled: Mapping[str, CodeSums]
+    ) -> tuple[Tensors, dict[str, Any]]:
+        """Code and erasure of `network`, whose code `sums` were told of, and whose `pooled` content."""
         told_of = network.code
-        mean, matrix = token_erasure(told_of, sums)
+        mean, matrix = token_erasure(told_of, sums, pooled)
         network.set_erasure(mean, matrix)
         network.set_content_code(without_sites(told_of, sums))
         rank = round(float(len(mean) - matrix.trace()))  # the erased directions: a projection's trace
-        sites = {site: {"patients": int(own.count)} for site, own in sums.items()}
-        return shared | _constants(network, _ERASED), {"rank": rank, "sites": sites}
+        return _constants(network, _ERASED), {"rank": rank}
+
+    def public_scans(self, folder: Path) -> Tensor:
+        """Drawn where they are missing (`server/public_scans.py`)."""
+        return public_scans(self.plan, folder, self._tokenizer)
+
+    @torch.no_grad()
+    def erased_by_public(
+        self, shared: Tensors, style_bank: Tensors, public: Tensor
+    ) -> tuple[Tensors, dict[str, Any]]:
+        """The content code, and the sites erased from it and from every token, by public scans alone: each
+        of them in the style of every site. No patient is in it."""
+        plan, config = self.plan, self.plan.network
+        worn = StyleBank.from_tensors(style_bank, plan.sites)
+        network = self._network().eval()
+        network.load_state_dict({**network.state_dict(), **shared})
+        own = own_entries(public, survey_layout(plan))
+        names = [str(row) for row in range(len(public))]
+        with fixed_threads(1):
+            seen = {
+                site: dress(public, own, worn, torch.full((len(public),), plan.sites.index(site)))
+                for site in worn.present
+            }
+            tokens = {site: self._tokens(network, latents) for site, latents in seen.items()}
+            turns = [tokens[site][k :: len(tokens)] for k, site in enumerate(tokens)]
+            network.set_content_code(
+                public_code(torch.cat(turns), config.code_places, config.code_channels, config.code_size)
+            )
+            bound = code_bound(config.code_size)
+            sums = {
+                site: CodeSums.of(
+                    torch.cat([network.content_code(x) for x in _chunks(latents)]), names, bound
+                )
+                for site, latents in seen.items()
+            }
+            pooled = {
+                site: CodeSums.of(own.mean(1), names, pooled_bound(plan)) for site, own in tokens.items()
+            }
+            erased, summary = self._without_sites(network, sums, pooled)
+        return shared | erased, {**summary, "fitted_on": "public scans"}
 
     def provenance(self) -> dict[str, str]:
         """Enough to build the network again, to prepare a scan for it, and to say what it was trained on."""
@@ -189,6 +257,9 @@ class MeduetModel:
             "tokenizer_sha256": self.plan.tokenizer_sha256,
             "volumes": json.dumps(asdict(self.plan.volumes), sort_keys=True),
         }
+
+    def _tokens(self, network: MeDUET, latents: Tensor) -> Tensor:
+        return torch.cat([layer_normed(network.encode(chunk).content) for chunk in _chunks(latents)])
 
     def _network(self) -> MeDUET:
         return MeDUET(self.plan.network, len(self.plan.sites), seed=self.plan.seed)
@@ -204,6 +275,10 @@ class MeduetModel:
     def _surveyed_as(self, site: str) -> str:
         """The pooled participant is no site of the plan; only its pooled centre and scale are used."""
         return self.plan.sites[0] if self.plan.aggregation.method == "pooled" else site
+
+
+def _chunks(latents: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(latents, _SCANS_AT_ONCE)
 
 
 def _constants(network: MeDUET, names: Sequence[str]) -> Tensors:

@@ -13,6 +13,7 @@ Axes: m = phantoms, c d h w = latents.
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -48,11 +49,25 @@ def public_latents(
     """Latents of phantoms, or random fields about `centre` with `deviation` per channel. `path`: of the
     plan's tokenizer, which an application that travels does not carry; none: the package's."""
     draws = generator_of("public latents", plan.seed)
-    tokenizer = _shipped(plan, path)
+    tokenizer = plans_tokenizer(plan, path)
     if tokenizer is None:
+        _log.warning("The plan's tokenizer is not at hand: random fields stand in for phantoms.")
         return centre + deviation[:, None, None, None] * _random_fields(plan, draws)
+    return phantom_latents(plan, tokenizer, PER_NUMBER * plan.network.code_size, draws)
+
+
+def phantom_latents(
+    plan: RunPlan,
+    tokenizer: Tokenizer,
+    number: int,
+    draws: torch.Generator,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Float[Tensor, "m c d h w"]:
+    """So many phantoms, and up to seven more: whole batches of eight are drawn. `progress`: phantoms done,
+    phantoms in all."""
     encoded = []
-    for _ in range(0, PER_NUMBER * plan.network.code_size, _AT_ONCE):
+    for done in range(0, number, _AT_ONCE):
+        progress(done, number)
         recipes = [_posed(draw_recipe(draws), plan, draws) for _ in range(_AT_ONCE)]
         encoded.append(tokenizer.encode(torch.stack([make_phantom(r, plan.volumes.shape) for r in recipes])))
     return torch.cat(encoded)
@@ -71,14 +86,11 @@ def dressed(
     return restyle(latents, own, style_bank.entry(chosen[:, 0], chosen[:, 1]))
 
 
-def _shipped(plan: RunPlan, path: Path | None) -> Tokenizer | None:
-    """The plan's tokenizer, if it is one of those in the package."""
+def plans_tokenizer(plan: RunPlan, path: Path | None) -> Tokenizer | None:
+    """The plan's tokenizer, if it is the one in the file, or one of those in the package."""
     path = path or shipped_tokenizer(plan.network.latent_channels)
     tokenizer = load_tokenizer_file(path) if path.exists() else None
-    if tokenizer is None or tokenizer.sha256 != plan.tokenizer_sha256:
-        _log.warning("The plan's tokenizer is not at hand: random fields stand in for phantoms.")
-        return None
-    return tokenizer
+    return None if tokenizer is None or tokenizer.sha256 != plan.tokenizer_sha256 else tokenizer
 
 
 def _posed(recipe: Recipe, plan: RunPlan, draws: torch.Generator) -> Recipe:

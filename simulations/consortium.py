@@ -10,23 +10,30 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Context
 
 from client.exact_sums import EXACT_SUMS_CONSENT
 from client.latents.latent_set import LatentSet
 from client.scans.patients import PatientMap
 from client.site import PATHS, Site, SiteConfig, SiteProgress, confirm_patients
+from federation.keys.certificates import Authority, PrivateKey, utc_now
+from federation.keys.identity import SiteIdentity
 from federation.plan import RunPlan
 from forms.form import build
 from meduet_models.seeds import digest_of
 from meduet_models.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from privacy.accounting import LARGEST_DELTA
 from simulations.hospitals.plans import Hospital
 from simulations.settings import SimulationSettings
 
 MANIFEST = "manifest.csv"
+_SIMULATED_DAYS = 365
 ANY = "*"
 """A site's name for scans whose modality nothing says."""
 
@@ -91,7 +98,8 @@ class Consortium:
         configs = {config.name: config for config in self.configs}
         if name in configs:
             self.patients[name] = confirm_patients(configs[name])  # as a person does at a hospital
-            return Site(configs[name], tokenizer, simulated_secret(self.plan.seed, name))
+            secret = simulated_secret(self.plan.seed, name)
+            return Site(configs[name], tokenizer, secret, simulated_identity(name))
         own = dataclasses.replace(self.configs[0], name=name, state_dir=self.state / name)
         hospitals = [self.site(hospital) for hospital in self.plan.sites]
         return PooledSite(own, hospitals, tokenizer, simulated_secret(self.plan.seed, name))
@@ -124,6 +132,22 @@ def simulated_secret(seed: int, site: str) -> bytes:
     return digest_of("fedmeduet simulated site", seed, site)
 
 
+@cache
+def simulated_identity(site: str) -> SiteIdentity:
+    """What a simulated site signs with: a key of its name under an authority of no consortium, the same in
+    every process of a run, and no secret."""
+    key, authority = (_known_key(words) for words in (("site", site), ("authority",)))
+    now = utc_now()
+    signed = Authority.create("simulated", _SIMULATED_DAYS, now, authority)
+    until = now + timedelta(days=_SIMULATED_DAYS - 1)
+    return SiteIdentity(key, signed.site(site, key.public_key(), until, now), signed.certificate)
+
+
+def _known_key(words: Sequence[str]) -> PrivateKey:
+    number = int.from_bytes(digest_of("fedmeduet simulated key", *words), "big")
+    return ec.derive_private_key(number, ec.SECP384R1())
+
+
 def site_configs(
     hospitals: Sequence[Hospital],
     plan: RunPlan,
@@ -132,7 +156,8 @@ def site_configs(
     cache: Path | None = None,
 ) -> tuple[SiteConfig, ...]:
     """The `site.yaml` that each hospital would have; every one agrees to releases that are not private, to
-    exact sums over few patients, and to the release of latents where the plan asks for it.
+    exact sums over few patients, and to the release of latents where the plan asks for it; with privacy, to
+    what the plan may cost a patient, and to nothing else.
 
     `cache`: folder of the hospitals' encodings where several runs share them; none: each in its state folder.
     """
@@ -147,8 +172,10 @@ def site_configs(
             patient_pattern=settings.site.patient_pattern,
             split_fractions=settings.site.split_fractions,
             minimum_cohort=plan.style.minimum_cohort,
-            allow_non_private=True,
-            allow_exact_sums=EXACT_SUMS_CONSENT,
+            allow_non_private=plan.privacy is None,
+            epsilon_ceiling=0.0 if plan.privacy is None else plan.privacy.epsilon,
+            delta_ceiling=LARGEST_DELTA if plan.privacy is None else plan.privacy.delta,
+            allow_exact_sums=EXACT_SUMS_CONSENT if plan.privacy is None else "",
             latent_release=plan.diffusion.release.consent if plan.diffusion else "",
             plan_approval="implied",
             tokenizer=settings.tokenizer,

@@ -61,6 +61,30 @@ def open_run(folder: Path, live: Live) -> FinishedRun:
             f"Expected the folder of a finished run, with config.yaml and {MODEL}; got {folder}. Run "
             "meduet-simulate first; method=alone shares no model."
         )
+    run = begun_run(folder, live)
+    scans = {}
+    for name in run.plan.sites:
+        with live.reading(name) as reading:
+            scans[name] = run.consortium.site(name).scans(run.plan, reading)
+    network = load_pretrained(folder / MODEL).network
+    return FinishedRun(
+        folder, run.plan, run.settings, run.consortium, run.hospitals, network, run.held_out, scans
+    )
+
+
+@dataclass(frozen=True)
+class BegunRun:
+    """A run of which there are settings and plan; whether it came to its end is another question."""
+
+    plan: RunPlan
+    settings: SimulationSettings
+    consortium: Consortium
+    hospitals: list[Hospital]
+    held_out: tuple[str, ...]
+
+
+def begun_run(folder: Path, live: Live) -> BegunRun:
+    """Plan and hospitals of the run in a folder that has config.yaml and plan.json; opens no scan."""
     config = plain(OmegaConf.load(folder / "config.yaml"))  # type: ignore[arg-type]
     settings, hospitals_plan = settings_from({**config, "folder": str(folder), "fresh": False})
     plan = RunPlan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
@@ -70,9 +94,4 @@ def open_run(folder: Path, live: Live) -> FinishedRun:
     hospitals = [h for h in made if h.name not in held_out] + [h for h in made if h.name in held_out]
     state = folder / "sites"
     consortium = Consortium(plan, site_configs(hospitals, plan, settings, state), state)
-    scans = {}
-    for name in plan.sites:
-        with live.reading(name) as reading:
-            scans[name] = consortium.site(name).scans(plan, reading)
-    network = load_pretrained(folder / MODEL).network
-    return FinishedRun(folder, plan, settings, consortium, hospitals, network, held_out, scans)
+    return BegunRun(plan, settings, consortium, hospitals, held_out)

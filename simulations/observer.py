@@ -265,7 +265,11 @@ class Witness(RunObserver):
 def site_models(
     plan: RunPlan, consortium: Consortium, shared: Mapping[str, Tensor], round_number: int
 ) -> list[MeDUET]:
-    """Each participant's model after `round`: what all share, with what it keeps at home."""
+    """Each participant's model after `round`: what all share, with what it keeps at home. With privacy sites
+    keep nothing, and theirs is one (its site classifiers, which are not shared, are those of the start)."""
+    if plan.privacy is not None:
+        start = MeDUET(plan.network, len(plan.sites), seed=plan.seed).state_dict()
+        return [load_model(plan, {**start, **shared})]
     models = []
     for name in plan.participants:
         states = StateFolder(consortium.site(name).state_dir / "state", plan.sha256)

@@ -34,6 +34,7 @@ from meduet_models.tokenizer.tokenizer import load_tokenizer
 from server.app import RunObserver, RunResult
 from server.app import run as run_plan
 from server.config import plain, plan_from
+from server.public_scans import PUBLIC_SCANS, drawn_public_scans
 from simulations.consortium import Consortium, site_configs
 from simulations.engines.in_process import FixedThreads, InProcessGrid
 from simulations.engines.side_by_side import SideBySide, SideBySideGrid, num_processes
@@ -45,6 +46,8 @@ from simulations.page import write_page
 from simulations.progress import Live
 from simulations.settings import SimulationSettings, settings_from
 
+_ANYBODY = ("one", "two", "three")
+"""As few sites as every plan can have."""
 _LIBRARIES = ("torch", "flwr", "monai", "nibabel", "numpy", "scipy", "safetensors", "hydra-core", "nilearn")
 
 
@@ -83,23 +86,29 @@ def prepare(config: Mapping[str, Any], live: Live, made: Made | None = None) -> 
         shutil.rmtree(folder)
     tokenizer = load_tokenizer(settings.tokenizer)
 
-    def plan_for(sites: Sequence[str]) -> RunPlan:
+    def plan_for(sites: Sequence[str], public_sha256: str = "0" * 64) -> RunPlan:
         return plan_from(
             config,
             sites=sites,
             tokenizer_sha256=tokenizer.sha256,
             latent_channels=tokenizer.latent_channels,
             stride=tokenizer.stride,
+            public_sha256=public_sha256,
         )
 
-    plan_for(["any"])  # a mistake in the settings is said before anything is made
+    asked = plan_for(_ANYBODY)  # a mistake in the settings is said before anything is made
+    public_sha256 = "0" * 64
+    if asked.privacy is not None:
+        with live.counting("drawing public scans") as progress:
+            path = folder / PUBLIC_SCANS
+            public_sha256 = drawn_public_scans(asked, tokenizer, path, progress)
     if made is None:
         with live.counting("making hospitals") as progress:
             hospitals = make_hospitals(hospitals_plan, folder / "hospitals", progress)
     else:
         hospitals = made.hospitals
     taking_part, apart = held_apart(hospitals, settings.held_out)
-    plan = plan_for([hospital.name for hospital in taking_part])
+    plan = plan_for([hospital.name for hospital in taking_part], public_sha256)
     state = folder / "sites"
     hospitals = [*taking_part, *apart]
     configs = site_configs(hospitals, plan, settings, state, None if made is None else made.cache)

@@ -4,7 +4,8 @@ The client, the networks, the ledger and the journal are the real ones; only the
 whose hospital or patients do more (fail, count, refuse) adds that in a class of its own.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,14 +15,18 @@ import numpy as np
 import torch
 
 from federation.journal import Journal
+from federation.keys.identity import SiteIdentity
 from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan
+from federation.privacy_plan import PrivacyPlan
 from meduet_models.meduet import MeDUET, NetworkConfig
 from meduet_models.objective.settings import ObjectiveConfig
+from meduet_models.weights import sha256_of_tensors
 from privacy.chain import read_chain
-from privacy.ledger import Ledger
+from privacy.ledger import Ceiling, Ledger
 from scans.volume_plan import VolumePlan
 from scans.volumes import Geometry
 from server.model import MeduetModel
+from simulations.consortium import simulated_identity
 
 SITES = ("oslo", "lyon", "turin")
 GRID = (4, 6, 4)
@@ -94,7 +99,8 @@ class Hospital:
     def ledger(self) -> Ledger:
         key = self.state_dir, self.epsilon_ceiling
         if key not in self._ledgers:  # opening verifies the whole file, and each type check of a `Site` asks
-            self._ledgers[key] = Ledger(self.state_dir / "ledger.jsonl", self.epsilon_ceiling)
+            epsilon = math.inf if self.epsilon_ceiling is None else self.epsilon_ceiling
+            self._ledgers[key] = Ledger(self.state_dir / "ledger.jsonl", Ceiling(epsilon=epsilon))
         return self._ledgers[key]
 
     @property
@@ -102,6 +108,9 @@ class Hospital:
         if self.state_dir not in self._journals:
             self._journals[self.state_dir] = Journal(self.state_dir / "journal.jsonl")
         return self._journals[self.state_dir]
+
+    def identity(self) -> SiteIdentity:
+        return simulated_identity(self.name)
 
     def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
         """Every plan."""
@@ -187,3 +196,27 @@ class ViewedScans:
     def latents(self, indices: Sequence[int], view: int = 0) -> torch.Tensor:
         self.asked += [(int(i), view) for i in indices]
         return self.values[list(indices), view].clone()
+
+
+def protected_plan(
+    public: torch.Tensor, make: Callable[..., RunPlan] = small_plan, **changes: Any
+) -> RunPlan:
+    """A plan of seconds with privacy, whose public scans are `public`; `changes` replace settings of its
+    privacy."""
+    settings = {
+        "epsilon": 3.0,
+        "style_dimensions": 4,
+        "public_scans": len(public),
+        "public_sha256": sha256_of_tensors({"latents": public}),
+    }
+    return make(
+        privacy=PrivacyPlan(**settings | changes),
+        style=StylePlan(minimum_cohort=3, head="shared", anchor=0.0),
+    )
+
+
+def public_latents(count: int = 48, seed: int = 0) -> torch.Tensor:
+    """Latents of nobody (2 channels, 4 x 6 x 4), of many means and deviations."""
+    draws = torch.Generator().manual_seed(seed)
+    place, spread = torch.randn(2, count, 2, 1, 1, 1, generator=draws)
+    return torch.randn(count, 2, *GRID, generator=draws) * (0.3 * spread).exp() + place

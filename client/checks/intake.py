@@ -27,7 +27,7 @@ CURES = {
     Reason.LINKED_FOLDER: "Links to folders; follow_links: true in site.yaml follows them.",
     Reason.MISSING_FILE: "Paths of the manifest start at its own folder; correct those that lead nowhere.",
     Reason.NO_PATIENT: "Set patient_pattern in site.yaml, or name patients in a manifest.",
-    Reason.DERIVATIVE: "Set data_root to the folder that holds sub-… folders.",
+    Reason.DERIVATIVE: "Made from other scans. Of BIDS: set data_root to the folder of sub-… folders.",
     Reason.NO_SUCH_MODALITY: "Say in modality_names which of the site's names is the plan's.",
     Reason.NOT_IN_MANIFEST: "Add them to the manifest, or leave them out.",
     Reason.LABEL_MAP: "They look like segmentations: name them so (labels/, …_seg), or leave them out.",
@@ -50,6 +50,7 @@ NOTED = {
     Note.ROUNDED_POSITIONS: "have slices off a regular grid by less than a tenth of the spacing, which is "
     "taken for rounding",
     Note.ORDER_BY_NUMBER: "have volumes that only InstanceNumber tells apart, in whole blocks; it decides",
+    Note.INVERTED: "are MONOCHROME1, meant to be seen with the lowest value brightest; taken as stored",
     Note.NOT_HOUNSFIELD: "are read as CT and cannot be HU by their range (nothing below water, or much below "
     "air); values are taken as stored",
 }

@@ -71,12 +71,14 @@ def folder_check(state_dir: Path) -> Finding:
     return "ok", str(state_dir), ""
 
 
-def disk_check(state_dir: Path, encodings_bytes: int = 0) -> Finding:
-    """Free space on the disk of `state_dir`, against what is still to be written there."""
+def disk_check(state_dir: Path, encodings_bytes: int = 0, at_least: bool = False) -> Finding:
+    """Free space on the disk of `state_dir`, against what is still to be written there, or at least that."""
     free, needed = shutil.disk_usage(state_dir).free, encodings_bytes + RESERVE_BYTES
-    found = f"{free / 1e9:.1f} GB free, {needed / 1e9:.2g} GB needed"
+    found = f"{free / 1e9:.1f} GB free, {'at least ' * at_least}{needed / 1e9:.2g} GB needed"
     if free < needed:
         return "failed", found, "Free space, or move state_dir to a larger disk."
+    if at_least:
+        return "ok", found, "Whole scans: how large their encodings are is known once some are prepared."
     return "ok", found, ""
 
 

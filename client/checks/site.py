@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from client.approvals import Approvals
 from client.books import open_books
 from client.checks.centre import centre_check, clock_check
 from client.checks.intake import (
@@ -32,7 +31,7 @@ from client.refusals import stopped_plans
 from client.scans.cohort import COPY, SPLITS, Cohort
 from client.scans.layouts import Found
 from client.scans.names import alike
-from client.site import Site, SiteConfig, SiteProgress, survey_site
+from client.site import Site, SiteConfig, SiteProgress, approvals_of, survey_site
 from federation.bundle import running_bundle
 from federation.exchanges.erasure import ERASURE
 from federation.exchanges.probes import PROBES, widest_sums
@@ -98,9 +97,15 @@ def _checks(
         yield Check("disk space", *disk_check(config.state_dir))
     if config.allow_non_private:
         yield Check("consent", "ok", "bounded sums without differential privacy may leave")
+    elif config.epsilon_ceiling:
+        most = f"epsilon {config.epsilon_ceiling:g} (delta {config.delta_ceiling:g}) for each patient"
+        yield Check("consent", "ok", f"only releases with noise may leave, of at most {most} over all plans")
     else:
-        advice = "This version adds no noise: set allow_non_private: true in site.yaml, or take no part."
-        yield Check("consent", "failed", "nothing may leave without differential privacy", advice)
+        advice = (
+            "In site.yaml set epsilon_ceiling (3, say) for plans with noise, or set allow_non_private: true "
+            "for those without, or take no part."
+        )
+        yield Check("consent", "failed", "nothing may leave, with or without noise", advice)
     yield from _connection(config)
     data = list(_data(config, plan, seen))
     yield from data
@@ -231,7 +236,7 @@ def _approvals(config: SiteConfig) -> Check:
     """Which plans this hospital has approved with the code of this machine."""
     if config.plan_approval == "implied":
         return Check("approved plans", "ok", "every plan that lists this site (site.yaml: plan_approval)")
-    book = Approvals(config.state_dir)
+    book = approvals_of(config)
     bundles = {one.sha256[:12]: book.approved_bundle(one.sha256) for one in book.kept()}
     approved = [sha256 for sha256, bundle in bundles.items() if bundle == running_bundle()]
     other = [sha256 for sha256, bundle in bundles.items() if bundle not in (None, running_bundle())]
@@ -321,8 +326,11 @@ def _cache(site: Site, cohort: Cohort, plan: RunPlan) -> Iterator[Check]:
     found += f", {state.unused} files that this plan does not use" if state.unused else ""
     advice = []
     if state.missing:
-        advice.append("`meduet-site prepare` encodes them now; otherwise the first round does.")
+        advice.append(
+            "`meduet-site prepare` encodes them now, reading each once more; otherwise the first round does."
+        )
     if state.unused:
         advice.append("`meduet-site prepare --prune` removes what is not used.")
     yield Check("cache", "look" if advice else "ok", found, " ".join(advice))
-    yield Check("disk space", *disk_check(site.state_dir, round(HEADROOM * state.bytes_to_write)))
+    needed = round(HEADROOM * state.bytes_to_write)
+    yield Check("disk space", *disk_check(site.state_dir, needed, state.at_least))

@@ -1,10 +1,12 @@
-"""`meduet-site harmonise` and `meduet-site encode`: reading arguments, showing progress, one line per error.
+"""`meduet-site harmonise | encode | segment`: reading arguments, showing progress, one line per error.
 
-What it does not do: any of the work (`client/harmonisation.py`). Neither command asks a server or writes to
-the site's books: nothing leaves. Heavy modules are imported inside the commands: --help is immediate.
+What it does not do: any of the work (`client/harmonisation.py`, `client/segmentation.py`). No command asks a
+server or writes to the site's books: nothing leaves. Heavy modules are imported inside the commands: --help
+is immediate.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,16 @@ can be decoded from it. Nothing is sent; giving the file to anybody is giving aw
 """
 
 
+_SEGMENT = """\
+Label every voxel of scans with a network that a federation fine-tuned. Needs no server: model and tokenizer
+are files. Each result is a NIfTI of classes on the scan's own grid, with a JSON beside it that says how it
+was made; a network of whole scans labels all of the patient, one of crops the central crop. The result is
+predicted, not drawn: it is not for diagnosis; and it is the patient's, as the scan is.
+"""
+
+
 def add_to(commands: Any) -> None:
-    """Add `harmonise` and `encode` to the parser of `meduet-site`."""
+    """Add `harmonise`, `encode` and `segment` to the parser of `meduet-site`."""
     harmonise = commands.add_parser(
         "harmonise",
         help="show scans in another site's style; needs no server",
@@ -78,7 +88,24 @@ def add_to(commands: Any) -> None:
         "-o", "--out", type=Path, required=True, metavar="FILE", help="file to write, .safetensors"
     )
     encode.set_defaults(run=_encode)
-    for command in (harmonise, encode):
+    segment = commands.add_parser(
+        "segment",
+        help="label every voxel of scans with a fine-tuned network; needs no server",
+        description=_SEGMENT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    segment.add_argument(
+        "scans", type=Path, nargs="+", metavar="SCAN", help="NIfTI file, DICOM file or folder"
+    )
+    segment.add_argument(
+        "--model", type=Path, required=True, metavar="FILE", help="finetuned.safetensors of a fine-tuning"
+    )
+    segment.add_argument(
+        "-o", "--out", type=Path, required=True, metavar="OUT",
+        help="file to write, .nii.gz; for several scans a folder",
+    )  # fmt: skip
+    segment.set_defaults(run=_segment)
+    for command in (harmonise, encode, segment):
         which = command.add_mutually_exclusive_group()
         which.add_argument("--config", type=Path, metavar="FILE", help="site.yaml: its tokenizer and device")
         which.add_argument(
@@ -90,7 +117,8 @@ def add_to(commands: Any) -> None:
 
 
 def _harmonise(chosen: argparse.Namespace, console: Console) -> int:
-    from client.harmonisation import harmonise_files, target_paths
+    from client.harmonisation import volume_file
+    from client.volume_files import make_files, target_paths
     from meduet_models.diffusion.artefact import load_generative_model
     from meduet_models.diffusion.harmonisation import HarmonisationSettings
     from meduet_models.diffusion.harmoniser import Harmoniser
@@ -106,7 +134,7 @@ def _harmonise(chosen: argparse.Namespace, console: Console) -> int:
         sampling=sampling_settings(chosen),
         seed=chosen.seed or 0,
     )
-    targets = target_paths(chosen.scans, chosen.out, chosen.style)
+    targets = target_paths(chosen.scans, chosen.out, f"as_{chosen.style}")
     model = load_generative_model(chosen.model)
     tokenizer, device = _tokenizer(chosen, model.transformer.config.latent_channels)
     harmoniser = Harmoniser(
@@ -114,22 +142,53 @@ def _harmonise(chosen: argparse.Namespace, console: Console) -> int:
     )
     with failing(ValueError), _bars(console) as bars:
         scans, steps = bars.add_task("scans", total=len(targets)), bars.add_task("steps", total=1)
-        unusable = harmonise_files(
+        unusable = make_files(
             chosen.scans,
             targets,
-            harmoniser,
+            lambda scan: volume_file(
+                harmoniser(scan, lambda done, total: bars.update(steps, completed=done, total=total))
+            ),
+            harmoniser.volumes.four_d,
             lambda done, total: bars.update(scans, completed=done, total=total),
-            lambda done, total: bars.update(steps, completed=done, total=total),
         )
+    return _told(chosen.scans, targets, unusable, "Made, not acquired", console)
+
+
+def _segment(chosen: argparse.Namespace, console: Console) -> int:
+    from client.segmentation import Segmenter, load_finetuned
+    from client.volume_files import make_files, target_paths
+
+    targets = target_paths(chosen.scans, chosen.out, "segmented")
+    model = load_finetuned(chosen.model)
+    segmenter = Segmenter(model, *_tokenizer(chosen, model.plan.network.latent_channels))
+    with failing(ValueError), _bars(console) as bars:
+        scans = bars.add_task("scans", total=len(targets))
+        unusable = make_files(
+            chosen.scans,
+            targets,
+            segmenter,
+            segmenter.volumes.four_d,
+            lambda done, total: bars.update(scans, completed=done, total=total),
+        )
+    return _told(chosen.scans, targets, unusable, "Predicted, not drawn", console)
+
+
+def _told(
+    scans: Sequence[Path],
+    targets: Sequence[Path],
+    unusable: Sequence[tuple[Path, str]],
+    what: str,
+    console: Console,
+) -> int:
+    """Say what was written and what could not be used; returns the exit status."""
     for path, reason in unusable:
         say(console, f"Not usable: {path}: {reason}")
-    written = [
-        target for target, path in zip(targets, chosen.scans, strict=True) if path not in dict(unusable)
-    ]
+    left = {path for path, _ in unusable}
+    written = [target for target, path in zip(targets, scans, strict=True) if path not in left]
     for target in written:
         say(console, f"{target}")
     if written:
-        say(console, "Made, not acquired: not for diagnosis. Patient data, as the scans are.")
+        say(console, f"{what}: not for diagnosis. Patient data, as the scans are.")
     return FAILED if unusable else DONE
 
 

@@ -1,4 +1,4 @@
-"""`meduet-site request` and `install`: how a hospital gets its keys.
+"""`meduet-site request`, `install` and `approver`: how a hospital, and who approves plans there, get keys.
 
 What it does not do: any of the work; see `keys.py`.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from federation.terminal import DONE, say
+from federation.terminal import DONE, say, typed
 
 
 def add_to(commands: Any) -> None:
@@ -36,6 +36,31 @@ def add_to(commands: Any) -> None:
             "--into", type=Path, default=Path("meduet-site"), metavar="DIR",
             help="folder of site.yaml and keys/ (default: ./meduet-site); not in a git work tree",
         )  # fmt: skip
+    about = "make the key of somebody who approves plans here; prints the line for site.yaml"
+    approver = commands.add_parser(
+        "approver",
+        help=about,
+        description=f"{about.capitalize()}. Each approver runs it herself and keeps file and passphrase.",
+    )
+    approver.add_argument("name", metavar="NAME", help="the approver's name, as site.yaml shall list it")
+    approver.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="where her private key goes, encrypted"
+    )
+    approver.set_defaults(run=_approver)
+
+
+def _approver(chosen: argparse.Namespace, console: Console) -> int:
+    from client.approvers import new_approver
+    from forms.names import SITE
+
+    SITE.check(chosen.name, "an approver's name")
+    passphrase = typed(console, "A passphrase for the new key: ")
+    if typed(console, "The same once more: ") != passphrase:
+        raise ValueError("Expected the same passphrase twice; got two. Nothing was written.")
+    public = new_approver(chosen.out, passphrase)
+    say(console, f"Written: {chosen.out}. In site.yaml, by who keeps it:")
+    say(console, "approvals:", "  needed: 2", "  people:", f"    {chosen.name}: {public}")
+    return DONE
 
 
 def _request(chosen: argparse.Namespace, console: Console) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from client.approvals import SHORTEST
-from federation.terminal import DONE, cell, say
+from federation.terminal import DONE, cell, say, typed
 from storage.files import private_folder
 
 if TYPE_CHECKING:
@@ -37,17 +37,21 @@ def add_to(commands: Any) -> None:
             action.add_argument("plan", metavar="FILE|HASH" if name == "show" else "HASH", help=what)
         if name == "show":
             action.add_argument("--settings", action="store_true", help="also every setting, one per line")
+        if name == "approve":
+            action.add_argument(
+                "--key", type=Path, metavar="FILE",
+                help="the approver's key, where site.yaml names approvers; its passphrase is asked for",
+            )  # fmt: skip
         action.add_argument("--config", type=Path, required=True, metavar="FILE", help="the site's site.yaml")
         action.set_defaults(run=_at_the_site, action=run)
 
 
 def _at_the_site(chosen: argparse.Namespace, console: Console) -> int:
-    from client.approvals import Approvals
-    from client.site import load_site_config
+    from client.site import approvals_of, load_site_config
 
     config = load_site_config(chosen.config)
     private_folder(config.state_dir)
-    status: int = chosen.action(chosen, console, config, Approvals(config.state_dir))
+    status: int = chosen.action(chosen, console, config, approvals_of(config))
     return status
 
 
@@ -81,16 +85,24 @@ def _show(chosen: argparse.Namespace, console: Console, config: "SiteConfig", ap
     if approvals.approved_bundle(published.sha256) is not None:
         say(console, "Approved here.")
     else:
-        say(
-            console,
-            f"Not approved here. To agree: meduet-site plan approve {published.sha256[:12]} --config …",
-        )
+        say(console, f"Not approved here{_so_far(approvals, published.sha256)}.")
+        key = " --key FILE" if approvals.rule.people else ""
+        say(console, f"To agree: meduet-site plan approve {published.sha256[:12]}{key} --config …")
     return DONE
+
+
+def _so_far(approvals: "Approvals", sha256: str) -> str:
+    """Who approved yet, where more than one has to."""
+    if not approvals.rule.people:
+        return ""
+    names = ", ".join(approvals.approvers(sha256)) or "nobody"
+    return f" by enough people ({approvals.rule.needed} needed; so far {names})"
 
 
 def _approve(
     chosen: argparse.Namespace, console: Console, config: "SiteConfig", approvals: "Approvals"
 ) -> int:
+    from client.approvers import read_signer
     from federation.bundle import running_bundle
 
     published = approvals.find(chosen.plan)
@@ -103,11 +115,15 @@ def _approve(
             f"Expected a plan for the code on this machine ({running_bundle()[:12]}…); it is for "
             f"{published.bundle_sha256[:12]}…, which nobody here can have read. Install that version first."
         )
-    approvals.approve(published)
-    say(
-        console,
-        f"Approved: {published.plan.name}, {published.sha256}. The book's last line: {approvals.head}",
-    )
+    signer = None
+    if chosen.key is not None:
+        passphrase = typed(console, "Passphrase of the key: ")
+        signer = read_signer(chosen.key, passphrase, approvals.rule.people)
+    approvals.approve(published, signer)
+    who = "Approved" if signer is None else f"Approved by {signer.name}"
+    say(console, f"{who}: {published.plan.name}, {published.sha256}. The book's last line: {approvals.head}")
+    if approvals.approved_bundle(published.sha256) is None:
+        say(console, f"It does not run yet: not approved{_so_far(approvals, published.sha256)}.")
     return DONE
 
 
@@ -115,8 +131,8 @@ def _withdraw(
     chosen: argparse.Namespace, console: Console, config: "SiteConfig", approvals: "Approvals"
 ) -> int:
     published = approvals.find(chosen.plan)
-    if approvals.approved_bundle(published.sha256) is None:
-        raise ValueError(f"Expected a plan that is approved; {published.sha256[:12]}… is not.")
+    if not approvals.approvers(published.sha256):
+        raise ValueError(f"Expected a plan that somebody approved; nobody did {published.sha256[:12]}….")
     approvals.withdraw(published)
     say(console, f"Withdrawn: {published.plan.name}, {published.sha256}. The next question is refused;")
     say(console, f"stop meduet-site start to end one that {config.name} is answering now.")
@@ -148,7 +164,7 @@ def _list(chosen: argparse.Namespace, console: Console, config: "SiteConfig", ap
     shown = list(approvals.kept())
     for published in shown:
         bundle = approvals.approved_bundle(published.sha256)
-        state = "not approved" if bundle is None else "approved"
+        state = f"not approved{_so_far(approvals, published.sha256)}" if bundle is None else "approved"
         if bundle is not None and bundle != running_bundle():
             state = "approved for other code than this machine's"
         kind = "run" if published.finetuning is None else "fine-tuning"

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from client.exact_sums import fewest_for_means, fewest_patients
 from client.refusals import MOST
 from federation.exchanges.diffusion import DIFFUSION
-from federation.exchanges.erasure import ERASURE, erasure_shapes
+from federation.exchanges.erasure import ERASURE, erasure_shapes, numbers_told, pooled_bound
 from federation.exchanges.finetuning import FinetunePlan
 from federation.exchanges.latents import LATENTS
 from federation.exchanges.pretraining import PRETRAINING
@@ -107,12 +107,15 @@ def _run(plan: RunPlan, site_minimum: int) -> Iterator[Line]:
         yield (
             "",
             f"Once after the last round: {_numbers(erasure_shapes(plan))} numbers for the site erasure, how "
-            f"many patients and the sum of their content codes (each at most {code_bound(size):.3g} long).",
+            f"many patients and the sums of their content codes (each at most {code_bound(size):.3g} long) "
+            f"and of their pooled content (each at most {pooled_bound(plan):.3g} long).",
         )
         yield _told(
             "with some certainty, whether a person whose scan somebody else holds is among yours: the more, "
-            f"the fewer you have. So it leaves only from {fewest_for_means(size)} patients, or where "
-            "site.yaml agrees (allow_exact_sums); otherwise your site says so and the run goes on."
+            f"the fewer you have. So codes leave only from {fewest_for_means(size)} patients and pooled "
+            f"content from {fewest_for_means(numbers_told(plan))}, or where site.yaml agrees "
+            "(allow_exact_sums); "
+            "otherwise your site says so and the run goes on."
         )
     if plan.diffusion is not None:
         yield from _diffusion(plan)

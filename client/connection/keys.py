@@ -29,6 +29,7 @@ from federation.keys.certificates import (
     read_key,
     site_of,
 )
+from federation.keys.identity import SiteIdentity
 from federation.keys.key_files import key_folder, read_file, refuse_work_tree
 from federation.keys.kits import AUTHORITY, CERTIFICATE, CONNECTION, KEY, SETTINGS, Connection, unpack_kit
 from storage.files import PUBLIC, write_whole
@@ -67,6 +68,18 @@ class SiteKeys:
         if read_key(read_file(folder / NODE_KEY, "the key for Flower")).public_key() != key.public_key():
             raise ValueError(f"Expected {folder / NODE_KEY} to be {KEY} in Flower's format; it is another.")
         return SiteKeys(folder, connection, authority, certificate)
+
+    @staticmethod
+    def read_identity(folder: Path | None) -> SiteIdentity:
+        """The keys in `folder` (`keys_dir` of site.yaml), to sign with. Raises `ValueError`."""
+        if folder is None:
+            raise ValueError(
+                "Expected keys of this site (site.yaml: keys_dir); in a secure sum sites sign what they tell "
+                "each other. Install the start-up kit: meduet-site install."
+            )
+        keys = SiteKeys.open(folder)
+        key = read_key(read_file(folder / KEY, "the site's private key"))
+        return SiteIdentity(key, keys.certificate, keys.authority)
 
     def check(self, now: datetime) -> datetime:
         """When the certificate ends; raises `CertificateRefused` unless it is valid under its authority."""

@@ -1,4 +1,4 @@
-"""A site's answer to the site erasure: the sum of its patients' content codes.
+"""A site's answer to the site erasure: the sums of its patients' content codes and pooled content.
 
 Does not do: fit anything (`meduet_models/content_code.py`).
 """
@@ -7,16 +7,26 @@ import logging
 
 import torch
 
-from client.exact_sums import check_means
+from client.exact_sums import check_means, fewest_for_means
 from client.exchanges.exchange import Answer, AskRefused, OnStep, Site
 from client.release import Gate, Released
 from client.training.site_state import StateFolder, StateMissing
 from client.training.trainee import student_of
-from federation.exchanges.erasure import ERASURE, ErasureAsk, ErasureReply, erasure_shapes, erasure_tensors
+from federation.exchanges.erasure import (
+    ERASURE,
+    ErasureAsk,
+    ErasureReply,
+    ErasureSums,
+    erasure_shapes,
+    erasure_tensors,
+    numbers_told,
+    pooled_bound,
+)
 from federation.exchanges.survey import smallest_cohort
 from federation.plan import RunPlan
 from federation.wire import RefusalKind
 from meduet_models.content_code import CodeSums, code_bound
+from meduet_models.meduet import layer_normed
 from meduet_models.style.moments import CohortTooSmall
 
 _SCANS_AT_ONCE = 16
@@ -24,7 +34,8 @@ _log = logging.getLogger(__name__)
 
 
 def answer_erasure(site: Site, ask: ErasureAsk, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
-    """The sum of the training patients' codes, under the run's last weights and the code that came with them.
+    """The sums over the training patients, under the run's last weights and the code that came with them; of
+    pooled content only where there is a patient for each number of both, or the site agreed.
 
     Raises `CohortTooSmall` below the minimum, `TooFewForSums` below one patient per number, and `AskRefused`
     when no code came.
@@ -47,10 +58,18 @@ def answer_erasure(site: Site, ask: ErasureAsk, plan: RunPlan, gate: Gate, on_st
         raise CohortTooSmall(f"Expected at least {least} patients behind code sums; got {came}.")
     check_means(came, plan.network.code_size, site.exact_sums)
     chunks = [rows[first : first + _SCANS_AT_ONCE] for first in range(0, len(rows), _SCANS_AT_ONCE)]
+    codes, pooled = [], []
     with torch.no_grad():
-        codes = [student.content_code(scans.latents(chunk).to(site.device)).cpu() for chunk in chunks]
-    sums = CodeSums.of(torch.cat(codes), patients, code_bound(plan.network.code_size))
-    return gate.release(erasure_tensors(sums), erasure_shapes(plan), weight=float(came))
+        for chunk in chunks:
+            content = student.encode(scans.latents(chunk).to(site.device)).content
+            codes.append(student.coded(content).cpu())
+            pooled.append(layer_normed(content).mean(1).cpu())
+    size, width = plan.network.code_size, plan.network.width
+    sums = CodeSums.of(torch.cat(codes), patients, code_bound(size))
+    beside = CodeSums.none(width, pooled_bound(plan))
+    if site.exact_sums or came >= fewest_for_means(numbers_told(plan)):
+        beside = CodeSums.of(torch.cat(pooled), patients, pooled_bound(plan))
+    return gate.release(erasure_tensors(ErasureSums(sums, beside)), erasure_shapes(plan), weight=float(came))
 
 
 def erasure_mail(released: Released, ask: ErasureAsk, site: str) -> ErasureReply:

@@ -26,6 +26,7 @@ from client.release import Gate, Released
 from client.watchdog import DEADLINE_SHARE
 from federation.exchanges.exchange import Exchange
 from federation.journal import Journal
+from federation.keys.identity import SiteIdentity
 from federation.messages import Ask, MessageError, Reply
 from federation.plan import RunPlan
 from federation.wire import RefusalKind
@@ -94,6 +95,9 @@ class Site(Protocol):
     @property
     def journal(self) -> Journal:
         """What left it."""
+
+    def identity(self) -> SiteIdentity:
+        """The key with which it signs what other sites must believe. Raises `AskRefused` without one."""
 
     def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
         """Raise `AskRefused` unless this site takes part in `plan` now, with the plan's tokenizer; when a

@@ -10,7 +10,7 @@ from client.latents.batches import FEWEST_SCANS
 from client.latents.labelled import ScansWithLabels, ScansWithVolumes, labelled_scans
 from client.release import Gate, Released
 from client.site_secret import seed_of
-from client.training.finetuning import finetune
+from client.training.finetuning import check_answers, finetune
 from client.training.trainee import WrongWeights
 from federation.exchanges.finetuning import FinetuneAsk, FinetunePlan
 from federation.plan import RunPlan
@@ -58,7 +58,7 @@ def answer_finetuning(
     if (came := len(found.patients)) < FEWEST_SCANS:
         raise CohortTooSmall(f"Expected labels of at least {FEWEST_SCANS} patients; got {came}.")
     try:
-        task_of(finetuning.local.task).check_answers(found.answers, finetuning.local.classes)
+        check_answers(task_of(finetuning.local.task), found, finetuning.local.classes)
     except ValueError as error:
         raise AskRefused(str(error), RefusalKind.PLAN_NOT_ACCEPTED) from error
 
@@ -71,6 +71,7 @@ def answer_finetuning(
         seed=seed_of(site.secret, "finetuning", finetuning.seed),
         first_step=(ask.round - 1) * local.steps,
         total_steps=finetuning.rounds * local.steps,
+        crop_foreground=plan.volumes.crop_foreground,
         on_step=on_step,
     )
     after = dict(network.named_parameters())

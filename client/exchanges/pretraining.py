@@ -4,12 +4,14 @@ Does not do: the steps (`client/training/pretraining.py`), or keep anything by i
 (`client/training/site_state.py`).
 """
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from client.exchanges.exchange import Answer, OnStep, Site, bank_of, before_deadline
 from client.latents.batches import Batches, TrainingScans
 from client.latents.style_moments import own_moments
-from client.release import Gate, Released
+from client.release import Gate, Masking, Released
 from client.training.pretraining import train_round
 from client.training.site_state import StateFolder, cohort_sha256
 from client.training.trainee import Trainee
@@ -20,12 +22,21 @@ from meduet_models.weights import sha256_of_tensors
 from privacy.clipping import clip_factor
 
 
-def answer_round(site: Site, ask: TrainAsk, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
+def answer_round(
+    site: Site,
+    ask: TrainAsk,
+    plan: RunPlan,
+    gate: Gate,
+    on_step: OnStep,
+    masking: Masking | None = None,
+    keep: Callable[[], None] = lambda: None,
+) -> Released:
     """Train a round and release examples · (shared weights after - before).
 
     The state that the round began from is never changed, and the one after it is on disk before the answer
-    leaves; a round that a killed process left goes on where it was. Raises `AskRefused` when the round does
-    not end within `DEADLINE_SHARE` of the plan's deadline.
+    leaves; a round that a killed process left goes on where it was. `masking`: for a secure sum, in which a
+    site weighs as many examples as the plan's cap at most; `keep`: what else must be on disk then. Raises
+    `AskRefused` when the round does not end within `DEADLINE_SHARE` of the plan's deadline.
     """
     on_step = before_deadline(plan.aggregation.deadline_s, on_step)
 
@@ -55,15 +66,22 @@ def answer_round(site: Site, ask: TrainAsk, plan: RunPlan, gate: Gate, on_step: 
         place.under_way(question, site.progress_every_s),
     )
     norm = result.metrics["update_norm"]
+    examples = result.examples if masking is None else min(result.examples, plan.aggregation.weight_cap)
+
+    def keep_all() -> None:
+        place.leave(trainee.state(plan, ask.round, place.kept.round), shared_sha256)
+        keep()
+
     return gate.release(
         result.update,
         {name: tuple(tensor.shape) for name, tensor in ask.shared.items()},
-        weight=float(result.examples),
-        counts={"examples": result.examples},
+        weight=float(examples),
+        counts={"examples": examples},
         metrics=result.metrics | {"clip_factor": clip_factor(norm, gate.promise.bound)},
         wire_dtype=plan.release.wire_dtype,
-        keep=lambda: place.leave(trainee.state(plan, ask.round, place.kept.round), shared_sha256),
-        anew=place.anew,
+        keep=keep_all,
+        anew=place.anew and masking is None,
+        masking=masking,
     )
 
 

@@ -256,7 +256,7 @@ def _anatomy(
     """Sums with the targets, over the patients of whom all are known in some scan; zeros where these are
     fewer than the minimum in a fold."""
     targets = torch.tensor(
-        [[_target(scans, row, name, plan) for name in plan.probes.anatomy] for row in probed.rows],
+        [[target_of(scans, row, name, plan) for name in plan.probes.anatomy] for row in probed.rows],
         dtype=torch.float64,
     )
     known = (~torch.isnan(targets)).all(1)
@@ -274,7 +274,7 @@ def _anatomy(
     return _by_fold(both, complete, plan, anatomy_bound(plan))
 
 
-def _target(scans: TrainingScans, row: int, name: str, plan: RunPlan) -> float:
+def target_of(scans: TrainingScans, row: int, name: str, plan: RunPlan) -> float:
     """A target of a scan, its range mapped to [-1, 1] and cut there; NaN when it is not known."""
     low, high = plan.probes.anatomy[name]
     value = scans.covariates[row].get(name, math.nan)

@@ -56,7 +56,9 @@ class CacheState:
     unused: int
     """Files of other plans, of scans that changed or went, and of writes that were interrupted."""
     bytes_to_write: int
-    """About how much the missing views will take; of whole scans at least, before they are read."""
+    """About how much the missing views will take; of whole scans, as much as those take that are there."""
+    at_least: bool
+    """Whether that is the least they can take: of whole scans, while none is encoded."""
 
 
 @dataclass(frozen=True)
@@ -157,12 +159,17 @@ class LatentCache:
             len(row.missing) * (2048 + latent_bytes + math.prod(shape) * (row.entry.label_path is not None))
             for row in missing
         )
+        whole = self.volumes.extent == "scan"
+        there = [one.path.stat().st_size for row in rows for one in row.stored if one is not None]
+        if whole and there:
+            bytes_to_write = round(sum(len(row.missing) for row in missing) * sum(there) / len(there))
         return CacheState(
             complete=len(rows) - len(missing),
             missing=len(missing),
             damaged=len(damaged),
             unused=len(self._all_files() - used),
             bytes_to_write=bytes_to_write,
+            at_least=bool(whole and missing and not there),
         )
 
     def prune(self, keep: LatentSet) -> int:

@@ -3,9 +3,10 @@
 A label share is a share of patients, never of scans, and the patients of a smaller share are among those of
 every larger one: the order depends on a seed and the patient's name alone; a hospital gives a seed that it
 alone knows (`client/exchanges/finetuning.py`). Does not do: decide who is held out
-(`client/scans/cohort.py`), or train (`client/training/finetuning.py`).
+(`client/scans/cohort.py`), draw crops of whole scans (`whole_labelled.py`), or train
+(`client/training/finetuning.py`).
 
-Axes: b = scans, c d h w = latents, D H W = voxels, ... = what an answer is made of.
+Axes: b = scans, m = scans of a step, c d h w = latents, D H W = voxels, ... = what an answer is made of.
 """
 
 import math
@@ -18,6 +19,8 @@ from jaxtyping import Float, Float16, Float32, Int64, Shaped
 from torch import Tensor
 
 from client.latents.batches import TrainingScans
+from client.latents.latent_set import LatentSet
+from client.latents.whole_labelled import WholeScan, as_classes
 from federation.exchanges.finetuning import LocalFinetuning
 from meduet_models.downstream.task import Target
 from meduet_models.seeds import digest_of
@@ -64,6 +67,8 @@ class LabelledScans:
     """Site label of each scan."""
     volumes: Float[Tensor, "b 1 D H W"] | None = None
     """The prepared volumes that were encoded, for networks that see them."""
+    whole: tuple[WholeScan, ...] | None = None
+    """Where whole scans were encoded, these; latents and label volumes above are their central crops."""
 
     def __post_init__(self) -> None:
         """Refuse rows that do not belong together."""
@@ -73,6 +78,10 @@ class LabelledScans:
         if self.volumes is not None and len(self.volumes) != len(self.latents):
             raise ValueError(
                 f"Expected as many volumes as scans; got {len(self.volumes)} of {len(self.latents)}."
+            )
+        if self.whole is not None and len(self.whole) != len(self.latents):
+            raise ValueError(
+                f"Expected as many whole scans as scans; got {len(self.whole)} of {len(self.latents)}."
             )
 
     def __len__(self) -> int:
@@ -93,7 +102,29 @@ class LabelledScans:
             tuple(self.patient[i] for i in indices),
             tuple(self.site[i] for i in indices),
             None if self.volumes is None else self.volumes[chosen],
+            None if self.whole is None else tuple(self.whole[i] for i in indices),
         )
+
+    @property
+    def per_voxel(self) -> bool:
+        """Whether the answers are label volumes."""
+        return self.answers.ndim == 5
+
+    @property
+    def by_voxel(self) -> tuple[WholeScan, ...]:
+        """The whole scans whose every voxel is to be predicted; none, where that is not so."""
+        return (self.whole or ()) if self.per_voxel else ()
+
+    def drawn(
+        self, rows: Sequence[int], least_foreground: float, generator: torch.Generator
+    ) -> tuple[Float32[Tensor, "m c d h w"], Shaped[Tensor, "m ..."]]:
+        """What a step is shown of scans, with the answers: of whole scans a crop of each, drawn."""
+        if self.whole is None:
+            return self.latents[rows], self.answers[rows]
+        parts = [self.whole[row].draw(least_foreground, generator, self.per_voxel) for row in rows]
+        labels = [label for _, label in parts if label is not None]
+        answers = torch.stack(labels) if self.per_voxel else self.answers[rows]
+        return torch.stack([latents for latents, _ in parts]), answers
 
     def share(self, share: float, seed: int) -> "LabelledScans":
         """The scans of this share of the patients (at least one patient); a larger share holds a smaller."""
@@ -125,26 +156,25 @@ def labelled_scans(
         raise NoLabels(f"Expected scans with {target or 'a label'}; none of {len(rows)} has one.")
     return LabelledScans(
         scans.latents(known),
-        _classes(task.answers(scans, known, named), local.label_values),
+        as_classes(task.answers(scans, known, named), local.label_values),
         tuple(scans.patients[row] for row in known),
         tuple(int(scans.site_index[row]) for row in known),
         None if volumes is None else _volumes(scans, known, volumes),
+        _whole(scans, known, local.label_values),
     )
+
+
+def _whole(
+    scans: ScansWithLabels, rows: Sequence[int], label_values: Mapping[int, int]
+) -> tuple[WholeScan, ...] | None:
+    if not isinstance(scans, LatentSet) or scans.crop is None:
+        return None
+    return tuple(WholeScan(scans, row, label_values) for row in rows)
 
 
 def _volumes(scans: ScansWithLabels, rows: Sequence[int], plan: VolumePlan) -> Tensor:
     assert isinstance(scans, ScansWithVolumes), "who asks for volumes has scans with volumes"
     return scans.volumes(rows, plan)
-
-
-def _classes(answers: Shaped[Tensor, "b ..."], label_values: Mapping[int, int]) -> Shaped[Tensor, "b ..."]:
-    """Labels as classes: each value's class, every value without one background."""
-    if not label_values:
-        return answers
-    classes = torch.zeros_like(answers)
-    for value, label in label_values.items():
-        classes[answers == value] = label
-    return classes
 
 
 def join(parts: Sequence[LabelledScans]) -> LabelledScans:
@@ -155,12 +185,19 @@ def join(parts: Sequence[LabelledScans]) -> LabelledScans:
         tuple(patient for part in parts for patient in part.patient),
         tuple(site for part in parts for site in part.site),
         _joined([part.volumes for part in parts]),
+        _all_whole(parts),
     )
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     seen = [part for part in parts if part is not None]
     return torch.cat(seen) if seen and len(seen) == len(parts) else None
+
+
+def _all_whole(parts: Sequence[LabelledScans]) -> tuple[WholeScan, ...] | None:
+    if any(part.whole is None for part in parts):
+        return None
+    return tuple(one for part in parts for one in part.whole or ())
 
 
 def _place(seed: int, patient: str) -> bytes:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float16, Float32, Int, Int64
+from jaxtyping import Bool, Float16, Float32, Int, Int64, Shaped
 from torch import Tensor
 
 from client.latents.prepared_volumes import prepared_volume
@@ -246,10 +246,22 @@ class LatentSet:
             ]
         return torch.from_numpy(np.stack(arrays).astype(np.int64))
 
-    def whole_label(self, row: int, view: int = 0) -> Int64[Tensor, "1 D H W"] | None:
-        """The label of a row at its own size; None when it has none."""
+    def whole_label(self, row: int, view: int = 0) -> Shaped[np.ndarray, "1 D H W"] | None:
+        """The label of a row at its own size, uint8 or int16, mapped read-only; None when it has none."""
         one = self._at(row, view)
-        return None if one.label is None else torch.from_numpy(one.read(one.label).astype(np.int64))
+        return None if one.label is None else one.read(one.label)
+
+    def label_crop(self, row: int, start: Int[Tensor, "3"], view: int = 0) -> Int64[Tensor, "1 D H W"]:
+        """The label of the crop of a whole scan that begins at this latent voxel; only it is read."""
+        one = self._at(row, view)
+        assert one.label is not None, "only scans with labels are asked for"
+        d, h, w = start.tolist()
+        inside = self._inside(one, (d, h, w), one.stride)
+        return torch.from_numpy(one.read(one.label)[:, *inside].astype(np.int64))
+
+    def stride(self, row: int) -> int:
+        """Voxels per latent voxel and axis."""
+        return self._at(row, 0).stride
 
     def geometry(self, row: int, view: int = 0) -> Geometry:
         """Where the volume of a row (of a whole scan: its central crop) lies in the patient;

@@ -8,7 +8,7 @@ found when it is read (`scans/scans.py`).
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from client.scans.names import contrast_of
@@ -28,6 +28,16 @@ IMAGE_FOLDERS = frozenset({"image", "images", "imagestr", "imagests", "imagesval
 LABEL_NAME = re.compile(rf".+?[_.-](?:{_WORDS})(?:[-_.+].*)?", re.IGNORECASE)
 """What a label that lies beside its image is called: the image's name, then this."""
 
+_MADE_BEFORE = re.compile(r"[smrw]*[cp][1-6]|i?y_|w?j_|u_r?c[1-6]")
+"""What SPM and CAT12 put before a scan's name: tissue maps (`c1`, `mwp2`), deformations (`y_`), Jacobians."""
+_MADE_BEHIND = re.compile(
+    r"(?:pve_?\d|posteriors?_?\d*|prob(?:s|ability|abilities|maps?)?_?\d*|\d?(?:inverse)?warp\d*"
+    r"|(?:warp|def|deformation|disp|displacement|inv)?_?(?:field|coef|fieldcoef|warpcoef)|jac(?:obian)?"
+    r"|(?:gm|wm|csf)_?(?:prob|pve|map)?)",
+    re.IGNORECASE,
+)
+"""What FSL, ANTs and others put behind it: `_pve_0`, `_Posteriors2`, `_1Warp`."""
+
 Offers = dict[Path, list[tuple[str, Path]]]
 """Per image, its labels, each with what its name adds to the image's ("" when the names are equal)."""
 
@@ -36,6 +46,23 @@ def is_label_name(path: Path) -> bool:
     """Whether a NIfTI file's name says that it is a label."""
     stem = nifti_stem(path)
     return LABEL_NAME.fullmatch(stem) is not None or re.fullmatch(_WORDS, stem, re.IGNORECASE) is not None
+
+
+def made_from_others(scans: Sequence[Path]) -> list[Path]:
+    """Those NIfTI files whose names say that software made them from another scan of the same folder (for
+    CAT12, of the folder above `mri/`): maps of tissues and deformations, which look like scans."""
+    known = _Images(scans)
+
+    def made(path: Path) -> bool:
+        stem = nifti_stem(path)
+        folders = [path.parent, *([path.parent.parent] if path.parent.name == "mri" else [])]
+        ends = [stem[i:] for i in range(1, len(stem)) if _MADE_BEFORE.fullmatch(stem[:i])]
+        if any((folder, end) in known.by_place for folder in folders for end in ends):
+            return True
+        images, added = known.of(path, path.parent)
+        return bool(images) and _MADE_BEHIND.fullmatch(added) is not None
+
+    return [path for path in scans if made(path)]
 
 
 def label_folder(path: Path, root: Path) -> tuple[Path, Path] | None:

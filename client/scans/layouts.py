@@ -18,7 +18,14 @@ from typing import Literal
 
 from client.scans.contrasts import ModalityNames, contrasts_of_bids, contrasts_of_files
 from client.scans.files import Files, walk
-from client.scans.labels import Offers, choose_labels, find_images, is_label_name, label_folder
+from client.scans.labels import (
+    Offers,
+    choose_labels,
+    find_images,
+    is_label_name,
+    label_folder,
+    made_from_others,
+)
 from client.scans.names import readable, subject_of
 from client.scans.patients import PatientMap, Reading, Whose, doubts_of, patients_by_path, patients_by_pattern
 from client.scans.tables import TABLE_SUFFIXES, Covariates, Join, join_covariates
@@ -209,6 +216,9 @@ def _plain(files: Files, rules: LayoutRules) -> Found:
             scans.append(path)
         else:
             files.exclusions.append(not_nifti(path, kind))
+    made = set(made_from_others(scans))
+    files.exclusions.extend(Exclusion(path, Reason.DERIVATIVE) for path in scans if path in made)
+    scans = [path for path in scans if path not in made]
     labels = [path for path in scans if label_folder(path, root) is not None or is_label_name(path)]
     if len(labels) == len(scans):  # a folder called for what is in all of it (ms_lesions/P001/…)
         labels = [path for path in scans if is_label_name(path)]
@@ -282,6 +292,9 @@ def _bids(files: Files, rules: LayoutRules) -> Found:
         else:
             loose = len(below.parts) == 1
             files.exclusions.append(Exclusion(path, Reason.NO_PATIENT if loose else Reason.DERIVATIVE))
+    made = set(made_from_others(images))
+    files.exclusions.extend(Exclusion(path, Reason.DERIVATIVE) for path in images if path in made)
+    images = [path for path in images if path not in made]
     return _with_names(files, "bids", images, labels, _bids_labels(images, labels), rules)
 
 

@@ -1,10 +1,11 @@
 """Fine-tuning: a downstream network learns from labelled scans; the same loop alone and in a federation.
 
 Patients are drawn, a scan of each; a scan may be moved to another site's entry of the style bank, which shows
-the network scanners that none of the labels comes from. Networks that see volumes get them augmented. What is
-kept is the moving average of the weights, where one is asked for. Every step has its own generator, from
-seed, site and step. Given validation scans, the weights of the step that served them best are kept; test
-scans are never seen here. In a federation no validation is given: a round ends where its steps end.
+the network scanners that none of the labels comes from. Of a whole scan (`volumes.extent: scan`) a step sees
+a crop, and validation all of it. Networks that see volumes get them augmented. What is kept is the moving
+average of the weights, where one is asked for. Every step has its own generator, from seed, site and step.
+Given validation scans, the weights of the step that served them best are kept; test scans are never seen
+here. In a federation no validation is given: a round ends where its steps end.
 
 Does not do: choose scans (`client/latents/labelled.py`), send anything (`client/exchanges/finetuning.py`),
 measure on test patients (`simulations/downstream/evaluate.py`); the loss is the task's. Source: style bank
@@ -22,18 +23,22 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from client.latents.labelled import LabelledScans, NoLabels
+from client.latents.whole_labelled import WholeScan
 from client.training.pretraining import NotFinite
 from federation.exchanges.finetuning import LocalFinetuning
 from meduet_models.adamw import AdamW, decay_groups
 from meduet_models.downstream.augmentation import augmented
 from meduet_models.downstream.networks import predict
+from meduet_models.downstream.task import Task
 from meduet_models.downstream.tasks import task_of
 from meduet_models.downstream.unet import DownstreamNetwork
 from meduet_models.downstream.volume_networks import VolumeSegmenter
+from meduet_models.downstream.whole_scans import predict_voxels
 from meduet_models.objective.teacher import early_momentum
 from meduet_models.schedules import cosine, rise
 from meduet_models.seeds import generator_of
 from meduet_models.style.bank import StyleBank
+from scans.volume_plan import VolumePlan
 
 _VALIDATIONS = 10  # over a whole run
 _RESTYLED = 0.5  # probability that a scan is restyled to another site, where there is a bank
@@ -62,23 +67,26 @@ def finetune(
     site: int = 0,
     first_step: int = 0,
     total_steps: int | None = None,
+    crop_foreground: float = VolumePlan.crop_foreground,
     validation: LabelledScans | None = None,
     style_bank: StyleBank | None = None,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Finetuned:
     """Train `network` for `local.steps` steps on `scans`, in place.
 
+    Of whole scans a step draws crops, each with at least `crop_foreground` of foreground.
+
     In a round of a federation, `first_step` and `total_steps` place these steps within all of them. `on_step`
     is called with the number of steps done and the loss. Raises `NoLabels`, `ValueError` for a class out of
     range, and `NotFinite` before the weights are touched.
     """
     began = time.perf_counter()
-    task, answers = task_of(local.task), scans.answers
-    task.check_answers(answers, local.classes)
+    task = task_of(local.task)
+    check_answers(task, scans, local.classes)
     if not len(scans):
         raise NoLabels("Expected at least one labelled scan; got none.")
     if validation is not None:
-        task.check_answers(validation.answers, local.classes)
+        check_answers(task, validation, local.classes)
         validation = validation if len(validation) else None
     total = total_steps or local.steps
     device = next(network.parameters()).device
@@ -91,7 +99,7 @@ def finetune(
     for step in range(local.steps):
         generator = generator_of("fedmeduet finetuning", seed, site, first_step + step)
         rows = _draw(scans, local.batch_size, generator)
-        truth, latents = answers[rows], scans.latents[rows]
+        latents, truth = scans.drawn(rows, crop_foreground, generator)
         if style_bank is not None:
             latents = _restyled(style_bank, latents, [scans.site[row] for row in rows], generator)
         seen: tuple[Tensor, ...] = (latents,)
@@ -128,17 +136,47 @@ def finetune(
     )
 
 
+def check_answers(task: Task, scans: LabelledScans, classes: int) -> None:
+    """Raise `ValueError` for an answer that no output stands for, anywhere in a whole scan."""
+    task.check_answers(scans.answers, classes)
+    for one in scans.by_voxel:
+        task.check_answers(one.classes(), classes)
+
+
 def validation_score(network: DownstreamNetwork, scans: LabelledScans, local: LocalFinetuning) -> float:
-    """The task's score on scans; higher is better."""
-    return task_of(local.task).score(predicted(network, scans), scans.answers)
+    """The task's score on scans; higher is better. Of whole scans, voxel by voxel, the mean over scans."""
+    task = task_of(local.task)
+    if not scans.by_voxel:
+        return task.score(predicted(network, scans), scans.answers)
+    scores = [
+        task.score(predicted(network, scans.rows([row])), one.classes()[None])
+        for row, one in enumerate(scans.by_voxel)
+    ]
+    return sum(scores) / len(scores)
 
 
 def predicted(network: DownstreamNetwork, scans: LabelledScans) -> Tensor:
-    """Outputs of a network for scans: of their latents, their volumes, or both."""
+    """Outputs of a network for scans: of their latents, their volumes, or both.
+
+    Of whole scans, all of each: an output per scan is the mean over windows that cover it, by their
+    foreground; outputs per voxel are blended, and asked for one scan at a time.
+    """
+    if scans.whole is not None:
+        of_scan = _all_voxels if scans.per_voxel else _mean_over_windows
+        return torch.cat([of_scan(network, one) for one in scans.whole])
     if not isinstance(network, VolumeSegmenter):
         return predict(network, scans.latents)
     volumes = _volumes_of(scans)
     return predict(network, volumes, scans.latents) if network.reads_latents else predict(network, volumes)
+
+
+def _all_voxels(network: DownstreamNetwork, scan: WholeScan) -> Float[Tensor, "1 classes D H W"]:
+    return predict_voxels(lambda crops: predict(network, crops), scan.latents(), scan.grid)[None]
+
+
+def _mean_over_windows(network: DownstreamNetwork, scan: WholeScan) -> Float[Tensor, "1 outputs"]:
+    windows, weights = scan.windows()
+    return weights[None] @ predict(network, windows)
 
 
 class MovingAverage:

@@ -25,11 +25,11 @@ from torch import Tensor
 from client.latents.batches import Batches, step_generator
 from client.training.site_state import RoundResult, UnderWay
 from client.training.trainee import Trainee
+from federation.optimisation import learning_rate_at
 from federation.plan import RunPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.objective.objective import Losses, MeduetObjective
 from meduet_models.objective.teacher import momentum_at
-from meduet_models.schedules import cosine, rise
 from meduet_models.sharing import shared_keys, style_keys
 from meduet_models.weights import StoredWeights
 from privacy.clipping import joint_norm
@@ -126,17 +126,6 @@ def train_round(
         },
         examples=batches.num_scans,
     )
-
-
-def learning_rate_at(number: int, plan: RunPlan) -> float:
-    """Learning rate of step `number` of the run (from 0): a straight rise, then a cosine to the final
-    rate."""
-    training, total = plan.training, plan.total_steps
-    rising = round(training.warmup * total)
-    if number < rising:
-        return rise(number, rising, training.learning_rate)
-    share = (number - rising) / max(1, total - 1 - rising)
-    return cosine(training.learning_rate, training.final_learning_rate, share)
 
 
 @dataclass(frozen=True)

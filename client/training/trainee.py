@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from client.training.site_state import SiteState
+from federation.optimisation import optimiser_of
 from federation.plan import RunPlan
-from meduet_models.adamw import AdamW, decay_groups
+from meduet_models.adamw import AdamW
 from meduet_models.meduet import MeDUET
 from meduet_models.muon import Muon
 from meduet_models.objective.teacher import Teacher
@@ -59,7 +60,7 @@ class Trainee:
         teacher = Teacher(student)
         if kept.teacher:
             _load(teacher.network, kept.teacher, "the teacher that was kept")
-        optimiser = _optimiser(student, plan)
+        optimiser = optimiser_of(student, plan)
         trainee = Trainee(student, teacher, optimiser, shared)
         trainee._load_moments(kept.optimiser)
         if compile:
@@ -132,14 +133,6 @@ class Trainee:
             teacher=self.teacher.network.state_dict(),
             optimiser=self._moments(),
         )
-
-
-def _optimiser(student: MeDUET, plan: RunPlan) -> AdamW:
-    training = plan.training
-    rate, decay, betas = training.learning_rate, training.weight_decay, training.betas
-    if training.optimiser == "muon":
-        return Muon.of(student, lr=rate, betas=betas, weight_decay=decay)
-    return AdamW(decay_groups(student.parameters(), decay), lr=rate, betas=betas, fused=True)
 
 
 def student_of(plan: RunPlan, shared: Mapping[str, Tensor], kept: SiteState | None) -> MeDUET:

@@ -1,8 +1,9 @@
 """Site erasure: after the last round every site tells the sum of its patients' content codes.
 
-From the sites' means comes a projection that takes the site, not a patient, out of content. One vector and
-no products: a mean can be protected by noise, and spans nobody. The one place where site and centre take the
-sums' shape and bound from.
+From the sites' means come the projections that take the site, not a patient, out of content. Vectors and no
+products: a mean can be protected by noise, and spans nobody. A site with a patient for each number of both
+tells the sum of pooled content, too, from which tokens are erased. The one place where site and centre take
+the sums' shapes and bounds from.
 What this file does not do: it computes no sums (`client/exchanges/erasure.py`) and fits nothing
 (`meduet_models/content_code.py`).
 """
@@ -21,8 +22,8 @@ from federation.plan import RunPlan
 from meduet_models.content_code import CodeSums, code_bound
 from privacy.promise import Promise
 
-SUMS = "sums"
-"""Name of the tensor: the vector of `CodeSums`, float64."""
+SUMS, POOLED = "sums", "pooled"
+"""Names of the tensors: the vectors of `CodeSums` of codes and of pooled content, float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,19 +35,38 @@ class ErasureAsk(Ask, kind="erasure_ask"):
 
 @dataclass(frozen=True, kw_only=True)
 class ErasureReply(Reply, kind="erasure_reply"):
-    """How many patients a site has, and the sum of their codes."""
+    """How many patients a site has, and the sums of their codes and of their pooled content."""
 
     moments: Tensors
 
 
+@dataclass(frozen=True)
+class ErasureSums:
+    """What a site tells."""
+
+    codes: CodeSums
+    pooled: CodeSums
+    """Of nobody, where the site has too few patients for both."""
+
+
+def pooled_bound(plan: RunPlan) -> float:
+    """L2 norm of one patient's pooled content: the mean of layer-normed tokens is no longer."""
+    return math.sqrt(plan.network.width)
+
+
+def numbers_told(plan: RunPlan) -> int:
+    """Numbers of both means: of so many patients they leave."""
+    return plan.network.code_size + plan.network.width
+
+
 def share_bound(plan: RunPlan) -> float:
-    """L2 norm of one patient's share of the sums, her count included."""
-    return math.hypot(code_bound(plan.network.code_size), 1.0)
+    """L2 norm of one patient's share of the sums, her counts included."""
+    return math.hypot(code_bound(plan.network.code_size), 1.0, pooled_bound(plan), 1.0)
 
 
 def erasure_shapes(plan: RunPlan) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what travels."""
-    return {SUMS: (plan.network.code_size + 1,)}
+    return {SUMS: (plan.network.code_size + 1,), POOLED: (plan.network.width + 1,)}
 
 
 def largest_erasure(plan: RunPlan, ask: ErasureAsk) -> Largest:
@@ -54,16 +74,22 @@ def largest_erasure(plan: RunPlan, ask: ErasureAsk) -> Largest:
     return largest_reply(promised(erasure_shapes(plan), torch.float64))
 
 
-def erasure_tensors(sums: CodeSums) -> dict[str, Tensor]:
+def erasure_tensors(sums: ErasureSums) -> dict[str, Tensor]:
     """The sums as they travel."""
-    return {SUMS: sums.to_vector()}
+    return {SUMS: sums.codes.to_vector(), POOLED: sums.pooled.to_vector()}
 
 
-def erasure_sums(tensors: Mapping[str, Tensor], plan: RunPlan) -> CodeSums:
-    """Back from `erasure_tensors`; raises `ValueError` for another name or length."""
-    if set(tensors) != {SUMS} or tensors[SUMS].ndim != 1:
-        raise ValueError(f"Expected code sums as one vector {SUMS!r}; got {len(tensors)} other tensors.")
-    return CodeSums.from_vector(tensors[SUMS], plan.network.code_size, code_bound(plan.network.code_size))
+def erasure_sums(tensors: Mapping[str, Tensor], plan: RunPlan) -> ErasureSums:
+    """Back from `erasure_tensors`; raises `ValueError` for other names or lengths."""
+    if set(tensors) != {SUMS, POOLED} or any(tensor.ndim != 1 for tensor in tensors.values()):
+        raise ValueError(
+            f"Expected code sums as vectors {SUMS!r} and {POOLED!r}; got {len(tensors)} other tensors."
+        )
+    size, width = plan.network.code_size, plan.network.width
+    return ErasureSums(
+        CodeSums.from_vector(tensors[SUMS], size, code_bound(size)),
+        CodeSums.from_vector(tensors[POOLED], width, pooled_bound(plan)),
+    )
 
 
 def code_promise(plan: RunPlan) -> Promise:
@@ -78,7 +104,7 @@ def erasure_promise(plan: RunPlan, ask: ErasureAsk) -> Promise:
 
 def erasure_rounds(plan: RunPlan) -> range:
     """With the last round, where there is a shared model and more than one site to tell apart."""
-    shares = plan.aggregation.method != "alone" and len(plan.participants) > 1
+    shares = plan.aggregation.method != "alone" and len(plan.participants) > 1 and plan.privacy is None
     return range(plan.training.rounds, plan.training.rounds + 1) if shares else range(0)
 
 

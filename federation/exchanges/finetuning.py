@@ -162,6 +162,16 @@ def check_start(local: LocalFinetuning, anatomy_start: AnatomyStart) -> None:
         )
 
 
+def check_sees_volumes(local: LocalFinetuning, plan: RunPlan) -> None:
+    """Raise `ValueError` for a network that is shown volumes, of a run on whole scans: only crops are kept as
+    volumes."""
+    if local.sees_volumes and plan.volumes.extent == "scan":
+        raise ValueError(
+            f"Expected network=tokens with volumes.extent=scan; network={local.network} is shown volumes, "
+            "and of whole scans only latents are kept."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class FinetuneAsk(Ask, kind="finetune_ask"):
     """One round of fine-tuning from these weights: `shared` changes and travels back, `fixed` does not. The
@@ -196,8 +206,17 @@ def finetuning_promise(plan: RunPlan, ask: FinetuneAsk) -> Promise:
     return Promise(kind="finetuning", bound=bound, unit="site update", enforcement="clip")
 
 
+UNMASKED = (
+    "A fine-tuning sends each site's update unmasked, and its run has aggregation.secure_sum=true: fine-tune "
+    "at one site, or pretrain without secure sums."
+)
+
+
 def agreed(plan: RunPlan, ask: FinetuneAsk) -> tuple[str, range]:
-    """Hash and rounds of the fine-tuning. Raises as `FinetuneAsk.finetuning`."""
+    """Hash and rounds of the fine-tuning. Raises as `FinetuneAsk.finetuning`, and `ValueError` under a plan
+    whose updates leave in secure sums only."""
+    if plan.aggregation.secure_sum:
+        raise ValueError(UNMASKED)
     finetuning = ask.finetuning(plan)
     return finetuning.sha256, range(1, finetuning.rounds + 1)
 

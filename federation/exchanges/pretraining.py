@@ -62,11 +62,17 @@ def round_promise(plan: RunPlan, ask: TrainAsk) -> Promise:
     return update_promise(plan)
 
 
+def rounds_of_updates(plan: RunPlan) -> range:
+    """In which rounds an update leaves by itself: none where they leave in secure sums, or under privacy."""
+    alone = not plan.aggregation.secure_sum and plan.privacy is None
+    return range(1, plan.training.rounds + 1) if alone else range(0)
+
+
 PRETRAINING = Exchange(
     route="train.round",
     ask=TrainAsk,
     reply=TrainReply,
-    rounds=lambda plan: range(1, plan.training.rounds + 1),
+    rounds=rounds_of_updates,
     largest=lambda plan, ask: largest_reply(ask.shared, ask.wire_dtype),
     promise=round_promise,
 )

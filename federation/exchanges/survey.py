@@ -77,7 +77,7 @@ SURVEY = Exchange(
     route="query.survey",
     ask=SurveyAsk,
     reply=SurveyReply,
-    rounds=lambda plan: range(plan.aggregation.method != "alone"),
+    rounds=lambda plan: range(plan.aggregation.method != "alone" and plan.privacy is None),
     largest=largest_survey,
     promise=survey_promise,
 )

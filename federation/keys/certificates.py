@@ -74,9 +74,10 @@ class Authority:
     """Goes to every site, whose people compare its fingerprint over the telephone."""
 
     @staticmethod
-    def create(consortium: str, days: int, now: datetime) -> "Authority":
-        """A new trust root for `consortium`, valid for `days`. It may sign no other authority."""
-        key = new_key()
+    def create(consortium: str, days: int, now: datetime, key: PrivateKey | None = None) -> "Authority":
+        """A new trust root for `consortium`, valid for `days`, with a new key where none is given. It may
+        sign no other authority."""
+        key = key or new_key()
         name = _common_name(checked_name(consortium))
         builder = _builder(name, key.public_key(), now, now + timedelta(days=days)).issuer_name(name)
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)

@@ -11,6 +11,7 @@ no reply (`strategies/style_bank.py`), and measures nothing (`style.py`).
 Axes: b = scans, s = sites, p = body parts, c = channels, d h w = latent voxels.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ from meduet_models.style.moments import (
     StyleLayout,
     StyleMoments,
     restyle,
+    smooth_map,
 )
 
 _ENTRY = ("mean", "deviation", "map", "map_deviation", "amplitude")
@@ -74,6 +76,30 @@ class StyleBank:
                 if own.sums["count"][part] >= 1:
                     bank._put(site, part, float(own.sums["count"][part]), own.entry(part))
         return bank
+
+    @staticmethod
+    def of_entries(
+        sites: tuple[str, ...], entries: Mapping[str, tuple[float, StyleEntry]], layout: StyleLayout
+    ) -> "StyleBank":
+        """The bank of the sites whose styles are told as entries, with about how many patients are behind
+        each. Centre and scale are those of the union, as far as entries tell them.
+
+        Raises `CohortTooSmall` when no site answered, `ValueError` for a site that is not in the plan.
+        """
+        if unknown := sorted(set(entries) - set(sites)):
+            raise ValueError(f"Expected styles of the plan's sites; got one of {unknown[0]!r}.")
+        grid, channels = layout.latent_grid, layout.channels
+        blank = _blank(sites, layout)
+        bank = StyleBank(
+            sites, torch.zeros(len(sites), 1), blank, torch.zeros(channels, *grid), torch.ones(channels)
+        )
+        counts = _capped({site: count for site, (count, _) in entries.items()})
+        for site, (_, entry) in entries.items():
+            bank._put(site, 0, counts[site], entry)
+        pooled = bank.pooled()
+        flat = pooled.mean[:, None, None, None].expand(-1, *grid).clone()
+        centre = flat if pooled.map is None else smooth_map(pooled.map, grid)
+        return dataclasses.replace(bank, centre=centre, scale=pooled.deviation.clamp(min=SMALLEST_DEVIATION))
 
     def joined_by(self, site: str, moments: StyleMoments) -> "StyleBank":
         """The same bank with one site's entries from its own sums: for a site that told nothing, or that
@@ -229,8 +255,14 @@ def _blank(sites: tuple[str, ...], layout: StyleLayout) -> StyleEntry:
 def _weighed(moments: Mapping[str, StyleMoments]) -> dict[str, StyleMoments]:
     """The sites' sums, with `MOST_WEIGHT` kept."""
     counts = {site: float(own.sums["count"].sum()) for site, own in moments.items()}
-    weighed = {}
-    for site, own in moments.items():
-        most = MOST_WEIGHT * (sum(counts.values()) - counts[site])
-        weighed[site] = own.times(most / counts[site]) if 0 < most < counts[site] else own
-    return weighed
+    capped = _capped(counts)
+    return {
+        site: own.times(capped[site] / counts[site]) if capped[site] < counts[site] else own
+        for site, own in moments.items()
+    }
+
+
+def _capped(counts: Mapping[str, float]) -> dict[str, float]:
+    """Patients of each site, at most `MOST_WEIGHT` times those of all others together."""
+    most = {site: MOST_WEIGHT * (sum(counts.values()) - count) for site, count in counts.items()}
+    return {site: most[site] if 0 < most[site] < count else count for site, count in counts.items()}

@@ -99,7 +99,7 @@ def load_maisi(path: str | Path, config: MaisiConfig, num_splits: int = 1) -> Ma
         if tuple(state[name].shape) != shape:
             raise ValueError(
                 f"{where}; {name!r} should have shape {shape}, got {tuple(state[name].shape)}. "
-                "Set the widths it was trained with."
+                "Set the channels and widths it was trained with."
             )
     maisi.network.load_state_dict({k: t.to(torch.float32) for k, t in state.items()}, assign=True)
     return maisi

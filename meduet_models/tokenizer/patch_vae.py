@@ -1,10 +1,11 @@
-"""The small tokenizer: principal components of patches, plus residual convolutions that start at zero.
+"""The small tokenizer: a linear pair of maps, plus residual convolutions that start at zero.
 
-Before its first step it *is* the PCA of patches (`patch_pca.py`), so training can only help; every
-convolution runs on the patch grid (a quarter of the resolution per axis), because full-resolution 3-D
-convolutions are what costs CPU time. There is no normalisation layer: latents depend on a neighbourhood,
-not on how much of the scan was cropped. A VAE: the posterior has a mean (what is cached) and a deviation
-(used in training only).
+Before its first step it *is* the PCA of patches (`patch_pca.py`), decoded by the best linear map of 27
+latents (`linear_decoder.py`), so training can only help; every convolution runs on the patch grid (a quarter
+of the resolution per axis), because full-resolution 3-D convolutions are what costs CPU time. There is no
+normalisation layer: latents depend on a neighbourhood, not on how much of the scan was cropped. A VAE whose
+posterior has one fixed deviation (used in training only): a learnt one, read from the encoder's features,
+made them explode, and 8 and 16 channels stayed where PCA starts.
 
 Axes: b = volumes, p = voxels of a patch (64), c = latent channels, k = features, D H W = voxels,
 d h w = patches.
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from forms.ranges import Range
+from meduet_models.tokenizer.linear_decoder import NeighbourMoments, best_decoder
 from meduet_models.tokenizer.patch_pca import PATCH_VOXELS, PatchComponents, from_patches, to_patches
 
-START_LOG_VARIANCE = -7.0  # deviation .03: the first draws barely blur
+POSTERIOR_DEVIATION = 0.03  # of every latent; their own is about 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +57,11 @@ class ResidualBlock(nn.Module):
 
 
 class PatchVAE(nn.Module):
-    """Patches -> PCA coordinates + learned correction -> patches + learned correction."""
+    """Patches -> PCA coordinates + learned correction -> linear in 27 latents + learned correction."""
 
     def __init__(self, config: PatchVAEConfig) -> None:
         super().__init__()
+        self.config = config
         wide, deep = config.encoder_width, config.decoder_width
         self.project = nn.Conv3d(PATCH_VOXELS, config.channels, 1)
         self.encoder = nn.Sequential(
@@ -67,9 +70,7 @@ class PatchVAE(nn.Module):
             nn.SiLU(),
         )
         self.correction = _zeroed(nn.Conv3d(wide, config.channels, 1))
-        self.log_variance = _zeroed(nn.Conv3d(wide, config.channels, 1))
-        nn.init.constant_(_bias(self.log_variance), START_LOG_VARIANCE)
-        self.expand = nn.Conv3d(config.channels, PATCH_VOXELS, 1)
+        self.expand = nn.Conv3d(config.channels, PATCH_VOXELS, 3, padding=1)
         self.decoder = nn.Sequential(
             nn.Conv3d(config.channels, deep, 3, padding=1),
             *(ResidualBlock(deep) for _ in range(config.decoder_blocks)),
@@ -78,24 +79,18 @@ class PatchVAE(nn.Module):
         self.refinement = _zeroed(nn.Conv3d(deep, PATCH_VOXELS, 1))
 
     @torch.no_grad()
-    def start_from(self, components: PatchComponents) -> None:
-        """Make the linear path the PCA of patches, scaled to unit root mean square."""
-        scale = components.variances.mean().sqrt().clamp_min(1e-6)
-        encode, decode = components.basis / scale, components.basis.T * scale
+    def start_encoder_from(self, components: PatchComponents) -> None:
+        """Make the encoder the PCA of patches, scaled to unit root mean square."""
+        encode = components.basis / components.variances.mean().sqrt().clamp_min(1e-6)
         self.project.weight.copy_(encode[:, :, None, None, None])
         _bias(self.project).copy_(-encode @ components.mean)
-        self.expand.weight.copy_(decode[:, :, None, None, None])
-        _bias(self.expand).copy_(components.mean)
 
-    def posterior(
-        self, volumes: Float[Tensor, "b 1 D H W"]
-    ) -> tuple[Float[Tensor, "b c d h w"], Float[Tensor, "b c d h w"]]:
-        """Mean and log variance of the latents."""
-        patches = to_patches(volumes)  # b p d h w
-        features = self.encoder(patches)  # b k d h w
-        mean: Tensor = self.project(patches) + self.correction(features)
-        log_variance: Tensor = self.log_variance(features)
-        return mean, log_variance.clamp(-20.0, 4.0)
+    @torch.no_grad()
+    def start_decoder_from(self, moments: NeighbourMoments) -> None:
+        """Make the decoder the best linear one of these latents as they are drawn from the posterior."""
+        kernel, bias = best_decoder(moments, POSTERIOR_DEVIATION)
+        self.expand.weight.copy_(kernel)
+        _bias(self.expand).copy_(bias)
 
     def posterior_mean(self, volumes: Float[Tensor, "b 1 D H W"]) -> Float[Tensor, "b c d h w"]:
         """Mean of the latents: no random draw."""

@@ -39,8 +39,8 @@ class TokenizerSpec:
 
     kind: Literal["shipped", "file", "maisi"] = "shipped"
     """`shipped`: ours, inside the package. `file`: ours, at `path`. `maisi`: a MAISI checkpoint at `path`."""
-    channels: Annotated[int, Range(at_least=1, at_most=256)] = 4
-    """Latent channels; shipped: 4."""
+    channels: Annotated[int, Range(at_least=1, at_most=256)] = 8
+    """Latent channels; shipped: 4 and 8; MAISI's: 4."""
     path: str | None = None
     """Weights file of the kinds `file` and `maisi`."""
     sliding_window: Annotated[tuple[int, int, int], Range(at_least=STRIDE, at_most=4096)] | None = None

@@ -174,7 +174,9 @@ def _tokenizer(chosen: argparse.Namespace, model: "GenerativeModel") -> "Tokeniz
 
     window = tuple(chosen.window) if chosen.window else None
     if chosen.maisi is not None:
-        return load_tokenizer(TokenizerSpec(kind="maisi", path=str(chosen.maisi), sliding_window=window))
+        channels = model.transformer.config.latent_channels
+        spec = TokenizerSpec(kind="maisi", channels=channels, path=str(chosen.maisi), sliding_window=window)
+        return load_tokenizer(spec)
     if chosen.tokenizer is not None:
         return load_tokenizer_file(chosen.tokenizer, window)
     return load_tokenizer(TokenizerSpec(channels=model.transformer.config.latent_channels))

@@ -1,6 +1,6 @@
 """`meduet-server tokenizer`: remake the shipped tokenizers, measure them, and say what a file holds.
 
-What it does not do: any of the work; see `tokenizer_training.py`, `tokenizer_quality.py`.
+What it does not do: any of the work; see `server/tokenizer/training.py` and `quality.py`.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -20,10 +21,17 @@ from rich.progress import (
 from rich.table import Table
 
 from federation.terminal import cell, say
+from meduet_models.tokenizer.maisi import MaisiConfig
 from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer, load_tokenizer_file
 from meduet_models.weights import load_weights
 from server.tokenizer.quality import list_scans, measure, read_volumes
-from server.tokenizer.training import TokenizerTraining, held_out_phantoms, train_tokenizer
+from server.tokenizer.training import (
+    TokenizerTraining,
+    held_out_phantoms,
+    linear_tokenizers,
+    train_tokenizer,
+    training_phantoms,
+)
 
 DEFAULTS = TokenizerTraining()
 HELD_OUT_SHAPE = (40, 48, 40)
@@ -57,9 +65,10 @@ def add_to(commands: Any) -> None:
 
     evaluate = actions.add_parser(
         "evaluate",
-        help="PSNR and SSIM of scans, or of phantoms never trained on",
+        help="PSNR and SSIM of scans, or of phantoms never trained on, beside the scans' noise",
         description="Encode and decode every scan of a folder, or phantoms that training never drew, and "
-        "report PSNR and SSIM. Public or simulated scans: this command is not a site's, it has no gate.",
+        "report PSNR and SSIM, the scans' noise floor, and how much of the latents is noise. Public or "
+        "simulated scans: this command is not a site's, it has no gate.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     source = evaluate.add_mutually_exclusive_group(required=True)
@@ -72,6 +81,12 @@ def add_to(commands: Any) -> None:
         "--shape", type=int, nargs=3, metavar=("D", "H", "W"), help="crop or pad to these sides, voxels"
     )
     evaluate.add_argument("--seed", type=int, default=DEFAULTS.seed, help="of the held-out phantoms")
+    evaluate.add_argument(
+        "--baselines",
+        type=int,
+        metavar="N",
+        help="also measure the linear tokenizers of N training phantoms: PCA, and 27 latents for a patch",
+    )
     _add_which(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
@@ -88,7 +103,9 @@ def _add_which(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--weights", type=Path, metavar="FILE", help="a tokenizer's .safetensors")
     which.add_argument("--maisi", type=Path, metavar="FILE", help="a MAISI autoencoder's checkpoint")
-    which.add_argument("--channels", type=int, default=4, help="the shipped tokenizer of these channels")
+    which.add_argument(
+        "--channels", type=int, default=DEFAULTS.channels, help="the shipped tokenizer of these channels"
+    )
     parser.add_argument(
         "--window", type=int, nargs=3, metavar=("D", "H", "W"), help="slide a window of these sides, voxels"
     )
@@ -116,26 +133,48 @@ def _train(chosen: argparse.Namespace, console: Console) -> None:
 
 
 def _evaluate(chosen: argparse.Namespace, console: Console) -> None:
-    tokenizer = _chosen_tokenizer(chosen)
     shape = tuple(chosen.shape) if chosen.shape else None
-    if "phantoms" in chosen:
-        volumes = iter(held_out_phantoms(chosen.seed, chosen.phantoms, shape or HELD_OUT_SHAPE))
-        total, name = chosen.phantoms, "held-out phantoms"
-    else:
-        paths = list_scans(chosen.data, chosen.pattern)
-        volumes, total, name = read_volumes(paths, shape), len(paths), str(chosen.data)
-    with _progress(console) as progress:
-        task = progress.add_task(name, total=total)
-        quality = measure(tokenizer, volumes, lambda count: progress.update(task, completed=count))
-    table = Table("tokenizer", "data", "volumes", "PSNR (dB)", "SSIM")
-    table.add_row(
-        cell(tokenizer.name),
-        cell(name),
-        str(quality.num_volumes),
-        f"{quality.psnr_db:.2f}",
-        f"{quality.ssim:.3f}",
-    )
+    table = Table("tokenizer", "scans", "PSNR dB", "SSIM", "floor dB", "noise (most)")
+    for label, tokenizer in _tokenizers_to_measure(chosen):
+        if "phantoms" in chosen:
+            volumes = iter(held_out_phantoms(chosen.seed, chosen.phantoms, shape or HELD_OUT_SHAPE))
+            total, name = chosen.phantoms, "held-out phantoms"
+        else:
+            paths = list_scans(chosen.data, chosen.pattern)
+            volumes, total, name = read_volumes(paths, shape), len(paths), str(chosen.data)
+        with _progress(console) as progress:
+            task = progress.add_task(label, total=total)
+
+            def report(count: int, progress: Progress = progress, task: TaskID = task) -> None:
+                progress.update(task, completed=count)
+
+            quality = measure(tokenizer, volumes, report)
+        table.add_row(
+            cell(label),
+            str(quality.num_volumes),
+            f"{quality.psnr_db:.2f}",
+            f"{quality.ssim:.3f}",
+            f"{quality.noise_floor_db:.2f}",
+            f"{quality.noise_share:.1%} ({quality.largest_noise_share:.1%})",
+        )
+    table.title = cell(name)
     console.print(table)
+    say(
+        console,
+        "Floor: the PSNR left when nothing but a scan's own noise is lost, as measured on the scan. "
+        "Noise: its share in the variance of the latents, and of the channel with most.",
+    )
+
+
+def _tokenizers_to_measure(chosen: argparse.Namespace) -> list[tuple[str, Tokenizer]]:
+    tokenizer = _chosen_tokenizer(chosen)
+    found = [(tokenizer.name, tokenizer)]
+    if chosen.baselines is not None:
+        channels = tokenizer.latent_channels
+        settings = TokenizerTraining(channels=channels, num_phantoms=chosen.baselines)
+        pca, linear = linear_tokenizers(channels, training_phantoms(settings))
+        found += [(f"PCA-{channels}ch", pca), (f"PCA-{channels}ch, 27 latents", linear)]
+    return found
 
 
 def _inspect(chosen: argparse.Namespace, console: Console) -> None:
@@ -153,7 +192,10 @@ def _inspect(chosen: argparse.Namespace, console: Console) -> None:
 def _chosen_tokenizer(chosen: argparse.Namespace) -> Tokenizer:
     window = tuple(chosen.window) if chosen.window else None
     if chosen.maisi is not None:
-        return load_tokenizer(TokenizerSpec(kind="maisi", path=str(chosen.maisi), sliding_window=window))
+        spec = TokenizerSpec(
+            kind="maisi", channels=MaisiConfig.channels, path=str(chosen.maisi), sliding_window=window
+        )
+        return load_tokenizer(spec)
     if chosen.weights is not None:
         return load_tokenizer_file(chosen.weights, window)
     return load_tokenizer(TokenizerSpec(channels=chosen.channels, sliding_window=window))

@@ -15,7 +15,13 @@ from typing import Any
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
-from federation.exchanges.finetuning import FINETUNING, FinetuneAsk, FinetunePlan
+from federation.exchanges.finetuning import (
+    FINETUNING,
+    UNMASKED,
+    FinetuneAsk,
+    FinetunePlan,
+    check_sees_volumes,
+)
 from federation.journal import Journal
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
@@ -94,13 +100,17 @@ def run_finetuning(
 
     `site_of` says which site a node is registered as; none: as in a simulation. `anatomy`: the file of the
     start from public anatomy that the plan names; none: the shipped one.
-    Raises `ValueError` when `pretrained` is not the encoder that `finetuning` names, `OtherPlan` when the
+    Raises `ValueError` when `pretrained` is not the encoder that `finetuning` names, or the run's updates
+    leave in secure sums only, `OtherPlan` when the
     folder holds another fine-tuning or a run, and `RoundFailed` below the quorum (the last checkpoint stays).
     """
     observer = observer or RoundObserver()
     local = finetuning.local
+    if plan.aggregation.secure_sum:
+        raise ValueError(UNMASKED)
     if finetuning.run_sha256 != plan.sha256:
         raise ValueError(f"Expected a fine-tuning of run {plan.sha256[:12]}; it names another.")
+    check_sees_volumes(local, plan)
     network = starting_network(
         task_of(local.task),
         local.network,

@@ -31,18 +31,21 @@ def ask_sites(
     *,
     stops: bool = True,
     at_least: int = 1,
+    needs: int | None = None,
     only: Collection[str] | None = None,
     excused: Collection[RefusalKind] = (),
 ) -> tuple[dict[str, ReplyKind], dict[str, str]]:
     """Valid replies by site, in the plan's order, and who was put aside why.
 
     `check` raises on a reply that is not to be used; the others are entered in `book`. Raises `RoundFailed`
-    below the quorum, or with fewer than `at_least`; without `stops`, the run goes on with whoever answered. A
-    site that refuses for a reason in `excused` has said all it has to say, and counts as one that answered.
-    With `only`, other sites that are known are not asked.
+    below the quorum, or with fewer than `at_least`; with `needs`, below that many instead. Without `stops`,
+    the run goes on with whoever answered. A site that refuses for a reason in `excused` has said all it has
+    to say, and counts as one that answered. With `only`, other sites that are known are not asked.
     """
     settings, record = plan.aggregation, question.to_record()
     quorum = max(settings.quorum, at_least / len(roster.sites))
+    if needs is not None:
+        quorum = needs / len(roster.sites)
     least = needed(quorum, len(roster.sites)) if stops else 1
     nodes = wait_for_nodes(grid, roster, least, settings.deadline_s)
     nodes = _of(nodes, roster, only)

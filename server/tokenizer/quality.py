@@ -1,4 +1,5 @@
-"""How well a tokenizer keeps a scan: PSNR and SSIM of volumes decoded from their own latents.
+"""How well a tokenizer keeps a scan: PSNR and SSIM of volumes decoded from their own latents, beside the
+scans' noise (`noise.py`), which it cannot keep and should not.
 
 Measured on phantoms that training never drew, or on a folder of NIfTI files. What it does not do: train, or
 prepare scans as a hospital does (`scans/volumes.py`): files are taken on their own grid, windowed by
@@ -7,6 +8,7 @@ percentiles, and cropped or padded about their centre to sides the tokenizer can
 Axes: D H W = voxels.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from meduet_models.tokenizer.tokenizer import STRIDE, Tokenizer
+from server.tokenizer.noise import NoiseShare, noise_deviation, noise_floor_db
 
 PERCENTILES = (0.5, 99.5)  # that become 0 and 1
 SSIM_WINDOW = 11  # voxels; MONAI's default
@@ -34,6 +37,12 @@ class Quality:
     """Structural similarity, 3-D, Gaussian window of 11 voxels."""
     num_volumes: int
     """Volumes measured."""
+    noise_floor_db: float
+    """PSNR of a codec that loses nothing but the noise; of the volumes with noise, infinite if none."""
+    noise_share: float
+    """Of noise in the variance of the latents, of the volumes with noise; 0 if none."""
+    largest_noise_share: float
+    """The same, of the channel that holds most."""
 
 
 def measure(
@@ -48,14 +57,27 @@ def measure(
 
     psnr, ssim = PSNRMetric(max_val=1.0), SSIMMetric(spatial_dims=3, data_range=1.0, win_size=SSIM_WINDOW)
     values: list[tuple[float, float]] = []
+    floors: list[float] = []
+    share = NoiseShare()
     for volume in volumes:
         decoded = tokenizer.decode(tokenizer.encode(volume[None])).clamp(0.0, 1.0)
         values.append((float(psnr(decoded, volume[None])), float(ssim(decoded, volume[None]))))
+        if deviation := noise_deviation(volume):
+            floors.append(noise_floor_db(deviation))
+            share.add(volume, deviation, tokenizer)
         report(len(values))
     if not values:
         raise ValueError("Expected at least one volume to measure; got none.")
     psnr_db, similarity = np.mean(values, axis=0)
-    return Quality(float(psnr_db), float(similarity), len(values))
+    overall, largest = share.shares() if floors else (0.0, 0.0)
+    return Quality(
+        float(psnr_db),
+        float(similarity),
+        len(values),
+        noise_floor_db=float(np.mean(floors)) if floors else math.inf,
+        noise_share=overall,
+        largest_noise_share=largest,
+    )
 
 
 def list_scans(folder: Path, pattern: str) -> list[Path]:

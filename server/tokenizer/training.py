@@ -1,9 +1,9 @@
-"""Training the small tokenizer on phantoms: PCA of their patches, then the residual VAE started from it.
+"""Training the small tokenizer on phantoms: linear in closed form, then the residual VAE started from that.
 
 Nothing here sees a patient: the volumes come from `random_phantoms.py`. The run is a function of its
 settings: each step's batch is drawn from (seed, step), so a run that was stopped and resumed ends with the
 same weights as one that was not (on the same machine and PyTorch). What is written is the moving average of
-the weights, rounded to float16, with its provenance. Measuring a tokenizer is in `tokenizer_quality.py`.
+the weights, rounded to float16, with its provenance. Measuring a tokenizer is in `quality.py`.
 
 Axes: b = volumes, c = latent channels, D H W = voxels.
 """
@@ -12,17 +12,21 @@ import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from importlib.metadata import version
+from operator import add
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from meduet_models.schedules import cosine, rise
 from meduet_models.seeds import digest_of
-from meduet_models.tokenizer.patch_pca import PatchMoments, principal_components
-from meduet_models.tokenizer.patch_vae import PatchVAE, PatchVAEConfig
-from meduet_models.tokenizer.tokenizer import Tokenizer, save_tokenizer, vae_tokenizer
+from meduet_models.tokenizer.linear_decoder import NeighbourMoments
+from meduet_models.tokenizer.patch_pca import PatchMoments, principal_components, to_patches
+from meduet_models.tokenizer.patch_vae import POSTERIOR_DEVIATION, PatchVAE, PatchVAEConfig
+from meduet_models.tokenizer.tokenizer import Tokenizer, pca_tokenizer, save_tokenizer, vae_tokenizer
 from server.averaged_training import AveragedTraining, check_output
 from server.tokenizer.random_phantoms import Recipe, draw_recipe, make_phantom
 
@@ -38,9 +42,9 @@ Report = Callable[[int, float], None]
 class TokenizerTraining:
     """Settings of a training run; with the code's version they determine the weights."""
 
-    channels: int = 4
+    channels: int = 8
     """Latent channels."""
-    steps: int = 2500
+    steps: int = 2000
     """Optimiser steps."""
     seed: int = 0
     """Of phantoms, crops and draws."""
@@ -121,10 +125,7 @@ class _Run:
         with torch.random.fork_rng(devices=[]):  # layers initialise from the global generator
             torch.manual_seed(_stream(settings.seed, "weights"))
             self.vae = PatchVAE(self.config)
-        moments = PatchMoments.of(phantoms[:1].float())
-        for part in torch.split(phantoms[1:], 256):
-            moments = moments + PatchMoments.of(part.float())
-        self.vae.start_from(principal_components(moments, settings.channels))
+        start_from(self.vae, phantoms)
         self.training = AveragedTraining(
             self.vae, settings, named="vae", weight_decay=1e-4, momentum=settings.average_momentum
         )
@@ -135,13 +136,13 @@ class _Run:
         generator = torch.Generator().manual_seed(_stream(settings.seed, f"step {step}"))
         volumes = _draw_crops(self.phantoms, settings.batch_size, generator)
         volumes = _noisy(volumes, settings.noise, generator)
-        mean, log_variance = self.vae.posterior(volumes)
-        latents = mean + torch.exp(0.5 * log_variance) * torch.randn(mean.shape, generator=generator)
+        mean = self.vae.posterior_mean(volumes)
+        latents = mean + POSTERIOR_DEVIATION * torch.randn(mean.shape, generator=generator)
         errors = (self.vae.reconstruct(latents) - volumes).square().flatten(1).mean(dim=1)
         # The log weighs volumes by what can still be gained on them: the mean PSNR, whereas the mean error is
         # that of the few volumes full of noise.
         loss = torch.log(errors + ERROR_FLOOR).mean()
-        divergence = 0.5 * (mean**2 + log_variance.exp() - 1.0 - log_variance).mean()
+        divergence = 0.5 * (mean**2).mean()  # and a constant: the deviation is fixed
         self.training.descend(loss + settings.kl_weight * divergence, learning_rate_at(step, settings))
         return float(errors.detach().log10().mean() * -10.0)
 
@@ -155,6 +156,31 @@ class _Run:
                 [vae.posterior_mean(part.float()) for part in torch.split(self.phantoms[:512], 64)]
             )
         return vae_tokenizer(vae, self.config, latent_scale=round(1.0 / float(means.std()), 6))
+
+
+def linear_tokenizers(channels: int, phantoms: Float[Tensor, "b 1 D H W"]) -> tuple[Tokenizer, Tokenizer]:
+    """What a trained tokenizer must beat: the PCA of these phantoms' patches, and the same latents with the
+    best linear decoder of 27."""
+    moments = (PatchMoments.of(part.float()) for part in torch.split(phantoms, 128))
+    pca = pca_tokenizer(reduce(add, moments), channels)
+    config = PatchVAEConfig(
+        channels=channels, encoder_width=1, encoder_blocks=0, decoder_width=1, decoder_blocks=0
+    )
+    vae = PatchVAE(config)  # whose corrections are 0
+    start_from(vae, phantoms)
+    return pca, vae_tokenizer(vae, config, latent_scale=1.0)
+
+
+def start_from(vae: PatchVAE, phantoms: Float[Tensor, "b 1 D H W"]) -> None:
+    """Start `vae` in closed form: PCA of the phantoms' patches, and the best linear decoder of 27 latents."""
+    parts = torch.split(phantoms, 128)
+    moments = (PatchMoments.of(part.float()) for part in parts)
+    vae.start_encoder_from(principal_components(reduce(add, moments), vae.config.channels))
+    with torch.no_grad():
+        around = (
+            NeighbourMoments.of(vae.posterior_mean(part.float()), to_patches(part.float())) for part in parts
+        )
+        vae.start_decoder_from(reduce(add, around))
 
 
 def _draw_crops(phantoms: Tensor, count: int, generator: torch.Generator) -> Tensor:

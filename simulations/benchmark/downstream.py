@@ -78,6 +78,7 @@ def downstream_rows(
             classes=task.classes,
             target=Target(task.target, task.values),
             spacing_mm=simulation.plan.volumes.spacing_mm,
+            crop_foreground=simulation.plan.volumes.crop_foreground,
             label_counts=task.label_counts,
             label_shares=task.label_shares,
             draws=task.draws,

@@ -17,12 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from client.latents.labelled import LabelledScans
-from meduet_models.downstream.task import Grid
+from client.training.finetuning import check_answers
 from meduet_models.downstream.tasks import task_of
 from meduet_models.meduet import FactorNetwork
 from meduet_models.style.bank import StyleBank
 from simulations.downstream.fairness import LEAST_PATIENTS, Fairness, fairness_score
 from simulations.downstream.learning import Fitted, fitted_mode, predictor_of
+from simulations.downstream.measuring import measured
 from simulations.downstream.metrics import estimates, resampled, value_on
 from simulations.downstream.settings import (
     CLOSED_FORM,
@@ -31,6 +32,7 @@ from simulations.downstream.settings import (
     SEES_VOLUMES,
     DownstreamSettings,
     Mode,
+    check_whole_scans,
 )
 
 __all__ = [
@@ -140,11 +142,11 @@ def rows_of(
 ) -> list[DownstreamRow]:
     """Measure the predictors of one mode on one test set; the main metric over all draws, the others where
     there is one draw."""
-    task, who = task_of(settings.task), mode or fitted.mode
-    task.check_answers(scans.answers, settings.classes)
-    grid = Grid(spacing_mm=settings.spacing_mm, tolerance_mm=settings.tolerance_mm)
-    outputs = [predictor(scans) for predictor in fitted.predictors]
-    draws = [task.measure_main(out, scans.answers, settings.target, grid) for out in outputs]
+    who = mode or fitted.mode
+    check_answers(task_of(settings.task), scans, settings.classes)
+    alone = len(fitted.predictors) == 1
+    each = [measured(predictor, scans, settings, everything=alone) for predictor in fitted.predictors]
+    draws = [own.main for own in each]
     patients, rows = len(scans.patients), []
     for metric in draws[0]:
         over = resampled([draw[metric] for draw in draws], scans.patient, settings.bootstrap, seed)
@@ -159,15 +161,13 @@ def rows_of(
                 min(len(draws), settings.trained_draws), few.value, few.resamples,
             )
         )  # fmt: skip
-    if len(outputs) == 1:
-        measured = task.measure(outputs[0], scans.answers, settings.target, grid)
-        others = {name: own for name, own in measured.items() if name not in draws[0]}
+    if alone:
         rows += [
             DownstreamRow(
                 settings.task, who, fitted.labels, test, metric, e.value, e.low, e.high,
                 patients, e.undefined, fitted.labelled,
             )
-            for metric, e in estimates(others, scans.patient, settings.bootstrap, seed).items()
+            for metric, e in estimates(each[0].others, scans.patient, settings.bootstrap, seed).items()
         ]  # fmt: skip
     return rows
 
@@ -180,14 +180,12 @@ def _fairness(
     groups: Mapping[str, Sequence[str]],
 ) -> list[Fairness]:
     """The FairnessScore of the first draw, over sites and every other grouping of the test scans."""
-    task = task_of(settings.task)
-    grid = Grid(spacing_mm=settings.spacing_mm, tolerance_mm=settings.tolerance_mm)
-    measured = task.measure_main(fitted.predictors[0](scans), scans.answers, settings.target, grid)
+    main = measured(fitted.predictors[0], scans, settings, everything=False).main
     scores = []
     for grouping, names in {"site": [str(site) for site in scans.site], **groups}.items():
         rows = {one: [i for i, name in enumerate(names) if name == one] for one in sorted(set(names)) if one}
         who = {one: len({scans.patient[i] for i in own}) for one, own in rows.items()}
-        for metric, own in measured.items():
+        for metric, own in main.items():
             read = {
                 one: value_on(own, scans.patient, chosen)
                 for one, chosen in rows.items()
@@ -215,6 +213,8 @@ def _check(
     settings: DownstreamSettings,
     style_bank: StyleBank | None,
 ) -> None:
+    if train.whole is not None:
+        check_whole_scans(settings.modes, settings.task)
     wanted = [mode for mode in settings.modes if mode in PRETRAINED]
     if model is None and wanted:
         raise ValueError(f"Expected a pretrained model for {', '.join(wanted)}; got none.")

@@ -112,9 +112,22 @@ class _Seen:
         for known, seen in self._known:
             if known is scans:
                 return seen
-        seen = replace(scans, latents=self._read(scans), volumes=None)
+        if scans.whole is None:
+            read = self._read(scans)
+        else:
+            read = torch.cat([_mean_read(self._read, scans.rows([row])) for row in range(len(scans))])
+        seen = replace(scans, latents=read, volumes=None, whole=None)
         self._known.append((scans, seen))
         return seen
+
+
+def _mean_read(read: Callable[[LabelledScans], Tensor], scan: LabelledScans) -> Tensor:
+    """What is read of one whole scan: the mean over windows that cover it, by their foreground."""
+    assert scan.whole is not None
+    windows, weights = scan.whole[0].windows()
+    of_windows = read(replace(scan.rows([0] * len(windows)), latents=windows, whole=None))
+    mean: Tensor = torch.tensordot(weights, of_windows, dims=1)
+    return mean[None]
 
 
 def _reader(
@@ -195,6 +208,7 @@ def _learned(
         labelled,
         settings.local_of(mode),
         seed=seed,
+        crop_foreground=settings.crop_foreground,
         validation=validation,
         style_bank=style_bank,
         on_step=report,

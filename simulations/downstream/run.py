@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from client.app import make_client_app
 from client.latents.labelled import LabelledScans, NoLabels
-from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning, check_target
+from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning, check_sees_volumes, check_target
 from forms.form import build
 from meduet_models.anatomy_start import AnatomyStart
 from meduet_models.downstream.kinds import NetworkKind
@@ -38,7 +38,7 @@ from simulations.downstream.evaluate import (
 )
 from simulations.downstream.fairness import groups_of
 from simulations.downstream.report import write_downstream
-from simulations.downstream.settings import SEES_VOLUMES, VOLUME_RATE
+from simulations.downstream.settings import SEES_VOLUMES, VOLUME_RATE, check_whole_scans
 from simulations.engines.in_process import FixedThreads, InProcessGrid
 from simulations.finished_run import FinishedRun, open_run
 from simulations.hospitals.labelled import Part, known_answers, known_covariates, num_classes
@@ -145,7 +145,10 @@ def _evaluate(asked: DownstreamRunSettings, opened: FinishedRun, live: Live) -> 
     plan = opened.plan
     if odd := [name for name in asked.label_sites if name not in plan.sites]:
         raise ValueError(f"Expected label_sites among {', '.join(plan.sites)}; got {odd[0]!r}.")
+    if plan.volumes.extent == "scan":
+        check_whole_scans(asked.modes, asked.task)
     local = _local(asked, opened)
+    check_sees_volumes(local, plan)
     with_labels = [name for name in plan.sites if not asked.label_sites or name in asked.label_sites]
     without = [name for name in plan.sites if name not in with_labels]
 
@@ -182,6 +185,7 @@ def _evaluate(asked: DownstreamRunSettings, opened: FinishedRun, live: Live) -> 
         classes=local.classes,
         target=Target(asked.target, asked.target_values),
         spacing_mm=plan.volumes.spacing_mm,
+        crop_foreground=plan.volumes.crop_foreground,
         label_counts=asked.label_counts,
         label_shares=asked.label_shares,
         draws=asked.draws,

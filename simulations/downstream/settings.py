@@ -1,6 +1,6 @@
 """What a downstream evaluation is told, and the ways to learn from labels that it compares."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
@@ -8,7 +8,9 @@ from federation.exchanges.finetuning import LocalFinetuning
 from meduet_models.anatomy_start import AnatomyStart
 from meduet_models.downstream.kinds import NetworkKind
 from meduet_models.downstream.task import Target
+from meduet_models.downstream.tasks import task_of
 from meduet_models.meduet import NetworkConfig
+from scans.volume_plan import VolumePlan
 
 Mode = Literal[
     "frozen",
@@ -54,6 +56,18 @@ VOLUME_RATE = 5.0
 labels of two, 100 steps, Dice .33 at 1e-3, .66 at 3e-3, .77 at 1e-2."""
 
 
+def check_whole_scans(modes: Sequence[str], task: str) -> None:
+    """Raise `ValueError` for a mode that cannot read whole scans (`volumes.extent: scan`): one that is shown
+    volumes, or that has a rule of its own for each place of registered crops."""
+    cannot = {*SEES_VOLUMES, *(CLOSED_FORM if task_of(task).per_voxel else ())}
+    if odd := [mode for mode in modes if mode in cannot]:
+        why = "shown volumes" if odd[0] in SEES_VOLUMES else "fitted to each place of registered crops"
+        can = ", ".join(mode for mode in MODES if mode not in cannot)
+        raise ValueError(
+            f"Expected modes among {can} with volumes.extent=scan and task={task}; {odd[0]} is {why}."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class DownstreamSettings:
     """How downstream networks are trained and measured."""
@@ -66,6 +80,8 @@ class DownstreamSettings:
     """What is predicted, where a covariate is."""
     spacing_mm: tuple[float, float, float]
     """Voxel spacing of the volumes; distances are in mm."""
+    crop_foreground: float = VolumePlan.crop_foreground
+    """Least share of foreground in a crop that is drawn of a whole scan."""
     label_counts: tuple[int, ...] = ()
     """Numbers of patients (of each class, of a task with classes per scan) whose labels are used; those that
     there are not enough patients for are left out."""

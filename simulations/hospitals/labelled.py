@@ -18,12 +18,13 @@ Part = tuple[str, LatentSet, Sequence[int]]
 
 
 def num_classes(hospitals: Iterable[LatentSet]) -> int:
-    """Highest label of the training patients, and one more; 0 where no hospital has labels."""
+    """Highest label of the training patients, anywhere in what was encoded, and one more; 0 where no hospital
+    has labels."""
     highest = [
-        int(labels.max())
+        int(label.max())
         for scans in hospitals
-        if (rows := [row for row in scans.indices("train") if scans.has_label[row]])
-        and (labels := scans.labels(rows)) is not None
+        for row in scans.indices("train")
+        if (label := scans.whole_label(row)) is not None
     ]
     return max(highest) + 1 if highest else 0
 
@@ -73,10 +74,13 @@ def known_covariates(
 def labels_for_segmenters(
     training: Sequence[Part], held: Sequence[Part]
 ) -> tuple[LabelledScans, LabelledScans] | None:
-    """Scans with label maps to learn from and to test on; None where either has none."""
+    """Scans with label maps to learn from and to test on, of whole scans the central crops; None where either
+    has none."""
     classes = num_classes(scans for _, scans, _ in training)
     if classes < 2:
         return None
     local = LocalFinetuning(task="segmentation", classes=classes)
     learn, test = known_answers(training, local), known_answers(held, local)
-    return None if learn is None or test is None else (learn, test)
+    if learn is None or test is None:
+        return None
+    return dataclasses.replace(learn, whole=None), dataclasses.replace(test, whole=None)

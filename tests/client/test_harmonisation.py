@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from client.cli import main
-from client.harmonisation import target_paths
+from client.volume_files import target_paths
 from meduet_models.diffusion.artefact import save_generative_model
 from meduet_models.diffusion.conditioner import entries_of_scans
 from meduet_models.diffusion.harmonisation import HarmonisationSettings, harmonise, site_style

@@ -13,9 +13,11 @@ from client.scans.cohort import NoScans
 from client.site import Site, SiteConfig
 from federation.exchanges.survey import SURVEY, SurveyAsk
 from federation.journal import Journal
+from federation.keys.identity import SiteIdentity
 from federation.messages import Refusal, RefusalKind
 from federation.plan import RunPlan
 from privacy.ledger import Ledger
+from simulations.consortium import simulated_identity
 
 SECRET = "/scans/MUSTERMANN_ERIKA"
 
@@ -29,6 +31,9 @@ class ToySite:
     def __init__(self, state_dir: Path, error: Exception) -> None:
         self.state_dir, self._error = state_dir, error
         self.ledger, self.journal = Ledger(state_dir / "ledger.jsonl"), Journal(state_dir / "journal.jsonl")
+
+    def identity(self) -> SiteIdentity:
+        return simulated_identity(self.name)
 
     def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
         """Every plan."""

@@ -25,7 +25,7 @@ from scans.volume_plan import VolumePlan
 from tests.worlds import small_network
 
 ROOT = Path(__file__).parents[2]
-TOKENIZER = ROOT / "meduet_models" / "tokenizer" / "tokenizer_4ch.safetensors"
+TOKENIZER = ROOT / "meduet_models" / "tokenizer" / "tokenizer_8ch.safetensors"
 YAML = f"""\
 name: north
 data_root: scans
@@ -34,7 +34,7 @@ minimum_cohort: 2
 allow_non_private: true
 plan_approval: implied
 split_fractions: [1.0, 0.0, 0.0]
-tokenizer: {{kind: file, path: {TOKENIZER}, channels: 4}}
+tokenizer: {{kind: file, path: {TOKENIZER}, channels: 8}}
 device: cpu
 """
 CHILD = """\
@@ -68,7 +68,7 @@ NEEDLESS = {"torch._dynamo", "sympy", "nibabel", "pydicom", "monai", "scipy", "s
 @pytest.fixture
 def plan(toy_plan: Callable[..., RunPlan]) -> RunPlan:
     """The toy plan, for the shipped tokenizer."""
-    network = small_network(latent_channels=4, width=16, style_map_grid=(2, 3, 2))
+    network = small_network(latent_channels=8, width=16, style_map_grid=(2, 3, 2))
     volumes = VolumePlan(modality="mr", shape=(16, 24, 16), spacing_mm=(2.0, 2.0, 2.0))
     return toy_plan(network=network, volumes=volumes)
 
@@ -77,7 +77,7 @@ def a_bank(plan: RunPlan) -> StyleBank:
     draws = torch.Generator().manual_seed(0)
     moments = {}
     for index, name in enumerate(plan.sites):
-        values = torch.randn(6, 4, 4, 6, 4, generator=draws) * (1 + index) + index
+        values = torch.randn(6, 8, 4, 6, 4, generator=draws) * (1 + index) + index
         moments[name] = StyleMoments.of(values, [f"{name}{n}" for n in range(6)], survey_layout(plan))
     return StyleBank.of(plan.sites, moments)
 

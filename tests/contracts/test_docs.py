@@ -93,6 +93,7 @@ def test_every_command_has_help(module: str, command: tuple[str, ...]) -> None:
         ),
         *(f"meduet-site {c}" for c in ("request", "install", "check", "start", "plan list", "plan withdraw")),
         *(f"meduet-site {c}" for c in ("plan show", "plan approve", "journal show", "journal verify")),
+        *(f"meduet-site {c}" for c in ("ledger show", "ledger close")),
         *(f"meduet-server {c}" for c in ("journal show", "journal verify")),
     ],
 )

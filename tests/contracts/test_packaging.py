@@ -20,6 +20,7 @@ PACKAGES = (
     "privacy",
     "federation",
     "strategies",
+    "audit",
     "client",
     "server",
     "simulations",

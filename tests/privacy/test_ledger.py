@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from privacy.chain import BrokenChain, Chain, read_chain
-from privacy.ledger import AnsweredBefore, Ledger, LedgerRefusal, Place, Reservation
+from privacy.ledger import AnsweredBefore, Ceiling, Ledger, LedgerRefusal, Place, Reservation
 from privacy.promise import Promise
 from tests.worlds import unanswered_places
 
@@ -114,7 +114,7 @@ def test_a_place_that_an_older_version_settled_without_its_question_is_given_awa
 
 
 def test_a_site_with_a_finite_ceiling_refuses_and_writes_nothing(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.jsonl", epsilon_ceiling=3.0)
+    ledger = Ledger(tmp_path / "ledger.jsonl", Ceiling(epsilon=3.0))
     with pytest.raises(LedgerRefusal, match=r"Plan 9f3c9f3c… .*ceiling is 3 .*Nothing was read"):
         ledger.reserve(place(1), ASKED, UPDATE)
     assert ledger.verify() == 0
@@ -139,6 +139,6 @@ def test_an_edited_ledger_reserves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ceiling", [-1.0, math.nan])
-def test_a_ceiling_that_is_no_ceiling_is_refused(tmp_path: Path, ceiling: float) -> None:
+def test_a_ceiling_that_is_no_ceiling_is_refused(ceiling: float) -> None:
     with pytest.raises(ValueError, match="epsilon_ceiling"):
-        Ledger(tmp_path / "ledger.jsonl", epsilon_ceiling=ceiling)
+        Ceiling(epsilon=ceiling)

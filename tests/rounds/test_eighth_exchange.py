@@ -17,6 +17,7 @@ from client.exchanges.exchange import Answer, OnStep
 from client.release import Gate, Released
 from federation.exchanges.exchange import Exchange
 from federation.journal import Journal
+from federation.keys.identity import SiteIdentity
 from federation.limits import largest_reply
 from federation.messages import Ask, Reply, Tensors
 from federation.plan import RunPlan
@@ -24,6 +25,7 @@ from federation.reply_book import ReplyBook
 from privacy.ledger import Ledger
 from privacy.promise import Promise
 from server.exchanges.queries import ask_sites
+from simulations.consortium import simulated_identity
 from simulations.engines.in_process import InProcessGrid
 from strategies.aggregation import ReplyRefused
 from strategies.quorum import Roster
@@ -90,6 +92,9 @@ class Hospital:
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.state_dir / "ledger.jsonl")
         self.journal = Journal(self.state_dir / "journal.jsonl")
+
+    def identity(self) -> SiteIdentity:
+        return simulated_identity(self.name)
 
     def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
         """Every plan."""

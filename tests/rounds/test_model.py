@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from federation.exchanges.erasure import ErasureReply, erasure_tensors
+from federation.exchanges.erasure import ErasureReply, ErasureSums, erasure_tensors, pooled_bound
 from federation.exchanges.survey import SurveyReply, survey_layout
 from meduet_models.content_code import CodeSums, code_bound, code_of
 from meduet_models.meduet import MeDUET
@@ -30,10 +30,19 @@ def codes(plan: Any, seed: int, num: int = 8) -> torch.Tensor:
     return torch.randn(num, plan.network.code_size, generator=torch.Generator().manual_seed(seed)) + seed / 2
 
 
-def content(plan: Any, site: str, seed: int, num: int = 8) -> ErasureReply:
-    bound = code_bound(plan.network.code_size)
-    sums = CodeSums.of(codes(plan, seed, num), [str(i) for i in range(num)], bound)
-    return ErasureReply(plan_sha256=plan.sha256, site=site, moments=erasure_tensors(sums))
+def pooled(plan: Any, seed: int, num: int = 8) -> torch.Tensor:
+    drawn = torch.randn(num, plan.network.width, generator=torch.Generator().manual_seed(seed))
+    return (drawn + seed / 2) / 3
+
+
+def content(plan: Any, site: str, seed: int, num: int = 8, *, beside: bool = True) -> ErasureReply:
+    who = [str(i) for i in range(num)]
+    sums = CodeSums.of(codes(plan, seed, num), who, code_bound(plan.network.code_size))
+    of_tokens = CodeSums.none(plan.network.width, pooled_bound(plan))
+    if beside:
+        of_tokens = CodeSums.of(pooled(plan, seed, num), who, pooled_bound(plan))
+    moments = erasure_tensors(ErasureSums(sums, of_tokens))
+    return ErasureReply(plan_sha256=plan.sha256, site=site, moments=moments)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -99,6 +108,34 @@ def test_the_erasure_makes_the_sites_means_equal(miniature: Any) -> None:
     tokens = before.tokens_of(means) + before.tokens_of(torch.zeros(1, plan.network.code_size))
     apart = after.read(tokens) - after.read(tokens)[:1]
     assert float(apart.abs().max()) < 1e-4 < 1.0 < float((means - means[0]).norm())
+
+
+def test_tokens_are_erased_by_the_pooled_content_of_those_that_told_it_and_else_by_the_code(
+    miniature: Any,
+) -> None:
+    plan = miniature.plan()
+    model = MeduetModel(plan)
+    coded = model.with_code(model.start()[0], {})
+
+    def erased(*tell: str) -> tuple[torch.Tensor, dict[str, Any]]:
+        replies = {s: content(plan, s, i, beside=s in tell) for i, s in enumerate(plan.sites)}
+        for reply in replies.values():
+            model.check_erasure(reply)
+        shared, summary = model.after_erasure(coded, replies)
+        means = torch.stack([pooled(plan, i).mean(0) for i in range(3)])
+        return (means - means[0]) @ shared["erasure_matrix"].T, summary
+
+    apart, summary = erased(*plan.sites)
+    assert summary["pooled"] == sorted(plan.sites) and float(apart.abs().max()) < 1e-5
+    two, summary = erased(*plan.sites[:2])  # the third is left out of it
+    assert summary["pooled"] == sorted(plan.sites[:2]) and summary["rank"] == 1
+    assert float(two[1].abs().max()) < 1e-5 < 0.1 < float(two[2].abs().max())
+    for tell in ((), plan.sites[:1]):
+        by_code, summary = erased(*tell)
+        assert summary["rank"] == 2 and float(by_code.abs().max()) > 0.1
+    with pytest.raises(ReplyRefused, match="pooled content of nobody or of 8; got 9"):
+        moments = content(plan, "oslo", 0).moments | {"pooled": content(plan, "oslo", 0, 9).moments["pooled"]}
+        model.check_erasure(dataclasses.replace(content(plan, "oslo", 0), moments=moments))
 
 
 def with_threads(number: int, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -72,18 +72,30 @@ def too_long(reply: ErasureReply) -> ErasureReply:
     """The count is right, and the sum is longer than so many patients' can be."""
     sums = reply.moments["sums"].clone()
     sums[1:] *= 1e6
-    return dataclasses.replace(reply, moments={"sums": sums})
+    return dataclasses.replace(reply, moments={**reply.moments, "sums": sums})
+
+
+def more_pooled(reply: ErasureReply) -> ErasureReply:
+    """Pooled content of more patients than have codes."""
+    pooled = reply.moments["pooled"].clone()
+    pooled[0] += 1
+    return dataclasses.replace(reply, moments={**reply.moments, "pooled": pooled})
 
 
 def halves(reply: ErasureReply) -> ErasureReply:
     sums = reply.moments["sums"].clone()
     sums[0] += 0.5
-    return dataclasses.replace(reply, moments={"sums": sums})
+    return dataclasses.replace(reply, moments={**reply.moments, "sums": sums})
 
 
 @pytest.mark.parametrize(
     ("lie", "reason"),
-    [(negative, "at least 5 patients"), (too_long, "longer"), (halves, "whole patients")],
+    [
+        (negative, "at least 5 patients"),
+        (too_long, "longer"),
+        (halves, "whole patients"),
+        (more_pooled, "pooled content of nobody or of"),
+    ],
 )
 def test_code_sums_of_nobody_do_not_end_the_run_at_its_last_step(
     plan: RunPlan, tmp_path: Path, lie: Lie, reason: str

@@ -19,11 +19,13 @@ from federation.exchanges.pretraining import PRETRAINING
 from federation.exchanges.probes import PROBES
 from federation.exchanges.survey import SURVEY
 from federation.journal import Journal
+from federation.keys.identity import SiteIdentity
 from federation.plan import ProbePlan, RunPlan, TrainingPlan
 from meduet_models.meduet import FactorNetwork
 from privacy.ledger import Ledger
 from server.app import run
 from server.exchanges.finetuning import pretrained_sha256, run_finetuning
+from simulations.consortium import simulated_identity
 from simulations.engines.in_process import InProcessGrid
 from tests.worlds import KnownScans
 
@@ -52,6 +54,9 @@ class Hospital:
     def _fail(self, *given: object, **named: object) -> NoReturn:
         logging.getLogger("client.training.pretraining").error("about to fail: %s", SECRET)
         raise MustermannError(f"cannot read {SECRET}") from OSError(2, SECRET, SECRET)
+
+    def identity(self) -> SiteIdentity:
+        return simulated_identity(self.name)
 
     def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
         if self._place == "accept":

@@ -28,7 +28,11 @@ def plan() -> RunPlan:
     config = plain(compose_config([*overrides, *(f"network.{own}" for own in NETWORK)]))
     tokenizer = load_tokenizer(TokenizerSpec())
     return plan_from(
-        config, sites=SITES, tokenizer_sha256=tokenizer.sha256, latent_channels=4, stride=tokenizer.stride
+        config,
+        sites=SITES,
+        tokenizer_sha256=tokenizer.sha256,
+        latent_channels=tokenizer.latent_channels,
+        stride=tokenizer.stride,
     )
 
 
@@ -58,7 +62,7 @@ def planted(plan: RunPlan, sites: int = 2, patients: int = 15, anatomy: bool = T
     """The same patients at every site: a smooth anatomy, shifted and scaled by the site."""
     draws = torch.Generator().manual_seed(0)
     grid = plan.network.latent_grid
-    bodies = torch.randn(patients, 4, *grid, generator=draws)
+    bodies = torch.randn(patients, plan.network.latent_channels, *grid, generator=draws)
     bodies[:, 0, : grid[0] // 2] += 3 * torch.randn(patients, 1, 1, 1, generator=draws)
     known = bodies[:, 0, : grid[0] // 2].mean((1, 2, 3)) - bodies[:, 0, grid[0] // 2 :].mean((1, 2, 3))
     latents = torch.cat([bodies * (1 + 0.5 * site) + site for site in range(sites)])

@@ -25,7 +25,7 @@ def plan() -> RunPlan:
         config,
         sites=("a", "b"),
         tokenizer_sha256=tokenizer.sha256,
-        latent_channels=4,
+        latent_channels=tokenizer.latent_channels,
         stride=tokenizer.stride,
     )
 
@@ -33,7 +33,9 @@ def plan() -> RunPlan:
 def people(plan: RunPlan, per_site: int, seed: int) -> Held:
     """Different people at two hospitals; those of the second are older. Nothing of it is in their scans."""
     draws = torch.Generator().manual_seed(seed)
-    latents = torch.randn(2 * per_site, 4, *plan.network.latent_grid, generator=draws)
+    latents = torch.randn(
+        2 * per_site, plan.network.latent_channels, *plan.network.latent_grid, generator=draws
+    )
     site = (0,) * per_site + (1,) * per_site
     age = torch.tensor([[40.0 + 40 * s] for s in site]) + torch.randn(2 * per_site, 1, generator=draws)
     return Held(latents, site, tuple(f"{s}/{i}" for i, s in enumerate(site)), age, ("age",))

@@ -17,7 +17,7 @@ from client.exchanges import erasure, probes, survey
 from client.exchanges.probes import probe_hits, probed_patients
 from client.latents.style_moments import own_moments
 from client.training.site_state import StateFolder
-from federation.exchanges.erasure import ErasureAsk, erasure_sums
+from federation.exchanges.erasure import ErasureAsk, erasure_sums, numbers_told
 from federation.exchanges.probes import (
     ANATOMY,
     HITS,
@@ -205,19 +205,21 @@ def test_whether_questions_are_answered_does_not_read_a_latent(
 # Who is among few patients, and what was measured of them, from the sums of their products.
 
 
-def traced(network: MeDUET, left: CodeSums, members: Any, strangers: Any) -> float:
+def traced(read: Callable[[Tensor], Tensor], left: CodeSums, members: Any, strangers: Any) -> float:
     """How often a member leans to the mean that left more than a stranger does (area under the curve).
 
-    Who holds the scans, and others of the same kind, knows what is usual.
+    Who holds the scans, and others of the same kind, knows what is usual, and how it varies.
     """
 
     def leaning(cohort: Any) -> Tensor:
         with torch.no_grad():
-            codes = network.content_code(cohort.values[:, 0]).double()
-        return (codes - usual) @ (left.total / left.count - usual)
+            codes = read(cohort.values[:, 0]).double()
+        return (codes - usual) @ torch.linalg.solve(varies, left.total / left.count - usual)
 
     with torch.no_grad():
-        usual = network.content_code(strangers.values[:, 0]).double().mean(0)
+        told = read(strangers.values[:, 0]).double()
+    usual, varies = told.mean(0), torch.cov(told.T)
+    varies += 1e-3 * varies.diagonal().mean() * torch.eye(len(usual), dtype=torch.float64)
     inside, outside = leaning(members), leaning(strangers)
     return float((inside[:, None] > outside[None]).double().mean())
 
@@ -235,7 +237,9 @@ def test_the_mean_of_few_codes_tells_members_only_where_the_site_agreed(
         assert site.journal.verify() == 0
         return
     left = erasure_sums(erasure.ANSWER.once(site, ask, plan).tensors, plan)
-    assert traced(network, left, site.held, toy_scans([f"s{n}" for n in range(200)], seed=9)) > 0.9
+    strangers = toy_scans([f"s{n}" for n in range(200)], seed=9)
+    assert traced(network.content_code, left.codes, site.held, strangers) > 0.9
+    assert traced(network.pooled_content, left.pooled, site.held, strangers) > 0.75
 
 
 @pytest.mark.parametrize("agreed", [True, False])
@@ -277,4 +281,18 @@ def test_from_one_patient_per_number_the_mean_leaves_and_tells_members_less_well
     ask = ErasureAsk(plan_json=plan.to_json(), shared=shared)
     left = erasure_sums(erasure.ANSWER.once(site, ask, plan).tensors, plan)
     strangers = toy_scans([f"s{n}" for n in range(200)], seed=9)
-    assert traced(coded_network(plan), left, site.held, strangers) < 0.85
+    assert traced(coded_network(plan).content_code, left.codes, site.held, strangers) < 0.85
+    assert float(left.pooled.to_vector().norm()) == 0.0  # a patient for each number of a code, not of both
+
+
+def test_pooled_content_leaves_from_a_patient_for_each_number_of_both_means(
+    site: Hospital, plan: RunPlan, toy_scans: Any
+) -> None:
+    site.exact_sums, least = False, numbers_told(plan)
+    site.held = toy_scans([f"p{n}" for n in range(least)])
+    shared = coded(plan, parts(plan, shared_keys))
+    ask = ErasureAsk(plan_json=plan.to_json(), shared=shared)
+    left = erasure_sums(erasure.ANSWER.once(site, ask, plan).tensors, plan)
+    assert float(left.pooled.count) == least
+    strangers = toy_scans([f"s{n}" for n in range(200)], seed=9)
+    assert traced(coded_network(plan).pooled_content, left.pooled, site.held, strangers) < 0.7

@@ -221,14 +221,18 @@ def test_erasure_sums_are_those_of_the_final_networks_codes(
 ) -> None:
     shared = coded(plan, add(weights(plan)[0], answer_round(site, ask(plan, toy_bank(plan)), plan)))
     question = ErasureAsk(plan_json=plan.to_json(), shared=shared)
-    sums = erasure_sums(answer_erasure(site, question, plan).tensors, plan)
+    told = erasure_sums(answer_erasure(site, question, plan).tensors, plan)
+    sums, pooled = told.codes, told.pooled
     student = MeDUET(plan.network, 3)
     state = answers.StateFolder(site.state_dir / "state", plan.sha256).before(4)
     student.load_state_dict({**state.home, **shared})
     with torch.no_grad():
         codes = student.content_code(site.held.values[:, 0]).double().reshape(6, 2, -1).mean(1)
+        whole = student.pooled_content(site.held.values[:, 0]).double().reshape(6, 2, -1).mean(1)
     assert float(sums.count) == 6 and float(codes.norm(dim=1).max()) < sums.bound
     torch.testing.assert_close(sums.total, codes.sum(0), rtol=1e-5, atol=1e-5)
+    assert float(pooled.count) == 6 and float(whole.norm(dim=1).max()) < pooled.bound
+    torch.testing.assert_close(pooled.total, whole.sum(0), rtol=1e-5, atol=1e-5)
     with pytest.raises(AnsweredBefore):
         answer_erasure(site, replace(question, shared={**shared, "code_mean": 0 * shared["code_mean"]}), plan)
 

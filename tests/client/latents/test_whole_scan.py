@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from client.checks.machine import disk_check
 from client.latents.batches import Batches, step_generator
 from client.latents.cache import LatentCache
 from client.latents.latent_set import LatentSet
@@ -66,7 +67,9 @@ def scans(root: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFac
 
 def plan(**changes: object) -> RunPlan:
     made = make_plan(volumes=VOLUMES, style=StylePlan(minimum_cohort=3))
-    network = dataclasses.replace(made.network, latent_channels=4)
+    network = dataclasses.replace(
+        made.network, latent_channels=load_tokenizer(TokenizerSpec()).latent_channels
+    )
     return dataclasses.replace(made, network=network, **changes)  # type: ignore[arg-type]
 
 
@@ -197,6 +200,23 @@ def test_style_is_that_of_the_whole_foreground_and_of_nothing_else(scans: Latent
     torch.testing.assert_close(moments.to_vector(), expected.to_vector())
     everything = StyleMoments.of(scans.latents(range(len(scans))), scans.patients, survey_layout(plan()))
     assert not torch.allclose(moments.to_vector(), everything.to_vector(), rtol=1e-2)
+
+
+def test_room_for_whole_scans_is_told_by_those_that_are_there_and_until_then_at_least(
+    root: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    cohort = open_cohort(root, plan=VOLUMES, split_salt="s")
+    cache = LatentCache(tmp_path, tokenizer, VOLUMES)
+    before = cache.state(cohort)
+    assert before.at_least and "at least" in disk_check(tmp_path, before.bytes_to_write, before.at_least)[1]
+    written = sum(path.stat().st_size for path in cache.encode(cohort).files())
+    assert before.bytes_to_write < written
+    files = sorted(tmp_path.glob("??/*.safetensors"))
+    for path in files[::2]:
+        path.unlink()
+    half = cache.state(cohort)
+    gone = written - sum(path.stat().st_size for path in files[1::2])
+    assert not half.at_least and half.bytes_to_write == pytest.approx(gone, rel=0.25)
 
 
 def test_maps_of_scans_of_different_sizes_are_refused() -> None:

@@ -159,7 +159,7 @@ def test_a_disk_that_takes_nothing_is_an_error_of_the_operating_system(
 def test_workers_end_with_the_process_that_started_them(folder: Path, tmp_path: Path) -> None:
     program = (
         "import sys, time; from pathlib import Path\n"
-        "from client.latents.workers import Job, Workers; from federation.plan import VolumePlan\n"
+        "from client.latents.workers import Job, Workers; from scans.volume_plan import VolumePlan\n"
         "from meduet_models.tokenizer.tokenizer import TokenizerSpec\n"
         f"job = Job(Path({str(tmp_path)!r}), VolumePlan(modality='t1'), TokenizerSpec(), '', False)\n"
         "workers = Workers(job, 2); workers.start(); print(*workers.pids, flush=True); time.sleep(600)\n"

@@ -7,7 +7,7 @@ import pytest
 
 from client.scans.tables import Join, join_covariates, read_table
 
-DRAWS = 1_000
+DRAWS, QUICK = 5_000, 1_000
 
 
 def saved(path: Path, content: bytes) -> Path:
@@ -119,15 +119,18 @@ def _drawn(
     return scans, ages, join, [covariates.get("age") for covariates in found]  # type: ignore[misc]
 
 
+@pytest.mark.parametrize(
+    "draws", [range(QUICK), pytest.param(range(QUICK, DRAWS), marks=pytest.mark.slow)], ids=["quick", "all"]
+)
 def test_in_drawn_tables_a_scan_gets_its_own_patients_age_or_none_and_the_counts_say_so(
-    tmp_path: Path,
+    tmp_path: Path, draws: range
 ) -> None:
     joined = 0
-    for seed in range(DRAWS):
+    for seed in draws:
         scans, ages, join, expected = _drawn(random.Random(seed), tmp_path / "t.csv")
         for (patient, _), age in zip(scans, expected, strict=True):
             assert age in (None, ages[patient]), seed
         assert join.scans_without_row == expected.count(None), seed
         assert join.num_rows - join.rows_without_scan == len(expected) - expected.count(None), seed
         joined += any(age is not None for age in expected)
-    assert joined > 0.5 * DRAWS
+    assert joined > 0.5 * len(draws)

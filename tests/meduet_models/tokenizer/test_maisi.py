@@ -115,7 +115,7 @@ def test_another_width_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="should have shape"):
         load_maisi(tmp_path / "a.pt", wider)
     with pytest.raises(ValueError, match="lacks"):  # the tokenizer asks for the published network
-        load_tokenizer(TokenizerSpec(kind="maisi", path=str(tmp_path / "a.pt")))
+        load_tokenizer(TokenizerSpec(kind="maisi", channels=4, path=str(tmp_path / "a.pt")))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
@@ -171,7 +171,7 @@ def test_the_papers_setting_turns_96_cubed_into_4_by_24_cubed(tmp_path: Path) ->
         shapes = {name: t.shape for name, t in Maisi(MaisiConfig()).network.state_dict().items()}
     generator = torch.Generator().manual_seed(0)
     torch.save({n: 0.02 * torch.randn(s, generator=generator) for n, s in shapes.items()}, tmp_path / "a.pt")
-    tokenizer = load_tokenizer(TokenizerSpec(kind="maisi", path=str(tmp_path / "a.pt")))
+    tokenizer = load_tokenizer(TokenizerSpec(kind="maisi", channels=4, path=str(tmp_path / "a.pt")))
     latents = tokenizer.encode(random_volumes(96))
     assert latents.shape == (1, 4, 24, 24, 24)
     assert torch.isfinite(latents).all()

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from meduet_models.tokenizer.patch_pca import PatchMoments, principal_components
-from meduet_models.tokenizer.patch_vae import PatchVAE, PatchVAEConfig
+from meduet_models.tokenizer.linear_decoder import NeighbourMoments, best_decoder
+from meduet_models.tokenizer.patch_pca import PatchMoments, from_patches, principal_components, to_patches
+from meduet_models.tokenizer.patch_vae import POSTERIOR_DEVIATION, PatchVAE, PatchVAEConfig
 from meduet_models.tokenizer.tokenizer import (
     Tokenizer,
     TokenizerSpec,
@@ -21,7 +22,7 @@ from meduet_models.tokenizer.tokenizer import (
 from meduet_models.weights import load_weights, save_weights
 
 SMALL = PatchVAEConfig(channels=3, encoder_width=8, encoder_blocks=1, decoder_width=8, decoder_blocks=1)
-SHIPPED = [4]
+SHIPPED = [8]
 
 
 def volumes(seed: int, shape: tuple[int, int, int] = (16, 20, 12), count: int = 2) -> Tensor:
@@ -74,14 +75,20 @@ def test_a_tokenizer_inside_a_network_that_trains_stays_frozen() -> None:
     assert not any(parameter.requires_grad for parameter in whole["tokenizer"].parameters())
 
 
-def test_before_training_the_small_vae_is_the_pca() -> None:
-    vae = PatchVAE(SMALL)
-    vae.start_from(principal_components(moments(), 3))
+def test_before_training_the_small_vae_is_the_pca_decoded_by_the_best_linear_map_of_27_latents() -> None:
+    vae, x = PatchVAE(SMALL), volumes(0, count=4)
+    vae.start_encoder_from(principal_components(moments(), 3))
     linear = pca_tokenizer(moments(), 3)
     untrained = vae_tokenizer(vae, SMALL, latent_scale=1.0)
-    latents = linear.encode(volumes(2))
-    torch.testing.assert_close(untrained.encode(volumes(2)), latents, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(untrained.decode(latents), linear.decode(latents), rtol=1e-4, atol=1e-5)
+    latents = linear.encode(x)
+    torch.testing.assert_close(untrained.encode(x), latents, rtol=1e-4, atol=1e-5)
+    around = NeighbourMoments.of(latents, to_patches(x))
+    vae.start_decoder_from(around)
+    kernel, bias = best_decoder(around, POSTERIOR_DEVIATION)
+    decoded = from_patches(nn.functional.conv3d(latents, kernel.float(), bias.float(), padding=1))
+    torch.testing.assert_close(untrained.decode(latents), decoded, rtol=1e-4, atol=1e-5)
+    alone, together = ((d - x).square().mean() for d in (linear.decode(latents), decoded))
+    assert together < 0.95 * alone
 
 
 def test_latents_of_the_pca_have_unit_root_mean_square_over_its_own_patches() -> None:
@@ -197,7 +204,7 @@ def test_weights_that_do_not_fit_their_own_description_are_refused(tmp_path: Pat
         ({"kind": "file"}, "Expected the path"),
         ({"kind": "maisi"}, "Expected the path"),
         ({"kind": "file", "path": "nowhere.safetensors"}, "there is none"),
-        ({"kind": "shipped", "channels": 5}, "tokenizer_4ch.safetensors"),
+        ({"kind": "shipped", "channels": 5}, "tokenizer_8ch.safetensors"),
     ],
 )
 def test_a_spec_that_names_no_weights_says_what_there_is(settings: dict[str, Any], complaint: str) -> None:

@@ -43,13 +43,19 @@ TOKENIZER = load_tokenizer(TokenizerSpec())
 def plan() -> RunPlan:
     overrides = ["volumes.spacing_mm=[6,8,8]", "volumes.shape=[32,24,24]", "style.minimum_cohort=2"]
     config = plain(compose_config([*overrides, *(f"network.{own}" for own in NETWORK)]))
-    return plan_from(config, sites=SITES, tokenizer_sha256=TOKENIZER.sha256, latent_channels=4, stride=4)
+    return plan_from(
+        config,
+        sites=SITES,
+        tokenizer_sha256=TOKENIZER.sha256,
+        latent_channels=TOKENIZER.latent_channels,
+        stride=TOKENIZER.stride,
+    )
 
 
 def scanned(plan: RunPlan, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     draws = torch.Generator().manual_seed(seed)
     site = torch.arange(count) % 2
-    latents = torch.randn(count, 4, *plan.network.latent_grid, generator=draws)
+    latents = torch.randn(count, plan.network.latent_channels, *plan.network.latent_grid, generator=draws)
     return latents * (1 + 0.5 * site.reshape(-1, 1, 1, 1, 1)) + site.reshape(-1, 1, 1, 1, 1), site
 
 
@@ -81,7 +87,8 @@ def model(
     styles = StyleBank.of(SITES, moments)
     sizes = condition_sizes(plan.network, names, maps=True, body_parts=0, categories=0, labels=0)
     config = DiffusionConfig(
-        latent_channels=4, latent_grid=plan.network.latent_grid, sizes=sizes, path="linear",
+        latent_channels=plan.network.latent_channels, latent_grid=plan.network.latent_grid, sizes=sizes,
+        path="linear",
         shape=TransformerShape(patch_size=2, width=24, depth=1, heads=2),
     )  # fmt: skip
     encoder = FactorNetwork(plan.network, seed=0).eval().requires_grad_(False)

@@ -1,0 +1,156 @@
+"""The books of a site: is everything that left written down, reserved first, charged once, under its ceiling?
+
+Journal and ledger are hash chains (`privacy/chain.py`): an edited, moved or removed line shows, and lines cut
+off the end show against each other, since each line of the journal names its charge.
+
+What this file does not do: correct anything.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from audit.evidence import SiteBooks
+from federation.journal import BrokenChain, read_journal
+from privacy.chain import Entry, read_chain
+
+
+@dataclass(frozen=True)
+class Charged:
+    """What the ledger says was spent."""
+
+    epsilon: float
+    """Sum over what was settled; infinite where a release had no noise."""
+    delta: float
+    """Sum of the deltas beside them."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """Books that were read."""
+
+    problems: list[str] = field(default_factory=list)
+    """What does not hold, each in a sentence."""
+    released: list[dict[str, Any]] = field(default_factory=list)
+    """Lines of the journal under which something left."""
+    charged: dict[str, Charged] = field(default_factory=dict)
+    """By kind."""
+    questions: dict[str, int] = field(default_factory=dict)
+    """Most questions that were answered for one place, by kind."""
+
+
+def read_books(books: SiteBooks) -> Read:
+    """Read and hold against each other; a book that is broken or not there is a problem, and ends it."""
+    try:
+        journal, ledger = read_journal(books.journal), read_chain(books.ledger, "ledger")
+    except BrokenChain as error:
+        return Read([_without_path(error)])
+    except ValueError:
+        missing = [p.name for p in (books.journal, books.ledger) if not p.is_file()]
+        return Read([f"There is no {' and no '.join(missing)}: what was promised cannot be checked."])
+    released = [e.record for e in journal if "sha256" in e.record]
+    problems = [
+        *_uncharged(released, ledger),
+        *_unreserved(ledger),
+        *_over(ledger, books.ceiling),
+        *_changed(released),
+    ]
+    questions = _questions(released)
+    problems += [
+        f"{most} different questions were answered for one place of kind '{kind}': their answers are "
+        "equations about the same patients."
+        for kind, most in questions.items()
+        if most > 1
+    ]
+    return Read(problems, released, _charged(ledger), questions)
+
+
+def _uncharged(released: Sequence[dict[str, Any]], ledger: Sequence[Entry]) -> Iterator[str]:
+    """Lines of the journal whose charge is not in the ledger, or is that of something else."""
+    entries = {entry.sha256: entry.record for entry in ledger}
+    for line in released:
+        what = f"'{line['kind']}' of round {line.get('round', 0)}"
+        charge = entries.get(str(line.get("ledger")))
+        if charge is None or charge.get("event") not in ("settle", "anew"):
+            yield f"{what} left, and the ledger does not know of it: a charge was forgotten, or cut off."
+            continue
+        reservation = entries.get(str(charge.get("reservation")), {})
+        place = {name: line.get(name) for name in ("plan", "kind", "round", "question")}
+        if {name: reservation.get(name) for name in place} != place:
+            yield f"{what} left on the charge of another question."
+        elif charge.get("released") != line["sha256"]:
+            yield f"{what} left with other bytes than were charged."
+
+
+def _unreserved(ledger: Sequence[Entry]) -> Iterator[str]:
+    """Settlements without an earlier reservation, or at another epsilon than was reserved."""
+    reserved: dict[str, Any] = {}
+    for entry in ledger:
+        if entry.record.get("event") == "reserve":
+            reserved[entry.sha256] = entry.record
+        elif entry.record.get("event") == "settle":
+            held = reserved.get(str(entry.record.get("reservation")))
+            if held is None:
+                yield f"Line {entry.index + 1} of the ledger settles what was never reserved."
+            elif number(held.get("epsilon")) != number(entry.record.get("epsilon")):
+                yield f"Line {entry.index + 1} of the ledger charges another epsilon than was reserved."
+
+
+def _over(ledger: Sequence[Entry], ceiling: float | None) -> Iterator[str]:
+    if ceiling is None:
+        return
+    spent = 0.0
+    for entry in ledger:
+        if entry.record.get("event") == "settle":
+            spent += number(entry.record.get("epsilon"))
+            if spent > ceiling:
+                yield f"Line {entry.index + 1} of the ledger passes the site's ceiling of {ceiling:g}."
+                return
+
+
+def _changed(released: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """One question, two answers."""
+    seen: dict[tuple[Any, ...], str] = {}
+    for line in released:
+        place = (*(line.get(name) for name in ("plan", "kind", "round", "part", "question")),)
+        if seen.setdefault(place, line["sha256"]) != line["sha256"]:
+            what = f"'{line['kind']}' of round {line.get('round', 0)}"
+            yield f"{what} left twice for one question, differently."
+
+
+def _questions(released: Sequence[dict[str, Any]]) -> dict[str, int]:
+    asked: dict[tuple[Any, ...], set[str]] = defaultdict(set)
+    for line in released:
+        place = (line["kind"], line.get("plan"), line.get("round"), line.get("part", ""))
+        asked[place].add(str(line.get("question")))
+    most: dict[str, int] = {}
+    for (kind, *_), questions in asked.items():
+        most[kind] = max(most.get(kind, 0), len(questions))
+    return most
+
+
+def _charged(ledger: Sequence[Entry]) -> dict[str, Charged]:
+    kinds = {e.sha256: str(e.record["kind"]) for e in ledger if e.record.get("event") == "reserve"}
+    total: dict[str, Charged] = {}
+    for entry in ledger:
+        if entry.record.get("event") == "settle":
+            kind = kinds.get(str(entry.record.get("reservation")), "?")
+            before = total.get(kind, Charged(0.0, 0.0))
+            total[kind] = Charged(
+                before.epsilon + number(entry.record.get("epsilon")),
+                before.delta + number(entry.record.get("delta", 0.0)),
+            )
+    return total
+
+
+def number(value: Any) -> float:
+    """An epsilon or delta as the ledger writes it; infinite where it says so, or says nothing."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0:
+        return float(value)
+    return math.inf
+
+
+def _without_path(error: Exception) -> str:
+    return str(error).rpartition("/")[2]

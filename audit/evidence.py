@@ -1,0 +1,127 @@
+"""What an audit looks at: scans as an attacker may hold them, what left, the books, and published models.
+
+Whoever opens a run, a site or a centre fills this in; the attacks read nothing else. Everything that left is
+here as it left: its hash is that of the journal's line, else it is not here (`missing` says why).
+
+What this file does not do: read a file.
+
+Axes: n = scans, c d h w = latents, t = measured values, d = numbers in a vector.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from federation.plan import RunPlan
+from meduet_models.diffusion.artefact import GenerativeModel
+from meduet_models.meduet import FactorNetwork
+from meduet_models.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The candidates of a site: scans that somebody may hold, and whether each patient took part."""
+
+    site: str
+    latents: Float[Tensor, "n c d h w"]
+    patients: tuple[str, ...]
+    """Whose each scan is: names that mean nothing elsewhere."""
+    took_part: tuple[bool, ...]
+    """Of each scan: whether its patient was trained on."""
+    measured: Float[Tensor, "n t"] | None = None
+    """What was measured of each scan, as it enters the sums; NaN where nothing is known."""
+
+    @property
+    def people(self) -> list[str]:
+        """Patients in order of first appearance."""
+        return list(dict.fromkeys(self.patients))
+
+    @property
+    def member(self) -> np.ndarray:
+        """Whether each of `people` took part."""
+        known = dict(zip(self.patients, self.took_part, strict=True))
+        return np.array([known[name] for name in self.people], dtype=bool)
+
+    def rows(self, person: str) -> list[int]:
+        """The scans of a patient."""
+        return [row for row, name in enumerate(self.patients) if name == person]
+
+    def per_person(self, of_scans: Float[Tensor, "n d"]) -> Float[Tensor, "p d"]:
+        """The average over each patient's scans."""
+        return torch.stack([of_scans[self.rows(person)].double().mean(0) for person in self.people])
+
+
+@dataclass(frozen=True)
+class Release:
+    """One answer that left a site."""
+
+    site: str
+    record: Mapping[str, Any]
+    """The line of the site's journal."""
+    tensors: Mapping[str, Tensor] | None
+    """What left; None where it is not at hand."""
+    missing: str = ""
+    """Why it is not."""
+    rows: tuple[int, ...] = ()
+    """Of released latents: which scan of the cohort each is."""
+
+    @property
+    def kind(self) -> str:
+        """Kind of release."""
+        return str(self.record.get("kind", "?"))
+
+    @property
+    def round(self) -> int:
+        """Round of the plan."""
+        return int(self.record.get("round", 0))
+
+    @property
+    def artefact(self) -> str:
+        """As the report calls it."""
+        return f"{self.site}: {self.kind}"
+
+
+@dataclass(frozen=True)
+class SiteBooks:
+    """Where the books of a site lie."""
+
+    journal: Path
+    ledger: Path
+    ceiling: float | None = None
+    """The most epsilon that the site's settings allow; None: no ceiling."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All of it."""
+
+    name: str
+    """What the report calls the run."""
+    plan: RunPlan
+    books: Mapping[str, SiteBooks]
+    releases: Sequence[Release]
+    cohorts: Mapping[str, Cohort]
+    hashes: Mapping[str, str]
+    """sha256 of every file that the report speaks of, by name."""
+    network_of: Callable[[Release], FactorNetwork | None] = lambda release: None
+    """The weights under which a release was computed, as the centre knows them; None: it does not."""
+    before_after: Callable[[Release], tuple[FactorNetwork, FactorNetwork] | None] = lambda release: None
+    """Of a round: the network that was sent, and the same with the site's mean update."""
+    model: FactorNetwork | None = None
+    """The published model."""
+    earlier: Mapping[str, FactorNetwork] = field(default_factory=dict)
+    """Models of earlier rounds, by what the report calls them; the common start among them."""
+    diffusion: GenerativeModel | None = None
+    """The published diffusion model."""
+    tokenizer: Tokenizer | None = None
+    """Whose decoder turns latents into scans."""
+    acquired_again: Callable[[str], Float[Tensor, "n c d h w"] | None] = lambda site: None
+    """Latents of the same scans of a site, acquired again: shifted, other gamma, noise."""
+    unfinished: str = ""
+    """What is missing of the run, in a sentence; empty: it is finished."""

@@ -1,0 +1,79 @@
+"""A finding: what one attack on one artefact reached, beside what it could have reached.
+
+Does not do: attack anything, or decide whether a finding may be (`policy.py`).
+"""
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+Verdict = Literal["contradiction", "found", "void", "under-powered", "not audited", "not found"]
+"""`found`: the attack works. `void`: members and others differ without the release, so nothing follows.
+`under-powered`: it could not have been found. `contradiction`: books or promises do not hold."""
+
+ORDER: Final[tuple[Verdict, ...]] = (
+    "contradiction",
+    "found",
+    "void",
+    "under-powered",
+    "not audited",
+    "not found",
+)
+"""Worst first."""
+
+TESTS: Final = {
+    "books": "hash chains, reservations, questions, charges",
+    "span": "is a candidate in the span of what was summed",
+    "leverage": "how far a candidate reaches into sums over many",
+    "measured": "what was measured of each patient, by least squares",
+    "pool": "who of a pool is in a sum, by least squares",
+    "tracing": "does a candidate lean towards a mean",
+    "difference": "one release less another, a patient apart",
+    "hits": "can one count tell one patient",
+    "update": "loss before a round less loss after it",
+    "loss": "loss of the model on a candidate",
+    "calibrated_loss": "the same, less the loss of an earlier model",
+    "decode": "the scan behind a released latent",
+    "recognition": "is a released latent found again among other acquisitions",
+    "diffusion_loss": "loss of the diffusion model on a candidate",
+    "copies": "are samples nearer to training scans than to held-out ones",
+    "returned": "does a model that is told a scan return it better if it was trained on",
+}
+"""Every test by name; a policy may require any of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """A row of the report. None: there is no such number, and `sentence` says why."""
+
+    artefact: str
+    """What was attacked, as `site: kind`, or a published file."""
+    attack: str
+    """Name of the test, one of `TESTS`."""
+    measure: str
+    """What `value` is: `AUC`, `share named`, …"""
+    n_in: int
+    """Members whom the attack was tried on."""
+    n_out: int
+    """Others."""
+    verdict: Verdict
+    sentence: str
+    """What it means, in plain words."""
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    """95% interval."""
+    ceiling: float | None = None
+    """Smallest value that these numbers could have told from chance."""
+    baseline: float | None = None
+    """The same of an attacker without the release."""
+    true_positive_rate: float | None = None
+    """Share of members found at one false alarm in a hundred; None: not estimable."""
+    epsilon_low: float | None = None
+    """Lower bound of epsilon (95%, add or remove one), where one follows."""
+    seconds: float = 0.0
+
+
+def worst(findings: list[Finding]) -> Verdict:
+    """The worst verdict; `not audited` of none."""
+    said = {finding.verdict for finding in findings}
+    return next((verdict for verdict in ORDER if verdict in said), "not audited")

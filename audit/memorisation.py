@@ -1,0 +1,207 @@
+"""Memorisation of a generative model: loss on candidates, samples near to training, scans that are returned.
+
+Nearest training scan against nearest held-out scan, out of equal numbers: without memory each is the nearer
+one half of the time. Samples are no independent tries, since one typical scan is nearest to many; so chance
+is counted by dealing training and held-out anew. A content-conditioned model returns the scan that it is
+told, seen or not: only the difference between training and held-out conditions counts (`returned`).
+
+What this file does not do: judge pictures.
+
+Source: loss of a diffusion model at fixed draws: Matsumoto et al. 2023, Carlini et al. 2023
+(arXiv:2301.13188); copies: Dar et al. 2025 (arXiv:2402.01054); equal numbers: Meehan, Chaudhuri, Dasgupta
+2020.
+
+Axes: s = samples, n, m = scans, d = numbers, c d h w = latents.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from audit.evidence import Cohort, Evidence
+from audit.findings import Finding
+from audit.membership import blind, scores_of
+from audit.scores import FEWEST, Scores, judged
+from meduet_models.diffusion.artefact import GenerativeModel
+from meduet_models.diffusion.conditions import UNKNOWN, Condition, Conditions, Examples
+from meduet_models.diffusion.sampling import SamplingSettings, sample
+from meduet_models.diffusion.training import validation_loss
+
+DIFFUSION_MODEL = "diffusion.safetensors"
+_TOLD: tuple[tuple[Condition, ...], ...] = (("content", "style"), ("style",))
+_SAMPLES = 48
+_RETURNED = 24
+_FOUND = 0.025
+
+
+@dataclass(frozen=True)
+class Copying:
+    """How much nearer samples are to whom they learned from."""
+
+    nearer: int
+    """Samples whose nearest scan is a training scan."""
+    ratio: float
+    """Mean distance to the nearest training scan over that to the nearest held-out scan."""
+    chance: float
+    """Share of dealings of nobody's membership with as many or more."""
+    excess: float
+    """Share of samples over what such dealings give on average."""
+
+
+def copying(
+    samples: Float[Tensor, "s d"],
+    training: Float[Tensor, "n d"],
+    held_out: Float[Tensor, "m d"],
+    dealings: int = 999,
+    seed: int = 0,
+) -> Copying:
+    """Compare with as many of either, drawn at random."""
+    count, generator = min(len(training), len(held_out)), torch.Generator().manual_seed(seed)
+
+    def some(scans: Tensor) -> Tensor:
+        return scans[torch.randperm(len(scans), generator=generator)[:count]]
+
+    both = torch.cdist(samples.double(), torch.cat([some(training), some(held_out)]).double())
+
+    def nearer(order: Tensor) -> int:
+        return int((both[:, order[:count]].amin(1) < both[:, order[count:]].amin(1)).sum())
+
+    straight = torch.arange(2 * count)
+    own = nearer(straight)
+    dealt = [nearer(torch.randperm(2 * count, generator=generator)) for _ in range(dealings)]
+    as_many = sum(other >= own for other in dealt)
+    ratio = float(both[:, :count].amin(1).mean() / both[:, count:].amin(1).mean())
+    excess = (own - sum(dealt) / len(dealt)) / len(samples)
+    return Copying(own, ratio, (1 + as_many) / (1 + dealings), excess)
+
+
+def attack_diffusion(
+    evidence: Evidence, draws: int, scored: list[tuple[Finding, Scores]]
+) -> Iterator[Finding]:
+    """The published diffusion model: loss told content and style, or style; copies; scans returned."""
+    model = evidence.diffusion
+    assert model is not None
+    cohorts = list(evidence.cohorts.values())
+    examples = {c.site: _examples(c, model.sites.index(c.site)) for c in cohorts if c.site in model.sites}
+    cohorts = [c for c in cohorts if c.site in examples]
+    if not cohorts:
+        return
+    without = blind(cohorts)
+    for told in _TOLD:
+        names = [name for name in told if name in model.transformer.config.sizes.names]
+        if names != list(told):
+            continue
+        began = time.process_time()
+        of = {s: -_losses(model, one, names, draws) for s, one in examples.items()}
+        scores = scores_of(cohorts, of)
+        sentence = f"Whoever has the model takes a low loss, told {' and '.join(names)}, for membership."
+        finding = judged(DIFFUSION_MODEL, "diffusion_loss", scores, sentence, without, began)
+        scored.append((finding, scores))
+        yield finding
+    yield _copies(model, cohorts, examples)
+    if {"content", "style"} <= set(model.transformer.config.sizes.names):
+        yield _returned(model, cohorts, examples, scored)
+
+
+def _examples(cohort: Cohort, site: int) -> Examples:
+    """Candidates as the model is told of them: nothing is known but the scan and its site."""
+    count = len(cohort.latents)
+    unknown = torch.full((count,), UNKNOWN)
+    return Examples(
+        latents=cohort.latents,
+        site=torch.full((count,), site),
+        body_part=unknown,
+        spacing=torch.full((count, 3), torch.nan),
+        category=unknown,
+    )
+
+
+def _losses(
+    model: GenerativeModel, examples: Examples, names: Sequence[Condition], draws: int
+) -> Float[Tensor, " n"]:
+    return validation_loss(model.transformer, model.conditioner, examples, names, repeats=draws).double()
+
+
+def _sampled(model: GenerativeModel, examples: Examples, names: Sequence[Condition]) -> Tensor:
+    conditions: Conditions = model.conditioner.conditions(examples, names)
+    return sample(model.transformer, conditions, len(examples), SamplingSettings(), seed=0)
+
+
+def _copies(model: GenerativeModel, cohorts: Sequence[Cohort], examples: dict[str, Examples]) -> Finding:
+    """Samples told the style of held-out and training scans alike, against both."""
+    began = time.process_time()
+    inside = torch.cat([c.latents[torch.tensor(c.took_part)] for c in cohorts])
+    outside = torch.cat([c.latents[~torch.tensor(c.took_part)] for c in cohorts])
+    everyone = Examples.join([examples[c.site] for c in cohorts])
+    generator = torch.Generator().manual_seed(0)
+    asked = everyone.rows(torch.randperm(len(everyone), generator=generator)[:_SAMPLES])
+    names = tuple(name for name in _TOLD[1] if name in model.transformer.config.sizes.names)
+    plain = Finding(
+        artefact=DIFFUSION_MODEL,
+        attack="copies",
+        measure="excess share nearer to training",
+        n_in=min(len(inside), len(outside)),
+        n_out=min(len(inside), len(outside)),
+        verdict="under-powered",
+        sentence=f"Not tried: {len(outside)} scans were held out; at least {FEWEST} are needed.",
+    )
+    if len(outside) < FEWEST:
+        return plain
+    samples = _sampled(model, asked, names)
+    near = copying(samples.flatten(1), inside.flatten(1), outside.flatten(1))
+    found = near.chance < _FOUND
+    return replace(
+        plain,
+        value=near.excess,
+        baseline=0.0,
+        verdict="found" if found else "not found",
+        sentence=f"Of {len(samples)} samples told a style {near.nearer} are nearer to a training scan than "
+        f"to any of as many held-out scans (mean distances {near.ratio:.3f} : 1; as many under nobody's "
+        f"membership in {near.chance:.1%} of dealings).",
+        seconds=time.process_time() - began,
+    )
+
+
+def _returned(
+    model: GenerativeModel,
+    cohorts: Sequence[Cohort],
+    examples: dict[str, Examples],
+    scored: list[tuple[Finding, Scores]],
+) -> Finding:
+    """Told a scan's content and style: does it come back nearer to a scan that was trained on?"""
+    began = time.process_time()
+    rows = {c.site: _as_many(c) for c in cohorts}
+    some = [_part(c, rows[c.site]) for c in cohorts]
+    errors = {}
+    for c in cohorts:
+        asked = examples[c.site].rows(rows[c.site])
+        made = _sampled(model, asked, ("content", "style"))
+        errors[c.site] = -(made - asked.latents).flatten(1).double().norm(dim=1)
+    scores = scores_of(some, errors)
+    sentence = (
+        "Told a scan's content and style, the model returns it, seen or not; is one that was seen nearer?"
+    )
+    finding = judged(DIFFUSION_MODEL, "returned", scores, sentence, blind(some), began)
+    scored.append((finding, scores))
+    return finding
+
+
+def _as_many(cohort: Cohort) -> Tensor:
+    """Rows of as many members as others, few of each."""
+    inside, outside = (torch.tensor(cohort.took_part) == side for side in (True, False))
+    most = min(_RETURNED, int(inside.sum()), int(outside.sum()))
+    return torch.cat([inside.nonzero()[:most, 0], outside.nonzero()[:most, 0]])
+
+
+def _part(cohort: Cohort, rows: Tensor) -> Cohort:
+    chosen = rows.tolist()
+    return Cohort(
+        cohort.site,
+        cohort.latents[rows],
+        tuple(cohort.patients[row] for row in chosen),
+        tuple(cohort.took_part[row] for row in chosen),
+    )

@@ -1,0 +1,148 @@
+"""Accounting: what releases with noise cost a patient together, as epsilon at a delta.
+
+The privacy loss distribution (PLD) of `dp-accounting` is the only truth: its pessimistic and its optimistic
+estimate bound epsilon from both sides. Rényi accounting is a cross-check in the tests; the central limit
+accountant of Opacus, which says too little, is not used. Unit and relation are those of the promise: a
+patient, added or removed.
+
+Does not do: amplification by the choice of sites (sites are chosen once a round, their steps are not
+independent), or REPLACE_ONE, where the library's accountants disagree.
+Source: Sommer et al., arXiv:1812.11804 (PLD); Balle and Wang, arXiv:1805.06530 (the exact Gaussian).
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+from scipy.special import log_ndtr
+
+LARGEST_DELTA = 1e-5
+"""A delta beyond it protects nobody: with some hundred patients, one of them may simply be told."""
+_GRAIN = 1e-4  # noise multipliers are multiples of it, so that sites and centre agree on them to the bit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mechanism:
+    """A Gaussian mechanism, on Poisson samples of the patients, taken so many times."""
+
+    noise_multiplier: float
+    """Deviation of the noise over the bound of one patient's share."""
+    sampling_rate: float = 1.0
+    """Chance of each patient to be in a step; 1: everybody is."""
+    steps: int = 1
+    """How often it is taken."""
+
+    def __post_init__(self) -> None:
+        """Refuse what adds no noise, and samples that are none."""
+        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier > 0):
+            raise ValueError(f"Expected a finite noise_multiplier > 0; got {self.noise_multiplier}.")
+        if not 0 < self.sampling_rate <= 1:
+            raise ValueError(f"Expected sampling_rate in (0, 1]; got {self.sampling_rate}.")
+        if self.steps < 1:
+            raise ValueError(f"Expected steps >= 1; got {self.steps}.")
+
+    def record(self) -> dict[str, Any]:
+        """As it stands in the books."""
+        return asdict(self)
+
+    @staticmethod
+    def from_record(record: object) -> "Mechanism":
+        """Back from `record`; raises `ValueError` for anything else."""
+        match record:
+            case {
+                "noise_multiplier": int() | float() as noise,
+                "sampling_rate": int() | float() as rate,
+                "steps": int(steps),
+                **others,
+            } if not others and not any(isinstance(value, bool) for value in (noise, rate, steps)):
+                return Mechanism(noise_multiplier=float(noise), sampling_rate=float(rate), steps=steps)
+        raise ValueError("Expected a mechanism (noise_multiplier, sampling_rate, steps); got another record.")
+
+
+@dataclass(frozen=True)
+class Epsilon:
+    """Epsilon at some delta, between its optimistic and its pessimistic estimate."""
+
+    lower: float
+    upper: float
+    """What is charged."""
+
+    def __str__(self) -> str:
+        """For people; rounded outwards."""
+        if math.isinf(self.upper):
+            return "infinite"
+        return f"{math.floor(self.lower * 1e3) / 1e3:.3f} to {math.ceil(self.upper * 1e3) / 1e3:.3f}"
+
+
+INFINITE = Epsilon(math.inf, math.inf)
+"""Of a release without noise."""
+
+
+def epsilon_of(mechanisms: Sequence[Mechanism | None], delta: float) -> Epsilon:
+    """What all of these cost together; `None` is a release without noise, and makes it infinite."""
+    if not 0 < delta < 1:
+        raise ValueError(f"Expected delta in (0, 1); got {delta}.")
+    if not mechanisms:
+        return Epsilon(0.0, 0.0)
+    counts: Counter[Mechanism] = Counter()
+    for mechanism in mechanisms:
+        if mechanism is None:
+            return INFINITE
+        # A step is a step: the same one of several mechanisms is composed by its count.
+        one = Mechanism(noise_multiplier=mechanism.noise_multiplier, sampling_rate=mechanism.sampling_rate)
+        counts[one] += mechanism.steps
+    return _composed(tuple(sorted(counts.items(), key=str)), delta)
+
+
+@lru_cache(maxsize=64)
+def _composed(counts: tuple[tuple[Mechanism, int], ...], delta: float) -> Epsilon:
+    lower, upper = (_estimate(dict(counts), delta, pessimistic) for pessimistic in (False, True))
+    return Epsilon(lower, max(lower, upper))
+
+
+def _estimate(counts: Mapping[Mechanism, int], delta: float, pessimistic: bool) -> float:
+    # Imported here: it takes a second or two, which only what is noised needs.
+    from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
+
+    whole: Any = None
+    for mechanism, steps in counts.items():
+        one = from_gaussian_mechanism(
+            mechanism.noise_multiplier,
+            sampling_prob=mechanism.sampling_rate,
+            pessimistic_estimate=pessimistic,
+            use_connect_dots=pessimistic,  # the dots are connected from above only
+        )
+        taken = one.self_compose(steps) if steps > 1 else one
+        whole = taken if whole is None else whole.compose(taken)
+    return float(whole.get_epsilon_for_delta(delta))
+
+
+@lru_cache(maxsize=64)
+def gaussian_multiplier(epsilon: float, delta: float) -> float:
+    """The least noise multiplier (to four decimals) at which one Gaussian release costs at most `epsilon`, by
+    the pessimistic estimate."""
+    if not (math.isfinite(epsilon) and epsilon > 0 and 0 < delta < 1):
+        raise ValueError(f"Expected a finite epsilon > 0 and delta in (0, 1); got {epsilon} and {delta}.")
+    low, high = _GRAIN, 1.0
+    while gaussian_delta(high, epsilon) > delta:
+        high *= 2
+    while high - low > _GRAIN / 4:
+        middle = (low + high) / 2
+        low, high = (middle, high) if gaussian_delta(middle, epsilon) > delta else (low, middle)
+    grains = math.ceil(high / _GRAIN)
+    while epsilon_of([Mechanism(noise_multiplier=_grained(grains))], delta).upper > epsilon:
+        grains += 1 + grains // 10_000
+    return _grained(grains)
+
+
+def _grained(grains: int) -> float:
+    return round(grains * _GRAIN, 4)
+
+
+def gaussian_delta(noise_multiplier: float, epsilon: float) -> float:
+    """The exact delta of one Gaussian release at an epsilon (arXiv:1805.06530, Theorem 8)."""
+    half, whole = 1 / (2 * noise_multiplier), epsilon * noise_multiplier
+    return math.exp(log_ndtr(half - whole)) - math.exp(epsilon + log_ndtr(-half - whole))

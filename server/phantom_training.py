@@ -1,0 +1,139 @@
+"""Pretraining at the centre, on public scans dressed in the sites' protected styles: no patient is in it.
+
+The unchanged objective, the plan's optimiser, schedules and number of steps; a step draws public scans and a
+site for each, and sees them in that site's style and, as the known answer of the swap, in the partner's.
+Every draw follows from the plan's seed and the step, so a run that was stopped goes on to the same weights.
+
+What this file does not do: ask a site anything, or read a scan; `dress` and the objective are in
+`meduet_models/`.
+
+Axes: m = public scans, b = scans of a step, c d h w = latents.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from federation.exchanges.survey import survey_layout
+from federation.messages import Tensors
+from federation.optimisation import learning_rate_at, optimiser_of
+from federation.plan import RunPlan
+from meduet_models.dressing import dress, own_entries
+from meduet_models.meduet import MeDUET
+from meduet_models.objective.objective import MeduetObjective, StepBatch, draw_step
+from meduet_models.objective.teacher import Teacher, momentum_at
+from meduet_models.seeds import generator_of
+from meduet_models.style.bank import StyleBank
+
+CENTRE = "centre"
+"""Who trains, in a round's report."""
+_STUDENT, _TEACHER, _MOMENTS = "student/", "teacher/", "moments/"
+
+
+class PhantomTraining:
+    """The training of one run, from wherever it is."""
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        public: Float[Tensor, "m c d h w"],
+        style_bank: StyleBank,
+        state: Tensors,
+        device: torch.device,
+    ) -> None:
+        """`state` is what `state` gave after a round; empty: the plan's start, with the bank's latent
+        scale."""
+        self._plan, self._public, self._style_bank, self._device = plan, public, style_bank, device
+        self._own = own_entries(public, survey_layout(plan))
+        self._worn = tuple(style_bank.sites.index(site) for site in style_bank.present)
+        student = MeDUET(plan.network, len(plan.sites), seed=plan.seed)
+        student.set_latent_scale(style_bank.centre, style_bank.scale)
+        self._student = student.to(device)
+        self._teacher = Teacher(self._student)
+        self._optimiser = optimiser_of(self._student, plan)
+        if state:
+            self._load(state)
+
+    def weights(self) -> Tensors:
+        """All weights, on the CPU."""
+        return {name: tensor.detach().cpu().clone() for name, tensor in self._student.state_dict().items()}
+
+    def state(self) -> Tensors:
+        """All that a step changes."""
+        whole = {f"{_STUDENT}{name}": tensor for name, tensor in self._student.state_dict().items()}
+        whole |= {f"{_TEACHER}{name}": t for name, t in self._teacher.network.state_dict().items()}
+        for name, parameter in self._student.named_parameters():
+            for moment, tensor in self._optimiser.state.get(parameter, {}).items():
+                whole[f"{_MOMENTS}{moment}/{name}"] = tensor
+        return {name: tensor.detach().cpu().clone() for name, tensor in whole.items()}
+
+    def round(self, number: int) -> dict[str, Any]:
+        """Take the steps of round `number` (from 1); what there is to say of them, in the form of a round's
+        report. Raises `ValueError` for a loss that is not finite."""
+        steps, began = self._plan.training.steps_per_round, time.perf_counter()
+        sums: dict[str, list[float]] = {}
+        for step in range((number - 1) * steps, number * steps):
+            for name, value in self._step(step).items():
+                sums.setdefault(name, []).append(value)
+        loss = {name: sum(values) / len(values) for name, values in sums.items()}
+        seconds = time.perf_counter() - began
+        told = {"examples": len(self._public), "seconds": seconds, "loss": loss}
+        return {"round": number, "seconds": seconds, "sites": {CENTRE: told}, "refused": {}, "loss": loss}
+
+    def _step(self, number: int) -> dict[str, float]:
+        plan, training = self._plan, self._plan.training
+        progress = number / plan.total_steps
+        batch, draws = self._drawn(number)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=training.precision == "bf16"):
+            losses = MeduetObjective(plan.objective)(self._student, self._teacher, batch, draws, progress)
+        told = {"total": float(losses.total.detach())}
+        told |= {name: float(term.detach()) for name, term in losses.terms.items()}
+        if not math.isfinite(told["total"]):
+            raise ValueError(
+                f"Expected a finite loss at step {number}; got {told['total']}. Lower training.learning_rate."
+            )
+        losses.total.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self._student.parameters(), training.gradient_clip_norm)
+        for group in self._optimiser.param_groups:
+            group["lr"] = learning_rate_at(number, plan)
+        self._optimiser.step()
+        self._optimiser.zero_grad()
+        self._teacher.update(self._student, momentum_at(progress, *training.teacher_momentum))
+        return told
+
+    def _drawn(self, number: int) -> tuple[StepBatch, Any]:
+        plan = self._plan
+        generator = generator_of("phantom training", plan.seed, number)
+        size = plan.training.batch_size
+        rows = torch.randint(len(self._public), (size,), generator=generator)
+        draws = draw_step(generator, size, plan.network.num_tokens, plan.objective, self._worn)
+        assert draws.target_site is not None, "a bank has a style"
+        site, swapped = draws.target_site, draws.target_site[draws.partner]
+        latents, own = self._public[rows], self._own.each(lambda values: values[rows])
+        batch = StepBatch(
+            latents=dress(latents, own, self._style_bank, site).to(self._device),
+            site=site.to(self._device),
+            restyled=dress(latents, own, self._style_bank, swapped).to(self._device),
+            restyled_site=swapped.to(self._device),
+            subject=rows.to(self._device),
+        )
+        return batch, draws.to(self._device)
+
+    def _load(self, state: Mapping[str, Tensor]) -> None:
+        """Become what `state` was taken from."""
+        self._student.load_state_dict(_part(state, _STUDENT))
+        self._teacher.network.load_state_dict(_part(state, _TEACHER))
+        parameters = dict(self._student.named_parameters())
+        for key, tensor in _part(state, _MOMENTS).items():
+            moment, _, name = key.partition("/")
+            kept = self._optimiser.state[parameters[name]]
+            kept[moment] = tensor.clone() if moment == "step" else tensor.to(self._device, copy=True)
+
+
+def _part(state: Mapping[str, Tensor], prefix: str) -> Tensors:
+    return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}

@@ -1,0 +1,141 @@
+"""Constants: design notes on privacy (dp-accounting 0.6, RDP, tf-privacy), and the exact Gaussian."""
+
+import math
+import time
+
+import dp_accounting as dpa
+import pytest
+from dp_accounting import rdp
+
+from privacy.accounting import (
+    Epsilon,
+    Mechanism,
+    epsilon_of,
+    gaussian_delta,
+    gaussian_multiplier,
+)
+
+
+def taken(noise: float, rate: float = 1.0, steps: int = 1) -> Mechanism:
+    return Mechanism(noise_multiplier=noise, sampling_rate=rate, steps=steps)
+
+
+@pytest.mark.parametrize(
+    ("rate", "noise", "steps", "delta", "pld"),
+    [
+        (256 / 60000, 1.1, 14062, 1e-5, 2.3817),
+        (0.01, 1.0, 1000, 1e-5, 1.8282),
+        (16 / 300, 1.0, 2000, 1e-3, 13.7022),
+        (16 / 300, 2.0, 2000, 1e-3, 4.2777),
+        (1.0, 10.0, 50, 1e-5, 2.9432),
+        (1.0, 1.0, 1, 1e-5, 4.3772),
+        (1.0, 2.0, 1, 1e-5, 1.9931),
+        (4 / 75, 2.0, 1000, 1e-5, 3.98),
+    ],
+)
+def test_the_constants_of_the_design_to_the_digits_given(
+    rate: float, noise: float, steps: int, delta: float, pld: float
+) -> None:
+    digits = len(str(pld).partition(".")[2])
+    assert round(epsilon_of([taken(noise, rate, steps)], delta).upper, digits) == pld
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "steps", "noise"),
+    [
+        (8, 1000, 2.061),
+        (3, 1000, 4.505),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(8, 25, 0.709), (8, 100, 0.938), (3, 25, 1.154), (3, 100, 1.675)]
+        ),
+    ],
+)
+def test_noise_of_sampled_steps_is_what_the_design_says_within_a_hundredth(
+    epsilon: float, steps: int, noise: float
+) -> None:
+    assert epsilon_of([taken(noise * 1.01, 0.1, steps)], 1e-5).upper < epsilon
+    assert epsilon_of([taken(noise * 0.99, 0.1, steps)], 1e-5).upper > epsilon
+
+
+@pytest.mark.parametrize(
+    ("rate", "noise", "steps", "delta", "expected"),
+    [(0.01, 1.0, 1000, 1e-5, 2.1014), (16 / 300, 2.0, 2000, 1e-3, 4.8197), (1.0, 10.0, 50, 1e-5, 3.1890)],
+)
+def test_the_cross_check_by_renyi_lies_above_and_is_what_it_was(
+    rate: float, noise: float, steps: int, delta: float, expected: float
+) -> None:
+    event = dpa.SelfComposedDpEvent(dpa.PoissonSampledDpEvent(rate, dpa.GaussianDpEvent(noise)), steps)
+    renyi = rdp.RdpAccountant().compose(event).get_epsilon(delta)
+    assert renyi == pytest.approx(expected, abs=1e-4)
+    assert epsilon_of([taken(noise, rate, steps)], delta).upper < renyi
+
+
+def test_a_ledger_of_three_events_is_far_below_the_sum_of_its_parts() -> None:
+    events = [taken(2.0, 16 / 300, 2000), taken(3.0), taken(5.0)]
+    together = epsilon_of(events, 1e-3).upper
+    assert together == pytest.approx(4.5188, abs=1e-4)
+    assert together < sum(epsilon_of([event], 1e-3).upper for event in events)
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "delta", "noise"),
+    [(1.0, 1e-5, 3.7306), (1.0, 1e-6, 4.2247), (5.0, 1e-5, 0.8919), (10.0, 1e-5, 0.4999)],
+)
+def test_the_multiplier_of_one_release_is_the_exact_one_rounded_up(
+    epsilon: float, delta: float, noise: float
+) -> None:
+    multiplier = gaussian_multiplier(epsilon, delta)
+    assert noise - 1e-4 < multiplier <= noise + 2e-4
+    assert epsilon_of([taken(multiplier)], delta).upper <= epsilon
+    assert gaussian_delta(multiplier, epsilon) <= delta < gaussian_delta(multiplier - 3e-4, epsilon)
+
+
+@pytest.mark.parametrize("mechanism", [taken(3.7307), taken(0.6003), taken(2.0, 0.1, 40)])
+def test_the_interval_holds_the_exact_value_and_is_narrow(mechanism: Mechanism) -> None:
+    interval = epsilon_of([mechanism], 1e-5)
+    assert interval.lower <= interval.upper < interval.lower + 0.01
+    if mechanism.sampling_rate == 1:
+        assert gaussian_delta(mechanism.noise_multiplier, interval.lower) >= 1e-5 - 1e-9
+        assert gaussian_delta(mechanism.noise_multiplier, interval.upper) <= 1e-5 + 1e-9
+
+
+def test_what_is_not_noised_makes_the_total_infinite_and_nothing_costs_nothing() -> None:
+    assert epsilon_of([taken(2.0), None], 1e-5).upper == math.inf
+    assert str(epsilon_of([None], 1e-5)) == "infinite"
+    assert epsilon_of([], 1e-5) == Epsilon(0.0, 0.0)
+
+
+def test_ten_thousand_equal_events_are_composed_by_their_number() -> None:
+    epsilon_of([taken(1.0)], 1e-5)  # the library is loaded once
+    began = time.perf_counter()
+    many = epsilon_of([taken(400.0)] * 10_000, 1e-5)
+    assert time.perf_counter() - began < 2.0
+    assert many.upper == pytest.approx(epsilon_of([taken(4.0)], 1e-5).upper, abs=1e-2)
+
+
+def test_steps_and_mechanisms_are_the_same_thing() -> None:
+    assert epsilon_of([taken(5.0, 0.1, 30)], 1e-5) == epsilon_of([taken(5.0, 0.1, 10)] * 3, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"noise_multiplier": 0.0}, "noise_multiplier > 0; got 0.0"),
+        ({"noise_multiplier": math.nan}, "noise_multiplier > 0"),
+        ({"noise_multiplier": 1.0, "sampling_rate": 1.5}, r"sampling_rate in \(0, 1\]; got 1.5"),
+        ({"noise_multiplier": 1.0, "sampling_rate": 0.0}, "sampling_rate"),
+        ({"noise_multiplier": 1.0, "steps": 0}, "steps >= 1"),
+    ],
+)
+def test_a_mechanism_that_hides_nobody_is_refused(settings: dict[str, float], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        Mechanism(**settings)  # type: ignore[arg-type]
+
+
+def test_a_mechanism_comes_back_from_the_books_and_nothing_else_does() -> None:
+    mechanism = taken(1.5, 0.1, 7)
+    assert Mechanism.from_record(mechanism.record()) == mechanism
+    for odd in ({}, {**mechanism.record(), "more": 1}, {**mechanism.record(), "steps": True}, [], "gaussian"):
+        with pytest.raises(ValueError, match="Expected"):
+            Mechanism.from_record(odd)
