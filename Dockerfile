@@ -19,15 +19,15 @@ COPY scans ./scans
 COPY meduet_models ./meduet_models
 COPY forms ./forms
 COPY privacy ./privacy
+COPY audit ./audit
 COPY federation ./federation
 COPY strategies ./strategies
-COPY audit ./audit
 COPY client ./client
 COPY server ./server
 COPY simulations ./simulations
 COPY conf ./conf
 RUN .venv/bin/pip install -c constraints.txt -e '.[federation]' \
-    && .venv/bin/python -m compileall -q storage scans forms meduet_models privacy federation strategies audit client server simulations \
+    && .venv/bin/python -m compileall -q storage scans forms meduet_models privacy audit federation strategies client server simulations \
     && .venv/bin/pip uninstall --yes pip
 
 FROM ${PYTHON_IMAGE} AS base

@@ -11,12 +11,13 @@ from datetime import UTC, datetime
 
 from client.books import JOURNAL, LEDGER
 from client.connection.keys import SiteKeys
-from client.site import SiteConfig
+from client.site import SiteConfig, ceiling_of
 from federation.journal import read_journal
 from federation.keys.certificates import utc_now
 from federation.processes import read_state
 from federation.watching import Section, Series, Watched
 from privacy.chain import Entry, read_chain
+from privacy.ledger import Ledger
 
 PROCESSES = "processes"
 """Folder of the supervisor, in the site's state."""
@@ -33,10 +34,14 @@ def watched(config: SiteConfig) -> Watched:
     runs = {} if state is None else state["processes"]
     days = _certificate_days(config)
     events = Counter(str(entry.record.get("event", "")) for entry in ledger)
-    places = events["reserve"] - events["settle"]
+    ceiling = ceiling_of(config)
+    book = Ledger(folder / LEDGER, ceiling) if ledger else None
+    spent = None if book is None else book.spent()
+    waiting = 0 if book is None else len(book.open_reservations())
     running = any(one["state"] == "running" for one in runs.values())
     now = "connected processes run" if running else "nothing runs here now"
     last = f"; something last left {left[-1].utc}" if left else "; nothing has left"
+    epsilon = 0.0 if spent is None else spent.total.upper
     sections = [
         Section(
             "What left this site",
@@ -49,9 +54,10 @@ def watched(config: SiteConfig) -> Watched:
         ),
         Section(
             "Ledger",
-            ("releases", "epsilon", "reserved, not released"),
-            [(events["settle"], "infinite" if events["settle"] else "0", max(0, places))],
-            "No noise is added in this version: every release costs an infinite epsilon.",
+            ("with noise", "without", "epsilon of a patient", "ceiling", "reserved, not released"),
+            [] if spent is None else
+            [(spent.num_noised, spent.num_plain, spent.total, f"{ceiling.epsilon:g}", waiting)],
+            f"All together, add or remove one patient, at delta {ceiling.delta:g}; what is reserved counts.",
         ),
         Section(
             "Processes", ("process", "state", "restarts"),
@@ -59,13 +65,16 @@ def watched(config: SiteConfig) -> Watched:
         ),
         Section("Certificate", ("days left",), [] if days is None else [(f"{days:.0f}",)]),
     ]  # fmt: skip
-    return Watched(f"Site {config.name}", now + last, sections, _series(config, left, events, runs, days))
+    return Watched(
+        f"Site {config.name}", now + last, sections, _series(config, left, events, epsilon, runs, days)
+    )
 
 
 def _series(
     config: SiteConfig,
     left: Sequence[Entry],
     events: Counter[str],
+    epsilon: float,
     runs: dict[str, dict[str, object]],
     days: float | None,
 ) -> list[Series]:
@@ -80,7 +89,7 @@ def _series(
         Series.by("kind", "meduet_released_bytes", "Bytes that left this site", dict(sizes), "counter"),
         Series.of("meduet_released_clipped", "Releases that the gate scaled down", clipped, "counter"),
         Series.by("event", "meduet_ledger_lines", "Lines of the ledger", dict(events), "counter"),
-        Series.of("meduet_epsilon", "Charged so far", float("inf") if events["settle"] else 0.0),
+        Series.of("meduet_epsilon", "Of a patient, everything together", epsilon),
         Series.of("meduet_disk_free_bytes", "Of the site's state", disk.free),
         Series.of("meduet_disk_size_bytes", "Of the site's state", disk.total),
         Series.by("process", "meduet_process_up", "1 while it runs",

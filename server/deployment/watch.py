@@ -17,6 +17,7 @@ from federation.plan import RunPlan
 from federation.watching import Section, Series, Watched
 from server.deployment.config import ServerConfig
 from server.deployment.status_screen import OVER, gather
+from server.promises import promises_of, sentences
 
 _SHOWN = 12
 
@@ -99,7 +100,7 @@ def _series(
                   {name: one["bytes_down"] for name, one in sites.items()}, "counter"),
         Series.by("reason", "meduet_put_aside", "Last replies that did not count, by reason", dict(aside)),
         Series.of("meduet_rounds_done", "Rounds that are on disk for good", len(rounds)),
-        Series.of("meduet_epsilon", "Of what the sites released: no noise is added", float("inf")),
+        Series.by("release", "meduet_epsilon", "Of one release of this kind, per patient", _epsilon(folder)),
         Series.of("meduet_disk_free_bytes", "Where the run is", disk.free),
         Series.of("meduet_disk_size_bytes", "Where the run is", disk.total),
     ]  # fmt: skip
@@ -135,18 +136,21 @@ def _certificates(config: ServerConfig) -> dict[str, float]:
     return left
 
 
+def _epsilon(folder: Path) -> dict[str, float]:
+    """What one patient is charged for each kind of release by itself."""
+    path = folder / "plan.json"
+    if not path.is_file():
+        return {}
+    plan = RunPlan.from_json(path.read_text(encoding="utf-8"))
+    return {promise.kind: promise.epsilon.upper for promise in promises_of(plan)}
+
+
 def _promises(folder: Path) -> list[str]:
     """What was promised of what leaves a site; nothing for a fine-tuning, whose plan is another."""
-    from federation.exchanges.erasure import code_promise
-    from federation.exchanges.pretraining import update_promise
-    from federation.exchanges.survey import style_promise
-
     path = folder / "plan.json"
     if not path.is_file():
         return []
-    plan = RunPlan.from_json(path.read_text(encoding="utf-8"))
-    made = (update_promise(plan), style_promise(plan), code_promise(plan))
-    return [f"{promise.kind}: {promise.sentence()}" for promise in made]
+    return sentences(RunPlan.from_json(path.read_text(encoding="utf-8")))
 
 
 def _seconds(when: str) -> float:

@@ -14,9 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from federation.exchanges.erasure import code_promise
-from federation.exchanges.pretraining import update_promise
-from federation.exchanges.survey import smallest_cohort, style_promise
+from federation.exchanges.survey import smallest_cohort
 from federation.plan import RunPlan
 from forms.json_text import read_json
 from meduet_models.pretrained import Pretrained, load_pretrained
@@ -24,6 +22,7 @@ from meduet_models.scan_model import MODEL, tokenizer_of
 from meduet_models.tokenizer.tokenizer import Tokenizer
 from meduet_models.weights import load_weights, sha256_of_tensors
 from scans.volume_plan import VolumePlan
+from server.promises import sentences
 
 _KEPT = (
     "model", "network", "tokenizer_sha256", "volumes", "plan_sha256", "rounds", "tensors_sha256", "readers"
@@ -61,8 +60,7 @@ class Release:
     @property
     def promises(self) -> list[str]:
         """What was promised of all that left the sites for these weights."""
-        made = (update_promise(self.plan), style_promise(self.plan), code_promise(self.plan))
-        return [f"{promise.kind}: {promise.sentence()}" for promise in made]
+        return sentences(self.plan)
 
     def header(self) -> dict[str, str]:
         """Header of the exported weights."""

@@ -50,7 +50,7 @@ def test_the_numbers_count_releases_bytes_and_what_the_gate_scaled(config: SiteC
     assert 'meduet_released_bytes_total{kind="round"} 3000.0' in text
     assert "meduet_released_clipped_total 1.0" in text
     assert 'meduet_ledger_lines_total{event="reserve"} 3.0' in text
-    assert "meduet_last_release_round 3.0" in text
+    assert "meduet_last_release_round 3.0" in text and "meduet_epsilon +Inf" in text
 
 
 def test_books_that_were_changed_are_said_and_not_shown(config: SiteConfig) -> None:

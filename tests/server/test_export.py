@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import meduet_models
-from federation.plan import RunPlan
+from federation.plan import AggregationPlan, RunPlan, StylePlan
+from meduet_models.objective.settings import LossWeights, ObjectiveConfig
 from meduet_models.scan_model import ScanModel
 from meduet_models.weights import load_weights, save_weights, sha256_of_file, sha256_of_tensors
 from scans.volumes import prepare, read_scan
 from server.cli import main
+from server.promises import sentences
 from tests.generative_models import small_tokenizer
 from tests.published_weights import VOLUMES, a_scan, network, published, written
 from tests.worlds import small_plan
@@ -156,6 +158,16 @@ def test_onnxruntime_computes_the_code_of_a_prepared_volume(run: Path, scan: Pat
         volume = prepare(read_scan(name), VOLUMES).volume[None].numpy()
         (code,) = graph.run(None, {"volume": volume})
         assert np.abs(code[0] - model.embed(name)).max() < 1e-4
+
+
+def test_what_was_promised_is_what_the_plan_says_and_not_more() -> None:
+    plain = sentences(small_plan())
+    assert [line.partition(":")[0] for line in plain] == ["round", "survey", "erasure"]
+    assert all("so epsilon is infinite" in line for line in plain)
+    alone = AggregationPlan(method="alone")
+    style = StylePlan(exchange="none")
+    with_objective = ObjectiveConfig(weights=LossWeights(invariance=0.0, restyled_reconstruction=0.0))
+    assert sentences(small_plan(aggregation=alone, style=style, objective=with_objective)) == []
 
 
 def test_weights_that_changed_and_a_folder_that_is_not_empty_are_refused(

@@ -59,7 +59,7 @@ def test_there_are_twenty_series_and_none_is_of_one_patient(folder: Path) -> Non
         text = openmetrics(watched(folder).series)
     names = set(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE))
     assert len(names) >= 20
-    assert "meduet_sites_awaited 2.0" in text and "meduet_epsilon +Inf" in text
+    assert "meduet_sites_awaited 2.0" in text and 'meduet_epsilon{release="round"} +Inf' in text
     assert f'meduet_site_received_bytes_total{{site="{SITES[0]}"}} 20000.0' in text
     assert 'meduet_put_aside{reason="norm"} 1.0' in text
     assert "examples" not in text and "12.0" not in text
