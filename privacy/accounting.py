@@ -17,8 +17,6 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
-from scipy.special import log_ndtr
-
 LARGEST_DELTA = 1e-5
 """A delta beyond it protects nobody: with some hundred patients, one of them may simply be told."""
 _GRAIN = 1e-4  # noise multipliers are multiples of it, so that sites and centre agree on them to the bit
@@ -144,5 +142,7 @@ def _grained(grains: int) -> float:
 
 def gaussian_delta(noise_multiplier: float, epsilon: float) -> float:
     """The exact delta of one Gaussian release at an epsilon (arXiv:1805.06530, Theorem 8)."""
+    from scipy.special import log_ndtr  # here: a question that is not noised need not load it
+
     half, whole = 1 / (2 * noise_multiplier), epsilon * noise_multiplier
     return math.exp(log_ndtr(half - whole)) - math.exp(epsilon + log_ndtr(-half - whole))

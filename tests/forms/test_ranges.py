@@ -14,6 +14,7 @@ from client.site import SiteConfig
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning
 from federation.keys.kits import Connection
 from federation.plan import RunPlan
+from federation.privacy_plan import PrivacyPlan
 from forms.form import build, check
 from forms.names import Letters
 from forms.ranges import Entries, Range
@@ -35,6 +36,7 @@ def plan_of(*overrides: str) -> RunPlan:
 
 
 PLAN = plan_of("diffusion=raw", "+probes.anatomy.age=[20,90]")
+PRIVACY = PrivacyPlan(epsilon=3.0, public_sha256="0" * 64)
 FINETUNING = FinetunePlan(
     run_sha256="0" * 64,
     pretrained_sha256="1" * 64,
@@ -80,7 +82,7 @@ def lists(value: Any) -> Any:
 
 
 FORMS: dict[str, tuple[Any, Any]] = {
-    "plan": (RunPlan, lists(dataclasses.asdict(PLAN))),
+    "plan": (RunPlan, lists(dataclasses.asdict(PLAN) | {"privacy": dataclasses.asdict(PRIVACY)})),
     "finetuning": (FinetunePlan, lists(dataclasses.asdict(FINETUNING))),
 }
 
