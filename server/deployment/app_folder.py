@@ -11,19 +11,10 @@ import shutil
 import tomllib
 from pathlib import Path
 
+from federation.bundle import SHIPPED
+
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = (
-    "storage",
-    "scans",
-    "forms",
-    "meduet_models",
-    "privacy",
-    "federation",
-    "strategies",
-    "client",
-    "server",
-    "conf",
-)
+PACKAGES = tuple(folder for folder, _ in SHIPPED)
 NAME = "fedmeduet"
 _SHIPPED = (".py", ".yaml")
 

@@ -34,7 +34,8 @@ INTENDED = (
 )
 UNTESTED = (
     "Other modalities, body parts and voxel sizes; scanners unlike those of the sites; attacks on the "
-    "published weights (membership, reconstruction): no audit is part of this version."
+    "published weights (membership, reconstruction): meduet-audit tries some on the run, and what it found is "
+    "not part of this export."
 )
 
 

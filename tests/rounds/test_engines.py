@@ -99,6 +99,7 @@ run_on_ray(
 """
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_ray_engine_ends_in_the_same_bits_as_the_process_engine(miniature: Any, tmp_path: Path) -> None:
     plan = miniature.plan(rounds=2, deadline_s=240.0)

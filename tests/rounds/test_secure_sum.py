@@ -261,6 +261,7 @@ def test_too_few_at_the_end_burn_the_round_and_the_next_begins_from_the_same_wei
     assert moved_by(plan, strategy, plain, list(SITES))
 
 
+@pytest.mark.slow
 def test_rounds_that_are_burnt_one_after_the_other_stop_the_run(tmp_path: Path) -> None:
     plan = a_plan(rounds=5)
     lost = Sites(plan, tmp_path, lambda site, at, _: site in SITES[:2] and at == SUM_UNMASK.route)
@@ -383,6 +384,7 @@ def test_a_site_opens_one_list_of_a_round_and_that_again(tmp_path: Path) -> None
     assert ask(everybody - {"porto"}, frozenset({"porto"})) == "answered_before"
 
 
+@pytest.mark.slow
 def test_a_site_that_begins_again_never_opens_the_attempt_it_gave_up(tmp_path: Path) -> None:
     plan = a_plan()
     lost = Sites(plan, tmp_path, lambda site, at, n: site in SITES[:2] and at == SUM_MASKED.route)

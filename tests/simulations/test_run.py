@@ -54,6 +54,7 @@ def test_a_run_leaves_metrics_weights_figures_and_one_page(undisturbed: Path) ->
         assert (undisturbed / name).is_file()
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
     undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -52,6 +52,7 @@ def test_whole_scans_are_trained_on_and_the_page_shows_them(undisturbed: Path) -
     assert any(shape != (8, 6, 6) for shape in shapes), "scans are larger than what the network sees at once"
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_it_ends_in_the_same_bits(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

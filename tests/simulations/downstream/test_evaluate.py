@@ -72,6 +72,7 @@ def test_every_mode_share_and_test_is_in_the_table_once() -> None:
     assert all(r.low <= r.value <= r.high for r in rows if r.metric == "dice")
 
 
+@pytest.mark.slow
 def test_a_table_reproduces_by_its_seed() -> None:
     assert [repr(row) for row in evaluated()] == [repr(row) for row in evaluated()]
     assert [repr(row) for row in evaluated()] != [repr(row) for row in evaluated(seed=1)]
