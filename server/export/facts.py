@@ -34,8 +34,7 @@ INTENDED = (
 )
 UNTESTED = (
     "Other modalities, body parts and voxel sizes; scanners unlike those of the sites; attacks on the "
-    "published weights (membership, reconstruction): meduet-audit tries some on the run, and what it found is "
-    "not part of this export."
+    "published weights (membership, reconstruction): what meduet-audit finds in the run is not in this export."
 )
 
 
