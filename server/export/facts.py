@@ -34,7 +34,7 @@ INTENDED = (
 )
 UNTESTED = (
     "Other modalities, body parts and voxel sizes; scanners unlike those of the sites; attacks on the "
-    "published weights (membership, reconstruction): what meduet-audit finds in the run is not in this export."
+    "published weights (membership, reconstruction): what meduet-audit finds in a run is not in an export."
 )
 
 
