@@ -28,6 +28,7 @@ from client.commands import journal as journal_commands
 from client.commands import key as key_commands
 from client.commands import ledger as ledger_commands
 from client.commands import plan as plan_commands
+from client.commands import releases as releases_commands
 from client.commands import service as service_commands
 from federation.loopback import spare_loopback
 from federation.terminal import DONE, FAILED, VisibleFormatter, cell, ended, failing, say, terminal
@@ -132,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     key_commands.add_to(commands)
     plan_commands.add_to(commands)
     journal_commands.add_to(commands)
+    releases_commands.add_to(commands)
     ledger_commands.add_to(commands)
     audit_commands.add_to(commands)
     for command, needed in ((prepare, True), (check, False)):

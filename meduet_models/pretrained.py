@@ -15,6 +15,7 @@ from forms.form import build
 from forms.json_text import read_json
 from meduet_models.meduet import FactorNetwork, NetworkConfig
 from meduet_models.weights import load_weights
+from meduet_models.withdrawals import warn_if_withdrawn
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,13 @@ class Pretrained:
 
 
 def load_pretrained(path: Path) -> Pretrained:
-    """Read the final weights of a run.
+    """Read the final weights of a run; a warning is logged where a site withdrew what they were made of.
 
     Raises `ValueError` when the file is damaged, is not a MeDUET of this version, or lacks a part of the
     content branch.
     """
     tensors, provenance = load_weights(path)
+    warn_if_withdrawn(path)
     try:
         text, tokenizer = provenance["network"], provenance["tokenizer_sha256"]
     except KeyError as error:

@@ -19,6 +19,7 @@ from server.commands import export as export_commands
 from server.commands import journal as journal_commands
 from server.commands import plan as plan_commands
 from server.commands import provisioning as provisioning_commands
+from server.commands import releases as releases_commands
 from server.commands import service as service_commands
 from server.commands import synthesis as synthesis_commands
 from server.commands import tokenizer as tokenizer_commands
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     provisioning_commands.add_to(commands)
     plan_commands.add_to(commands)
     journal_commands.add_to(commands)
+    releases_commands.add_to(commands)
     chosen = parser.parse_args(arguments)
     return ended(
         lambda: chosen.run(chosen, console),

@@ -31,6 +31,7 @@ from meduet_models.meduet import FactorNetwork, NetworkConfig
 from meduet_models.sharing import encoder_keys
 from meduet_models.style.bank import StyleBank
 from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
+from meduet_models.withdrawals import warn_if_withdrawn
 
 KIND = "FedMeDUET generative model, version 1"
 
@@ -109,6 +110,7 @@ def load_generative_model(path: str | Path) -> GenerativeModel:
     """
     path = Path(path)
     tensors, header = load_weights(path)
+    warn_if_withdrawn(path)
     if header.get("kind") != KIND:
         found = header.get("kind", "nothing of the kind")
         raise ValueError(f"Expected a {KIND} in {path.name}; its header says {found!r}.")
