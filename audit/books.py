@@ -143,12 +143,12 @@ def _charged(ledger: Sequence[Entry], kinds: set[str] | None = None) -> Charged:
     held = [e.record for e in ledger if e.record.get("event") == "reserve" and e.sha256 not in closed]
     own = [record for record in held if kinds is None or record.get("kind") in kinds]
     spent = [record for record in own if number(record.get("epsilon")) != 0]
-    told = [Mechanism.from_record(r["mechanism"]) if "mechanism" in r else None for r in spent]
-    if not all(told):  # a ledger of another version says a number beside each
+    charges = [Mechanism.from_record(r["mechanism"]) if "mechanism" in r else None for r in spent]
+    if not all(charges):  # a ledger of another version says a number beside each
         plain = [number(r.get("epsilon")) for r in spent if "mechanism" not in r]
-        noised = epsilon_of([one for one in told if one is not None], LARGEST_DELTA).upper
+        noised = epsilon_of([one for one in charges if one is not None], LARGEST_DELTA).upper
         return Charged(sum(plain) + noised, LARGEST_DELTA)
-    return Charged(epsilon_of(told, LARGEST_DELTA).upper, LARGEST_DELTA if told else 0.0)
+    return Charged(epsilon_of(charges, LARGEST_DELTA).upper, LARGEST_DELTA if charges else 0.0)
 
 
 def number(value: Any) -> float:

@@ -268,9 +268,9 @@ def attack_hits(release: Release, one: Products) -> Finding:
     way = torch.linalg.solve(metric, (x - usual).T)  # d n, one direction for each candidate
     along = (x - usual) @ way  # n n
     hit = (along[member] >= 0.9 * along.diagonal()).sum(0).numpy() > 0
-    told, false = int(hit[one.member].sum()), int(hit[~one.member].sum())
+    caught, false = int(hit[one.member].sum()), int(hit[~one.member].sum())
     n_in, n_out = int(one.member.sum()), int((~one.member).sum())
-    low, high = clopper_pearson(told, n_in)
+    low, high = clopper_pearson(caught, n_in)
     works = low > (clopper_pearson(false, n_out)[1] if n_out else 1.0)
     few = n_out < FEWEST
     return Finding(
@@ -279,13 +279,13 @@ def attack_hits(release: Release, one: Products) -> Finding:
         measure="members told by one count",
         n_in=n_in,
         n_out=n_out,
-        value=told / n_in,
+        value=caught / n_in,
         low=low,
         high=high,
         baseline=false / n_out if n_out else None,
         verdict="under-powered" if few else "found" if works else "not found",
         sentence=f"A centre that crafts one question for one candidate reads from the count whether she is a "
-        f"patient: {told} of {n_in} members answered at least one, {false} of {n_out} others. Whether a "
+        f"patient: {caught} of {n_in} members answered at least one, {false} of {n_out} others. Whether a "
         "question of this run was crafted is not in the books.",
         seconds=time.process_time() - began,
     )

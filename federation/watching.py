@@ -150,8 +150,8 @@ def application(look: Callable[[], Watched], token: str) -> Callable[..., Awaita
         status, kind, text = answer(scope)
         body = text.encode("utf-8")
         headers = {**_HEADERS, "content-type": kind, "content-length": str(len(body))}
-        told = [(name.encode(), value.encode()) for name, value in headers.items()]
-        await send({"type": "http.response.start", "status": status, "headers": told})
+        pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": status, "headers": pairs})
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
 
     return serve_one

@@ -59,8 +59,8 @@ def signature_text(sha256: str, signature: bytes, certificate: x509.Certificate)
     from cryptography.hazmat.primitives.serialization import Encoding
 
     pem = certificate.public_bytes(Encoding.PEM).decode("ascii")
-    told = {"sha256": sha256, "signature": base64.b64encode(signature).decode("ascii"), "certificate": pem}
-    return canonical(told) + "\n"
+    record = {"sha256": sha256, "signature": base64.b64encode(signature).decode("ascii"), "certificate": pem}
+    return canonical(record) + "\n"
 
 
 def check_signature(path: Path, trusted: Path | None = None) -> Signature | None:

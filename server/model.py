@@ -189,9 +189,9 @@ class MeduetModel:
     ) -> tuple[Tensors, dict[str, Any]]:
         """The code without the sites, and the same of every token as the last linear layer of the content
         head."""
-        told = {site: erasure_sums(reply.moments, self.plan) for site, reply in replies.items()}
-        sums = {site: own.codes for site, own in told.items()}
-        pooled = {site: own.pooled for site, own in told.items() if own.pooled.count > 0}
+        of_sites = {site: erasure_sums(reply.moments, self.plan) for site, reply in replies.items()}
+        sums = {site: own.codes for site, own in of_sites.items()}
+        pooled = {site: own.pooled for site, own in of_sites.items() if own.pooled.count > 0}
         network = self._network()
         network.load_state_dict({**network.state_dict(), **shared})
         erased, summary = self._without_sites(network, sums, pooled)

@@ -186,8 +186,8 @@ def _code(
         read = anatomy_probe(codes, held.anatomy, held.patient, plan.seed)
         if bool((known := ~torch.isnan(read)).any()):
             measured["anatomy_from_code"] = float(read[known].mean())
-            told = zip(held.anatomy_names, read.tolist(), strict=True)
-            measured |= {f"anatomy_from_code_{name}": value for name, value in told if value == value}
+            scores = zip(held.anatomy_names, read.tolist(), strict=True)
+            measured |= {f"anatomy_from_code_{name}": value for name, value in scores if value == value}
     return measured
 
 

@@ -124,14 +124,14 @@ class Witness(RunObserver):
             return {}
         names, rounds = self._plan.sites, self._plan.training.rounds
         model = self._models(result.shared, rounds)[0]
-        told: dict[str, Any] = yardsticks(model, self._plan, self._held, self._training[: len(names)])
+        readings: dict[str, Any] = yardsticks(model, self._plan, self._held, self._training[: len(names)])
         own = list(zip(names, self._scans, strict=False))
         learn = [(name, scans, scans.indices("train")) for name, scans in own]
         kept = [(n, s, [*s.indices("validation"), *s.indices("test")]) for n, s in own]
         if (found := labels_for_segmenters(learn, kept)) is not None:
             rows = label_rows(model, self._plan, *found, num_classes(scans for _, scans in own))
-            told |= {} if rows is None else {"labels": told_of_labels(rows)}
-        return told
+            readings |= {} if rows is None else {"labels": told_of_labels(rows)}
+        return readings
 
     def _alignment(self, result: RunResult) -> dict[str, float]:
         """The weakest outcome of the alignment self-test over pairs of sites, and whether all passed.

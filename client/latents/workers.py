@@ -148,12 +148,12 @@ class Workers:
         for number, worker in enumerate(self._workers):
             try:
                 _send(worker, self._job.to_json())
-                told = _line(worker)
+                reply = _line(worker)
             except OSError:
-                told = None
-            if told is None:
+                reply = None
+            if reply is None:
                 raise self._lost(number, "was starting")
-            _raise(told)
+            _raise(reply)
 
     def read(self, sources: Sequence[Source]) -> Generator[Answer, None, None]:
         """Answers in the order in which they come. Raises `WorkerLost`, and `OSError` or `ValueError` as the
@@ -226,15 +226,15 @@ class Workers:
         try:
             _send(worker, [sources[place].to_json() for place in chunk])
             for _ in chunk:
-                told = _line(worker)
-                if told is None:
+                reply = _line(worker)
+                if reply is None:
                     raise self._lost(number, doing)
-                _raise(told)
-                ready = [_ready(one, worker) for one in told["ready"]]
+                _raise(reply)
+                ready = [_ready(one, worker) for one in reply["ready"]]
                 yield Answer(
-                    chunk[told["number"]],
-                    verdict_from_json(told["verdict"]),
-                    list(map(Path, told["written"])),
+                    chunk[reply["number"]],
+                    verdict_from_json(reply["verdict"]),
+                    list(map(Path, reply["written"])),
                     ready,
                 )
         except (BrokenPipeError, EOFError):
@@ -272,8 +272,8 @@ def answer_lines(
         }
         for one in ready
     ]
-    told = {"number": number, "verdict": verdict_to_json(verdict), "written": list(map(str, written))}
-    yield json.dumps({**told, "ready": listed}).encode() + b"\n"
+    reply = {"number": number, "verdict": verdict_to_json(verdict), "written": list(map(str, written))}
+    yield json.dumps({**reply, "ready": listed}).encode() + b"\n"
     for one in ready:
         yield one.prepared.volume.contiguous().numpy().tobytes()
         if one.prepared.label is not None:
@@ -290,11 +290,11 @@ def error_line(error: OSError | ValueError | MemoryError) -> bytes:
     return json.dumps({"error": text, "errno": number}).encode() + b"\n"
 
 
-def _raise(told: dict[str, Any]) -> None:
-    if "error" in told:
-        if told["errno"] is not None:
-            raise OSError(told["errno"], told["error"])
-        raise ValueError(told["error"])
+def _raise(reply: dict[str, Any]) -> None:
+    if "error" in reply:
+        if reply["errno"] is not None:
+            raise OSError(reply["errno"], reply["error"])
+        raise ValueError(reply["error"])
 
 
 def _send(worker: "subprocess.Popen[bytes]", value: object) -> None:
@@ -308,18 +308,18 @@ def _line(worker: "subprocess.Popen[bytes]") -> dict[str, Any] | None:
     line = worker.stdout.readline()
     if not line.endswith(b"\n"):
         return None
-    told: dict[str, Any] = json.loads(line)
-    return told
+    reply: dict[str, Any] = json.loads(line)
+    return reply
 
 
-def _ready(told: dict[str, Any], worker: "subprocess.Popen[bytes]") -> Ready:
+def _ready(reply: dict[str, Any], worker: "subprocess.Popen[bytes]") -> Ready:
     assert worker.stdout is not None
-    volume = _tensor(worker.stdout, told["volume"], np.dtype(np.float32))
-    label = None if told["label"] is None else _tensor(worker.stdout, told["label"], np.dtype(np.int16))
-    path, geometry = Path(told["path"]), Geometry.from_dict(told["geometry"])
-    if told["foreground"] is None:
+    volume = _tensor(worker.stdout, reply["volume"], np.dtype(np.float32))
+    label = None if reply["label"] is None else _tensor(worker.stdout, reply["label"], np.dtype(np.int16))
+    path, geometry = Path(reply["path"]), Geometry.from_dict(reply["geometry"])
+    if reply["foreground"] is None:
         return Ready(path, Prepared(volume, label, geometry))
-    foreground = _tensor(worker.stdout, told["foreground"], np.dtype(np.bool_))
+    foreground = _tensor(worker.stdout, reply["foreground"], np.dtype(np.bool_))
     return Ready(path, WholeVolume(volume, label, geometry, foreground))
 
 

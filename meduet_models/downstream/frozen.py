@@ -92,8 +92,8 @@ def fit_voxels(
     def scores(unseen: Tensor) -> Tensor:
         chunks = []
         for chunk in torch.split(unseen, _AT_ONCE):
-            told = fitted(_around(chunk, channels, config.token_grid)).float() @ axes + mean  # n b p
-            chunks.append(unpatchify(told.transpose(0, 1), config.token_grid, edge))
+            predicted = fitted(_around(chunk, channels, config.token_grid)).float() @ axes + mean  # n b p
+            chunks.append(unpatchify(predicted.transpose(0, 1), config.token_grid, edge))
         return torch.cat(chunks)
 
     return scores

@@ -64,8 +64,8 @@ class Release:
 
     def header(self) -> dict[str, str]:
         """Header of the exported weights."""
-        told = {n: text for n, text in self.pretrained.provenance.items() if n in _KEPT}
-        return told | {"promise": json.dumps(self.promises), "licence": self.licence}
+        header = {n: text for n, text in self.pretrained.provenance.items() if n in _KEPT}
+        return header | {"promise": json.dumps(self.promises), "licence": self.licence}
 
     def config(self) -> dict[str, Any]:
         """The same as plain values: `config.json`, metadata of other forms."""
@@ -95,21 +95,21 @@ def release_of(run: Path, licence: str, tokenizer: Path | None = None) -> Releas
         raise ValueError("Expected --licence to be an SPDX identifier or one sentence; got none.")
     path = run / MODEL if run.is_dir() else run
     pretrained = load_pretrained(path)
-    told = pretrained.provenance
-    if missing := sorted({"plan", "plan_sha256", "rounds", "tensors_sha256", "volumes"} - set(told)):
+    header = pretrained.provenance
+    if missing := sorted({"plan", "plan_sha256", "rounds", "tensors_sha256", "volumes"} - set(header)):
         raise ValueError(f"Expected the final weights of a run in {path}; their header lacks {missing[0]!r}.")
-    plan = RunPlan.from_json(told["plan"])
-    if plan.sha256 != told["plan_sha256"]:
+    plan = RunPlan.from_json(header["plan"])
+    if plan.sha256 != header["plan_sha256"]:
         raise ValueError(f"Expected the plan in {path.name} to have the hash that it says; it has another.")
     tensors, _ = load_weights(path)
-    if sha256_of_tensors(tensors) != told["tensors_sha256"]:
+    if sha256_of_tensors(tensors) != header["tensors_sha256"]:
         raise ValueError(f"Expected the weights in {path.name} as they were written; they have changed.")
     found = tokenizer_of(path, pretrained, tokenizer)
-    return Release(pretrained, tensors, found, plan, licence, _patients(told, plan))
+    return Release(pretrained, tensors, found, plan, licence, _patients(header, plan))
 
 
-def _patients(told: Mapping[str, str], plan: RunPlan) -> int:
+def _patients(header: Mapping[str, str], plan: RunPlan) -> int:
     """Patients of the sites whose sums are in the weights, in whole minimum cohorts."""
-    sites = read_json(told.get("erasure", "{}"), "the erasure of a run").get("sites", {})
+    sites = read_json(header.get("erasure", "{}"), "the erasure of a run").get("sites", {})
     cohort = smallest_cohort(plan)
     return sum(int(one["patients"]) for one in sites.values()) // cohort * cohort

@@ -116,12 +116,12 @@ def _lines(axes: Axes, lines: Mapping[str, Mapping[str, Summary]], colours: Mapp
     every = sorted({labels for by_labels in lines.values() for labels in by_labels}, key=rank_of)
     for line, by_labels in lines.items():
         places = [place for place, labels in enumerate(every) if labels in by_labels]
-        told = [by_labels[every[place]] for place in places]
-        values = [own.value for own in told]
+        means = [by_labels[every[place]] for place in places]
+        values = [own.value for own in means]
         axes.plot(places, values, color=colours[line], marker="o", markersize=3, linewidth=1.4)
         bands = [
             (place, own.low, own.high)
-            for place, own in zip(places, told, strict=True)
+            for place, own in zip(places, means, strict=True)
             if own.low is not None and own.high is not None
         ]
         if bands:

@@ -284,11 +284,11 @@ def _downstream_tables(
             for own, label in YARDSTICK_ROWS.items():
                 holders = [RANDOM] if own == "random" else [m for m in titles if m != RANDOM]
                 words = measures((mode or "frozen") if own == "random" else own)
-                told = next(
+                filled = next(
                     (r for m in holders for r in _rows(data, {m: ""}, words, summaries, {}).values()), None
                 )
-                if told is not None:
-                    named.append((label, *told, ""))
+                if filled is not None:
+                    named.append((label, *filled, ""))
             header = tuple(f"{test.replace('_', ' ')}, labels of {labels}" for test, labels in ordered)
             title = f"{data}: {task}, {metric_of(metric).title}" + (f", {MODE_WORDS[mode]}" if mode else "")
             tables.append(Table(title, ("method", *header, "not above"), tuple(named)))

@@ -89,8 +89,8 @@ def resampled(
     values = np.array([of(everybody) for of in per_draw])
     generator = np.random.default_rng(seed)
     chosen = [generator.integers(len(rows_of), size=len(rows_of)) for _ in range(resamples)]
-    told = np.array([[of(own) for own in chosen] for of in per_draw]).reshape(len(draws), -1)
-    averaged = mean_of_finite(told.T)
+    of_draws = np.array([[of(own) for own in chosen] for of in per_draw]).reshape(len(draws), -1)
+    averaged = mean_of_finite(of_draws.T)
     finite = averaged[np.isfinite(averaged)]
     low, high = np.quantile(finite, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2]) if len(finite) else (np.nan, np.nan)
     alone = [not any(np.isfinite(of(np.array([i]))) for of in per_draw) for i in everybody]

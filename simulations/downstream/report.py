@@ -65,12 +65,12 @@ def write_downstream(
         for row in rows
     ]
     compared = comparisons_of(rows)
-    told = {
+    tables = {
         "rows": plain,
         "comparisons": [asdict(one) | {"above": one.above} for one in compared],
         "fairness": [asdict(one) for one in fairness],
     }
-    content = json.dumps(_finite({**facts, **told}), indent=1, allow_nan=False)
+    content = json.dumps(_finite({**facts, **tables}), indent=1, allow_nan=False)
     write_whole(folder / "downstream.json", content + "\n")
     table = io.StringIO()
     writer = csv.DictWriter(table, _COLUMNS, lineterminator="\n")

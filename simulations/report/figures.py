@@ -85,15 +85,15 @@ def save(figure: Figure, path: Path) -> Path:
 def loss_terms(rounds: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Every loss term that any hospital told in any round, with its title; one without a title is called by
     its name. Of secure sums only the mean over hospitals is known."""
-    terms = {term for entry in rounds for told in _told(entry).values() for term in told}
+    terms = {term for entry in rounds for losses in _told(entry).values() for term in losses}
     ordered = [*(term for term in _LABELS if term in terms), *sorted(terms - set(_LABELS))]
     return {term: _LABELS.get(term, term) for term in ordered}
 
 
 def _told(entry: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
     """Losses of a round by hospital, or of all together where that is all there is."""
-    told = {name: site["loss"] for name, site in entry["sites"].items() if site["loss"]}
-    return told or {"mean of all": entry.get("loss", {})}
+    losses = {name: site["loss"] for name, site in entry["sites"].items() if site["loss"]}
+    return losses or {"mean of all": entry.get("loss", {})}
 
 
 def draw_losses(rounds: Sequence[Mapping[str, Any]], path: Path) -> Path:
