@@ -270,10 +270,15 @@ def read_series(
 
 
 def _header(path: Path, tags: Sequence[str] | None = None) -> Dataset:
+    """A header without pixels; of `tags` alone, and these read here: pydicom reads a value when it is asked
+    for, and may then find that it cannot."""
     try:  # force: without preamble, which `file_kind` has looked for
-        return pydicom.dcmread(
+        header = pydicom.dcmread(
             path, stop_before_pixels=True, force=True, specific_tags=None if tags is None else list(tags)
         )
+        for tag in () if tags is None else list(header.keys()):
+            header[tag]
+        return header
     except OSError as error:
         raise UnusableScan(Reason.UNREADABLE, f"errno {error.errno}") from error
     except PARSING_ERRORS as error:

@@ -271,6 +271,17 @@ def test_the_most_specific_name_the_map_knows_decides_the_modality() -> None:
     assert ModalityNames({}).of_series(names) == "MR"
 
 
+def test_a_value_that_cannot_be_read_is_the_files_reason(tmp_path: Path) -> None:
+    paths = write_slices(tmp_path / "s", RAMP, STRAIGHT)
+    content = paths[2].read_bytes()
+    place = content.index(b"\x20\x00\x0e\x00UI")  # SeriesInstanceUID
+    paths[2].write_bytes(content[: place + 5] + b"\0" + content[place + 6 :])  # of no kind that there is
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom's, of what it reads
+        _, left_over = find_series(paths)
+    assert [(one.path, one.reason) for one in left_over] == [(paths[2], Reason.CORRUPT)]
+
+
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(where=st.lists(st.integers(132, 700), min_size=1, max_size=4), value=st.integers(0, 255))
 def test_flipped_bytes_give_a_scan_or_a_reason_and_nothing_else(
