@@ -33,10 +33,12 @@ _MADE_BEFORE = re.compile(r"[smrw]*[cp][1-6]|i?y_|w?j_|u_r?c[1-6]")
 _MADE_BEHIND = re.compile(
     r"(?:pve_?\d|posteriors?_?\d*|prob(?:s|ability|abilities|maps?)?_?\d*|\d?(?:inverse)?warp\d*"
     r"|(?:warp|def|deformation|disp|displacement|inv)?_?(?:field|coef|fieldcoef|warpcoef)|jac(?:obian)?"
-    r"|(?:gm|wm|csf)_?(?:prob|pve|map)?)",
+    r"|(?:gm|wm|csf)_?(?:prob|pve|map)?|brain|bet|(?:skull_?)?strip(?:ped)?|n4(?:_?corr(?:ected)?)?"
+    r"|bias_?corr(?:ected)?|restore|denoised?|reorient(?:ed)?|resampled?|(?:crop|tilt|eq)_\d)",
     re.IGNORECASE,
 )
-"""What FSL, ANTs and others put behind it: `_pve_0`, `_Posteriors2`, `_1Warp`."""
+"""What FSL, ANTs, dcm2niix and others put behind it: `_pve_0`, `_1Warp`; the same scan once more: `_brain`,
+`_n4`, `_Crop_1`."""
 
 Offers = dict[Path, list[tuple[str, Path]]]
 """Per image, its labels, each with what its name adds to the image's ("" when the names are equal)."""
@@ -50,7 +52,8 @@ def is_label_name(path: Path) -> bool:
 
 def made_from_others(scans: Sequence[Path]) -> list[Path]:
     """Those NIfTI files whose names say that software made them from another scan of the same folder (for
-    CAT12, of the folder above `mri/`): maps of tissues and deformations, which look like scans."""
+    CAT12, of the folder above `mri/`): maps of tissues and deformations, which look like scans, and the same
+    scan stripped, corrected or cropped, which would count twice."""
     known = _Images(scans)
 
     def made(path: Path) -> bool:

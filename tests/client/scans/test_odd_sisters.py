@@ -35,7 +35,8 @@ def scan(path: Path, seed: int, intent: int = 0, *more: int) -> None:
     "made",
     ["c1t1.nii", "mwc2t1.nii", "mri/mwp1t1.nii", "y_t1.nii", "iy_t1.nii", "t1_pve_0.nii.gz",
      "t1_Posteriors2.nii.gz", "t1_prob.nii.gz", "t1_1Warp.nii.gz", "t1_jac.nii.gz", "t1_gm.nii.gz",
-     "t1_csf_prob.nii.gz"],
+     "t1_csf_prob.nii.gz", "t1_brain.nii.gz", "t1_BET.nii.gz", "t1_n4.nii.gz", "t1_bias_corrected.nii.gz",
+     "t1_Crop_1.nii.gz", "t1_skull_stripped.nii.gz", "t1_reoriented.nii.gz"],
 )  # fmt: skip
 def test_a_map_that_software_made_of_a_scan_is_no_scan(tmp_path: Path, made: str) -> None:
     for number in range(3):
