@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
@@ -148,6 +148,11 @@ def num_bytes(tensors: Mapping[str, Tensor], wire_dtype: WireDtype) -> int:
         for tensor in tensors.values()
         for row, size in _parts(travels_as(tensor, wire_dtype), tensor.shape)
     )
+
+
+def arrays_bytes(record: RecordDict) -> int:
+    """Bytes of all arrays of a message."""
+    return sum(part.count_bytes() for part in record.array_records.values())
 
 
 def record_bytes(tensors: Mapping[str, Tensor], wire_dtype: WireDtype) -> int:

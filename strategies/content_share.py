@@ -30,7 +30,7 @@ from federation.limits import MOST_SCANS, largest_reply
 from federation.messages import RefusalKind
 from federation.plan import RunPlan, WireDtype
 from federation.reply_book import ReplyBook
-from federation.wire import array_record
+from federation.wire import array_record, arrays_bytes
 from strategies.aggregation import Bounds, ReplyRefused, StreamingSum
 from strategies.quorum import Roster, RoundFailed, check_quorum, needed, wait_for_nodes
 from strategies.reply_wall import ReplyWall
@@ -141,7 +141,7 @@ class ContentShare(Strategy):
         nodes = wait_for_nodes(grid, self.roster, least, settings.deadline_s)
         behind = self._behind.intersection(nodes)
         records = {start: self._record(server_round, arrays, start) for start in {n in behind for n in nodes}}
-        self._bytes_down = min(_num_bytes(record) for record in records.values())
+        self._bytes_down = min(arrays_bytes(record) for record in records.values())
         return [self._message(server_round, node, records[node in behind]) for node in nodes]
 
     def _arrays(self) -> ArrayRecord:
@@ -184,17 +184,15 @@ class ContentShare(Strategy):
         for message in replies:
             node = self._stream.node_of(message) if self._stream else message.metadata.src_node_id
             if (reply := wall.take(node, message)) is not None:
-                bytes_up = _num_bytes(message.content)
+                bytes_up = arrays_bytes(message.content)
                 report = site_report(reply, bytes_down=self._bytes_down, bytes_up=bytes_up)
                 self.report.sites[reply.site] = report
                 wall.refused.pop(reply.site, None)  # what it said before it had the start
                 self._behind.discard(node)
                 self._on_reply(server_round, reply.site, report)
             del message, reply
-        for node, why in (self._stream.not_pulled if self._stream else {}).items():
-            wall.put_aside(node, why)
-        for node in self._stream.unanswered if self._stream else ():
-            wall.put_aside(node, f"no reply within {self.plan.aggregation.deadline_s:g} s")
+        if self._stream is not None:
+            wall.put_absent_aside(self._stream, self.plan.aggregation.deadline_s)
         sites = self.roster.sites
         quorum = self.plan.aggregation.quorum
         for site, why in fold.screen(self.plan.aggregation.norm_tolerance).items():
@@ -281,16 +279,17 @@ class ContentShare(Strategy):
         )
 
 
-def _num_bytes(record: RecordDict) -> int:
-    return sum(part.count_bytes() for part in record.array_records.values())
-
-
 def site_report(reply: TrainReply, *, bytes_down: int, bytes_up: int) -> SiteReport:
     """What is kept of a reply: its numbers, losses apart."""
-    losses = {n.removeprefix("loss."): v for n, v in reply.metrics.items() if n.startswith("loss.")}
-    others = {name: value for name, value in reply.metrics.items() if not name.startswith("loss.")}
+    losses, others = losses_apart(reply.metrics)
     sizes = {"examples": reply.examples, "bytes_down": bytes_down, "bytes_up": bytes_up}
     return {**sizes, **others, "loss": losses}
+
+
+def losses_apart(metrics: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """The terms of the loss by name, and the other metrics."""
+    losses = {n.removeprefix("loss."): v for n, v in metrics.items() if n.startswith("loss.")}
+    return losses, {name: value for name, value in metrics.items() if not name.startswith("loss.")}
 
 
 def mean_losses(sites: Mapping[str, SiteReport]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from federation.reply_book import ReplyBook
 from federation.terminal import visible
 from strategies.aggregation import ReplyRefused
 from strategies.quorum import Roster, refusal
+from strategies.streaming_grid import StreamingGrid
 
 _LONGEST_REASON = 400
 
@@ -85,6 +86,14 @@ class ReplyWall(Generic[Reply]):
     def put_aside(self, node: int, why: str) -> None:
         """Note that the reply of a node is not used."""
         self.refuse(self._roster.name(node), why)
+
+    def put_absent_aside(self, stream: StreamingGrid, deadline_s: float) -> None:
+        """Note whose reply was too large to be pulled, and whose did not come in time, once `stream` has
+        ended."""
+        for node, why in stream.not_pulled.items():
+            self.put_aside(node, why)
+        for node in stream.unanswered:
+            self.put_aside(node, f"no reply within {deadline_s:g} s")
 
     def refuse(self, who: str, why: str) -> None:
         """Note that a site's reply is not used, or no more."""

@@ -17,7 +17,7 @@ from typing import Annotated
 import torch
 
 from federation.exchanges.exchange import Exchange
-from federation.exchanges.pretraining import TrainAsk
+from federation.exchanges.pretraining import TrainAsk, update_promise
 from federation.keys.certificates import CertificateRefused, site_of
 from federation.keys.identity import SiteIdentity
 from federation.limits import Largest, largest_reply, promised
@@ -115,7 +115,7 @@ def masked_rounds(plan: RunPlan) -> range:
 
 def masked_promise(plan: RunPlan, ask: SumMaskedAsk) -> Promise:
     """As unmasked: a site's mean update is clipped at the gate, and then masked."""
-    return Promise(kind="round", bound=plan.release.update_clip_norm, unit="site update", enforcement="clip")
+    return update_promise(plan)
 
 
 def largest_masked(plan: RunPlan, ask: SumMaskedAsk) -> Largest:

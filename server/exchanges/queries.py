@@ -75,10 +75,7 @@ def ask_sites(
     ):
         if (reply := wall.take(stream.node_of(message), message)) is not None:
             replies[reply.site] = reply
-    for node, why in stream.not_pulled.items():
-        wall.put_aside(node, why)
-    for node in stream.unanswered:
-        wall.put_aside(node, f"no reply within {settings.deadline_s:g} s")
+    wall.put_absent_aside(stream, settings.deadline_s)
     if stops:
         check_quorum(f"{route!r}", len(replies) + len(declined), quorum, len(roster.sites), wall.refused)
     return {site: replies[site] for site in roster.sites if site in replies}, wall.refused

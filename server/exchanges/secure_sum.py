@@ -38,19 +38,19 @@ from federation.exchanges.secure_sum import (
     roster_text,
     said_of,
     shares_of,
-    texts_of,
 )
 from federation.messages import Ask, RefusalKind, Tensors
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
 from federation.sum_layout import SumLayout, SumOfSites
-from federation.wire import array_record
+from federation.wire import array_record, arrays_bytes
+from forms.json_text import canonical
 from privacy.secure_sum.party import Opened
 from privacy.secure_sum.transcript import Attempt, SumRefused, SurvivorList, threshold
 from server.exchanges.queries import ask_sites
 from server.sum_records import SumRecord, SumRecords
 from strategies.aggregation import ReplyRefused
-from strategies.content_share import OnReply, RoundReport
+from strategies.content_share import OnReply, RoundReport, losses_apart
 from strategies.quorum import Roster, RoundFailed, check_quorum, needed, wait_for_nodes
 from strategies.reply_wall import ReplyWall
 from strategies.ring_sum import RingSum
@@ -221,9 +221,7 @@ class SecureSums:
 
     def _take(self, summed: SumOfSites) -> None:
         self.shared = self.optimiser.step(self.shared, summed.mean)
-        losses = {n.removeprefix("loss."): v for n, v in summed.metrics.items() if n.startswith("loss.")}
-        others = {name: value for name, value in summed.metrics.items() if not name.startswith("loss.")}
-        self.report.loss = losses
+        self.report.loss, others = losses_apart(summed.metrics)
         self.report.summed = {**others, "examples": summed.weight, "mean_norm": summed.norm}
 
     def _ask(
@@ -305,7 +303,7 @@ class SecureSums:
         )
         wait_for_nodes(grid, self.roster, least, settings.deadline_s)
         messages = [question(node) for node in connected()]
-        bytes_down = min((_num_bytes(message.content) for message in messages), default=0)
+        bytes_down = min((arrays_bytes(message.content) for message in messages), default=0)
         replies = stream.send_and_receive(
             messages,
             timeout=settings.deadline_s,
@@ -316,16 +314,13 @@ class SecureSums:
         for message in replies:
             node = stream.node_of(message)
             if (reply := wall.take(node, message)) is not None:
-                report = {"bytes_down": bytes_down, "bytes_up": _num_bytes(message.content), "loss": {}}
+                report = {"bytes_down": bytes_down, "bytes_up": arrays_bytes(message.content), "loss": {}}
                 self.report.sites[reply.site] = report
                 wall.refused.pop(reply.site, None)  # what it said before it had the start
                 self._behind.discard(node)
                 self._on_reply(round_number, reply.site, report)
             del message, reply
-        for node, why in stream.not_pulled.items():
-            wall.put_aside(node, why)
-        for node in stream.unanswered:
-            wall.put_aside(node, f"no reply within {settings.deadline_s:g} s")
+        wall.put_absent_aside(stream, settings.deadline_s)
         self.report.refused.update(wall.refused)
         check_quorum(
             f"round {round_number}",
@@ -345,7 +340,7 @@ class SecureSums:
             home=self._home if start else None,
             wire_dtype=self.plan.release.wire_dtype,
             attempt=attempt,
-            texts=texts_of({site: bytes.fromhex(text) for site, text in texts.items()}),
+            texts=canonical(texts),
         )
 
     def _masked_question(
@@ -364,7 +359,3 @@ def _check_texts(reply: SumTextReply, roster: set[str]) -> None:
 
 def _hexed(texts: Mapping[str, bytes]) -> dict[str, str]:
     return {site: text.hex() for site, text in texts.items()}
-
-
-def _num_bytes(record: RecordDict) -> int:
-    return sum(part.count_bytes() for part in record.array_records.values())
