@@ -40,12 +40,12 @@ from client.refusals import note_refusal, told_as
 from client.release import Gate, GateRefusal, Released
 from client.scans.cohort import NoScans
 from client.site import open_site
-from client.training.pretraining import NotFinite
 from client.training.site_state import StateMissing
 from client.training.trainee import WrongWeights
 from client.watchdog import DeadlineMissed, Watch, unwatched, watchdog
 from federation.exchanges.finetuning import FINETUNING
 from federation.messages import Ask, MessageError, Refusal, RefusalKind, Reply
+from federation.optimisation import NotFinite
 from federation.plan import RunPlan
 from meduet_models.diffusion.training import LossNotFinite
 from meduet_models.style.moments import CohortTooSmall

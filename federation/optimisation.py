@@ -1,15 +1,25 @@
-"""How a plan's steps of pretraining are taken: the optimiser and its learning rate, at a site and at the
-centre.
+"""How a plan's steps of pretraining are taken, at a site and at the centre: the optimiser, its learning rate,
+and the descent of one loss.
 
-Does not do: steps (`client/training/pretraining.py`; with privacy `server/phantom_training.py`).
+Does not do: losses (`client/training/pretraining.py`; with privacy `server/phantom_training.py`).
 Source: MeDUET (arXiv:2602.17901), section "Implementation"; Muon (`meduet_models/muon.py`) is not MeDUET's.
 """
+
+import math
+
+import torch
+from torch import Tensor
 
 from federation.plan import RunPlan
 from meduet_models.adamw import AdamW, decay_groups
 from meduet_models.meduet import MeDUET
 from meduet_models.muon import Muon
+from meduet_models.objective.teacher import Teacher, momentum_at
 from meduet_models.schedules import cosine, rise
+
+
+class NotFinite(ValueError):
+    """The loss or its gradient is NaN or infinite; the weights were not touched."""
 
 
 def optimiser_of(student: MeDUET, plan: RunPlan) -> AdamW:
@@ -30,3 +40,33 @@ def learning_rate_at(number: int, plan: RunPlan) -> float:
         return rise(number, rising, training.learning_rate)
     share = (number - rising) / max(1, total - 1 - rising)
     return cosine(training.learning_rate, training.final_learning_rate, share)
+
+
+def descend(
+    loss: Tensor, student: MeDUET, teacher: Teacher, optimiser: AdamW, plan: RunPlan, number: int
+) -> tuple[float, Tensor]:
+    """Step `number` of the run (from 0) down the gradient of `loss`, and the teacher after it; the loss, and
+    the gradient's norm before it is clipped.
+
+    Raises `NotFinite` before the weights are touched.
+    """
+    training = plan.training
+    value = _finite(loss, "loss", number)
+    loss.backward()  # type: ignore[no-untyped-call]
+    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), training.gradient_clip_norm)
+    _finite(norm, "gradient", number)
+    for group in optimiser.param_groups:
+        group["lr"] = learning_rate_at(number, plan)
+    optimiser.step()
+    optimiser.zero_grad()  # here, so that no gradient is held through a forward pass or a write
+    teacher.update(student, momentum_at(number / plan.total_steps, *training.teacher_momentum))
+    return value, norm
+
+
+def _finite(value: Tensor, what: str, number: int) -> float:
+    if not math.isfinite(number_of := float(value.detach())):
+        raise NotFinite(
+            f"Expected a finite {what} at step {number} of the run; got {number_of}. The weights are "
+            "untouched; lower training.learning_rate, or look for a scan with values out of range."
+        )
+    return number_of

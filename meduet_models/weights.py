@@ -110,6 +110,11 @@ def open_weights(path: str | Path) -> tuple[StoredWeights, dict[str, str]]:
     return stored, provenance
 
 
+def part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose names begin with `prefix`, under the rest of their names."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Shape by name; of stored weights no values are read."""
     if isinstance(tensors, StoredWeights):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from meduet_models.objective.teacher import early_momentum
-from meduet_models.weights import load_weights, save_weights
+from meduet_models.weights import load_weights, part_of, save_weights
 
 CLIP_NORM = 1.0
 
@@ -82,10 +82,10 @@ class AveragedTraining:
                 f"Expected {path} to be of a run with these settings; it is of another. "
                 "Use its settings, or delete it to start afresh."
             )
-        self.network.load_state_dict(_under(tensors, self._named))
-        self.average = _under(tensors, "average.")
+        self.network.load_state_dict(part_of(tensors, self._named))
+        self.average = part_of(tensors, "average.")
         states: dict[int, dict[str, Tensor]] = {}
-        for name, value in _under(tensors, "optimiser.").items():
+        for name, value in part_of(tensors, "optimiser.").items():
             index, key = name.split(".", maxsplit=1)
             states.setdefault(int(index), {})[key] = value
         self._optimiser.load_state_dict({**self._optimiser.state_dict(), "state": states})
@@ -98,7 +98,3 @@ def check_output(out: Path) -> None:
         raise ValueError(f"Expected an output file that ends in .safetensors; got {out.name}.")
     if not out.parent.is_dir():
         raise ValueError(f"Expected the folder {out.parent} to exist; create it first.")
-
-
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

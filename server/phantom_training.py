@@ -10,7 +10,6 @@ What this file does not do: ask a site anything, or read a scan; `dress` and the
 Axes: m = public scans, b = scans of a step, c d h w = latents.
 """
 
-import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -21,14 +20,15 @@ from torch import Tensor
 
 from federation.exchanges.survey import survey_layout
 from federation.messages import Tensors
-from federation.optimisation import learning_rate_at, optimiser_of
+from federation.optimisation import descend, optimiser_of
 from federation.plan import RunPlan
 from meduet_models.dressing import dress, own_entries
 from meduet_models.meduet import MeDUET
 from meduet_models.objective.objective import MeduetObjective, StepBatch, draw_step
-from meduet_models.objective.teacher import Teacher, momentum_at
+from meduet_models.objective.teacher import Teacher
 from meduet_models.seeds import generator_of
 from meduet_models.style.bank import StyleBank
+from meduet_models.weights import part_of
 
 CENTRE = "centre"
 """Who trains, in a round's report."""
@@ -74,7 +74,7 @@ class PhantomTraining:
 
     def round(self, number: int) -> dict[str, Any]:
         """Take the steps of round `number` (from 1); what there is to say of them, in the form of a round's
-        report. Raises `ValueError` for a loss that is not finite."""
+        report. Raises `NotFinite`."""
         steps, began = self._plan.training.steps_per_round, time.perf_counter()
         sums: dict[str, list[float]] = {}
         for step in range((number - 1) * steps, number * steps):
@@ -82,8 +82,8 @@ class PhantomTraining:
                 sums.setdefault(name, []).append(value)
         loss = {name: sum(values) / len(values) for name, values in sums.items()}
         seconds = time.perf_counter() - began
-        told = {"examples": len(self._public), "seconds": seconds, "loss": loss}
-        return {"round": number, "seconds": seconds, "sites": {CENTRE: told}, "refused": {}, "loss": loss}
+        own = {"examples": len(self._public), "seconds": seconds, "loss": loss}
+        return {"round": number, "seconds": seconds, "sites": {CENTRE: own}, "refused": {}, "loss": loss}
 
     def _step(self, number: int) -> dict[str, float]:
         plan, training = self._plan, self._plan.training
@@ -91,20 +91,8 @@ class PhantomTraining:
         batch, draws = self._drawn(number)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=training.precision == "bf16"):
             losses = MeduetObjective(plan.objective)(self._student, self._teacher, batch, draws, progress)
-        told = {"total": float(losses.total.detach())}
-        told |= {name: float(term.detach()) for name, term in losses.terms.items()}
-        if not math.isfinite(told["total"]):
-            raise ValueError(
-                f"Expected a finite loss at step {number}; got {told['total']}. Lower training.learning_rate."
-            )
-        losses.total.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self._student.parameters(), training.gradient_clip_norm)
-        for group in self._optimiser.param_groups:
-            group["lr"] = learning_rate_at(number, plan)
-        self._optimiser.step()
-        self._optimiser.zero_grad()
-        self._teacher.update(self._student, momentum_at(progress, *training.teacher_momentum))
-        return told
+        total, _ = descend(losses.total, self._student, self._teacher, self._optimiser, plan, number)
+        return {"total": total} | {name: float(term.detach()) for name, term in losses.terms.items()}
 
     def _drawn(self, number: int) -> tuple[StepBatch, Any]:
         plan = self._plan
@@ -126,14 +114,10 @@ class PhantomTraining:
 
     def _load(self, state: Mapping[str, Tensor]) -> None:
         """Become what `state` was taken from."""
-        self._student.load_state_dict(_part(state, _STUDENT))
-        self._teacher.network.load_state_dict(_part(state, _TEACHER))
+        self._student.load_state_dict(part_of(state, _STUDENT))
+        self._teacher.network.load_state_dict(part_of(state, _TEACHER))
         parameters = dict(self._student.named_parameters())
-        for key, tensor in _part(state, _MOMENTS).items():
+        for key, tensor in part_of(state, _MOMENTS).items():
             moment, _, name = key.partition("/")
             kept = self._optimiser.state[parameters[name]]
             kept[moment] = tensor.clone() if moment == "step" else tensor.to(self._device, copy=True)
-
-
-def _part(state: Mapping[str, Tensor], prefix: str) -> Tensors:
-    return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}

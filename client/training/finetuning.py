@@ -24,8 +24,8 @@ from torch import Tensor
 
 from client.latents.labelled import LabelledScans, NoLabels
 from client.latents.whole_labelled import WholeScan
-from client.training.pretraining import NotFinite
 from federation.exchanges.finetuning import LocalFinetuning
+from federation.optimisation import NotFinite
 from meduet_models.adamw import AdamW, decay_groups
 from meduet_models.downstream.augmentation import augmented
 from meduet_models.downstream.networks import predict

@@ -14,7 +14,6 @@ is ours; Muon (`meduet_models/muon.py`) is not MeDUET's.
 """
 
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from torch import Tensor
 from client.latents.batches import Batches, step_generator
 from client.training.site_state import RoundResult, UnderWay
 from client.training.trainee import Trainee
-from federation.optimisation import learning_rate_at
+from federation.optimisation import descend, learning_rate_at
 from federation.plan import RunPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.objective.objective import Losses, MeduetObjective
@@ -36,10 +35,6 @@ from privacy.clipping import joint_norm
 
 _log = logging.getLogger(__name__)
 _TRAINEE, _MEANS = "trainee/", "means/"
-
-
-class NotFinite(ValueError):
-    """The loss or its gradient is NaN or infinite; the weights were not touched."""
 
 
 def train_round(
@@ -91,17 +86,7 @@ def train_round(
         with torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16"):
             losses = objective(student, teacher, batch, draws, progress)
         losses = _with_tethers(losses, tethers)
-        loss = _finite(losses.total, "loss", number)
-
-        losses.total.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), training.gradient_clip_norm)
-        _finite(norm, "gradient", number)
-
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate_at(number, plan)
-        optimiser.step()
-        optimiser.zero_grad()  # here, so that no gradient is held through a forward pass or a write
-        teacher.update(student, momentum_at(progress, *training.teacher_momentum))
+        loss, norm = descend(losses.total, student, teacher, optimiser, plan, number)
 
         means.add({"loss.total": losses.total, "grad_norm": norm})
         means.add({f"loss.{name}": term for name, term in losses.terms.items()})
@@ -163,15 +148,6 @@ def _with_tethers(losses: Losses, tethers: list[_Tether]) -> Losses:
         terms[tether.term] = tether.squared_distance()
         total = total + tether.weight * terms[tether.term]
     return Losses(total, terms)
-
-
-def _finite(value: Tensor, what: str, number: int) -> float:
-    if not math.isfinite(number_of := float(value.detach())):
-        raise NotFinite(
-            f"Expected a finite {what} at step {number} of the run; got {number_of}. The weights are "
-            "untouched; lower training.learning_rate, or look for a scan with values out of range."
-        )
-    return number_of
 
 
 class _Means:

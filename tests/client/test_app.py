@@ -17,7 +17,6 @@ from client.app import app as deployed_app
 from client.exchanges import survey as survey_exchange
 from client.exchanges.exchange import AskRefused
 from client.release import GateRefusal
-from client.training.pretraining import NotFinite
 from client.training.site_state import StateDamaged, StateFolder, StateMissing
 from client.training.trainee import WrongWeights
 from client.watchdog import DeadlineMissed, watchdog
@@ -26,6 +25,7 @@ from federation.exchanges.pretraining import PRETRAINING, TrainAsk, TrainReply
 from federation.exchanges.survey import SURVEY, SurveyAsk, SurveyReply
 from federation.journal import Journal
 from federation.messages import MessageError, Refusal, RefusalKind, kind_of
+from federation.optimisation import NotFinite
 from federation.plan import AggregationPlan, RunPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import home_keys, shared_keys

@@ -9,8 +9,8 @@ import torch
 
 from client.latents.labelled import LabelledScans, NoLabels
 from client.training.finetuning import MovingAverage, finetune, learning_rate_at, validation_score
-from client.training.pretraining import NotFinite
 from federation.exchanges.finetuning import LocalFinetuning
+from federation.optimisation import NotFinite
 from meduet_models.downstream.networks import PretrainedNetwork, predict
 from meduet_models.downstream.tasks import task_of
 from meduet_models.downstream.unet import SmallUNet
