@@ -16,7 +16,7 @@ from audit.evidence import SiteBooks
 from federation.journal import BrokenChain, read_journal
 from privacy.accounting import LARGEST_DELTA, Mechanism, epsilon_of
 from privacy.chain import Entry, read_chain
-from privacy.ledger import Ceiling
+from privacy.ledger import Ceiling, held
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,10 @@ def _unreserved(ledger: Sequence[Entry]) -> Iterator[str]:
         if entry.record.get("event") == "reserve":
             reserved[entry.sha256] = entry.record
         elif entry.record.get("event") == "settle":
-            held = reserved.get(str(entry.record.get("reservation")))
-            if held is None:
+            kept = reserved.get(str(entry.record.get("reservation")))
+            if kept is None:
                 yield f"Line {entry.index + 1} of the ledger settles what was never reserved."
-            elif number(held.get("epsilon")) != number(entry.record.get("epsilon")):
+            elif number(kept.get("epsilon")) != number(entry.record.get("epsilon")):
                 yield f"Line {entry.index + 1} of the ledger charges another epsilon than was reserved."
 
 
@@ -139,10 +139,7 @@ def _questions(released: Sequence[dict[str, Any]]) -> dict[str, int]:
 def _charged(ledger: Sequence[Entry], kinds: set[str] | None = None) -> Charged:
     """What all that was reserved and not closed costs together, of some kinds or of all: with noise by its
     mechanisms, without it infinite; random numbers alone are charged nothing."""
-    closed = {e.record.get("reservation") for e in ledger if e.record.get("event") == "close"}
-    held = [e.record for e in ledger if e.record.get("event") == "reserve" and e.sha256 not in closed]
-    own = [record for record in held if kinds is None or record.get("kind") in kinds]
-    spent = [record for record in own if number(record.get("epsilon")) != 0]
+    spent = [record for record in held(ledger) if kinds is None or record.get("kind") in kinds]
     charges = [Mechanism.from_record(r["mechanism"]) if "mechanism" in r else None for r in spent]
     if not all(charges):  # a ledger of another version says a number beside each
         plain = [number(r.get("epsilon")) for r in spent if "mechanism" not in r]

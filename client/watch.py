@@ -17,7 +17,7 @@ from federation.keys.certificates import utc_now
 from federation.processes import read_state
 from federation.watching import Section, Series, Watched
 from privacy.chain import Entry, read_chain
-from privacy.ledger import Ledger
+from privacy.ledger import open_of, spent_of
 
 PROCESSES = "processes"
 """Folder of the supervisor, in the site's state."""
@@ -35,9 +35,7 @@ def watched(config: SiteConfig) -> Watched:
     days = _certificate_days(config)
     events = Counter(str(entry.record.get("event", "")) for entry in ledger)
     ceiling = ceiling_of(config)
-    book = Ledger(folder / LEDGER, ceiling) if ledger else None
-    spent = None if book is None else book.spent()
-    waiting = 0 if book is None else len(book.open_reservations())
+    spent = spent_of(ledger, ceiling.delta) if ledger else None
     running = any(one["state"] == "running" for one in runs.values())
     now = "connected processes run" if running else "nothing runs here now"
     last = f"; something last left {left[-1].utc}" if left else "; nothing has left"
@@ -56,7 +54,7 @@ def watched(config: SiteConfig) -> Watched:
             "Ledger",
             ("with noise", "without", "epsilon of a patient", "ceiling", "reserved, not released"),
             [] if spent is None else
-            [(spent.num_noised, spent.num_plain, spent.total, f"{ceiling.epsilon:g}", waiting)],
+            [(spent.num_noised, spent.num_plain, spent.total, f"{ceiling.epsilon:g}", len(open_of(ledger)))],
             f"All together, add or remove one patient, at delta {ceiling.delta:g}; what is reserved counts.",
         ),
         Section(

@@ -188,15 +188,7 @@ class Ledger:
     def spent(self) -> Spent:
         """What this site's patients are charged: all that was reserved and not closed, at the ceiling's
         delta."""
-        charged = _charged(self._chain.entries())
-        noised = [mechanism for mechanism in charged if mechanism is not None]
-        delta = self._ceiling.delta
-        return Spent(
-            total=epsilon_of(charged, delta),
-            noised=epsilon_of(noised, delta),
-            num_plain=len(charged) - len(noised),
-            num_noised=len(noised),
-        )
+        return spent_of(self._chain.entries(), self._ceiling.delta)
 
     def close(self, index: int, reason: str) -> None:
         """Charge the reservation in line `index` no longer: the site's people say, with a reason, that
@@ -222,9 +214,7 @@ class Ledger:
 
     def open_reservations(self) -> list[Entry]:
         """Reservations whose answer did not leave, and which nobody closed."""
-        entries = self._chain.entries()
-        done = _closed(entries) | {e.record.get("reservation") for e in entries}
-        return [e for e in entries if e.record.get("event") == "reserve" and e.sha256 not in done]
+        return open_of(self._chain.entries())
 
     def settled(self, reservation: Reservation) -> Settled | None:
         """What left under this reservation; None before."""
@@ -326,15 +316,37 @@ def _closed(entries: Sequence[Entry]) -> set[str]:
     return {_text(e.record, "reservation") for e in entries if e.record.get("event") == "close"}
 
 
-def _charged(entries: Sequence[Entry]) -> list[Mechanism | None]:
-    """What each reservation of something of a patient counts as, unless it was closed; None: without
-    noise."""
+def held(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """The reservations that count: of something of a patient, and not closed."""
     closed = _closed(entries)
     return [
-        Mechanism.from_record(e.record["mechanism"]) if "mechanism" in e.record else None
+        e.record
         for e in entries
         if e.record.get("event") == "reserve" and e.sha256 not in closed and e.record.get("epsilon") != 0
     ]
+
+
+def spent_of(entries: Sequence[Entry], delta: float) -> Spent:
+    """What these lines of a ledger charge its patients, at `delta`."""
+    charged = _charged(entries)
+    noised = [mechanism for mechanism in charged if mechanism is not None]
+    return Spent(
+        total=epsilon_of(charged, delta),
+        noised=epsilon_of(noised, delta),
+        num_plain=len(charged) - len(noised),
+        num_noised=len(noised),
+    )
+
+
+def open_of(entries: Sequence[Entry]) -> list[Entry]:
+    """Reservations among these lines whose answer did not leave, and which nobody closed."""
+    done = _closed(entries) | {e.record.get("reservation") for e in entries}
+    return [e for e in entries if e.record.get("event") == "reserve" and e.sha256 not in done]
+
+
+def _charged(entries: Sequence[Entry]) -> list[Mechanism | None]:
+    """What each reservation that counts costs; None: without noise."""
+    return [Mechanism.from_record(r["mechanism"]) if "mechanism" in r else None for r in held(entries)]
 
 
 def _charge(promise: Promise) -> str:
