@@ -23,14 +23,14 @@ from client.exchanges.latents import raw_items
 from client.exchanges.probes import target_of
 from client.latents.examples import examples_of
 from client.latents.latent_set import LatentSet
+from client.release import clipped_rows
 from client.site import Site, ceiling_of
 from federation.exchanges.latents import BOUNDED, latent_bound, to_tensors
 from federation.journal import read_journal
 from federation.plan import RunPlan
 from federation.wire import GROWTH, rounded
-from meduet_models.pretrained import load_pretrained
+from meduet_models.pretrained import MODEL, load_pretrained
 from meduet_models.weights import sha256_of_file, sha256_of_tensors
-from privacy.clipping import clip
 from privacy.ledger import Place
 
 _SCANS_AT_ONCE = 64
@@ -47,7 +47,7 @@ def evidence_of_site(site: Site, scans: LatentSet, plan: RunPlan, model: Path | 
         if pretrained.provenance.get("plan_sha256") != plan.sha256:
             raise ValueError(f"Expected a model of plan {plan.sha256[:12]}…; {model.name} is of another.")
         network = pretrained.network.requires_grad_(False)
-        hashes["model.safetensors"] = sha256_of_file(model)
+        hashes[MODEL] = sha256_of_file(model)
     return Evidence(
         name=f"{plan.name}, seen by {site.name}",
         plan=plan,
@@ -137,6 +137,6 @@ def _latents_again(
         return None
     tensors, dtype = to_tensors(examples_of(scans, rows, plan)), plan.release.latent_dtype
     bound = latent_bound(plan) * (1 - GROWTH[dtype])
-    tensors[BOUNDED] = torch.stack([clip({BOUNDED: one}, bound).value[BOUNDED] for one in tensors[BOUNDED]])
+    tensors |= clipped_rows({BOUNDED: tensors[BOUNDED]}, bound)
     leaving = {name: rounded(tensor, dtype) for name, tensor in tensors.items()}
     return leaving if sha256_of_tensors(leaving) == line["sha256"] else None

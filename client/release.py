@@ -390,6 +390,17 @@ def _longest_row(tensors: Mapping[str, Tensor]) -> float:
     )
 
 
+def clipped_rows(tensors: Mapping[str, Tensor], bound: float) -> dict[str, Tensor]:
+    """Row by row of all tensors together, clipped to a joint norm of `bound`; in memory of its own."""
+    rows = [
+        clip(dict(zip(tensors, row, strict=True)), bound).value for row in zip(*tensors.values(), strict=True)
+    ]
+    return {
+        name: torch.stack([row[name] for row in rows]) if rows else t.detach().clone()
+        for name, t in tensors.items()
+    }
+
+
 def _bound(
     tensors: Mapping[str, Tensor], promise: Promise, weight: float, wire_dtype: WireDtype, room: float = 0.0
 ) -> dict[str, Tensor]:
@@ -399,14 +410,7 @@ def _bound(
         return {name: tensor.detach().clone() for name, tensor in tensors.items()}
     bound = promise.bound * (1 - GROWTH[wire_dtype])
     if promise.enforcement == "each":
-        rows = [
-            clip(dict(zip(tensors, row, strict=True)), bound).value
-            for row in zip(*tensors.values(), strict=True)
-        ]
-        return {
-            name: torch.stack([row[name] for row in rows]) if rows else t.detach().clone()
-            for name, t in tensors.items()
-        }
+        return clipped_rows(tensors, bound)
     if not bound > room:
         raise GateRefusal(f"Expected a grid finer than the bound {bound:g}; rounding alone takes {room:g}.")
     mean = clip(tensors, bound - room).value  # a copy
