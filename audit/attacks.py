@@ -19,10 +19,10 @@ from audit.books import Charged, Read, read_books
 from audit.evidence import Evidence, Release
 from audit.findings import Finding
 from audit.guarantee import largest_rate
-from audit.intervals import clopper_pearson
+from audit.intervals import ONE_SIDE, clopper_pearson
 from audit.linkage import attack_latents
 from audit.membership import attack_model, attack_round
-from audit.memorisation import DIFFUSION_MODEL, attack_diffusion
+from audit.memorisation import attack_diffusion
 from audit.policy import Behind
 from audit.scores import Scores, false_alarms
 from audit.sums import (
@@ -36,12 +36,11 @@ from audit.sums import (
     probe_products,
     survey_sum,
 )
+from meduet_models.diffusion.artefact import DIFFUSION_MODEL
+from meduet_models.pretrained import MODEL
 
 Scored = list[tuple[Finding, Scores]]
 Say = Callable[[str], None]
-MODEL = "model.safetensors"
-_NOMINAL = 0.025
-"""Share of nobody's memberships that a 95% interval claims, one side."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ class Audited:
     @property
     def honest(self) -> bool:
         """Whether the share of false alarms is not told from more than the nominal one."""
-        return self.alarm_interval[0] <= _NOMINAL
+        return self.alarm_interval[0] <= ONE_SIDE
 
 
 def audit(evidence: Evidence, effort: Effort, say: Say) -> Audited:
@@ -209,6 +208,8 @@ def _differences(evidence: Evidence, releases: Sequence[Release]) -> list[Findin
     """Sums of one site that were asked for again under another plan: the survey, whose vectors no weights
     change."""
     surveys = [release for release in releases if release.kind == "survey"]
+    if len(surveys) < 2:
+        return []
     sums = [survey_sum(one, evidence.cohorts[one.site], evidence.plan) for one in surveys]
     pairs = [(a, b) for a, b in pairwise(sums) if a is not None and b is not None]
     return [one for a, b in pairs if (one := attack_difference(a, b)) is not None]

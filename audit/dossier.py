@@ -11,7 +11,7 @@ What this file does not do: measure, or judge; every number stands in the record
 
 from collections.abc import Iterator
 
-from audit.findings import ORDER
+from audit.findings import ORDER, parts
 from audit.record import FindingRow, Record
 
 OPEN = "________ (a person fills this in)"
@@ -66,9 +66,9 @@ def _risks(record: Record) -> Iterator[str]:
     for name, tests in _ASSESSED.items():
         own = [finding for finding in every if finding.attack in tests]
         yield f"  {name}: {_worst(own)}"
-    sites = {f.artefact.partition(":")[0] for f in every if ":" in f.artefact}
+    sites = {parts(f.artefact)[0] for f in every if parts(f.artefact)[1]}
     for site in sorted(sites):
-        yield f"  worst at {site}: {_worst([f for f in every if f.artefact.startswith(f'{site}:')])}"
+        yield f"  worst at {site}: {_worst([f for f in every if parts(f.artefact)[0] == site])}"
     yield f"  by sex and age band: {OPEN}"
     yield "  not tested:"
     yield from (f"    {text}" for text in record.not_tested)

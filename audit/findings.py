@@ -73,6 +73,12 @@ class Finding:
     seconds: float = 0.0
 
 
+def parts(artefact: str) -> tuple[str, str]:
+    """Site and kind of an artefact; of a published file its name, and no kind."""
+    site, _, kind = artefact.partition(": ")
+    return site, kind
+
+
 def worst(findings: list[Finding]) -> Verdict:
     """The worst verdict; `not audited` of none."""
     said = {finding.verdict for finding in findings}

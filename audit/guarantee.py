@@ -2,7 +2,7 @@
 
 What this file does not do: account for a run; promises come from the ledger.
 
-Source: the Gaussian mechanism's exact curve: Balle and Wang 2018 (arXiv:1805.06530); the largest rate: the
+Source: the Gaussian mechanism's exact curve: `privacy/accounting.py`; the largest rate: the
 trade-off curve of (epsilon, delta), Kairouz et al. 2015, minimised over the mechanism's privacy profile.
 """
 
@@ -10,28 +10,23 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy.stats import norm
 
-
-def gaussian_delta(epsilon: float, sigma: float) -> float:
-    """Delta of the Gaussian mechanism of sensitivity 1 at this epsilon."""
-    half, shift = 1 / (2 * sigma), epsilon * sigma
-    return float(norm.cdf(half - shift) - math.exp(epsilon + norm.logcdf(-half - shift)))
+from privacy.accounting import gaussian_delta
 
 
 def gaussian_epsilon(sigma: float, delta: float) -> float:
     """Epsilon of the Gaussian mechanism of sensitivity 1 at this delta."""
-    if gaussian_delta(0.0, sigma) <= delta:
+    if gaussian_delta(sigma, 0.0) <= delta:
         return 0.0
     high = 1.0
-    while gaussian_delta(high, sigma) > delta:
+    while gaussian_delta(sigma, high) > delta:
         high *= 2
-    return _bisected(lambda epsilon: gaussian_delta(epsilon, sigma) > delta, 0.0, high)
+    return _bisected(lambda epsilon: gaussian_delta(sigma, epsilon) > delta, 0.0, high)
 
 
 def gaussian_sigma(epsilon: float, delta: float) -> float:
     """The least sigma of sensitivity 1 with this epsilon and delta."""
-    return _bisected(lambda sigma: gaussian_delta(epsilon, sigma) > delta, 1e-3, 1e6)
+    return _bisected(lambda sigma: gaussian_delta(sigma, epsilon) > delta, 1e-3, 1e6)
 
 
 def largest_rate(false_alarms: float, epsilon: float, delta: float) -> float:

@@ -13,6 +13,8 @@ import numpy as np
 from scipy.stats import beta, norm
 
 LEVEL = 0.95
+ONE_SIDE = 0.025
+"""Share that a 95% interval leaves beyond one end: so many of nobody's memberships are claimed."""
 
 
 def clopper_pearson(hits: int, of: int, level: float = LEVEL) -> tuple[float, float]:

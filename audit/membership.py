@@ -26,6 +26,7 @@ from audit.findings import Finding
 from audit.scores import Scores, blind_from, judged
 from meduet_models.meduet import FactorNetwork
 from meduet_models.objective.distillation import squared_distance
+from meduet_models.pretrained import MODEL
 
 _SCANS_AT_ONCE = 16
 _HIDDEN = 0.5
@@ -87,7 +88,7 @@ def scores_of(cohorts: Sequence[Cohort], of: Mapping[str, Float[Tensor, " n"]]) 
 def attack_model(evidence: Evidence, draws: int, scored: list[tuple[Finding, Scores]]) -> Iterator[Finding]:
     """The published model: loss, and loss less that of each earlier model at hand."""
     assert evidence.model is not None
-    cohorts, artefact = list(evidence.cohorts.values()), "model.safetensors"
+    cohorts = list(evidence.cohorts.values())
     without = blind(cohorts)
     began = time.process_time()
     last = {c.site: losses(evidence.model, c.latents, draws) for c in cohorts}
@@ -98,7 +99,7 @@ def attack_model(evidence: Evidence, draws: int, scored: list[tuple[Finding, Sco
     for name, (attack, scores) in tried.items():
         beside = "" if name == "loss" else f", less that of {name},"
         sentence = f"Whoever has the model and a candidate's scan takes a low loss{beside} for membership."
-        finding = judged(artefact, attack, scores, sentence, without, began)
+        finding = judged(MODEL, attack, scores, sentence, without, began)
         scored.append((finding, scores))
         yield finding
 

@@ -24,18 +24,17 @@ from torch import Tensor
 
 from audit.evidence import Cohort, Evidence
 from audit.findings import Finding
+from audit.intervals import ONE_SIDE
 from audit.membership import blind, scores_of
 from audit.scores import FEWEST, Scores, judged
-from meduet_models.diffusion.artefact import GenerativeModel
+from meduet_models.diffusion.artefact import DIFFUSION_MODEL, GenerativeModel
 from meduet_models.diffusion.conditions import UNKNOWN, Condition, Conditions, Examples
 from meduet_models.diffusion.sampling import SamplingSettings, sample
 from meduet_models.diffusion.training import validation_loss
 
-DIFFUSION_MODEL = "diffusion.safetensors"
 _TOLD: tuple[tuple[Condition, ...], ...] = (("content", "style"), ("style",))
 _SAMPLES = 48
 _RETURNED = 24
-_FOUND = 0.025
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def _copies(model: GenerativeModel, cohorts: Sequence[Cohort], examples: dict[st
         return plain
     samples = _sampled(model, asked, names)
     near = copying(samples.flatten(1), inside.flatten(1), outside.flatten(1))
-    found = near.chance < _FOUND
+    found = near.chance < ONE_SIDE
     return replace(
         plain,
         value=near.excess,

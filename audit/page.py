@@ -8,9 +8,9 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from audit.attacks import MODEL
-from audit.findings import ORDER, TESTS
+from audit.findings import ORDER, TESTS, parts
 from audit.record import ArtefactRow, Epsilon, FindingRow, Record
+from meduet_models.pretrained import MODEL
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _STATUS = {
@@ -47,7 +47,7 @@ def first_sentences(record: Record) -> list[tuple[str, str]]:
     every = [finding for artefact in record.artefacts for finding in artefact.findings]
     found = [f for f in every if f.verdict in ("contradiction", "found")]
     found.sort(key=lambda f: (ORDER.index(f.verdict), f.measure == "AUC"))
-    said = list(dict.fromkeys((f.artefact.partition(":")[0], _about(f)) for f in found))
+    said = list(dict.fromkeys((parts(f.artefact)[0], _about(f)) for f in found))
     if not said:
         said.append(
             ("all", "No attack that was tried found anything; what these could have found stands below.")
@@ -65,7 +65,7 @@ def _by_site(said: list[tuple[str, str]]) -> dict[str, list[str]]:
 
 def _about(finding: FindingRow) -> str:
     """The sentence, with what it is about where it does not say so."""
-    site, _, kind = finding.artefact.partition(": ")
+    site, kind = parts(finding.artefact)
     return finding.sentence if site in finding.sentence or not kind else f"{kind}: {finding.sentence}"
 
 

@@ -16,6 +16,7 @@ import torch
 from audit.books import read_books
 from audit.evidence import SiteBooks
 from audit.findings import Finding
+from audit.intervals import ONE_SIDE
 from audit.mechanisms import audit_mechanism, moved_most, noise_repeats
 from audit.memorisation import copying
 from audit.record import Planted
@@ -105,7 +106,7 @@ def _copies(share: float) -> bool:
     training, held_out, samples = (torch.randn(60, 64, generator=draws) for _ in range(3))
     copied = round(share * len(samples))
     samples[:copied] = training[:copied] + 0.1 * samples[:copied]
-    return copying(samples, training, held_out).chance < 0.025
+    return copying(samples, training, held_out).chance < ONE_SIDE
 
 
 def _scanners(shift: float) -> Finding:

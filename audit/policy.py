@@ -10,7 +10,7 @@ What this file does not do: say that a release harms nobody. It says what was tr
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from audit.findings import TESTS, Finding
 from forms.form import build
@@ -124,8 +124,3 @@ def _too_much(finding: Finding, policy: Policy) -> bool:
     if finding.attack == "copies":
         return finding.value is not None and finding.value > policy.max_excess_memorisation
     return True
-
-
-def as_plain(policy: Policy) -> dict[str, Any]:
-    """For the record."""
-    return {name: getattr(policy, name) for name in Policy.__dataclass_fields__}

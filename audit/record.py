@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 from audit.attacks import Artefact, Audited
 from audit.evidence import Evidence
 from audit.findings import Finding, Verdict, worst
+from audit.intervals import ONE_SIDE
 from audit.policy import Decision, Policy
 from forms.form import build, hints
 from forms.json_text import read_json
@@ -150,7 +151,7 @@ def record_of(
         failed=tuple(decision.failed),
         undecided=tuple(decision.undecided),
         artefacts=tuple(_row(artefact) for artefact in audited.artefacts),
-        alarms=Alarms(claimed=audited.alarms, tried=audited.tried, low=low, high=high, nominal=0.025),
+        alarms=Alarms(claimed=audited.alarms, tried=audited.tried, low=low, high=high, nominal=ONE_SIDE),
         planted=planted,
         not_tested=NOT_TESTED,
         **about,

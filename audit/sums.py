@@ -20,7 +20,7 @@ from torch import Tensor
 
 from audit import algebra
 from audit.evidence import Cohort, Release
-from audit.findings import Finding
+from audit.findings import Finding, parts
 from audit.intervals import clopper_pearson
 from audit.scores import FEWEST, Scores, blind_from, judged
 from federation.exchanges.erasure import erasure_sums
@@ -156,7 +156,7 @@ def attack_difference(first: Sum, second: Sum) -> Finding | None:
         n_out=len(off) - 1,
         value=float(exact),
         verdict="found" if exact else "not found",
-        sentence=f"Two plans asked for '{second.artefact.partition(': ')[2]}' with one patient between them: "
+        sentence=f"Two plans asked for '{parts(second.artefact)[1]}' with one patient between them: "
         "the later sums less the earlier are hers alone."
         if exact
         else "Two plans were answered with one patient more or less, and the difference is no candidate's.",
@@ -201,7 +201,7 @@ def _solved_pool(one: Sum, named: np.ndarray, began: float) -> Finding:
     """The row of a pool in which the sum has one solution."""
     right = int((named == one.member).sum())
     low, high = clopper_pearson(right, len(named))
-    site, what = one.artefact.partition(":")[0], one.artefact.partition(": ")[2]
+    site, what = parts(one.artefact)
     return Finding(
         artefact=one.artefact,
         attack="pool",
@@ -315,8 +315,7 @@ def _span(one: Products) -> Finding:
     hits, false = int(named[one.member].sum()), int(named[~one.member].sum())
     n_in, n_out = int(one.member.sum()), int((~one.member).sum())
     low, high = clopper_pearson(hits, n_in)
-    site = one.artefact.partition(":")[0]
-    what = one.artefact.partition(": ")[2]
+    site, what = parts(one.artefact)
     if narrow and hits and not false:
         whom = f"each of its {n_in} patients" if hits == n_in else f"{hits} of its {n_in} patients"
         said = f"The sums of '{what}' that {site} released identify {whom} to whoever holds her scan."

@@ -17,6 +17,9 @@ from meduet_models.meduet import FactorNetwork, NetworkConfig
 from meduet_models.weights import load_weights
 from meduet_models.withdrawals import warn_if_withdrawn
 
+MODEL = "model.safetensors"
+"""What a pretraining leaves in its folder."""
+
 
 @dataclass(frozen=True)
 class CodeReader:

@@ -24,11 +24,11 @@ from torch.nn import functional as F
 
 from forms.form import build
 from forms.json_text import read_json
-from meduet_models.diffusion.artefact import GenerativeModel, load_generative_model
+from meduet_models.diffusion.artefact import DIFFUSION_MODEL, GenerativeModel, load_generative_model
 from meduet_models.diffusion.harmonisation import HarmonisationSettings
 from meduet_models.diffusion.harmoniser import Harmonised, Harmoniser
 from meduet_models.factors import VARIANCE_FLOOR
-from meduet_models.pretrained import Pretrained, load_pretrained
+from meduet_models.pretrained import MODEL, Pretrained, load_pretrained
 from meduet_models.scan_latents import encoded
 from meduet_models.signature import Signature, check_signature
 from meduet_models.tokenizer.tokenizer import Tokenizer, load_tokenizer_file, shipped_tokenizer
@@ -39,8 +39,8 @@ from scans.volume_plan import VolumePlan
 from scans.volumes import Prepared, intensity_range, lay_back, read_scan
 from scans.whole_volumes import WholeVolume, lay_back_whole
 
-MODEL, DIFFUSION_MODEL, TOKENIZER = "model.safetensors", "diffusion.safetensors", "tokenizer.safetensors"
-"""Files of a run's or an export's folder; the tokenizer is the package's own where none is there."""
+TOKENIZER = "tokenizer.safetensors"
+"""In a run's or an export's folder; it is the package's own where none is there."""
 ScanLike = str | Path | Scan | Shaped[np.ndarray, "..."]
 Affine = Float64[np.ndarray, "4 4"] | None
 

@@ -1,16 +1,17 @@
 """The centre: survey, rounds, probes, erasure; a run that is stopped anywhere goes on to the same weights.
 
 Phases: (0) every site tells the sums that describe its scans' appearance, from which come the latent scale
-and the style bank; (1 to R) rounds of `strategies/content_share.py`, or
-as secure sums (`server/exchanges/secure_sum.py`), every few of them followed by federated
-probes (`server/exchanges/probes.py`), which train nothing and stop nothing; (R + 1) every site tells the sum
-of its patients' content codes, from which comes the site erasure; (R + 2) the diffusion model is trained at
-the sites, or finished, where the centre has trained it on released latents while the rounds ran
-(`server/exchanges/diffusion.py`). With privacy the sites are asked once, for a style with noise, and all the
-rest happens at the centre (`server/protected_pretraining.py`). After each phase and round everything is on
-disk before anything else is asked. A run that is started again goes on after its last checkpoint; sites
-answer a round that is asked twice in the same way, so on one kind of machine the final weights are the same
-bits. What this file does not do: it trains nothing itself, sees no scan, and averages nothing.
+and the style bank; (1 to R) rounds of `strategies/content_share.py`, or secure sums
+(`server/exchanges/secure_sum.py`), every few of them followed by federated probes
+(`server/exchanges/probes.py`), which train nothing and stop nothing; (R + 1) every site tells the sums of
+its patients' content codes and pooled content, from which comes the site erasure; (R + 2) the diffusion
+model is trained at the sites, or finished, where the centre has trained it on released latents while the
+rounds ran (`server/exchanges/diffusion.py`). With privacy the sites are asked once, for a style with noise,
+and all the rest happens at the centre (`server/protected_pretraining.py`). After each phase and round
+everything is on disk before anything else is asked. A run that is started again goes on after its last
+checkpoint; sites answer a round that is asked twice in the same way, so on one kind of machine the final
+weights are the same bits. What this file does not do: it trains nothing itself, sees no scan, and averages
+nothing.
 
 `run` takes any Flower grid; `server/server_app.py` is the ServerApp of a deployment.
 """
@@ -30,6 +31,8 @@ from federation.journal import Journal
 from federation.messages import Tensors
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
+from meduet_models.diffusion.artefact import DIFFUSION_MODEL
+from meduet_models.pretrained import MODEL
 from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
 from server.checkpoints import Checkpoint, Checkpoints
 from server.exchanges.diffusion import diffusion_of, save_diffusion
@@ -45,8 +48,6 @@ from server.run_folder import claim, write_metrics
 from strategies.content_share import ContentShare
 from strategies.quorum import Roster, SiteOf
 
-MODEL = "model.safetensors"
-DIFFUSION_MODEL = "diffusion.safetensors"
 _CPU = torch.device("cpu")
 
 _log = logging.getLogger(__name__)
@@ -166,8 +167,8 @@ class _Run:
         style_bank: Tensors = {}
         if self.protected is not None:
             style_bank, metrics["survey"] = self.protected.survey()
-            told = metrics["survey"]
-            self._note("style_code", sites=list(told["sites"]), refused=told["refused"])
+            survey = metrics["survey"]
+            self._note("style_code", sites=list(survey["sites"]), refused=survey["refused"])
         elif self.model.surveyed:
             replies, refused = ask_survey(
                 self.grid, self.roster, self.plan, self.model.check_survey, self.book
@@ -214,15 +215,15 @@ class _Run:
 
     def _strategy(self, last: Checkpoint) -> ContentShare | SecureSums:
         plan, home = self.plan, self.model.start()[1]
-        told: dict[str, Any] = {
+        shown: dict[str, Any] = {
             "roster": self.roster,
             "folder": self.folder,
             "book": self.book,
             "on_reply": self.observer.on_site_reply,
         }
         if plan.aggregation.secure_sum:
-            return SecureSums(plan, last.shared, last.bank, home, **told)
-        return ContentShare(plan, last.shared, pretraining(plan, last.bank, home), **told)
+            return SecureSums(plan, last.shared, last.bank, home, **shown)
+        return ContentShare(plan, last.shared, pretraining(plan, last.bank, home), **shown)
 
     def _protected_rounds(self, protected: ProtectedPretraining, last: Checkpoint) -> Checkpoint:
         """The rounds of a plan with privacy, in which no site is asked anything."""

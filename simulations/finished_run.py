@@ -13,9 +13,8 @@ from omegaconf import OmegaConf
 from client.latents.latent_set import LatentSet
 from federation.plan import RunPlan
 from meduet_models.meduet import FactorNetwork
-from meduet_models.pretrained import load_pretrained
+from meduet_models.pretrained import MODEL, load_pretrained
 from meduet_models.style.bank import StyleBank
-from server.app import MODEL
 from server.checkpoints import Checkpoints
 from server.config import plain
 from simulations.consortium import Consortium, site_configs

@@ -121,8 +121,7 @@ def _run(plan: RunPlan, site_minimum: int) -> Iterator[Line]:
             "with some certainty, whether a person whose scan somebody else holds is among yours: the more, "
             f"the fewer you have. So codes leave only from {fewest_for_means(size)} patients and pooled "
             f"content from {fewest_for_means(numbers_told(plan))}, or where site.yaml agrees "
-            "(allow_exact_sums); "
-            "otherwise your site says so and the run goes on."
+            "(allow_exact_sums); otherwise your site says so and the run goes on."
         )
     if plan.diffusion is not None:
         yield from _diffusion(plan)

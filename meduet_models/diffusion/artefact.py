@@ -33,6 +33,8 @@ from meduet_models.style.bank import StyleBank
 from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
 from meduet_models.withdrawals import warn_if_withdrawn
 
+DIFFUSION_MODEL = "diffusion.safetensors"
+"""What a run with a diffusion model leaves in its folder."""
 KIND = "FedMeDUET generative model, version 1"
 
 

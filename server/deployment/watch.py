@@ -33,6 +33,7 @@ def watched(folder: Path, config: ServerConfig | None = None) -> Watched:
     if awaited and run["state"] not in OVER:
         state += f"; waiting for {', '.join(awaited)}"
     state += f". {run['reason']}" if run["reason"] else ""
+    plan = _plan(folder)
     sections = [
         Section(
             "Sites",
@@ -57,7 +58,7 @@ def watched(folder: Path, config: ServerConfig | None = None) -> Watched:
             ("round", "site", "why"),
             [(one["round"], one["site"], one["why"]) for one in reversed(run["quarantined"][-_SHOWN:])],
         ),
-        Section("Promise", ("what leaves a site",), [(line,) for line in _promises(folder)]),
+        Section("Promise", ("what leaves a site",), [(line,) for line in sentences(plan)] if plan else []),
     ]  # fmt: skip
     if centre is not None:
         processes = [(n, one["state"], one["restarts"]) for n, one in centre["processes"].items()]
@@ -66,7 +67,7 @@ def watched(folder: Path, config: ServerConfig | None = None) -> Watched:
         rows = [(name, f"{left:.0f}") for name, left in days.items()]
         sections.append(Section("Certificates", ("whose", "days left"), rows))
     title = f"{run['name']} · plan {run['plan'][:12]}"
-    return Watched(title, state, sections, _series(folder, run, rounds, awaited, centre, days))
+    return Watched(title, state, sections, _series(folder, run, rounds, awaited, centre, days, plan))
 
 
 def _series(
@@ -76,6 +77,7 @@ def _series(
     awaited: list[str],
     centre: Mapping[str, Any] | None,
     days: Mapping[str, float],
+    plan: RunPlan | None,
 ) -> list[Series]:
     sites, disk = run["sites"], shutil.disk_usage(folder)
     aside = Counter(str(one["why"]).partition(":")[0] for one in run["quarantined"])
@@ -100,7 +102,8 @@ def _series(
                   {name: one["bytes_down"] for name, one in sites.items()}, "counter"),
         Series.by("reason", "meduet_put_aside", "Last replies that did not count, by reason", dict(aside)),
         Series.of("meduet_rounds_done", "Rounds that are on disk for good", len(rounds)),
-        Series.by("release", "meduet_epsilon", "Of one release of this kind, per patient", _epsilon(folder)),
+        Series.by("release", "meduet_epsilon", "Of one release of this kind, per patient",
+                  {promise.kind: promise.epsilon.upper for promise in (promises_of(plan) if plan else ())}),
         Series.of("meduet_disk_free_bytes", "Where the run is", disk.free),
         Series.of("meduet_disk_size_bytes", "Where the run is", disk.total),
     ]  # fmt: skip
@@ -136,21 +139,10 @@ def _certificates(config: ServerConfig) -> dict[str, float]:
     return left
 
 
-def _epsilon(folder: Path) -> dict[str, float]:
-    """What one patient is charged for each kind of release by itself."""
+def _plan(folder: Path) -> RunPlan | None:
+    """The run's plan; None of a fine-tuning, whose plan is another."""
     path = folder / "plan.json"
-    if not path.is_file():
-        return {}
-    plan = RunPlan.from_json(path.read_text(encoding="utf-8"))
-    return {promise.kind: promise.epsilon.upper for promise in promises_of(plan)}
-
-
-def _promises(folder: Path) -> list[str]:
-    """What was promised of what leaves a site; nothing for a fine-tuning, whose plan is another."""
-    path = folder / "plan.json"
-    if not path.is_file():
-        return []
-    return sentences(RunPlan.from_json(path.read_text(encoding="utf-8")))
+    return RunPlan.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _seconds(when: str) -> float:
