@@ -209,6 +209,13 @@ def map_of(paths: Sequence[PurePath], reading: Reading, more: Sequence[str] = ()
     return PatientMap(reading.rule, named, tuple(doubts))
 
 
+def _without_made(files: Files, scans: list[Path]) -> list[Path]:
+    """Those that no software made of another; the others are excluded."""
+    made = set(made_from_others(scans))
+    files.exclusions.extend(Exclusion(path, Reason.DERIVATIVE) for path in scans if path in made)
+    return [path for path in scans if path not in made]
+
+
 def _plain(files: Files, rules: LayoutRules) -> Found:
     root, scans = files.root, []
     for path, kind in files.kinds.items():
@@ -216,9 +223,7 @@ def _plain(files: Files, rules: LayoutRules) -> Found:
             scans.append(path)
         else:
             files.exclusions.append(not_nifti(path, kind))
-    made = set(made_from_others(scans))
-    files.exclusions.extend(Exclusion(path, Reason.DERIVATIVE) for path in scans if path in made)
-    scans = [path for path in scans if path not in made]
+    scans = _without_made(files, scans)
     labels = [path for path in scans if label_folder(path, root) is not None or is_label_name(path)]
     if len(labels) == len(scans):  # a folder called for what is in all of it (ms_lesions/P001/…)
         labels = [path for path in scans if is_label_name(path)]
@@ -292,9 +297,7 @@ def _bids(files: Files, rules: LayoutRules) -> Found:
         else:
             loose = len(below.parts) == 1
             files.exclusions.append(Exclusion(path, Reason.NO_PATIENT if loose else Reason.DERIVATIVE))
-    made = set(made_from_others(images))
-    files.exclusions.extend(Exclusion(path, Reason.DERIVATIVE) for path in images if path in made)
-    images = [path for path in images if path not in made]
+    images = _without_made(files, images)
     return _with_names(files, "bids", images, labels, _bids_labels(images, labels), rules)
 
 
