@@ -37,7 +37,7 @@ from audit.sums import (
     survey_sum,
 )
 from meduet_models.diffusion.artefact import DIFFUSION_MODEL
-from meduet_models.pretrained import MODEL
+from meduet_models.published.pretrained import MODEL
 
 Scored = list[tuple[Finding, Scores]]
 Say = Callable[[str], None]

@@ -26,7 +26,7 @@ from audit.findings import Finding
 from audit.scores import Scores, blind_from, judged
 from meduet_models.meduet import FactorNetwork
 from meduet_models.objective.distillation import squared_distance
-from meduet_models.pretrained import MODEL
+from meduet_models.published.pretrained import MODEL
 
 _SCANS_AT_ONCE = 16
 _HIDDEN = 0.5

@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from audit.findings import ORDER, TESTS, parts
 from audit.record import ArtefactRow, Epsilon, FindingRow, Record
-from meduet_models.pretrained import MODEL
+from meduet_models.published.pretrained import MODEL
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _STATUS = {

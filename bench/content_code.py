@@ -321,7 +321,7 @@ def main() -> None:
             },
             cached,
         )
-    public = {k: public_latents.dressed(v, plan, style_bank) for k, v in torch.load(cached).items()}
+    public = {k: public_latents.restyled(v, plan, style_bank) for k, v in torch.load(cached).items()}
     order = torch.randperm(count, generator=torch.Generator().manual_seed(1))
     halves = order[: count // 2], order[count // 2 :]
     encoders = {

@@ -46,7 +46,7 @@ def main() -> None:
     site = torch.arange(count) % SITES
     once = latents[site, torch.arange(count)]
 
-    public = public_latents.dressed(torch.load(folder / "public.pt")["phantoms"], plan, style_bank)
+    public = public_latents.restyled(torch.load(folder / "public.pt")["phantoms"], plan, style_bank)
     code, tokens = public_code(bench.tokens_of(network, public), 32, 32, SIZE), bench.tokens_of(network, once)
     codes, pooled = {}, {}
     for s in range(SITES):

@@ -29,7 +29,7 @@ from federation.exchanges.latents import BOUNDED, latent_bound, to_tensors
 from federation.journal import read_journal
 from federation.plan import RunPlan
 from federation.wire import GROWTH, rounded
-from meduet_models.pretrained import MODEL, load_pretrained
+from meduet_models.published.pretrained import MODEL, load_pretrained
 from meduet_models.weights import sha256_of_file, sha256_of_tensors
 from privacy.ledger import Place
 

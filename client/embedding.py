@@ -1,8 +1,8 @@
 """Embeddings of scans as files: which scans are meant, what each is called, how results are kept.
 
 Folders and manifests are understood as at a site (`client/scans/layouts.py`): labels, other contrasts and
-what is no scan are left out and said. What comes of a scan: `meduet_models/scan_model.py`. An embedding is
-patient data, as the scan is; files are their owner's alone.
+what is no scan are left out and said. What comes of a scan: `meduet_models/published/scan_model.py`. An
+embedding is patient data, as the scan is; files are their owner's alone.
 
 Axes: n = numbers, p q r k = tokens and their channels, as the model gives them.
 """
@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from client.scans.layouts import LayoutRules, survey
-from meduet_models.scan_model import ScanModel
+from meduet_models.published.scan_model import ScanModel
 from scans.nifti import is_nifti_name, nifti_stem
 from scans.scans import Exclusion, Reason, UnusableScan, is_label_map
 from scans.volume_plan import VolumePlan

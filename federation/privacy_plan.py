@@ -24,7 +24,7 @@ class PrivacyPlan:
 
     level: Literal["sums"] = "sums"
     """What leaves a site. `sums`: one style code, with noise, before the first step, and nothing else; the
-    network is trained at the centre on public scans dressed in the sites' styles."""
+    network is trained at the centre on public scans in the sites' styles."""
     epsilon: Annotated[float, Range(above=0, at_most=20)]
     """What the whole run may cost a patient."""
     delta: Annotated[float, Range(above=0, at_most=LARGEST_DELTA)] = LARGEST_DELTA

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from meduet_models.scan_model import ScanModel
+    from meduet_models.published.scan_model import ScanModel
     from meduet_models.tokenizer.tokenizer import Tokenizer
 
 __all__ = ["load"]
@@ -23,11 +23,11 @@ def load(
     """The model of a run (its folder, or its `model.safetensors`), ready for scans.
 
     `embed(path_or_array, affine)` gives the content code (n numbers), `tokens` the grid that it is made of,
-    `reconstruct` and `harmonise` volumes on the scan's own grid; see `meduet_models/scan_model.py`. Nothing
-    is fetched, nothing leaves the machine. With `trusted`, the certificate of a consortium, weights that it
+    `reconstruct` and `harmonise` volumes on the scan's own grid; see
+    `meduet_models/published/scan_model.py`. Nothing is fetched, nothing leaves the machine. With `trusted`, the certificate of a consortium, weights that it
     did not sign are refused; `signature` says who signed them. Raises `ValueError`, in one line, for files
     that do not fit.
     """
-    from meduet_models.scan_model import load as load_model  # PyTorch takes seconds
+    from meduet_models.published.scan_model import load as load_model  # PyTorch takes seconds
 
     return load_model(source, tokenizer=tokenizer, device=device, trusted=trusted)

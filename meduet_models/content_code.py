@@ -2,7 +2,7 @@
 
 The mean over content tokens throws anatomy away (docs/log.md: sex .65 where the tokens have .92), so tokens
 are read whole. Their axes are public: the principal axes of the content of phantoms that the centre draws,
-dressed in the sites' styles; no patient is in them. They are kept as a product, axes over places times axes
+in the sites' styles; no patient is in them. They are kept as a product, axes over places times axes
 over channels and a matrix over both, since all tokens side by side are too many numbers to send around. What
 a site tells is one vector, the sum of its patients' codes, and where it has patients enough the sum of their
 pooled content beside it (`CodeSums`). From the sites' means follow the projections that take what sites

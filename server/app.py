@@ -32,7 +32,7 @@ from federation.messages import Tensors
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
 from meduet_models.diffusion.artefact import DIFFUSION_MODEL
-from meduet_models.pretrained import MODEL
+from meduet_models.published.pretrained import MODEL
 from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
 from server.checkpoints import Checkpoint, Checkpoints
 from server.exchanges.diffusion import diffusion_of, save_diffusion

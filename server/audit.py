@@ -14,7 +14,7 @@ from torch import Tensor
 from audit.evidence import Release
 from federation.plan import RunPlan
 from meduet_models.meduet import FactorNetwork, MeDUET
-from meduet_models.pretrained import MODEL
+from meduet_models.published.pretrained import MODEL
 from meduet_models.weights import load_weights
 from server.checkpoints import Checkpoint, Checkpoints
 from server.model import MeduetModel

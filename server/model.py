@@ -28,12 +28,12 @@ from meduet_models.content_code import (
     token_erasure,
     without_sites,
 )
-from meduet_models.dressing import dress, own_entries
 from meduet_models.meduet import MeDUET, layer_normed
 from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.style.bank import StyleBank
+from meduet_models.style.restyling import own_entries, restyle_each
 from meduet_models.threads import fixed_threads
-from server.public_latents import dressed, public_latents
+from server.public_latents import public_latents, restyled
 from server.public_scans import public_scans
 from strategies.aggregation import ReplyRefused
 from strategies.style_bank import StyleSurvey
@@ -152,7 +152,7 @@ class MeduetModel:
     @torch.no_grad()
     def with_code(self, shared: Tensors, style_bank: Tensors) -> Tensors:
         """The principal axes of public content under these weights (and the norm layers of the start, where
-        these stay at the sites), dressed in the sites' styles where there is a bank; the same bits whatever
+        these stay at the sites), in the sites' styles where there is a bank; the same bits whatever
         the number of threads."""
         with fixed_threads(1):
             return shared | self._code_axes(shared, style_bank)
@@ -160,8 +160,8 @@ class MeduetModel:
     def _code_axes(self, shared: Tensors, style_bank: Tensors) -> Tensors:
         network = self._network().eval()
         network.load_state_dict({**network.state_dict(), **shared})
-        worn = StyleBank.from_tensors(style_bank, self.plan.sites) if style_bank else None
-        latents = dressed(self._public(network), self.plan, worn)
+        bank = StyleBank.from_tensors(style_bank, self.plan.sites) if style_bank else None
+        latents = restyled(self._public(network), self.plan, bank)
         config = self.plan.network
         network.set_content_code(
             public_code(
@@ -221,15 +221,15 @@ class MeduetModel:
         """The content code, and the sites erased from it and from every token, by public scans alone: each
         of them in the style of every site. No patient is in it."""
         plan, config = self.plan, self.plan.network
-        worn = StyleBank.from_tensors(style_bank, plan.sites)
+        bank = StyleBank.from_tensors(style_bank, plan.sites)
         network = self._network().eval()
         network.load_state_dict({**network.state_dict(), **shared})
         own = own_entries(public, survey_layout(plan))
         names = [str(row) for row in range(len(public))]
         with fixed_threads(1):
             seen = {
-                site: dress(public, own, worn, torch.full((len(public),), plan.sites.index(site)))
-                for site in worn.present
+                site: restyle_each(public, own, bank, torch.full((len(public),), plan.sites.index(site)))
+                for site in bank.present
             }
             tokens = {site: self._tokens(network, latents) for site, latents in seen.items()}
             turns = [tokens[site][k :: len(tokens)] for k, site in enumerate(tokens)]

@@ -1,10 +1,10 @@
-"""Pretraining at the centre, on public scans dressed in the sites' protected styles: no patient is in it.
+"""Pretraining at the centre, on public scans in the sites' protected styles: no patient is in it.
 
 The unchanged objective, the plan's optimiser, schedules and number of steps; a step draws public scans and a
 site for each, and sees them in that site's style and, as the known answer of the swap, in the partner's.
 Every draw follows from the plan's seed and the step, so a run that was stopped goes on to the same weights.
 
-What this file does not do: ask a site anything, or read a scan; `dress` and the objective are in
+What this file does not do: ask a site anything, or read a scan; restyling and the objective are in
 `meduet_models/`.
 
 Axes: m = public scans, b = scans of a step, c d h w = latents.
@@ -22,12 +22,12 @@ from federation.exchanges.survey import survey_layout
 from federation.messages import Tensors
 from federation.optimisation import descend, optimiser_of
 from federation.plan import RunPlan
-from meduet_models.dressing import dress, own_entries
 from meduet_models.meduet import MeDUET
 from meduet_models.objective.objective import MeduetObjective, StepBatch, draw_step
 from meduet_models.objective.teacher import Teacher
 from meduet_models.seeds import generator_of
 from meduet_models.style.bank import StyleBank
+from meduet_models.style.restyling import own_entries, restyle_each
 from meduet_models.weights import part_of
 
 CENTRE = "centre"
@@ -50,7 +50,7 @@ class PhantomTraining:
         scale."""
         self._plan, self._public, self._style_bank, self._device = plan, public, style_bank, device
         self._own = own_entries(public, survey_layout(plan))
-        self._worn = tuple(style_bank.sites.index(site) for site in style_bank.present)
+        self._present = tuple(style_bank.sites.index(site) for site in style_bank.present)
         student = MeDUET(plan.network, len(plan.sites), seed=plan.seed)
         student.set_latent_scale(style_bank.centre, style_bank.scale)
         self._student = student.to(device)
@@ -99,14 +99,14 @@ class PhantomTraining:
         generator = generator_of("phantom training", plan.seed, number)
         size = plan.training.batch_size
         rows = torch.randint(len(self._public), (size,), generator=generator)
-        draws = draw_step(generator, size, plan.network.num_tokens, plan.objective, self._worn)
+        draws = draw_step(generator, size, plan.network.num_tokens, plan.objective, self._present)
         assert draws.target_site is not None, "a bank has a style"
         site, swapped = draws.target_site, draws.target_site[draws.partner]
         latents, own = self._public[rows], self._own.each(lambda values: values[rows])
         batch = StepBatch(
-            latents=dress(latents, own, self._style_bank, site).to(self._device),
+            latents=restyle_each(latents, own, self._style_bank, site).to(self._device),
             site=site.to(self._device),
-            restyled=dress(latents, own, self._style_bank, swapped).to(self._device),
+            restyled=restyle_each(latents, own, self._style_bank, swapped).to(self._device),
             restyled_site=swapped.to(self._device),
             subject=rows.to(self._device),
         )

@@ -73,16 +73,16 @@ def phantom_latents(
     return torch.cat(encoded)
 
 
-def dressed(
+def restyled(
     latents: Float[Tensor, "m c d h w"], plan: RunPlan, style_bank: StyleBank | None
 ) -> Float[Tensor, "m c d h w"]:
     """Public latents in the styles that the bank holds, by turns; as they are where it holds none."""
-    worn = None if style_bank is None else (style_bank.count > 0).nonzero()  # site and body part
-    if style_bank is None or worn is None or not len(worn):
+    present = None if style_bank is None else (style_bank.count > 0).nonzero()  # site and body part
+    if style_bank is None or present is None or not len(present):
         return latents
     layout = dataclasses.replace(survey_layout(plan), parts=1, centre=False, bound=_UNBOUNDED)
     own = StyleMoments.of(latents, [str(i) for i in range(len(latents))], layout).entry()
-    chosen = worn[torch.arange(len(latents)) % len(worn)]
+    chosen = present[torch.arange(len(latents)) % len(present)]
     return restyle(latents, own, style_bank.entry(chosen[:, 0], chosen[:, 1]))
 
 

@@ -4,8 +4,8 @@ Seed, number and tokenizer of the plan give the same file on one kind of machine
 They are what the centre trains on, in the sites' styles, and they give the axes of the style code. The file
 lies in the run's folder; where it is missing it is drawn again.
 
-What this file does not do: draw one phantom (`server/public_latents.py`), or dress it
-(`meduet_models/dressing.py`).
+What this file does not do: draw one phantom (`server/public_latents.py`), or restyle it
+(`meduet_models/style/restyling.py`).
 
 Axes: m = phantoms, c d h w = latents.
 """

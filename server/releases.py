@@ -3,7 +3,8 @@
 Everything that a site sent is a line of the run's journal; everything that was made of it lies in the run's
 folder. A site that withdraws gets a line of its own in the journal, which stays (a tombstone), and every file
 that its releases went into is marked in `withdrawn.json` beside it, so that whoever loads it is told
-(`meduet_models/withdrawals.py`). A model cannot forget: a mark is a reason to train again, not a cure.
+(`meduet_models/published/withdrawals.py`). A model cannot forget: a mark is a reason to train again, not a
+cure.
 
 Does not do: take a site's latents out of the bank (`meduet-server bank forget`), find copies outside of the
 folder, or stop a site from answering: that is the site's own `plan withdraw`.
@@ -15,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from federation.journal import Journal, read_journal
+from meduet_models.published.withdrawals import mark, marked
 from meduet_models.weights import sha256_of_file
-from meduet_models.withdrawals import mark, marked
 
 WITHDRAWAL = "withdrawal"
 """Kind of the journal's line."""

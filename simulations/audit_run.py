@@ -12,7 +12,7 @@ from client.audit import acquired_again, cohort_of, released, site_books
 from client.latents.latent_set import LatentSet
 from client.site import Site
 from meduet_models.diffusion.artefact import DIFFUSION_MODEL, load_generative_model
-from meduet_models.pretrained import MODEL
+from meduet_models.published.pretrained import MODEL
 from meduet_models.tokenizer.tokenizer import load_tokenizer
 from meduet_models.weights import sha256_of_file
 from privacy.chain import BrokenChain

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from client.latents.latent_set import LatentSet
 from federation.plan import RunPlan
 from meduet_models.meduet import FactorNetwork
-from meduet_models.pretrained import MODEL, load_pretrained
+from meduet_models.published.pretrained import MODEL, load_pretrained
 from meduet_models.style.bank import StyleBank
 from server.checkpoints import Checkpoints
 from server.config import plain

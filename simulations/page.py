@@ -329,7 +329,7 @@ def erasure_text(erasure: Mapping[str, Any]) -> str:
         return f"The last row is the final model: {why}."
     if told_by := erasure.get("fitted_on"):
         return (
-            f"The last row is the final model, after a site erasure that was fitted on {told_by} dressed in "
+            f"The last row is the final model, after a site erasure that was fitted on {told_by} in "
             "the hospitals' styles: no patient is in it, and it takes out what such styles show, which was "
             "little where it was measured (docs/log.md)."
         )

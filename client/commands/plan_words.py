@@ -138,7 +138,7 @@ def _protected(plan: RunPlan) -> Iterator[Line]:
     yield (
         "How long",
         f"One question, answered within {plan.aggregation.deadline_s:g} s. Then the centre trains for "
-        f"{plan.total_steps:,} steps on {privacy.public_scans} phantoms, in which no patient is, dressed in "
+        f"{plan.total_steps:,} steps on {privacy.public_scans} phantoms, in which no patient is, restyled to "
         "the sites' styles; your site is asked nothing more.",
     )
     yield (

@@ -28,10 +28,10 @@ from forms.ranges import shown
 from meduet_models.diffusion.conditioner import Conditioner
 from meduet_models.diffusion.transformer import DiffusionConfig, DiffusionTransformer
 from meduet_models.meduet import FactorNetwork, NetworkConfig
+from meduet_models.published.withdrawals import warn_if_withdrawn
 from meduet_models.sharing import encoder_keys
 from meduet_models.style.bank import StyleBank
 from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
-from meduet_models.withdrawals import warn_if_withdrawn
 
 DIFFUSION_MODEL = "diffusion.safetensors"
 """What a run with a diffusion model leaves in its folder."""

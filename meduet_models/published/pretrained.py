@@ -14,8 +14,8 @@ from torch import Tensor
 from forms.form import build
 from forms.json_text import read_json
 from meduet_models.meduet import FactorNetwork, NetworkConfig
+from meduet_models.published.withdrawals import warn_if_withdrawn
 from meduet_models.weights import load_weights
-from meduet_models.withdrawals import warn_if_withdrawn
 
 MODEL = "model.safetensors"
 """What a pretraining leaves in its folder."""

@@ -28,9 +28,9 @@ from meduet_models.diffusion.artefact import DIFFUSION_MODEL, GenerativeModel, l
 from meduet_models.diffusion.harmonisation import HarmonisationSettings
 from meduet_models.diffusion.harmoniser import Harmonised, Harmoniser
 from meduet_models.factors import VARIANCE_FLOOR
-from meduet_models.pretrained import MODEL, Pretrained, load_pretrained
+from meduet_models.published.pretrained import MODEL, Pretrained, load_pretrained
+from meduet_models.published.signature import Signature, check_signature
 from meduet_models.scan_latents import encoded
-from meduet_models.signature import Signature, check_signature
 from meduet_models.tokenizer.tokenizer import Tokenizer, load_tokenizer_file, shipped_tokenizer
 from meduet_models.tokenizer.whole_scans import decode_whole
 from meduet_models.windows import Windows

@@ -1,4 +1,4 @@
-"""Dressing: scans of nobody in the style of a site, each moved from its own style to the site's.
+"""Public scans restyled to a site, each from its own style.
 
 Every scan is taken out of the style that it has by itself, so that nothing of it is left over: public scans
 vary in appearance far more than any site's.
@@ -29,7 +29,7 @@ def own_entries(latents: Float[Tensor, "b c d h w"], layout: StyleLayout) -> Sty
     )
 
 
-def dress(
+def restyle_each(
     latents: Float[Tensor, "b c d h w"], own: StyleEntry, style_bank: StyleBank, site: Int[Tensor, " b"]
 ) -> Float[Tensor, "b c d h w"]:
     """Scan i, whose own style is row i of `own`, in the style of site `site[i]`."""

@@ -1,6 +1,6 @@
 """Signing what a consortium gives away, with its authority's key.
 
-Does not do: check (`meduet_models/signature.py`), or open the authority (`provisioning.py`).
+Does not do: check (`meduet_models/published/signature.py`), or open the authority (`provisioning.py`).
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA384
 
 from federation.keys.certificates import Authority
-from meduet_models.signature import SUFFIX, signature_text, signed_message
+from meduet_models.published.signature import SUFFIX, signature_text, signed_message
 from meduet_models.weights import sha256_of_file
 from storage.files import write_whole
 

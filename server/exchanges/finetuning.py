@@ -31,7 +31,7 @@ from meduet_models.downstream.networks import trained_keys
 from meduet_models.downstream.starting import StartedNetwork, start_sha256, starting_network
 from meduet_models.downstream.tasks import task_of
 from meduet_models.meduet import FactorNetwork
-from meduet_models.pretrained import MODEL, Pretrained, load_pretrained
+from meduet_models.published.pretrained import MODEL, Pretrained, load_pretrained
 from meduet_models.weights import save_weights, sha256_of_tensors
 from server.checkpoints import Checkpoint, Checkpoints
 from server.observer import RoundObserver

@@ -53,9 +53,9 @@ from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
 from meduet_models.content_code import code_of
 from meduet_models.erasure import ErasureMoments
-from meduet_models.pretrained import CodeReader
 from meduet_models.probes.sums import explained_from_sums, pooled_folds, site_probes_by_fold
 from meduet_models.probes.swap_fidelity import style_gap_closed
+from meduet_models.published.pretrained import CodeReader
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleEntry, StyleMoments
 from privacy.clipping import joint_norm

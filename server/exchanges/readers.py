@@ -6,7 +6,7 @@ regression in closed form.
 Nobody's code and nobody's age leaves a site: the fit, its penalty included, follows from fold sums that add
 (`meduet_models/probes/ridge.py`, `discriminant.py`), and equals that on all patients in one place. A site
 whose cohort is too small for such sums is in none of them. The readers are part of the final model
-(`meduet_models/pretrained.py`).
+(`meduet_models/published/pretrained.py`).
 
 What this file does not do: ask anybody (`server/exchanges/probes.py`), or say how well they read: that is
 what the probes' readings from content are.
@@ -20,10 +20,10 @@ from torch import Tensor
 from federation.exchanges.probes import content_part, joint_width, known_sites
 from federation.messages import Tensors
 from federation.plan import RunPlan
-from meduet_models.pretrained import CodeReader
 from meduet_models.probes.discriminant import is_of_two_classes, logistic_from_sums
 from meduet_models.probes.ridge import LinearMap, ridge_from_sums
 from meduet_models.probes.sums import pooled_folds
+from meduet_models.published.pretrained import CodeReader
 
 
 def readers_of_sums(sums: Mapping[str, Tensors], plan: RunPlan) -> dict[str, CodeReader]:

@@ -17,8 +17,8 @@ from torch import Tensor
 from federation.exchanges.survey import smallest_cohort
 from federation.plan import RunPlan
 from forms.json_text import read_json
-from meduet_models.pretrained import MODEL, Pretrained, load_pretrained
-from meduet_models.scan_model import tokenizer_of
+from meduet_models.published.pretrained import MODEL, Pretrained, load_pretrained
+from meduet_models.published.scan_model import tokenizer_of
 from meduet_models.tokenizer.tokenizer import Tokenizer
 from meduet_models.weights import load_weights, sha256_of_tensors
 from scans.volume_plan import VolumePlan

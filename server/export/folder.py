@@ -6,8 +6,8 @@
 import json
 from pathlib import Path
 
-from meduet_models.pretrained import MODEL
-from meduet_models.scan_model import TOKENIZER
+from meduet_models.published.pretrained import MODEL
+from meduet_models.published.scan_model import TOKENIZER
 from meduet_models.tokenizer.tokenizer import save_tokenizer
 from meduet_models.weights import save_weights
 from server.export.card import model_card

@@ -57,7 +57,7 @@ from federation.published_plan import PublishedPlan
 from forms.json_text import read_json
 from forms.yaml_text import read_yaml
 from meduet_models.encoded_scan import load_encoded_scan
-from meduet_models.pretrained import load_pretrained
+from meduet_models.published.pretrained import load_pretrained
 from meduet_models.tokenizer.tokenizer import load_tokenizer_file
 from meduet_models.weights import load_weights, save_weights
 from server.checkpoints import Checkpoint, Checkpoints

@@ -44,8 +44,8 @@ def names(count: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def public() -> ContentCode:
-    dressed = torch.cat([tokens(100 + s, s, 40) for s in range(SITES)])
-    return public_code(dressed, TOKENS, WIDTH, SIZE)
+    public = torch.cat([tokens(100 + s, s, 40) for s in range(SITES)])
+    return public_code(public, TOKENS, WIDTH, SIZE)
 
 
 @pytest.fixture(scope="module")

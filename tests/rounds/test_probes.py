@@ -18,9 +18,9 @@ from federation.journal import Journal
 from federation.plan import ProbePlan, RunPlan, TrainingPlan
 from meduet_models.erasure import ErasureMoments, patient_means
 from meduet_models.meduet import MeDUET
-from meduet_models.pretrained import load_pretrained
 from meduet_models.probes.ridge import ridge_from_sums
 from meduet_models.probes.sums import coordinates, explained_from_sums, linear_probe_from_sums, read_site
+from meduet_models.published.pretrained import load_pretrained
 from server.app import RunResult, run
 from server.checkpoints import Checkpoints
 from server.model import MeduetModel

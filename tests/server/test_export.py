@@ -10,7 +10,7 @@ import torch
 import meduet_models
 from federation.plan import AggregationPlan, RunPlan, StylePlan
 from meduet_models.objective.settings import LossWeights, ObjectiveConfig
-from meduet_models.scan_model import ScanModel
+from meduet_models.published.scan_model import ScanModel
 from meduet_models.weights import load_weights, save_weights, sha256_of_file, sha256_of_tensors
 from scans.volumes import prepare, read_scan
 from server.cli import main

@@ -9,9 +9,9 @@ import torch
 
 import server.cli
 from federation.journal import Journal
-from meduet_models.pretrained import load_pretrained
+from meduet_models.published.pretrained import load_pretrained
+from meduet_models.published.withdrawals import MARKS, marked
 from meduet_models.weights import save_weights, sha256_of_file
-from meduet_models.withdrawals import MARKS, marked
 from server.releases import register, withdraw
 from tests.published_weights import published
 

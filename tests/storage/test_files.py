@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from meduet_models.pretrained import MODEL
+from meduet_models.published.pretrained import MODEL
 from storage.files import OWNER, PUBLIC, private_folder, whole_file, write_once, write_whole
 from tests.small_simulation import small_simulation
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from meduet_models.meduet import MeDUET
-from meduet_models.pretrained import load_pretrained
+from meduet_models.published.pretrained import load_pretrained
 from meduet_models.sharing import shared_keys
 from meduet_models.weights import save_weights
 from tests.worlds import small_network

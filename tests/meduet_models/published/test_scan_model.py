@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import meduet_models
+from meduet_models.published.scan_model import ScanModel
 from meduet_models.scan_latents import encoded
-from meduet_models.scan_model import ScanModel
 from meduet_models.tokenizer.patch_pca import PatchMoments
 from meduet_models.tokenizer.tokenizer import pca_tokenizer, save_tokenizer
 from scans.scans import UnusableScan

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from meduet_models.dressing import dress, own_entries
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.code import entry_of, entry_of_scans, style_length, vector_of
 from meduet_models.style.moments import StyleEntry, StyleLayout
+from meduet_models.style.restyling import own_entries, restyle_each
 from tests.worlds import GRID, public_latents
 
 PUBLIC = public_latents(12)
@@ -32,22 +32,22 @@ def test_an_entry_comes_back_from_its_vector(layout: StyleLayout) -> None:
         entry_of(vector[1:], layout)
 
 
-def test_a_dressed_scan_has_the_style_of_the_site_and_nothing_of_its_own() -> None:
+def test_a_restyled_scan_has_the_style_of_the_site_and_nothing_of_its_own() -> None:
     flat, style_bank = LAYOUTS[0], bank(LAYOUTS[0])
     site = torch.tensor([0, 1] * 6)
-    dressed = dress(PUBLIC, own_entries(PUBLIC, flat), style_bank, site)
-    worn = own_entries(dressed, flat)
+    restyled = restyle_each(PUBLIC, own_entries(PUBLIC, flat), style_bank, site)
+    after = own_entries(restyled, flat)
     target = style_bank.entry(site)
-    assert torch.allclose(worn.mean, target.mean, atol=1e-4)
-    assert torch.allclose(worn.deviation, target.deviation, rtol=1e-4)
+    assert torch.allclose(after.mean, target.mean, atol=1e-4)
+    assert torch.allclose(after.deviation, target.deviation, rtol=1e-4)
 
 
 def test_with_maps_little_is_left_of_how_scans_differed_in_style() -> None:
     maps, style_bank = LAYOUTS[1], bank(LAYOUTS[1])
     own = own_entries(PUBLIC, maps)
-    worn = own_entries(dress(PUBLIC, own, style_bank, torch.zeros(12, dtype=torch.long)), maps)
-    assert own.map is not None and worn.map is not None
-    assert float(worn.map.std(0).mean()) < 0.5 * float(own.map.std(0).mean())
+    after = own_entries(restyle_each(PUBLIC, own, style_bank, torch.zeros(12, dtype=torch.long)), maps)
+    assert own.map is not None and after.map is not None
+    assert float(after.map.std(0).mean()) < 0.5 * float(own.map.std(0).mean())
 
 
 def test_the_bank_of_entries_is_centred_on_their_union_and_lists_who_told() -> None:

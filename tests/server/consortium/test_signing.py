@@ -7,7 +7,7 @@ import pytest
 
 import meduet_models
 from federation.keys.certificates import Authority, certificate_pem, fingerprint
-from meduet_models.signature import check_signature
+from meduet_models.published.signature import check_signature
 from server.cli import main
 from server.consortium.provisioning import load_consortium, provision
 from server.consortium.signing import sign_file

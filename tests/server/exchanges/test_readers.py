@@ -7,7 +7,7 @@ import torch
 from federation.exchanges.probes import ANATOMY, anatomy_bound
 from federation.plan import ProbePlan, RunPlan, StylePlan, TrainingPlan
 from meduet_models.erasure import ErasureMoments
-from meduet_models.pretrained import CodeReader
+from meduet_models.published.pretrained import CodeReader
 from scans.volume_plan import VolumePlan
 from server.exchanges.readers import readers_of_sums
 from tests.worlds import small_network, small_plan

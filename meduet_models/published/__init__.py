@@ -1,0 +1,1 @@
+"""Published weights: read, ready for scans, signed, and marked where somebody withdrew."""
