@@ -24,9 +24,9 @@ def load(
 
     `embed(path_or_array, affine)` gives the content code (n numbers), `tokens` the grid that it is made of,
     `reconstruct` and `harmonise` volumes on the scan's own grid; see
-    `meduet_models/published/scan_model.py`. Nothing is fetched, nothing leaves the machine. With `trusted`, the certificate of a consortium, weights that it
-    did not sign are refused; `signature` says who signed them. Raises `ValueError`, in one line, for files
-    that do not fit.
+    `meduet_models/published/scan_model.py`. Nothing is fetched, nothing leaves the machine. With `trusted`,
+    the certificate of a consortium, weights that it did not sign are refused; `signature` says who signed
+    them. Raises `ValueError`, in one line, for files that do not fit.
     """
     from meduet_models.published.scan_model import load as load_model  # PyTorch takes seconds
 
