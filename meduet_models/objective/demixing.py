@@ -15,11 +15,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
-def draw_partners(generator: torch.Generator, batch_size: int) -> Int[Tensor, " b"]:
-    """Pair the batch at random: partner[partner[i]] == i and partner[i] != i.
+def draw_partners(
+    generator: torch.Generator, batch_size: int, group_size: int | None = None
+) -> Int[Tensor, " b"]:
+    """Pair the batch at random, or each group of `group_size` scans in it: partner[partner[i]] == i and
+    partner[i] != i.
 
-    Raises `ValueError` when `batch_size` is odd or below 2.
+    Raises `ValueError` when there is an odd number to pair, or fewer than 2, or the batch is not whole
+    groups.
     """
+    if group_size is not None:
+        if group_size < 1 or batch_size % group_size:
+            raise ValueError(f"Expected a batch of whole groups of {group_size}; got {batch_size} scans.")
+        starts = range(0, batch_size, group_size)
+        return torch.cat([start + draw_partners(generator, group_size) for start in starts])
     if batch_size < 2 or batch_size % 2:
         raise ValueError(f"Expected an even batch of at least 2, to pair its scans; got {batch_size}.")
     first, second = torch.randperm(batch_size, generator=generator).reshape(2, -1)

@@ -10,14 +10,18 @@ Random choices come in `StepDraws`; the loss is a deterministic function of its 
 
 Every stream is ordered by owner: row i of a stream belongs to volume i, whichever grid its tokens were
 encoded in. Stream `kept` shows the tokens that i kept in its own grid, stream `lent` those that it lent to
-its partner's.
+its partner's. Streams are stacked whole, so row r of any layer's input belongs to volume r % b.
+
+The loss mixes the scans of a batch, so a gradient per scan means nothing. With `group_size` the rows i of a
+batch are groups i // group_size that do not meet: the loss is the mean over groups of each group's own loss
+(`privacy/group_gradients.py` takes that apart again).
 
 Axes: b = volumes, n = tokens, p = values in a token.
 Source: MeDUET (arXiv:2602.17901); departures are listed in docs/architecture.md.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,7 +31,12 @@ from torch.nn import functional as F
 from meduet_models.factors import Factors
 from meduet_models.meduet import FactorNetwork, MeDUET
 from meduet_models.objective.adversary import reverse_gradient
-from meduet_models.objective.contrast import pool_tokens, restyling_invariance, supervised_contrast
+from meduet_models.objective.contrast import (
+    by_group,
+    pool_tokens,
+    restyling_invariance,
+    supervised_contrast,
+)
 from meduet_models.objective.demixing import (
     draw_exchanged,
     draw_partners,
@@ -93,13 +102,16 @@ def draw_step(
     num_tokens: int,
     config: ObjectiveConfig,
     site_choices: tuple[int, ...] = (),
+    group_size: int | None = None,
 ) -> StepDraws:
     """Draw a step on the CPU. `site_choices`: the sites whose styles this client can restyle its scans to,
-    itself included.
+    itself included. `group_size`: partners come from the same group of so many scans.
 
-    Raises `ValueError` when the batch is odd or the mask ratio exchanges nothing.
+    Which draws a group gets follows from its place in the batch, so they say who is missing unless the
+    generator is secret. Raises `ValueError` when the batch, or a group, is odd, when the batch is not whole
+    groups, and when the mask ratio exchanges nothing.
     """
-    partner = draw_partners(generator, batch_size)
+    partner = draw_partners(generator, batch_size, group_size)
     exchanged = draw_exchanged(generator, partner, num_tokens, config.mask_ratio)
     show_lent = torch.rand(batch_size, generator=generator) < 0.5
     turn: Literal["mftd", "siqc"] = "mftd" if torch.rand((), generator=generator) < 0.5 else "siqc"
@@ -137,16 +149,29 @@ class _Plan:
 class MeduetObjective:
     """The loss of one step."""
 
+    mixes: ClassVar[bool] = True
+    """A scan's gradient depends on the other scans of its batch, or of its group."""
+
     def __init__(self, config: ObjectiveConfig) -> None:
         self.config = config
 
     def __call__(
-        self, student: MeDUET, teacher: Teacher, batch: StepBatch, draws: StepDraws, progress: float
+        self,
+        student: MeDUET,
+        teacher: Teacher,
+        batch: StepBatch,
+        draws: StepDraws,
+        progress: float,
+        group_size: int | None = None,
     ) -> Losses:
-        """Compute the loss at a share `progress` in [0, 1] of all steps.
+        """Compute the loss at a share `progress` in [0, 1] of all steps; with `group_size` the mean over
+        groups of each group's own, every term alike.
 
-        Raises `ValueError` when the invariance term is on and there is no `batch.restyled`.
+        Raises `ValueError` when the invariance term is on and there is no `batch.restyled`, and when the
+        batch is not whole groups or a scan has its partner in another group.
         """
+        if group_size is not None:
+            _check_groups(draws, group_size)
         config, weights = self.config, self.config.weights
         needs_restyled = [n for n in ("invariance", "restyled_reconstruction") if getattr(weights, n)]
         if needs_restyled and batch.restyled is None:
@@ -196,10 +221,10 @@ class MeduetObjective:
             )
         if plan.siqc:
             queries = [(own, kept), (own, lent), *((f, None) for f in again_swaps)]
-            terms["siqc"] = self._siqc(queries, keys, batch, draws, subject)
+            terms["siqc"] = self._siqc(queries, keys, batch, draws, subject, group_size)
         if plan.invariance and clean is not None and restyled is not None:
             terms["invariance"] = restyling_invariance(
-                restyled.content, clean.content, subject, config.temperature_invariance
+                restyled.content, clean.content, subject, config.temperature_invariance, group_size
             )
 
         factor = {name: getattr(weights, name) for name in terms} | {"mftd": plan.mftd, "siqc": plan.siqc}
@@ -314,42 +339,54 @@ class MeduetObjective:
         batch: StepBatch,
         draws: StepDraws,
         subject: Tensor,
+        group_size: int | None,
     ) -> Tensor:
         """Content must find its subject, style its site. The first two queries are halves, the others swaps.
 
         Without restyled scans, keys are the teacher's own halves and swaps, as published, and the key made as
         the query was is excluded. With them, keys are the scans and their restylings: the answer of the swap
-        is known, the teacher decodes nothing, and nothing is excluded.
+        is known, the teacher decodes nothing, and nothing is excluded. Groups have keys of their own.
         """
         partner_site = batch.site[draws.partner]
         swaps = len(queries) - 2
         query_site = torch.cat([batch.site, batch.site, *[partner_site] * swaps])
         if batch.restyled is None:
-            key_site, excluded = (
-                query_site,
-                torch.eye(len(query_site), dtype=torch.bool, device=query_site.device),
-            )
+            own = len(queries) * (group_size or len(subject))
+            key_site, excluded = query_site, torch.eye(own, dtype=torch.bool, device=query_site.device)
         else:
             restyled_site = partner_site if batch.restyled_site is None else batch.restyled_site
             key_site, excluded = torch.cat([batch.site, restyled_site]), None
-        query_subject, key_subject = subject.repeat(len(queries)), subject.repeat(len(keys))
+        q, m = len(queries), len(keys)
         content = supervised_contrast(
-            torch.cat([pool_tokens(f.content, v) for f, v in queries]),
-            torch.cat([pool_tokens(f.content, v) for f, v in keys]),
-            query_subject,
-            key_subject,
+            by_group(torch.cat([pool_tokens(f.content, v) for f, v in queries]), group_size, q),
+            by_group(torch.cat([pool_tokens(f.content, v) for f, v in keys]), group_size, m),
+            by_group(subject.repeat(q), group_size, q),
+            by_group(subject.repeat(m), group_size, m),
             self.config.temperature_content,
             excluded,
         )
         style = supervised_contrast(
-            torch.cat([pool_tokens(f.style, v) for f, v in queries]),
-            torch.cat([pool_tokens(f.style, v) for f, v in keys]),
-            query_site,
-            key_site,
+            by_group(torch.cat([pool_tokens(f.style, v) for f, v in queries]), group_size, q),
+            by_group(torch.cat([pool_tokens(f.style, v) for f, v in keys]), group_size, m),
+            by_group(query_site, group_size, q),
+            by_group(key_site, group_size, m),
             self.config.temperature_style,
             excluded,
         )
         return content + style
+
+
+def _check_groups(draws: StepDraws, group_size: int) -> None:
+    """Raise `ValueError` unless the batch is whole groups with all partners inside."""
+    size = len(draws.partner)
+    if group_size < 2 or group_size % 2 or size % group_size:
+        raise ValueError(
+            f"Expected a batch of whole groups of an even group_size of at least 2; got {size} scans and "
+            f"group_size {group_size}."
+        )
+    own = torch.arange(size, device=draws.partner.device) // group_size
+    if bool((draws.partner // group_size != own).any()):
+        raise ValueError("Expected partners inside each group; draw the step with the same group_size.")
 
 
 def sum_of(terms: list[Tensor]) -> Float[Tensor, ""]:
