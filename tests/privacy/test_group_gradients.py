@@ -12,69 +12,31 @@ from meduet_models.objective.settings import LossWeights, ObjectiveConfig
 from privacy.clipping import joint_norm
 from privacy.group_gradients import GroupGradients, clipped_sum, parameters_of_layers
 from tests.meduet_models.objective.objective_case import ESTIMATORS, PATHS, PUBLISHED, SITES, TINY, Case
+from tests.privacy.mixing_case import TOKENS, VALUES, Mixing, difference, gradients_of, trainable
 
 GROUPS, SIZE = 3, 4
 
 
-class Mixing(nn.Module):
-    """Loss of each group of `SIZE` scans. Layers see tokens, pooled scans, the batch once and twice over."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm = nn.Linear(5, 6), nn.LayerNorm(6)
-        self.plain, self.whole = nn.LayerNorm(6, elementwise_affine=False), nn.LayerNorm((3, 6))
-        self.last = nn.Linear(6, 4, bias=False)
-        draws = torch.Generator().manual_seed(1)
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, generator=draws)
-        self.double()
-
-    def forward(self, scans: Tensor) -> Tensor:
-        once = self.last(self.norm(self.first(scans)).mean(1))  # b 4
-        tokens = torch.tanh(self.first(torch.cat([scans, 2 * scans])))  # 2b 3 6
-        pooled = self.last(self.whole(self.plain(self.norm(tokens))).mean(1))  # 2b 4
-        queries = pooled.unflatten(0, (2, -1, SIZE)).transpose(0, 1).flatten(1, 2)  # g 2r 4
-        similar = queries @ once.unflatten(0, (-1, SIZE)).mT  # g 2r r
-        return -similar.log_softmax(-1)[:, :SIZE].diagonal(dim1=1, dim2=2).mean(1) + similar.square().mean(
-            (1, 2)
-        )
-
-
-def trainable(module: nn.Module) -> list[str]:
-    return [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-
-
 def mixing_scans(seed: int = 0) -> Tensor:
     draws = torch.Generator().manual_seed(seed)
-    return torch.randn(GROUPS * SIZE, 3, 5, generator=draws, dtype=torch.float64)
-
-
-def watched(module: nn.Module, scans: Tensor) -> dict[str, Tensor]:
-    with GroupGradients(module, trainable(module), GROUPS, SIZE) as groups:
-        module(scans).mean().backward()
-    return groups.gradients()
-
-
-def difference(ours: dict[str, Tensor], group: int, theirs: dict[str, Tensor]) -> float:
-    """Of one group's gradient as one vector, relative."""
-    return joint_norm({n: ours[n][group] - t for n, t in theirs.items()}) / joint_norm(theirs)
+    return torch.randn(GROUPS * SIZE, TOKENS, VALUES, generator=draws, dtype=torch.float64)
 
 
 def test_gradients_are_those_of_a_loop_over_groups() -> None:
-    module, scans = Mixing(), mixing_scans()
-    ours = watched(module, scans)
+    module, scans = Mixing().double(), mixing_scans()
+    ours = gradients_of(module, scans, SIZE, GROUPS)
     assert set(ours) == set(trainable(module))
     for group, part in enumerate(scans.split(SIZE)):
-        alone = torch.autograd.grad(module(part).sum(), list(module.parameters()))
+        alone = torch.autograd.grad(module(part, SIZE).sum(), list(module.parameters()))
         assert difference(ours, group, dict(zip(trainable(module), alone, strict=True))) < 1e-13
 
 
 def test_what_is_not_trained_is_left_alone_and_the_module_is_as_it_was() -> None:
-    module, scans = Mixing(), mixing_scans()
-    every = watched(module, scans)
+    module, scans = Mixing().double(), mixing_scans()
+    every = gradients_of(module, scans, SIZE, GROUPS)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name.endswith("bias"))
-    some = watched(module, scans)
+    some = gradients_of(module, scans, SIZE, GROUPS)
     assert list(some) == ["first.bias", "norm.bias", "whole.bias"]
     for name, gradient in some.items():
         torch.testing.assert_close(gradient, every[name], rtol=1e-12, atol=1e-12)
@@ -194,26 +156,26 @@ def test_a_trainable_tensor_without_a_gradient_of_its_own_is_named() -> None:
 
 
 def test_a_layer_that_the_loss_does_not_reach_is_named() -> None:
-    module = Mixing()
+    module = Mixing().double()
     module.spare = nn.Linear(2, 2)
     with GroupGradients(module, trainable(module), GROUPS, SIZE) as groups:
-        module(mixing_scans()).mean().backward()
+        module(mixing_scans(), SIZE).mean().backward()
     with pytest.raises(ValueError, match=r"spare\.weight got no gradient"):
         groups.gradients()
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # PyTorch's compiler, of its own
 def test_a_compiled_module_and_rows_that_are_no_batches_are_refused() -> None:
-    module = Mixing()
+    module = Mixing().double()
     module.first.compile()
     with pytest.raises(ValueError, match="not compiled"):
         GroupGradients(module, trainable(module), GROUPS, SIZE)
-    module = Mixing()
+    module = Mixing().double()
     with (
         pytest.raises(ValueError, match=r"whole batches of 12 at the layer of first\.weight; got 8"),
         GroupGradients(module, trainable(module), GROUPS, SIZE),
     ):
-        module(mixing_scans()[:8])
+        module(mixing_scans()[:8], SIZE)
     assert trainable(module) and not any(layer._forward_hooks for layer in module.modules())
 
 
