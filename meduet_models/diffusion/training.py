@@ -22,6 +22,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -52,6 +53,8 @@ class DiffusionTrainee:
 
     ema: DiffusionTransformer
     """The moving average of the weights: what is sampled from."""
+    mixes: ClassVar[bool] = False
+    """A sample's loss does not depend on the other samples of its batch."""
 
     def __init__(
         self,

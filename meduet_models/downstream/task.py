@@ -10,7 +10,7 @@ Axes: b = scans; ... = what an answer is made of.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -86,6 +86,8 @@ class Task(ABC):
     """Whether the answer is a map on the grid of the volume."""
     metrics: tuple[Metric, ...]
     """What `measure` tells."""
+    mixes: ClassVar[bool] = False
+    """A scan's loss does not depend on the other scans of its batch."""
 
     @abstractmethod
     def check(self, classes: int, target: Target) -> None:
