@@ -15,9 +15,9 @@ import torch
 from client.approvals import AllowedHours, Approvals
 from client.approvers import ApprovalRule
 from client.exact_sums import check_sentence as check_exact_sums
-from client.exchanges.latents import check_sentence
 from client.scans.layouts import LayoutRules
 from federation.keys.key_files import read_text
+from federation.release_policy import check_sentence
 from forms.form import build, check
 from forms.names import Phrase, SiteName
 from forms.paths import path_from, resolve_paths
@@ -86,6 +86,9 @@ class SiteConfig:
     """Hours in which an answer may begin, local time ("18:00-06:00"); empty: always."""
     keys_dir: Path | None = None
     """Folder of keys and certificates that `meduet-site install` wrote; none: this site does not connect."""
+    launcher: Annotated[tuple[str, ...], Entries(100)] = ()
+    """Command that runs a script and waits for its end ([sbatch, --wait, --gres=gpu:1]): the work of each
+    answer is done by such a job. Empty: where `meduet-site start` runs."""
     tokenizer: TokenizerSpec = field(default_factory=TokenizerSpec)
     """Which tokenizer; its hash must be the plan's."""
     device: DeviceChoice = "auto"

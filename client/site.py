@@ -12,7 +12,8 @@ from client.approvals import AllowedHours
 from client.books import open_books
 from client.connection.keys import SiteKeys
 from client.exchanges.exchange import AskRefused
-from client.settings import SiteConfig, approvals_of, ceiling_of, load_site_config
+from client.jobs.launcher import Launcher
+from client.settings import SiteConfig, approvals_of, ceiling_of, load_site_config, resolve_device
 from client.site_scans import SiteScans
 from federation.bundle import running_bundle
 from federation.journal import Journal
@@ -42,6 +43,10 @@ class Site(SiteScans):
         there.
         """
         super().__init__(config, tokenizer, secret)
+        self.launcher = Launcher.of(config)
+        """How its jobs are started; None: work is done here."""
+        if self.launcher is None:
+            resolve_device(config.device)  # a job's machine may have what this one has not
         self.ledger = Ledger(self.state_dir / "ledger.jsonl", ceiling_of(config))
         """What this site's patients have been charged; reserves before anything is read."""
         self.journal = Journal(self.state_dir / "journal.jsonl")

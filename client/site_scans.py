@@ -49,8 +49,7 @@ class SiteScans:
         """Create `config.state_dir` for its owner only; nothing is read.
 
         `tokenizer`: None loads the one that `config.tokenizer` names, when it is first needed. `secret`: what
-        batches and folds are drawn from; None takes the site's own file, as every real site does. Raises
-        `ValueError` when the device is not there.
+        batches and folds are drawn from; None takes the site's own file, as every real site does.
         """
         self.config = config
         self.name = config.name
@@ -59,8 +58,6 @@ class SiteScans:
         self.minimum_cohort = config.minimum_cohort
         self.exact_sums = config.allow_exact_sums == EXACT_SUMS_CONSENT
         self.progress_every_s = config.progress_every_s
-        self.device = resolve_device(config.device)
-        """Where scans are encoded and the network is trained."""
         private_folder(config.state_dir)
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -68,6 +65,11 @@ class SiteScans:
         self._opened: dict[tuple[VolumePlan, int], LatentSet] = {}
         self.num_encoded = 0
         """Scans that were encoded since this site was opened."""
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where scans are encoded and the network is trained. Raises `ValueError` when it is not there."""
+        return resolve_device(self.config.device)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
