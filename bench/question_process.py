@@ -56,7 +56,8 @@ def prepare(folder: Path) -> Path:
     from safetensors.torch import save_file
 
     from client.latents.style_moments import survey
-    from client.site import load_site_config, open_site
+    from client.settings import load_site_config
+    from client.site import open_site
     from meduet_models.meduet import MeDUET
     from meduet_models.sharing import home_keys, shared_keys
     from meduet_models.style.bank import StyleBank

@@ -34,7 +34,9 @@ from client.exchanges import (
     style_code,
     survey,
 )
-from client.exchanges.exchange import Answer, AskRefused, Site
+from client.exchanges.exchange import Answer, AskRefused, Site, SiteAtWork
+from client.jobs.asking import by_job
+from client.jobs.request import JobRefused
 from client.latents.labelled import NoLabels
 from client.refusals import note_refusal, told_as
 from client.release import Gate, GateRefusal, Released
@@ -114,11 +116,13 @@ def _handler(
             ask = row.exchange.ask.from_record(content)
             plan = _plan(ask)
             left_s = _left_s(message.metadata.created_at, plan.aggregation.deadline_s)
-            released = watch(
-                site.state_dir / LOG_NAME,
-                left_s,
-                lambda: row.once(site, ask, plan, lambda step, loss: on_step(site.name, step, loss), asked),
-            )
+            answering = by_job(row) if site.launcher is not None and row.reads_scans else row
+
+            def tell(step: int, loss: float) -> None:
+                on_step(site.name, step, loss)
+
+            log = site.state_dir / LOG_NAME
+            released = watch(log, left_s, lambda: answering.once(site, ask, plan, tell, asked))
             return _mail(row, released, ask, site.name)
 
         return _behind_the_wall(message, context, open_the_site, answer)
@@ -140,7 +144,7 @@ def _behind_the_wall(
             log.enter_context(_site_log(site.state_dir / LOG_NAME))
             content = answer(site, message.content, asked)
         except Exception as error:  # noqa: BLE001, the wall: the one place where everything is caught
-            kind = _kind(error)
+            kind = refusal_kind(error)
             _log.exception("Refused %s: %s.", message.metadata.message_type, kind.value)
             content = _no(site, asked, kind).to_record()
     return Message(content, reply_to=message)
@@ -154,7 +158,7 @@ def _no(site: Site | None, asked: Mapping[str, Any], kind: RefusalKind) -> Refus
         return Refusal(kind=note_refusal(site.journal, asked, kind), site=site.name)
     except Exception as error:  # noqa: BLE001, still the wall: what a book says when it fails stays here
         _log.exception("The refusal could not be written into the journal.")
-        full = _kind(error) is RefusalKind.STORAGE  # so it is whatever is asked
+        full = refusal_kind(error) is RefusalKind.STORAGE  # so it is whatever is asked
         return Refusal(kind=RefusalKind.STORAGE if full else RefusalKind.NOT_ANSWERED, site=site.name)
 
 
@@ -167,7 +171,7 @@ def _mail(row: Answer[Any, Any], released: object, ask: Ask, site: str) -> Recor
 
 
 def _answer_finetuning(
-    site: Site, ask: Any, plan: RunPlan, gate: Gate, on_step: Callable[[int, float], None]
+    site: SiteAtWork, ask: Any, plan: RunPlan, gate: Gate, on_step: Callable[[int, float], None]
 ) -> Released:
     from client.exchanges.finetuning import answer_finetuning  # MONAI takes seconds to import
 
@@ -191,10 +195,10 @@ def _left_s(asked: float, deadline_s: float) -> float:
     return deadline_s - min(max(time.time() - asked, 0.0), deadline_s)
 
 
-def _kind(error: Exception) -> RefusalKind:
+def refusal_kind(error: Exception) -> RefusalKind:
     """Which refusal it is, for the site's own books; what leaves says `client/refusals.py`."""
     match error:
-        case MessageError() | GateRefusal() | AskRefused():
+        case MessageError() | GateRefusal() | AskRefused() | JobRefused():
             return error.kind
         case LedgerRefusal():
             return RefusalKind.BUDGET

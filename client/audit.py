@@ -24,7 +24,8 @@ from client.exchanges.probes import target_of
 from client.latents.examples import examples_of
 from client.latents.latent_set import LatentSet
 from client.release import clipped_rows
-from client.site import Site, ceiling_of
+from client.settings import ceiling_of
+from client.site import Site
 from federation.exchanges.latents import BOUNDED, latent_bound, to_tensors
 from federation.journal import read_journal
 from federation.plan import RunPlan

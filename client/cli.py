@@ -149,7 +149,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _prepare(chosen: argparse.Namespace, console: Console) -> int:
     from client.exchanges.exchange import AskRefused
-    from client.site import Site, load_plan, load_site_config
+    from client.settings import load_site_config
+    from client.site import Site, load_plan
 
     config, plan = load_site_config(chosen.config), load_plan(chosen.plan)
     with failing(ValueError, but=(AskRefused,)):
@@ -165,7 +166,9 @@ def _prepare(chosen: argparse.Namespace, console: Console) -> int:
 
 def _check(chosen: argparse.Namespace, console: Console) -> int:
     from client.checks.site import Seen, run_checks
-    from client.site import confirm_patients, load_plan, load_site_config
+    from client.settings import load_site_config
+    from client.site import load_plan
+    from client.site_scans import confirm_patients
 
     config = load_site_config(chosen.config)
     plan = load_plan(chosen.plan) if chosen.plan else None

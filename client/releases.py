@@ -8,7 +8,7 @@ from typing import Any
 
 from client.books import JOURNAL, LEDGER
 from client.connection.keys import SiteKeys
-from client.site import SiteConfig, approvals_of
+from client.settings import SiteConfig, approvals_of
 from federation.journal import read_journal
 from privacy.chain import read_chain
 

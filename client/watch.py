@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 
 from client.books import JOURNAL, LEDGER
 from client.connection.keys import SiteKeys
-from client.site import SiteConfig, ceiling_of
+from client.settings import SiteConfig, ceiling_of
 from federation.journal import read_journal
 from federation.keys.certificates import utc_now
 from federation.processes import read_state

@@ -63,6 +63,10 @@ class _Turn:
             self._leaving = not self._given_up
             return self._leaving
 
+    @property
+    def given_up(self) -> bool:
+        return self._given_up
+
     def give_up(self) -> bool:
         with self._lock:
             self._given_up = not self._leaving
@@ -76,6 +80,13 @@ def may_leave() -> bool:
     """Whether what this thread works on is still waited for; if so, it will be waited for from now on."""
     turn = _turn.get()
     return turn is None or turn.leave()
+
+
+def is_waited_for() -> bool:
+    """Whether somebody still waits for what this thread works on: to be asked while waiting for another
+    program."""
+    turn = _turn.get()
+    return turn is None or not turn.given_up
 
 
 def watchdog(log: Path, deadline_s: float, work: Callable[[], Answer], /, grace_s: float = GRACE_S) -> Answer:

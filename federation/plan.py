@@ -1,7 +1,7 @@
 """The plan: everything a site is told before it says yes.
 
 The same at every site, frozen, hashed. It says *what* is run, never *which class*: no name in it is imported.
-Paths, devices, ceilings and credentials are the site's own (`client/site.py`) and never appear here. Each
+Paths, devices, ceilings and credentials are the site's own (`client/settings.py`) and never appear here. Each
 number has a range and each text its letters, beside its type: a plan outside of them is not made.
 """
 

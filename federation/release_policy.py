@@ -82,3 +82,13 @@ def release_policy(name: str) -> ReleasePolicy:
     if name not in POLICIES:
         raise ValueError(f"Expected diffusion.policy to be one of {', '.join(POLICIES)}; got {name[:40]!r}.")
     return POLICIES[name]
+
+
+def check_sentence(sentence: str) -> None:
+    """Raise `ValueError` unless site.yaml's `latent_release` is empty or the sentence of a policy."""
+    agreements = [policy.consent for policy in POLICIES.values() if policy.consent]
+    if sentence and sentence not in agreements:
+        raise ValueError(
+            "Expected latent_release to be left out, or to be, word for word: "
+            f"{' or '.join(map(repr, agreements))}; got {sentence[:60]!r}."
+        )

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
@@ -90,6 +92,17 @@ class MessageError(ValueError):
     def __init__(self, text: str, kind: RefusalKind = RefusalKind.MALFORMED) -> None:
         super().__init__(text)
         self.kind = kind
+
+
+def record_to_bytes(record: RecordDict) -> bytes:
+    """A message's record as bytes, to be kept in a file."""
+    content: bytes = recorddict_to_proto(record).SerializeToString()
+    return content
+
+
+def record_of_bytes(content: bytes) -> RecordDict:
+    """The record that was written so; for bytes of this site's own."""
+    return recorddict_from_proto(RecordDictProto.FromString(content))
 
 
 def array_record(

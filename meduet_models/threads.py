@@ -1,6 +1,6 @@
 """Numbers of threads where bits matter: sums of floats depend on how many threads make them.
 
-Does not do: choose how many threads training takes (`client/site.py`).
+Does not do: choose how many threads training takes (`client/site_scans.py`).
 """
 
 from collections.abc import Iterator

@@ -21,7 +21,9 @@ from flwr.app import Context
 from client.exact_sums import EXACT_SUMS_CONSENT
 from client.latents.latent_set import LatentSet
 from client.scans.patients import PatientMap
-from client.site import PATHS, Site, SiteConfig, SiteProgress, confirm_patients
+from client.settings import PATHS, SiteConfig
+from client.site import Site
+from client.site_scans import SiteProgress, confirm_patients
 from federation.keys.certificates import Authority, PrivateKey, utc_now
 from federation.keys.identity import SiteIdentity
 from federation.plan import RunPlan

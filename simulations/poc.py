@@ -21,7 +21,8 @@ import yaml
 from rich.console import Console
 
 from client.connection.keys import install
-from client.site import SiteConfig, confirm_patients
+from client.settings import SiteConfig
+from client.site_scans import confirm_patients
 from client.site_secret import DRAWS
 from federation.keys.certificates import utc_now
 from federation.keys.key_files import refuse_work_tree

@@ -24,7 +24,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from client.site import SiteProgress
+from client.site_scans import SiteProgress
 from federation.plan import RunPlan
 from federation.terminal import say, terminal
 from simulations.hospitals.phantom import Progress as MakeProgress

@@ -27,7 +27,7 @@ from flwr.serverapp import Grid
 from omegaconf import DictConfig, OmegaConf
 
 from client.app import make_client_app
-from client.site import resolve_device
+from client.settings import resolve_device
 from federation.plan import RunPlan
 from meduet_models.diffusion.artefact import load_generative_model
 from meduet_models.tokenizer.tokenizer import load_tokenizer

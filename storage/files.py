@@ -74,6 +74,13 @@ def write_whole(path: Path, content: str | bytes, mode: int = OWNER) -> None:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
+def move_whole(source: Path, path: Path) -> None:
+    """Let a file that was written whole take the place of `path`, on the same disk; both names survive a
+    power cut as they are then."""
+    source.replace(path)
+    _keep_name(path)
+
+
 def write_once(path: Path, content: bytes) -> None:
     """Write a file that is made once and never replaced, for its owner alone: a secret, a key.
 

@@ -90,6 +90,7 @@ class Hospital:
     secret: bytes = b"1" * 32
     epsilon_ceiling: float | None = None
     compile: bool = False
+    launcher: ClassVar[None] = None
     progress_every_s: ClassVar[float] = 30.0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     _ledgers: dict[Any, Ledger] = field(default_factory=dict, init=False, repr=False)

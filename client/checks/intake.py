@@ -13,7 +13,7 @@ from client.scans.cohort import Cohort
 from client.scans.layouts import Found
 from client.scans.patients import PatientMap, shown
 from client.scans.tables import Join
-from client.site import SiteConfig
+from client.settings import SiteConfig
 from scans.scans import Exclusion, Note, Reason
 from scans.volume_plan import VolumePlan
 

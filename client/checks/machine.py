@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from client.connection.certificate_checks import Finding
-from client.site import SiteConfig, resolve_device
+from client.settings import SiteConfig, resolve_device
 
 LEAST_MEMORY_BYTES = 2 * 2**30
 """Free memory below which a person should look: a process that answers takes 0.5 GB before its

@@ -31,7 +31,9 @@ from client.refusals import stopped_plans
 from client.scans.cohort import COPY, SPLITS, Cohort
 from client.scans.layouts import Found
 from client.scans.names import alike
-from client.site import Site, SiteConfig, SiteProgress, approvals_of, survey_site
+from client.settings import SiteConfig, approvals_of
+from client.site import Site
+from client.site_scans import SiteProgress, survey_site
 from federation.bundle import running_bundle
 from federation.exchanges.erasure import ERASURE
 from federation.exchanges.probes import PROBES, widest_sums

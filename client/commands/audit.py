@@ -38,7 +38,8 @@ def add_to(commands: Any) -> None:
 def _audit(chosen: argparse.Namespace, console: Console) -> int:
     from audit.report import FOLDER, asked_effort, asked_policy, write_audit
     from client.audit import evidence_of_site
-    from client.site import Site, load_plan, load_site_config
+    from client.settings import load_site_config
+    from client.site import Site, load_plan
     from meduet_models.threads import fixed_threads
 
     policy, effort = asked_policy(chosen), asked_effort(chosen)

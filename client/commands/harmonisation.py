@@ -236,7 +236,7 @@ def _refuse_without_effect(chosen: argparse.Namespace) -> None:
 
 def _tokenizer(chosen: argparse.Namespace, channels: int) -> tuple[Any, Any]:
     """Tokenizer and device that the options mean."""
-    from client.site import load_site_config, resolve_device
+    from client.settings import load_site_config, resolve_device
     from meduet_models.tokenizer.tokenizer import TokenizerSpec, load_tokenizer, load_tokenizer_file
 
     if chosen.config is not None:

@@ -34,7 +34,7 @@ def add_to(commands: Any) -> None:
 
 def _show(chosen: argparse.Namespace, console: Console) -> int:
     from client.books import JOURNAL
-    from client.site import load_site_config
+    from client.settings import load_site_config
     from federation.journal import journal_lines, read_journal
 
     entries = read_journal(load_site_config(chosen.config).state_dir / JOURNAL)
@@ -44,7 +44,7 @@ def _show(chosen: argparse.Namespace, console: Console) -> int:
 
 def _verify(chosen: argparse.Namespace, console: Console) -> int:
     from client.books import JOURNAL, read_books
-    from client.site import load_site_config
+    from client.settings import load_site_config
     from federation.journal import journal_verdict
     from privacy.chain import BrokenChain
 

@@ -58,7 +58,7 @@ def _close(chosen: argparse.Namespace, console: Console) -> int:
 
 def _opened(config: Path) -> tuple[Any, Any]:
     from client.books import LEDGER
-    from client.site import ceiling_of, load_site_config
+    from client.settings import ceiling_of, load_site_config
     from privacy.ledger import Ledger
 
     site = load_site_config(config)

@@ -16,7 +16,7 @@ from storage.files import private_folder
 
 if TYPE_CHECKING:
     from client.approvals import Approvals
-    from client.site import SiteConfig
+    from client.settings import SiteConfig
 
 
 def add_to(commands: Any) -> None:
@@ -47,7 +47,7 @@ def add_to(commands: Any) -> None:
 
 
 def _at_the_site(chosen: argparse.Namespace, console: Console) -> int:
-    from client.site import approvals_of, load_site_config
+    from client.settings import approvals_of, load_site_config
 
     config = load_site_config(chosen.config)
     private_folder(config.state_dir)

@@ -25,7 +25,7 @@ def add_to(commands: Any) -> None:
 
 def _releases(chosen: argparse.Namespace, console: Console) -> int:
     from client.releases import releases_of
-    from client.site import load_site_config
+    from client.settings import load_site_config
 
     found = releases_of(load_site_config(chosen.config))
     if chosen.json:

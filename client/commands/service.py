@@ -37,7 +37,7 @@ def add_to(commands: Any) -> None:
 
 
 def _watch(chosen: argparse.Namespace, console: Console) -> None:
-    from client.site import load_site_config
+    from client.settings import load_site_config
     from client.watch import watched
     from federation.watching import watch
 
@@ -50,7 +50,8 @@ def _start(chosen: argparse.Namespace, console: Console) -> int:
     from client.books import open_books
     from client.confirmation import CURE, unconfirmed
     from client.connection.supernode import FOLDER, supernode_processes
-    from client.site import load_site_config, survey_site
+    from client.settings import load_site_config
+    from client.site_scans import survey_site
     from federation.processes import become_supervisor
 
     config = load_site_config(chosen.config)

@@ -20,7 +20,7 @@ from client.connection import mutual_tls
 from client.connection.arriving_bundle import InstalledCode
 from client.connection.certificate_checks import certificate_check
 from client.connection.keys import NODE_KEY, SiteKeys
-from client.site import SiteConfig
+from client.settings import SiteConfig
 from federation.bundle import ROOT
 from federation.flower_programs import (
     EXIT_MEANINGS,

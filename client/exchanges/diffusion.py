@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from client.exchanges.exchange import Answer, AskRefused, OnStep, Site, bank_of, before_deadline
+from client.exchanges.exchange import Answer, AskRefused, OnStep, SiteAtWork, bank_of, before_deadline
 from client.exchanges.pretraining import train_mail
 from client.latents.examples import ScansWithGeometry, SiteExamples
 from client.release import Gate, Released
@@ -42,7 +42,7 @@ _TOLD = "told/"
 
 
 def answer_diffusion(
-    site: Site,
+    site: SiteAtWork,
     ask: DiffusionAsk,
     plan: RunPlan,
     gate: Gate,
@@ -102,9 +102,8 @@ def answer_diffusion(
     )
     norm = result.metrics["update_norm"]
 
-    def keep() -> None:
-        after = SiteState(round=ask.round, began_from=place.kept.round, home={}, optimiser=trainee.state())
-        place.leave(after, shared_sha256)
+    def after() -> SiteState:
+        return SiteState(round=ask.round, began_from=place.kept.round, home={}, optimiser=trainee.state())
 
     return gate.release(
         result.update,
@@ -113,7 +112,7 @@ def answer_diffusion(
         counts={"examples": result.examples},
         metrics=result.metrics | {"clip_factor": clip_factor(norm, gate.promise.bound)},
         wire_dtype=plan.release.wire_dtype,
-        keep=keep,
+        keep=place.leaving(after, shared_sha256),
         anew=place.anew,
     )
 

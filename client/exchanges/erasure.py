@@ -8,7 +8,7 @@ import logging
 import torch
 
 from client.exact_sums import check_means, fewest_for_means
-from client.exchanges.exchange import Answer, AskRefused, OnStep, Site
+from client.exchanges.exchange import Answer, AskRefused, OnStep, SiteAtWork
 from client.release import Gate, Released
 from client.training.site_state import StateFolder, StateMissing
 from client.training.trainee import student_of
@@ -33,7 +33,7 @@ _SCANS_AT_ONCE = 16
 _log = logging.getLogger(__name__)
 
 
-def answer_erasure(site: Site, ask: ErasureAsk, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
+def answer_erasure(site: SiteAtWork, ask: ErasureAsk, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
     """The sums over the training patients, under the run's last weights and the code that came with them; of
     pooled content only where there is a patient for each number of both, or the site agreed.
 

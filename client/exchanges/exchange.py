@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from client.answers import ANSWERS, KeptAnswers
+from client.jobs.launcher import Launcher
 from client.latents.batches import TrainingScans
 from client.refusals import is_stopped
-from client.release import Gate, Released
+from client.release import Gate, Masking, Released
 from client.watchdog import DEADLINE_SHARE
 from federation.exchanges.exchange import Exchange
 from federation.journal import Journal
@@ -53,8 +54,8 @@ class AskRefused(ValueError):
 
 
 @runtime_checkable
-class Site(Protocol):
-    """What the answers need of an open site (`client/site.py`)."""
+class SiteAtWork(Protocol):
+    """What the work of an answer needs of a site (`client/site_scans.py`): no book, no key."""
 
     @property
     def name(self) -> str:
@@ -88,6 +89,18 @@ class Site(Protocol):
     def secret(self) -> bytes:
         """What its batches and folds are drawn from; stays here."""
 
+    def scans(self, plan: RunPlan) -> TrainingScans:
+        """The site's latents, encoding what is not cached yet."""
+
+
+@runtime_checkable
+class Site(SiteAtWork, Protocol):
+    """What the answers need of an open site (`client/site.py`)."""
+
+    @property
+    def launcher(self) -> Launcher | None:
+        """How its jobs are started; None: work is done in the process of the question."""
+
     @property
     def ledger(self) -> Ledger:
         """What its patients have been charged."""
@@ -103,9 +116,6 @@ class Site(Protocol):
         """Raise `AskRefused` unless this site takes part in `plan` now, with the plan's tokenizer; when a
         fine-tuning is asked for, in that one. Opens no scan."""
 
-    def scans(self, plan: RunPlan) -> TrainingScans:
-        """The site's latents, encoding what is not cached yet."""
-
 
 @dataclass(frozen=True)
 class Answer(Generic[AskKind, ReplyKind]):
@@ -113,10 +123,15 @@ class Answer(Generic[AskKind, ReplyKind]):
 
     exchange: Exchange[AskKind, ReplyKind]
     """What is asked."""
-    work: Callable[[Site, AskKind, RunPlan, Gate, OnStep], Released]
-    """Reads, computes and releases through the gate that was opened for this question."""
+    work: Callable[[Any, AskKind, RunPlan, Gate, OnStep], Released]
+    """Reads, computes and releases through the gate that was opened for this question: of a `SiteAtWork`
+    where it reads scans, of a `Site` where it does not."""
     mail: Callable[[Released, AskKind, str], ReplyKind]
     """The reply of the site of this name, from what passed the gate and from nothing else."""
+    reads_scans: bool = True
+    """Whether its work reads scans, and may be a job's (`client/jobs/asking.py`)."""
+    masking: Callable[[Any, AskKind, RunPlan], tuple[Masking, Callable[[], None]]] | None = None
+    """How the gate masks what it lets out, and what is kept besides; None: it does not."""
 
     def once(
         self,

@@ -5,7 +5,7 @@ starts anew. Whose labels are used, where the plan asks for a share, and who is 
 the site's secret. Does not do: know Flower's messages, catch anything, use held-out patients.
 """
 
-from client.exchanges.exchange import AskRefused, OnStep, Site, before_deadline
+from client.exchanges.exchange import AskRefused, OnStep, SiteAtWork, before_deadline
 from client.latents.batches import FEWEST_SCANS
 from client.latents.labelled import ScansWithLabels, ScansWithVolumes, labelled_scans
 from client.release import Gate, Released
@@ -25,7 +25,7 @@ from privacy.clipping import clip_factor, joint_norm
 
 
 def answer_finetuning(
-    site: Site,
+    site: SiteAtWork,
     ask: FinetuneAsk,
     plan: RunPlan,
     gate: Gate,

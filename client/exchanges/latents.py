@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from client.exchanges.exchange import Answer, AskRefused, OnStep, Site
+from client.exchanges.exchange import Answer, AskRefused, OnStep, SiteAtWork
 from client.latents.examples import ScansWithGeometry, examples_of
 from client.release import Gate, Released
 from client.scans.cohort import ScanEntry
@@ -37,7 +37,6 @@ from federation.exchanges.latents import (
     told_shapes,
 )
 from federation.plan import RunPlan
-from federation.release_policy import POLICIES
 from federation.wire import RefusalKind
 
 KEY_NAME = "latent-items.key"
@@ -51,16 +50,6 @@ class ReleasableScans(ScansWithGeometry, Protocol):
     @property
     def entries(self) -> Sequence[ScanEntry]:
         """The scan of each row."""
-
-
-def check_sentence(sentence: str) -> None:
-    """Raise `ValueError` unless site.yaml's `latent_release` is empty or the sentence of a policy."""
-    agreements = [policy.consent for policy in POLICIES.values() if policy.consent]
-    if sentence and sentence not in agreements:
-        raise ValueError(
-            "Expected latent_release to be left out, or to be, word for word: "
-            f"{' or '.join(map(repr, agreements))}; got {sentence[:60]!r}."
-        )
 
 
 def consent(plan: RunPlan, sentence: str) -> str:
@@ -80,7 +69,7 @@ def consent(plan: RunPlan, sentence: str) -> str:
     )
 
 
-def answer_latents(site: Site, ask: LatentsAsk, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
+def answer_latents(site: SiteAtWork, ask: LatentsAsk, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
     """Items `ask.first` to `ask.first + ask.count` of what this site releases in a round.
 
     Guarantee: only training scans, each bounded by itself; nothing else. Raises `AskRefused` for scans

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from client.exchanges.exchange import Answer, OnStep, Site, bank_of, before_deadline
+from client.exchanges.exchange import Answer, OnStep, SiteAtWork, bank_of, before_deadline
 from client.latents.batches import Batches, TrainingScans
 from client.latents.style_moments import own_moments
 from client.release import Gate, Masking, Released
@@ -23,7 +23,7 @@ from privacy.clipping import clip_factor
 
 
 def answer_round(
-    site: Site,
+    site: SiteAtWork,
     ask: TrainAsk,
     plan: RunPlan,
     gate: Gate,
@@ -68,10 +68,6 @@ def answer_round(
     norm = result.metrics["update_norm"]
     examples = result.examples if masking is None else min(result.examples, plan.aggregation.weight_cap)
 
-    def keep_all() -> None:
-        place.leave(trainee.state(plan, ask.round, place.kept.round), shared_sha256)
-        keep()
-
     return gate.release(
         result.update,
         {name: tuple(tensor.shape) for name, tensor in ask.shared.items()},
@@ -79,7 +75,7 @@ def answer_round(
         counts={"examples": examples},
         metrics=result.metrics | {"clip_factor": clip_factor(norm, gate.promise.bound)},
         wire_dtype=plan.release.wire_dtype,
-        keep=keep_all,
+        keep=place.leaving(lambda: trainee.state(plan, ask.round, place.kept.round), shared_sha256, keep),
         anew=place.anew and masking is None,
         masking=masking,
     )

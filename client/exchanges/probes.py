@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from client.exact_sums import check_sums
-from client.exchanges.exchange import Answer, AskRefused, OnStep, Site, bank_of
+from client.exchanges.exchange import Answer, AskRefused, OnStep, SiteAtWork, bank_of
 from client.latents.batches import TrainingScans
 from client.release import Gate, Released
 from client.site_secret import digest_of
@@ -104,7 +104,7 @@ class Probed:
     """Fewest patients behind any sum that is told."""
 
 
-def answer_probe(site: Site, ask: ProbeAsk, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
+def answer_probe(site: SiteAtWork, ask: ProbeAsk, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
     """Sums of the factors of this site's patients after a round; asked with fitted probes, their hits.
 
     Raises `CohortTooSmall` when a fold would hold fewer than the minimum, `TooFewForSums` when it holds fewer

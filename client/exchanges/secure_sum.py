@@ -7,15 +7,15 @@ was given up for another is never opened.
 Does not do: steps (`client/exchanges/pretraining.py`), keep secrets by itself (`client/sum_secrets.py`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from client.exchanges.exchange import Answer, OnStep, Site
+from client.exchanges.exchange import Answer, OnStep, Site, SiteAtWork
 from client.exchanges.pretraining import answer_round
-from client.release import TEXT, Gate, Released
+from client.release import TEXT, Gate, Masking, Released
 from client.sum_secrets import SumSecrets
 from federation.exchanges.secure_sum import (
     SUM_KEYS,
@@ -72,14 +72,21 @@ def answer_shares(site: Site, ask: SumSharesAsk, plan: RunPlan, gate: Gate, on_s
     )
 
 
-def answer_masked(site: Site, ask: SumMaskedAsk, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
+def answer_masked(
+    site: SiteAtWork, ask: SumMaskedAsk, plan: RunPlan, gate: Gate, on_step: OnStep
+) -> Released:
     """Train the round and release its vector, masked with those whose shares came. Raises `SumRefused`,
     before any scan is read, for shares that do not open or are too few; and as `answer_round`."""
+    masking, keep = masking_of(site, ask, plan)
+    return answer_round(site, ask, plan, gate, on_step, masking, keep)
+
+
+def masking_of(site: SiteAtWork, ask: SumMaskedAsk, plan: RunPlan) -> tuple[Masking, Callable[[], None]]:
+    """How the vector of this attempt is masked, and what is to be kept when it leaves."""
     secrets = SumSecrets(site.state_dir, ask.plan_sha256)
     party = secrets.of(attempt_of(ask)).joined(shares_of(ask.texts), threshold(len(plan.sites)))
     layout = SumLayout.of(plan, {name: tensor.shape for name, tensor in ask.shared.items()})
-    masking = PartyMasking(party, layout)
-    return answer_round(site, ask, plan, gate, on_step, masking, keep=lambda: secrets.keep(party))
+    return PartyMasking(party, layout), lambda: secrets.keep(party)
 
 
 def answer_unmask(site: Site, ask: SumUnmaskAsk, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
@@ -136,7 +143,7 @@ def masked_mail(released: Released, ask: SumMaskedAsk, site: str) -> SumMaskedRe
     )
 
 
-KEYS = Answer(SUM_KEYS, answer_keys, text_mail)
-SHARES = Answer(SUM_SHARES, answer_shares, text_mail)
-VECTOR = Answer(SUM_MASKED, answer_masked, masked_mail)
-OPENING = Answer(SUM_UNMASK, answer_unmask, text_mail)
+KEYS = Answer(SUM_KEYS, answer_keys, text_mail, reads_scans=False)
+SHARES = Answer(SUM_SHARES, answer_shares, text_mail, reads_scans=False)
+VECTOR = Answer(SUM_MASKED, answer_masked, masked_mail, masking=masking_of)
+OPENING = Answer(SUM_UNMASK, answer_unmask, text_mail, reads_scans=False)

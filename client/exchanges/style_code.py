@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from client.exchanges.exchange import Answer, AskRefused, OnStep, Site
+from client.exchanges.exchange import Answer, AskRefused, OnStep, SiteAtWork
 from client.latents.batches import TrainingScans
 from client.release import Gate, Released
 from federation.exchanges.style_code import (
@@ -31,7 +31,9 @@ from meduet_models.style.code import entry_of_scans, style_length, vector_of
 _log = logging.getLogger(__name__)
 
 
-def answer_style_code(site: Site, ask: StyleCodeAsk, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
+def answer_style_code(
+    site: SiteAtWork, ask: StyleCodeAsk, plan: RunPlan, gate: Gate, on_step: OnStep
+) -> Released:
     """The sum of the training patients' shares. Raises `AskRefused` for public scans that give no axes."""
     try:
         code = style_code(plan, check_public(plan, ask.public))

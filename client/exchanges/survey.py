@@ -3,14 +3,14 @@
 Does not do: compute them (`client/latents/style_moments.py`).
 """
 
-from client.exchanges.exchange import Answer, OnStep, Site
+from client.exchanges.exchange import Answer, OnStep, SiteAtWork
 from client.latents.style_moments import survey
 from client.release import Gate, Released
 from federation.exchanges.survey import SURVEY, SurveyAsk, SurveyReply, survey_layout
 from federation.plan import RunPlan
 
 
-def answer_survey(site: Site, ask: SurveyAsk, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
+def answer_survey(site: SiteAtWork, ask: SurveyAsk, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
     """Sums that describe the appearance of the training scans. Raises `CohortTooSmall` below the minimum."""
     scans = site.scans(plan)
     moments = survey(scans, plan, site.minimum_cohort)

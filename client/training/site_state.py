@@ -33,7 +33,7 @@ from torch import Tensor
 from client.latents.batches import TrainingScans
 from forms.json_text import fingerprint_of
 from meduet_models.weights import StoredWeights, open_weights, save_weights, sha256_of_tensors
-from storage.files import private_folder
+from storage.files import move_whole, private_folder
 
 KEPT = 3
 """States of rounds that a site keeps, beside the common start."""
@@ -41,6 +41,8 @@ SHARE_OF_TIME = 0.05
 """Of a round's time, the most that is spent writing it down; a large network is written less often."""
 PARTIAL = ".partial.safetensors"
 """How the file of a round under way ends."""
+ROOMS = ("state", "diffusion")
+"""Folders of states, in the site's state folder: of pretraining, of the diffusion model."""
 _PARTS = ("home", "teacher", "optimiser")
 _STEPS, _SECONDS, _ROUND = "partial/steps", "partial/seconds", "round/"
 
@@ -97,6 +99,8 @@ class StateFolder:
     def __init__(self, folder: Path, plan_sha256: str) -> None:
         self._folder = folder / plan_sha256[:12]
         self._plan_sha256 = plan_sha256
+        self.room = folder.name
+        """Which of `ROOMS` it is."""
 
     def enter(
         self, round_number: int, start: Callable[[], Mapping[str, Tensor]] | None = None
@@ -157,11 +161,23 @@ class StateFolder:
         `shared_sha256`: hash of the shared weights with which the round began.
         """
         self._write(state, shared_sha256)
+        self._tidy(state.round)
+
+    def take(self, path: Path, round_number: int) -> None:
+        """Keep the state after a round that a job left at `path` (`Leaving.write`), as `save` keeps one.
+
+        Raises `StateDamaged` for a file that is not that, which stays where it is.
+        """
+        _read(path, {"plan_sha256": self._plan_sha256, "round": str(round_number)})
+        move_whole(path, self._path(round_number))
+        self._tidy(round_number)
+
+    def _tidy(self, last: int) -> None:
         for left in (f"round-*{PARTIAL}", ".round-*"):  # a write that a kill cut short
             for path in self._folder.glob(left):
                 path.unlink(missing_ok=True)
         rounds = self.rounds()
-        kept = {0, *[round_number for round_number in rounds if round_number <= state.round][-KEPT:]}
+        kept = {0, *[round_number for round_number in rounds if round_number <= last][-KEPT:]}
         for round_number in set(rounds) - kept:
             self._path(round_number).unlink()
 
@@ -200,13 +216,17 @@ class StateFolder:
         return self._folder / f"round-{round_number:04d}.safetensors"
 
     def _write(self, state: SiteState, shared_sha256: str) -> None:
+        self.write_at(self._path(state.round), state, shared_sha256)
+
+    def write_at(self, path: Path, state: SiteState, shared_sha256: str) -> None:
+        """Write a state to `path`, where it is not kept yet."""
         facts = {
             "plan_sha256": self._plan_sha256,
             "round": str(state.round),
             "began_from": str(state.began_from),
             "shared_sha256": shared_sha256,
         }
-        _write(self._path(state.round), state.named(), facts)
+        _write(path, state.named(), facts)
 
     def _whole(self, round_number: int) -> SiteState | None:
         """The state after a round as it was written; None, and a line in the site's log, if it is not."""
@@ -248,9 +268,33 @@ class SiteRound:
         whole = {**self._states.question(self.round, self.kept), **question}
         return UnderWay(self._states.partial(self.round), whole, every_s, clock)
 
-    def leave(self, after: SiteState, shared_sha256: str) -> None:
-        """Keep what the site is after the round, which began with shared weights of this hash."""
-        self._states.save(after, shared_sha256)
+    def leaving(
+        self, after: Callable[[], SiteState], shared_sha256: str, also: Callable[[], None] = lambda: None
+    ) -> "Leaving":
+        """What is to be kept when the answer leaves: the site after the round, which began with shared
+        weights of this hash; and whatever `also` keeps."""
+        return Leaving(self._states, after, shared_sha256, also)
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """A site after a round whose answer has not left yet: kept when it is called, or left for whoever lets
+    the answer out (`client/jobs/asking.py`)."""
+
+    states: StateFolder
+    after: Callable[[], SiteState]
+    shared_sha256: str
+    also: Callable[[], None]
+
+    def __call__(self) -> None:
+        """Keep all of it."""
+        self.states.save(self.after(), self.shared_sha256)
+        self.also()
+
+    def write(self, path: Path) -> str:
+        """Write the state to `path`, for `StateFolder.take`; returns its room."""
+        self.states.write_at(path, self.after(), self.shared_sha256)
+        return self.states.room
 
 
 class UnderWay:

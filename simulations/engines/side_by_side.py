@@ -25,7 +25,7 @@ from flwr.app import Message
 from flwr.clientapp import ClientApp
 
 from client.app import OnStep
-from client.site import SiteProgress
+from client.site_scans import SiteProgress
 from federation.terminal import CommandFailed
 from simulations.consortium import Consortium
 from simulations.engines.frames import ASK, DONE, OPEN, PROGRESS, READ, SITE, STEP, read_frame, write_frame

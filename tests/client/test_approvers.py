@@ -14,7 +14,8 @@ import client.cli
 from client.approvals import Approvals
 from client.approvers import ApprovalRule, Signer, new_approver, read_signer
 from client.exchanges.exchange import AskRefused
-from client.site import Site, SiteConfig, approvals_of, load_site_config
+from client.settings import SiteConfig, approvals_of, load_site_config
+from client.site import Site
 from federation.bundle import running_bundle
 from federation.plan import RunPlan
 from federation.published_plan import PublishedPlan

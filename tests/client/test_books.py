@@ -9,7 +9,8 @@ import pytest
 from client.approvals import Approvals
 from client.books import open_books, read_books
 from client.exchanges.exchange import AskRefused
-from client.site import Site, SiteConfig
+from client.settings import SiteConfig
+from client.site import Site
 from federation.bundle import running_bundle
 from federation.journal import Journal
 from federation.published_plan import PublishedPlan

@@ -12,12 +12,14 @@ import pytest
 import torch
 from rich.console import Console
 
-import client.site
+import client.settings
 from client.cli import main
 from client.confirmation import FILE, confirm, unconfirmed
 from client.exchanges.exchange import AskRefused
 from client.scans.patients import PatientMap
-from client.site import Site, SiteConfig, confirm_patients
+from client.settings import SiteConfig
+from client.site import Site
+from client.site_scans import confirm_patients
 from federation.plan import RunPlan
 from federation.wire import RefusalKind
 from meduet_models.tokenizer.patch_pca import PatchMoments
@@ -166,6 +168,6 @@ def test_start_refuses_until_the_patients_are_confirmed(
     monkeypatch.setattr("federation.processes.become_supervisor", begin)
     status, screen = run(tmp_path / "site.yaml", "start")
     assert status == 2 and "Not started: nobody here has confirmed" in screen
-    confirm_patients(client.site.load_site_config(tmp_path / "site.yaml"))
+    confirm_patients(client.settings.load_site_config(tmp_path / "site.yaml"))
     with pytest.raises(SystemExit):
         run(tmp_path / "site.yaml", "start")

@@ -10,7 +10,8 @@ from flwr.app import Context, Message, Metadata, RecordDict
 
 from client.app import LOG_NAME, make_client_app
 from client.scans.cohort import NoScans
-from client.site import Site, SiteConfig
+from client.settings import SiteConfig
+from client.site import Site
 from federation.exchanges.survey import SURVEY, SurveyAsk
 from federation.journal import Journal
 from federation.keys.identity import SiteIdentity

@@ -19,7 +19,8 @@ from client.app import make_client_app
 from client.approvals import AllowedHours, Approvals
 from client.commands.plan_words import plan_settings, plan_words
 from client.exchanges.exchange import AskRefused
-from client.site import Site, SiteConfig
+from client.settings import SiteConfig
+from client.site import Site
 from federation.bundle import bundle_hash, running_bundle
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning

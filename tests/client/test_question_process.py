@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 import client.scans.cohort_memo
-from client.site import confirm_patients, open_site
+from client.site import open_site
+from client.site_scans import confirm_patients
 from federation.exchanges.survey import survey_layout
 from federation.plan import RunPlan
 from meduet_models.adamw import AdamW

@@ -8,12 +8,12 @@ import pytest
 
 from client.commands.plan_words import plan_words
 from client.exchanges.exchange import AskRefused
-from client.exchanges.latents import check_sentence, consent
+from client.exchanges.latents import consent
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.latents import releasing
 from federation.plan import RunPlan
 from federation.published_plan import PublishedPlan
-from federation.release_policy import POLICIES, RAW, ReleasePolicy
+from federation.release_policy import POLICIES, RAW, ReleasePolicy, check_sentence
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from simulations.page import _tiles
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import client.scans.cohort_memo
-import client.site
+import client.site_scans
 from client.exchanges.exchange import AskRefused
 from client.scans.cohort import Cohort
-from client.site import Site, SiteConfig, load_site_config, open_site, resolve_device
+from client.settings import SiteConfig, load_site_config, resolve_device
+from client.site import Site, open_site
 from federation.plan import RunPlan
 from federation.wire import RefusalKind
 from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec
@@ -69,8 +70,8 @@ def no_scan_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*given: object, **named: object) -> Cohort:
         raise AssertionError("a scan was read")
 
-    monkeypatch.setattr(client.site, "open_cohort", read)
-    monkeypatch.setattr(client.site, "remembered", read)
+    monkeypatch.setattr(client.site_scans, "open_cohort", read)
+    monkeypatch.setattr(client.site_scans, "remembered", read)
 
 
 def yaml_file(folder: Path, text: str) -> Path:
@@ -196,9 +197,9 @@ def test_a_cache_of_its_own_folder_serves_several_states_and_several_data_roots(
     config: SiteConfig, plan: RunPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client.scans.cohort_memo, "SETTLED_S", -1.0)  # files just written count as settled
-    codec, opened = Blocks(), client.site.open_cohort
+    codec, opened = Blocks(), client.site_scans.open_cohort
     opens = []
-    monkeypatch.setattr(client.site, "open_cohort", lambda *a, **k: opens.append(a) or opened(*a, **k))
+    monkeypatch.setattr(client.site_scans, "open_cohort", lambda *a, **k: opens.append(a) or opened(*a, **k))
     other = tmp_path / "other"
     other.mkdir()
     (other / "p9.nii.gz").write_bytes((config.data_root / "p1.nii.gz").read_bytes())
@@ -217,7 +218,7 @@ def test_every_file_is_in_the_tables_even_if_it_fails_after_the_cohort_was_opene
     config: SiteConfig, plan: RunPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (config.data_root / "p9.nii.gz").write_bytes(b"not a scan")
-    opened = client.site.open_cohort
+    opened = client.site_scans.open_cohort
 
     def open_then_damage(*given: object, **named: object) -> Cohort:
         cohort = opened(*given, **named)  # type: ignore[arg-type]
@@ -226,7 +227,7 @@ def test_every_file_is_in_the_tables_even_if_it_fails_after_the_cohort_was_opene
             encoding.unlink()
         return cohort
 
-    monkeypatch.setattr(client.site, "open_cohort", open_then_damage)
+    monkeypatch.setattr(client.site_scans, "open_cohort", open_then_damage)
     Site(config, tokenizer(Blocks())).prepared(plan)
     taken = (config.state_dir / "cohort.csv").read_text()
     left = (config.state_dir / "exclusions.csv").read_text()

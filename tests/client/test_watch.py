@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from client.site import SiteConfig
+from client.settings import SiteConfig
 from client.watch import watched
 from federation.journal import Journal
 from federation.watching import openmetrics, page

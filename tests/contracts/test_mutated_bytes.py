@@ -21,7 +21,8 @@ from rich.console import Console
 import client.cli
 import server.cli
 from client.approvals import Approvals
-from client.site import load_plan, load_site_config
+from client.settings import load_site_config
+from client.site import load_plan
 from federation.bundle import running_bundle
 from federation.journal import Journal, journal_lines, read_journal
 from federation.keys.certificates import (

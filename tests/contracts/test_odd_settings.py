@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from client.site import load_site_config
+from client.settings import load_site_config
 from federation.plan import RunPlan
 from server.config import compose_config, plain, plan_from
 

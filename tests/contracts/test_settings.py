@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from client.site import SiteConfig
+from client.settings import SiteConfig
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning
 from federation.plan import AggregationPlan, ProbePlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan

@@ -23,7 +23,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from client.site import SiteConfig, confirm_patients, load_site_config
+from client.settings import SiteConfig, load_site_config
+from client.site_scans import confirm_patients
 from federation.processes import ChildProcess, Supervisor, die_with_parent, read_state
 from meduet_models.threads import fixed_threads
 from meduet_models.weights import load_weights

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import pytest
 from hydra.errors import ConfigCompositionException
 
-from client.site import SiteConfig
+from client.settings import SiteConfig
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning
 from federation.keys.kits import Connection
 from federation.plan import RunPlan

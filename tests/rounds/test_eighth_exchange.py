@@ -84,6 +84,7 @@ class Hospital:
     patients: list[str]
     minimum_cohort: int = 0
     compile: bool = False
+    launcher: None = None
     progress_every_s: float = 30.0
     exact_sums: bool = False
     secret: bytes = b"1" * 32

@@ -17,7 +17,8 @@ from client.app import make_client_app
 from client.commands.plan_words import plan_words
 from client.exchanges.exchange import AskRefused
 from client.exchanges.secure_sum import PartyMasking
-from client.site import Site, SiteConfig
+from client.settings import SiteConfig
+from client.site import Site
 from client.sum_secrets import SumSecrets
 from federation.exchanges.pretraining import PRETRAINING, TrainAsk
 from federation.exchanges.secure_sum import (

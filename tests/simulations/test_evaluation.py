@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from client.site import Site, SiteConfig
+from client.settings import SiteConfig
+from client.site import Site
 from federation.plan import RunPlan
 from meduet_models.content_code import public_code
 from meduet_models.meduet import MeDUET, layer_normed

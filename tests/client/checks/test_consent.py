@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from client.checks.site import _consent
-from client.site import SiteConfig
+from client.settings import SiteConfig
 from federation.plan import RunPlan
 from tests.worlds import protected_plan, public_latents, small_plan
 

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from client.cli import main
-from client.site import approvals_of, load_site_config
+from client.settings import approvals_of, load_site_config
 from federation.bundle import running_bundle
 from federation.published_plan import PublishedPlan
 from tests.audit.released import Answered, toy_plan

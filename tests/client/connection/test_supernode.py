@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.serialization.ssh import load_ssh_private_ke
 from client.cli import main
 from client.connection.keys import install
 from client.connection.supernode import supernode_processes
-from client.site import SiteConfig, load_site_config
+from client.settings import SiteConfig, load_site_config
 from federation.keys.certificates import utc_now
 from meduet_models.tokenizer.tokenizer import TokenizerSpec
 from server.consortium.provisioning import ConsortiumSettings, SiteEntry, open_office, provision

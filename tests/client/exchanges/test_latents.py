@@ -14,14 +14,16 @@ import pytest
 import torch
 from rich.console import Console
 
-import client.site
+import client.site_scans
 from client.answers import KeptAnswers
 from client.cli import main
 from client.exchanges.exchange import AskRefused
 from client.exchanges.latents import ANSWER, KEY_NAME, TABLE_NAME
 from client.latents.examples import examples_of
 from client.release import Gate, GateRefusal
-from client.site import Site, confirm_patients, load_site_config, open_site
+from client.settings import load_site_config
+from client.site import Site, open_site
+from client.site_scans import confirm_patients
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.latents import LatentsAsk, from_tensors
 from federation.journal import Journal
@@ -107,7 +109,7 @@ def test_without_the_sentence_no_part_of_a_raw_plan_is_answered_and_no_scan_is_r
     def read(*given: object, **named: object) -> None:
         raise AssertionError("a scan was read")
 
-    monkeypatch.setattr(client.site, "remembered", read)
+    monkeypatch.setattr(client.site_scans, "remembered", read)
     site = open_site(site_yaml(folder))
     for answer in (lambda: site.accept(plan), lambda: ANSWER.once(site, ask(plan), plan)):
         with pytest.raises(AskRefused, match=r"latent_release.*Nothing was read") as refusal:

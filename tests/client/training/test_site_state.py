@@ -163,7 +163,7 @@ def test_a_damaged_state_is_passed_over_for_the_one_before_and_the_log_says_so(
         place = folder.enter(3)
     assert (place.kept.round, place.start.round) == (1, 0)
     assert "round-0002.safetensors is passed over" in caplog.text
-    place.leave(state(3, began_from=1), "aa")
+    place.leaving(lambda: state(3, began_from=1), "aa")()
     assert folder.enter(4).kept.round == 3
 
 

@@ -100,7 +100,7 @@ def test_the_readme_says_what_to_type_and_the_settings_are_read_strictly(
             assert done.value.code == 0
     assert len(typed) == 8
     install(kit(office, "north"), tmp_path / "north", NOW)
-    from client.site import load_site_config
+    from client.settings import load_site_config
 
     config = load_site_config(tmp_path / "north" / "site.yaml")
     assert config.name == "north" and not config.allow_non_private and config.plan_approval == "required"
