@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,17 +18,11 @@ from server.deployment.watch import watched
 from simulations.progress import Live
 from simulations.together import Together
 from simulations.watch import SimulationPage
+from tests.scraping import read
 from tests.small_simulation import small_simulation
 
 ROOT = Path(__file__).resolve().parents[2]
 HEART_S = 30.0
-
-
-def read(address: str) -> str:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(address, timeout=30) as answer:
-        text: str = answer.read().decode()
-    return text
 
 
 @pytest.fixture
