@@ -18,6 +18,7 @@ EXTRAS: Mapping[str, str] = {
     ),
     "onnx": "export",
     "onnxscript": "export",
+    "mlflow": "mlflow",
 }  # fmt: skip
 """Import name of a package to the extra that brings it."""
 

@@ -48,6 +48,7 @@ from simulations.page import write_page
 from simulations.progress import Live
 from simulations.settings import SimulationSettings, settings_from
 from simulations.together import Together
+from simulations.tracking import Tracking
 from simulations.watch import SimulationPage
 
 _ANYBODY = ("one", "two", "three")
@@ -200,10 +201,11 @@ def run(config: DictConfig, page: SimulationPage | None = None) -> Path:
             with live.counting("opening the scans of held-out patients"):
                 hospitals, settings = simulation.hospitals, simulation.settings
                 witness = Witness(plan, simulation.consortium, hospitals, settings, live)
+                tracking = Tracking(plan, folder, settings.tracking)
             write_whole(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
             with kept_status(plan, folder) as status:
                 page.show_run(lambda: watched(folder))
-                result = simulate(simulation, live, Together(witness, status), processes)
+                result = simulate(simulation, live, Together(witness, tracking, status), processes)
         witness.draw(result)
         _judge(simulation, result, witness, live)
         with live.counting("drawing the page"):

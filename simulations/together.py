@@ -34,10 +34,10 @@ class Together(RunObserver):
     def on_round_end(
         self, round_number: int, shared: Mapping[str, Any], metrics: Mapping[str, Any]
     ) -> Mapping[str, Any]:
-        """A round is aggregated."""
+        """A round is aggregated; each is also told, as the metrics' "probes", what those before it found."""
         probes: dict[str, Any] = {}
         for one in self._observers:
-            probes |= one.on_round_end(round_number, shared, metrics)
+            probes |= one.on_round_end(round_number, shared, {**metrics, "probes": dict(probes)})
         return probes
 
     def on_diffusion(self, done: int, total: int, loss: float) -> None:
