@@ -25,6 +25,7 @@ from flwr.clientapp import ClientApp
 
 from client.exact_sums import TooFewForSums
 from client.exchanges import (
+    demographics,
     diffusion,
     erasure,
     latents,
@@ -74,6 +75,7 @@ def exchanges() -> tuple[Answer[Any, Any], ...]:
     """The table of exchanges: everything that a centre may ask of a site, and how it is answered."""
     return (
         survey.ANSWER,
+        demographics.ANSWER,
         style_code.ANSWER,
         pretraining.ANSWER,
         secure_sum.KEYS,

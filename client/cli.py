@@ -22,14 +22,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from client.commands import audit as audit_commands
-from client.commands import harmonisation as harmonisation_commands
-from client.commands import journal as journal_commands
-from client.commands import key as key_commands
-from client.commands import ledger as ledger_commands
-from client.commands import plan as plan_commands
-from client.commands import releases as releases_commands
-from client.commands import service as service_commands
 from federation.loopback import spare_loopback
 from federation.terminal import DONE, FAILED, VisibleFormatter, cell, ended, failing, say, terminal
 from storage.files import keep_to_owner
@@ -75,20 +67,34 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     """Run one command; returns the exit status (see `meduet-site --help`)."""
     console = console or terminal()
     spare_loopback()
-    chosen = _parser().parse_args(arguments)
+    keep_to_owner()
     handler = RichHandler(console=console, show_path=False)
     handler.setFormatter(VisibleFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     return ended(
-        lambda: chosen.run(chosen, console),
+        lambda: _run(arguments, console),
         console,
         interrupted="Interrupted. What was encoded is kept; the same command goes on from there.",
         advice="What was encoded is kept. Put this right and run the same command again.",
     )
 
 
+def _run(arguments: Sequence[str] | None, console: Console) -> int:
+    chosen = _parser().parse_args(arguments)
+    status: int = chosen.run(chosen, console)
+    return status
+
+
 def _parser() -> argparse.ArgumentParser:
-    keep_to_owner()
+    from client.commands import audit as audit_commands
+    from client.commands import harmonisation as harmonisation_commands
+    from client.commands import journal as journal_commands
+    from client.commands import key as key_commands
+    from client.commands import ledger as ledger_commands
+    from client.commands import plan as plan_commands
+    from client.commands import releases as releases_commands
+    from client.commands import service as service_commands
+
     parser = argparse.ArgumentParser(
         prog="meduet-site",
         description=_ABOUT,

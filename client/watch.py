@@ -6,18 +6,20 @@ From the site's own books, read and never written; they stay here, and so does t
 
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
-from client.books import JOURNAL, LEDGER
+from client.books import APPROVALS, JOURNAL, LEDGER
 from client.connection.keys import SiteKeys
+from client.refusals import stopped_plans
 from client.settings import SiteConfig, ceiling_of
 from federation.journal import read_journal
 from federation.keys.certificates import utc_now
 from federation.processes import read_state
 from federation.watching import Section, Series, Watched
 from privacy.chain import Entry, read_chain
-from privacy.ledger import open_of, spent_of
+from privacy.ledger import Ceiling, Spent, open_of, spent_of
 
 PROCESSES = "processes"
 """Folder of the supervisor, in the site's state."""
@@ -29,25 +31,34 @@ def watched(config: SiteConfig) -> Watched:
     folder = config.state_dir
     journal = read_journal(folder / JOURNAL) if (folder / JOURNAL).is_file() else []
     ledger = read_chain(folder / LEDGER, "ledger") if (folder / LEDGER).is_file() else []
+    agreed = read_chain(folder / APPROVALS, "approvals") if (folder / APPROVALS).is_file() else []
     left = [entry for entry in journal if "promise" in entry.record]
+    refused = [entry for entry in journal if entry.record.get("kind") == "refusal"]
     state = read_state(folder / PROCESSES)
     runs = {} if state is None else state["processes"]
     days = _certificate_days(config)
-    events = Counter(str(entry.record.get("event", "")) for entry in ledger)
     ceiling = ceiling_of(config)
     spent = spent_of(ledger, ceiling.delta) if ledger else None
     running = any(one["state"] == "running" for one in runs.values())
     now = "connected processes run" if running else "nothing runs here now"
-    last = f"; something last left {left[-1].utc}" if left else "; nothing has left"
-    epsilon = 0.0 if spent is None else spent.total.upper
+    last = f"; something last left {_when(left[-1])} UTC" if left else "; nothing has left"
     sections = [
         Section(
             "What left this site",
-            ("when", "what", "plan", "round", "bytes", "promise"),
+            ("when (UTC)", "what", "plan", "round", "bytes", "promise"),
             [
-                (entry.utc, entry.record.get("kind", ""), str(entry.record.get("plan", ""))[:12],
+                (_when(entry), entry.record.get("kind", ""), str(entry.record.get("plan", ""))[:12],
                  entry.record.get("round", ""), entry.record.get("bytes", ""), entry.record["promise"])
                 for entry in reversed(left[-_SHOWN:])
+            ],
+        ),
+        Section(
+            "Refused",
+            ("when (UTC)", "what", "plan", "round", "what left instead"),
+            [
+                (_when(entry), entry.record.get("of", ""), str(entry.record.get("plan", ""))[:12],
+                 entry.record.get("round", ""), entry.record.get("told", ""))
+                for entry in reversed(refused[-_SHOWN:])
             ],
         ),
         Section(
@@ -64,45 +75,100 @@ def watched(config: SiteConfig) -> Watched:
         Section("Certificate", ("days left",), [] if days is None else [(f"{days:.0f}",)]),
     ]  # fmt: skip
     return Watched(
-        f"Site {config.name}", now + last, sections, _series(config, left, events, epsilon, runs, days)
-    )
+        f"Site {config.name}",
+        now + last,
+        sections,
+        [
+            *_of_releases(journal, left, refused),
+            *_of_ledger(ledger, ceiling, spent),
+            *_of_machine(config, state, runs, days),
+            Series.by("kind", "meduet_approval_lines", "Approvals of plans and withdrawals",
+                      _counted(agreed, "kind"), "counter"),
+        ],
+    )  # fmt: skip
 
 
-def _series(
+def _of_releases(journal: Sequence[Entry], left: Sequence[Entry], refused: Sequence[Entry]) -> list[Series]:
+    sizes, seconds = Counter[str](), dict[str, float]()
+    for record in (entry.record for entry in left):
+        kind = str(record.get("kind", ""))
+        sizes[kind] += int(record.get("bytes", 0))
+        seconds[kind] = seconds.get(kind, 0.0) + record.get("metrics", {}).get("seconds", 0.0)
+    clipped = sum(bool(entry.record.get("clipped")) for entry in left)
+    made = [
+        Series.by("kind", "meduet_released", "Releases that left this site", _counted(left, "kind"),
+                  "counter"),
+        Series.by("kind", "meduet_released_bytes", "Bytes that left this site", sizes, "counter"),
+        Series.by("kind", "meduet_released_seconds", "Of work, as the releases say", seconds, "counter"),
+        Series.of("meduet_released_clipped", "Releases that the gate scaled down", clipped, "counter"),
+        Series.by("reason", "meduet_refusals", "Questions refused, by the word that left",
+                  _counted(refused, "told"), "counter"),
+        Series.of("meduet_stopped_plans", "Plans under which nothing is answered until somebody here looks",
+                  len(stopped_plans(journal))),
+        Series.of("meduet_journal_lines", "Lines of the journal", len(journal), "counter"),
+    ]  # fmt: skip
+    if left:
+        made += [
+            Series.of("meduet_last_release_age_seconds", "Since something left", _age(left[-1])),
+            Series.of(
+                "meduet_last_release_round", "Round of what left last", left[-1].record.get("round", 0)
+            ),
+        ]
+    return made
+
+
+def _of_ledger(ledger: Sequence[Entry], ceiling: Ceiling, spent: Spent | None) -> list[Series]:
+    waiting = open_of(ledger)
+    return [
+        Series.by("event", "meduet_ledger_lines", "Lines of the ledger", _counted(ledger, "event"),
+                  "counter"),
+        Series.of("meduet_epsilon", "Of a patient, everything together", spent.total.upper if spent else 0.0),
+        Series.of("meduet_epsilon_with_noise", "Of a patient, releases with noise alone",
+                  spent.noised.upper if spent else 0.0),
+        Series.of("meduet_epsilon_ceiling", "Of site.yaml", ceiling.epsilon),
+        Series.of("meduet_delta", "At which epsilon is told", ceiling.delta),
+        Series.by("noise", "meduet_charged", "Places in the ledger that count",
+                  {"with": spent.num_noised, "without": spent.num_plain} if spent else {}),
+        Series.of("meduet_reserved", "Places held whose answer has not left", len(waiting)),
+        Series.of("meduet_reserved_age_seconds", "Of the oldest of them",
+                  _age(waiting[0]) if waiting else 0.0),
+    ]  # fmt: skip
+
+
+def _of_machine(
     config: SiteConfig,
-    left: Sequence[Entry],
-    events: Counter[str],
-    epsilon: float,
-    runs: dict[str, dict[str, object]],
+    state: Mapping[str, Any] | None,
+    runs: Mapping[str, Mapping[str, Any]],
     days: float | None,
 ) -> list[Series]:
     disk = shutil.disk_usage(config.state_dir)
-    kinds = Counter(str(entry.record.get("kind", "")) for entry in left)
-    sizes = Counter[str]()
-    for entry in left:
-        sizes[str(entry.record.get("kind", ""))] += int(entry.record.get("bytes", 0))
-    clipped = sum(bool(entry.record.get("clipped")) for entry in left)
+    up = state is not None and state["pid"] is not None
     made = [
-        Series.by("kind", "meduet_released", "Releases that left this site", dict(kinds), "counter"),
-        Series.by("kind", "meduet_released_bytes", "Bytes that left this site", dict(sizes), "counter"),
-        Series.of("meduet_released_clipped", "Releases that the gate scaled down", clipped, "counter"),
-        Series.by("event", "meduet_ledger_lines", "Lines of the ledger", dict(events), "counter"),
-        Series.of("meduet_epsilon", "Of a patient, everything together", epsilon),
         Series.of("meduet_disk_free_bytes", "Of the site's state", disk.free),
         Series.of("meduet_disk_size_bytes", "Of the site's state", disk.total),
+        Series.of("meduet_supervisor_up", "1 while `meduet-site start` runs", float(up)),
         Series.by("process", "meduet_process_up", "1 while it runs",
                   {name: float(one["state"] == "running") for name, one in runs.items()}),
         Series.by("process", "meduet_process_restarts", "Times that it was started again",
-                  {name: float(str(one["restarts"])) for name, one in runs.items()}, "counter"),
+                  {name: one["restarts"] for name, one in runs.items()}, "counter"),
     ]  # fmt: skip
-    if left:
-        seconds = (datetime.now(UTC) - datetime.fromisoformat(left[-1].utc)).total_seconds()
-        made.append(Series.of("meduet_last_release_age_seconds", "Since something left", max(0.0, seconds)))
-        rounds = [int(entry.record.get("round", 0)) for entry in left]
-        made.append(Series.of("meduet_last_release_round", "Round of what left last", rounds[-1]))
     if days is not None:
         made.append(Series.of("meduet_certificate_days", "Days until this site's certificate ends", days))
     return made
+
+
+def _counted(entries: Sequence[Entry], name: str) -> Counter[str]:
+    """How often each value of a field stands in these lines; lines without it are left out."""
+    return Counter(str(entry.record[name]) for entry in entries if name in entry.record)
+
+
+def _when(entry: Entry) -> str:
+    return entry.utc[:19].replace("T", " ")
+
+
+def _age(entry: Entry) -> float:
+    """Seconds since a line was written."""
+    return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(entry.utc)).total_seconds())
 
 
 def _certificate_days(config: SiteConfig) -> float | None:

@@ -6,6 +6,7 @@ number has a range and each text its letters, beside its type: a plan outside of
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -155,6 +156,14 @@ class ProbePlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DemographicsPlan:
+    """Whose patients the model card speaks of: counts by age and sex, in whole minimum cohorts."""
+
+    age_edges: Annotated[tuple[Annotated[float, Range(at_least=0, at_most=150)], ...], Entries(20, least=1)]
+    """Ages in years between the bands, ascending; the first and the last band are open."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunPlan:
     """Everything about a run that both sides must agree on."""
 
@@ -182,6 +191,8 @@ class RunPlan:
     """The gate."""
     probes: ProbePlan = field(default_factory=ProbePlan)
     """Federated probes."""
+    demographics: DemographicsPlan | None = None
+    """Ages and sexes that sites tell for the model card; none: no site is asked."""
     diffusion: DiffusionPlan | None = None
     """The diffusion model; none: there is none."""
     privacy: PrivacyPlan | None = None
@@ -230,6 +241,14 @@ def _contradictions(plan: RunPlan) -> Iterator[str]:
             f"Expected training.rounds times training.steps_per_round to be at most {MOST_STEPS:,}; got "
             f"{plan.total_steps:,}."
         )
+    if plan.demographics is not None:
+        edges = plan.demographics.age_edges
+        if any(later <= earlier for earlier, later in itertools.pairwise(edges)):
+            yield f"Expected demographics.age_edges to ascend; got {', '.join(f'{e:g}' for e in edges)}."
+        if plan.privacy is not None:
+            yield "demographics tells counts without noise: it has no place in a plan with privacy."
+        if aggregation.method == "alone":
+            yield "demographics has no effect with aggregation.method=alone: no model is shared."
     if training.batch_size % 2:
         yield f"Expected training.batch_size to be even; got {training.batch_size}."
     if (values := training.batch_size * network.activations) > MOST_ACTIVATIONS:

@@ -18,6 +18,8 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
+from federation.extras import told
+
 DONE, FAILED, NOT_POSSIBLE, INTERRUPTED = 0, 1, 2, 130
 """Exit statuses: as asked; tried and not done, a person has to look; refused, nothing was done; Ctrl-C."""
 
@@ -107,8 +109,8 @@ def failing(*kinds: type[Exception], but: tuple[type[Exception], ...] = ()) -> I
 def ended(command: Callable[[], int | None], console: Console, *, interrupted: str, advice: str = "") -> int:
     """Run a command; returns its exit status, after one line for whatever it refuses.
 
-    `CommandFailed` means 1, any other `ValueError` 2. A file that cannot be read or written means 1, followed
-    by `advice`. `interrupted` is said after Ctrl-C.
+    `CommandFailed` means 1, any other `ValueError` 2, as does a package of an extra that is not installed. A
+    file that cannot be read or written means 1, followed by `advice`. `interrupted` is said after Ctrl-C.
     """
     try:
         return command() or DONE
@@ -117,6 +119,11 @@ def ended(command: Callable[[], int | None], console: Console, *, interrupted: s
         return FAILED
     except ValueError as error:
         say(console, _line(error))
+        return NOT_POSSIBLE
+    except ModuleNotFoundError as error:
+        if (line := told(error)) is None:
+            raise
+        say(console, line)
         return NOT_POSSIBLE
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""

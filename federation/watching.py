@@ -14,17 +14,24 @@ import html
 import math
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import TYPE_CHECKING, Any
 
 from federation.terminal import visible
 from storage.files import write_whole
 
+if TYPE_CHECKING:
+    import uvicorn
+
 REFRESH_S = 5
 TOKEN = "watch.token"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+_LONG = 40
+"""Characters of a cell that may be broken into lines."""
 _HTML = "text/html; charset=utf-8"
 _HEADERS = {
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'",
@@ -37,7 +44,10 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 1.2rem auto; max-width: 70
 h1 { font-size: 1.3rem } h2 { font-size: 1rem; margin: 1.4rem 0 .3rem }
 div.wide { overflow-x: auto } table { border-collapse: collapse }
 th, td { text-align: left; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid #8884; vertical-align: top }
-td { font-variant-numeric: tabular-nums } p.note { color: #666; margin: .3rem 0 } p.bad { color: #b00020 }
+td { font-variant-numeric: tabular-nums; white-space: nowrap }
+td.text { white-space: normal; min-width: 17rem }
+p.note { color: #666; margin: .3rem 0 } p.bad { color: #b00020 }
+@media (max-width: 30rem) { body { font-size: 13px; margin: .8rem auto } th, td { padding-right: .5rem } }
 @media (prefers-color-scheme: dark) { body { background: #16181b; color: #ddd } p.note { color: #999 } }
 """
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
@@ -93,9 +103,7 @@ def page(seen: Watched) -> str:
     parts = [f"<h1>{_text(seen.title)}</h1>", f"<p>{_text(seen.state)}</p>"]
     for section in seen.sections:
         head = "".join(f"<th>{_text(name)}</th>" for name in section.columns)
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in section.rows
-        )
+        rows = "".join("<tr>" + "".join(_cell(str(cell)) for cell in row) + "</tr>" for row in section.rows)
         parts.append(f"<h2>{_text(section.title)}</h2>")
         if section.rows:
             parts.append(f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>')
@@ -159,23 +167,51 @@ def application(look: Callable[[], Watched], token: str) -> Callable[..., Awaita
 
 def watch(look: Callable[[], Watched], folder: Path, port: int, say: Callable[[str], None]) -> None:
     """Serve until Ctrl-C or SIGTERM; `port` 0 takes any. Raises `ValueError` when the port is taken."""
-    import uvicorn
-
     token = token_of(folder)
+    with _listening(port) as (listening, address):
+        say(f"{address}/{token}/  (numbers for Prometheus: {address}/{token}/metrics); until Ctrl-C")
+        _server(look, token).run(sockets=[listening])
+
+
+@contextmanager
+def serving(look: Callable[[], Watched], folder: Path) -> Iterator[str]:
+    """Serve on any free port, in a thread, as long as the block runs; gives the page's address.
+
+    Raises `ValueError` where nothing can listen on loopback.
+    """
+    token = token_of(folder)
+    with _listening(0) as (listening, address):
+        server = _server(look, token)
+        thread = Thread(target=server.run, kwargs={"sockets": [listening]}, name="page", daemon=True)
+        thread.start()
+        try:
+            yield f"{address}/{token}/"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@contextmanager
+def _listening(port: int) -> Iterator[tuple[socket.socket, str]]:
+    """A socket that listens before its address is said: whoever opens it at once waits, not refused."""
     with socket.socket() as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind(("127.0.0.1", port))
         except OSError as error:
             raise ValueError(f"Expected port {port} to be free on loopback; {error.strerror}.") from None
-        listening.listen()  # before the address is said: whoever opens it at once waits, and is not refused
-        address = f"http://127.0.0.1:{listening.getsockname()[1]}/{token}/"
-        say(f"{address}  (numbers for Prometheus: {address}metrics); until Ctrl-C")
-        config = uvicorn.Config(
-            application(look, token), log_level="error", access_log=False, lifespan="off", ws="none",
-            server_header=False, date_header=False,
-        )  # fmt: skip
-        uvicorn.Server(config).run(sockets=[listening])
+        listening.listen()
+        yield listening, f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+def _server(look: Callable[[], Watched], token: str) -> "uvicorn.Server":
+    import uvicorn
+
+    config = uvicorn.Config(
+        application(look, token), log_config=None, access_log=False, lifespan="off", ws="none",
+        server_header=False, date_header=False, timeout_graceful_shutdown=1,
+    )  # fmt: skip
+    return uvicorn.Server(config)
 
 
 def _document(title: str, body: str) -> str:
@@ -185,6 +221,11 @@ def _document(title: str, body: str) -> str:
         f'<meta http-equiv="refresh" content="{REFRESH_S}"><title>{_text(title)}</title>'
         f"<style>{_STYLE}</style></head><body>{body}</body></html>\n"
     )
+
+
+def _cell(text: str) -> str:
+    kind = ' class="text"' if len(text) > _LONG else ""
+    return f"<td{kind}>{_text(text)}</td>"
 
 
 def _text(value: object) -> str:

@@ -35,6 +35,7 @@ from meduet_models.diffusion.artefact import DIFFUSION_MODEL
 from meduet_models.published.pretrained import MODEL
 from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
 from server.checkpoints import Checkpoint, Checkpoints
+from server.exchanges.demographics import ask_demographics
 from server.exchanges.diffusion import diffusion_of, save_diffusion
 from server.exchanges.erasure import ask_erasure
 from server.exchanges.pretraining import pretraining
@@ -177,6 +178,10 @@ class _Run:
             shared, style_bank = surveyed.shared, surveyed.bank
             metrics["survey"] = {**surveyed.summary, "refused": refused}
             self._note("survey", sites=list(replies), refused=refused)
+        if self.plan.demographics is not None:
+            total, told, refused = ask_demographics(self.grid, self.roster, self.plan, self.book)
+            metrics["demographics"] = {**total, "sites": len(told), "refused": refused}
+            self._note("demographics", sites=told, refused=refused)
         checkpoint = self._save(0, shared, {}, style_bank, metrics)
         self.observer.on_survey(metrics["survey"], style_bank)
         return checkpoint
@@ -250,6 +255,8 @@ class _Run:
             return RunResult(shared, last.bank, last.metrics | kept, path)
         shared, erasure = self._erased(last)
         metrics: dict[str, Any] = {"erasure": erasure}
+        if "demographics" in last.metrics:
+            metrics["demographics"] = last.metrics["demographics"]
         if self.probes.due(last.round):
             erased = bool(erasure) and "skipped" not in erasure
             coded = shared if erased else self.model.with_code(shared, last.bank)

@@ -11,18 +11,10 @@ from collections.abc import Sequence
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read with PyTorch: a thread that waits leaves its core
 
+from rich.console import Console
+
 from federation.loopback import spare_loopback
 from federation.terminal import ended, terminal
-from server.commands import anatomy as anatomy_commands
-from server.commands import bank as bank_commands
-from server.commands import export as export_commands
-from server.commands import journal as journal_commands
-from server.commands import plan as plan_commands
-from server.commands import provisioning as provisioning_commands
-from server.commands import releases as releases_commands
-from server.commands import service as service_commands
-from server.commands import synthesis as synthesis_commands
-from server.commands import tokenizer as tokenizer_commands
 from storage.files import keep_to_owner
 
 _STATUS = (
@@ -38,6 +30,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = terminal()
     spare_loopback()
     keep_to_owner()
+    return ended(
+        lambda: _run(arguments, console),
+        terminal(stderr=True),
+        interrupted="Interrupted. The same command goes on from the last checkpoint, if it made one.",
+        advice="Put this right and run the same command again.",
+    )
+
+
+def _run(arguments: Sequence[str] | None, console: Console) -> int | None:
+    from server.commands import anatomy as anatomy_commands
+    from server.commands import bank as bank_commands
+    from server.commands import export as export_commands
+    from server.commands import journal as journal_commands
+    from server.commands import plan as plan_commands
+    from server.commands import provisioning as provisioning_commands
+    from server.commands import releases as releases_commands
+    from server.commands import service as service_commands
+    from server.commands import synthesis as synthesis_commands
+    from server.commands import tokenizer as tokenizer_commands
+
     parser = argparse.ArgumentParser(
         prog="meduet-server",
         description="The coordinating centre of a FedMeDUET federation.",
@@ -55,12 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     journal_commands.add_to(commands)
     releases_commands.add_to(commands)
     chosen = parser.parse_args(arguments)
-    return ended(
-        lambda: chosen.run(chosen, console),
-        terminal(stderr=True),
-        interrupted="Interrupted. The same command goes on from the last checkpoint, if it made one.",
-        advice="Put this right and run the same command again.",
-    )
+    status: int | None = chosen.run(chosen, console)
+    return status
 
 
 if __name__ == "__main__":

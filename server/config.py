@@ -27,6 +27,7 @@ FROM_CONFIG = (
     "aggregation",
     "release",
     "probes",
+    "demographics",
     "diffusion",
     "privacy",
 )

@@ -4,7 +4,7 @@ As the exchanges promise it; for people: model cards, pages. What this file does
 models, whose answers are not in the weights that are published.
 """
 
-from federation.exchanges import erasure, pretraining, style_code, survey
+from federation.exchanges import demographics, erasure, pretraining, style_code, survey
 from federation.plan import RunPlan
 from privacy.promise import Promise
 
@@ -15,6 +15,7 @@ def promises_of(plan: RunPlan) -> list[Promise]:
         return [style_code.code_promise(plan)]
     made = [pretraining.update_promise(plan)] if plan.aggregation.method != "alone" else []
     made += [survey.style_promise(plan)] if survey.SURVEY.rounds(plan) else []
+    made += [demographics.counts_promise(plan)] if demographics.DEMOGRAPHICS.rounds(plan) else []
     made += [erasure.code_promise(plan)] if erasure.ERASURE.rounds(plan) else []
     return made
 

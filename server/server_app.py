@@ -10,8 +10,6 @@ whether to submit it again.
 Does not do: a round; `server/app.py` does, for every engine.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,10 +21,9 @@ from federation.plan import RunPlan
 from server.app import run
 from server.consortium.plans import finetuning_to_run, plan_to_run
 from server.consortium.registrations import Registrations
-from server.deployment.status import StatusFile
+from server.deployment.status import kept_status
 from server.model import MeduetModel
-from server.run_folder import held
-from strategies.quorum import OutOfReach, SiteOf
+from strategies.quorum import SiteOf
 
 app = ServerApp()
 _CPU = torch.device("cpu")
@@ -78,7 +75,7 @@ def run_in_folder(
 
     Raises what `run` raises, and `FolderBusy`.
     """
-    with _watched(plan, folder) as status:
+    with kept_status(plan, folder) as status:
         model = MeduetModel(plan, tokenizer)
         run(
             grid,
@@ -108,20 +105,8 @@ def finetune_in_folder(
     """
     from server.exchanges.finetuning import pretrained_of, run_finetuning  # MONAI takes seconds to import
 
-    with _watched(plan, folder, finetuning) as status:
+    with kept_status(plan, folder, finetuning) as status:
         network = pretrained_of(pretrained).network
         run_finetuning(
             grid, plan, finetuning, network, folder, observer=status, site_of=site_of, anatomy=anatomy
         )
-
-
-@contextmanager
-def _watched(plan: RunPlan, folder: Path, finetuning: FinetunePlan | None = None) -> Iterator[StatusFile]:
-    """Hold the folder, and write down how the run is and how it ended."""
-    with held(folder):
-        status = StatusFile(plan, folder, finetuning)
-        try:
-            yield status
-        except Exception as error:
-            status.failed(" ".join(str(error).split()), final=isinstance(error, ValueError | OutOfReach))
-            raise

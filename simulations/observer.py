@@ -1,4 +1,4 @@
-"""The witness of a simulated run: probes after rounds, pictures at the end, TensorBoard on request.
+"""The witness of a simulated run: probes after rounds, pictures at the end.
 
 Reads what sites keep at home, which nobody in a real federation could: a site's own style head is needed to
 say what that site's model does. Writes nothing that trains.
@@ -49,11 +49,6 @@ class Witness(RunObserver):
     ) -> None:
         self._plan, self._consortium, self._hospitals, self._live = plan, consortium, hospitals, live
         self._every, self._folder = settings.evaluation.every_rounds, Path(settings.folder)
-        self._events: Any = None
-        if settings.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
-
-            self._events = SummaryWriter(str(self._folder / "tensorboard"))
         own = [consortium.site(hospital.name) for hospital in hospitals]
         self._scans = [site.scans(consortium.everyone) for site in own]
         self._training = [s.latents(s.indices("train")[:TRAINING_SCANS]) for s in self._scans]
@@ -98,10 +93,6 @@ class Witness(RunObserver):
         due = round_number % self._every == 0 or round_number == self._plan.training.rounds
         probes = self._measure(shared, self._held, round_number) if due else {}
         self._live.on_round_end(round_number, metrics, probes)
-        if self._events is not None:
-            for name, value in {**metrics["loss"], **probes}.items():
-                self._events.add_scalar(name, value, round_number)
-            self._events.flush()
         return probes
 
     def on_diffusion(self, done: int, total: int, loss: float) -> None:

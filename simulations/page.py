@@ -184,6 +184,7 @@ def _crossed(folder: Path, site: str) -> list[dict[str, str]]:
         by_kind[record["kind"]].append(record)
     words = {
         "survey": "style statistics (sums over patients)",
+        "demographics": "patients by age and sex, in whole cohorts",
         "style_code": "a style code (one noised sum over patients)",
         "round": "content branch update (weighted sum)",
         "sum_keys": "fresh keys for a secure sum",

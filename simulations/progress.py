@@ -198,6 +198,17 @@ class Live:
                 self._bars.remove_task(self._rounds)
                 self._rounds = None
 
+    def under_way(self) -> list[tuple[str, str, str, str]]:
+        """What takes time now: what it is, how much is done, of how much, the time left where it is known."""
+        with self._lock:
+            tasks = self._bars.tasks
+        rows = []
+        for task in tasks:
+            left, total = left_s(task), "" if task.total is None else f"{task.total:g}"
+            done = f"{round(task.completed, 2):.10g}" if total else ""
+            rows.append((task.description, done, total, "" if left is None else clocked(left)))
+        return rows
+
     def _add(self, what: str, total: int | None = None, done: int = 0) -> TaskID:
         return self._bars.add_task(what, total=total, completed=done, first=done)
 

@@ -34,6 +34,8 @@ from meduet_models.tokenizer.tokenizer import load_tokenizer
 from server.app import RunObserver, RunResult
 from server.app import run as run_plan
 from server.config import plain, plan_from
+from server.deployment.status import kept_status
+from server.deployment.watch import watched
 from server.public_scans import PUBLIC_SCANS, drawn_public_scans
 from simulations.consortium import Consortium, site_configs
 from simulations.engines.in_process import FixedThreads, InProcessGrid
@@ -45,6 +47,9 @@ from simulations.observer import Witness, site_models
 from simulations.page import write_page
 from simulations.progress import Live
 from simulations.settings import SimulationSettings, settings_from
+from simulations.together import Together
+from simulations.tracking import Tracking
+from simulations.watch import SimulationPage
 
 _ANYBODY = ("one", "two", "three")
 """As few sites as every plan can have."""
@@ -183,10 +188,11 @@ def simulate(
             )
 
 
-def run(config: DictConfig) -> Path:
-    """Everything from settings to page; returns the page's path."""
-    values = plain(config)
+def run(config: DictConfig, page: SimulationPage | None = None) -> Path:
+    """Everything from settings to report; returns the report's path. `page`: shows it meanwhile."""
+    values, page = plain(config), page or SimulationPage(config.name)
     with fixed_threads(settings_from(values)[0].engine.cpus_per_site), Live() as live:
+        page.show_work(live)
         simulation = prepare(values, live)
         plan, folder = simulation.plan, simulation.folder
         live.begin(plan)
@@ -195,8 +201,11 @@ def run(config: DictConfig) -> Path:
             with live.counting("opening the scans of held-out patients"):
                 hospitals, settings = simulation.hospitals, simulation.settings
                 witness = Witness(plan, simulation.consortium, hospitals, settings, live)
+                tracking = Tracking(plan, folder, settings.tracking)
             write_whole(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-            result = simulate(simulation, live, witness, processes)
+            with kept_status(plan, folder) as status:
+                page.show_run(lambda: watched(folder))
+                result = simulate(simulation, live, Together(witness, tracking, status), processes)
         witness.draw(result)
         _judge(simulation, result, witness, live)
         with live.counting("drawing the page"):

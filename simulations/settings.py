@@ -11,6 +11,7 @@ from forms.ranges import Entries, Range, Share
 from meduet_models.tokenizer.tokenizer import TokenizerSpec
 from simulations.generation.settings import GenerationSettings
 from simulations.hospitals.plans import HospitalsPlan, hospitals_plan
+from simulations.tracking import Tool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +82,8 @@ class SimulationSettings:
     """Device of every site."""
     compile: bool
     """Whether sites compile the network."""
-    tensorboard: bool
-    """Whether TensorBoard events are written."""
+    tracking: tuple[Tool, ...]
+    """For which tools the rounds' numbers are also written, in the run's folder `tracking`."""
 
 
 def settings_from(config: Mapping[str, Any]) -> tuple[SimulationSettings, HospitalsPlan]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from client.exact_sums import fewest_for_means, fewest_patients
 from client.refusals import MOST
+from federation.exchanges.demographics import DEMOGRAPHICS, SEX_NAMES, age_bands
 from federation.exchanges.diffusion import DIFFUSION
 from federation.exchanges.erasure import ERASURE, erasure_shapes, numbers_told, pooled_bound
 from federation.exchanges.finetuning import FinetunePlan
@@ -42,6 +43,10 @@ _SURVEY_TELLS = (
 _CENTRE_TELLS = (
     " THE MEAN OF EVERY VOXEL IS AMONG THEM (style.centre=full): from it, whether a person whose scan "
     "somebody else holds is among yours."
+)
+_COUNTS_TELL = (
+    "of a band with fewer than {least} patients nothing; where a count stands just below the next cohort, "
+    "whoever knows all the others sees whether one more is there."
 )
 _UPDATE_TELLS = (
     "from the change and the weights before it, parts of the scans of a small batch can be reconstructed, "
@@ -99,6 +104,15 @@ def _run(plan: RunPlan, site_minimum: int) -> Iterator[Line]:
             "patients and scans.",
         )
         yield _told(_SURVEY_TELLS + (_CENTRE_TELLS if layout.centre else ""))
+    if plan.demographics is not None:
+        bands = ", ".join(age_bands(plan.demographics.age_edges))
+        yield (
+            "",
+            "Once before round 1, for the model card: how many of your training patients are in each band "
+            f"of ages ({bands}) and of each sex ({', '.join(SEX_NAMES)}), each count rounded down to whole "
+            f"cohorts of {least}; the centre publishes their sums over all sites.",
+        )
+        yield _told(_COUNTS_TELL.format(least=least))
     yield from _round(plan)
     if plan.probes.every_rounds:
         yield (
@@ -164,6 +178,7 @@ def _how_often(plan: RunPlan) -> Iterator[Line]:
     """How often each thing may be asked, in all."""
     counted = (
         ("survey", SURVEY),
+        ("ages and sexes", DEMOGRAPHICS),
         ("style code", STYLE_CODE),
         ("rounds of training", PRETRAINING),
         ("rounds of training as secure sums", SUM_MASKED),

@@ -8,19 +8,26 @@ Does not do: decide anything; a run goes on if nobody reads it.
 
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from federation.exchanges.finetuning import FinetunePlan
 from federation.plan import RunPlan
+from federation.wire import RefusalKind
 from server.app import RunObserver, RunResult
+from server.run_folder import held
 from storage.files import private_folder, write_whole
+from strategies.quorum import OutOfReach, refusal
 
 STATUS_NAME = "status.json"
 _KEPT = 50
 _SUMS = ("bytes_up", "bytes_down")
+_PHASES = ("survey", "round", "erasure", "diffusion")
+"""States in which a run works; the others are ends."""
 
 
 class StatusFile(RunObserver):
@@ -50,7 +57,10 @@ class StatusFile(RunObserver):
             "loss": before.get("loss", {}),
             "sites": {name: sites.get(name, dict(blank)) for name in plan.participants},
             "quarantined": before.get("quarantined", []),
+            "put_aside": before.get("put_aside", {}),
+            "phase_seconds": before.get("phase_seconds", {}),
         }
+        self._counted = time.monotonic()
         private_folder(folder)
         self._write()
 
@@ -65,7 +75,7 @@ class StatusFile(RunObserver):
 
     def on_round_start(self, round_number: int, num_rounds: int) -> None:
         """A round begins: every site is being asked."""
-        self._status |= {"state": "round", "round": round_number, "since": _now()}
+        self._enter("round", round=round_number)
         for site in self._status["sites"].values():
             site["state"] = "asked"
         self._write()
@@ -86,9 +96,15 @@ class StatusFile(RunObserver):
         self._status["loss"] = dict(metrics["loss"])
         self._put_aside(round_number, metrics["refused"])
         if round_number == self._status["rounds"]:
-            self._status |= {"state": self._last, "since": _now()}
+            self._enter(self._last)
         self._write()
         return {}
+
+    def on_diffusion(self, done: int, total: int, loss: float) -> None:
+        """The diffusion model is trained on: another phase."""
+        if self._status["state"] != "diffusion":
+            self._enter("diffusion")
+            self._write()
 
     def on_end(self, result: RunResult) -> Mapping[str, Any]:
         """The run is complete."""
@@ -97,27 +113,53 @@ class StatusFile(RunObserver):
 
     def on_complete(self) -> None:
         """So it is."""
-        self._status |= {"state": "complete", "reason": "", "pid": None, "since": _now()}
+        self._enter("complete", reason="", pid=None)
         self._write()
 
     def failed(self, reason: str, final: bool) -> None:
         """The run stopped; `final`: it would stop in the same way again."""
-        ended = "refused" if final else "failed"
-        self._status |= {"state": ended, "reason": reason, "pid": None, "since": _now()}
+        self._enter("refused" if final else "failed", reason=reason, pid=None)
         self._write()
+
+    def _enter(self, state: str, **what: Any) -> None:
+        self._count()
+        self._status |= {"state": state, "since": _now(), **what}
+
+    def _count(self) -> None:
+        """Charge the time since the last look to the phase that the run is in."""
+        now, phase = time.monotonic(), self._status["state"]
+        if phase in _PHASES:
+            seconds = self._status["phase_seconds"]
+            seconds[phase] = round(seconds.get(phase, 0.0) + now - self._counted, 3)
+        self._counted = now
 
     def _put_aside(self, round_number: int, refused: Mapping[str, str]) -> None:
         for who, why in refused.items():
             self._status["quarantined"].append(
                 {"round": round_number, "site": who, "why": why, "when": _now()}
             )
+            kind = _kind(why)
+            self._status["put_aside"][kind] = self._status["put_aside"].get(kind, 0) + 1
             if who in self._status["sites"]:
                 self._status["sites"][who]["state"] = "put aside"
         self._status["quarantined"] = self._status["quarantined"][-_KEPT:]
 
     def _write(self) -> None:
+        self._count()
         self._status["written"] = _now()
         write_whole(self._path, json.dumps(self._status, indent=1, allow_nan=False) + "\n")
+
+
+@contextmanager
+def kept_status(plan: RunPlan, folder: Path, finetuning: FinetunePlan | None = None) -> Iterator[StatusFile]:
+    """Hold the folder, and write down how the run is and how it ended. Raises `FolderBusy`."""
+    with held(folder):
+        status = StatusFile(plan, folder, finetuning)
+        try:
+            yield status
+        except Exception as error:
+            status.failed(" ".join(str(error).split()), final=isinstance(error, ValueError | OutOfReach))
+            raise
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
@@ -127,6 +169,14 @@ def read_status(folder: Path) -> dict[str, Any] | None:
         return None
     status: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return status
+
+
+def _kind(why: str) -> str:
+    """Why a reply did not count, as one of few words: a site's own, or the centre's."""
+    for kind in RefusalKind:
+        if why == refusal(kind):
+            return kind.value
+    return "no_reply" if why.startswith("no reply") else "invalid_reply"
 
 
 def _now() -> str:

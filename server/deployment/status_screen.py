@@ -35,10 +35,7 @@ def gather(folder: Path, state_dir: Path | None = None) -> dict[str, Any]:
     """
     status = read_status(folder)
     if status is None:
-        raise ValueError(
-            f"Expected a run in {folder}; there is no status.json. Was it submitted yet? (A simulation "
-            "has its report.html instead.)"
-        )
+        raise ValueError(f"Expected a run in {folder}; there is no status.json. Was it submitted yet?")
     status["running"] = is_held(folder)
     if status["state"] not in (*OVER, "failed") and not status["running"]:
         status["state"] = "interrupted"

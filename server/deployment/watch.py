@@ -5,7 +5,6 @@ are means over sites, and what a site says of its examples is left out.
 """
 
 import shutil
-from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,7 +27,8 @@ def watched(folder: Path, config: ServerConfig | None = None) -> Watched:
     summary = gather(folder, None if config is None else config.state_dir)
     run, rounds, centre = summary["run"], summary["rounds"], summary["centre"]
     days = {} if config is None else _certificates(config)
-    state = f"{run['state']}, round {run['round']} of {run['rounds']}"
+    state = "" if run["state"] == "round" else f"{run['state']}, "
+    state += f"round {run['round']} of {run['rounds']}"
     awaited = [name for name, site in run["sites"].items() if site["state"] == "asked"]
     if awaited and run["state"] not in OVER:
         state += f"; waiting for {', '.join(awaited)}"
@@ -80,7 +80,6 @@ def _series(
     plan: RunPlan | None,
 ) -> list[Series]:
     sites, disk = run["sites"], shutil.disk_usage(folder)
-    aside = Counter(str(one["why"]).partition(":")[0] for one in run["quarantined"])
     heard = {name: _seconds(one["last_seen"]) for name, one in sites.items() if one["last_seen"]}
     made = [
         Series.by("state", "meduet_run_state", "1 for the state that the run is in", {run["state"]: 1.0}),
@@ -100,7 +99,10 @@ def _series(
                   {name: one["bytes_up"] for name, one in sites.items()}, "counter"),
         Series.by("site", "meduet_site_sent_bytes", "Sent to a site",
                   {name: one["bytes_down"] for name, one in sites.items()}, "counter"),
-        Series.by("reason", "meduet_put_aside", "Last replies that did not count, by reason", dict(aside)),
+        Series.by("reason", "meduet_put_aside", "Replies that did not count, by reason", run["put_aside"],
+                  "counter"),
+        Series.by("phase", "meduet_phase_seconds", "In each phase, over all processes of the run",
+                  run["phase_seconds"], "counter"),
         Series.of("meduet_rounds_done", "Rounds that are on disk for good", len(rounds)),
         Series.by("release", "meduet_epsilon", "Of one release of this kind, per patient",
                   {promise.kind: promise.epsilon.upper for promise in (promises_of(plan) if plan else ())}),

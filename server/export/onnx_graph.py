@@ -51,15 +51,11 @@ class VolumeToCode(nn.Module):
 def write_onnx(release: Release, out: Path) -> None:
     """Write the graph, its configuration and card into the folder `out`.
 
-    Raises `ValueError` without the packages that it takes, and for a run without a content code.
+    Raises `ValueError` for a run without a content code, and `ModuleNotFoundError` without its packages.
     """
-    try:
-        import onnx
-        import onnxscript  # noqa: F401  PyTorch's exporter is written in it
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"Expected the package {error.name}; it is not installed: pip install 'fedmeduet[export]'."
-        ) from None
+    import onnx
+    import onnxscript  # noqa: F401  PyTorch's exporter is written in it
+
     module, volume = VolumeToCode(release).eval(), torch.rand(1, 1, *release.volumes.shape)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses torchvision, which nothing here needs
     with warnings.catch_warnings():

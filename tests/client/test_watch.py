@@ -1,16 +1,21 @@
 """A site's page: what left, under which promise; nothing of it is a patient's."""
 
+import re
 from pathlib import Path
 
 import pytest
 
+from client.refusals import note_refusal
 from client.settings import SiteConfig
 from client.watch import watched
 from federation.journal import Journal
-from federation.watching import openmetrics, page
+from federation.watching import openmetrics, page, serving
+from federation.wire import RefusalKind
 from privacy.ledger import Ledger, Place
 from privacy.promise import Promise
+from tests.scraping import needs_prometheus, scraped
 
+NON_FINITE = RefusalKind.NON_FINITE
 PROMISE = Promise(kind="round", bound=20.0, unit="site update", enforcement="clip")
 
 
@@ -45,12 +50,28 @@ def test_the_numbers_count_releases_bytes_and_what_the_gate_scaled(config: SiteC
     config.state_dir.mkdir()
     for number in (1, 2, 3):
         released(config, number)
+    note_refusal(Journal(config.state_dir / "journal.jsonl"), {"kind": "round", "reserved": "x"}, NON_FINITE)
     text = openmetrics(watched(config).series)
+    assert len(set(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE))) >= 20
+    assert 'meduet_refusals_total{reason="not_answered"} 1.0' in text and "non_finite" not in text
+    assert "meduet_reserved 3.0" in text and 'meduet_charged{noise="without"} 3.0' in text
     assert 'meduet_released_total{kind="round"} 3.0' in text
     assert 'meduet_released_bytes_total{kind="round"} 3000.0' in text
     assert "meduet_released_clipped_total 1.0" in text
     assert 'meduet_ledger_lines_total{event="reserve"} 3.0' in text
     assert "meduet_last_release_round 3.0" in text and "meduet_epsilon +Inf" in text
+
+
+@needs_prometheus
+def test_prometheus_scrapes_the_same_numbers(config: SiteConfig, tmp_path: Path) -> None:
+    config.state_dir.mkdir()
+    released(config, 1)
+    with serving(lambda: watched(config), tmp_path) as address:
+        found = scraped(address, tmp_path)
+    assert found["meduet_released_bytes_total", (("kind", "round"),)] == 1000
+    assert found["meduet_epsilon", ()] == float("inf") and found["meduet_epsilon_ceiling", ()] == 0
+    samples = {(one.name, labels) for one in watched(config).series for labels in one.samples}
+    assert {(name.removesuffix("_total"), labels) for name, labels in found} == samples
 
 
 def test_books_that_were_changed_are_said_and_not_shown(config: SiteConfig) -> None:

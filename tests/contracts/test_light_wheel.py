@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 from packaging.requirements import Requirement
 
+from federation.extras import EXTRAS
 from tests.published_weights import a_scan, published, written
 
 ROOT = Path(__file__).resolve().parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 HEAVY = {"flwr", "ray", "opacus", "hydra", "omegaconf", "dp_accounting", "nilearn", "tensorboard", "grpc"}
 REFUSE = """
 import sys
@@ -33,18 +35,19 @@ sys.meta_path.insert(0, Refusing())
 """
 
 
-def without_extras() -> set[str]:
-    """Import names of everything that `pip install fedmeduet`, without extras, brings."""
-    seen: set[str] = set()
-    todo = list(tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"])
+def brought(requirements: list[str]) -> set[str]:
+    """Import names of everything that installing `requirements` brings."""
+    seen: set[tuple[str, frozenset[str]]] = set()
+    todo = list(map(Requirement, requirements))
     names: set[str] = set()
     while todo:
-        wanted = re.sub(r"[-_.]+", "-", Requirement(todo.pop()).name).lower()
-        if wanted in seen:
+        wanted = todo.pop()
+        key = (re.sub(r"[-_.]+", "-", wanted.name).lower(), frozenset(wanted.extras))
+        if key in seen:
             continue
-        seen.add(wanted)
+        seen.add(key)
         try:
-            found = distribution(wanted)
+            found = distribution(wanted.name)
         except PackageNotFoundError:  # of another platform
             continue
         tops = {
@@ -53,18 +56,24 @@ def without_extras() -> set[str]:
             if "dist-info" not in str(file)
         }
         names |= tops - {"__pycache__", ""}
-        todo += [str(r) for r in map(Requirement, found.requires or []) if plain(r)]
+        asked = ("", *wanted.extras)
+        todo += [
+            one
+            for one in map(Requirement, found.requires or [])
+            if one.marker is None or any(one.marker.evaluate({"extra": extra}) for extra in asked)
+        ]
     return names
+
+
+def without_extras() -> set[str]:
+    """Import names of everything that `pip install fedmeduet`, without extras, brings."""
+    return brought(PROJECT["dependencies"])
 
 
 def refused() -> set[str]:
     """Import names of whatever else is installed here, ours apart."""
     ours = {name for name, owners in packages_distributions().items() if owners == ["fedmeduet"]}
     return set(packages_distributions()) - without_extras() - ours - {"pip", "setuptools", "_distutils_hack"}
-
-
-def plain(requirement: Requirement) -> bool:
-    return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
 
 
 def embedded(tmp_path: Path, *places: Path) -> subprocess.CompletedProcess[str]:
@@ -105,6 +114,49 @@ def test_models_and_embedding_need_nothing_of_the_federation(tmp_path: Path) -> 
     done = embedded(tmp_path, ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert np.load(tmp_path / "out.npy").shape == (8,)
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        ("meduet-site", ["check", "--config", "site.yaml"]),
+        ("meduet-server", ["status", "run"]),
+        ("meduet-simulate", []),
+        ("meduet-audit", ["run", "--quick"]),
+    ],
+)
+def test_a_program_whose_packages_are_an_extra_says_in_one_line_what_to_install(
+    program: str, arguments: list[str], tmp_path: Path
+) -> None:
+    module, _, function = PROJECT["scripts"][program].partition(":")
+    (tmp_path / "sitecustomize.py").write_text(REFUSE.format(refused=refused()))
+    script = f"import sys\nfrom {module} import {function}\nsys.exit({function}())\n"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "PATH": os.environ["PATH"]},
+    )  # fmt: skip
+    said = (done.stdout + done.stderr).splitlines()
+    assert done.returncode == 2, said
+    assert re.fullmatch(
+        r"Expected the package \w+; it is not installed: pip install 'fedmeduet\[federation\]'\.", said[-1]
+    )
+    assert len([line for line in said if not line.startswith("loading")]) == 1
+
+
+def test_every_package_of_an_extra_that_the_code_imports_has_its_extra_named() -> None:
+    owners = packages_distributions()
+    for extra in set(EXTRAS.values()):
+        theirs = {package for package, named in EXTRAS.items() if named == extra}
+        assert theirs <= brought(PROJECT["optional-dependencies"][extra])
+    ours = {name for name, held in owners.items() if held == ["fedmeduet"]}
+    imported = {
+        found.group(1)
+        for top in ours
+        for path in (ROOT / top).rglob("*.py")
+        for found in re.finditer(r"^ *(?:from|import) (\w+)", path.read_text("utf-8"), re.MULTILINE)
+    }
+    lacking = imported - without_extras() - ours - sys.stdlib_module_names - set(EXTRAS)
+    assert not lacking & set(owners), lacking
 
 
 @pytest.mark.slow

@@ -164,13 +164,13 @@ def test_ray_ends_in_the_same_bits_as_one_process(undisturbed: Path, tmp_path: P
 @pytest.mark.slow  # three processes begin
 def test_several_runs_at_once_have_a_folder_each(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[2]
-    more = ["training.rounds=1", f"hydra.sweep.dir={tmp_path}", "tensorboard=true", "seed=3,4"]
+    more = ["training.rounds=1", f"hydra.sweep.dir={tmp_path}", "tracking=[tensorboard]", "seed=3,4"]
     command = [sys.executable, "-m", "simulations.cli", "--multirun", *SMALL, *more]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     pages = sorted(tmp_path.rglob("report.html"))
     assert len(pages) == 2
-    assert all(list(page.parent.glob("tensorboard/events.*")) for page in pages)
+    assert all(list(page.parent.glob("tracking/tensorboard/events.*")) for page in pages)
     assert weights(pages[0].parent).keys() == weights(pages[1].parent).keys()
 
 

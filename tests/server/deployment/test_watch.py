@@ -6,15 +6,15 @@ import re
 import signal
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
 import pytest
 
-from federation.watching import openmetrics, page
+from federation.watching import openmetrics, page, serving
 from server.deployment.status import StatusFile
 from server.deployment.watch import watched
 from server.run_folder import held, write_metrics
+from tests.scraping import needs_prometheus, read, scraped
 from tests.worlds import SITES, small_plan
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -61,8 +61,22 @@ def test_there_are_twenty_series_and_none_is_of_one_patient(folder: Path) -> Non
     assert len(names) >= 20
     assert "meduet_sites_awaited 2.0" in text and 'meduet_epsilon{release="round"} +Inf' in text
     assert f'meduet_site_received_bytes_total{{site="{SITES[0]}"}} 20000.0' in text
-    assert 'meduet_put_aside{reason="norm"} 1.0' in text
+    assert 'meduet_put_aside_total{reason="invalid_reply"} 1.0' in text
+    assert 'meduet_phase_seconds_total{phase="round"}' in text
     assert "examples" not in text and "12.0" not in text
+
+
+@needs_prometheus
+def test_prometheus_scrapes_the_same_numbers(folder: Path, tmp_path: Path) -> None:
+    with held(folder), serving(lambda: watched(folder), tmp_path) as address:
+        found = scraped(address, tmp_path)
+        told = {one.name: one for one in watched(folder).series}
+    assert len({name.removesuffix("_total") for name, _ in found}) >= 20
+    for name, labels in found:
+        assert labels in told[name.removesuffix("_total")].samples
+    assert found["meduet_sites_awaited", ()] == 2
+    assert found["meduet_epsilon", (("release", "round"),)] == float("inf")
+    assert found["meduet_site_received_bytes_total", (("site", SITES[0]),)] == 20_000
 
 
 def test_the_command_prints_its_address_serves_both_and_ends_with_a_signal(folder: Path) -> None:
@@ -75,11 +89,8 @@ def test_the_command_prints_its_address_serves_both_and_ends_with_a_signal(folde
         assert started.stdout is not None
         address = started.stdout.readline().split()[0]
         assert address.startswith("http://127.0.0.1:")
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(address, timeout=30) as answer:
-            assert b"round 2 of 3" in answer.read()
-        with opener.open(f"{address}metrics", timeout=30) as answer:
-            assert answer.read().endswith(b"# EOF\n")
+        assert "round 2 of 3" in read(address)
+        assert read(f"{address}metrics").endswith("# EOF\n")
     finally:
         started.send_signal(signal.SIGINT)
         status = started.wait(30)
