@@ -9,7 +9,6 @@ What this file does not do: acquire anything again (whoever opens a run does).
 Axes: n = released scans, c d h w = latents, D H W = voxels.
 """
 
-import math
 import time
 from collections.abc import Iterator
 
@@ -18,7 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from audit.evidence import Cohort, Evidence, Release
+from audit.cohort import Cohort
+from audit.evidence import Evidence, Release
 from audit.findings import Finding
 from audit.intervals import wilson
 from federation.exchanges.latents import BOUNDED
@@ -106,7 +106,7 @@ def _recognised(
         low=low,
         high=high,
         baseline=chance,
-        ceiling=math.nan if not len(rows) else min(1.0, 3 / len(rows)),
+        ceiling=min(1.0, 3 / len(rows)),
         verdict="found" if low > chance else "not found",
         sentence=f"{hits} of {len(rows)} released latents of {release.site} are found again among other "
         f"acquisitions of {len(cohort.people)} patients (by guessing {chance:.3f}).",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from audit.attacks import Artefact, Audited
+from audit.artefacts import Artefact, Audited
 from audit.evidence import Evidence
 from audit.findings import Finding, Verdict, worst
 from audit.intervals import ONE_SIDE

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from audit.evidence import Cohort, Evidence, Release, SiteBooks
+from audit.cohort import Cohort
+from audit.evidence import Evidence, Release, SiteBooks
 from client.answers import ANSWERS, KeptAnswers
 from client.books import JOURNAL, LEDGER
 from client.exchanges.latents import raw_items

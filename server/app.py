@@ -104,7 +104,9 @@ def run(
     Raises `RoundFailed` below the quorum (the last checkpoint stays), `OtherPlan` when the folder is another
     plan's, and `ValueError` when it holds a run and `resume` is false.
     """
-    made = _Run(grid, plan, folder, model or MeduetModel(plan), observer or RunObserver(), site_of, keep_early)
+    made = _Run(
+        grid, plan, folder, model or MeduetModel(plan), observer or RunObserver(), site_of, keep_early
+    )
     return made.complete(resume, device, bank_key or folder.with_name(f"{folder.name}.key"))
 
 

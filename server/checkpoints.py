@@ -3,8 +3,9 @@
 `checkpoints/round-0003.safetensors` holds the shared weights after round 3, the server optimiser's moments,
 the style bank and, where one is kept, the weights' moving average; its header holds the round, the hash of
 the plan, the run's metrics so far, and a hash of the tensors. Round 0 is the state after the survey. The last
-three are kept, and the early ones that the run was told to keep. A damaged file is said aloud, in the run's journal too, and the one before it is taken: sites
-keep enough of the past to repeat a round. What this file does not do: it keeps nothing of a site's.
+three are kept, and the early ones that the run was told to keep. A damaged file is said aloud, in the run's
+journal too, and the one before it is taken: sites keep enough of the past to repeat a round. What this file
+does not do: it keeps nothing of a site's.
 """
 
 import json

@@ -39,6 +39,7 @@ def evidence_of(folder: Path, live: Live) -> Evidence:
     tokenizer = load_tokenizer(run.settings.tokenizer)
     files = {name: folder / name for name in ("plan.json", MODEL, DIFFUSION_MODEL, "journal.jsonl")}
     books = {name: site_books(run.consortium.state / name) for name in plan.participants}
+    files |= {f"checkpoints/{path.name}": path for path in sorted((folder / "checkpoints").glob("round-*"))}
     for name, own in books.items():
         files |= {f"{name}/{path.name}": path for path in (own.journal, own.ledger)}
     return Evidence(

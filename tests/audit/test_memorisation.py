@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from audit.evidence import Cohort, Evidence
+from audit.cohort import Cohort
+from audit.evidence import Evidence
 from audit.findings import Finding
 from audit.memorisation import attack_diffusion, copying
 from meduet_models.diffusion.artefact import GenerativeModel
