@@ -45,7 +45,7 @@ from meduet_models.tokenizer.tokenizer import Tokenizer
 GROUP = 2
 """Scans behind the gradient: a pair, the least that the loss has."""
 CONVERGED = 0.2
-"""Cosine distance above which the search failed, and says nothing."""
+"""Cosine distance above which the search failed, and says nothing; so it did where it did not halve it."""
 _RATE = 0.1
 _GUESSED, _NOISE = 1_000, 2_000  # seeds apart from those of the known draws
 
@@ -95,6 +95,13 @@ class Inverted:
     latents: Float[Tensor, "n c d h w"]
     distance: float
     """Cosine distance of its gradient to the one that was told."""
+    began: float
+    """The same where the search began."""
+
+    @property
+    def converged(self) -> bool:
+        """Whether the search found what has nearly this gradient."""
+        return self.distance <= min(CONVERGED, self.began / 2)
 
 
 def invert(step: Step, told: Tensor, draws: StepDraws, iterations: int, seed: int) -> Inverted:
@@ -104,13 +111,14 @@ def invert(step: Step, told: Tensor, draws: StepDraws, iterations: int, seed: in
     z = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).requires_grad_(True)
     optimiser = torch.optim.Adam([z], lr=_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations, _RATE / 20)
-    best = Inverted(_latents(network, z.detach()), 2.0)
-    for _ in range(iterations):
+    best = Inverted(_latents(network, z.detach()), 2.0, 2.0)
+    for step_number in range(iterations):
         latents = _latents(network, z)
         own = step.gradient(latents, draws, graph=True)
         distance = 1 - torch.nn.functional.cosine_similarity(own, told, dim=0)
         if (reached := float(distance.detach())) < best.distance:
-            best = Inverted(latents.detach().clone(), reached)
+            began = reached if step_number == 0 else best.began
+            best = Inverted(latents.detach().clone(), reached, began)
         (z.grad,) = torch.autograd.grad(distance, [z])
         optimiser.step()
         schedule.step()
@@ -146,7 +154,7 @@ def named(made: Float[Tensor, "n c d h w"], rows: Sequence[int], cohort: Cohort)
     for one, place in zip(mine, theirs, strict=True):
         person = people[rows[place]]
         best = {name: similar[one][people == name].max() for name in cohort.people}
-        ranks.append(1 + sum(value > best[person] for name, value in best.items() if name != person))
+        ranks.append(1 + sum(bool(value > best[person]) for value in best.values()))
     truth = cohort.latents[[rows[place] for place in theirs]]
     return Named(tuple(ranks), _decibels(made[torch.from_numpy(mine)], truth, cohort))
 
@@ -203,7 +211,7 @@ def _finding(
         f"similar other patient {nearest:.1f}.{_seen(found, rows, cohort, tokenizer)}"
     )
     works = low > chance and own.hits > by_noise
-    if not works and found.distance > CONVERGED:
+    if not works and not found.converged:
         sentence += " Inconclusive: the search did not converge, which is no evidence of safety."
     return Finding(
         artefact=release.artefact,
@@ -215,7 +223,7 @@ def _finding(
         low=low,
         high=high,
         baseline=by_noise / GROUP,
-        verdict="found" if works else "under-powered" if found.distance > CONVERGED else "not found",
+        verdict="found" if works else "not found" if found.converged else "under-powered",
         sentence=sentence,
         seconds=time.process_time() - began,
     )
