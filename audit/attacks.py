@@ -26,6 +26,7 @@ from audit.membership import attack_model
 from audit.memorisation import attack_diffusion
 from audit.policy import Behind
 from audit.scores import Scores, false_alarms
+from audit.shadows import attack_by_shadows
 from audit.sums import (
     Products,
     attack_difference,
@@ -62,7 +63,7 @@ def audit(evidence: Evidence, effort: Effort, say: Say, kept: KeptFindings | Non
     rows.together("all sites: probe", (), total, lambda scored: _pooled(evidence, scored))
     if evidence.model is not None:
         hashes = (evidence.hashes.get(MODEL, ""),)
-        rows.together(MODEL, hashes, total, lambda scored: attack_model(evidence, effort.draws, scored))
+        rows.together(MODEL, hashes, total, lambda scored: _model(evidence, effort.draws, scored))
     if evidence.diffusion is not None:
         hashes = (evidence.hashes.get(DIFFUSION_MODEL, ""),)
         rows.together(
@@ -72,6 +73,11 @@ def audit(evidence: Evidence, effort: Effort, say: Say, kept: KeptFindings | Non
     alarms, tried = false_alarms(rows.scores, effort.null_draws)
     artefacts = [held_to_promise(one) for one in rows.artefacts]
     return Audited(artefacts, alarms, tried, list(_behind(evidence, books)))
+
+
+def _model(evidence: Evidence, draws: int, scored: Scored) -> Iterator[Finding]:
+    yield from attack_model(evidence, draws, scored)
+    yield from attack_by_shadows(evidence, draws, scored)
 
 
 class _Rows:

@@ -5,8 +5,8 @@ What this file does not do: read a scan.
 Axes: n = scans, p = patients, c d h w = latents, t = measured values, d = numbers in a vector.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -39,6 +39,11 @@ class Cohort:
         """Whether each of `people` took part."""
         known = dict(zip(self.patients, self.took_part, strict=True))
         return np.array([known[name] for name in self.people], dtype=bool)
+
+    def drawn(self, rows: Sequence[int]) -> "Cohort":
+        """The same candidates, of whom those with one of these scans took part."""
+        drawn = {self.patients[row] for row in rows}
+        return replace(self, took_part=tuple(name in drawn for name in self.patients))
 
     def rows(self, person: str) -> list[int]:
         """The scans of a patient."""

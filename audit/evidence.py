@@ -37,7 +37,7 @@ class Release:
     missing: str = ""
     """Why it is not."""
     rows: tuple[int, ...] = ()
-    """Of released latents: which scan of the cohort each is."""
+    """Of released latents: which scan of the cohort each is; of a round: whose scans its steps drew."""
 
     @property
     def kind(self) -> str:
@@ -66,6 +66,15 @@ class SiteBooks:
 
 
 @dataclass(frozen=True)
+class Shadow:
+    """A model that was retrained in the run's place."""
+
+    network: FactorNetwork
+    trained_on: Mapping[str, frozenset[str]]
+    """Patients of each site whom it was trained on."""
+
+
+@dataclass(frozen=True)
 class Evidence:
     """All of it."""
 
@@ -88,6 +97,8 @@ class Evidence:
     """The published model."""
     earlier: Mapping[str, FactorNetwork] = field(default_factory=dict)
     """Models of earlier rounds, by what the report calls them; the common start among them."""
+    shadows: Sequence[Shadow] = ()
+    """Models retrained on other halves of the patients."""
     diffusion: GenerativeModel | None = None
     """The published diffusion model."""
     tokenizer: Tokenizer | None = None

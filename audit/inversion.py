@@ -33,7 +33,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from audit.cohort import Cohort
 from audit.evidence import Evidence, Release
-from audit.findings import Finding
+from audit.findings import Finding, Picture
+from audit.gallery import picture
 from audit.intervals import clopper_pearson
 from audit.linkage import found_again, psnr
 from federation.plan import RunPlan
@@ -47,6 +48,7 @@ GROUP = 2
 CONVERGED = 0.2
 """Cosine distance above which the search failed, and says nothing; so it did where it did not halve it."""
 _RATE = 0.1
+_WINDOW = 7
 _GUESSED, _NOISE = 1_000, 2_000  # seeds apart from those of the known draws
 
 
@@ -203,12 +205,16 @@ def _finding(
     average = _decibels(cohort.latents.mean(0, keepdim=True).expand_as(truth), truth, cohort)
     nearest = _decibels(_nearest_other(rows, cohort), truth, cohort)
     who = "who knows every draw of the step" if attack == "inversion" else "who guesses the draws"
+    seen, pictures = "", tuple[Picture, ...]()
+    if tokenizer is not None:
+        seen, shown = _seen(found, rows, cohort, tokenizer)
+        pictures = (shown,)
     sentence = (
         f"Round {release.round}: a reader {who} turns the gradient of {GROUP} training scans of "
         f"{release.site} back: distance {found.distance:.2f}, {own.hits} of {GROUP} patients named among "
         f"{others} (ranks {', '.join(map(str, own.ranks))}; guessing {chance:.3f}, from a gradient of noise "
         f"{by_noise} of {GROUP}). Latents to {own.decibels:.1f} dB; the average scan {average:.1f}, the most "
-        f"similar other patient {nearest:.1f}.{_seen(found, rows, cohort, tokenizer)}"
+        f"similar other patient {nearest:.1f}.{seen}"
     )
     works = low > chance and own.hits > by_noise
     if not works and not found.converged:
@@ -225,16 +231,21 @@ def _finding(
         baseline=by_noise / GROUP,
         verdict="found" if works else "not found" if found.converged else "under-powered",
         sentence=sentence,
+        pictures=pictures,
         seconds=time.process_time() - began,
     )
 
 
-def _seen(found: Inverted, rows: Sequence[int], cohort: Cohort, tokenizer: Tokenizer | None) -> str:
-    """How alike the decoded volumes are."""
-    if tokenizer is None:
-        return ""
-    made, truth = (tokenizer.decode(one).clamp(0, 1) for one in (found.latents, cohort.latents[list(rows)]))
-    return f" Decoded: {float(psnr(made, truth).mean()):.1f} dB."
+def _seen(found: Inverted, rows: Sequence[int], cohort: Cohort, tokenizer: Tokenizer) -> tuple[str, Picture]:
+    """How alike the decoded volumes are, and what they look like."""
+    from monai.metrics.regression import SSIMMetric  # takes seconds to import
+
+    shown = (cohort.latents[list(rows)], found.latents, _nearest_other(rows, cohort))
+    truth, made, other = (tokenizer.decode(one).clamp(0, 1) for one in shown)
+    alike = SSIMMetric(spatial_dims=3, data_range=1.0, win_size=_WINDOW)(made, truth).mean()
+    said = f" Decoded: {float(psnr(made, truth).mean()):.1f} dB, SSIM {float(alike):.2f}."
+    caption = f"{GROUP} training scans; what was made of their gradient; the most similar other patient's."
+    return said, picture(caption, [truth, made, other])
 
 
 def _nearest_other(rows: Sequence[int], cohort: Cohort) -> Tensor:

@@ -20,11 +20,13 @@ from torch import Tensor
 from audit.cohort import Cohort
 from audit.evidence import Evidence, Release
 from audit.findings import Finding
+from audit.gallery import picture
 from audit.intervals import wilson
 from federation.exchanges.latents import BOUNDED
 from meduet_models.tokenizer.tokenizer import Tokenizer
 
 _MOST_DECODED = 16
+_SHOWN = 4
 _SAME_SCAN_DB = 1.0
 """Decibels by which a released latent may fall short of its scan's own round trip and still be the scan."""
 
@@ -83,6 +85,7 @@ def _decoded(
         if same
         else f"What {release.site} released decodes to {value:.0f} dB of its scans (the average scan "
         f"{guess:.0f} dB).",
+        pictures=(picture("Scans, decoded; what was released of them.", [own[:_SHOWN], made[:_SHOWN]]),),
         seconds=time.process_time() - began,
     )
 

@@ -87,10 +87,14 @@ def scores_of(cohorts: Sequence[Cohort], of: Mapping[str, Float[Tensor, " n"]]) 
     """Scores of scans, by site, averaged per patient."""
     values = [cohort.per_person(of[cohort.site][:, None])[:, 0].numpy() for cohort in cohorts]
     sizes = [len(one) for one in values]
+    attributes = {name for cohort in cohorts for name in cohort.groups}
+    groups = {name: np.concatenate([cohort.group(name) for cohort in cohorts]) for name in attributes}
+    groups["site"] = np.repeat([cohort.site for cohort in cohorts], sizes)
     return Scores(
         np.concatenate(values),
         np.concatenate([cohort.member for cohort in cohorts]),
         np.repeat(np.arange(len(cohorts)), sizes),
+        groups,
     )
 
 

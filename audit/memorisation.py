@@ -23,17 +23,20 @@ from torch import Tensor
 from audit.cohort import Cohort
 from audit.denoising import SAYS, controlled, denoising
 from audit.evidence import Evidence
-from audit.findings import Finding
+from audit.findings import Finding, Picture
+from audit.gallery import picture
 from audit.intervals import ONE_SIDE
 from audit.membership import blind, scores_of
 from audit.scores import FEWEST, Scores, judged
 from meduet_models.diffusion.artefact import DIFFUSION_MODEL, GenerativeModel
 from meduet_models.diffusion.conditions import UNKNOWN, Condition, Conditions, Examples
 from meduet_models.diffusion.sampling import SamplingSettings, sample
+from meduet_models.tokenizer.tokenizer import Tokenizer
 
 _TOLD: tuple[tuple[Condition, ...], ...] = (("content", "style"), ("style",))
 _SAMPLES = 48
 _RETURNED = 24
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def attack_diffusion(
             scored.append(of)
             yield of[0]
             began = time.process_time()
-    yield _copies(model, cohorts, examples)
+    yield _copies(model, cohorts, examples, evidence.tokenizer)
     if {"content", "style"} <= set(model.transformer.config.sizes.names):
         yield _returned(model, cohorts, examples, scored)
 
@@ -123,7 +126,12 @@ def _sampled(model: GenerativeModel, examples: Examples, names: Sequence[Conditi
     return sample(model.transformer, conditions, len(examples), SamplingSettings(), seed=0)
 
 
-def _copies(model: GenerativeModel, cohorts: Sequence[Cohort], examples: dict[str, Examples]) -> Finding:
+def _copies(
+    model: GenerativeModel,
+    cohorts: Sequence[Cohort],
+    examples: dict[str, Examples],
+    tokenizer: Tokenizer | None,
+) -> Finding:
     """Samples told the style of held-out and training scans alike, against both."""
     began = time.process_time()
     inside = torch.cat([c.latents[torch.tensor(c.took_part)] for c in cohorts])
@@ -154,7 +162,20 @@ def _copies(model: GenerativeModel, cohorts: Sequence[Cohort], examples: dict[st
         sentence=f"Of {len(samples)} samples told a style {near.nearer} are nearer to a training scan than "
         f"to any of as many held-out scans (mean distances {near.ratio:.3f} : 1; as many under nobody's "
         f"membership in {near.chance:.1%} of dealings).",
+        pictures=() if tokenizer is None else (_nearest(samples, inside, outside, tokenizer),),
         seconds=time.process_time() - began,
+    )
+
+
+def _nearest(samples: Tensor, inside: Tensor, outside: Tensor, tokenizer: Tokenizer) -> Picture:
+    """The samples nearest to training scans, for a person to look at."""
+    near = torch.cdist(samples.flatten(1), inside.flatten(1))
+    first = near.amin(1).argsort()[:_SHOWN]
+    held_out = torch.cdist(samples[first].flatten(1), outside.flatten(1)).argmin(1)
+    columns = samples[first], inside[near[first].argmin(1)], outside[held_out]
+    return picture(
+        "Samples; the nearest training scan of each; the nearest held-out scan.",
+        [tokenizer.decode(one).clamp(0, 1) for one in columns],
     )
 
 

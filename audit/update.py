@@ -2,7 +2,8 @@
 
 Two scores of a candidate: her loss before the update less her loss after it, and the cosine between the
 update and the descent of her own loss, averaged over draws that everybody can make (`membership.py`). In a
-round that left masked nobody has a site's update; what is attacked then is the sum of all sites.
+round that left masked nobody has a site's update; what is attacked then is the sum of all sites. Members are
+those whom the round's steps drew, where that is known, and else all who were trained on.
 
 What this file does not do: turn an update back into scans (`inversion.py`).
 
@@ -57,6 +58,8 @@ def attack_round(
     cohort = evidence.cohorts.get(release.site)
     if networks is None or cohort is None:
         return
+    if release.rows:
+        cohort = cohort.drawn(release.rows)
     masked = "masked" in release.record
     whose = "the sum of all sites' updates" if masked else f"the update of {release.site}"
     without = blind([cohort])

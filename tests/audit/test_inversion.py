@@ -1,4 +1,4 @@
-"""A gradient of one pair names its patients (row 17 of the issue, at toy size); a search that fails says so."""
+"""A gradient of one pair names its patients (row 17, at toy size); a search that fails says so."""
 
 import torch
 

@@ -1,6 +1,7 @@
 """What is found in a round of one site and in models, and what is not (rows 9 to 11, at toy size)."""
 
 import copy
+from dataclasses import replace
 
 import torch
 
@@ -68,3 +69,17 @@ def test_in_a_round_that_left_masked_the_sum_is_attacked_and_said_to_be() -> Non
     )
     (update, _) = attack_round(evidence, evidence.releases[0], 8, [])
     assert update.verdict == "found" and "whoever sees the sum of all sites' updates asks" in update.sentence
+
+
+def test_members_of_a_round_are_those_whom_its_steps_drew() -> None:
+    cohort = cohort_of(SCANS, IN)
+    assert cohort.drawn([0, 3]).member.sum() == 2
+    plan = training_plan(200)
+    before = start(plan, SCANS)
+    after = after_round(plan, before, SCANS[: IN // 2])  # as if the others had not been drawn
+    evidence = evidence_of_round(plan, before, after, cohort)
+    (known,) = (replace(one, rows=tuple(range(IN // 2))) for one in evidence.releases)
+    areas = [
+        next(iter(attack_round(evidence, one, 8, []))).value or 0 for one in (known, evidence.releases[0])
+    ]
+    assert areas[0] > areas[1] + 0.1
