@@ -7,24 +7,26 @@ a contradiction.
 What this file does not do: attack by itself, or judge by a policy.
 """
 
-import math
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
 import torch
 
+from audit.artefacts import Artefact, Audited, held_to_promise, not_audited, published
 from audit.books import Charged, Read, read_books
+from audit.effort import Effort
 from audit.evidence import Evidence, Release
 from audit.findings import Finding
-from audit.guarantee import largest_rate
-from audit.intervals import ONE_SIDE, clopper_pearson
+from audit.inversion import attack_gradient
+from audit.kept import Found, KeptFindings, key_of, options_of
 from audit.linkage import attack_latents
-from audit.membership import attack_model, attack_round
+from audit.membership import attack_model
 from audit.memorisation import attack_diffusion
 from audit.policy import Behind
 from audit.scores import Scores, false_alarms
+from audit.shadows import attack_by_shadows
 from audit.sums import (
     Products,
     attack_difference,
@@ -36,129 +38,93 @@ from audit.sums import (
     probe_products,
     survey_sum,
 )
+from audit.update import attack_round
 from meduet_models.diffusion.artefact import DIFFUSION_MODEL
 from meduet_models.published.pretrained import MODEL
 
 Scored = list[tuple[Finding, Scores]]
 Say = Callable[[str], None]
+Attacks = Callable[[Scored], Iterable[Finding]]
+"""What is tried on an artefact; each score goes to the list, too."""
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How much is done."""
-
-    draws: int = 16
-    """Draws of hidden tokens behind a loss."""
-    every_round: bool = True
-    """Whether each release that is at hand is attacked, or the newest of each kind."""
-    null_draws: int = 1000
-    """Draws of nobody's membership for each score."""
-
-
-QUICK = Effort(draws=4, every_round=False, null_draws=100)
-
-
-@dataclass(frozen=True)
-class Artefact:
-    """What left, or was published, under one name: a row of the page."""
-
-    name: str
-    releases: int
-    sha256: tuple[str, ...]
-    epsilon: float
-    """Charged in the ledger; infinite where there was no noise."""
-    delta: float
-    findings: tuple[Finding, ...]
-
-    @property
-    def epsilon_low(self) -> float | None:
-        """The largest lower bound of any attack."""
-        bounds = [f.epsilon_low for f in self.findings if f.epsilon_low is not None]
-        return max(bounds, default=None)
-
-    @property
-    def reached(self) -> float | None:
-        """The largest share of members found at one false alarm in a hundred."""
-        rates = [f.true_positive_rate for f in self.findings if f.true_positive_rate is not None]
-        return max(rates, default=None)
-
-    def largest_rate(self, at: float) -> float:
-        """The largest that any attacker could reach."""
-        return largest_rate(at, self.epsilon, self.delta)
-
-
-@dataclass(frozen=True)
-class Audited:
-    """Everything that was found."""
-
-    artefacts: list[Artefact]
-    alarms: int
-    """False alarms under nobody's membership."""
-    tried: int
-    """Of how many tries."""
-    behind: list[Behind] = field(default_factory=list)
-
-    @property
-    def findings(self) -> list[Finding]:
-        """All of them."""
-        return [finding for artefact in self.artefacts for finding in artefact.findings]
-
-    @property
-    def alarm_interval(self) -> tuple[float, float]:
-        """95% interval of the share of false alarms; nominal is .025."""
-        return clopper_pearson(self.alarms, self.tried) if self.tried else (0.0, 1.0)
-
-    @property
-    def honest(self) -> bool:
-        """Whether the share of false alarms is not told from more than the nominal one."""
-        return self.alarm_interval[0] <= ONE_SIDE
-
-
-def audit(evidence: Evidence, effort: Effort, say: Say) -> Audited:
-    """Attack everything in order; `say` is told what is under way."""
-    scored: Scored = []
-    artefacts: list[Artefact] = []
+def audit(evidence: Evidence, effort: Effort, say: Say, kept: KeptFindings | None = None) -> Audited:
+    """Attack everything in order; `say` is told what is under way. `kept`: what was found before of the same
+    artefacts with the same effort, which is not looked for again."""
     say("reading the books")
     books = {site: read_books(own) for site, own in evidence.books.items()}
-    total = {site: read.total for site, read in books.items()}
+    total = [read.total for read in books.values()]
+    rows = _Rows(evidence, effort, say, kept or KeptFindings.nowhere())
     for site, read in books.items():
-        artefacts.append(_books_row(site, read))
+        rows.artefacts.append(_books_row(site, read))
         for kind, charged in read.charged.items():
-            if charged.epsilon == 0:  # random numbers alone: no patient is in it
-                continue
-            say(f"{site}: {kind}")
-            artefacts.append(_released_row(evidence, site, kind, charged, effort, scored))
-    pooled = list(_pooled(evidence, scored))
-    if pooled:
-        artefacts.append(_row("all sites: probe", (), total.values(), pooled))
+            if charged.epsilon > 0:  # else random numbers alone: no patient is in it
+                rows.released(site, kind, charged)
+    rows.together("all sites: probe", (), total, lambda scored: _pooled(evidence, scored))
     if evidence.model is not None:
-        say("the published model")
-        found = list(attack_model(evidence, effort.draws, scored))
-        artefacts.append(_row(MODEL, (evidence.hashes.get(MODEL, ""),), total.values(), found))
+        hashes = (evidence.hashes.get(MODEL, ""),)
+        rows.together(MODEL, hashes, total, lambda scored: _model(evidence, effort.draws, scored))
     if evidence.diffusion is not None:
-        say("the published diffusion model")
-        found = list(attack_diffusion(evidence, effort.draws, scored))
         hashes = (evidence.hashes.get(DIFFUSION_MODEL, ""),)
-        artefacts.append(_row(DIFFUSION_MODEL, hashes, total.values(), found))
+        rows.together(
+            DIFFUSION_MODEL, hashes, total, lambda scored: attack_diffusion(evidence, effort.draws, scored)
+        )
     say("nobody's membership")
-    alarms, tried = false_alarms([scores for _, scores in scored], effort.null_draws)
-    return Audited([_contradicted(one) for one in artefacts], alarms, tried, list(_behind(evidence, books)))
+    alarms, tried = false_alarms(rows.scores, effort.null_draws)
+    artefacts = [held_to_promise(one) for one in rows.artefacts]
+    return Audited(artefacts, alarms, tried, list(_behind(evidence, books)))
 
 
-def _released_row(
-    evidence: Evidence, site: str, kind: str, charged: Charged, effort: Effort, scored: Scored
-) -> Artefact:
-    own = [release for release in evidence.releases if (release.site, release.kind) == (site, kind)]
-    at_hand = [release for release in own if release.tensors is not None]
-    tried = at_hand if effort.every_round else at_hand[-1:]
-    name = f"{site}: {kind}"
-    findings = [finding for release in tried for finding in _attacked(evidence, release, effort, scored)]
-    findings += _differences(evidence, at_hand)
-    if not findings:
-        why = _why_not(evidence, kind, own)
-        findings = [not_audited(name, why)]
-    hashes = tuple(str(release.record["sha256"]) for release in own)
-    return Artefact(name, len(own), hashes, charged.epsilon, charged.delta, tuple(findings))
+def _model(evidence: Evidence, draws: int, scored: Scored) -> Iterator[Finding]:
+    yield from attack_model(evidence, draws, scored)
+    yield from attack_by_shadows(evidence, draws, scored)
+
+
+class _Rows:
+    """The rows of an audit, one after the other."""
+
+    def __init__(self, evidence: Evidence, effort: Effort, say: Say, kept: KeptFindings) -> None:
+        self.artefacts: list[Artefact] = []
+        self.scores: list[Scores] = []
+        self._evidence, self._effort, self._say, self._kept = evidence, effort, say, kept
+        self._options = options_of(evidence, dataclasses.replace(effort, null_draws=0))
+
+    def released(self, site: str, kind: str, charged: Charged) -> None:
+        """Everything of a kind that a site released."""
+        evidence, effort = self._evidence, self._effort
+        own = [release for release in evidence.releases if (release.site, release.kind) == (site, kind)]
+        at_hand = [release for release in own if release.tensors is not None]
+        tried = at_hand if effort.every_round else at_hand[-1:]
+        name = f"{site}: {kind}"
+        hashes = tuple(str(release.record["sha256"]) for release in own)
+
+        def attacks(scored: Scored) -> Iterator[Finding]:
+            for release in tried:
+                yield from _attacked(evidence, release, effort, scored)
+            yield from _differences(evidence, at_hand)
+
+        findings = self._found(name, hashes, attacks) or (not_audited(name, _why_not(evidence, kind, own)),)
+        self.artefacts.append(Artefact(name, len(own), hashes, charged.epsilon, charged.delta, findings))
+
+    def together(
+        self, name: str, hashes: tuple[str, ...], total: Sequence[Charged], attacks: Attacks
+    ) -> None:
+        """What all sites made together; no row where nothing could be tried."""
+        if findings := self._found(name, hashes, attacks):
+            self.artefacts.append(published(name, hashes, total, findings))
+
+    def _found(self, name: str, hashes: tuple[str, ...], attacks: Attacks) -> tuple[Finding, ...]:
+        key = key_of(name, hashes, self._options)
+        known = self._kept.read(name, key)
+        if known is None:
+            self._say(name)
+            scored: Scored = []
+            known = Found(tuple(attacks(scored)), tuple(scores for _, scores in scored))
+            self._kept.write(name, key, known)
+        else:
+            self._say(f"{name}: as found before")
+        self.scores += known.scores
+        return known.findings
 
 
 def _why_not(evidence: Evidence, kind: str, own: Sequence[Release]) -> str:
@@ -169,8 +135,8 @@ def _why_not(evidence: Evidence, kind: str, own: Sequence[Release]) -> str:
         return "Nothing of it is at hand: the site's books do not hold, and it was not opened."
     if own[-1].tensors is None:
         return own[-1].missing
-    if "masked" in own[-1].record:
-        return "It left under a mask; the sum of all sites, which opens, is not attacked by this version."
+    if "masked" in own[-1].record and kind != "round":
+        return "It left under a mask."
     if kind == "survey":
         return "Style sums by body part, or of whole scans, are not attacked by this version."
     return evidence.no_weights or "The weights that came with it are not at hand."
@@ -186,22 +152,33 @@ def _attacked(evidence: Evidence, release: Release, effort: Effort, scored: Scor
                 yield from attack_sum(one, scored)
         case "erasure":
             if (network := evidence.network_of(release)) is not None:
-                yield from attack_sum(erasure_sum(release, cohort, plan, network), scored)
+                codes = evidence.codes.of(network, cohort)
+                yield from attack_sum(erasure_sum(release, cohort, plan, codes), scored)
         case "probe":
             if (network := evidence.network_of(release)) is not None:
-                for products in probe_products(release, cohort, plan, network):
+                codes = evidence.codes.of(network, cohort)
+                for products in probe_products(release, cohort, plan, codes):
                     yield from attack_products(products, scored)
         case "probe_hits":
             if (codes := _last_probe(evidence, release.site)) is not None:
                 yield attack_hits(release, codes)
         case "round":
             yield from attack_round(evidence, release, effort.draws, scored)
+            if effort.iterations and release is _inverted(evidence):
+                yield from attack_gradient(evidence, release, effort.iterations, effort.restarts)
         case "latents":
             yield from attack_latents(evidence, release)
 
 
 ATTACKED = frozenset({"survey", "erasure", "probe", "probe_hits", "round", "latents"})
 """Kinds of release that `_attacked` knows."""
+
+
+def _inverted(evidence: Evidence) -> Release | None:
+    """The one round at whose weights a gradient is turned back: the newest, where it names among most."""
+    rounds = [one for one in evidence.releases if one.kind == "round" and "masked" not in one.record]
+    able = [one for one in rounds if one.site in evidence.cohorts and evidence.before_after(one) is not None]
+    return max(able, key=lambda one: (len(evidence.cohorts[one.site].people), one.round), default=None)
 
 
 def _differences(evidence: Evidence, releases: Sequence[Release]) -> list[Finding]:
@@ -220,7 +197,9 @@ def _last_probe(evidence: Evidence, site: str) -> Products | None:
         if (release.site, release.kind) == (site, "probe") and release.tensors is not None:
             network = evidence.network_of(release)
             if network is not None:
-                return probe_products(release, evidence.cohorts[site], evidence.plan, network)[0]
+                cohort = evidence.cohorts[site]
+                codes = evidence.codes.of(network, cohort)
+                return probe_products(release, cohort, evidence.plan, codes)[0]
     return None
 
 
@@ -268,34 +247,6 @@ def _books_row(site: str, read: Read) -> Artefact:
     return Artefact(f"{site}: books", len(read.released), (), 0.0, 0.0, tuple(findings))
 
 
-def _row(
-    name: str, hashes: tuple[str, ...], charged: Iterable[Charged], findings: Sequence[Finding]
-) -> Artefact:
-    """Of what all sites made together: a patient of one site is charged what that site was."""
-    each = list(charged)
-    epsilon = max((one.epsilon for one in each), default=math.inf)
-    return Artefact(name, 1, hashes, epsilon, max((one.delta for one in each), default=0.0), tuple(findings))
-
-
-def _contradicted(artefact: Artefact) -> Artefact:
-    low = artefact.epsilon_low
-    if low is None or low <= artefact.epsilon or artefact.name.endswith(": books"):
-        return artefact
-    said = Finding(
-        artefact=artefact.name,
-        attack="books",
-        measure="epsilon",
-        n_in=0,
-        n_out=0,
-        value=low,
-        ceiling=artefact.epsilon,
-        verdict="contradiction",
-        sentence=f"An attack shows an epsilon of at least {low:.2f}; the ledger charged "
-        f"{artefact.epsilon:.2f}. The promise does not hold.",
-    )
-    return replace(artefact, findings=(said, *artefact.findings))
-
-
 def _behind(evidence: Evidence, books: dict[str, Read]) -> Iterator[Behind]:
     numbers = {"erasure": evidence.plan.network.code_size}
     for site, read in books.items():
@@ -306,16 +257,3 @@ def _behind(evidence: Evidence, books: dict[str, Read]) -> Iterator[Behind]:
                 if kind == "probe":
                     patients = patients // evidence.plan.probes.folds
                 yield Behind(f"{site}: {kind}", int(patients), numbers.get(kind, 0))
-
-
-def not_audited(artefact: str, why: str) -> Finding:
-    """The row of what was not attacked."""
-    return Finding(
-        artefact=artefact,
-        attack="none",
-        measure="none",
-        n_in=0,
-        n_out=0,
-        verdict="not audited",
-        sentence=f"Not audited. {why}",
-    )

@@ -5,7 +5,7 @@ here as it left: its hash is that of the journal's line, else it is not here (`m
 
 What this file does not do: read a file.
 
-Axes: n = scans, c d h w = latents, t = measured values, d = numbers in a vector.
+Axes: n = scans, c d h w = latents.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,49 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from audit.codes import KnownCodes
+from audit.cohort import Cohort
 from federation.plan import RunPlan
 from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.meduet import FactorNetwork
 from meduet_models.tokenizer.tokenizer import Tokenizer
 from privacy.ledger import Ceiling
-
-
-@dataclass(frozen=True)
-class Cohort:
-    """The candidates of a site: scans that somebody may hold, and whether each patient took part."""
-
-    site: str
-    latents: Float[Tensor, "n c d h w"]
-    patients: tuple[str, ...]
-    """Whose each scan is: names that mean nothing elsewhere."""
-    took_part: tuple[bool, ...]
-    """Of each scan: whether its patient was trained on."""
-    measured: Float[Tensor, "n t"] | None = None
-    """What was measured of each scan, as it enters the sums; NaN where nothing is known."""
-
-    @property
-    def people(self) -> list[str]:
-        """Patients in order of first appearance."""
-        return list(dict.fromkeys(self.patients))
-
-    @property
-    def member(self) -> np.ndarray:
-        """Whether each of `people` took part."""
-        known = dict(zip(self.patients, self.took_part, strict=True))
-        return np.array([known[name] for name in self.people], dtype=bool)
-
-    def rows(self, person: str) -> list[int]:
-        """The scans of a patient."""
-        return [row for row, name in enumerate(self.patients) if name == person]
-
-    def per_person(self, of_scans: Float[Tensor, "n d"]) -> Float[Tensor, "p d"]:
-        """The average over each patient's scans."""
-        return torch.stack([of_scans[self.rows(person)].double().mean(0) for person in self.people])
 
 
 @dataclass(frozen=True)
@@ -70,7 +37,7 @@ class Release:
     missing: str = ""
     """Why it is not."""
     rows: tuple[int, ...] = ()
-    """Of released latents: which scan of the cohort each is."""
+    """Of released latents: which scan of the cohort each is; of a round: whose scans its steps drew."""
 
     @property
     def kind(self) -> str:
@@ -99,6 +66,15 @@ class SiteBooks:
 
 
 @dataclass(frozen=True)
+class Shadow:
+    """A model that was retrained in the run's place."""
+
+    network: FactorNetwork
+    trained_on: Mapping[str, frozenset[str]]
+    """Patients of each site whom it was trained on."""
+
+
+@dataclass(frozen=True)
 class Evidence:
     """All of it."""
 
@@ -113,11 +89,16 @@ class Evidence:
     network_of: Callable[[Release], FactorNetwork | None] = lambda release: None
     """The weights under which a release was computed, as the centre knows them; None: it does not."""
     before_after: Callable[[Release], tuple[FactorNetwork, FactorNetwork] | None] = lambda release: None
-    """Of a round: the network that was sent, and the same with the site's mean update."""
+    """Of a round: the network that was sent, and the same with the site's mean update; of one that left
+    masked, with the mean of all sites."""
+    codes: KnownCodes = field(default_factory=KnownCodes)
+    """Content of candidates that was computed already."""
     model: FactorNetwork | None = None
     """The published model."""
     earlier: Mapping[str, FactorNetwork] = field(default_factory=dict)
     """Models of earlier rounds, by what the report calls them; the common start among them."""
+    shadows: Sequence[Shadow] = ()
+    """Models retrained on other halves of the patients."""
     diffusion: GenerativeModel | None = None
     """The published diffusion model."""
     tokenizer: Tokenizer | None = None

@@ -30,15 +30,31 @@ TESTS: Final = {
     "difference": "one release less another, a patient apart",
     "hits": "can one count tell one patient",
     "update": "loss before a round less loss after it",
+    "alignment": "does an update point along a candidate's own gradient",
+    "inversion": "a group's gradient turned back into its scans, all draws known",
+    "blind_inversion": "the same, draws guessed",
     "loss": "loss of the model on a candidate",
     "calibrated_loss": "the same, less the loss of an earlier model",
+    "shadow": "the same, beside models retrained without the candidate",
     "decode": "the scan behind a released latent",
     "recognition": "is a released latent found again among other acquisitions",
     "diffusion_loss": "loss of the diffusion model on a candidate",
+    "diffusion_sima": "noise that the diffusion model sees in a candidate's clean scan",
+    "diffusion_pia": "a candidate's own noise, as the diffusion model sees it along the path",
     "copies": "are samples nearer to training scans than to held-out ones",
     "returned": "does a model that is told a scan return it better if it was trained on",
 }
 """Every test by name; a policy may require any of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """Slices side by side. It shows patients: it lies where the report lies."""
+
+    caption: str
+    """What stands in its columns, from left to right, and in its rows."""
+    png: str
+    """The file, in base64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +86,13 @@ class Finding:
     """Share of members found at one false alarm in a hundred; None: not estimable."""
     epsilon_low: float | None = None
     """Lower bound of epsilon (95%, add or remove one), where one follows."""
+    roc: tuple[tuple[float, float], ...] = ()
+    """Share of others claimed and share of members found, by corners; empty where nothing was ranked."""
+    worst_group: str = ""
+    """The subgroup in which the value is largest, of those with enough patients; empty: none has."""
+    worst_value: float | None = None
+    """The value there: the largest of several, so above the mean by chance alone."""
+    pictures: tuple[Picture, ...] = ()
     seconds: float = 0.0
 
 

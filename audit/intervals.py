@@ -45,6 +45,20 @@ def area(inside: np.ndarray, outside: np.ndarray) -> float:
     return float(below.mean() / (2 * len(outside)))
 
 
+def roc(inside: np.ndarray, outside: np.ndarray) -> list[tuple[float, float]]:
+    """Corners of the ROC curve from (0, 0) to (1, 1): share of others and of members above each threshold."""
+    thresholds = np.unique(np.concatenate([inside, outside]))[::-1]
+    above = [np.searchsorted(np.sort(one), thresholds, "left") for one in (outside, inside)]
+    false, true = (1 - below / len(one) for below, one in zip(above, (outside, inside), strict=True))
+    points = [(0.0, 0.0), *zip(false.round(4).tolist(), true.round(4).tolist(), strict=True)]
+    corner = [
+        one
+        for n, one in enumerate(points)
+        if n in (0, len(points) - 1) or not _straight(points[n - 1], one, points[n + 1])
+    ]
+    return corner
+
+
 def area_interval(value: float, n_in: int, n_out: int, level: float = LEVEL) -> tuple[float, float]:
     """The interval of an area under the curve over so many members and others (at least one each)."""
     z = float(norm.ppf((1 + level) / 2))
@@ -73,6 +87,11 @@ def rate_at(
     threshold = np.sort(outside)[::-1][allowed] if allowed < len(outside) else -math.inf
     hits = int((inside > threshold).sum())
     return hits / len(inside), clopper_pearson(hits, len(inside))
+
+
+def _straight(before: tuple[float, float], at: tuple[float, float], after: tuple[float, float]) -> bool:
+    """Whether a point lies within a run along one axis."""
+    return before[0] == at[0] == after[0] or before[1] == at[1] == after[1]
 
 
 def _check(hits: int, of: int) -> None:

@@ -9,7 +9,6 @@ What this file does not do: acquire anything again (whoever opens a run does).
 Axes: n = released scans, c d h w = latents, D H W = voxels.
 """
 
-import math
 import time
 from collections.abc import Iterator
 
@@ -18,13 +17,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from audit.evidence import Cohort, Evidence, Release
+from audit.cohort import Cohort
+from audit.evidence import Evidence, Release
 from audit.findings import Finding
+from audit.gallery import picture
 from audit.intervals import wilson
 from federation.exchanges.latents import BOUNDED
 from meduet_models.tokenizer.tokenizer import Tokenizer
 
 _MOST_DECODED = 16
+_SHOWN = 4
 _SAME_SCAN_DB = 1.0
 """Decibels by which a released latent may fall short of its scan's own round trip and still be the scan."""
 
@@ -83,6 +85,7 @@ def _decoded(
         if same
         else f"What {release.site} released decodes to {value:.0f} dB of its scans (the average scan "
         f"{guess:.0f} dB).",
+        pictures=(picture("Scans, decoded; what was released of them.", [own[:_SHOWN], made[:_SHOWN]]),),
         seconds=time.process_time() - began,
     )
 
@@ -106,7 +109,7 @@ def _recognised(
         low=low,
         high=high,
         baseline=chance,
-        ceiling=math.nan if not len(rows) else min(1.0, 3 / len(rows)),
+        ceiling=min(1.0, 3 / len(rows)),
         verdict="found" if low > chance else "not found",
         sentence=f"{hits} of {len(rows)} released latents of {release.site} are found again among other "
         f"acquisitions of {len(cohort.people)} patients (by guessing {chance:.3f}).",

@@ -18,10 +18,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from audit.evidence import Cohort, Evidence, Release
+from audit.cohort import Cohort
+from audit.evidence import Evidence
 from audit.findings import Finding
 from audit.scores import Scores, blind_from, judged
 from meduet_models.meduet import FactorNetwork
@@ -37,22 +38,30 @@ def losses(
     network: FactorNetwork, latents: Float[Tensor, "n c d h w"], draws: int, seed: int = 0
 ) -> Float[Tensor, " n"]:
     """Error at hidden tokens of each scan, over the same draws of tokens and public partner."""
-    generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(len(latents), dtype=torch.float64)
-    for _ in range(draws):
-        order = torch.rand(network.config.num_tokens, generator=generator).argsort()
-        hidden = order < round(_HIDDEN * network.config.num_tokens)
-        noise = torch.randn(latents.shape[1:], generator=generator)
-        partner = network.latent_mean + network.latent_deviation[:, None, None, None] * noise
+    for partner, hidden in public_draws(network, draws, seed):
         for first in range(0, len(latents), _SCANS_AT_ONCE):
             chunk = latents[first : first + _SCANS_AT_ONCE]
-            total[first : first + _SCANS_AT_ONCE] += _error(network, chunk, partner, hidden).double()
+            total[first : first + _SCANS_AT_ONCE] += hidden_error(network, chunk, partner, hidden).double()
     return total / draws
 
 
-def _error(
+def public_draws(
+    network: FactorNetwork, draws: int, seed: int = 0
+) -> Iterator[tuple[Float[Tensor, "c d h w"], Bool[Tensor, " t"]]]:
+    """Draws that everybody can make: a partner of noise on the latents' scale, and which tokens are its."""
+    generator, config = torch.Generator().manual_seed(seed), network.config
+    for _ in range(draws):
+        order = torch.rand(config.num_tokens, generator=generator).argsort()
+        hidden = order < round(_HIDDEN * config.num_tokens)
+        noise = torch.randn(config.latent_channels, *config.latent_grid, generator=generator)
+        yield network.latent_mean + network.latent_deviation[:, None, None, None] * noise, hidden
+
+
+def hidden_error(
     network: FactorNetwork, latents: Float[Tensor, "b c d h w"], partner: Tensor, hidden: Tensor
 ) -> Float[Tensor, " b"]:
+    """Error of each scan at tokens that a partner hides."""
     lent = network.embed_latents(partner[None]).expand(len(latents), -1, -1)
     mixed = torch.where(hidden[None, :, None], lent, network.embed_latents(latents))
     visible = (~hidden).expand(len(latents), -1)
@@ -78,10 +87,14 @@ def scores_of(cohorts: Sequence[Cohort], of: Mapping[str, Float[Tensor, " n"]]) 
     """Scores of scans, by site, averaged per patient."""
     values = [cohort.per_person(of[cohort.site][:, None])[:, 0].numpy() for cohort in cohorts]
     sizes = [len(one) for one in values]
+    attributes = {name for cohort in cohorts for name in cohort.groups}
+    groups = {name: np.concatenate([cohort.group(name) for cohort in cohorts]) for name in attributes}
+    groups["site"] = np.repeat([cohort.site for cohort in cohorts], sizes)
     return Scores(
         np.concatenate(values),
         np.concatenate([cohort.member for cohort in cohorts]),
         np.repeat(np.arange(len(cohorts)), sizes),
+        groups,
     )
 
 
@@ -102,23 +115,3 @@ def attack_model(evidence: Evidence, draws: int, scored: list[tuple[Finding, Sco
         finding = judged(MODEL, attack, scores, sentence, without, began)
         scored.append((finding, scores))
         yield finding
-
-
-def attack_round(
-    evidence: Evidence, release: Release, draws: int, scored: list[tuple[Finding, Scores]]
-) -> Iterator[Finding]:
-    """One site's update: did the loss on a candidate fall with it?"""
-    networks = evidence.before_after(release)
-    cohort = evidence.cohorts.get(release.site)
-    if networks is None or cohort is None:
-        return
-    began = time.process_time()
-    before, after = (losses(network, cohort.latents, draws) for network in networks)
-    scores = scores_of([cohort], {cohort.site: before - after})
-    sentence = (
-        f"Round {release.round}: whoever sees the update of {release.site} asks on which candidates the loss "
-        "fell with it."
-    )
-    finding = judged(release.artefact, "update", scores, sentence, blind([cohort]), began)
-    scored.append((finding, scores))
-    yield finding

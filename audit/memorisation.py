@@ -1,4 +1,4 @@
-"""Memorisation of a generative model: loss on candidates, samples near to training, scans that are returned.
+"""Memorisation of a generative model: scores of candidates, samples near to training, scans returned.
 
 Nearest training scan against nearest held-out scan, out of equal numbers: without memory each is the nearer
 one half of the time. Samples are no independent tries, since one typical scan is nearest to many; so chance
@@ -7,9 +7,7 @@ told, seen or not: only the difference between training and held-out conditions 
 
 What this file does not do: judge pictures.
 
-Source: loss of a diffusion model at fixed draws: Matsumoto et al. 2023, Carlini et al. 2023
-(arXiv:2301.13188); copies: Dar et al. 2025 (arXiv:2402.01054); equal numbers: Meehan, Chaudhuri, Dasgupta
-2020.
+Source: copies: Dar et al. 2025 (arXiv:2402.01054); equal numbers: Meehan, Chaudhuri, Dasgupta 2020.
 
 Axes: s = samples, n, m = scans, d = numbers, c d h w = latents.
 """
@@ -22,19 +20,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from audit.evidence import Cohort, Evidence
-from audit.findings import Finding
+from audit.cohort import Cohort
+from audit.denoising import SAYS, controlled, denoising
+from audit.evidence import Evidence
+from audit.findings import Finding, Picture
+from audit.gallery import picture
 from audit.intervals import ONE_SIDE
 from audit.membership import blind, scores_of
 from audit.scores import FEWEST, Scores, judged
 from meduet_models.diffusion.artefact import DIFFUSION_MODEL, GenerativeModel
 from meduet_models.diffusion.conditions import UNKNOWN, Condition, Conditions, Examples
 from meduet_models.diffusion.sampling import SamplingSettings, sample
-from meduet_models.diffusion.training import validation_loss
+from meduet_models.tokenizer.tokenizer import Tokenizer
 
 _TOLD: tuple[tuple[Condition, ...], ...] = (("content", "style"), ("style",))
 _SAMPLES = 48
 _RETURNED = 24
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def copying(
 def attack_diffusion(
     evidence: Evidence, draws: int, scored: list[tuple[Finding, Scores]]
 ) -> Iterator[Finding]:
-    """The published diffusion model: loss told content and style, or style; copies; scans returned."""
+    """The published diffusion model: scores told content and style, or style; copies; scans returned."""
     model = evidence.diffusion
     assert model is not None
     cohorts = list(evidence.cohorts.values())
@@ -95,13 +97,13 @@ def attack_diffusion(
         if names != list(told):
             continue
         began = time.process_time()
-        of = {s: -_losses(model, one, names, draws) for s, one in examples.items()}
-        scores = scores_of(cohorts, of)
-        sentence = f"Whoever has the model takes a low loss, told {' and '.join(names)}, for membership."
-        finding = judged(DIFFUSION_MODEL, "diffusion_loss", scores, sentence, without, began)
-        scored.append((finding, scores))
-        yield finding
-    yield _copies(model, cohorts, examples)
+        measured = {site: denoising(model, one, names, draws) for site, one in examples.items()}
+        for attack in SAYS:
+            of = controlled(cohorts, measured, attack, " and ".join(names), without, began)
+            scored.append(of)
+            yield of[0]
+            began = time.process_time()
+    yield _copies(model, cohorts, examples, evidence.tokenizer)
     if {"content", "style"} <= set(model.transformer.config.sizes.names):
         yield _returned(model, cohorts, examples, scored)
 
@@ -119,18 +121,17 @@ def _examples(cohort: Cohort, site: int) -> Examples:
     )
 
 
-def _losses(
-    model: GenerativeModel, examples: Examples, names: Sequence[Condition], draws: int
-) -> Float[Tensor, " n"]:
-    return validation_loss(model.transformer, model.conditioner, examples, names, repeats=draws).double()
-
-
 def _sampled(model: GenerativeModel, examples: Examples, names: Sequence[Condition]) -> Tensor:
     conditions: Conditions = model.conditioner.conditions(examples, names)
     return sample(model.transformer, conditions, len(examples), SamplingSettings(), seed=0)
 
 
-def _copies(model: GenerativeModel, cohorts: Sequence[Cohort], examples: dict[str, Examples]) -> Finding:
+def _copies(
+    model: GenerativeModel,
+    cohorts: Sequence[Cohort],
+    examples: dict[str, Examples],
+    tokenizer: Tokenizer | None,
+) -> Finding:
     """Samples told the style of held-out and training scans alike, against both."""
     began = time.process_time()
     inside = torch.cat([c.latents[torch.tensor(c.took_part)] for c in cohorts])
@@ -161,7 +162,20 @@ def _copies(model: GenerativeModel, cohorts: Sequence[Cohort], examples: dict[st
         sentence=f"Of {len(samples)} samples told a style {near.nearer} are nearer to a training scan than "
         f"to any of as many held-out scans (mean distances {near.ratio:.3f} : 1; as many under nobody's "
         f"membership in {near.chance:.1%} of dealings).",
+        pictures=() if tokenizer is None else (_nearest(samples, inside, outside, tokenizer),),
         seconds=time.process_time() - began,
+    )
+
+
+def _nearest(samples: Tensor, inside: Tensor, outside: Tensor, tokenizer: Tokenizer) -> Picture:
+    """The samples nearest to training scans, for a person to look at."""
+    near = torch.cdist(samples.flatten(1), inside.flatten(1))
+    first = near.amin(1).argsort()[:_SHOWN]
+    held_out = torch.cdist(samples[first].flatten(1), outside.flatten(1)).argmin(1)
+    columns = samples[first], inside[near[first].argmin(1)], outside[held_out]
+    return picture(
+        "Samples; the nearest training scan of each; the nearest held-out scan.",
+        [tokenizer.decode(one).clamp(0, 1) for one in columns],
     )
 
 

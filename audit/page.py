@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from audit.curves import SIDE, curves
 from audit.findings import ORDER, TESTS, parts
 from audit.record import ArtefactRow, Epsilon, FindingRow, Record
 from meduet_models.published.pretrained import MODEL
@@ -37,6 +38,9 @@ def page_of(record: Record) -> str:
         findings=[_finding_cells(f) for f in sorted(every, key=lambda f: ORDER.index(f.verdict))],
         could_not=[f"{f.artefact}: {f.sentence}" for f in every if f.verdict in ("under-powered", "void")],
         tests=TESTS,
+        curves=curves(record.artefacts),
+        side=SIDE,
+        pictures=[(f"{f.artefact}, {f.attack}", one) for f in every for one in f.pictures],
         hashes=record.hashes,
         alarms=_alarms(record),
     )
@@ -106,6 +110,7 @@ def _finding_cells(finding: FindingRow) -> dict[str, str]:
         "interval": interval,
         "baseline": _text(finding.baseline),
         "n": f"{finding.n_in} / {finding.n_out}",
+        "worst": f"{finding.worst_group} {_text(finding.worst_value)}".strip(),
         "sentence": finding.sentence,
     }
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from audit.attacks import Artefact, Audited
+from audit.artefacts import Artefact, Audited
 from audit.evidence import Evidence
-from audit.findings import Finding, Verdict, worst
+from audit.findings import Finding, Picture, Verdict, worst
 from audit.intervals import ONE_SIDE
 from audit.policy import Decision, Policy
 from forms.form import build, hints
@@ -46,6 +46,10 @@ class FindingRow:
     baseline: float | None
     true_positive_rate: float | None
     epsilon_low: float | None
+    roc: tuple[tuple[float, float], ...]
+    worst_group: str
+    worst_value: float | None
+    pictures: tuple[Picture, ...]
     seconds: float
 
 
@@ -118,9 +122,12 @@ class Record:
     seconds: float
 
 
+UNLESS = {
+    "shadow": "Attackers who train models in the run's place (--shadow) may do better than a loss.",
+    "inversion": "Scans behind a single gradient (gradient inversion; not with --quick) were not looked for.",
+}
+"""What is said where a test did not run."""
 NOT_TESTED = (
-    "Attackers who train models of their own in the run's place (shadow models) would do better than a loss.",
-    "Reconstruction of scans from one site's update (gradient inversion) was not tried.",
     "Images were not looked at for faces, implants or text burned into them.",
     "Programs, keys, networks and people: who can read a file, or rewrite one.",
     "Patients who are at two hospitals: what is charged adds up for them, and nobody knows who they are.",
@@ -140,6 +147,7 @@ def record_of(
 ) -> Record:
     """Everything of an audit; `about` says when, by which command, with which versions, in how long."""
     low, high = audited.alarm_interval
+    ran = {finding.attack for finding in audited.findings}
     return Record(
         version="FedMeDUET audit, version 1",
         run=evidence.name,
@@ -153,7 +161,7 @@ def record_of(
         artefacts=tuple(_row(artefact) for artefact in audited.artefacts),
         alarms=Alarms(claimed=audited.alarms, tried=audited.tried, low=low, high=high, nominal=ONE_SIDE),
         planted=planted,
-        not_tested=NOT_TESTED,
+        not_tested=(*(said for test, said in UNLESS.items() if test not in ran), *NOT_TESTED),
         **about,
     )
 
@@ -199,7 +207,7 @@ def _row(artefact: Artefact) -> ArtefactRow:
 
 
 def _finding(finding: Finding) -> FindingRow:
-    values = dataclasses.asdict(finding)
+    values = {field.name: getattr(finding, field.name) for field in dataclasses.fields(finding)}
     return FindingRow(**{name: _number(value) for name, value in values.items()})
 
 

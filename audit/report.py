@@ -12,8 +12,11 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from audit.attacks import QUICK, Effort, audit
+from audit.attacks import audit
+from audit.effort import QUICK, Effort
 from audit.evidence import Evidence
+from audit.kept import FOLDER as KEPT
+from audit.kept import KeptFindings
 from audit.page import first_sentences, page_of
 from audit.planted import planted
 from audit.policy import Policy, decide, read_policy
@@ -44,9 +47,12 @@ def asked_policy(chosen: argparse.Namespace) -> Policy:
 def write_audit(
     evidence: Evidence, folder: Path, policy: Policy, effort: Effort, command: str, say: Say
 ) -> int:
-    """Attack everything and write both files into `folder`; returns the exit status."""
+    """Attack everything and write both files into `folder`; returns the exit status.
+
+    What was found there before, of the same and with the same effort, is not looked for again.
+    """
     began = time.monotonic()
-    audited = audit(evidence, effort, say)
+    audited = audit(evidence, effort, say, KeptFindings(folder / KEPT))
     say("faults that are built in on purpose")
     faults = planted()
     charged = {one.name: (one.epsilon, one.delta) for one in audited.artefacts}

@@ -15,13 +15,13 @@ Source of the blind baseline: Das et al. 2024 (arXiv:2406.16201).
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from audit.findings import Finding, Verdict
-from audit.intervals import area, area_interval, rate_at, smallest_told
+from audit.intervals import area, area_interval, rate_at, roc, smallest_told
 from audit.one_run import epsilon_of_pairs
 
 FEWEST = 20
@@ -41,6 +41,8 @@ class Scores:
     """Whether each was one."""
     site: np.ndarray
     """Number of the site of each."""
+    groups: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """By attribute, the subgroup of each; empty text: not known."""
 
     def within_sites(self) -> "Scores":
         """Standardised within each site, by mean and deviation of all its candidates."""
@@ -132,6 +134,7 @@ def judged(
     void = baseline is not None and area_interval(baseline, n_in, n_out)[0] > 0.5
     ceiling = smallest_told(n_in, n_out)
     verdict, said = _said(value, low, ceiling, void)
+    worst = worst_group(scores)
     rate = rate_at(scores.inside, scores.outside, FALSE_ALARMS)
     return replace(
         plain,
@@ -144,7 +147,25 @@ def judged(
         baseline=baseline,
         true_positive_rate=None if rate is None else rate[0],
         epsilon_low=None if void else epsilon_of_pairs(scores.values, scores.member, scores.site),
+        roc=tuple(roc(scores.inside, scores.outside)),
+        worst_group="" if worst is None else worst[0],
+        worst_value=None if worst is None else worst[1],
     )
+
+
+def worst_group(scores: Scores) -> tuple[str, float] | None:
+    """The subgroup with the largest area, and that area; None where no attribute has two subgroups with
+    `FEWEST` members and others each."""
+    areas: dict[str, float] = {}
+    for attribute, labels in scores.groups.items():
+        own = {}
+        for label in sorted(set(labels.tolist()) - {""}):
+            mine = labels == label
+            inside, outside = scores.values[mine & scores.member], scores.values[mine & ~scores.member]
+            if min(len(inside), len(outside)) >= FEWEST:
+                own[f"{attribute} {label}"] = area(inside, outside)
+        areas |= own if len(own) > 1 else {}
+    return max(areas.items(), key=lambda one: one[1], default=None)
 
 
 def _said(value: float, low: float, ceiling: float, void: bool) -> tuple[Verdict, str]:

@@ -19,7 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from audit import algebra
-from audit.evidence import Cohort, Release
+from audit.codes import Codes
+from audit.cohort import Cohort
+from audit.evidence import Release
 from audit.findings import Finding, parts
 from audit.intervals import clopper_pearson
 from audit.scores import FEWEST, Scores, blind_from, judged
@@ -27,10 +29,8 @@ from federation.exchanges.erasure import erasure_sums
 from federation.exchanges.probes import ANATOMY, FACTORS, fold_moments
 from federation.exchanges.survey import survey_layout
 from federation.plan import RunPlan
-from meduet_models.meduet import FactorNetwork, layer_normed
 from meduet_models.style.moments import StyleMoments
 
-_SCANS_AT_ONCE = 16
 _SAME = 1e-3
 """Relative difference up to which recomputed sums are those that left."""
 
@@ -93,27 +93,27 @@ def survey_sum(release: Release, cohort: Cohort, plan: RunPlan) -> Sum | None:
     return Sum(release.artefact, vectors, cohort.member, np.zeros(len(rows), int), total, count)
 
 
-def erasure_sum(release: Release, cohort: Cohort, plan: RunPlan, network: FactorNetwork) -> Sum:
+def erasure_sum(release: Release, cohort: Cohort, plan: RunPlan, codes: Codes) -> Sum:
     """The sum of a site's content codes, and that of its pooled content where it told it, as one vector."""
     assert release.tensors is not None
     sums = erasure_sums(release.tensors, plan)
-    vectors = _codes(network, cohort, sums.codes.bound)
+    vectors = _scaled(codes.code, sums.codes.bound)
     total = sums.codes.total
     if sums.pooled.count > 0:
-        vectors = torch.cat([vectors, _pooled(network, cohort, sums.pooled.bound)], 1)
+        vectors = torch.cat([vectors, _scaled(codes.pooled, sums.pooled.bound)], 1)
         total = torch.cat([total, sums.pooled.total])
     count = float(sums.codes.count)
     return Sum(release.artefact, vectors, cohort.member, _one_site(vectors), total, count)
 
 
-def probe_products(release: Release, cohort: Cohort, plan: RunPlan, network: FactorNetwork) -> list[Products]:
+def probe_products(release: Release, cohort: Cohort, plan: RunPlan, codes: Codes) -> list[Products]:
     """The products of content codes in a site's probe sums: those of all its patients and, where something
     was measured of them, those beside it. Style enters no product here: its branch may stay at the site."""
     assert release.tensors is not None
     size = plan.network.code_size
-    codes = _codes(network, cohort, float("inf"))
+    code = codes.code
     folds = [fold.outer[:size, :size] for fold in fold_moments(release.tensors, FACTORS, plan)]
-    made = [Products(release.artefact, codes, cohort.member, _one_site(codes), folds)]
+    made = [Products(release.artefact, code, cohort.member, _one_site(code), folds)]
     if ANATOMY in release.tensors and cohort.measured is not None:
         beside = fold_moments(release.tensors, ANATOMY, plan)
         if min(float(fold.count) for fold in beside) >= 1:
@@ -123,9 +123,9 @@ def probe_products(release: Release, cohort: Cohort, plan: RunPlan, network: Fac
             made.append(
                 Products(
                     release.artefact,
-                    codes,
+                    code,
                     known,
-                    _one_site(codes),
+                    _one_site(code),
                     [fold.outer[:size, :size] for fold in beside],
                     [fold.outer[:size, -targets:] for fold in beside],
                     truth,
@@ -382,29 +382,9 @@ def _measured(one: Products) -> Finding:
     )
 
 
-@torch.no_grad()
-def _codes(network: FactorNetwork, cohort: Cohort, bound: float) -> Float[Tensor, "n q"]:
-    """The content code of each patient, scaled to the bound."""
-    return _scaled(cohort, [network.content_code(some) for some in _chunks(cohort)], bound)
-
-
-@torch.no_grad()
-def _pooled(network: FactorNetwork, cohort: Cohort, bound: float) -> Float[Tensor, "n k"]:
-    """The pooled content of each patient, scaled to the bound."""
-    content = [layer_normed(network.encode(some).content).mean(1) for some in _chunks(cohort)]
-    return _scaled(cohort, content, bound)
-
-
-def _chunks(cohort: Cohort) -> Iterator[Tensor]:
-    for first in range(0, len(cohort.latents), _SCANS_AT_ONCE):
-        yield cohort.latents[first : first + _SCANS_AT_ONCE]
-
-
-def _scaled(cohort: Cohort, of_scans: Sequence[Tensor], bound: float) -> Tensor:
-    means = cohort.per_person(torch.cat(list(of_scans)))
-    if bound == float("inf"):
-        return means
-    scaled: Tensor = means * (bound / means.norm(dim=1, keepdim=True).clamp(min=bound))
+def _scaled(vectors: Tensor, bound: float) -> Tensor:
+    """Each patient's vector, no longer than the bound."""
+    scaled: Tensor = vectors * (bound / vectors.norm(dim=1, keepdim=True).clamp(min=bound))
     return scaled
 
 

@@ -7,6 +7,7 @@ attacked and the report says why. At a site everything stays there: the report i
 What this file does not do: attack (`audit/`).
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from audit.evidence import Cohort, Evidence, Release, SiteBooks
+from audit.cohort import Cohort
+from audit.evidence import Evidence, Release, SiteBooks
 from client.answers import ANSWERS, KeptAnswers
 from client.books import JOURNAL, LEDGER
 from client.exchanges.latents import raw_items
 from client.exchanges.probes import target_of
+from client.latents.batches import Batches, step_generator
 from client.latents.examples import examples_of
 from client.latents.latent_set import LatentSet
 from client.release import clipped_rows
@@ -35,6 +38,7 @@ from meduet_models.weights import sha256_of_file, sha256_of_tensors
 from privacy.ledger import Place
 
 _SCANS_AT_ONCE = 64
+_YEARS = 20
 _SHIFT, _GAMMA, _NOISE = 1, 1.2, 0.02
 """How a scan is acquired again: moved by a voxel, another gamma, noise."""
 
@@ -83,7 +87,25 @@ def cohort_of(name: str, scans: LatentSet, plan: RunPlan) -> Cohort:
     if targets := list(plan.probes.anatomy):
         measured = torch.tensor([[target_of(scans, row, one, plan) for one in targets] for row in rows])
     took_part = tuple(split == "train" for split in scans.splits)
-    return Cohort(name, latents, tuple(scans.patients), took_part, measured)
+    return Cohort(name, latents, tuple(scans.patients), took_part, measured, _groups(scans))
+
+
+def _groups(scans: LatentSet) -> dict[str, tuple[str, ...]]:
+    """Sex and age band of each scan's patient, where the site knows them."""
+    known = [dict(one) for one in scans.covariates]
+    groups = {
+        "sex": tuple(str(one.get("sex", "")) for one in known),
+        "age": tuple(_band(one.get("age")) for one in known),
+    }
+    return {name: values for name, values in groups.items() if any(values)}
+
+
+def _band(age: str | float | None) -> str:
+    """Twenty years; empty text where the age is not known as a number."""
+    if not isinstance(age, int | float) or not math.isfinite(age):
+        return ""
+    first = int(age // _YEARS) * _YEARS
+    return f"{first} to {first + _YEARS - 1}"
 
 
 def released(site: Site, scans: LatentSet, plan: RunPlan) -> Iterator[Release]:
@@ -95,7 +117,8 @@ def released(site: Site, scans: LatentSet, plan: RunPlan) -> Iterator[Release]:
             answer = kept.read(_place(line), line["sha256"])
             tensors = None if answer is None else dict(answer.tensors)
             missing = "" if tensors else "The answer is not kept any more: sites keep those of three rounds."
-            yield Release(site.name, line, tensors, missing)
+            drawn = _drawn(site, scans, plan, line) if tensors and line["kind"] == "round" else ()
+            yield Release(site.name, line, tensors, missing, drawn)
         elif line["plan"] == plan.sha256:
             rows = _rows_of(site, scans, plan, line)
             tensors = _latents_again(scans, plan, line, rows)
@@ -128,6 +151,15 @@ def _rows_of(site: Site, scans: LatentSet, plan: RunPlan, line: Mapping[str, Any
     """Which scans a release of latents was of."""
     first, count = line["counts"]["first_item"], len(line["items"])
     return tuple(raw_items(scans, plan, line["round"], site.secret)[first : first + count])
+
+
+def _drawn(site: Site, scans: LatentSet, plan: RunPlan, line: Mapping[str, Any]) -> tuple[int, ...]:
+    """Which scans the steps of a round drew, from the site's own secret; of another plan, none is known."""
+    if line["plan"] != plan.sha256:
+        return ()
+    batches, steps = Batches(scans, plan, None), range(plan.training.steps_per_round)
+    each = [batches.draw(step_generator(site.secret, plan.seed, line["round"], step)).scans for step in steps]
+    return tuple(sorted(set(torch.cat(each).tolist())))
 
 
 def _latents_again(

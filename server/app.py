@@ -34,7 +34,7 @@ from federation.reply_book import ReplyBook
 from meduet_models.diffusion.artefact import DIFFUSION_MODEL
 from meduet_models.published.pretrained import MODEL
 from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
-from server.checkpoints import Checkpoint, Checkpoints
+from server.checkpoints import Checkpoint, Checkpoints, early_rounds
 from server.exchanges.demographics import ask_demographics
 from server.exchanges.diffusion import diffusion_of, save_diffusion
 from server.exchanges.erasure import ask_erasure
@@ -94,16 +94,20 @@ def run(
     device: torch.device = _CPU,
     bank_key: Path | None = None,
     site_of: SiteOf | None = None,
+    keep_early: bool = False,
 ) -> RunResult:
     """Run `plan` in `folder`, or go on with what is there.
 
-    `site_of` says which site a node is registered as; none: as in a simulation.
+    `site_of` says which site a node is registered as; none: as in a simulation. `keep_early`: whether the
+    checkpoints of the run's start and middle stay, which an audit compares with.
     A central diffusion model is trained on `device`, on latents that are encrypted with the key in the file
     `bank_key`; none: beside the run's folder, `<folder>.key`, made at first use.
     Raises `RoundFailed` below the quorum (the last checkpoint stays), `OtherPlan` when the folder is another
     plan's, and `ValueError` when it holds a run and `resume` is false.
     """
-    made = _Run(grid, plan, folder, model or MeduetModel(plan), observer or RunObserver(), site_of)
+    made = _Run(
+        grid, plan, folder, model or MeduetModel(plan), observer or RunObserver(), site_of, keep_early
+    )
     return made.complete(resume, device, bank_key or folder.with_name(f"{folder.name}.key"))
 
 
@@ -118,10 +122,12 @@ class _Run:
         model: SharedModel,
         observer: RunObserver,
         site_of: SiteOf | None,
+        keep_early: bool,
     ) -> None:
         self.grid, self.plan, self.folder, self.model, self.observer = grid, plan, folder, model, observer
         self.roster = Roster(plan.participants, site_of)
-        self.checkpoints = Checkpoints(folder / "checkpoints", plan.sha256)
+        early = early_rounds(plan.training.rounds) if keep_early else ()
+        self.checkpoints = Checkpoints(folder / "checkpoints", plan.sha256, early)
         self.book = ReplyBook()
         self.probes = FederatedProbes(grid, self.roster, plan, self.book)
 

@@ -7,6 +7,7 @@ What this file does not do: attack (`audit/`), or hold a scan.
 """
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
@@ -28,25 +29,26 @@ class CentresModels:
         self.plan = plan
         self.kept: dict[int, Checkpoint] = {r: checkpoints.load(r) for r in checkpoints.rounds()}
         self._model = MeduetModel(plan)
-        self._coded: dict[int, dict[str, Tensor]] = {}
+        self._coded: dict[int, FactorNetwork] = {}
         path = folder / MODEL
         self._final = load_weights(path)[0] if path.is_file() else {}
 
-    @property
+    @cached_property
     def final(self) -> FactorNetwork | None:
         """The published model; None before the end."""
         return self._network(self._final) if self._final else None
 
     def earlier(self) -> dict[str, FactorNetwork]:
-        """The common start on the final latent scale, and the model of the earliest round that is kept."""
+        """The common start on the final latent scale, the model of the middle round where it was kept, and
+        that of the last but one."""
         if not self._final:
             return {}
         start = self._model.start()[0]
         constants = {n: self._final[n] for n in ("latent_mean", "latent_deviation")}
         models = {"the common start": self._network(start | constants)}
-        early = [r for r in self.kept if 0 < r < self.plan.training.rounds]
-        if early:
-            models[f"round {min(early)}"] = self._network(self.kept[min(early)].shared)
+        last = self.plan.training.rounds
+        for early in sorted({last // 2, last - 1} & set(self.kept) - {0, last}):
+            models[f"round {early}"] = self._network(self.kept[early].shared)
         return models
 
     def asked_with(self, release: Release) -> FactorNetwork | None:
@@ -58,12 +60,17 @@ class CentresModels:
         if checkpoint is None:
             return None
         if checkpoint.round not in self._coded:
-            self._coded[checkpoint.round] = self._model.with_code(checkpoint.shared, checkpoint.bank)
-        return self._network(self._coded[checkpoint.round])
+            coded = self._model.with_code(checkpoint.shared, checkpoint.bank)
+            self._coded[checkpoint.round] = self._network(coded)
+        return self._coded[checkpoint.round]
 
     def before_after(self, release: Release) -> tuple[FactorNetwork, FactorNetwork] | None:
-        """The model that was sent for a round, and the same moved by a site's mean update."""
+        """The model that was sent for a round, and the same moved by a site's mean update; of a round that
+        left masked, the model after it, which all sites moved."""
         sent, update = self.kept.get(release.round - 1), release.tensors
+        if sent is not None and "masked" in release.record:
+            after = self.kept.get(release.round)
+            return None if after is None else (self._network(sent.shared), self._network(after.shared))
         if sent is None or update is None or not set(update) <= set(sent.shared):
             return None
         weight = float(release.record["weight"])

@@ -3,13 +3,15 @@
 `checkpoints/round-0003.safetensors` holds the shared weights after round 3, the server optimiser's moments,
 the style bank and, where one is kept, the weights' moving average; its header holds the round, the hash of
 the plan, the run's metrics so far, and a hash of the tensors. Round 0 is the state after the survey. The last
-three are kept. A damaged file is said aloud, in the run's journal too, and the one before it is taken: sites
-keep enough of the past to repeat a round. What this file does not do: it keeps nothing of a site's.
+three are kept, and the early ones that the run was told to keep. A damaged file is said aloud, in the run's
+journal too, and the one before it is taken: sites keep enough of the past to repeat a round. What this file
+does not do: it keeps nothing of a site's.
 """
 
 import json
 import logging
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,11 @@ _NAME = re.compile(r"round-([0-9]{4,9})\.safetensors")
 _GROUPS = ("shared", "optimiser", "bank", "average")
 
 _log = logging.getLogger(__name__)
+
+
+def early_rounds(rounds: int) -> tuple[int, int]:
+    """What `checkpoints.keep_early` keeps of a run of so many rounds: its start, and its middle."""
+    return 0, rounds // 2
 
 
 class OtherPlan(ValueError):
@@ -51,8 +58,9 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints of one run, in `folder`."""
 
-    def __init__(self, folder: Path, plan_sha256: str) -> None:
-        self._folder, self._plan_sha256 = folder, plan_sha256
+    def __init__(self, folder: Path, plan_sha256: str, early: Collection[int] = ()) -> None:
+        """`early`: rounds that are kept to the end, for whoever compares with them; none resumes there."""
+        self._folder, self._plan_sha256, self._early = folder, plan_sha256, early
         self.damaged: list[int] = []
         """Rounds whose file the last look at the folder found damaged."""
 
@@ -78,7 +86,8 @@ class Checkpoints:
         for later in (round_number for round_number in self.rounds() if round_number > checkpoint.round):
             self._path(later).unlink()  # of a run that went back
         for old in self.rounds()[:-KEPT]:
-            self._path(old).unlink()
+            if old not in self._early:
+                self._path(old).unlink()
         return path
 
     def latest(self) -> Checkpoint | None:
@@ -87,7 +96,7 @@ class Checkpoints:
         Raises `OtherPlan` for a checkpoint of another plan, and `ValueError` when there are checkpoints and
         none of them is whole.
         """
-        rounds, self.damaged = self.rounds(), []
+        rounds, self.damaged = self.rounds()[-KEPT:], []
         for round_number in reversed(rounds):
             try:
                 return self.load(round_number)

@@ -22,6 +22,7 @@ _EXAMPLES = """\
 examples:
   meduet-audit runs/demo --quick                      minutes
   meduet-audit runs/demo --policy privacy_policy.yaml against what your board allows
+  meduet-audit runs/demo --shadow 2                   two models retrained in the run's place: twice its time
   meduet-audit runs/demo --dossier                    the last record, as a page to file
 
 """
@@ -42,6 +43,13 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
         action="store_true",
         help="print the record of the last audit as a page to file, and stop",
     )
+    parser.add_argument(
+        "--shadow",
+        type=int,
+        default=0,
+        metavar="N",
+        help="retrain 1 to 4 models in the run's place and compare with them; each takes as long as the run",
+    )
     add_audit_options(parser)
     chosen = parser.parse_args(arguments)
     return ended(
@@ -57,13 +65,15 @@ def _audit(chosen: argparse.Namespace, console: Console) -> int:
     say(console, "loading PyTorch and the run")
     from audit.report import FOLDER, asked_effort, asked_policy, write_audit
     from meduet_models.threads import fixed_threads
-    from simulations.audit_run import evidence_of
+    from simulations.audit_run import MOST_SHADOWS, evidence_of
     from simulations.progress import Live
 
     policy, effort = asked_policy(chosen), asked_effort(chosen)
+    if not 0 <= chosen.shadow <= MOST_SHADOWS:
+        raise ValueError(f"Expected --shadow of at most {MOST_SHADOWS} models; got {chosen.shadow}.")
     with fixed_threads(1):
         with Live() as live:
-            evidence = evidence_of(chosen.run, live)
+            evidence = evidence_of(chosen.run, live, chosen.shadow)
         command = " ".join(["meduet-audit", *sys.argv[1:]])
         folder = chosen.run / FOLDER
         return write_audit(evidence, folder, policy, effort, command, lambda text: say(console, text))
@@ -74,7 +84,7 @@ def _dossier(chosen: argparse.Namespace, console: Console) -> int:
     from audit.record import read_record
     from audit.report import FOLDER
 
-    if chosen.quick or chosen.policy is not None or chosen.null is not None:
+    if chosen.quick or chosen.policy is not None or chosen.null is not None or chosen.shadow:
         raise ValueError("Expected --dossier alone: it prints an audit that was made, and makes none.")
     say(console, *dossier(read_record(chosen.run / FOLDER / "audit.json")).splitlines())
     return DONE

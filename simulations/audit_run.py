@@ -8,6 +8,7 @@ What this file does not do: attack (`audit/`), or change the run: an audit has a
 from pathlib import Path
 
 from audit.evidence import Evidence
+from audit.report import FOLDER
 from client.audit import acquired_again, cohort_of, released, site_books
 from client.latents.latent_set import LatentSet
 from client.site import Site
@@ -19,10 +20,15 @@ from privacy.chain import BrokenChain
 from server.audit import CentresModels
 from simulations.finished_run import BegunRun, begun_run
 from simulations.progress import Live
+from simulations.shadow_models import SHADOWS, shadow_models
+
+MOST_SHADOWS = 4
+"""Models that are retrained in a run's place, at most."""
 
 
-def evidence_of(folder: Path, live: Live) -> Evidence:
-    """Open the run in `folder`. Raises `ValueError` when there is none."""
+def evidence_of(folder: Path, live: Live, shadows: int = 0) -> Evidence:
+    """Open the run in `folder`, and retrain so many models in its place, below its audit. Raises `ValueError`
+    when there is no run."""
     missing = [name for name in ("config.yaml", "plan.json") if not (folder / name).is_file()]
     if missing:
         raise ValueError(
@@ -39,8 +45,11 @@ def evidence_of(folder: Path, live: Live) -> Evidence:
     tokenizer = load_tokenizer(run.settings.tokenizer)
     files = {name: folder / name for name in ("plan.json", MODEL, DIFFUSION_MODEL, "journal.jsonl")}
     books = {name: site_books(run.consortium.state / name) for name in plan.participants}
+    files |= {f"checkpoints/{path.name}": path for path in sorted((folder / "checkpoints").glob("round-*"))}
     for name, own in books.items():
         files |= {f"{name}/{path.name}": path for path in (own.journal, own.ledger)}
+    retrained = shadow_models(folder, folder / FOLDER / SHADOWS, shadows, live) if shadows else []
+    files |= {f"shadow {n}": folder / FOLDER / SHADOWS / f"{n}" / MODEL for n in range(1, shadows + 1)}
     return Evidence(
         name=plan.name,
         plan=plan,
@@ -52,6 +61,7 @@ def evidence_of(folder: Path, live: Live) -> Evidence:
         before_after=models.before_after,
         model=models.final,
         earlier=models.earlier(),
+        shadows=retrained,
         diffusion=load_generative_model(diffusion) if diffusion.is_file() else None,
         tokenizer=tokenizer,
         acquired_again=lambda site: acquired_again(scans[site], plan, tokenizer.encode),

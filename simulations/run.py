@@ -160,7 +160,10 @@ def simulate(
 
     def serve(grid: Grid) -> RunResult:
         device = resolve_device(simulation.settings.device)
-        return run_plan(grid, plan, simulation.folder, observer=observer, device=device)
+        keep_early = simulation.settings.checkpoints.keep_early
+        return run_plan(
+            grid, plan, simulation.folder, observer=observer, device=device, keep_early=keep_early
+        )
 
     num_sites = len(plan.participants)
     match engine.kind:

@@ -59,6 +59,15 @@ class SiteSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """What the centre keeps of its rounds."""
+
+    keep_early: bool = False
+    """Whether the checkpoints of the start and the middle of the run stay beside the last three: an audit
+    calibrates by them."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SimulationSettings:
     """A run of several hospitals on one machine."""
 
@@ -66,6 +75,8 @@ class SimulationSettings:
     """How the sites' work is run."""
     evaluation: EvaluationSettings
     """What the observer measures."""
+    checkpoints: CheckpointSettings
+    """What the centre keeps of its rounds."""
     generation: GenerationSettings | None
     """How much is sampled and measured of a diffusion model; none: nothing."""
     site: SiteSettings

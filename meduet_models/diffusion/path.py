@@ -58,6 +58,18 @@ class Path:
         at = self._at(time)
         return at.data_rate * data + at.noise_rate * noise
 
+    def noise_in(
+        self,
+        sample: Float[Tensor, "b c d h w"],
+        velocity: Float[Tensor, "b c d h w"],
+        time: Float[Tensor, " b"],
+    ) -> Float[Tensor, "b c d h w"]:
+        """The noise of a sample at `time`, from its velocity."""
+        at = self._at(time)
+        return (at.data * velocity - at.data_rate * sample) / (
+            at.data * at.noise_rate - at.data_rate * at.noise
+        )
+
     def _at(self, time: Tensor) -> _Coefficients:
         t = time.reshape(-1, 1, 1, 1, 1)
         if self.name == "linear":

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from audit.evidence import Cohort, Evidence, Release, SiteBooks
+from audit.cohort import Cohort
+from audit.evidence import Evidence, Release, SiteBooks
 from client.exchanges import erasure, probes, survey
 from client.training.site_state import StateFolder
 from federation.exchanges.erasure import ErasureAsk

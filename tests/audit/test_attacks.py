@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from audit.attacks import QUICK, audit
+from audit.attacks import audit
+from audit.effort import QUICK
 from audit.evidence import Evidence, Release, SiteBooks
 from audit.findings import worst
 from audit.linkage import attack_latents, found_again, psnr

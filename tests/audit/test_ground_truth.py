@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from audit import algebra
-from audit.attacks import QUICK, audit
+from audit.attacks import audit
+from audit.codes import codes_of
+from audit.effort import QUICK
 from audit.findings import Finding
 from audit.intervals import area
 from audit.sums import attack_hits, probe_products
@@ -88,7 +90,8 @@ def test_one_crafted_question_tells_whether_one_candidate_is_a_patient(tmp_path:
     evidence = answered.evidence()
     network = evidence.network_of(answered.releases[0])
     assert network is not None
-    (one, _) = probe_products(answered.releases[0], answered.cohort, answered.plan, network)
+    codes = codes_of(network, answered.cohort)
+    (one, _) = probe_products(answered.releases[0], answered.cohort, answered.plan, codes)
     finding = attack_hits(answered.releases[0], one)
     assert finding.value is not None and finding.value > 0.9 and finding.baseline == 0.0
 

@@ -8,8 +8,9 @@ from typing import Any
 import jsonschema
 import pytest
 
-from audit.attacks import QUICK, audit
+from audit.attacks import audit
 from audit.dossier import OPEN, dossier
+from audit.effort import QUICK
 from audit.page import page_of
 from audit.policy import Policy, decide
 from audit.record import Record, read_record, record_of, schema, to_json

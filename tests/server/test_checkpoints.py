@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.checkpoints import KEPT, Checkpoint, Checkpoints, OtherPlan
+from server.checkpoints import KEPT, Checkpoint, Checkpoints, OtherPlan, early_rounds
 
 PLAN = "a" * 64
 
@@ -39,6 +39,17 @@ def test_only_the_last_few_are_kept_and_later_ones_of_a_run_that_went_back_go(tm
     assert checkpoints.rounds() == [3, 4, 5]
     checkpoints.save(checkpoint(4))
     assert checkpoints.rounds() == [3, 4]
+
+
+def test_early_rounds_stay_to_be_compared_with_and_nobody_resumes_there(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, PLAN, early_rounds(7))
+    for round_number in range(8):
+        checkpoints.save(checkpoint(round_number))
+    assert checkpoints.rounds() == [0, 3, 5, 6, 7]
+    for last in (5, 6, 7):
+        (tmp_path / f"round-{last:04d}.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="all 3 are damaged"):
+        checkpoints.latest()
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])

@@ -1,0 +1,64 @@
+"""A gradient of one pair names its patients (row 17, at toy size); a search that fails says so."""
+
+import torch
+
+from audit.findings import Finding
+from audit.inversion import GROUP, attack_gradient, named
+from client.latents.batches import step_generator
+from meduet_models.objective.objective import draw_step
+from tests.audit.released import latents
+from tests.audit.trained import after_round, cohort_of, evidence_of_round, start, training_plan
+
+IN, ALL = 12, 60
+
+
+def inverted(iterations: int) -> dict[str, Finding]:
+    scans, plan = latents(ALL, seed=5), training_plan(1)
+    before = start(plan, scans)
+    after = after_round(plan, before, scans[:IN])
+    evidence = evidence_of_round(plan, before, after, cohort_of(scans, IN))
+    found = attack_gradient(evidence, evidence.releases[0], iterations, restarts=1)
+    return {finding.attack: finding for finding in found}
+
+
+def test_who_knows_every_draw_names_both_patients_and_a_gradient_of_noise_names_nobody() -> None:
+    found = inverted(200)
+    known, guessed = found["inversion"], found["blind_inversion"]
+    assert (known.verdict, known.value, known.baseline) == ("found", 1.0, 0.0)
+    assert guessed.verdict != "found" and "who guesses the draws" in guessed.sentence
+
+
+def test_a_search_that_was_stopped_early_is_inconclusive_and_never_evidence_of_safety() -> None:
+    known = inverted(2)["inversion"]
+    assert known.verdict == "under-powered"
+    assert known.sentence.endswith(
+        "Inconclusive: the search did not converge, which is no evidence of safety."
+    )
+
+
+def test_the_average_scan_and_another_patients_name_nobody() -> None:
+    cohort = cohort_of(latents(ALL, seed=5), IN)
+    average = cohort.latents.mean(0, keepdim=True).expand(2, -1, -1, -1, -1)
+    assert named(average, [0, 1], cohort).hits == 0
+    assert named(cohort.latents[[20, 21]], [0, 1], cohort).hits == 0
+    truth = named(cohort.latents[[1, 0]], [0, 1], cohort)
+    assert truth.hits == 2 and truth.decibels > 100  # whichever of the two it calls the first
+
+
+def test_decibels_below_the_average_scans_may_still_name_a_patient() -> None:
+    cohort = cohort_of(latents(ALL, seed=5), IN)
+    noise = torch.randn(2, *cohort.latents.shape[1:], generator=torch.Generator().manual_seed(1))
+    blurred = cohort.latents[[0, 1]] + 1.2 * noise
+    average = cohort.latents.mean(0, keepdim=True).expand(2, -1, -1, -1, -1)
+    found, mean = named(blurred, [0, 1], cohort), named(average, [0, 1], cohort)
+    assert found.hits == 2 and found.decibels < mean.decibels
+
+
+def test_who_has_the_plan_but_not_the_sites_secret_does_not_know_the_draws() -> None:
+    plan = training_plan(1)
+    draws = [
+        draw_step(step_generator(secret, plan.seed, 1, 0), GROUP, plan.network.num_tokens, plan.objective)
+        for secret in (b"1" * 32, b"1" * 32, b"2" * 32)
+    ]
+    assert torch.equal(draws[0].exchanged, draws[1].exchanged)
+    assert not torch.equal(draws[0].exchanged, draws[2].exchanged)
