@@ -6,17 +6,33 @@ For each pair: CPU seconds of one site beside training (keys and shares; roundin
 sends, and CPU seconds of the centre (adding up; taking masks out, with nobody lost and with as many lost as
 may be). The baseline is the plain sum of the same vectors (`strategies/aggregation.py`), which must be
 cheaper. The vector of one site stands in for all, as the masks of the others cost the sites, not the centre.
+
+Then an update passes the gate of the last number of sites, masked and not, each in a process of its own: the
+most memory that was held meanwhile, the update included, over the vector's, and CPU seconds (bounding, hash,
+file and books included). The baseline is the float32 update as it leaves unmasked.
 """
 
 import argparse
-import resource
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
 
+from client.answers import KeptAnswers
+from client.exchanges.secure_sum import PartyMasking
+from client.release import Gate
+from federation.journal import Journal
+from federation.sum_layout import SumLayout
+from privacy.ledger import Ledger, Place
+from privacy.promise import Promise
 from privacy.secure_sum.opening import unmask
 from privacy.secure_sum.party import Opened, Party
 from privacy.secure_sum.ring import encode
@@ -24,6 +40,8 @@ from privacy.secure_sum.transcript import Attempt, SurvivorList, threshold
 from strategies.aggregation import Bounds, StreamingSum
 
 ATTEMPT = Attempt("0" * 64, 1, 1)
+CLIP = 20.0
+_LAYER = (1000, 1000)
 
 
 def main() -> None:
@@ -31,7 +49,13 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--sites", type=int, nargs="*", default=[3, 5, 10, 20])
     arguments.add_argument("--values", type=int, nargs="*", default=[1_000_000, 20_000_000])
+    arguments.add_argument("--leaves", choices=("masked", "plain"), help=argparse.SUPPRESS)
     given = arguments.parse_args()
+    if given.leaves:
+        with tempfile.TemporaryDirectory() as folder:
+            leaves(given.leaves, given.sites[0], _LAYER[0] * _LAYER[1], Path(folder) / "first")
+            print(leaves(given.leaves, given.sites[0], given.values[0], Path(folder)))
+        return
     print(
         "| sites | values | site: keys, shares | site: round, mask | sent | centre: add | unmask, 0 lost | "
         "unmask, most lost | plain sum | centre, ratio |"
@@ -40,28 +64,63 @@ def main() -> None:
     for values in given.values:
         for sites in given.sites:
             print(row(sites, values), flush=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(
-        f"\nPeak memory: {peak:.0f} MB, in which are the update, two vectors and the plain sum of "
-        f"{max(given.values) * 4 / 1e6:.0f} MB each."
-    )
+    print("\n| values | leaves | most memory over the vector's, update included | CPU seconds |")
+    print("|---|---|---|---|")
+    for values in given.values:
+        for how in ("masked", "plain"):
+            command = [sys.executable, __file__, "--leaves", how]
+            command += ["--sites", str(given.sites[-1]), "--values", str(values)]
+            print(subprocess.run(command, check=True, capture_output=True, text=True).stdout, end="")
+
+
+def resident(name: str) -> int:
+    """`VmRSS` or `VmHWM` of this process, bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def leaves(how: str, num_sites: int, num_values: int, folder: Path) -> str:
+    """One line of the second table: an update that is clipped, through the gate."""
+    torch.set_num_threads(1)
+    draws = torch.Generator().manual_seed(0)
+    shapes = {f"layer{n:03d}": _LAYER for n in range(num_values // (_LAYER[0] * _LAYER[1]))}
+    before = resident("VmRSS")  # libraries that the first update loaded are in it
+    update = {name: torch.randn(shape, generator=draws) for name, shape in shapes.items()}
+    ledger, journal = Ledger(folder / "ledger.jsonl"), Journal(folder / "journal.jsonl")
+    promise = Promise(kind="round", bound=CLIP, unit="site update", enforcement="clip")
+    place = Place(plan_sha256=ATTEMPT.plan_sha256, kind="round", round=1)
+    reservation = ledger.reserve(place, "0" * 64, promise)
+    gate = Gate(reservation, ledger, journal, KeptAnswers(folder / "answers"))
+    layout = SumLayout(tuple(sorted(shapes.items())), num_sites, 1000, CLIP)
+    masking = PartyMasking(together(num_sites)["site00"], layout) if how == "masked" else None
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM from here on
+    seconds, _ = cpu(lambda: gate.release(update, shapes, weight=50.0, masking=masking))
+    share = (resident("VmHWM") - before) / (4 * layout.num_values)
+    return f"| {num_values / 1e6:g} M | {how} | {share:.2f} | {seconds:.2f} |"
+
+
+def together(num_sites: int) -> dict[str, Party]:
+    """Sites after they shared."""
+    names, least = [f"site{n:02d}" for n in range(num_sites)], threshold(num_sites)
+    parties = {name: Party.new(ATTEMPT, name) for name in names}
+    roster = {name: party.announcement for name, party in parties.items()}
+    divided = {name: party.divided(roster, least) for name, party in parties.items()}
+    return {
+        name: party.joined({p: divided[p][1][name] for p in names if p != name}, least)
+        for name, (party, _) in divided.items()
+    }
 
 
 def row(num_sites: int, num_values: int) -> str:
     """One line of the table."""
-    names, least = [f"site{n:02d}" for n in range(num_sites)], threshold(num_sites)
-    parties = {name: Party.new(ATTEMPT, name) for name in names}
-    roster = {name: party.announcement for name, party in parties.items()}
+    least, joined = threshold(num_sites), together(num_sites)
+    names = list(joined)
+    roster = joined[names[0]].roster
 
     def keys_and_shares() -> tuple[Party, dict[str, bytes]]:
         return Party.new(ATTEMPT, names[0]).divided(roster, least)
 
     keys_s, (_, texts) = cpu(keys_and_shares)
-    divided = {name: party.divided(roster, least) for name, party in parties.items()}
-    joined = {
-        name: party.joined({p: divided[p][1][name] for p in names if p != name}, least)
-        for name, (party, _) in divided.items()
-    }
     update = np.random.default_rng(0).normal(scale=1e-3, size=num_values).astype(np.float32)
     vector = np.empty(num_values, dtype=np.uint32)
 
@@ -98,7 +157,7 @@ def row(num_sites: int, num_values: int) -> str:
 def plain(num_sites: int, update: np.ndarray[Any, np.dtype[np.float32]]) -> float:
     """CPU seconds of the baseline."""
     tensors = {"update": torch.from_numpy(update)}
-    total = StreamingSum(tensors, Bounds(num_replies=num_sites, max_norm=20.0))
+    total = StreamingSum(tensors, Bounds(num_replies=num_sites, max_norm=CLIP))
 
     def fold() -> None:
         for name in range(num_sites):

@@ -70,13 +70,15 @@ class Masking(Protocol):
     def rounding(self) -> float:
         """By how much rounding to the grid lengthens a weighted update in L2, at most."""
 
-    def rounded(self, tensor: Tensor) -> Tensor:
-        """Values on the grid."""
+    def memory(self) -> dict[str, Tensor]:
+        """Where the weighted update is written: the vector's own memory, so that it is held once."""
 
-    def masked(
-        self, update: Mapping[str, Tensor], weight: float, metrics: Mapping[str, float]
-    ) -> dict[str, Tensor]:
-        """The masked vector of values on the grid, of their weight, and of metrics."""
+    def rounded(self, tensor: Tensor) -> Tensor:
+        """A tensor of that memory with its values on the grid; the tensor itself."""
+
+    def masked(self, weight: float, metrics: Mapping[str, float]) -> dict[str, Tensor]:
+        """The masked vector of what lies in that memory, of its weight, and of metrics; the update is gone
+        then."""
 
 
 @final
@@ -187,13 +189,13 @@ class Gate:
         _check_declared(tensors, declared)
         whole, real = _counts(counts or {}), _metrics(metrics or {})
         _check_items(items, tensors, weight if each else 0.0)
-        _finite_norm(tensors)
+        _finite_norm({name: tensor for name, tensor in tensors.items() if name in not_covered})
         if masking is not None and (promise.enforcement != "clip" or noised or not_covered or anew):
             raise GateRefusal("Expected a clipped update to mask, without noise, all covered, once only.")
         covered = {name: tensor for name, tensor in tensors.items() if name not in not_covered}
         before = _longest_row(covered) if each else _finite_norm(covered)
-        room = 0.0 if masking is None else masking.rounding / weight
-        bounded = _bound(covered, promise, weight, wire_dtype, room)
+        room, into = (0.0, None) if masking is None else (masking.rounding / weight, masking.memory())
+        bounded = _bound(covered, promise, weight, wire_dtype, room, into)
         on_wire = (lambda tensor: rounded(tensor, wire_dtype)) if masking is None else masking.rounded
         exact = {
             name: on_wire(bounded.pop(name) if name in bounded else tensor.detach().clone()).cpu()
@@ -214,7 +216,7 @@ class Gate:
             weight, before, after, allowed = 1.0, length, length, promise.bound
         beside: dict[str, Any] = {"counts": whole, "metrics": real}
         if masking is not None:
-            leaving = masking.masked(leaving, weight, real)
+            leaving = masking.masked(weight, real)
             beside = {"counts": {}, "metrics": {}, "masked": beside}
         sha256 = sha256_of_tensors(leaving)
         record: dict[str, Any] = {
@@ -402,10 +404,16 @@ def clipped_rows(tensors: Mapping[str, Tensor], bound: float) -> dict[str, Tenso
 
 
 def _bound(
-    tensors: Mapping[str, Tensor], promise: Promise, weight: float, wire_dtype: WireDtype, room: float = 0.0
+    tensors: Mapping[str, Tensor],
+    promise: Promise,
+    weight: float,
+    wire_dtype: WireDtype,
+    room: float,
+    into: Mapping[str, Tensor] | None,
 ) -> dict[str, Tensor]:
     """The weighted sum, of a clipped mean (with head-room for rounding) or as it was; or clipped rows. In
-    memory of its own. `room`: by how much more a mean is kept below the bound."""
+    memory of its own, a mean in `into` if there is one. `room`: by how much more it is kept below the
+    bound."""
     if promise.enforcement == "check":
         return {name: tensor.detach().clone() for name, tensor in tensors.items()}
     bound = promise.bound * (1 - GROWTH[wire_dtype])
@@ -413,5 +421,5 @@ def _bound(
         return clipped_rows(tensors, bound)
     if not bound > room:
         raise GateRefusal(f"Expected a grid finer than the bound {bound:g}; rounding alone takes {room:g}.")
-    mean = clip(tensors, bound - room).value  # a copy
+    mean = clip(tensors, bound - room, into).value  # a copy
     return {name: tensor.mul_(weight) for name, tensor in mean.items()}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from federation.messages import LOSS_TERMS
 from federation.plan import RunPlan
-from privacy.secure_sum.ring import Ring, decode, encode, grid_bits, rounding_length, to_grid
+from privacy.secure_sum.ring import Ring, decode, encode, grid_bits, rounding_length
 from privacy.secure_sum.transcript import SumRefused
 
 MASKED = "masked"
@@ -86,24 +86,20 @@ class SumLayout:
         """By how much rounding lengthens a weighted update, at most."""
         return rounding_length(self.num_values, self.bits)
 
-    def rounded(self, tensor: Tensor) -> Tensor:
-        """Values of a weighted update on the grid; exact from there on."""
-        flat = tensor.detach().cpu().float().contiguous().reshape(-1).numpy()
-        return torch.from_numpy(to_grid(flat, self.bits)).view(tensor.shape)
+    def tensors(self, vector: Ring) -> dict[str, Tensor]:
+        """The vector's own memory as the float32 tensors of an update."""
+        values = torch.from_numpy(vector[: self.num_values].view(np.float32))
+        parts = values.split([math.prod(shape) for _, shape in self.shapes])
+        return {name: part.view(shape) for (name, shape), part in zip(self.shapes, parts, strict=True)}
 
-    def encoded(self, update: Mapping[str, Tensor], weight: int, metrics: Mapping[str, float]) -> Ring:
-        """A site's vector, not masked yet. Raises `ValueError` for another update or weight."""
-        if {name: tuple(tensor.shape) for name, tensor in update.items()} != dict(self.shapes):
-            raise ValueError("Expected an update of the plan's shapes; got another.")
+    def encode(self, vector: Ring, weight: int, metrics: Mapping[str, float]) -> None:
+        """Make the vector, not masked yet, of the weighted update that lies in its memory (`tensors`). Raises
+        `ValueError` for another weight, and for values beyond the ring."""
         if not 0 < weight <= self.weight_cap:
             raise ValueError(f"Expected a weight from 1 to {self.weight_cap}; got {weight}.")
-        vector, start = np.empty(self.size, dtype=np.uint32), 0
-        for name, shape in self.shapes:
-            stop = start + math.prod(shape)
-            encode(update[name].reshape(-1).numpy(), self.bits, vector[start:stop])
-            start = stop
-        vector[start:] = [_whole(number) for number in [weight, *self._told(weight, metrics)]]
-        return vector
+        update = vector[: self.num_values]
+        encode(update.view(np.float32), self.bits, update)
+        vector[self.num_values :] = [_whole(number) for number in [weight, *self._told(weight, metrics)]]
 
     def _told(self, weight: int, metrics: Mapping[str, float]) -> list[int]:
         numbers = []
@@ -139,15 +135,7 @@ class SumLayout:
             raise SumRefused(
                 f"Expected a mean of L2 norm at most {self.clip_norm:g} in the sum; got {norm:.3g}."
             )
-        return SumOfSites(self._tensors(means), weight, metrics, norm)
-
-    def _tensors(self, values: np.ndarray[tuple[int], np.dtype[np.float32]]) -> dict[str, Tensor]:
-        tensors, start = {}, 0
-        for name, shape in self.shapes:
-            stop = start + math.prod(shape)
-            tensors[name] = torch.from_numpy(values[start:stop].reshape(shape))
-            start = stop
-        return tensors
+        return SumOfSites(self.tensors(total), weight, metrics, norm)
 
 
 def _whole(number: int) -> int:

@@ -14,6 +14,9 @@ from torch import Tensor
 _ROUNDING = 2.0**-20
 """Head-room for rounding of scaled float32 values: eight times half a unit in the last place."""
 
+_BLOCK = 1 << 17
+"""Values that are scaled at once: their float64 copies are as good as nothing beside them."""
+
 _SMALLEST = 2.0**-500
 """A shorter vector may be so because the squares of its values vanished."""
 
@@ -52,8 +55,10 @@ def clip_factor(norm: float, bound: float) -> float:
     return min(1.0, bound / norm) if norm > 0 else 1.0
 
 
-def clip(tensors: Mapping[str, Tensor], norm: float) -> Bounded:
+def clip(tensors: Mapping[str, Tensor], norm: float, into: Mapping[str, Tensor] | None = None) -> Bounded:
     """Scale all tensors by one factor so that their joint L2 norm is at most `norm`; leave shorter ones.
+
+    `into`: memory for the values, in tensors of the same names and shapes; else it is their own.
 
     Guarantee: adding or removing one contributor (a site, at the gate) changes a sum of such values by at
     most `norm` in L2; replacing one, by at most `2 * norm`. Counts and metrics that travel beside the values
@@ -65,9 +70,17 @@ def clip(tensors: Mapping[str, Tensor], norm: float) -> Bounded:
     before = joint_norm(tensors)
     if not math.isfinite(before):
         raise ValueError("Expected finite values to clip; got NaN or infinity. Nothing is released.")
-    if before <= norm:
-        value = {name: t.detach().clone() for name, t in tensors.items()}
-    else:
-        factor = norm * (1 - _ROUNDING) / before
-        value = {name: (t.detach().to(torch.float64) * factor).to(t.dtype) for name, t in tensors.items()}
+    factor = 1.0 if before <= norm else norm * (1 - _ROUNDING) / before
+    value = {n: t.new_empty(t.shape) if into is None else into[n] for n, t in tensors.items()}
+    for name, tensor in tensors.items():
+        _scale(tensor.detach(), factor, value[name])
     return Bounded(value=value, bound=norm, norm_before=before)
+
+
+def _scale(tensor: Tensor, factor: float, into: Tensor) -> None:
+    """Write the product, computed in float64."""
+    if factor == 1.0:
+        into.copy_(tensor)
+        return
+    for block, out in zip(tensor.reshape(-1).split(_BLOCK), into.view(-1).split(_BLOCK), strict=True):
+        out.copy_(block.double().mul_(factor))

@@ -8,8 +8,8 @@ Does not do: steps (`client/exchanges/pretraining.py`), keep secrets by itself (
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +40,7 @@ from federation.keys.identity import Peers
 from federation.plan import RunPlan
 from federation.sum_layout import MASKED, SumLayout
 from privacy.secure_sum.party import Party
+from privacy.secure_sum.ring import to_grid
 from privacy.secure_sum.transcript import checked_roster, threshold
 
 PEERS = "peers.json"
@@ -99,29 +100,32 @@ def answer_unmask(site: Site, ask: SumUnmaskAsk, plan: RunPlan, gate: Gate, on_s
     )
 
 
-@dataclass(frozen=True)
 class PartyMasking:
-    """How this site's weighted update becomes its masked vector in one attempt."""
+    """How this site's weighted update becomes its masked vector in one attempt, in the vector's memory."""
 
-    party: Party
-    layout: SumLayout
+    def __init__(self, party: Party, layout: SumLayout) -> None:
+        self.party, self.layout = party, layout
+        self._vector = np.empty(layout.size, dtype=np.uint32)
 
     @property
     def rounding(self) -> float:
         """As `Masking`."""
         return self.layout.rounding
 
+    def memory(self) -> dict[str, Tensor]:
+        """As `Masking`."""
+        return self.layout.tensors(self._vector)
+
     def rounded(self, tensor: Tensor) -> Tensor:
         """As `Masking`."""
-        return self.layout.rounded(tensor)
+        to_grid(tensor.view(-1).numpy(), self.layout.bits)
+        return tensor
 
-    def masked(
-        self, update: Mapping[str, Tensor], weight: float, metrics: Mapping[str, float]
-    ) -> dict[str, Tensor]:
+    def masked(self, weight: float, metrics: Mapping[str, float]) -> dict[str, Tensor]:
         """As `Masking`."""
-        vector = self.layout.encoded(update, int(weight), metrics)
-        self.party.mask(vector)
-        return {MASKED: torch.from_numpy(vector)}
+        self.layout.encode(self._vector, int(weight), metrics)
+        self.party.mask(self._vector)
+        return {MASKED: torch.from_numpy(self._vector)}
 
 
 def text_mail(released: Released, ask: SumKeysAsk | SumSharesAsk | SumUnmaskAsk, site: str) -> SumTextReply:

@@ -39,16 +39,18 @@ def rounding_length(num_values: int, bits: int) -> float:
     return math.sqrt(num_values) * 2.0 ** -(bits + 1)
 
 
-def to_grid(values: Floats, bits: int) -> Floats:
-    """The nearest values on the grid 2^-`bits`, in memory of their own; exact, as a float32 beyond 2^24 steps
-    is on the grid already."""
-    scaled = np.multiply(values, np.float32(2.0**bits))
-    np.rint(scaled, out=scaled)
-    return np.multiply(scaled, np.float32(2.0**-bits), out=scaled)
+def to_grid(values: Floats, bits: int) -> None:
+    """Move values to the nearest on the grid 2^-`bits`, in place; exact, as a float32 beyond 2^24 steps is on
+    the grid already."""
+    for start in range(0, len(values), _BLOCK):
+        block = values[start : start + _BLOCK]
+        np.multiply(block, np.float32(2.0**bits), out=block)
+        np.rint(block, out=block)
+        np.multiply(block, np.float32(2.0**-bits), out=block)
 
 
 def encode(values: Floats, bits: int, into: Ring) -> None:
-    """Write values as whole steps of the grid into the ring.
+    """Write values as whole steps of the grid into the ring; `into` may be their own memory.
 
     Raises `ValueError` for a value that is not finite, or beyond 2^31 steps.
     """

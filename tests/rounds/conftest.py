@@ -26,6 +26,8 @@ from federation.plan import (
     TrainingPlan,
 )
 from meduet_models.objective.settings import LossWeights, ObjectiveConfig
+from privacy.secure_sum.party import Party
+from privacy.secure_sum.ring import Ring
 from server.model import Surveyed
 from tests.worlds import small_plan
 
@@ -156,6 +158,21 @@ def tiny_client(state: Path, sites: tuple[str, ...] = SITES, tamper: Tamper | No
         return sent(message, site, "erasure", reply)
 
     return app
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> dict[str, Ring]:
+    """Each site's vector of a secure sum before it was masked, of the last round; nobody but a test can see
+    these."""
+    vectors: dict[str, Ring] = {}
+    mask = Party.mask
+
+    def masked(self: Party, vector: Ring) -> None:
+        vectors[self.site] = vector.copy()
+        mask(self, vector)
+
+    monkeypatch.setattr(Party, "mask", masked)
+    return vectors
 
 
 @dataclasses.dataclass(frozen=True)

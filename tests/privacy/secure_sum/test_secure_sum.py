@@ -134,11 +134,15 @@ def test_on_the_grid_no_sum_wraps_and_a_finer_grid_could(sites: int, largest: fl
 
 def test_rounding_is_within_its_length_and_exact_on_the_grid() -> None:
     values = np.random.default_rng(1).normal(size=300_001).astype(np.float32)
-    on_grid = to_grid(values, 12)
+    on_grid = values.copy()
+    to_grid(on_grid, 12)
     assert np.linalg.norm((on_grid - values).astype(np.float64)) <= rounding_length(len(values), 12)
     whole = np.empty(len(values), dtype=np.uint32)
     encode(values, 12, whole)
     assert np.array_equal(decode(whole, 12), on_grid.astype(np.float64))
+    in_place = values.view(np.uint32)
+    encode(values, 12, in_place)
+    assert np.array_equal(in_place, whole)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 2.0**31])
