@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from client.commands import audit as audit_commands
+from client.commands import cache_key as cache_key_commands
 from client.commands import harmonisation as harmonisation_commands
 from client.commands import journal as journal_commands
 from client.commands import key as key_commands
@@ -131,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     check.set_defaults(run=_check)
     key_commands.add_to(commands)
+    cache_key_commands.add_to(commands)
     plan_commands.add_to(commands)
     journal_commands.add_to(commands)
     releases_commands.add_to(commands)
@@ -152,6 +154,7 @@ def _prepare(chosen: argparse.Namespace, console: Console) -> int:
     from client.site import Site, load_plan, load_site_config
 
     config, plan = load_site_config(chosen.config), load_plan(chosen.plan)
+    cache_key_commands.ask_passphrase(config, console)
     with failing(ValueError, but=(AskRefused,)):
         site = Site(config)
         with _Bars(console) as bars:
@@ -169,6 +172,8 @@ def _check(chosen: argparse.Namespace, console: Console) -> int:
 
     config = load_site_config(chosen.config)
     plan = load_plan(chosen.plan) if chosen.plan else None
+    if plan is not None:
+        cache_key_commands.ask_passphrase(config, console)
     colours = {"ok": "green", "look": "yellow", "failed": "red"}
     counts, seen = dict.fromkeys(colours, 0), Seen()
     with _Bars(console) as bars:

@@ -30,6 +30,8 @@ from client.exact_sums import check_sentence as check_exact_sums
 from client.exchanges.exchange import AskRefused
 from client.exchanges.latents import check_sentence, consent
 from client.latents.cache import LatentCache
+from client.latents.cache_files import CacheFiles, ClearFiles
+from client.latents.cache_keys import opener, sealed_files
 from client.latents.latent_set import LatentSet
 from client.latents.workers import Job, Workers
 from client.scans.cohort import Cohort, NoScans, open_cohort
@@ -58,7 +60,7 @@ from scans.volume_plan import VolumePlan
 from storage.files import private_folder
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
-PATHS = ("data_root", "state_dir", "cache_dir", "keys_dir")
+PATHS = ("data_root", "state_dir", "cache_dir", "cache_key_file", "keys_dir")
 """Settings of a site that are paths."""
 SiteProgress = Callable[[str, int, int], None]
 """Called with what is being done ("reading", "encoding"), scans done, scans in all."""
@@ -77,6 +79,12 @@ class SiteConfig:
     cache_dir: Path | None = None
     """Folder of the encodings, which may outlive the state and serve several of them; none: `cache` in
     `state_dir`. Not inside `data_root`."""
+    encrypt_cache: bool = False
+    """Whether what is derived from scans lies encrypted in the cache (AES-256-GCM); `meduet-site cache-key`
+    changes its key."""
+    cache_key_file: Path | None = None
+    """File that opens the cache's key, made when there is none; keep it on another disk. None: a passphrase
+    does, which the commands ask for and programs read from MEDUET_CACHE_PASSPHRASE."""
     layout: Literal["auto", "bids", "plain", "manifest", "dicom"] = "auto"
     """How the data folder is laid out; `auto` tells from what is there."""
     modality_names: Annotated[dict[str, Phrase], Entries(1000)] = field(default_factory=dict)
@@ -141,6 +149,8 @@ class SiteConfig:
                     f"Expected {setting} outside the data folder {folder}; got {written}. What the site "
                     "writes must not be taken for scans."
                 )
+        if self.cache_key_file is not None:
+            self._check_key_file(self.cache_key_file)
         if abs(sum(self.split_fractions) - 1.0) > 1e-9:
             raise ValueError(f"Expected split_fractions that sum to 1; got {list(self.split_fractions)}.")
         if self.allow_non_private and self.epsilon_ceiling:
@@ -156,6 +166,17 @@ class SiteConfig:
             raise ValueError(
                 "Expected plan_approval: required where approvals are set; got implied, which asks nobody."
             )
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where encodings lie."""
+        return self.cache_dir or self.state_dir / "cache"
+
+    def _check_key_file(self, key_file: Path) -> None:
+        if not self.encrypt_cache:
+            raise ValueError("cache_key_file has no effect with encrypt_cache: false: leave it out.")
+        if key_file.resolve().is_relative_to(self.cache_folder.resolve()):
+            raise ValueError(f"Expected cache_key_file outside the cache that it opens; got {key_file}.")
 
 
 def approvals_of(config: SiteConfig) -> Approvals:
@@ -381,13 +402,24 @@ class Site:
 
     def cache(self, volumes: VolumePlan) -> LatentCache:
         """The cache of this site's encodings under `volumes`."""
-        return LatentCache(self.config.cache_dir or self.state_dir / "cache", self.tokenizer, volumes)
+        return LatentCache(self.config.cache_folder, self.tokenizer, volumes, self.cache_files)
+
+    @cached_property
+    def cache_files(self) -> CacheFiles:
+        """How the files of its cache are kept; where they are sealed, nothing is left there in clear.
+
+        Raises `ValueError` when the key does not open.
+        """
+        if not self.config.encrypt_cache:
+            return ClearFiles()
+        return sealed_files(self.config.cache_folder, opener(self.config.cache_key_file))
 
     @property
     def _memo(self) -> Path:
-        """Where the cohort is remembered: beside a cache of its own folder, under the data root's name."""
+        """Where the cohort is remembered: beside a cache of its own folder, under the data root's name; never
+        beside an encrypted one, since it names patients."""
         config = self.config
-        if config.cache_dir is None:
+        if config.cache_dir is None or config.encrypt_cache:
             return self.state_dir / "cohort.json"
         root = hashlib.sha256(str(config.data_root.resolve()).encode()).hexdigest()
         return config.cache_dir / f"cohort-{root[:12]}.json"
@@ -435,7 +467,8 @@ class Site:
     def _workers(self, cache: Path, volumes: VolumePlan, num_workers: int) -> Workers:
         """Processes that read scans, and encode them where the device is the CPU."""
         spec, sha256 = self.config.tokenizer, self.tokenizer.sha256
-        return Workers(Job(cache, volumes, spec, sha256, encodes=self.device.type == "cpu"), num_workers)
+        encodes = self.device.type == "cpu"
+        return Workers(Job(cache, volumes, spec, sha256, encodes, self.cache_files), num_workers)
 
 
 def survey_site(config: SiteConfig, volumes: VolumePlan | None = None) -> Found:
