@@ -45,6 +45,7 @@ from scipy.ndimage import gaussian_filter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from client.latents.cache import LatentCache
+from client.latents.cache_files import ClearFiles
 from client.latents.encoding import Preparation
 from client.latents.workers import Job, Workers
 from client.scans.cohort import Cohort, open_cohort
@@ -169,7 +170,7 @@ def _load(folder: Path) -> None:
 
 def _floor(files: list[Path], plan: VolumePlan, tokenizer: Tokenizer) -> dict[str, Callable[[], object]]:
     arrays = [np.asarray(nib.load(path).dataobj, np.float32) for path in files]
-    at_once = Preparation(Path(), tokenizer.sha256, plan).at_once
+    at_once = Preparation(Path(), tokenizer.sha256, plan, ClearFiles()).at_once
     volumes = torch.rand(at_once, 1, *plan.shape)
     return {
         "floor: decompress": lambda: [_decompress(path) for path in files],

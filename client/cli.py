@@ -87,6 +87,7 @@ def _run(arguments: Sequence[str] | None, console: Console) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from client.commands import audit as audit_commands
+    from client.commands import cache_key as cache_key_commands
     from client.commands import harmonisation as harmonisation_commands
     from client.commands import journal as journal_commands
     from client.commands import key as key_commands
@@ -137,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     check.set_defaults(run=_check)
     key_commands.add_to(commands)
+    cache_key_commands.add_to(commands)
     plan_commands.add_to(commands)
     journal_commands.add_to(commands)
     releases_commands.add_to(commands)
@@ -154,11 +156,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _prepare(chosen: argparse.Namespace, console: Console) -> int:
+    from client.commands.cache_key import ask_passphrase
     from client.exchanges.exchange import AskRefused
     from client.settings import load_site_config
     from client.site import Site, load_plan
 
     config, plan = load_site_config(chosen.config), load_plan(chosen.plan)
+    ask_passphrase(config, console)
     with failing(ValueError, but=(AskRefused,)):
         site = Site(config)
         with _Bars(console) as bars:
@@ -172,12 +176,15 @@ def _prepare(chosen: argparse.Namespace, console: Console) -> int:
 
 def _check(chosen: argparse.Namespace, console: Console) -> int:
     from client.checks.site import Seen, run_checks
+    from client.commands.cache_key import ask_passphrase
     from client.settings import load_site_config
     from client.site import load_plan
     from client.site_scans import confirm_patients
 
     config = load_site_config(chosen.config)
     plan = load_plan(chosen.plan) if chosen.plan else None
+    if plan is not None:
+        ask_passphrase(config, console)
     colours = {"ok": "green", "look": "yellow", "failed": "red"}
     counts, seen = dict.fromkeys(colours, 0), Seen()
     with _Bars(console) as bars:

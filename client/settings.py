@@ -28,7 +28,7 @@ from privacy.accounting import LARGEST_DELTA
 from privacy.ledger import Ceiling
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
-PATHS = ("data_root", "state_dir", "cache_dir", "keys_dir")
+PATHS = ("data_root", "state_dir", "cache_dir", "cache_key_file", "keys_dir")
 """Settings of a site that are paths."""
 
 
@@ -45,6 +45,12 @@ class SiteConfig:
     cache_dir: Path | None = None
     """Folder of the encodings, which may outlive the state and serve several of them; none: `cache` in
     `state_dir`. Not inside `data_root`."""
+    encrypt_cache: bool = False
+    """Whether what is derived from scans lies encrypted in the cache (AES-256-GCM); `meduet-site cache-key`
+    changes its key."""
+    cache_key_file: Path | None = None
+    """File that opens the cache's key, made when there is none; keep it on another disk. None: a passphrase
+    does, which the commands ask for and programs read from MEDUET_CACHE_PASSPHRASE."""
     layout: Literal["auto", "bids", "plain", "manifest", "dicom"] = "auto"
     """How the data folder is laid out; `auto` tells from what is there."""
     modality_names: Annotated[dict[str, Phrase], Entries(1000)] = field(default_factory=dict)
@@ -112,6 +118,8 @@ class SiteConfig:
                     f"Expected {setting} outside the data folder {folder}; got {written}. What the site "
                     "writes must not be taken for scans."
                 )
+        if self.cache_key_file is not None:
+            self._check_key_file(self.cache_key_file)
         if abs(sum(self.split_fractions) - 1.0) > 1e-9:
             raise ValueError(f"Expected split_fractions that sum to 1; got {list(self.split_fractions)}.")
         if self.allow_non_private and self.epsilon_ceiling:
@@ -127,6 +135,17 @@ class SiteConfig:
             raise ValueError(
                 "Expected plan_approval: required where approvals are set; got implied, which asks nobody."
             )
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where encodings lie."""
+        return self.cache_dir or self.state_dir / "cache"
+
+    def _check_key_file(self, key_file: Path) -> None:
+        if not self.encrypt_cache:
+            raise ValueError("cache_key_file has no effect with encrypt_cache: false: leave it out.")
+        if key_file.resolve().is_relative_to(self.cache_folder.resolve()):
+            raise ValueError(f"Expected cache_key_file outside the cache that it opens; got {key_file}.")
 
 
 def approvals_of(config: SiteConfig) -> Approvals:

@@ -20,6 +20,8 @@ from client.exact_sums import EXACT_SUMS_CONSENT
 from client.exchanges.exchange import AskRefused
 from client.exchanges.latents import consent
 from client.latents.cache import LatentCache
+from client.latents.cache_files import CacheFiles, ClearFiles
+from client.latents.cache_keys import opener, sealed_files
 from client.latents.latent_set import LatentSet
 from client.latents.workers import Job, Workers
 from client.scans.cohort import Cohort, NoScans, open_cohort
@@ -155,13 +157,24 @@ class SiteScans:
 
     def cache(self, volumes: VolumePlan) -> LatentCache:
         """The cache of this site's encodings under `volumes`."""
-        return LatentCache(self.config.cache_dir or self.state_dir / "cache", self.tokenizer, volumes)
+        return LatentCache(self.config.cache_folder, self.tokenizer, volumes, self.cache_files)
+
+    @cached_property
+    def cache_files(self) -> CacheFiles:
+        """How the files of its cache are kept; where they are sealed, nothing is left there in clear.
+
+        Raises `ValueError` when the key does not open.
+        """
+        if not self.config.encrypt_cache:
+            return ClearFiles()
+        return sealed_files(self.config.cache_folder, opener(self.config.cache_key_file))
 
     @property
     def _memo(self) -> Path:
-        """Where the cohort is remembered: beside a cache of its own folder, under the data root's name."""
+        """Where the cohort is remembered: beside a cache of its own folder, under the data root's name; never
+        beside an encrypted one, since it names patients."""
         config = self.config
-        if config.cache_dir is None:
+        if config.cache_dir is None or config.encrypt_cache:
             return self.state_dir / "cohort.json"
         root = hashlib.sha256(str(config.data_root.resolve()).encode()).hexdigest()
         return config.cache_dir / f"cohort-{root[:12]}.json"
@@ -209,7 +222,8 @@ class SiteScans:
     def _workers(self, cache: Path, volumes: VolumePlan, num_workers: int) -> Workers:
         """Processes that read scans, and encode them where the device is the CPU."""
         spec, sha256 = self.config.tokenizer, self.tokenizer.sha256
-        return Workers(Job(cache, volumes, spec, sha256, encodes=self.device.type == "cpu"), num_workers)
+        encodes = self.device.type == "cpu"
+        return Workers(Job(cache, volumes, spec, sha256, encodes, self.cache_files), num_workers)
 
 
 def survey_site(config: SiteConfig, volumes: VolumePlan | None = None) -> Found:

@@ -69,13 +69,22 @@ def save_weights(path: str | Path, tensors: Mapping[str, Tensor], provenance: Ma
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"Expected the folder {path.parent} to exist; create it, then save {path.name}.")
+    header, values = written(tensors, provenance)
+    with whole_file(path) as file:
+        file.write(header)
+        for one in values:
+            file.write(one)
+
+
+def written(
+    tensors: Mapping[str, Tensor], provenance: Mapping[str, str]
+) -> tuple[bytes, Iterator[memoryview]]:
+    """What `save_weights` writes: the header, and the values of one tensor after the other."""
     names = sorted(
         tensors, key=lambda name: (-tensors[name].element_size(), name)
     )  # each aligned to its size
-    with whole_file(path) as file:
-        file.write(_header({name: tensors[name] for name in names}, provenance))
-        for name in names:
-            file.write(_values(tensors[name]))
+    header = _header({name: tensors[name] for name in names}, provenance)
+    return header, (_values(tensors[name]) for name in names)
 
 
 def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

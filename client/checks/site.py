@@ -27,6 +27,7 @@ from client.connection.keys import SiteKeys
 from client.exact_sums import fewest_for_means, fewest_patients
 from client.exchanges.exchange import AskRefused
 from client.exchanges.latents import consent
+from client.latents.cache_files import SealedFiles
 from client.refusals import stopped_plans
 from client.scans.cohort import COPY, SPLITS, Cohort
 from client.scans.layouts import Found
@@ -336,20 +337,26 @@ def _leakage(cohort: Cohort) -> Check:
 
 def _cache(site: Site, cohort: Cohort, plan: RunPlan) -> Iterator[Check]:
     try:
+        sealed = isinstance(site.cache_files, SealedFiles)
+    except ValueError as error:
+        advice = "Correct cache_key_file or the passphrase: nothing of the cache opens without."
+        yield Check("cache", "failed", str(error), advice)
+        return
+    try:
         state = site.cache(plan.volumes).state(cohort)
     except ValueError as error:
         yield Check("cache", "failed", str(error), "Ask the centre: the plan does not fit its tokenizer.")
         return
-    found = f"{state.complete} scans encoded, {state.missing} to do"
+    found = f"{state.complete} scans encoded, {state.missing} to do" + (", encrypted" if sealed else "")
     found += f", {state.damaged} files damaged" if state.damaged else ""
     found += f", {state.unused} files that this plan does not use" if state.unused else ""
-    advice = []
+    advised = []
     if state.missing:
-        advice.append(
+        advised.append(
             "`meduet-site prepare` encodes them now, reading each once more; otherwise the first round does."
         )
     if state.unused:
-        advice.append("`meduet-site prepare --prune` removes what is not used.")
-    yield Check("cache", "look" if advice else "ok", found, " ".join(advice))
+        advised.append("`meduet-site prepare --prune` removes what is not used.")
+    yield Check("cache", "look" if advised else "ok", found, " ".join(advised))
     needed = round(HEADROOM * state.bytes_to_write)
     yield Check("disk space", *disk_check(site.state_dir, needed, state.at_least))

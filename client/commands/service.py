@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from client.commands.cache_key import ask_passphrase
 from federation.terminal import say
 from storage.files import private_folder
 
@@ -50,6 +51,7 @@ def _start(chosen: argparse.Namespace, console: Console) -> int:
     from client.books import open_books
     from client.confirmation import CURE, unconfirmed
     from client.connection.supernode import FOLDER, supernode_processes
+    from client.latents.cache_keys import cache_keys, opener
     from client.settings import load_site_config
     from client.site_scans import survey_site
     from federation.processes import become_supervisor
@@ -61,4 +63,7 @@ def _start(chosen: argparse.Namespace, console: Console) -> int:
     found = survey_site(config).patients
     if problem := unconfirmed(config.state_dir, config.data_root, found):
         raise ValueError(f"Not started: {problem}. {found.guess()}. {CURE}")
+    ask_passphrase(config, console)
+    if config.encrypt_cache:
+        cache_keys(config.cache_folder, opener(config.cache_key_file))
     become_supervisor(children, config.state_dir / FOLDER)

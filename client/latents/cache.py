@@ -3,9 +3,9 @@
 One file per scan and view, named by a hash of everything the latents depend on: the scan's content, its
 label's, the transform, the tokenizer, the view, the format. So a changed scan or transform is encoded again,
 an unchanged one never, and an interrupted encoding goes on where it stopped. Files are safetensors, written
-whole or not at all, readable by their owner only; they hold no name and no path, and keep the geometry with
-which a decoded volume is laid back on the patient. How they are made is `client/latents/encoding.py`, what is
-read back `client/latents/latent_set.py`.
+whole or not at all, readable by their owner only, sealed where the site says so (`cache_files.py`); they hold
+no name and no path, and keep the geometry with which a decoded volume is laid back on the patient. How they
+are made is `client/latents/encoding.py`, what is read back `client/latents/latent_set.py`.
 
 Latents are patient data: the tokenizer's decoder is public, so a latent is a scan. They stay at the site.
 Differs from MeDUET (arXiv:2602.17901, official code): the posterior's mean is kept, not one random draw, and
@@ -21,13 +21,9 @@ from pathlib import Path
 
 import torch
 
+from client.latents.cache_files import CacheFiles, ClearFiles, DamagedEncoding
 from client.latents.encoding import Encoder, Preparation, encode_each, prepare_each
-from client.latents.latent_set import (
-    DamagedEncoding,
-    LatentSet,
-    StoredLatent,
-    open_stored,
-)
+from client.latents.latent_set import LatentSet, StoredLatent, open_stored
 from client.latents.prepared_volumes import volume_path
 from client.latents.workers import Workers
 from client.scans.cohort import Cohort, ScanEntry
@@ -79,10 +75,13 @@ class LatentCache:
     """The cache in `folder`, for one tokenizer and one way from scan to volume.
 
     `folder` is created, open to its owner only. Several plans may share it, and several processes: at worst
-    two of them encode the same scan. Raises `ValueError` when the volume's shape does not fit the tokenizer.
+    two of them encode the same scan. `files`: how its files are written and read; None: in clear. Raises
+    `ValueError` when the volume's shape does not fit the tokenizer.
     """
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, volumes: VolumePlan) -> None:
+    def __init__(
+        self, folder: Path, tokenizer: Tokenizer, volumes: VolumePlan, files: CacheFiles | None = None
+    ) -> None:
         if any(side % tokenizer.stride for side in volumes.shape):
             raise ValueError(
                 f"Expected volumes.shape to be multiples of the tokenizer's stride {tokenizer.stride}; "
@@ -95,7 +94,8 @@ class LatentCache:
         """Where encodings are."""
         self._tokenizer = tokenizer
         self.volumes = volumes
-        self._preparation = Preparation(folder, tokenizer.sha256, volumes)
+        self._files = files or ClearFiles()
+        self._preparation = Preparation(folder, tokenizer.sha256, volumes, self._files)
 
     def judges(self, device: torch.device | str = "cpu", workers: Workers | None = None) -> "EncodingJudges":
         """Judges (`client/scans/judgement.py`) that encode on `device` what they read and is not cached yet.
@@ -140,10 +140,11 @@ class LatentCache:
         if unusable:
             _log.warning("%d scans could not be prepared; exclusions.csv has the reasons.", len(unusable))
         kept = [row for row in rows if row.entry.scan_id not in unusable]
-        stored = [[one or _written(path) for one, path in zip(row.stored, row.paths, strict=True)]
+        stored = [[one or self._written(path) for one, path in zip(row.stored, row.paths, strict=True)]
                   for row in kept]  # fmt: skip
         crop = self._preparation.crop if self.volumes.extent == "scan" else None
-        latents = LatentSet(cohort.without(unusable), stored, [site_index] * len(stored), crop=crop)
+        sites = [site_index] * len(stored)
+        latents = LatentSet(cohort.without(unusable), stored, sites, crop=crop, files=self._files)
         for path in judges.written - latents.files():
             path.unlink(missing_ok=True)
         return latents
@@ -187,6 +188,14 @@ class LatentCache:
     def _all_files(self) -> set[Path]:
         return {path for path in self.folder.glob("??/*") if path.is_file()}
 
+    def _written(self, path: Path) -> StoredLatent:
+        stored = open_stored(path, self._files)
+        if stored is None:
+            raise DamagedEncoding(
+                f"Expected {path.name[:12]}… to be cached; it was removed while encoding. Run again."
+            )
+        return stored
+
     def _find(self, cohort: Cohort) -> tuple[list[_Row], list[Path], dict[str, UnusableScan]]:
         """A row per scan, the damaged files, and the scans whose label cannot be read."""
         rows: list[_Row] = []
@@ -201,7 +210,7 @@ class LatentCache:
             stored: list[StoredLatent | None] = []
             for path in paths:
                 try:
-                    stored.append(open_stored(path))
+                    stored.append(open_stored(path, self._files))
                 except DamagedEncoding:
                     damaged.append(path)
                     stored.append(None)
@@ -251,12 +260,3 @@ def _changed(entry: ScanEntry, verdict: Verdict) -> UnusableScan | None:
     if entry.label_path is not None and verdict.label_reason is not None:
         return UnusableScan(verdict.label_reason, verdict.label_detail)
     return None
-
-
-def _written(path: Path) -> StoredLatent:
-    stored = open_stored(path)
-    if stored is None:
-        raise DamagedEncoding(
-            f"Expected {path.name[:12]}… to be cached; it was removed while encoding. Run again."
-        )
-    return stored

@@ -25,13 +25,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from client.latents.latent_set import LABEL, LATENTS, DamagedEncoding, open_stored
+from client.latents.cache_files import CacheFiles, DamagedEncoding
+from client.latents.latent_set import LABEL, LATENTS, open_stored
 from client.latents.whole_scan import encoded
 from client.scans.fingerprints import Fingerprints
 from client.scans.judgement import Read, Source, Verdict, read
 from meduet_models.threads import fixed_threads
 from meduet_models.tokenizer.tokenizer import STRIDE, Tokenizer
-from meduet_models.weights import save_weights
 from scans.scans import Reason, UnusableScan
 from scans.volume_plan import VolumePlan
 from scans.volumes import Prepared, prepare
@@ -40,6 +40,8 @@ from storage.files import private_folder
 
 CACHE_FORMAT = 1
 """Part of every key: raise it when what is stored changes, or what `scans/volumes.py` computes."""
+FINGERPRINTS = "fingerprints.json"
+"""The memo of hashes of label files, in the cache's folder."""
 VOXELS_AT_ONCE = 2**19
 """Volumes are encoded together up to this many voxels, and up to `SCANS_AT_ONCE`. Measured on a CPU: eight of
 32 x 48 x 32 together take a third of the time of one by one, eight of 96 cubed more than one by one."""
@@ -60,14 +62,16 @@ class Ready:
 
     path: Path
     prepared: Prepared
+    scan_id: str
 
 
 class Preparation:
-    """From files to volumes that are ready to be encoded, for one tokenizer (by its hash) and one plan."""
+    """From files to volumes that are ready to be encoded, for one tokenizer (by its hash) and one plan;
+    `files`: how encodings are written and read."""
 
-    def __init__(self, folder: Path, tokenizer_sha256: str, volumes: VolumePlan) -> None:
-        self.folder, self.volumes = folder, volumes
-        self.fingerprints = Fingerprints(folder / "fingerprints.json")
+    def __init__(self, folder: Path, tokenizer_sha256: str, volumes: VolumePlan, files: CacheFiles) -> None:
+        self.folder, self.volumes, self.files = folder, volumes, files
+        self.fingerprints = Fingerprints(folder / FINGERPRINTS, files.read_text, files.write_text)
         """Hashes of label files."""
         left_out = _NOT_IN_KEY | set(_WINDOWS.values()) - {_WINDOWS[volumes.window]}
         if volumes.extent == "crop":
@@ -111,9 +115,9 @@ class Preparation:
                 return found.judgement, []
             paths = self._paths(found, source.label)
             ready = [
-                Ready(path, self._volume(found, view))
+                Ready(path, self._volume(found, view), found.judgement.scan_id)
                 for view, path in enumerate(paths)
-                if not _is_whole(path)
+                if not self._is_whole(path)
             ]
             return found.judgement, ready
         except UnusableScan as error:
@@ -123,6 +127,12 @@ class Preparation:
         if self.volumes.extent == "scan":
             return prepare_whole(found.scan, self.volumes, STRIDE, view, found.label)
         return prepare(found.scan, self.volumes, view, found.label)
+
+    def _is_whole(self, path: Path) -> bool:
+        try:
+            return open_stored(path, self.files) is not None
+        except DamagedEncoding:
+            return False
 
     def _paths(self, found: Read, label: Path | None) -> list[Path]:
         try:
@@ -136,7 +146,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer, device: torch.device | str, preparation: Preparation) -> None:
         self._tokenizer, self._device = tokenizer, torch.device(device)
-        self._at_once, self._crop = preparation.at_once, preparation.crop
+        self._at_once, self._crop, self._files = preparation.at_once, preparation.crop, preparation.files
 
     @torch.inference_mode()
     def write(self, batch: Sequence[Ready]) -> None:
@@ -158,7 +168,7 @@ class Encoder:
         self._check(latents)
         for ready, one in zip(batch, latents, strict=True):
             said = {"geometry": json.dumps(ready.prepared.geometry.to_dict())}
-            _write(ready.path, {LATENTS: one}, ready.prepared.label, said)
+            self._keep(ready, {LATENTS: one}, said)
 
     def _write_whole(self, ready: Ready) -> None:
         assert isinstance(ready.prepared, WholeVolume)
@@ -166,7 +176,16 @@ class Encoder:
             tokenizer = self._tokenizer.to(self._device)
             tensors, said = encoded(ready.prepared, tokenizer, self._crop, self._device)
         self._check(tensors[LATENTS])
-        _write(ready.path, tensors, ready.prepared.label, said)
+        self._keep(ready, tensors, said)
+
+    def _keep(self, ready: Ready, tensors: dict[str, Tensor], said: dict[str, str]) -> None:
+        """Write a view, and of which scan it is: so it is found when a patient is to be forgotten."""
+        label = ready.prepared.label
+        if label is not None:
+            small = bool(((label >= 0) & (label <= 255)).all())
+            tensors = {**tensors, LABEL: label.to(torch.uint8 if small else torch.int16)}
+        private_folder(ready.path.parent)
+        self._files.write(ready.path, tensors, {**said, "scan_id": ready.scan_id})
 
     def close(self) -> None:
         """Give the device's memory back."""
@@ -230,18 +249,3 @@ def encode_each(
     if pending:
         write(pending)
     yield from (one[1:] for one in waiting)
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        return open_stored(path) is not None
-    except DamagedEncoding:
-        return False
-
-
-def _write(path: Path, tensors: dict[str, Tensor], label: Tensor | None, said: dict[str, str]) -> None:
-    if label is not None:
-        small = bool(((label >= 0) & (label <= 255)).all())
-        tensors = {**tensors, LABEL: label.to(torch.uint8 if small else torch.int16)}
-    private_folder(path.parent)
-    save_weights(path, tensors, said)

@@ -11,8 +11,6 @@ Axes: b = rows asked for, n = rows of the set, c d h w = a latent volume, D H W 
 
 import dataclasses
 import json
-import mmap
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,14 @@ import torch
 from jaxtyping import Bool, Float16, Float32, Int, Int64, Shaped
 from torch import Tensor
 
+from client.latents.cache_files import (
+    CacheFiles,
+    ClearFiles,
+    Inside,
+    Place,
+    StoredFile,
+    damaged,
+)
 from client.latents.prepared_volumes import prepared_volume
 from client.scans.cohort import Cohort, ScanEntry
 from scans.volume_plan import VolumePlan
@@ -31,20 +37,6 @@ from scans.whole_volumes import part_of
 
 LATENTS, LABEL, FOREGROUND = "latents", "label", "foreground"
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I16": np.dtype("<i2"), "U8": np.dtype("u1")}
-_LARGEST_HEADER = 2**20
-
-
-class DamagedEncoding(ValueError):
-    """A cached file is not what was written; encoding again repairs it."""
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where an array lies in a file."""
-
-    offset: int
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -52,79 +44,60 @@ class StoredLatent:
     """One encoded view on disk: its header, read; its arrays, not."""
 
     path: Path
-    latents: _Place
-    label: _Place | None
+    file: StoredFile
+    latents: Place
+    label: Place | None
     geometry_json: str
     """Geometry of the volume that was encoded."""
-    foreground: _Place | None = None
+    foreground: Place | None = None
     """Which latent voxels are foreground, of a whole scan."""
     start: tuple[int, int, int] = (0, 0, 0)
     """First latent voxel of the central crop, of a whole scan."""
+    scan_id: str = ""
+    """Of which scan; empty in files that do not say."""
 
     @property
     def stride(self) -> int:
         """Voxels per latent voxel and axis."""
         return int(json.loads(self.geometry_json)["prepared_shape"][0]) // self.latents.shape[1]
 
-    def read(self, place: _Place) -> np.ndarray:
-        """An array of the file, mapped read-only; pages come in as they are touched.
+    def read(self, place: Place, inside: Inside | None = None) -> np.ndarray:
+        """An array of the file, or a part of it; nothing else is read.
 
-        Raises `DamagedEncoding` when the file went, or became shorter, since its header was read.
+        Raises `DamagedEncoding` when the file went, or changed, since its header was read.
         """
-        count = int(np.prod(place.shape))
-        try:
-            descriptor = os.open(self.path, os.O_RDONLY)
-        except FileNotFoundError as error:
-            raise _damaged(self.path, "is gone") from error
-        try:
-            if os.fstat(descriptor).st_size < place.offset + count * place.dtype.itemsize:
-                raise _damaged(self.path, "was cut short")  # touching a page behind the end would be a SIGBUS
-            mapped = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-        finally:
-            os.close(descriptor)
-        return np.frombuffer(mapped, place.dtype, count, place.offset).reshape(place.shape)
+        return self.file.array(place, inside)
 
 
-def open_stored(path: Path) -> StoredLatent | None:
+def open_stored(path: Path, files: CacheFiles) -> StoredLatent | None:
     """Read the header of a cached file; None when there is no such file.
 
     Raises `DamagedEncoding` when the file is shorter or longer than its header says, or has another header.
     """
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if not 0 < length <= min(size - 8, _LARGEST_HEADER):
-                raise _damaged(path, "has no header")
-            head = file.read(length)
+        file = files.open(path)
     except FileNotFoundError:
         return None
     try:
-        fields = json.loads(head)
+        fields = json.loads(file.head)
         said = json.loads(fields.pop("__metadata__")["provenance"])
         geometry_json = said["geometry"]
         d, h, w = map(int, json.loads(said.get("start", "[0, 0, 0]")))
+        scan_id = str(said.get("scan_id", ""))
         ends = [field["data_offsets"][1] for field in fields.values()]
         places = {
-            name: _Place(
-                8 + length + field["data_offsets"][0], _DTYPES[field["dtype"]], tuple(field["shape"])
-            )
+            name: Place(field["data_offsets"][0], _DTYPES[field["dtype"]], tuple(field["shape"]))
             for name, field in fields.items()
         }
         stored = StoredLatent(
-            path, places[LATENTS], places.get(LABEL), geometry_json, places.get(FOREGROUND), (d, h, w)
-        )
+            path, file, places[LATENTS], places.get(LABEL), geometry_json, places.get(FOREGROUND), (d, h, w),
+            scan_id,
+        )  # fmt: skip
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise _damaged(path, "has a header of another kind") from error
-    if 8 + length + max(ends) != size:
-        raise _damaged(path, "was cut short")
+        raise damaged(path, "has a header of another kind") from error
+    if max(ends) != file.size:
+        raise damaged(path, "was cut short")
     return stored
-
-
-def _damaged(path: Path, what: str) -> DamagedEncoding:
-    return DamagedEncoding(
-        f"Expected {path.name[:12]}… to be as it was written; it {what}. Run `meduet-site prepare` again."
-    )
 
 
 class LatentSet:
@@ -137,12 +110,13 @@ class LatentSet:
         site_index: Sequence[int],
         patients: Sequence[str] | None = None,
         crop: tuple[int, int, int] | None = None,
+        files: CacheFiles | None = None,
     ) -> None:
         """Row i is `cohort.scans[i]`, its views `stored[i]`, its site label `site_index[i]`.
 
         `patients` replaces the cohort's names. `crop`: latent voxels of the crops that are read of whole
-        scans; None: what is stored is a crop. Raises `ValueError` when rows differ in shape (of whole scans:
-        in channels) or views.
+        scans; None: what is stored is a crop. `files`: how prepared volumes are kept; None: in clear. Raises
+        `ValueError` when rows differ in shape (of whole scans: in channels) or views.
         """
         if not len(cohort.scans) == len(stored) == len(site_index):
             raise ValueError(
@@ -169,6 +143,7 @@ class LatentSet:
         self.crop = crop
         """Latent voxels of a crop of a whole scan; None where a scan is a crop."""
         self._stored = [tuple(views) for views in stored]
+        self._files = files or ClearFiles()
 
     def __len__(self) -> int:
         """Rows."""
@@ -209,18 +184,12 @@ class LatentSet:
 
     def foreground(self, row: int, view: int = 0) -> Bool[np.ndarray, "d h w"]:
         """Which latent voxels of a row are foreground, mapped read-only: all, where nothing says so."""
-        one = self._at(row, view)
-        if one.foreground is None:
-            return np.ones(one.latents.shape[1:], dtype=bool)
-        return one.read(one.foreground).view(bool)
+        return self._foreground(self._at(row, view))
 
     def central_foreground(self, indices: Sequence[int], view: int = 0) -> Bool[Tensor, "b d h w"]:
         """Which latent voxels that `latents` gives are foreground."""
         stored = [self._at(row, view) for row in indices]
-        inside = [
-            self.foreground(row, view)[self._inside(one, one.start)]
-            for row, one in zip(indices, stored, strict=True)
-        ]
+        inside = [self._foreground(one, self._inside(one, one.start)) for one in stored]
         return torch.from_numpy(np.stack(inside))
 
     def labels(self, indices: Sequence[int], view: int = 0) -> Int64[Tensor, "b 1 D H W"] | None:
@@ -238,12 +207,10 @@ class LatentSet:
                 f"Expected all or none of {len(stored)} rows to have a label; {len(labelled)} have. "
                 "Choose rows by has_label."
             )
-        arrays = [one.read(place) for one, place in zip(stored, labelled, strict=True)]
-        if self.crop is not None:
-            arrays = [
-                array[(slice(None), *self._inside(one, one.start, one.stride))]
-                for one, array in zip(stored, arrays, strict=True)
-            ]
+        arrays = [
+            one.read(place, None if self.crop is None else self._label_inside(one, one.start))
+            for one, place in zip(stored, labelled, strict=True)
+        ]
         return torch.from_numpy(np.stack(arrays).astype(np.int64))
 
     def whole_label(self, row: int, view: int = 0) -> Shaped[np.ndarray, "1 D H W"] | None:
@@ -256,8 +223,7 @@ class LatentSet:
         one = self._at(row, view)
         assert one.label is not None, "only scans with labels are asked for"
         d, h, w = start.tolist()
-        inside = self._inside(one, (d, h, w), one.stride)
-        return torch.from_numpy(one.read(one.label)[:, *inside].astype(np.int64))
+        return torch.from_numpy(one.read(one.label, self._label_inside(one, (d, h, w))).astype(np.int64))
 
     def stride(self, row: int) -> int:
         """Voxels per latent voxel and axis."""
@@ -283,7 +249,10 @@ class LatentSet:
         """The volumes that these rows' latents encode, prepared now as `plan` says where they are not kept
         yet. Raises `UnusableScan` when a scan is gone or changed since it was encoded."""
         return torch.stack(
-            [prepared_volume(self.entries[row], self.path(row, view), plan, view) for row in indices]
+            [
+                prepared_volume(self.entries[row], self.path(row, view), plan, self._files, view)
+                for row in indices
+            ]
         )
 
     def path(self, row: int, view: int = 0) -> Path:
@@ -312,6 +281,7 @@ class LatentSet:
             [place for place, one in enumerate(sets) for _ in range(one.num_scans)],
             [f"{place}/{patient}" for place, one in enumerate(sets) for patient in one.patients],
             sets[0].crop,
+            sets[0]._files,
         )
 
     def _read(
@@ -319,8 +289,19 @@ class LatentSet:
     ) -> Float32[Tensor, "b c d h w"]:
         batch = np.empty((len(stored), stored[0].latents.shape[0], *self._sides(stored[0])), np.float32)
         for place, one, start in zip(batch, stored, starts, strict=True):
-            place[...] = one.read(one.latents)[(slice(None), *self._inside(one, start))]
+            channels = slice(0, one.latents.shape[0])
+            one.file.copy(one.latents, (channels, *self._inside(one, start)), place)
         return torch.from_numpy(batch)
+
+    def _foreground(self, one: StoredLatent, inside: Inside | None = None) -> np.ndarray:
+        if one.foreground is not None:
+            return one.read(one.foreground, inside).view(bool)
+        everything = np.ones(one.latents.shape[1:], dtype=bool)
+        return everything if inside is None else everything[inside]
+
+    def _label_inside(self, one: StoredLatent, start: tuple[int, int, int]) -> Inside:
+        """The crop that begins at a latent voxel, in the label."""
+        return (slice(0, 1), *self._inside(one, start, one.stride))
 
     def _sides(self, one: StoredLatent) -> tuple[int, ...]:
         return one.latents.shape[1:] if self.crop is None else self.crop

@@ -11,14 +11,16 @@ Does not do: encode (`cache.py`), or choose scans (`labelled.py`).
 Axes: D H W = voxels.
 """
 
+import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float16
 from torch import Tensor
 
+from client.latents.cache_files import CacheFiles, Place
 from client.scans.cohort import ScanEntry, read_entry
-from meduet_models.weights import load_weights, save_weights
 from scans.volume_plan import VolumePlan
 from scans.volumes import prepare
 
@@ -31,7 +33,7 @@ def volume_path(latents: Path) -> Path:
 
 
 def prepared_volume(
-    entry: ScanEntry, latents: Path, plan: VolumePlan, view: int = 0
+    entry: ScanEntry, latents: Path, plan: VolumePlan, files: CacheFiles, view: int = 0
 ) -> Float16[Tensor, "1 D H W"]:
     """The volume of a scan that the file `latents` encodes, prepared now where it is not kept yet.
 
@@ -43,21 +45,22 @@ def prepared_volume(
             "Expected volumes.extent=crop for a network that sees volumes; got scan: use network=tokens."
         )
     path = volume_path(latents)
-    if (kept := _kept(path, plan)) is not None:
+    if (kept := _kept(path, plan, files)) is not None:
         return kept
     scan, _ = read_entry(entry, plan)
     volume = prepare(scan, plan, view).volume.to(torch.float16)
-    save_weights(path, {_VOLUME: volume}, {})
+    files.write(path, {_VOLUME: volume}, {})
     return volume
 
 
-def _kept(path: Path, plan: VolumePlan) -> Tensor | None:
+def _kept(path: Path, plan: VolumePlan, files: CacheFiles) -> Tensor | None:
     """What is kept; None where nothing is, or what is there is not as it was written."""
-    if not path.is_file():
-        return None
     try:
-        volume = load_weights(path)[0].get(_VOLUME)
-    except ValueError:
+        file = files.open(path)
+        field = json.loads(file.head)[_VOLUME]
+        place = Place(field["data_offsets"][0], np.dtype("<f2"), tuple(field["shape"]))
+        if field["dtype"] != "F16" or place.shape != (1, *plan.shape) or place.num_bytes != file.size:
+            return None
+        return torch.from_numpy(file.array(place).copy())
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    whole = volume is not None and volume.dtype == torch.float16 and volume.shape == (1, *plan.shape)
-    return volume if whole else None

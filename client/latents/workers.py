@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from client.latents.cache_files import CacheFiles, ClearFiles, SealedFiles
 from client.latents.encoding import Preparation, Ready
 from client.scans.judgement import Source, Verdict, verdict_from_json, verdict_to_json
 from forms.form import build
@@ -35,6 +36,7 @@ from meduet_models.tokenizer.tokenizer import TokenizerSpec
 from scans.volume_plan import VolumePlan
 from scans.volumes import Geometry, Prepared
 from scans.whole_volumes import WholeVolume
+from storage.sealed_files import SealingKeys
 
 MOST_WORKERS = 256
 MOST_BATCHES = 8
@@ -59,10 +61,20 @@ class Job:
     tokenizer_sha256: str
     encodes: bool
     """Whether the worker encodes, on the CPU; otherwise it sends what it prepared."""
+    files: CacheFiles = field(default_factory=ClearFiles)
+    """How it writes encodings and reads them. A key goes to it as the scans do, on its standard input."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {**dataclasses.asdict(self), "folder": str(self.folder)}
+        key = self.files.keys.current.hex() if isinstance(self.files, SealedFiles) else ""
+        return {
+            "folder": str(self.folder),
+            "volumes": dataclasses.asdict(self.volumes),
+            "tokenizer": dataclasses.asdict(self.tokenizer),
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "encodes": self.encodes,
+            "key": key,
+        }
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> "Job":
@@ -73,11 +85,12 @@ class Job:
             build(TokenizerSpec, values["tokenizer"], "tokenizer"),
             values["tokenizer_sha256"],
             values["encodes"],
+            SealedFiles(SealingKeys(bytes.fromhex(values["key"]))) if values["key"] else ClearFiles(),
         )
 
     def preparation(self) -> Preparation:
         """How scans are read for it."""
-        return Preparation(self.folder, self.tokenizer_sha256, self.volumes)
+        return Preparation(self.folder, self.tokenizer_sha256, self.volumes, self.files)
 
 
 @dataclass(frozen=True)
@@ -263,6 +276,7 @@ def answer_lines(
     listed = [
         {
             "path": str(one.path),
+            "scan_id": one.scan_id,
             "geometry": one.prepared.geometry.to_dict(),
             "volume": list(one.prepared.volume.shape),
             "label": None if one.prepared.label is None else list(one.prepared.label.shape),
@@ -318,9 +332,9 @@ def _ready(reply: dict[str, Any], worker: "subprocess.Popen[bytes]") -> Ready:
     label = None if reply["label"] is None else _tensor(worker.stdout, reply["label"], np.dtype(np.int16))
     path, geometry = Path(reply["path"]), Geometry.from_dict(reply["geometry"])
     if reply["foreground"] is None:
-        return Ready(path, Prepared(volume, label, geometry))
+        return Ready(path, Prepared(volume, label, geometry), reply["scan_id"])
     foreground = _tensor(worker.stdout, reply["foreground"], np.dtype(np.bool_))
-    return Ready(path, WholeVolume(volume, label, geometry, foreground))
+    return Ready(path, WholeVolume(volume, label, geometry, foreground), reply["scan_id"])
 
 
 def _tensor(stream: IO[bytes], shape: list[int], dtype: "np.dtype[Any]") -> Tensor:

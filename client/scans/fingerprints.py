@@ -11,6 +11,7 @@ Does not do: watch folders; say which scan is which (`client/scans/cohort.py`).
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from storage.files import write_whole
@@ -22,16 +23,22 @@ SETTLED_S = 2.0
 class Fingerprints:
     """SHA-256 of files, remembered in the JSON file `memo` (created by `save`, readable by its owner only).
 
-    A memo that is damaged is forgotten, never trusted: the files are read again.
+    A memo that is damaged is forgotten, never trusted: the files are read again. `load` and `save` say how
+    it is kept: in clear, or sealed as the cache's other files are.
     """
 
-    def __init__(self, memo: Path) -> None:
-        self._memo = memo
+    def __init__(
+        self,
+        memo: Path,
+        load: Callable[[Path], str] = Path.read_text,
+        save: Callable[[Path, str], None] = write_whole,
+    ) -> None:
+        self._memo, self._write = memo, save
         self._known: dict[str, str] = {}
         self._used: dict[str, str] = {}
         self.num_read = 0
         try:
-            loaded = json.loads(memo.read_text())
+            loaded = json.loads(load(memo))
         except (FileNotFoundError, ValueError):
             return
         if isinstance(loaded, dict) and all(isinstance(v, str) and len(v) == 64 for v in loaded.values()):
@@ -57,5 +64,5 @@ class Fingerprints:
     def save(self) -> None:
         """Write what was asked for since opening, and only that: files that are gone are forgotten."""
         if self._used != self._known:
-            write_whole(self._memo, json.dumps(self._used).encode())
+            self._write(self._memo, json.dumps(self._used))
             self._known = dict(self._used)

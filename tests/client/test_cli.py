@@ -18,6 +18,7 @@ from pydicom.dataset import Dataset
 from rich.console import Console
 
 import client.cli
+import client.latents.cache_files
 import client.latents.encoding
 import client.scans.cohort_memo
 import client.scans.judgement_memo
@@ -138,7 +139,7 @@ def test_an_interrupted_prepare_says_so_and_the_same_command_goes_on(
     hospital: Hospital, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client.latents.encoding, "SCANS_AT_ONCE", 1)
-    saved, count = client.latents.encoding.save_weights, 0
+    saved, count = client.latents.cache_files.save_weights, 0
 
     def interrupted(path: Path, *rest: object) -> None:
         nonlocal count
@@ -147,7 +148,7 @@ def test_an_interrupted_prepare_says_so_and_the_same_command_goes_on(
             raise KeyboardInterrupt
         saved(path, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(client.latents.encoding, "save_weights", interrupted)
+    monkeypatch.setattr(client.latents.cache_files, "save_weights", interrupted)
     status, screen = hospital.run("prepare")
     assert status == 130 and "Interrupted. What was encoded is kept" in screen
     status, screen = hospital.run("prepare")
@@ -193,7 +194,7 @@ def test_a_full_disk_is_said_in_words_and_exits_1(
     def full(path: Path, *rest: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr(client.latents.encoding, "save_weights", full)
+    monkeypatch.setattr(client.latents.cache_files, "save_weights", full)
     status, screen = hospital.run("prepare")
     assert status == 1 and "No space left on device" in screen and "run the same command again" in screen
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import client.latents.cache_files
 import client.latents.encoding
 import client.scans.fingerprints
 from client.latents.cache import LatentCache
@@ -186,7 +187,7 @@ def test_an_interrupted_encoding_goes_on_and_ends_as_if_undisturbed(
 def test_a_full_disk_is_an_error_that_keeps_what_was_written(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved = client.latents.encoding.save_weights
+    saved = client.latents.cache_files.save_weights
 
     def full(path: Path, *rest: object) -> None:
         if len(site.files()) == 3:
@@ -194,7 +195,7 @@ def test_a_full_disk_is_an_error_that_keeps_what_was_written(
         saved(path, *rest)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(client.latents.encoding, "save_weights", full)
+        patch.setattr(client.latents.cache_files, "save_weights", full)
         with pytest.raises(OSError, match="No space"):
             site.encode()
     kept = site.files()

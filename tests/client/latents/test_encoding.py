@@ -14,6 +14,7 @@ import torch
 import client.scans.judgement
 import client.scans.judgement_memo
 from client.latents.cache import LatentCache
+from client.latents.cache_files import ClearFiles
 from client.latents.encoding import Encoder, Preparation, Ready, encode_each, prepare_each
 from client.latents.latent_set import LATENTS, LatentSet
 from client.scans.cohort import Cohort, open_cohort, read_entry
@@ -101,7 +102,7 @@ def test_latents_of_a_scan_depend_on_no_other_scan_and_not_on_how_many_threads_t
     stored = []
     before = torch.get_num_threads()
     for name, count, threads in (("alone", 1, 1), ("three", 3, 4), ("eight", 8, 1)):
-        preparation = Preparation(tmp_path / name, tokenizer.sha256, PLAN)
+        preparation = Preparation(tmp_path / name, tokenizer.sha256, PLAN, ClearFiles())
         encoder = Encoder(tokenizer, "cpu", preparation)
         torch.set_num_threads(threads)
         try:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from client.latents.latent_set import DamagedEncoding, LatentSet, StoredLatent, open_stored
+from client.latents.cache_files import ClearFiles, DamagedEncoding
+from client.latents.latent_set import LatentSet, StoredLatent, open_stored
 from client.scans.cohort import Cohort, Exclusion, ScanEntry
 from meduet_models.weights import save_weights
 from scans.scans import Reason
@@ -18,7 +19,7 @@ def stored(path: Path, value: float, label: int | None = None) -> StoredLatent:
             (1, 12, 16, 20), label, dtype=torch.uint8 if label < 256 else torch.int16
         )
     save_weights(path, tensors, {"geometry": "{}"})
-    found = open_stored(path)
+    found = open_stored(path, ClearFiles())
     assert found is not None
     return found
 
@@ -92,7 +93,7 @@ def test_merged_sets_keep_rows_apart_and_two_hospitals_patients_of_one_name_too(
 def test_sets_of_other_shapes_do_not_merge(tmp_path: Path) -> None:
     one = latent_set(tmp_path, "a", [None])
     save_weights(tmp_path / "other", {"latents": torch.zeros(2, 3, 4, 6)}, {"geometry": "{}"})
-    other = open_stored(tmp_path / "other")
+    other = open_stored(tmp_path / "other", ClearFiles())
     assert other is not None
     with pytest.raises(ValueError, match="Expected rows of one shape"):
         LatentSet.merge([one, LatentSet(one.cohort, [[other]], [0])])
@@ -108,6 +109,6 @@ def test_a_file_lost_or_cut_after_opening_is_an_error_and_not_a_crash(tmp_path: 
             DamagedEncoding, match=r"(is gone|was cut short)\. Run `meduet-site prepare` again"
         ):
             scans.latents([row])
-    assert open_stored(lost) is None
+    assert open_stored(lost, ClearFiles()) is None
     with pytest.raises(DamagedEncoding, match="was cut short"):
-        open_stored(cut)
+        open_stored(cut, ClearFiles())

@@ -13,6 +13,7 @@ import torch
 from client.checks.machine import disk_check
 from client.latents.batches import Batches, step_generator
 from client.latents.cache import LatentCache
+from client.latents.cache_files import SealedFiles
 from client.latents.latent_set import LatentSet
 from client.latents.style_moments import own_moments
 from client.latents.whole_scan import central_start, draw_start
@@ -24,6 +25,7 @@ from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec, load_tok
 from scans.scans import Reason
 from scans.volume_plan import VolumePlan
 from scans.whole_volumes import prepare_whole, volume_at
+from storage.sealed_files import SealingKeys
 from tests.client.conftest import make_plan
 
 VOLUMES = VolumePlan(
@@ -107,6 +109,25 @@ def test_a_crop_reads_its_own_pages_of_the_file(scans: LatentSet, monkeypatch: p
     monkeypatch.setattr(os, "read", lambda *given: opened.append(1) or read(*given))
     scans.crops([0], [0], torch.zeros(1, 3, dtype=torch.long))
     assert not opened and isinstance(scans.whole(0).base, np.ndarray) and not scans.whole(0).flags.writeable
+
+
+def test_sealed_whole_scans_are_read_to_the_bit_by_crops_labels_and_foreground(
+    scans: LatentSet, root: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    files = SealedFiles(SealingKeys(bytes(32)))
+    sealed = LatentCache(tmp_path, tokenizer, VOLUMES, files).encode(scans.cohort)
+    rows, start = range(len(scans)), torch.tensor([1, 0, 2])
+    for row in rows:
+        assert np.array_equal(sealed.whole(row), scans.whole(row))
+        assert np.array_equal(sealed.foreground(row, 1), scans.foreground(row, 1))
+        one, other = (given.crops([row], [1], start[None]) for given in (sealed, scans))
+        assert torch.equal(one, other)
+    assert torch.equal(sealed.latents(rows), scans.latents(rows))
+    assert torch.equal(sealed.central_foreground(rows), scans.central_foreground(rows))
+    labelled = scans.has_label.index(True)
+    assert torch.equal(sealed.label_crop(labelled, start), scans.label_crop(labelled, start))
+    one, other = sealed.labels([labelled]), scans.labels([labelled])
+    assert one is not None and other is not None and torch.equal(one, other)
 
 
 def test_who_asks_for_a_scan_gets_the_crop_around_its_foreground_with_its_label_and_place(
