@@ -46,7 +46,7 @@ def covariates_of_patients(scans: TrainingScans) -> Mapping[str, Covariates]:
     """What is known of each training patient, by the first of her scans."""
     found: dict[str, Covariates] = {}
     for row in scans.indices("train"):
-        found.setdefault(scans.patients[row], scans.covariates[row])
+        found.setdefault(scans.patients[row], dict(scans.covariates[row]))
     return found
 
 
