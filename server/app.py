@@ -42,6 +42,7 @@ from server.exchanges.pretraining import pretraining
 from server.exchanges.probes import FederatedProbes
 from server.exchanges.secure_sum import SecureSums
 from server.exchanges.survey import ask_survey
+from server.export.crate import write_run_crate
 from server.model import MeduetModel, SharedModel
 from server.observer import RoundObserver
 from server.protected_pretraining import ProtectedPretraining
@@ -166,6 +167,7 @@ class _Run:
         final = self.observer.on_end(result)
         result = dataclasses.replace(result, metrics=result.metrics | {"final": dict(final)})
         write_metrics(self.folder, result.metrics)
+        write_run_crate(self.folder)
         return result
 
     def _survey(self) -> Checkpoint:

@@ -65,6 +65,7 @@ def _audit(chosen: argparse.Namespace, console: Console) -> int:
     say(console, "loading PyTorch and the run")
     from audit.report import FOLDER, asked_effort, asked_policy, write_audit
     from meduet_models.threads import fixed_threads
+    from server.export.crate import write_run_crate
     from simulations.audit_run import MOST_SHADOWS, evidence_of
     from simulations.progress import Live
 
@@ -76,7 +77,9 @@ def _audit(chosen: argparse.Namespace, console: Console) -> int:
             evidence = evidence_of(chosen.run, live, chosen.shadow)
         command = " ".join(["meduet-audit", *sys.argv[1:]])
         folder = chosen.run / FOLDER
-        return write_audit(evidence, folder, policy, effort, command, lambda text: say(console, text))
+        status = write_audit(evidence, folder, policy, effort, command, lambda text: say(console, text))
+        write_run_crate(chosen.run)
+        return status
 
 
 def _dossier(chosen: argparse.Namespace, console: Console) -> int:

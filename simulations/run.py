@@ -36,6 +36,7 @@ from server.app import run as run_plan
 from server.config import plain, plan_from
 from server.deployment.status import kept_status
 from server.deployment.watch import watched
+from server.export.crate import write_run_crate
 from server.public_scans import PUBLIC_SCANS, drawn_public_scans
 from simulations.consortium import Consortium, site_configs
 from simulations.engines.in_process import FixedThreads, InProcessGrid
@@ -214,7 +215,9 @@ def run(config: DictConfig, page: SimulationPage | None = None) -> Path:
         with live.counting("drawing the page"):
             write_whole(folder / "versions.json", json.dumps(versions(result), indent=1) + "\n")
             origin = _origin(settings_from(values)[1], simulation.hospitals)
-            return write_page(folder, origin, simulation.consortium.held_out)
+            report = write_page(folder, origin, simulation.consortium.held_out)
+        write_run_crate(folder)  # once more: figures and the report are part of it
+        return report
 
 
 def _read(simulation: Simulation, live: Live, processes: SideBySide | None) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 from client.exchanges.exchange import Answer, OnStep, Site
 from client.latents.batches import TrainingScans
 from client.release import Gate, Released
-from client.scans.tables import Covariates
 from federation.exchanges.demographics import (
     AGES,
     DEMOGRAPHICS,
@@ -42,15 +41,15 @@ def answer_demographics(
     return gate.release(counts, demographics_shapes(plan), weight=float(len(patients)))
 
 
-def covariates_of_patients(scans: TrainingScans) -> Mapping[str, Covariates]:
+def covariates_of_patients(scans: TrainingScans) -> dict[str, Mapping[str, str | float]]:
     """What is known of each training patient, by the first of her scans."""
-    found: dict[str, Covariates] = {}
+    found: dict[str, Mapping[str, str | float]] = {}
     for row in scans.indices("train"):
         found.setdefault(scans.patients[row], dict(scans.covariates[row]))
     return found
 
 
-def counted(patients: Sequence[Covariates], age_edges: Sequence[float]) -> dict[str, Tensor]:
+def counted(patients: Sequence[Mapping[str, str | float]], age_edges: Sequence[float]) -> dict[str, Tensor]:
     """How many of these patients are in each band of ages, and of each sex; exact."""
     ages = torch.zeros(len(age_edges) + 2, dtype=torch.float64)
     sexes = torch.zeros(len(SEX_NAMES), dtype=torch.float64)

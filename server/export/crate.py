@@ -1,50 +1,94 @@
-"""The record of an export: `ro-crate-metadata.json`, which says of every file in the folder what it is.
+"""The record of an export or a run: `ro-crate-metadata.json`, which says of every file what it is.
 
-RO-Crate 1.1 (https://w3id.org/ro/crate/1.1): what catalogues and workflow tools read. The facts are those of
-the model card; files are named by their hash. Written last, over what lies there.
+RO-Crate 1.1 (https://w3id.org/ro/crate/1.1): what catalogues and workflow tools read. Files are named by
+their hash. Written last, over what lies there. Of a run's folder only what the centre wrote is listed: sites
+that were simulated in it, checkpoints and whatever a run needs to go on are not part of its record.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from federation.plan import RunPlan
+from meduet_models.diffusion.artefact import DIFFUSION_MODEL
+from meduet_models.published.pretrained import MODEL
 from meduet_models.weights import sha256_of_file
 from server.export.facts import INTENDED, Release
+from server.promises import sentences
 from storage.files import write_whole
 
 CRATE = "ro-crate-metadata.json"
-_TYPES = {".json": "application/json", ".md": "text/markdown", ".onnx": "application/onnx"}
+_TYPES = {
+    ".json": "application/json", ".jsonl": "application/jsonl", ".csv": "text/csv", ".html": "text/html",
+    ".png": "image/png", ".yaml": "application/yaml", ".md": "text/markdown", ".onnx": "application/onnx",
+}  # fmt: skip
+_OF_RUN = (
+    "plan.json", "metrics.json", "metrics.csv", "journal.jsonl", MODEL, DIFFUSION_MODEL, "config.yaml",
+    "versions.json", "report.html", "figures/*.png", "audit/audit.json", "audit/audit.html",
+)  # fmt: skip
+_NO_LICENCE = (
+    "None is given: this folder is the consortium's own. Weights get a licence when they are exported "
+    "(meduet-server export --licence)."
+)
 
 
 def write_crate(release: Release, out: Path) -> None:
-    """Write the record of everything in the folder `out`."""
-    files = [_file(path, out) for path in sorted(out.rglob("*")) if path.is_file() and path.name != CRATE]
+    """Write the record of everything in the export's folder `out`."""
     config = release.config()
-    run: dict[str, Any] = {
+    root = {
+        "name": release.plan.name,
+        "description": f"Weights of a MeDUET network, pretrained across hospitals. {INTENDED}",
+        "license": release.licence,
+        "identifier": config["tensors_sha256"],
+    }
+    files = [path for path in out.rglob("*") if path.is_file() and path.name != CRATE]
+    _write(out, root, _run(release.plan, config["rounds"]), files)
+
+
+def write_run_crate(folder: Path) -> None:
+    """Write the record of the run in `folder`, which has its plan and metrics."""
+    plan = RunPlan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    root = {
+        "name": f"Run of {plan.name}",
+        "description": f"A federated pretraining of MeDUET by {len(plan.sites)} sites: the plan, the "
+        "measurements of every round, the journal of the coordinating centre and the final weights.",
+        "license": _NO_LICENCE,
+        "identifier": plan.sha256,
+    }
+    files = [path for pattern in _OF_RUN for path in folder.glob(pattern)]
+    _write(folder, root, _run(plan, len(metrics["rounds"])), files)
+
+
+def _run(plan: RunPlan, rounds: int) -> dict[str, Any]:
+    return {
         "@id": "#run",
         "@type": "CreateAction",
-        "name": f"Federated pretraining of {release.plan.name}",
+        "name": f"Federated pretraining of {plan.name}",
         "instrument": {"@id": "#fedmeduet"},
         "result": {"@id": "./"},
-        "description": f"Plan {config['plan_sha256']}; {config['sites']} sites; {config['rounds']} rounds. "
-        + " ".join(config["promise"]),
+        "description": f"Plan {plan.sha256}; {len(plan.sites)} sites; {rounds} rounds. "
+        + " ".join(sentences(plan)),
     }
+
+
+def _write(out: Path, root: Mapping[str, Any], run: Mapping[str, Any], paths: Sequence[Path]) -> None:
+    files = [_file(path, out) for path in sorted(paths)]
     software = {
         "@id": "#fedmeduet",
         "@type": "SoftwareApplication",
         "name": "FedMeDUET",
-        "version": config["fedmeduet_version"],
+        "version": version("fedmeduet"),
         "url": "https://arxiv.org/abs/2602.17901",
     }
-    root: dict[str, Any] = {
+    dataset = {
         "@id": "./",
         "@type": "Dataset",
-        "name": release.plan.name,
-        "description": f"Weights of a MeDUET network, pretrained across hospitals. {INTENDED}",
+        **root,
         "datePublished": datetime.now(UTC).date().isoformat(),
-        "license": release.licence,
-        "identifier": config["tensors_sha256"],
         "hasPart": [{"@id": one["@id"]} for one in files],
         "mentions": {"@id": "#run"},
     }
@@ -54,7 +98,7 @@ def write_crate(release: Release, out: Path) -> None:
         "conformsTo": {"@id": "https://w3id.org/ro/crate/1.1"},
         "about": {"@id": "./"},
     }
-    graph = [descriptor, root, run, software, *files]
+    graph = [descriptor, dataset, run, software, *files]
     crate = {"@context": "https://w3id.org/ro/crate/1.1/context", "@graph": graph}
     write_whole(out / CRATE, json.dumps(crate, indent=1) + "\n")
 

@@ -1,12 +1,13 @@
 """What every export says of its weights: where they come from, under which promise, and who may use them how.
 
-Read from the header of the final weights alone; no number is typed by hand. The plan itself, the sites' names
-and their counts stay at the consortium: an export names the plan's hash, the number of sites, and how many
-patients, rounded down to whole minimum cohorts. What this file does not do: write a form (its neighbours do).
+Read from the header of the final weights and, where the run's folder is given, from its metrics and its last
+audit; no number is typed by hand. The plan itself, the sites' names and their counts stay at the consortium:
+an export names the plan's hash, the number of sites, and how many patients, rounded down to whole minimum
+cohorts. What this file does not do: write a form (its neighbours do).
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
+from audit.record import Record, read_record
+from audit.report import FOLDER as AUDIT
+from federation.exchanges.demographics import AGES, SEX_NAMES, SEXES, age_bands
 from federation.exchanges.survey import smallest_cohort
 from federation.plan import RunPlan
 from forms.json_text import read_json
@@ -33,8 +37,7 @@ INTENDED = (
     "few labels, and codes to compare scans by. Not a medical device; not for diagnosis."
 )
 UNTESTED = (
-    "Other modalities, body parts and voxel sizes; scanners unlike those of the sites; attacks on the "
-    "published weights (membership, reconstruction): what meduet-audit finds in a run is not in an export."
+    "Other modalities, body parts and voxel sizes; scanners unlike those of the sites; any clinical use."
 )
 
 
@@ -51,6 +54,13 @@ class Release:
     """As the consortium says: an SPDX identifier, or a sentence."""
     patients: int
     """Of all sites, rounded down to whole minimum cohorts; 0: told by none."""
+    demographics: Mapping[str, Mapping[str, int]]
+    """Patients by age and by sex, where the plan asked for them."""
+    sites: Sequence[Mapping[str, float]]
+    """Losses of each site's own scans in the last round, best first, so that the order names nobody; empty
+    where no site told its own."""
+    audit: Record | None
+    """What meduet-audit found in the run last."""
 
     @property
     def volumes(self) -> VolumePlan:
@@ -105,7 +115,50 @@ def release_of(run: Path, licence: str, tokenizer: Path | None = None) -> Releas
     if sha256_of_tensors(tensors) != header["tensors_sha256"]:
         raise ValueError(f"Expected the weights in {path.name} as they were written; they have changed.")
     found = tokenizer_of(path, pretrained, tokenizer)
-    return Release(pretrained, tensors, found, plan, licence, _patients(header, plan))
+    folder = path.parent
+    return Release(
+        pretrained,
+        tensors,
+        found,
+        plan,
+        licence,
+        _patients(header, plan),
+        _demographics(header, plan),
+        _sites(folder, plan),
+        _audit(folder, plan),
+    )
+
+
+def _demographics(header: Mapping[str, str], plan: RunPlan) -> dict[str, dict[str, int]]:
+    """Patients by age and by sex, bands in their order; none where the plan did not ask."""
+    if plan.demographics is None or "demographics" not in header:
+        return {}
+    told = read_json(header["demographics"], "the demographics of a run")
+    bands = {AGES: age_bands(plan.demographics.age_edges), SEXES: SEX_NAMES}
+    return {what: {band: int(told[what][band]) for band in names} for what, names in bands.items()}
+
+
+def _sites(folder: Path, plan: RunPlan) -> list[dict[str, float]]:
+    """Losses of each site in the last round, if the run of `plan` lies in `folder`."""
+    agreed, metrics = folder / "plan.json", folder / "metrics.json"
+    if not metrics.is_file() or not agreed.is_file():
+        return []
+    if RunPlan.from_json(agreed.read_text(encoding="utf-8")).sha256 != plan.sha256:
+        return []
+    rounds = read_json(metrics.read_text(encoding="utf-8"), "the metrics of a run")["rounds"]
+    told = [dict(one["loss"]) for one in rounds[-1]["sites"].values()] if rounds else []
+    return sorted((loss for loss in told if "total" in loss), key=lambda loss: float(loss["total"]))
+
+
+def _audit(folder: Path, plan: RunPlan) -> Record | None:
+    """The last audit of the run in `folder`. Raises `ValueError` for that of another plan."""
+    path = folder / AUDIT / "audit.json"
+    if not path.is_file():
+        return None
+    record = read_record(path)
+    if record.plan_sha256 != plan.sha256:
+        raise ValueError(f"Expected the audit of plan {plan.sha256[:12]} beside its weights; got another's.")
+    return record
 
 
 def _patients(header: Mapping[str, str], plan: RunPlan) -> int:
