@@ -33,8 +33,8 @@ _ROUNDING = 2.0**-20
 
 
 def parameters_of_layers(module: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters that have a gradient per group: those of `nn.Linear` and `nn.LayerNorm`. All
-    others must be frozen."""
+    """Names of the parameters that have a gradient per group: those of `nn.Linear` and `nn.LayerNorm` (not of
+    what is derived from them). All others must be frozen."""
     own = {id(p) for layer in module.modules() if _is_covered(layer) for p in layer.parameters(recurse=False)}
     return tuple(name for name, parameter in module.named_parameters() if id(parameter) in own)
 
@@ -155,7 +155,7 @@ class GroupGradients:
 
 
 def _is_covered(layer: nn.Module) -> bool:
-    return isinstance(layer, (nn.Linear, nn.LayerNorm))
+    return type(layer) in (nn.Linear, nn.LayerNorm)  # what is made of them may compute something else
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,17 @@ def test_a_trainable_tensor_without_a_gradient_of_its_own_is_named() -> None:
         GroupGradients(student, ["nobody"], GROUPS, SIZE)
 
 
+def test_a_layer_that_is_only_derived_from_a_linear_one_is_not_taken_for_it() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    module = nn.Sequential(nn.Linear(2, 2), Doubled(2, 2))
+    assert parameters_of_layers(module) == ("0.weight", "0.bias")
+    with pytest.raises(ValueError, match=r"1\.weight is in neither"):
+        GroupGradients(module, trainable(module), GROUPS, SIZE)
+
+
 def test_a_layer_that_the_loss_does_not_reach_is_named() -> None:
     module = Mixing().double()
     module.spare = nn.Linear(2, 2)
