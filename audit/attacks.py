@@ -160,8 +160,8 @@ def _attacked(evidence: Evidence, release: Release, effort: Effort, scored: Scor
                 for products in probe_products(release, cohort, plan, codes):
                     yield from attack_products(products, scored)
         case "probe_hits":
-            if (codes := _last_probe(evidence, release.site)) is not None:
-                yield attack_hits(release, codes)
+            if (last := _last_probe(evidence, release.site)) is not None:
+                yield attack_hits(release, last)
         case "round":
             yield from attack_round(evidence, release, effort.draws, scored)
             if effort.iterations and release is _inverted(evidence):

@@ -40,7 +40,7 @@ def alignment(
     parameters = [parameter for name, parameter in network.named_parameters() if name in moved]
     draws, cosines = list(public_draws(network, _PARTNERS, seed)), []
     length = torch.stack([one.norm() for one in moved.values()]).norm() if moved else torch.ones(())
-    for scan in latents.split(1):
+    for scan in torch.split(latents, 1):
         loss = torch.stack([hidden_error(network, scan, *draw).mean() for draw in draws]).mean()
         slopes = torch.autograd.grad(loss, parameters, allow_unused=True) if parameters else ()
         pairs = [(s, m) for s, m in zip(slopes, moved.values(), strict=True) if s is not None]

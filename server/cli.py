@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read with PyTorch: a thre
 from federation.loopback import spare_loopback
 from federation.terminal import ended, terminal
 from server.commands import anatomy as anatomy_commands
+from server.commands import audit as audit_commands
 from server.commands import bank as bank_commands
 from server.commands import export as export_commands
 from server.commands import journal as journal_commands
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan_commands.add_to(commands)
     journal_commands.add_to(commands)
     releases_commands.add_to(commands)
+    audit_commands.add_to(commands)
     chosen = parser.parse_args(arguments)
     return ended(
         lambda: chosen.run(chosen, console),
