@@ -3,9 +3,9 @@ PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
 
-.PHONY: help demo test slow faults check sbom clean
+.PHONY: help demo test slow faults audit-ground-truth check sbom clean
 help:            ## what can be made
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else f"Expected Python 3.11 to 3.13, got {v[0]}.{v[1]}; set PYTHON=python3.12, say.")'
@@ -25,6 +25,9 @@ slow: .venv/.installed   ## the same laws over many more draws, whole commands i
 
 faults: .venv/.installed  ## kill, cut and lie to a consortium of real processes (under 15 minutes on 2 cores, 8 GB); writes docs/faults.md
 	$(BIN)/python -m tests.faults docs/faults.md
+
+audit-ground-truth: .venv/.installed  ## attack a run over hippocampus scans, beside what was measured before (half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.ground_truth ../shared/data/msd_hippocampus runs/ground-truth
 
 check: .venv/.installed  ## ruff, mypy, import contracts
 	$(BIN)/ruff check .

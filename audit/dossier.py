@@ -16,15 +16,19 @@ from audit.record import FindingRow, Record
 
 OPEN = "________ (a person fills this in)"
 _ASSESSED = {
-    "re-identification": ("span", "pool", "hits", "recognition", "decode"),
+    "re-identification": ("span", "pool", "hits", "recognition", "decode", "inversion", "blind_inversion"),
     "attribute inference": ("measured", "difference"),
     "membership inference": (
         "tracing",
         "leverage",
         "loss",
         "calibrated_loss",
+        "shadow",
         "update",
+        "alignment",
         "diffusion_loss",
+        "diffusion_sima",
+        "diffusion_pia",
         "returned",
     ),
     "linkage": ("recognition", "copies"),

@@ -22,6 +22,7 @@ ORDER: Final[tuple[Verdict, ...]] = (
 
 TESTS: Final = {
     "books": "hash chains, reservations, questions, charges",
+    "numbers": "how many numbers were told of how many patients, and what that allows",
     "span": "is a candidate in the span of what was summed",
     "leverage": "how far a candidate reaches into sums over many",
     "measured": "what was measured of each patient, by least squares",

@@ -168,6 +168,8 @@ def attack_gradient(
     networks, cohort = evidence.before_after(release), evidence.cohorts.get(release.site)
     if networks is None or cohort is None or not isinstance(networks[0], MeDUET):
         return
+    if release.site not in evidence.plan.sites:  # the pooled baseline: no site's label is everybody's
+        return
     rows = [cohort.rows(name)[0] for name, took in zip(cohort.people, cohort.member, strict=True) if took]
     if len(rows) < GROUP:
         return

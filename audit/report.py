@@ -12,6 +12,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+from audit.artefacts import Audited
 from audit.attacks import audit
 from audit.effort import QUICK, Effort
 from audit.evidence import Evidence
@@ -53,6 +54,21 @@ def write_audit(
     """
     began = time.monotonic()
     audited = audit(evidence, effort, say, KeptFindings(folder / KEPT))
+    return write_report(evidence, audited, folder, policy, command, say, began)
+
+
+def write_report(
+    evidence: Evidence,
+    audited: Audited,
+    folder: Path,
+    policy: Policy,
+    command: str,
+    say: Say,
+    began: float | None = None,
+) -> int:
+    """Decide about what was found and write both files into `folder`; returns the exit status. `began`: when
+    it was begun to look, by the monotonic clock; none: now."""
+    began = time.monotonic() if began is None else began
     say("faults that are built in on purpose")
     faults = planted()
     charged = {one.name: (one.epsilon, one.delta) for one in audited.artefacts}

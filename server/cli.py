@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str] | None, console: Console) -> int | None:
     from server.commands import anatomy as anatomy_commands
+    from server.commands import audit as audit_commands
     from server.commands import bank as bank_commands
     from server.commands import export as export_commands
     from server.commands import journal as journal_commands
@@ -66,6 +67,7 @@ def _run(arguments: Sequence[str] | None, console: Console) -> int | None:
     plan_commands.add_to(commands)
     journal_commands.add_to(commands)
     releases_commands.add_to(commands)
+    audit_commands.add_to(commands)
     chosen = parser.parse_args(arguments)
     status: int | None = chosen.run(chosen, console)
     return status

@@ -11,7 +11,7 @@ Does not do: the rows of exact algebra, which need seconds and no scans (`tests/
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -77,15 +77,15 @@ def published(evidence: Evidence) -> Iterator[Row]:
 
 def overtrained(evidence: Evidence) -> Iterator[Row]:
     """Row 10: weights that saw 18 patients 89 times."""
-    plan, pooled = evidence.plan, _few(evidence)
+    plan, few = evidence.plan, _few(evidence)
     training = replace(plan.training, rounds=1, steps_per_round=STEPS, batch_size=8)
     objective = replace(plan.objective, weights=WEIGHTS, masked_share=0.0)
     plan = replace(
         plan, training=training, objective=objective, style=replace(plan.style, exchange="none", anchor=0.0)
     )
-    before = start(plan, pooled.latents)
-    after = after_round(plan, before, pooled.latents[torch.tensor(pooled.took_part)])
-    told = replace(evidence, cohorts={"pooled": pooled}, model=after, earlier={"the common start": before})
+    before = start(plan, torch.cat([one.latents for one in few.values()]))
+    after = after_round(plan, before, _trained_on(few))
+    told = replace(evidence, cohorts=few, model=after, earlier={"the common start": before})
     expected = {"loss": ".75 [.63, .87]", "calibrated_loss": ".85 [.74, .93]"}
     for finding in attack_model(told, DRAWS, []):
         found = finding.verdict == "found"
@@ -112,7 +112,7 @@ def memorised(evidence: Evidence) -> Iterator[Row]:
 def ordinary(evidence: Evidence) -> Iterator[Row]:
     """Row 13: a diffusion model that saw 126 patients 38 times."""
     expected = {"diffusion_loss": ".63 [.57, .70]; over variance .57", "copies": "13 of 24 nearer"}
-    for finding in _diffusion(evidence, _pooled(list(evidence.cohorts.values())), steps=300):
+    for finding in _diffusion(evidence, evidence.cohorts, steps=300):
         holds = finding.attack != "copies" or finding.verdict != "found"
         yield Row(13, f"ordinary: {finding.attack}", finding, expected.get(finding.attack, ""), holds)
 
@@ -142,29 +142,24 @@ def _release(evidence: Evidence, site: str, round_number: int) -> Release:
     return next(one for one in evidence.releases if (one.site, one.kind, one.round) == wanted)
 
 
-def _pooled(cohorts: list[Cohort]) -> Cohort:
-    """Everybody as one cohort."""
-    return Cohort(
-        "pooled",
-        torch.cat([one.latents for one in cohorts]),
-        tuple(f"{one.site} {name}" for one in cohorts for name in one.patients),
-        tuple(took for one in cohorts for took in one.took_part),
-    )
-
-
-def _few(evidence: Evidence) -> Cohort:
+def _few(evidence: Evidence) -> dict[str, Cohort]:
     """Of each site the first patients of training, and everybody who was held out."""
-    chosen = []
-    for one in evidence.cohorts.values():
+    chosen = {}
+    for site, one in evidence.cohorts.items():
         inside, outside = (np.flatnonzero(np.array(one.took_part) == side) for side in (True, False))
         rows = [*inside[:FEW], *outside]
         people, took_part = ([values[row] for row in rows] for values in (one.patients, one.took_part))
-        chosen.append(Cohort(one.site, one.latents[rows], tuple(people), tuple(took_part)))
-    return _pooled(chosen)
+        chosen[site] = Cohort(site, one.latents[rows], tuple(people), tuple(took_part))
+    return chosen
 
 
-def _diffusion(evidence: Evidence, pooled: Cohort, steps: int) -> Iterator[Finding]:
-    """Train a diffusion model on those of a cohort who took part, and attack it."""
+def _trained_on(cohorts: Mapping[str, Cohort]) -> Tensor:
+    """The scans of everybody who took part."""
+    return torch.cat([one.latents[torch.tensor(one.took_part)] for one in cohorts.values()])
+
+
+def _diffusion(evidence: Evidence, cohorts: Mapping[str, Cohort], steps: int) -> Iterator[Finding]:
+    """Train a diffusion model on those who took part, and attack it."""
     assert evidence.model is not None
     conditioner = Conditioner(evidence.model, maps=True)
     network = evidence.model.config
@@ -182,14 +177,14 @@ def _diffusion(evidence: Evidence, pooled: Cohort, steps: int) -> Iterator[Findi
     )
     transformer = first_transformer(config, evidence.model, settings, seed=0)
     trainee = DiffusionTrainee(transformer, conditioner, settings, total_steps=steps, seed=0, style_bank=None)
-    source = Trained(pooled.latents[torch.tensor(pooled.took_part)])
+    source = Trained(_trained_on(cohorts))
     for step in range(steps):
         trainee.step(source, step)
     model = GenerativeModel(
         transformer=trainee.ema,
         encoder=evidence.model,
         bank=None,
-        sites=("pooled",),
+        sites=tuple(cohorts),
         directions=dict[str, Tensor](),
         tokenizer_sha256=evidence.plan.tokenizer_sha256,
         volumes={"registered": True},
@@ -199,7 +194,7 @@ def _diffusion(evidence: Evidence, pooled: Cohort, steps: int) -> Iterator[Findi
         patient_data=True,
         provenance={},
     )
-    yield from attack_diffusion(replace(evidence, cohorts={"pooled": pooled}, diffusion=model), DRAWS, [])
+    yield from attack_diffusion(replace(evidence, cohorts=cohorts, diffusion=model), DRAWS, [])
 
 
 def said(row: Row) -> str:

@@ -52,6 +52,23 @@ def test_the_sums_of_a_run_name_its_patients_and_the_command_fails(finished: Pat
     assert (finished / "audit" / "audit.html").stat().st_mode & 0o077 == 0
 
 
+def test_models_are_retrained_once_in_the_runs_place_and_the_page_no_longer_says_that_none_was(
+    finished: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    _, said = audited(folder, "--shadow", "1")
+    record = json.loads((folder / "audit" / "audit.json").read_text())
+    found = [f for row in record["artefacts"] for f in row["findings"] if f["attack"] == "shadow"]
+    assert len(found) == 1 and "north: survey" in said and "shadow 1" in record["hashes"]
+    assert not [text for text in record["not_tested"] if "--shadow" in text]
+    assert [text for text in record["not_tested"] if "gradient inversion" in text]
+    model = folder / "audit" / "shadows" / "1" / "model.safetensors"
+    trained = model.stat().st_mtime_ns
+    _, said = audited(folder, "--shadow", "1")
+    assert model.stat().st_mtime_ns == trained and "north: survey: as found before" in said
+
+
 def test_an_audit_changes_nothing_of_the_run(finished: Path) -> None:
     def books() -> dict[str, bytes]:
         return {str(p): p.read_bytes() for p in finished.rglob("*.jsonl")}
@@ -113,3 +130,4 @@ def test_bad_input_is_one_line(finished: Path, tmp_path: Path, capsys: pytest.Ca
     assert main([str(finished), "--policy", str(policy)]) == 2
     assert "got 'sorcery'" in " ".join(capsys.readouterr().err.split())
     assert main([str(finished), "--null", "0"]) == 2
+    assert main([str(finished), "--shadow", "5"]) == 2

@@ -1,0 +1,169 @@
+"""The centre's own part of an audit, which needs no patient: its book, its model, and what it holds of whom.
+
+The journal says which site told what over how many patients, and the plan how many numbers that is. From
+these two follows what whoever holds scans could do at most: products of fewer vectors than they have numbers
+are spanned by them alone, and a mean of many numbers over few patients leans towards each of them.
+
+What this file does not do: attack anything, which takes candidates' scans: a site's `meduet-site audit`.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from audit.algebra import tracing_area
+from audit.artefacts import Artefact, Audited
+from audit.evidence import Evidence
+from audit.findings import Finding
+from audit.policy import Behind
+from federation.exchanges.erasure import numbers_told
+from federation.exchanges.survey import survey_layout
+from federation.journal import read_journal
+from federation.plan import RunPlan
+from meduet_models.published.pretrained import MODEL
+from meduet_models.weights import load_weights, sha256_of_file, sha256_of_tensors
+from privacy.chain import BrokenChain
+
+JOURNAL = "journal.jsonl"
+_TOLD = 0.6
+"""Area from which a mean is said to tell."""
+_KINDS: Mapping[str, str] = {"query.survey": "survey", "query.erasure": "erasure", "query.probe": "probe"}
+Line = Mapping[str, Any]
+
+
+def centre_audit(folder: Path) -> tuple[Evidence, Audited]:
+    """What the run in `folder` left at the centre. Raises `ValueError` when there is none."""
+    if not (folder / "plan.json").is_file():
+        raise ValueError(f"Expected the folder of a run; {folder} has no plan.json. Nothing was audited.")
+    plan = RunPlan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
+    replies, problems = _book(folder, plan)
+    rows = [_books_row(len(replies), problems)]
+    behind: list[Behind] = []
+    patients = _patients(replies)
+    for (site, kind), lines in _by_kind(replies).items():
+        finding = _held(plan, site, kind, patients.get(site, 0))
+        if finding is not None:
+            behind.append(Behind(finding.artefact, finding.n_in, numbers_of(plan, kind)))
+            hashes = tuple(str(line["sha256"]) for line in lines)
+            rows.append(Artefact(finding.artefact, len(lines), hashes, float("inf"), 0.0, (finding,)))
+    files = {name: folder / name for name in ("plan.json", JOURNAL, MODEL)}
+    evidence = Evidence(
+        name=f"{plan.name}, seen by its centre",
+        plan=plan,
+        books={},
+        releases=[],
+        cohorts={},
+        hashes={name: sha256_of_file(path) for name, path in files.items() if path.is_file()},
+        unfinished="" if (folder / MODEL).is_file() else "The run is not finished.",
+    )
+    return evidence, Audited(rows, 0, 0, behind)
+
+
+def numbers_of(plan: RunPlan, kind: str) -> int:
+    """In a vector that is summed."""
+    match kind:
+        case "survey":
+            shapes = survey_layout(plan).shapes()
+            return sum(math.prod(shape) for name, shape in shapes.items() if name != "count")
+        case "erasure":
+            return numbers_told(plan)
+        case _:
+            return plan.network.code_size
+
+
+def _book(folder: Path, plan: RunPlan) -> tuple[list[Line], list[str]]:
+    """The replies that the journal knows, and what does not hold."""
+    try:
+        lines = [entry.record for entry in read_journal(folder / JOURNAL)]
+    except BrokenChain as error:
+        return [], [str(error).replace(str(folder), "the run")]
+    except ValueError:
+        return [], ["There is no journal: what crossed cannot be checked."]
+    own = [line for line in lines if line.get("plan") == plan.sha256]
+    replies = [line for line in own if line["kind"] == "reply"]
+    return replies, [*_answered_twice(replies), *_model(folder, own)]
+
+
+def _answered_twice(replies: Sequence[Line]) -> Iterator[str]:
+    """Places for which a site told two different answers: equations about the same patients."""
+    told = defaultdict(set)
+    for line in replies:
+        told[line["site"], line["to"], line.get("round", 0)].add(line["sha256"])
+    for (site, to, round_number), hashes in told.items():
+        if len(hashes) > 1 and to in _KINDS:
+            yield f"{site} told {len(hashes)} different answers to '{to}' of round {round_number}."
+
+
+def _model(folder: Path, own: Sequence[Line]) -> Iterator[str]:
+    """The published model is the one that the journal ends with."""
+    ends = [line["tensors_sha256"] for line in own if line["kind"] == "end"]
+    if (folder / MODEL).is_file() and ends and sha256_of_tensors(load_weights(folder / MODEL)[0]) != ends[-1]:
+        yield f"{MODEL} is not the model with which the journal ends."
+
+
+def _books_row(replies: int, problems: Sequence[str]) -> Artefact:
+    def row(verdict: Any, sentence: str) -> Finding:
+        return Finding(
+            artefact="centre: books",
+            attack="books",
+            measure="problems",
+            n_in=replies,
+            n_out=0,
+            value=float(len(problems)),
+            verdict=verdict,
+            sentence=sentence,
+        )
+
+    whole = f"The chain is whole, {replies} replies are in it, and the model is the one that it ends with."
+    findings = [row("contradiction", one) for one in problems] or [row("not found", whole)]
+    return Artefact("centre: books", replies, (), 0.0, 0.0, tuple(findings))
+
+
+def _patients(replies: Sequence[Line]) -> dict[str, int]:
+    """Of each site, as it said; its scans where it told no survey."""
+    scans = {str(line["site"]): int(line["examples"]) for line in replies if "examples" in line}
+    return scans | {
+        str(line["site"]): int(line["num_patients"]) for line in replies if "num_patients" in line
+    }
+
+
+def _by_kind(replies: Sequence[Line]) -> dict[tuple[str, str], list[Line]]:
+    lines: dict[tuple[str, str], list[Line]] = defaultdict(list)
+    for line in replies:
+        if line["to"] in _KINDS:
+            lines[str(line["site"]), _KINDS[line["to"]]].append(line)
+    return lines
+
+
+def _held(plan: RunPlan, site: str, kind: str, patients: int) -> Finding | None:
+    """What sums of these numbers over these patients allow; None where nobody said over how many."""
+    if not patients:
+        return None
+    numbers, behind = numbers_of(plan, kind), patients // (plan.probes.folds if kind == "probe" else 1)
+    if kind == "probe":
+        exact = behind < numbers
+        said = (
+            f"Sums of products of {numbers} numbers over about {behind} patients of {site} at a time have at "
+            f"most {min(behind, numbers)} directions: "
+            + ("whoever holds a scan reads whether its patient is among them." if exact else "all of them.")
+        )
+        value = float(exact)
+    else:
+        value = tracing_area(float(patients), numbers)
+        said = (
+            f"The {kind} of {site} told a mean of {numbers} numbers over {patients} patients: who knows all "
+            f"that is usual tells a patient by her scan with an area of {value:.2f} at most."
+        )
+    return Finding(
+        artefact=f"{site}: {kind}",
+        attack="numbers",
+        measure="exact" if kind == "probe" else "AUC",
+        n_in=behind,
+        n_out=0,
+        value=value,
+        low=value,
+        verdict="found" if value > _TOLD else "not found",
+        sentence=said,
+    )
