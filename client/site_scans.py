@@ -34,6 +34,7 @@ from client.settings import SiteConfig, resolve_device
 from client.site_secret import DRAWS, site_secret
 from federation.plan import WIRE_VERSION, RunPlan
 from federation.wire import RefusalKind
+from forms.json_text import fingerprint_of
 from meduet_models.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from scans.volume_plan import VolumePlan
 from storage.files import private_folder
@@ -138,8 +139,10 @@ class SiteScans:
                 "Is it mounted?"
             )
 
+        memo_of_cohort = self._memo(volumes)
+
         def opened() -> Cohort:
-            memo = JudgementMemo(self._memo.with_suffix(".judged"), dataclasses.asdict(volumes))
+            memo = JudgementMemo(memo_of_cohort.with_suffix(".judged"), dataclasses.asdict(volumes))
             asked = memo.judges(judges or one_by_one(volumes))
             reading = _phase(progress, "reading")
             return open_cohort(
@@ -147,7 +150,7 @@ class SiteScans:
             )
 
         cohort = remembered(
-            self._memo,
+            memo_of_cohort,
             config.data_root,
             {**rules, "volumes": dataclasses.asdict(volumes)},
             opened,
@@ -169,15 +172,15 @@ class SiteScans:
             return ClearFiles()
         return sealed_files(self.config.cache_folder, opener(self.config.cache_key_file))
 
-    @property
-    def _memo(self) -> Path:
-        """Where the cohort is remembered: beside a cache of its own folder, under the data root's name; never
-        beside an encrypted one, since it names patients."""
+    def _memo(self, volumes: VolumePlan) -> Path:
+        """Where the cohort of these volumes is remembered, each plan's for itself: beside a cache of its own
+        folder, under the data root's name too; never beside an encrypted one, since it names patients."""
         config = self.config
+        made_for = fingerprint_of(dataclasses.asdict(volumes))[:12]
         if config.cache_dir is None or config.encrypt_cache:
-            return self.state_dir / "cohort.json"
+            return self.state_dir / f"cohort-{made_for}.json"
         root = hashlib.sha256(str(config.data_root.resolve()).encode()).hexdigest()
-        return config.cache_dir / f"cohort-{root[:12]}.json"
+        return config.cache_dir / f"cohort-{root[:12]}-{made_for}.json"
 
     def scans(self, plan: RunPlan, progress: SiteProgress | None = None) -> LatentSet:
         """This site's encoded scans under `plan`, for what leaves: as `prepared`, once a person here has

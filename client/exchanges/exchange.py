@@ -1,10 +1,11 @@
 """What every answer of a site shares: the site that answers, its no, the row of the table, the deadline.
 
 Every answer goes through `Answer.once`, in this order, always: does the plan have this question, does the
-site still answer, is the plan one that it accepts, a place in the ledger for this question, what left for it
-before, and only then the work, which opens the first scan. The law of an exchange (one answer for each place,
-to one question) stands here and in the ledger, in no exchange's own file: each of the other files of this
-folder holds the work of one. It returns what passed the gate, and nothing else can be sent (`client/app.py`).
+site still answer, is the plan one that it accepts, its turn on this machine (`client/turns.py`), a place in
+the ledger for this question, what left for it before, and only then the work, which opens the first scan. The
+law of an exchange (one answer for each place, to one question) stands here and in the ledger, in no
+exchange's own file: each of the other files of this folder holds the work of one. It returns what passed the
+gate, and nothing else can be sent (`client/app.py`).
 
 Does not do: know Flower's messages, or catch anything.
 Source: docs/architecture.md, "One round".
@@ -12,6 +13,7 @@ Source: docs/architecture.md, "One round".
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
@@ -24,6 +26,7 @@ from client.jobs.launcher import Launcher
 from client.latents.batches import TrainingScans
 from client.refusals import is_stopped
 from client.release import Gate, Masking, Released
+from client.turns import turn
 from client.watchdog import DEADLINE_SHARE
 from federation.exchanges.exchange import Exchange
 from federation.journal import Journal
@@ -165,10 +168,12 @@ class Answer(Generic[AskKind, ReplyKind]):
             )
         own = place.plan_sha256 if place.plan_sha256 != ask.plan_sha256 else ""
         site.accept(plan, own)
-        reservation = site.ledger.reserve(place, question, self.exchange.promise(plan, ask))
-        asked["reserved"] = reservation.entry
-        gate = Gate(reservation, site.ledger, site.journal, KeptAnswers(site.state_dir / ANSWERS))
-        return gate.again() or self.work(site, ask, plan, gate, on_step)
+        with turn(site.state_dir) if self.reads_scans else nullcontext():
+            site.accept(plan, own)  # while it waited, its people may have said no
+            reservation = site.ledger.reserve(place, question, self.exchange.promise(plan, ask))
+            asked["reserved"] = reservation.entry
+            gate = Gate(reservation, site.ledger, site.journal, KeptAnswers(site.state_dir / ANSWERS))
+            return gate.again() or self.work(site, ask, plan, gate, on_step)
 
 
 def bank_of(plan: RunPlan, tensors: dict[str, Tensor]) -> StyleBank | None:

@@ -1,13 +1,14 @@
 """Answers by jobs: the same bits, books and states as without; and what a job may not do."""
 
 import dataclasses
+import faulthandler
 import json
 import shutil
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,13 @@ from tests.client.jobs.hospital import ROOT, HospitalFiles, World, bits
 
 Job = Callable[[Path], int]
 AtOnce = Callable[..., None]
+
+
+@pytest.fixture(autouse=True)
+def this_process_lives() -> Iterator[None]:
+    """The watchdog's clock would end it, in time."""
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 def refused(record: Any) -> RefusalKind:
