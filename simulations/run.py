@@ -34,6 +34,7 @@ from meduet_models.tokenizer.tokenizer import load_tokenizer
 from server.app import RunObserver, RunResult
 from server.app import run as run_plan
 from server.config import plain, plan_from
+from server.latent_bank.records import key_beside, public_key
 from server.public_scans import PUBLIC_SCANS, drawn_public_scans
 from simulations.consortium import Consortium, site_configs
 from simulations.engines.in_process import FixedThreads, InProcessGrid
@@ -86,7 +87,7 @@ def prepare(config: Mapping[str, Any], live: Live, made: Made | None = None) -> 
         shutil.rmtree(folder)
     tokenizer = load_tokenizer(settings.tokenizer)
 
-    def plan_for(sites: Sequence[str], public_sha256: str = "0" * 64) -> RunPlan:
+    def plan_for(sites: Sequence[str], public_sha256: str = "0" * 64, recipient: str = "") -> RunPlan:
         return plan_from(
             config,
             sites=sites,
@@ -94,6 +95,7 @@ def prepare(config: Mapping[str, Any], live: Live, made: Made | None = None) -> 
             latent_channels=tokenizer.latent_channels,
             stride=tokenizer.stride,
             public_sha256=public_sha256,
+            recipient=recipient,
         )
 
     asked = plan_for(_ANYBODY)  # a mistake in the settings is said before anything is made
@@ -108,7 +110,9 @@ def prepare(config: Mapping[str, Any], live: Live, made: Made | None = None) -> 
     else:
         hospitals = made.hospitals
     taking_part, apart = held_apart(hospitals, settings.held_out)
-    plan = plan_for([hospital.name for hospital in taking_part], public_sha256)
+    releases = asked.diffusion is not None and asked.diffusion.release.releases_latents
+    recipient = public_key(key_beside(folder)) if releases else ""
+    plan = plan_for([hospital.name for hospital in taking_part], public_sha256, recipient)
     state = folder / "sites"
     hospitals = [*taking_part, *apart]
     configs = site_configs(hospitals, plan, settings, state, None if made is None else made.cache)
