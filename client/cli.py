@@ -24,6 +24,7 @@ from rich.text import Text
 
 from client.commands import audit as audit_commands
 from client.commands import cache_key as cache_key_commands
+from client.commands import forget as forget_commands
 from client.commands import harmonisation as harmonisation_commands
 from client.commands import journal as journal_commands
 from client.commands import key as key_commands
@@ -136,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     plan_commands.add_to(commands)
     journal_commands.add_to(commands)
     releases_commands.add_to(commands)
+    forget_commands.add_to(commands)
     ledger_commands.add_to(commands)
     audit_commands.add_to(commands)
     for command, needed in ((prepare, True), (check, False)):
