@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from federation.diffusion_plan import DiffusionPlan
-from federation.exchanges.latents import LatentsReply, items_per_chunk
+from federation.exchanges.latents import ToldLatents, items_per_chunk
 from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan
 from meduet_models.diffusion.conditions import Examples
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
@@ -56,7 +56,7 @@ def a_plan(grid: tuple[int, int, int]) -> RunPlan:
     )  # fmt: skip
 
 
-def replies(plan: RunPlan, count: int) -> list[LatentsReply]:
+def replies(plan: RunPlan, count: int) -> list[ToldLatents]:
     """Answers of a site, as many items each as a message takes."""
     draws = torch.Generator().manual_seed(0)
     shape = (plan.network.latent_channels, *plan.network.latent_grid)
@@ -70,7 +70,7 @@ def replies(plan: RunPlan, count: int) -> list[LatentsReply]:
             body_part=unknown, spacing=torch.ones(size, 3), category=unknown,
         )  # fmt: skip
         collected.append(
-            LatentsReply(
+            ToldLatents(
                 plan_sha256=plan.sha256, site="site", round=1, first=first, total=count, items=names,
                 examples=examples,
             )

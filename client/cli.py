@@ -88,6 +88,7 @@ def _run(arguments: Sequence[str] | None, console: Console) -> int:
 def _parser() -> argparse.ArgumentParser:
     from client.commands import audit as audit_commands
     from client.commands import cache_key as cache_key_commands
+    from client.commands import forget as forget_commands
     from client.commands import harmonisation as harmonisation_commands
     from client.commands import journal as journal_commands
     from client.commands import key as key_commands
@@ -142,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     plan_commands.add_to(commands)
     journal_commands.add_to(commands)
     releases_commands.add_to(commands)
+    forget_commands.add_to(commands)
     ledger_commands.add_to(commands)
     audit_commands.add_to(commands)
     for command, needed in ((prepare, True), (check, False)):

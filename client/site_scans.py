@@ -19,6 +19,7 @@ from client.confirmation import CURE, confirm, unconfirmed
 from client.exact_sums import EXACT_SUMS_CONSENT
 from client.exchanges.exchange import AskRefused
 from client.exchanges.latents import consent
+from client.forgotten import Forgotten
 from client.latents.cache import LatentCache
 from client.latents.cache_files import CacheFiles, ClearFiles
 from client.latents.cache_keys import opener, sealed_files
@@ -141,18 +142,26 @@ class SiteScans:
 
         memo_of_cohort = self._memo(volumes)
 
+        forgotten = Forgotten(self.state_dir)
+
         def opened() -> Cohort:
             memo = JudgementMemo(memo_of_cohort.with_suffix(".judged"), dataclasses.asdict(volumes))
             asked = memo.judges(judges or one_by_one(volumes))
             reading = _phase(progress, "reading")
             return open_cohort(
-                config.data_root, plan=volumes, found=found, judges=asked, progress=reading, **rules
+                config.data_root,
+                plan=volumes,
+                found=found,
+                judges=asked,
+                progress=reading,
+                forgotten=forgotten,
+                **rules,
             )
 
         cohort = remembered(
             memo_of_cohort,
             config.data_root,
-            {**rules, "volumes": dataclasses.asdict(volumes)},
+            {**rules, "volumes": dataclasses.asdict(volumes), "forgotten": forgotten.sha256},
             opened,
         )
         cohort.write_csv(self.state_dir)

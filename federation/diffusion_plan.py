@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from federation.release_policy import ReleasePolicy, release_policy
-from forms.names import OptionalPhrase, Phrase
+from forms.names import OptionalKey, OptionalPhrase, Phrase
 from forms.ranges import Entries, Range
 from meduet_models.diffusion.conditions import CONDITIONS, Condition
 from meduet_models.diffusion.initialisation import size_mismatch
@@ -55,6 +55,9 @@ class DiffusionPlan:
     """`raw`: most latents that a site releases in a round; 0: all with the first."""
     latent_clip: Annotated[float, Range(above=0, at_most=10_000)] = 10.0
     """`raw`: root mean square to which the latents of one scan are clipped at the gate."""
+    recipient: OptionalKey = ""
+    """`raw`: public key of the centre's latent bank, to which latents are sealed at the site; without it no
+    site releases one. `meduet-server plan` fills it in."""
     update_clip_norm: Annotated[float, Range(above=0, at_most=10_000)] = 20.0
     """`federated`: L2 norm to which a site's mean update is clipped at the gate."""
 

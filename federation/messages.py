@@ -22,7 +22,16 @@ from torch import Tensor
 
 from federation.limits import metric_range
 from federation.plan import WIRE_VERSION, RunPlan, WireDtype
-from federation.wire import GROWTH, MessageError, RefusalKind, Tensors, array_record, tensors_of
+from federation.wire import (
+    GROWTH,
+    MessageError,
+    RefusalKind,
+    Tensors,
+    array_record,
+    bytes_of,
+    bytes_record,
+    tensors_of,
+)
 from forms.json_text import sha256_of
 from meduet_models.objective.settings import LossWeights
 from meduet_models.weights import sha256_of_tensors
@@ -41,6 +50,7 @@ __all__ = [
     "Reply",
     "RoundedTensors",
     "Scalar",
+    "SealedBytes",
     "Tensors",
     "WireDtype",
     "kind_of",
@@ -232,6 +242,20 @@ class Converted(Generic[From]):
     def take(self, source: _Source, name: str) -> Any:
         """As `Carrier`."""
         return self.back(self.carrier.take(source, self.name or name))
+
+
+class SealedBytes:
+    """Bytes that are sealed to somebody: on the way they are bytes."""
+
+    def put(self, record: RecordDict, name: str, value: Any, wire_dtype: WireDtype) -> None:
+        """As `Carrier`."""
+        record[name] = bytes_record(value)
+
+    def take(self, source: _Source, name: str) -> Any:
+        """As `Carrier`."""
+        part = source.record(name, ArrayRecord)
+        assert part is not None, "not optional"
+        return bytes_of(part)
 
 
 class _Numbers:

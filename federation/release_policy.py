@@ -52,8 +52,9 @@ RAW = ReleasePolicy(
     warning="raw latents, from which scans can be reconstructed",
     beside_sums="AND LATENTS OF SINGLE SCANS, SEE BELOW",
     sentence="For a diffusion model: LATENTS OF {amount} of your training scans, each clipped to a root mean "
-    "square of {diffusion.latent_clip:g}, told with {told}. The tokenizer's decoder is public: whoever holds "
-    "a latent can see the scan.",
+    "square of {diffusion.latent_clip:g}, told with {told}. They leave encrypted to the key "
+    "{diffusion.recipient:.12}… of the centre's latent bank, so no server on the way reads them; whoever has "
+    "that key does. The tokenizer's decoder is public: whoever holds a latent can see the scan.",
     page=" Under this plan raw latents of training scans left too: the scans can be reconstructed from them, "
     "so they are patient data at the centre, and so is a model that learned from them.",
     moved="scans; latents of those for training left",
@@ -72,7 +73,14 @@ FEDERATED = ReleasePolicy(
     "to a length of {diffusion.update_clip_norm:g} times how many scans were trained on; no latent leaves.",
     page="",
     moved="scans, none of which moved",
-    without_effect=("begin_round", "final_steps", "items_per_site", "items_per_round", "latent_clip"),
+    without_effect=(
+        "begin_round",
+        "final_steps",
+        "items_per_site",
+        "items_per_round",
+        "latent_clip",
+        "recipient",
+    ),
 )
 POLICIES = {policy.name: policy for policy in (RAW, FEDERATED)}
 

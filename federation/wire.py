@@ -31,6 +31,8 @@ Tensors = dict[str, Tensor]
 
 INDEX = "index"
 """Name of the array that says which tensors the others hold."""
+SEALED = "sealed"
+"""Name of the array of bytes that are sealed to somebody (`federation/sealing.py`)."""
 EXPONENTS = "mxint8_exponents"
 """Name of the array of the exponents of what travels as MXINT8."""
 GROWTH: dict[WireDtype, float] = {
@@ -41,6 +43,7 @@ GROWTH: dict[WireDtype, float] = {
 """Rounding to a wire type lengthens a vector by less than this share of its L2 norm."""
 _NUMPY = {
     "float32": "<f4", "bfloat16": "<u2", "mxint8": "|i1", EXPONENTS: "|u1", "float64": "<f8", "uint32": "<u4",
+    "bytes": "|u1",
 }  # fmt: skip
 _KINDS = {"float32", "bfloat16", "mxint8", "float64", "uint32"}
 _FORMAT = "numpy.ndarray"
@@ -161,6 +164,24 @@ def num_bytes(tensors: Mapping[str, Tensor], wire_dtype: WireDtype) -> int:
         for tensor in tensors.values()
         for row, size in _parts(travels_as(tensor, wire_dtype), tensor.shape)
     )
+
+
+def bytes_record(content: bytes) -> ArrayRecord:
+    """Bytes that nobody on the way reads, as one array."""
+    tensor = (
+        torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        if content
+        else torch.empty(0, dtype=torch.uint8)
+    )
+    return ArrayRecord({SEALED: _array("bytes", [tensor])})
+
+
+def bytes_of(record: ArrayRecord) -> bytes:
+    """The inverse of `bytes_record`. Raises `MessageError`."""
+    if set(record) != {SEALED}:
+        raise MessageError(f"Expected one array {SEALED!r}; got another record.")
+    content: bytes = _values(record[SEALED], SEALED, _NUMPY["bytes"]).tobytes()
+    return content
 
 
 def arrays_bytes(record: RecordDict) -> int:

@@ -45,5 +45,7 @@ Phrase = Annotated[str, Letters(_PHRASE, _PHRASE_WORDS)]
 """A modality, a body part, a covariate, the name of a class, the name of a run: a few words."""
 OptionalPhrase = Annotated[str, Letters(rf"(?:{_PHRASE})?", f"empty, or {_PHRASE_WORDS}")]
 """A phrase, or nothing."""
+OptionalKey = Annotated[str, Letters(r"(?:[0-9a-f]{64})?", "empty, or a public key of 64 hex digits")]
+"""An X25519 public key, or nothing."""
 Sha256 = Annotated[str, Letters(r"[0-9a-f]{64}", "a hash of 64 hex digits")]
 """A SHA-256."""

@@ -113,6 +113,7 @@ class Reason(StrEnum):
     NO_FOREGROUND = "no_foreground"  # nothing in it is brighter than background
     # its place in the cohort
     NO_SUCH_MODALITY = "no_such_modality"  # not the modality of the plan
+    WITHDREW = "withdrew"  # its patient, who was forgotten at her wish
     NO_PATIENT = "no_patient"  # nothing says whose it is
     DUPLICATE = "duplicate"  # the same voxels again
     DERIVATIVE = "derivative"  # made from another scan

@@ -43,6 +43,7 @@ from server.exchanges.probes import FederatedProbes
 from server.exchanges.secure_sum import SecureSums
 from server.exchanges.survey import ask_survey
 from server.export.crate import write_run_crate
+from server.latent_bank.records import key_beside
 from server.model import MeduetModel, SharedModel
 from server.observer import RoundObserver
 from server.protected_pretraining import ProtectedPretraining
@@ -109,7 +110,7 @@ def run(
     made = _Run(
         grid, plan, folder, model or MeduetModel(plan), observer or RunObserver(), site_of, keep_early
     )
-    return made.complete(resume, device, bank_key or folder.with_name(f"{folder.name}.key"))
+    return made.complete(resume, device, bank_key or key_beside(folder))
 
 
 class _Run:

@@ -56,9 +56,11 @@ def plan_from(
     latent_channels: int,
     stride: int,
     public_sha256: str = "0" * 64,
+    recipient: str = "",
 ) -> RunPlan:
     """Build the plan that `settings` (see `plain`) describe; `public_sha256` is the hash of its public scans,
-    where it has privacy (`server/public_scans.py`).
+    where it has privacy (`server/public_scans.py`), `recipient` the public key of its latent bank, where
+    sites release latents (`server/latent_bank/records.py`).
 
     Raises `ValueError` naming the setting that is unknown, missing, ill-typed, or contradicts another.
     """
@@ -80,6 +82,8 @@ def plan_from(
     values = {key: settings[key] for key in FROM_CONFIG}
     if isinstance(values["privacy"], Mapping):
         values["privacy"] = {**values["privacy"], "public_sha256": public_sha256}
+    if isinstance(values["diffusion"], Mapping) and recipient:
+        values["diffusion"] = {**values["diffusion"], "recipient": recipient}
     return build(
         RunPlan, {**values, "network": network, "sites": list(sites), "tokenizer_sha256": tokenizer_sha256}
     )

@@ -41,6 +41,7 @@ from server.deployment.control import Control
 from server.deployment.proxy import nginx_is_there
 from server.deployment.status import read_status
 from server.deployment.submission import RunGivenUp, Submission
+from server.latent_bank.records import key_beside
 from simulations.consortium import simulated_secret
 from simulations.progress import Live
 from simulations.run import Made, Simulation, prepare
@@ -178,7 +179,13 @@ def run_poc(num_sites: int, folder: Path, say: Say) -> Path:
             supervisor.poll()
             teller.tell()
 
-        Submission(Control(poc.config), poc.plan_path, poc.run_folder, say).see_through(tick)
+        Submission(
+            Control(poc.config),
+            poc.plan_path,
+            poc.run_folder,
+            say,
+            bank_key=key_beside(poc.simulation.folder),
+        ).see_through(tick)
         teller.tell()
     say(f"all processes stopped, {time.monotonic() - begun:.0f} s after the start")
     return poc.run_folder

@@ -37,6 +37,7 @@ from server.config import plain, plan_from
 from server.deployment.status import kept_status
 from server.deployment.watch import watched
 from server.export.crate import write_run_crate
+from server.latent_bank.records import key_beside, public_key
 from server.public_scans import PUBLIC_SCANS, drawn_public_scans
 from simulations.consortium import Consortium, site_configs
 from simulations.engines.in_process import FixedThreads, InProcessGrid
@@ -92,7 +93,7 @@ def prepare(config: Mapping[str, Any], live: Live, made: Made | None = None) -> 
         shutil.rmtree(folder)
     tokenizer = load_tokenizer(settings.tokenizer)
 
-    def plan_for(sites: Sequence[str], public_sha256: str = "0" * 64) -> RunPlan:
+    def plan_for(sites: Sequence[str], public_sha256: str = "0" * 64, recipient: str = "") -> RunPlan:
         return plan_from(
             config,
             sites=sites,
@@ -100,6 +101,7 @@ def prepare(config: Mapping[str, Any], live: Live, made: Made | None = None) -> 
             latent_channels=tokenizer.latent_channels,
             stride=tokenizer.stride,
             public_sha256=public_sha256,
+            recipient=recipient,
         )
 
     asked = plan_for(_ANYBODY)  # a mistake in the settings is said before anything is made
@@ -114,7 +116,9 @@ def prepare(config: Mapping[str, Any], live: Live, made: Made | None = None) -> 
     else:
         hospitals = made.hospitals
     taking_part, apart = held_apart(hospitals, settings.held_out)
-    plan = plan_for([hospital.name for hospital in taking_part], public_sha256)
+    releases = asked.diffusion is not None and asked.diffusion.release.releases_latents
+    recipient = public_key(key_beside(folder)) if releases else ""
+    plan = plan_for([hospital.name for hospital in taking_part], public_sha256, recipient)
     state = folder / "sites"
     hospitals = [*taking_part, *apart]
     configs = site_configs(hospitals, plan, settings, state, None if made is None else made.cache)

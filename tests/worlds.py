@@ -18,6 +18,7 @@ from federation.journal import Journal
 from federation.keys.identity import SiteIdentity
 from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan
 from federation.privacy_plan import PrivacyPlan
+from federation.sealing import recipient_key, recipient_of
 from meduet_models.meduet import MeDUET, NetworkConfig
 from meduet_models.objective.settings import ObjectiveConfig
 from meduet_models.weights import sha256_of_tensors
@@ -27,6 +28,18 @@ from scans.volume_plan import VolumePlan
 from scans.volumes import Geometry
 from server.model import MeduetModel
 from simulations.consortium import simulated_identity
+from storage.files import write_whole
+
+BANK_KEY = bytes(range(32))
+RECIPIENT = recipient_of(recipient_key(BANK_KEY))
+"""The latent bank's public key, as plans of toy worlds name it."""
+
+
+def bank_key_in(path: Path) -> Path:
+    """The file of the bank's key."""
+    write_whole(path, BANK_KEY)
+    return path
+
 
 SITES = ("oslo", "lyon", "turin")
 GRID = (4, 6, 4)

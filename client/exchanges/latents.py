@@ -2,7 +2,8 @@
 
 `raw`: latents of training scans leave as they are, each scaled to the plan's bound. They are patient data:
 the decoder is public, so the scans can be reconstructed from them, and the minimum cohort, which is a rule
-about sums, protects no single item. A site takes part in such a plan only if its site.yaml says so in the
+about sums, protects no single item. They leave sealed to the bank's key, which the plan names; a plan without
+one is refused before a scan is read. A site takes part in such a plan only if its site.yaml says so in the
 words of the policy (`federation/release_policy.py`). `federated`: no latent leaves. A protected policy is a
 value there, and a case of `answer_latents` (what of the scans, under which promise?).
 
@@ -30,13 +31,16 @@ from federation.exchanges.latents import (
     LATENTS,
     LatentsAsk,
     LatentsReply,
+    ToldLatents,
     from_tensors,
     nothing,
     releases_of,
+    releasing,
     to_tensors,
     told_shapes,
 )
 from federation.plan import RunPlan
+from federation.sealing import check_recipient
 from federation.wire import RefusalKind
 
 KEY_NAME = "latent-items.key"
@@ -61,12 +65,21 @@ def consent(plan: RunPlan, sentence: str) -> str:
         return "no diffusion model; no latents leave"
     policy = plan.diffusion.release
     if policy.consent in ("", sentence):
+        if policy.releases_latents:
+            _check_recipient(plan)
         return policy.agreed
     raise AskRefused(
         f"Plan {plan.sha256[:8]}… makes sites release {policy.warning}; this site has not agreed to that "
         "(site.yaml: latent_release). Nothing was read.",
         RefusalKind.PLAN_NOT_ACCEPTED,
     )
+
+
+def _check_recipient(plan: RunPlan) -> None:
+    try:
+        check_recipient(releasing(plan).recipient)
+    except ValueError as error:
+        raise AskRefused(f"{error} Nothing was read.", RefusalKind.PLAN_NOT_ACCEPTED) from None
 
 
 def answer_latents(site: SiteAtWork, ask: LatentsAsk, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
@@ -99,8 +112,8 @@ def answer_latents(site: SiteAtWork, ask: LatentsAsk, plan: RunPlan, gate: Gate,
 
 
 def latents_mail(released: Released, ask: LatentsAsk, site: str) -> LatentsReply:
-    """The reply."""
-    return LatentsReply(
+    """The reply, sealed to the bank's key."""
+    told = ToldLatents(
         plan_sha256=ask.plan_sha256,
         site=site,
         round=released.record["round"],
@@ -110,6 +123,7 @@ def latents_mail(released: Released, ask: LatentsAsk, site: str) -> LatentsReply
         examples=from_tensors(dict(released.tensors)),
         wire_dtype=released.wire_dtype,
     )
+    return told.sealed_to(releasing(ask.plan()).recipient)
 
 
 def raw_items(scans: ReleasableScans, plan: RunPlan, round_number: int, secret: bytes) -> list[int]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from client.forgotten import Forgotten
 from client.scans.contrasts import ModalityNames
 from client.scans.judgement import Judges, Source, Verdict, one_by_one
 from client.scans.layouts import Candidate, Found, Layout, LayoutRules, survey
@@ -184,11 +185,13 @@ def open_cohort(
     found: Found | None = None,
     judges: Judges | None = None,
     progress: Callable[[int, int], None] | None = None,
+    forgotten: Forgotten | None = None,
 ) -> Cohort:
     """Have every scan below `root` read once and decide about it.
 
     `found`: what a survey by these very settings found there; None looks now. `judges` read and judge scans,
-    in whatever order; None: here, one by one. `progress(done, total)` is called after each scan. Raises
+    in whatever order; None: here, one by one. `progress(done, total)` is called after each scan. `forgotten`:
+    patients who withdrew; their scans are not read, nor admitted under another name. Raises
     `ValueError` when the site's own settings or tables make no sense, and what `judges` raise; scans never
     raise.
     """
@@ -202,12 +205,14 @@ def open_cohort(
         follow_links=follow_links,
     )
     found = found or survey(root, layout, rules)
-    verdicts = _verdicts(found, rules.names, judges or one_by_one(plan), progress)
+    withdrew = forgotten.patient if forgotten is not None else _nobody
+    verdicts = _verdicts(found, rules.names, withdrew, judges or one_by_one(plan), progress)
     scans: list[ScanEntry] = []
     exclusions = list(found.exclusions)
     seen: set[str] = set()
     for candidate, verdict in zip(found.candidates, verdicts, strict=True):
         try:
+            _refuse_forgotten(verdict, forgotten)
             entry, label_exclusion = _admit(candidate, verdict, seen, split_fractions, split_salt)
             scans.append(entry)
             exclusions += label_exclusion
@@ -226,6 +231,16 @@ def open_cohort(
     )
 
 
+def _refuse_forgotten(verdict: Verdict, forgotten: Forgotten | None) -> None:
+    """Raise `UnusableScan` for a scan of somebody who withdrew, whatever it is called now."""
+    if forgotten is not None and not isinstance(verdict, UnusableScan) and forgotten.scan(verdict.scan_id):
+        raise UnusableScan(Reason.WITHDREW)
+
+
+def _nobody(name: str) -> bool:
+    return False
+
+
 def _once(exclusions: Iterable[Exclusion], labels: Container[Path | None]) -> list[Exclusion]:
     """Each label that fits one image and not another of its study, once: with the one that it fits."""
     kept: dict[tuple[Path, tuple[Path, ...]], Exclusion] = {}
@@ -242,7 +257,11 @@ def _lost(labels: Iterable[Path | None], placed: Container[Path | None]) -> list
 
 
 def _verdicts(
-    found: Found, names: ModalityNames, judges: Judges, progress: Callable[[int, int], None] | None
+    found: Found,
+    names: ModalityNames,
+    withdrew: Callable[[str], bool],
+    judges: Judges,
+    progress: Callable[[int, int], None] | None,
 ) -> list[Verdict]:
     """What comes of each candidate, by itself; only those of the plan's modality with a patient are read."""
     verdicts: dict[int, Verdict] = {}
@@ -253,6 +272,8 @@ def _verdicts(
             verdicts[number] = UnusableScan(Reason.NO_SUCH_MODALITY, readable(candidate.modality))
         elif not candidate.patient:
             verdicts[number] = UnusableScan(Reason.NO_PATIENT)
+        elif withdrew(candidate.patient):
+            verdicts[number] = UnusableScan(Reason.WITHDREW)
         else:
             asked.append(number)
     report = progress or (lambda done, total: None)

@@ -9,7 +9,7 @@ package's code; it holds no path and no name. What is damaged is forgotten: thos
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,21 @@ class JudgementMemo:
         if kept != self._known or list(kept) != list(self._known):
             write_whole(self._memo, "".join(f"{key} {line}\n" for key, line in kept.items()))
             self._known = kept
+
+
+def without_scans(memo: Path, gone: Callable[[str], bool]) -> None:
+    """Remove the judgements of these scans, by their ids, from the file `memo`; of files that nobody asks for
+    any more, too."""
+    if memo.is_file():
+        kept = {key: line for key, line in _load(memo).items() if not gone(_scan_id(line))}
+        write_whole(memo, "".join(f"{key} {line}\n" for key, line in kept.items()))
+
+
+def _scan_id(line: str) -> str:
+    try:
+        return str(json.loads(line).get("scan_id", ""))
+    except ValueError:
+        return ""
 
 
 def _load(memo: Path) -> dict[str, str]:

@@ -1,28 +1,35 @@
 """Released latents: the question, the answer, and what both sides must agree on about them.
 
 A site is asked for a part of what it releases in a round: items `first` to `first + count`, and says how many
-there are. An item is a training scan under an opaque name. The same question has the same answer, so a
-collection that was cut off goes on where it stood. What this file does not do: it decides nothing for a site
-(`client/exchanges/latents.py`) and stores nothing (`server/latent_bank/bank.py`).
+there are. An item is a training scan under an opaque name. Its latents leave the site sealed to the bank's
+key (`federation/sealing.py`), which the plan names: whatever lies between sees no latent. The same question
+has the same answer, so a collection that was cut off goes on where it stood. What this file does not do: it
+decides nothing for a site (`client/exchanges/latents.py`) and stores nothing (`server/latent_bank/bank.py`).
 
 Axes: b = items, c d h w = latents, l = label values.
 """
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Annotated
 
+import safetensors.torch
 import torch
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from safetensors import SafetensorError
 from torch import Tensor
 
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.exchange import Exchange
 from federation.limits import Largest, largest_reply, promised
-from federation.messages import Arrays, Ask, Converted, Reply, Scalar
+from federation.messages import Ask, Converted, Reply, Scalar, SealedBytes
 from federation.plan import RunPlan, WireDtype
+from federation.sealing import OVERHEAD_BYTES, seal, unseal
 from federation.wire import MessageError, Tensors
+from forms.json_text import canonical
 from meduet_models.diffusion.conditions import Examples
+from meduet_models.weights import written
 from privacy.promise import Promise
 
 BOUNDED = "latents"
@@ -30,6 +37,7 @@ BOUNDED = "latents"
 _CHUNK_BYTES = 32 * 2**20
 _ITEM = re.compile(r"[0-9a-f]{32}")
 _ITEM_BYTES = 33  # a name and a space
+_HEADER_BYTES = 4096  # of `packed`, more than it takes
 _WHOLE = ("site", "body_part", "category")
 _REAL = (BOUNDED, "label_map")
 
@@ -102,7 +110,8 @@ class LatentsAsk(Ask, kind="latents_ask"):
 
 @dataclass(frozen=True, kw_only=True)
 class LatentsReply(Reply, kind="latents_reply"):
-    """A part of what a site releases in a round. Patient data, where the policy says so."""
+    """A part of what a site releases in a round, sealed to the bank's key. Patient data, where the policy
+    says so."""
 
     round: int
     first: int
@@ -111,17 +120,71 @@ class LatentsReply(Reply, kind="latents_reply"):
     """How many items that is."""
     items: Annotated[tuple[str, ...], Converted(" ".join, _names, Scalar(str))]
     """Opaque names, 32 hex digits each."""
-    examples: Annotated[Examples, Converted(to_tensors, from_tensors, Arrays(rounded=True), "told")]
-    """As many."""
+    sealed: Annotated[bytes, SealedBytes()]
+    """As many examples, in the form of `packed`, for the recipient that the plan names."""
     wire_dtype: WireDtype = "float32"
     """How latents and label maps travel; they are float32 on both ends."""
 
-    def agrees(self) -> None:
-        """Raise `MessageError` unless there is an example for each item."""
-        if len(self.examples) != len(self.items):
-            raise MessageError(
-                f"Expected as many examples as items; got {len(self.examples)} and {len(self.items)}."
-            )
+
+@dataclass(frozen=True, kw_only=True)
+class ToldLatents:
+    """The same in clear: as the gate let it out, or as the bank opened it."""
+
+    plan_sha256: str
+    site: str
+    round: int
+    first: int
+    total: int
+    items: tuple[str, ...]
+    examples: Examples
+    wire_dtype: WireDtype = "float32"
+
+    def sealed_to(self, recipient: str) -> LatentsReply:
+        """The reply that only the holder of this key reads. Raises `ValueError` for a key that is none."""
+        facts = {
+            name: getattr(self, name)
+            for name in ("plan_sha256", "site", "round", "first", "total", "items", "wire_dtype")
+        }
+        return LatentsReply(
+            sealed=seal(packed(self.examples, self.wire_dtype), recipient, _purpose(**facts)), **facts
+        )
+
+
+def opened(reply: LatentsReply, key: X25519PrivateKey) -> ToldLatents:
+    """What a reply holds. Raises `SealBroken`, and `MessageError` for examples that are none."""
+    facts = {f.name: getattr(reply, f.name) for f in fields(reply) if f.name != "sealed"}
+    examples = unpacked(unseal(reply.sealed, key, _purpose(**facts)), reply.wire_dtype)
+    if len(examples) != len(reply.items):
+        raise MessageError(f"Expected as many examples as items; got {len(examples)} and {len(reply.items)}.")
+    return ToldLatents(examples=examples, **facts)
+
+
+def _purpose(**facts: object) -> bytes:
+    """What a sealed reply belongs to: under another plan, site, round or name it does not open."""
+    return canonical({"purpose": "fedmeduet released latents", **facts}).encode()
+
+
+def packed(examples: Examples, wire_dtype: WireDtype) -> bytes:
+    """Examples as bytes, as a file of weights has them."""
+    narrow = torch.bfloat16 if wire_dtype == "bfloat16" else torch.float32
+    tensors = {
+        name: tensor.to(narrow) if name in _REAL else tensor for name, tensor in to_tensors(examples).items()
+    }
+    header, values = written(tensors, {})
+    return b"".join([header, *values])
+
+
+def unpacked(content: bytes, wire_dtype: WireDtype) -> Examples:
+    """The inverse of `packed`; raises `MessageError`."""
+    try:
+        tensors = safetensors.torch.load(content)
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MessageError("Expected sealed examples; what was sealed is something else.") from error
+    narrow = torch.bfloat16 if wire_dtype == "bfloat16" else torch.float32
+    for name, tensor in tensors.items():
+        if tensor.dtype != (narrow if name in _REAL else torch.float64):
+            raise MessageError(f"Expected {name[:40]!r} in another type than {tensor.dtype}.")
+    return from_tensors({n: t.float() if n in _REAL else t for n, t in tensors.items()})
 
 
 def releasing(plan: RunPlan) -> DiffusionPlan:
@@ -178,7 +241,8 @@ def largest_latents(plan: RunPlan, ask: LatentsAsk) -> Largest:
     real = {name: shape for name, shape in shapes.items() if name in _REAL}
     others = {name: shape for name, shape in shapes.items() if name not in _REAL}
     tensors = promised(real, torch.float32) | promised(others, torch.float64)
-    return largest_reply(tensors, plan.release.latent_dtype, text_bytes=_ITEM_BYTES * ask.count)
+    clear = largest_reply(tensors, plan.release.latent_dtype, text_bytes=_ITEM_BYTES * ask.count)
+    return replace(clear, array_bytes=clear.array_bytes + _HEADER_BYTES + OVERHEAD_BYTES)
 
 
 def nothing(plan: RunPlan) -> Tensors:

@@ -37,6 +37,13 @@ def add_to(commands: Any) -> None:
         metavar="FILE",
         help="where to write (default: plan.json)",
     )
+    plan.add_argument(
+        "--bank-key",
+        type=Path,
+        metavar="FILE",
+        help="of a plan under which latents leave: the key of the bank they are sealed to, made when there "
+        "is none; keep it as secret as the bank",
+    )
     plan.set_defaults(run=_plan)
     about = "draw a plan's public scans again, and say whether they are the plan's"
     public = commands.add_parser(
@@ -103,7 +110,7 @@ def _plan(chosen: argparse.Namespace, console: Console) -> None:
     from server.consortium.plans import make_plan
     from server.consortium.provisioning import load_consortium
 
-    made = make_plan(load_consortium(chosen.consortium), chosen.settings, chosen.out.parent)
+    made = make_plan(load_consortium(chosen.consortium), chosen.settings, chosen.out.parent, chosen.bank_key)
     _write_new(chosen.out, made.to_json(), "plan")
     say(
         console,

@@ -45,6 +45,13 @@ def add_to(commands: Any) -> None:
         metavar="FILE",
         help="of a fine-tuning from public anatomy: the file of pretrain-public, in place of ours",
     )
+    run.add_argument(
+        "--bank-key",
+        type=Path,
+        metavar="FILE",
+        help="of a plan under which latents leave: the key of the bank, as given to `plan` (default: "
+        "FOLDER.key)",
+    )
     _config(run)
     run.set_defaults(run=_run)
 
@@ -128,6 +135,7 @@ def _run(chosen: argparse.Namespace, console: Console) -> None:
         lambda line: say(console, line),
         chosen.pretrained,
         chosen.anatomy,
+        chosen.bank_key,
     )
     with failing(RunGivenUp):
         submission.see_through()

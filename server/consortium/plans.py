@@ -23,6 +23,7 @@ from forms.yaml_text import read_yaml
 from meduet_models.tokenizer.tokenizer import TokenizerSpec, load_tokenizer
 from server.config import FROM_CONFIG, compose_config, plain, plan_from
 from server.consortium.provisioning import ConsortiumSettings
+from server.latent_bank.records import public_key
 from server.public_scans import PUBLIC_SCANS, drawn_public_scans
 from storage.files import write_whole
 
@@ -33,13 +34,17 @@ _VALUES = "target_values"
 
 
 def make_plan(
-    consortium: ConsortiumSettings, overrides: Sequence[str] = (), folder: Path = Path()
+    consortium: ConsortiumSettings,
+    overrides: Sequence[str] = (),
+    folder: Path = Path(),
+    bank_key: Path | None = None,
 ) -> RunPlan:
     """The plan of these hospitals, from `conf/` and `overrides` in Hydra's words (``training.rounds=20``).
 
     The grid of volumes is that of `hospitals=folders` unless an override says otherwise; of a group
-    `hospitals` only that grid counts. Public scans of a plan with privacy are drawn into `folder`. Raises
-    `ValueError` for a setting that is wrong, or has no effect on a plan.
+    `hospitals` only that grid counts. Public scans of a plan with privacy are drawn into `folder`. A plan
+    under which latents leave names the public key of the bank whose key is in the file `bank_key`, made when
+    there is none. Raises `ValueError` for a setting that is wrong, or has no effect on a plan.
     """
     keys = [override.split("=")[0].lstrip("+~") for override in overrides]
     for key, override in zip(keys, overrides, strict=True):
@@ -59,6 +64,15 @@ def make_plan(
         latent_channels=tokenizer.latent_channels,
         stride=tokenizer.stride,
     )
+    releases = made.diffusion is not None and made.diffusion.release.releases_latents
+    if releases != (bank_key is not None):
+        raise ValueError(
+            "Expected --bank-key FILE, the key of the bank that latents are sealed to, with a plan under "
+            "which sites release latents, and only with it. The file is made when there is none."
+        )
+    if made.diffusion is not None and bank_key is not None:
+        diffusion = dataclasses.replace(made.diffusion, recipient=public_key(bank_key))
+        made = dataclasses.replace(made, diffusion=diffusion)
     if made.privacy is None:
         return made
     public_sha256 = drawn_public_scans(made, tokenizer, folder / PUBLIC_SCANS)

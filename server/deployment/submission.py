@@ -64,9 +64,11 @@ class Submission:
         say: Say = lambda line: None,
         pretrained: Path | None = None,
         anatomy: Path | None = None,
+        bank_key: Path | None = None,
     ) -> None:
         """Of a fine-tuning, `pretrained` is the folder or the file of the weights that it starts from, and
         `anatomy` the file of its start from public anatomy (none: the shipped one, where the plan names one).
+        `bank_key`: file of the key of the latent bank (none: beside the run's folder).
 
         Raises `ValueError` for a file that is no plan, and for one kind of plan run as the other.
         """
@@ -93,6 +95,8 @@ class Submission:
         shipped = shipped_tokenizer(self.plan.network.latent_channels)
         if finetuning is None and shipped.exists():  # a bundle carries code only
             self._settings["tokenizer"] = str(shipped.resolve())
+        if bank_key is not None:
+            self._settings["bank_key"] = str(bank_key.resolve())
         if pretrained is not None:
             self._settings["pretrained"] = str(pretrained.resolve())
         if start != "none":  # a bundle carries code only: the application is told where the weights are

@@ -54,6 +54,12 @@ class CentralDiffusion:
     ) -> None:
         if plan.diffusion is None or plan.diffusion.release.trained_at != "centre":
             raise ValueError("Expected a plan with a diffusion model of the centre (diffusion.policy=raw).")
+        if plan.diffusion.recipient != latent_bank.recipient:
+            raise ValueError(
+                "Expected the bank's key to be the one that the plan names (diffusion.recipient: "
+                f"{plan.diffusion.recipient[:12] or 'none'}…); its public key is "
+                f"{latent_bank.recipient[:12]}…. Name its file: --bank-key. Nothing was asked."
+            )
         self.plan, self.diffusion = plan, plan.diffusion
         self.latents = latent_bank
         self._grid, self._roster, self._book = grid, roster, book

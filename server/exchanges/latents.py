@@ -21,6 +21,7 @@ from federation.exchanges.latents import (
     LATENTS,
     LatentsAsk,
     LatentsReply,
+    ToldLatents,
     items_per_chunk,
     latent_bound,
     releases_of,
@@ -31,6 +32,7 @@ from federation.exchanges.latents import (
 from federation.limits import MOST_SCANS
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
+from federation.sealing import SealBroken
 from meduet_models.diffusion.conditions import UNKNOWN
 from server.exchanges.queries import ask_sites
 from server.latent_bank.bank import LatentBank
@@ -78,8 +80,14 @@ def collect(
         asked = {site for site, stands in waiting.items() if stands == first}
         ask = LatentsAsk(plan_json=plan.to_json(), round=round_number, first=first, count=count)
 
-        def check(reply: LatentsReply, ask: LatentsAsk = ask) -> None:
-            check_reply(reply, ask, plan, latent_bank)
+        told: dict[str, ToldLatents] = {}
+
+        def check(reply: LatentsReply, ask: LatentsAsk = ask, told: dict[str, ToldLatents] = told) -> None:
+            try:
+                told[reply.site] = latent_bank.opened(reply)
+            except SealBroken as error:
+                raise ReplyRefused(str(error)) from None
+            check_reply(told[reply.site], ask, plan, latent_bank)
 
         replies, put_aside = ask_sites(
             grid,
@@ -92,9 +100,9 @@ def collect(
             stops=False,
             only=asked,
         )
-        for site, reply in replies.items():  # in the plan's order: which of two twins is kept is no chance
-            codes = None if encode is None else encode(reply.examples.latents)
-            added = vars(latent_bank.add(reply, plan, codes))
+        for site in replies:  # in the plan's order: which of two twins is kept is no chance
+            codes = None if encode is None else encode(told[site].examples.latents)
+            added = vars(latent_bank.add(told[site], plan, codes))
             counts[site] = counts.get(site, Counter()) + Counter(added)
         refused |= put_aside
         refused |= {s: "no answer" for s in asked - set(replies) - set(refused)}
@@ -117,7 +125,7 @@ def _standing(latent_bank: LatentBank, plan: RunPlan, round_number: int) -> dict
     }
 
 
-def check_reply(reply: LatentsReply, ask: LatentsAsk, plan: RunPlan, latent_bank: LatentBank) -> None:
+def check_reply(reply: ToldLatents, ask: LatentsAsk, plan: RunPlan, latent_bank: LatentBank) -> None:
     """Raise `ReplyRefused` unless the answer is one to this question and holds what the plan allows."""
     if (reply.round, reply.first) != (ask.round, ask.first):
         raise ReplyRefused(f"Expected items from {ask.first} of round {ask.round}; got others.")

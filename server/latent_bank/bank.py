@@ -22,9 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from federation.exchanges.latents import LatentsReply, is_item, releasing
+from federation.exchanges.latents import LatentsReply, ToldLatents, is_item, opened, releasing
 from federation.plan import RunPlan
-from server.latent_bank.records import Codes, DamagedRecord, RecordLayout, Seal, read_key
+from federation.sealing import recipient_key, recipient_of
+from server.latent_bank.records import Codes, DamagedRecord, RecordLayout, Seal, key_beside, read_key
 from server.latent_bank.source import LatentSource
 from server.latent_bank.tables import STATES, Item, Origin, Tables
 from storage.files import private_folder
@@ -90,7 +91,7 @@ class LatentBank:
 
     def __init__(self, folder: Path, key: Path | None = None, *, create: bool = True) -> None:
         self.folder = folder
-        self._key_path = key or folder.with_name(folder.name + ".key")
+        self._key_path = key or key_beside(folder)
         if folder.resolve() in self._key_path.resolve().parents:
             raise ValueError(f"Expected the key outside the bank {folder}; got {self._key_path}.")
         if (folder / _EARLIER).is_file():
@@ -110,6 +111,7 @@ class LatentBank:
         self.tables = Tables(folder / BANK)
         """What is in it (`tables.py`)."""
         self._seal = Seal(key_bytes)
+        self._recipient = recipient_key(key_bytes)
         try:
             self._check_key(key_bytes)
         except ValueError:
@@ -129,6 +131,15 @@ class LatentBank:
         """Whether scans can be reconstructed from what is in it."""
         return self.tables.meta("patient_data") == "true"
 
+    @property
+    def recipient(self) -> str:
+        """The public key that sites seal latents to, as a plan names it (`diffusion.recipient`)."""
+        return recipient_of(self._recipient)
+
+    def opened(self, reply: LatentsReply) -> ToldLatents:
+        """What a reply that was sealed to this bank holds. Raises `SealBroken` and `MessageError`."""
+        return opened(reply, self._recipient)
+
     def dealt_with(self, plan: RunPlan, site: str, round_number: int) -> tuple[int, int] | None:
         """How many of a site's items of a round were dealt with, and how many there are; None before it said.
 
@@ -139,7 +150,7 @@ class LatentBank:
         origin = self.tables.origin_of(plan.sha256, site, round_number)
         return None if origin is None else (origin.next, origin.total)
 
-    def add(self, reply: LatentsReply, plan: RunPlan, codes: Codes | None = None) -> Added:
+    def add(self, reply: ToldLatents, plan: RunPlan, codes: Codes | None = None) -> Added:
         """Take the items of an answer that was checked (`server/exchanges/latents.py`): all of them or none.
 
         Raises `ValueError` when the bank is of other sites, volumes or tokenizer than the plan, when codes
@@ -312,7 +323,7 @@ class LatentBank:
             return False
         return True
 
-    def _origin(self, reply: LatentsReply, plan: RunPlan, encoder: str) -> Origin:
+    def _origin(self, reply: ToldLatents, plan: RunPlan, encoder: str) -> Origin:
         there = self.tables.origin_of(plan.sha256, reply.site, reply.round)
         if there is not None:
             return there

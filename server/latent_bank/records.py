@@ -24,6 +24,7 @@ from torch import Tensor
 
 from federation.exchanges.latents import releasing
 from federation.plan import LatentDtype, RunPlan
+from federation.sealing import recipient_key, recipient_of
 from forms.form import build
 from meduet_models.diffusion.conditions import Examples
 from storage.files import write_once
@@ -129,6 +130,17 @@ class RecordLayout:
         if self.dtype == "float32":
             return latents.numpy()
         return latents.to(torch.bfloat16).view(torch.uint16).numpy()
+
+
+def key_beside(folder: Path) -> Path:
+    """Where the key of a bank or of a run lies, unless somebody says otherwise: beside its folder."""
+    return folder.with_name(f"{folder.name}.key")
+
+
+def public_key(path: Path) -> str:
+    """The public key that sites seal latents to, for the bank whose key is in this file (made when there is
+    none). Raises as `read_key`."""
+    return recipient_of(recipient_key(read_key(path, create=True)))
 
 
 def read_key(path: Path, create: bool) -> bytes:

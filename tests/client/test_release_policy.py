@@ -16,9 +16,11 @@ from federation.published_plan import PublishedPlan
 from federation.release_policy import POLICIES, RAW, ReleasePolicy, check_sentence
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from simulations.page import _tiles
+from tests.worlds import RECIPIENT
 
 DIFFUSION = DiffusionPlan(
     policy="raw",
+    recipient=RECIPIENT,
     transformer=TransformerShape(patch_size=2, width=12, depth=1, heads=2),
     training=DiffusionTraining(),
 )

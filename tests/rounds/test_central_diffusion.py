@@ -12,6 +12,7 @@ import pytest
 import torch
 from flwr.app import Context
 
+import server.app
 from client.app import make_client_app
 from client.exchanges.latents import consent
 from client.latents.examples import examples_of
@@ -22,10 +23,10 @@ from meduet_models.diffusion.artefact import load_generative_model
 from meduet_models.diffusion.sampling import SamplingSettings, sample
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.diffusion.training import DiffusionTrainee
-from server.app import run
+from server.app import RunResult
 from server.latent_bank.bank import LatentBank
 from simulations.engines.in_process import InProcessGrid
-from tests.worlds import Hospital, KnownScans
+from tests.worlds import RECIPIENT, Hospital, KnownScans, bank_key_in
 
 
 class Killed(BaseException):
@@ -57,10 +58,16 @@ def federation(
     return InProcessGrid(client, len(plan.sites), through_wire=True)
 
 
+def run(grid: InProcessGrid, plan: RunPlan, folder: Path) -> RunResult:
+    """A run whose bank has the key that the plan names."""
+    return server.app.run(grid, plan, folder, bank_key=bank_key_in(folder.with_name("run.key")))
+
+
 @pytest.fixture
 def plan(miniature: Any) -> RunPlan:
     diffusion = DiffusionPlan(
         policy="raw",
+        recipient=RECIPIENT,
         transformer=TransformerShape(patch_size=2, width=12, depth=1, heads=2),
         training=DiffusionTraining(batch_size=4),
         begin_round=2,
@@ -156,3 +163,14 @@ def test_a_site_without_the_sentence_takes_no_part_and_an_empty_bank_is_said(
     assert result.metrics["rounds"][1]["refused"] == {"oslo": "refused: plan_not_accepted"}
     lines = (tmp_path / "sites" / "oslo" / "journal.jsonl").read_text().splitlines()
     assert not any("sha256" in json.loads(line)["record"] for line in lines), "nothing of it left"
+
+
+@pytest.mark.parametrize("recipient", ["", "ab" * 32])
+def test_a_bank_of_another_key_than_the_plans_asks_nobody(
+    plan: RunPlan, tmp_path: Path, recipient: str
+) -> None:
+    assert plan.diffusion is not None
+    other = dataclasses.replace(plan, diffusion=dataclasses.replace(plan.diffusion, recipient=recipient))
+    with pytest.raises(ValueError, match=r"bank's key to be the one that the plan names.*Nothing was asked"):
+        run(federation(other, tmp_path), other, tmp_path / "run")
+    assert not (tmp_path / "sites").exists()

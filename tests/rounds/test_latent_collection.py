@@ -12,25 +12,30 @@ import pytest
 import torch
 from flwr.app import Context, Message
 
+import federation.exchanges.latents
+import simulations.engines.in_process
 from client.app import make_client_app
+from client.exchanges.exchange import AskRefused
 from client.exchanges.latents import KEY_NAME, TABLE_NAME, consent
 from client.latents.examples import examples_of
 from federation.diffusion_plan import DiffusionPlan
-from federation.exchanges.latents import LatentsAsk, LatentsReply, latent_bound
+from federation.exchanges.latents import LatentsAsk, ToldLatents, latent_bound
 from federation.journal import Journal
 from federation.plan import ReleasePlan, RunPlan, StylePlan
 from federation.release_policy import RAW
 from federation.reply_book import ReplyBook
+from federation.sealing import recipient_key, recipient_of
+from federation.wire import RefusalKind
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from scans.volumes import Geometry
 from server.exchanges.latents import check_reply, collect
 from server.latent_bank.bank import LatentBank
 from server.latent_bank.listing import items
 from server.latent_bank.records import Codes
-from simulations.engines.in_process import InProcessGrid
+from simulations.engines.in_process import InProcessGrid, message_bytes
 from strategies.aggregation import ReplyRefused
 from strategies.quorum import Roster
-from tests.worlds import Hospital, KnownScans
+from tests.worlds import RECIPIENT, Hospital, KnownScans, bank_key_in
 
 
 class Scans(KnownScans):
@@ -79,7 +84,7 @@ class Consortium:
 
         self.grid = InProcessGrid(make_client_app(open_site), len(plan.sites), through_wire=True)
         self.roster = Roster(plan.sites)
-        self.bank = LatentBank(folder / "bank")
+        self.bank = LatentBank(folder / "bank", bank_key_in(folder / "bank.key"))
         self.book = ReplyBook(Journal(folder / "journal.jsonl"))
 
     def collect(self, plan: RunPlan, round_number: int, **more: Any) -> dict[str, Any]:
@@ -91,6 +96,7 @@ def make_plan(miniature: Any) -> Callable[..., RunPlan]:
     def plan(wire_dtype: Any = "float32", **changes: Any) -> RunPlan:
         settings: dict[str, Any] = {
             "policy": "raw",
+            "recipient": RECIPIENT,
             "conditions": ("content", "category", "label_map", "body_part", "spacing"),
             "category": "sex",
             "categories": ("F", "M"),
@@ -172,6 +178,76 @@ def test_a_site_that_has_not_agreed_releases_nothing_and_no_scan_is_read(
     assert not (tmp_path / "sites" / "lyon" / KEY_NAME).exists()
 
 
+@pytest.mark.parametrize("recipient", ["", "00" * 32, "01" + "00" * 31])
+def test_a_plan_whose_bank_has_no_key_to_seal_to_is_refused_before_a_scan_is_read(
+    make_plan: Callable[..., RunPlan], tmp_path: Path, recipient: str
+) -> None:
+    plan = make_plan(recipient=recipient)
+    consortium = Consortium(plan, tmp_path)
+    with pytest.raises(AskRefused, match=r"Expected diffusion\.recipient .*Nothing was read") as refused:
+        consent(plan, RAW.consent)
+    assert refused.value.kind is RefusalKind.PLAN_NOT_ACCEPTED and "\n" not in str(refused.value)
+    report = consortium.collect(plan, 1)
+    assert set(report["refused"].values()) == {"refused: plan_not_accepted"} and report["items"] == 0
+    assert all(scans.reads == 0 for scans in consortium.scans.values())
+
+
+def seen_between(consortium: Consortium, plan: RunPlan, monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """Every byte that lies between the sites and the bank, SuperLink's among them, in one collection."""
+    seen: list[bytes] = []
+
+    def read_on_the_way(message: Message) -> bytes:
+        seen.append(message_bytes(message))
+        return seen[-1]
+
+    monkeypatch.setattr(simulations.engines.in_process, "message_bytes", read_on_the_way)
+    consortium.collect(plan, 1, count=4)
+    return b"".join(seen)
+
+
+@pytest.mark.parametrize("wire_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sealed", [True, False])
+def test_who_reads_everything_on_the_way_finds_no_latent(
+    make_plan: Callable[..., RunPlan],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    wire_dtype: str,
+    sealed: bool,
+) -> None:
+    plan = make_plan(wire_dtype)
+    if not sealed:  # what this test looks for is found where nothing is sealed
+        monkeypatch.setattr(federation.exchanges.latents, "seal", lambda clear, recipient, purpose: clear)
+    consortium = Consortium(plan, tmp_path)
+    seen = seen_between(consortium, plan, monkeypatch)
+    found = 0
+    for scans in consortium.scans.values():
+        for latents in scans.values[:10]:
+            narrow = latents.bfloat16().view(torch.int16) if wire_dtype == "bfloat16" else latents
+            content = narrow.numpy().tobytes()
+            assert len(content) > 128
+            found += any(content[at : at + 64] in seen for at in range(0, len(content) - 64, 64))
+    assert found == (0 if sealed else 12)  # all; or the first four of each, which the bank does not take
+    assert len(consortium.bank) == (30 if sealed else 0)
+
+
+def test_latents_sealed_to_another_bank_or_for_another_question_are_put_aside(
+    make_plan: Callable[..., RunPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan()
+    own = federation.exchanges.latents.seal
+    for name, instead in {
+        "another bank": lambda clear, recipient, purpose: own(
+            clear, recipient_of(recipient_key(bytes(32))), purpose
+        ),
+        "another question": lambda clear, recipient, purpose: own(clear, recipient, purpose + b" "),
+        "no latents": lambda clear, recipient, purpose: own(b"{}", recipient, purpose),
+    }.items():
+        monkeypatch.setattr(federation.exchanges.latents, "seal", instead)
+        consortium = Consortium(plan, tmp_path / name.replace(" ", "-"))
+        report = consortium.collect(plan, 1, count=4)
+        assert set(report["refused"]) == set(plan.sites) and report["items"] == 0, name
+
+
 def test_asked_twice_a_site_says_the_same_and_the_bank_stays_as_it_is(
     make_plan: Callable[..., RunPlan], tmp_path: Path
 ) -> None:
@@ -198,7 +274,7 @@ def test_a_collection_that_is_cut_off_goes_on_where_the_bank_stands(
     consortium = Consortium(plan, tmp_path)
     add, added = LatentBank.add, []
 
-    def dies(self: LatentBank, reply: LatentsReply, *more: Any) -> Any:
+    def dies(self: LatentBank, reply: ToldLatents, *more: Any) -> Any:
         if len(added) == 4:  # the second part of the second site
             raise KeyboardInterrupt
         added.append(reply.site)
@@ -310,7 +386,7 @@ def test_an_answer_that_is_not_one_is_put_aside(
     plan = make_plan(items_per_round=10)
     scans = Scans(0)
     ask = LatentsAsk(plan_json=plan.to_json(), round=1, first=0, count=4)
-    reply = LatentsReply(
+    reply = ToldLatents(
         plan_sha256=plan.sha256,
         site="oslo",
         round=1,
@@ -335,7 +411,7 @@ def test_a_site_that_claims_latents_without_end_is_not_asked_for_ever(
 ) -> None:
     plan = make_plan()
     ask = LatentsAsk(plan_json=plan.to_json(), round=1, first=0, count=2)
-    reply = LatentsReply(
+    reply = ToldLatents(
         plan_sha256=plan.sha256,
         site="oslo",
         round=1,
@@ -364,7 +440,7 @@ def test_a_collection_takes_no_longer_than_a_round_may(
     assert all("not all told within 0.001 s" in why for why in report["refused"].values())
 
 
-def examples(reply: LatentsReply, **changes: Any) -> dict[str, Any]:
+def examples(reply: ToldLatents, **changes: Any) -> dict[str, Any]:
     return {"examples": dataclasses.replace(reply.examples, **changes)}
 
 
@@ -392,7 +468,7 @@ def test_a_question_for_what_is_not_released_is_refused_before_a_scan_is_read(
 def test_a_federated_plan_asks_for_no_consent_and_releases_no_latents(
     make_plan: Callable[..., RunPlan], tmp_path: Path
 ) -> None:
-    plan = make_plan(policy="federated", rounds=2)
+    plan = make_plan(policy="federated", rounds=2, recipient="")
     assert "no latents leave" in consent(plan, "")
     consortium = Consortium(plan, tmp_path, silent=plan.sites)
     with pytest.raises(ValueError, match="its policy is federated"):

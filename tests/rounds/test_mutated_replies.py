@@ -25,7 +25,7 @@ from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.diffusion import DIFFUSION
 from federation.exchanges.erasure import ERASURE
 from federation.exchanges.finetuning import FINETUNING
-from federation.exchanges.latents import LATENTS, LatentsAsk, LatentsReply, largest_latents, latent_bound
+from federation.exchanges.latents import LATENTS, LatentsAsk, ToldLatents, largest_latents, latent_bound
 from federation.exchanges.pretraining import PRETRAINING, TrainReply
 from federation.exchanges.probes import (
     ANATOMY,
@@ -66,6 +66,7 @@ from strategies.reply_wall import ReplyWall
 from strategies.style_bank import StyleSurvey
 from tests.rounds.mutated_replies import Mutator
 from tests.rounds.test_model import content, surveyed
+from tests.worlds import RECIPIENT, bank_key_in
 
 NODE, SITE, HONEST = 7, "lyon", "oslo"
 
@@ -319,7 +320,8 @@ def probe_case(plan: RunPlan, hits: bool) -> Case:
 
 
 def latents_case(plan: RunPlan, folder: Path) -> Case:
-    bank, count = LatentBank(folder / "bank"), 4
+    bank, count = LatentBank(folder / "bank", bank_key_in(folder / "bank.key")), 4
+    told: list[ToldLatents] = []
     book, sha256 = Unwritten(), plan.sha256
     ask = LatentsAsk(plan_json=plan.to_json(), round=1, first=0, count=count)
     draws = torch.Generator().manual_seed(8)
@@ -331,7 +333,7 @@ def latents_case(plan: RunPlan, folder: Path) -> Case:
         spacing=torch.full((count, 3), 1.5),
         category=torch.tensor([0, 1, 0, -1]),
     )
-    valid = LatentsReply(
+    valid = ToldLatents(
         plan_sha256=plan.sha256,
         site=SITE,
         round=1,
@@ -341,15 +343,20 @@ def latents_case(plan: RunPlan, folder: Path) -> Case:
         examples=examples,
     )
 
+    def check(reply: Any) -> None:
+        told.append(bank.opened(reply))
+        check_reply(told[-1], ask, plan, bank)
+
     def begin() -> tuple[ReplyWall[Any], Settle]:
         wall = ReplyWall(
             "latents", LATENTS.route, sha256, registered(plan.sites), book,
-            LATENTS.reply.from_record, lambda reply: check_reply(reply, ask, plan, bank),
+            LATENTS.reply.from_record, check,
         )  # fmt: skip
 
         def settle(reply: Any) -> None:
             if reply is None:
                 return
+            reply = told[-1]
             assert 0 <= reply.total <= 1 << 20
             assert len(reply.items) == len(set(reply.items)) == min(count, reply.total)
             assert reply.examples.latents.shape == (len(reply.items), 2, *grid)
@@ -360,7 +367,7 @@ def latents_case(plan: RunPlan, folder: Path) -> Case:
 
         return wall, settle
 
-    return Case(valid.to_record(), largest_latents(plan, ask), begin)
+    return Case(valid.sealed_to(RECIPIENT).to_record(), largest_latents(plan, ask), begin)
 
 
 @pytest.fixture(autouse=True)

@@ -40,9 +40,11 @@ from server.config import compose_config, plain
 from simulations.consortium import site_configs
 from simulations.hospitals.plans import Hospital
 from simulations.settings import settings_from
+from tests.worlds import RECIPIENT
 
 DIFFUSION = DiffusionPlan(
     policy="raw",
+    recipient=RECIPIENT,
     transformer=TransformerShape(patch_size=2, width=12, depth=1, heads=2),
     training=DiffusionTraining(),
     conditions=("content", "spacing"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from federation.diffusion_plan import DiffusionPlan
-from federation.exchanges.latents import LatentsReply
+from federation.exchanges.latents import ToldLatents
 from federation.plan import StylePlan, TrainingPlan
 from federation.terminal import NOT_POSSIBLE
 from meduet_models.diffusion.conditions import Examples
@@ -45,7 +45,7 @@ def folder(tmp_path: Path) -> Path:
     bank = LatentBank(tmp_path / "bank")
     names = tuple(f"{ITEM}{n}" for n in range(3))
     bank.add(
-        LatentsReply(
+        ToldLatents(
             plan_sha256=plan.sha256, site="north", round=1, first=0, total=3, items=names, examples=examples
         ),
         plan,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from federation.diffusion_plan import DiffusionPlan
-from federation.exchanges.latents import LatentsReply
+from federation.exchanges.latents import ToldLatents
 from federation.plan import ReleasePlan, RunPlan, StylePlan, TrainingPlan
 from meduet_models.diffusion.conditions import Examples
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
@@ -63,8 +63,8 @@ def reply(
     round_number: int = 1,
     first: int = 0,
     total: int = 99,
-) -> LatentsReply:
-    return LatentsReply(
+) -> ToldLatents:
+    return ToldLatents(
         plan_sha256=plan.sha256,
         site=site,
         round=round_number,
