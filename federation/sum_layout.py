@@ -89,7 +89,7 @@ class SumLayout:
     def tensors(self, vector: Ring) -> dict[str, Tensor]:
         """The vector's own memory as the float32 tensors of an update."""
         values = torch.from_numpy(vector[: self.num_values].view(np.float32))
-        parts = values.split([math.prod(shape) for _, shape in self.shapes])
+        parts = torch.split(values, [math.prod(shape) for _, shape in self.shapes])
         return {name: part.view(shape) for (name, shape), part in zip(self.shapes, parts, strict=True)}
 
     def encode(self, vector: Ring, weight: int, metrics: Mapping[str, float]) -> None:

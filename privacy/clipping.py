@@ -82,5 +82,6 @@ def _scale(tensor: Tensor, factor: float, into: Tensor) -> None:
     if factor == 1.0:
         into.copy_(tensor)
         return
-    for block, out in zip(tensor.reshape(-1).split(_BLOCK), into.view(-1).split(_BLOCK), strict=True):
+    blocks, outs = torch.split(tensor.reshape(-1), _BLOCK), torch.split(into.view(-1), _BLOCK)
+    for block, out in zip(blocks, outs, strict=True):
         out.copy_(block.double().mul_(factor))
