@@ -4,6 +4,8 @@
     python bench/round_overhead.py cell --megabytes 1 --wire-dtype bfloat16  two bytes per value
     python bench/round_overhead.py cell --megabytes 1 --sites 3 --baseline   FedAvg, all else the same
     python bench/round_overhead.py cell --megabytes 20 --sites 3 --memory    Flower's state in memory
+    python bench/round_overhead.py cell --megabytes 1 --sites 3 --secure-sum  a round as a secure sum
+    python bench/round_overhead.py sums [--megabytes 1 20] [--sites 3 8]     each beside plain rounds
     python bench/round_overhead.py all [--megabytes 1 20] [--sites 3]        every cell that is not there yet
     python bench/round_overhead.py table                                     the results so far, with ratios
 
@@ -19,6 +21,10 @@ optimiser at the site's disk, a journal, a ledger and a checkpoint, and validate
 of that. How the server application waits for replies is part of the difference: FedAvg looks every 3 s, ours
 every .01 to .5 s.
 
+Secure sums are compared with FedMeDUET's plain rounds in the same type (float32, as masks do not compress),
+one after the other: whole rounds, training included, since nobody tells its seconds in a masked round; the
+bytes of arrays in a round, and all that Flower counted of the run, survey and erasure included.
+
 Memory: VmHWM of each process. Not importable; not shipped. Keys and logs are in --work, outside of git.
 """
 
@@ -30,6 +36,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +83,30 @@ def run_cell(cell: Cell, rounds: int | None, limit_s: float | None, work: Path, 
     print(f"  {result.get('failed') or summary(result)}; {result['seconds']:.0f} s", flush=True)
 
 
-def run_all(asked: argparse.Namespace) -> None:
+def sum_cells() -> list[Cell]:
+    """Secure sums and plain rounds of the same type, one after the other."""
+    return [
+        Cell(program, size, sites, "sqlite", "float32")
+        for sites, size in ((3, 1), (3, 20), (8, 1), (8, 20))
+        for program in ("ours", "summed")
+    ]
+
+
+def run_all(wanted: Sequence[Cell], asked: argparse.Namespace) -> None:
     """Every cell that is not there yet, each in a process of its own with a hard limit."""
     there = {_cell(result) for result in read(asked.results) if "failed" not in result}
-    for cell in cells():
+    for cell in wanted:
         if cell in there or cell.megabytes not in asked.megabytes or cell.sites not in asked.sites:
             continue
         command = [sys.executable, __file__, "cell", "--megabytes", str(cell.megabytes)]
         command += ["--sites", str(cell.sites), "--work", str(asked.work), "--results", str(asked.results)]
         command += ["--baseline"] * (cell.program == "fedavg") + ["--memory"] * (cell.state == "memory")
+        command += ["--secure-sum"] * (cell.program == "summed") + ["--wire-dtype", cell.wire_dtype]
+        command += ["--rounds", str(asked.rounds)] * (asked.rounds is not None)
+        command += ["--limit-s", str(asked.limit_s)] * (asked.limit_s is not None)
         process = subprocess.Popen(command, start_new_session=True)
         try:
-            process.wait(3 * LIMIT_S[cell.megabytes] + 120)
+            process.wait(3 * (asked.limit_s or LIMIT_S[cell.megabytes]) + 120)
         except subprocess.TimeoutExpired:
             print(f"{cell}: hangs, and is stopped", flush=True)
         finally:
@@ -151,7 +172,7 @@ def table(results: Path) -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for cell, ours in latest.items():
         theirs = latest.get(Cell("fedavg", cell.megabytes, cell.sites, cell.state, "float32"))
-        if cell.program == "fedavg" or theirs is None:
+        if cell.program != "ours" or theirs is None:
             continue
         words = (
             f"| {_megabytes(ours)} MB, {cell.wire_dtype} | {cell.sites} | {cell.state} | {_spread(ours)} "
@@ -161,6 +182,7 @@ def table(results: Path) -> None:
         mine, yours = bytes_a_round(ours), bytes_a_round(theirs)
         words += f"| {ratio:.2f} | {mine[0]:.1f}+{mine[1]:.1f} | {yours[0]:.1f}+{yours[1]:.1f} "
         print(words + f"| {sum(mine) / sum(yours):.2f} |")
+    _table_of_sums(latest)
     print("\nPeak memory, MB (largest process of its kind); CPU seconds of all of its kind over the run\n")
     roles = sorted({role for result in latest.values() for role in result["processes"]} - {"other"})
     print("| cell | " + " | ".join(roles) + " | centre | everybody at once | load before | locks |")
@@ -173,6 +195,31 @@ def table(results: Path) -> None:
         print(f"| {cell} | {words}")
     for failure, why in failed.items():
         print(f"\nfailed: {failure}: {why}")
+
+
+def _table_of_sums(latest: dict[Cell, dict[str, Any]]) -> None:
+    """Secure sums beside plain rounds of the same type."""
+    print("\n(secure sum, plain, ratio)")
+    print("| float32 | sites | seconds of a round | MB of arrays in a round | MB of the whole run |")
+    print("|---|---|---|---|---|")
+    for cell, summed in latest.items():
+        plain = latest.get(replace(cell, program="ours"))
+        if cell.program != "summed" or plain is None:
+            continue
+        measures: list[Callable[[dict[str, Any]], float]] = [
+            _round_s,
+            lambda result: sum(bytes_a_round(result)),
+            lambda result: result["traffic"]["total-bytes"] / 1e6,
+        ]
+        words = [f"{of(summed):.1f}, {of(plain):.1f}, **{of(summed) / of(plain):.2f}**" for of in measures]
+        size = f"{4 * summed['values_shared'] / 1e6:.3g} MB"
+        print(f"| {size} | {cell.sites} | {' | '.join(words)} |")
+
+
+def _round_s(result: dict[str, Any]) -> float:
+    """Seconds of a round from the second on, training included; the median."""
+    ends = [one["end"] for one in result["rounds"]]
+    return statistics.median(after - before for before, after in pairwise(ends))
 
 
 def _spread(result: dict[str, Any]) -> str:
@@ -197,28 +244,35 @@ def main() -> None:
     cell = commands.add_parser("cell", help="measure one cell")
     cell.add_argument("--megabytes", type=int, choices=sorted(NETWORKS), default=1)
     cell.add_argument("--sites", type=int, default=3)
-    cell.add_argument("--baseline", action="store_true", help="Flower's FedAvg in place of FedMeDUET")
+    program = cell.add_mutually_exclusive_group()
+    program.add_argument("--baseline", action="store_true", help="Flower's FedAvg in place of FedMeDUET")
+    program.add_argument("--secure-sum", action="store_true", help="rounds as secure sums")
     cell.add_argument("--wire-dtype", choices=("float32", "bfloat16", "mxint8"), default="mxint8")
     cell.add_argument("--memory", action="store_true", help="Flower's state in memory in place of sqlite")
-    cell.add_argument("--rounds", type=int, help="at least 2; the first is not counted")
-    cell.add_argument("--limit-s", type=float, help="seconds after which it is stopped")
     every = commands.add_parser("all", help="measure every cell that is not there yet")
-    every.add_argument("--megabytes", type=int, nargs="+", default=sorted(NETWORKS))
-    every.add_argument("--sites", type=int, nargs="+", default=[2, 3, 4, 8])
+    sums = commands.add_parser("sums", help="the same of secure sums and plain rounds")
+    for one, sites in ((every, [2, 3, 4, 8]), (sums, [3, 8])):
+        one.add_argument("--megabytes", type=int, nargs="+", default=sorted(NETWORKS))
+        one.add_argument("--sites", type=int, nargs="+", default=sites)
     table_command = commands.add_parser("table", help="print the results")
-    for one in (cell, every):
+    for one in (cell, every, sums):
         one.add_argument("--work", type=Path, default=WORK, help="where keys, hospitals and logs go")
-    for one in (cell, every, table_command):
+        one.add_argument("--rounds", type=int, help="at least 2; the first is not counted")
+        one.add_argument("--limit-s", type=float, help="seconds after which it is stopped")
+    for one in (cell, every, sums, table_command):
         one.add_argument("--results", type=Path, default=Path("runs/round_overhead.json"))
     asked = parser.parse_args()
     match asked.command:
         case "cell":
-            program, state = "fedavg" if asked.baseline else "ours", "memory" if asked.memory else "sqlite"
+            program = "fedavg" if asked.baseline else "summed" if asked.secure_sum else "ours"
+            state = "memory" if asked.memory else "sqlite"
             wire_dtype = "float32" if asked.baseline else asked.wire_dtype
             chosen = Cell(program, asked.megabytes, asked.sites, state, wire_dtype)  # type: ignore[arg-type]
             run_cell(chosen, asked.rounds, asked.limit_s, asked.work.resolve(), asked.results)
         case "all":
-            run_all(asked)
+            run_all(cells(), asked)
+        case "sums":
+            run_all(sum_cells(), asked)
         case "table":
             table(asked.results)
 

@@ -41,6 +41,7 @@ NETWORKS = {
 }
 """Megabytes of the content branch in bfloat16 (real ones: 0.94, 19.97, 182.18) and the network that has them;
 180 is ViT-B with width 720 in place of 768, which would be 204."""
+SUMMED = ("aggregation.secure_sum=true", "aggregation.norm_tolerance=0")
 _LOOK_S = 30.0
 _LEAST_MB = 1500.0
 _APP = Path(__file__).with_name("round_overhead_app")
@@ -54,7 +55,8 @@ class CellFailed(RuntimeError):
 class Cell:
     """What is measured."""
 
-    program: Literal["ours", "fedavg"]
+    program: Literal["ours", "summed", "fedavg"]
+    """FedMeDUET, FedMeDUET with secure sums, or Flower's own."""
     megabytes: int
     sites: int
     state: Literal["sqlite", "memory"]
@@ -108,6 +110,7 @@ def _provisioned(cell: Cell, rounds: int, work: Path, folder: Path) -> Poc:
         *(f"network.{setting}" for setting in NETWORKS[cell.megabytes]),
         f"training.rounds={rounds}", "training.steps_per_round=1", "training.batch_size=4",
         "training.learning_rate=1e-4", "training.final_learning_rate=1e-4", "aggregation.deadline_s=900",
+        *SUMMED * (cell.program == "summed"),
     ]  # fmt: skip
     hospitals = work / f"hospitals-{cell.sites}"
     with Live() as live:
@@ -141,10 +144,13 @@ def _processes(poc: Poc, cell: Cell) -> Sequence[ChildProcess]:
 def _see_through(cell: Cell, poc: Poc, supervisor: Supervisor, end: float) -> dict[str, Any]:
     """Submit the run and wait for it; its rounds and its traffic."""
     control, run, next_look = Control(poc.config), "", 0.0
-    plan = poc.plan_path if cell.program == "ours" else poc.folder / "plan.json"  # without our envelope
+    ours = cell.program != "fedavg"
+    plan = poc.plan_path if ours else poc.folder / "plan.json"  # without our envelope
     settings = {"plan": str(plan), "folder": str(poc.run_folder)}
+    if ours:
+        settings["consortium"] = str(control.consortium.resolve())
     with tempfile.TemporaryDirectory(prefix="overhead-app-") as parent:
-        app = write_app_folder(Path(parent)) if cell.program == "ours" else _baseline(Path(parent))
+        app = write_app_folder(Path(parent)) if ours else _baseline(Path(parent))
         while not (run and _is_done(cell, poc)):
             supervisor.poll()
             if time.monotonic() > end:
@@ -162,7 +168,7 @@ def _see_through(cell: Cell, poc: Poc, supervisor: Supervisor, end: float) -> di
                         _say(str(error))
                 next_look = time.monotonic() + (_LOOK_S if run else 1.0)
             time.sleep(0.2)
-        rounds = _our_rounds(poc) if cell.program == "ours" else _fedavg_rounds(poc)
+        rounds = _our_rounds(poc) if ours else _fedavg_rounds(poc)
         # what Flower counted on the fleet routes, of the whole run
         (listed,) = [one for one in control._flwr("list", "centre")["runs"] if one["run-id"] == run]
     return {"rounds": rounds, "traffic": listed["network-traffic"]}
@@ -206,14 +212,15 @@ def _our_rounds(poc: Poc) -> list[dict[str, float]]:
     rounds = []
     for report in metrics["rounds"]:
         sites = report["sites"].values()
-        if report["refused"]:
+        if report["refused"] or report.get("burnt"):
             raise CellFailed(f"round {report['round']}: refused {report['refused']}")
         rounds.append(
             {
                 "round": report["round"],
                 "end": ends[report["round"]],
                 "round_s": report["seconds"],
-                "training_s": max(site["seconds"] for site in sites),
+                # of a masked round no site tells its seconds
+                "training_s": max(site.get("seconds", 0.0) for site in sites),
                 "down": sum(site["bytes_down"] for site in sites),
                 "up": sum(site["bytes_up"] for site in sites),
             }

@@ -82,6 +82,6 @@ def _scale(tensor: Tensor, factor: float, into: Tensor) -> None:
     if factor == 1.0:
         into.copy_(tensor)
         return
-    blocks = torch.split(tensor.reshape(-1), _BLOCK), torch.split(into.view(-1), _BLOCK)
-    for block, out in zip(*blocks, strict=True):
+    blocks, outs = torch.split(tensor.reshape(-1), _BLOCK), torch.split(into.view(-1), _BLOCK)
+    for block, out in zip(blocks, outs, strict=True):
         out.copy_(block.double().mul_(factor))

@@ -44,7 +44,14 @@ from simulations.engines.in_process import FixedThreads, InProcessGrid
 from simulations.engines.side_by_side import SideBySide, SideBySideGrid, num_processes
 from simulations.generation.judge import judge
 from simulations.hospitals.make import make_hospitals
-from simulations.hospitals.plans import Hospital, HospitalsPlan, PhantomHospitals, SplitHospitals
+from simulations.hospitals.plans import (
+    FolderHospitals,
+    Hospital,
+    HospitalsPlan,
+    PhantomHospitals,
+    SplitHospitals,
+    hospital_names,
+)
 from simulations.observer import Witness, site_models
 from simulations.page import write_page
 from simulations.progress import Live
@@ -53,8 +60,6 @@ from simulations.together import Together
 from simulations.tracking import Tracking
 from simulations.watch import SimulationPage
 
-_ANYBODY = ("one", "two", "three")
-"""As few sites as every plan can have."""
 _LIBRARIES = ("torch", "flwr", "monai", "nibabel", "numpy", "scipy", "safetensors", "hydra-core", "nilearn")
 
 
@@ -104,18 +109,20 @@ def prepare(config: Mapping[str, Any], live: Live, made: Made | None = None) -> 
             recipient=recipient,
         )
 
-    asked = plan_for(_ANYBODY)  # a mistake in the settings is said before anything is made
+    known = None if made is None else made.hospitals
+    if known is None and isinstance(hospitals_plan, FolderHospitals):  # found there, not made
+        known = make_hospitals(hospitals_plan, folder / "hospitals")
+    # a mistake in the settings is said before anything is made
+    asked = plan_for(_sites_of(hospitals_plan, known, settings.held_out))
     public_sha256 = "0" * 64
     if asked.privacy is not None:
         with live.counting("drawing public scans") as progress:
             path = folder / PUBLIC_SCANS
             public_sha256 = drawn_public_scans(asked, tokenizer, path, progress)
-    if made is None:
+    if known is None:
         with live.counting("making hospitals") as progress:
-            hospitals = make_hospitals(hospitals_plan, folder / "hospitals", progress)
-    else:
-        hospitals = made.hospitals
-    taking_part, apart = held_apart(hospitals, settings.held_out)
+            known = make_hospitals(hospitals_plan, folder / "hospitals", progress)
+    taking_part, apart = held_apart(known, settings.held_out)
     releases = asked.diffusion is not None and asked.diffusion.release.releases_latents
     recipient = public_key(key_beside(folder)) if releases else ""
     plan = plan_for([hospital.name for hospital in taking_part], public_sha256, recipient)
@@ -124,6 +131,15 @@ def prepare(config: Mapping[str, Any], live: Live, made: Made | None = None) -> 
     configs = site_configs(hospitals, plan, settings, state, None if made is None else made.cache)
     real = not isinstance(hospitals_plan, PhantomHospitals)
     return Simulation(plan, settings, Consortium(plan, configs, state), hospitals, folder, real)
+
+
+def _sites_of(
+    plan: HospitalsPlan, known: Sequence[Hospital] | None, held_out: Sequence[str]
+) -> Sequence[str]:
+    """As many names as sites will take part; their own where the hospitals are known."""
+    if known is not None or isinstance(plan, FolderHospitals):
+        return [hospital.name for hospital in held_apart(known or (), held_out)[0]]
+    return hospital_names(plan.names, plan.num_hospitals)[: max(1, plan.num_hospitals - len(held_out))]
 
 
 def held_apart(

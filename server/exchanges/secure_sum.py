@@ -234,27 +234,26 @@ class SecureSums:
         needs: int | None = None,
     ) -> dict[str, str]:
         """The valid texts by site. Raises `RoundFailed` below what is needed."""
-
-        def checked(reply: SumTextReply) -> None:
-            self._of_this_attempt(reply)
-            try:
-                check(reply)
-            except SumRefused as error:
-                raise ReplyRefused(str(error)) from error
-
         replies, refused = ask_sites(
             grid,
             self.roster,
             self.plan,
             exchange,
             question,
-            checked,
+            lambda reply: self._judge(reply, check),
             self._book,
             only=only,
             needs=needs or self._least,
         )
         self.report.refused.update(refused)
         return {site: reply.text for site, reply in replies.items()}
+
+    def _judge(self, reply: SumTextReply, check: Callable[[SumTextReply], object]) -> None:
+        self._of_this_attempt(reply)
+        try:
+            check(reply)
+        except SumRefused as error:
+            raise ReplyRefused(str(error)) from error
 
     def _of_this_attempt(self, reply: SumTextReply | SumMaskedReply) -> None:
         now = (self.report.round, self.report.attempt)

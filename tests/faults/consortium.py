@@ -84,20 +84,20 @@ class Consortium:
             time.sleep(_TICK_S)
         return time.monotonic() - begun
 
-    def script(self, site: str, steps: dict[int, dict[str, Any]]) -> None:
-        """What happens at a hospital, by round, once each."""
+    def script(self, site: str, steps: Mapping[str, dict[str, Any]]) -> None:
+        """What happens at a hospital, by place (a round, or a round and a route), once each."""
         folder = self.sabotage / site
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "script.json").write_text(json.dumps(steps))
 
-    def held(self, site: str) -> tuple[int, int] | None:
-        """Round and process id in which a hospital is held."""
+    def held(self, site: str) -> tuple[str, int] | None:
+        """Place and process id in which a hospital is held."""
         path = self.sabotage / site / "held"
         try:
-            round_number, pid = path.read_text().split()
+            place, pid = path.read_text().split()
         except (FileNotFoundError, ValueError):
             return None
-        return int(round_number), int(pid)
+        return place, int(pid)
 
     def let_go(self, site: str) -> None:
         """A held hospital goes on."""
@@ -150,7 +150,7 @@ def consortium(
     folder: Path,
     overrides: tuple[str, ...],
     made: Made,
-    scripts: dict[str, dict[int, dict[str, Any]]],
+    scripts: Mapping[str, Mapping[str, dict[str, Any]]],
     runs: bool = True,
 ) -> Consortium:
     """Provision hospitals that were `made`, with wires and saboteurs; nothing is started yet. `runs`: whether

@@ -61,7 +61,7 @@ class Day:
         )
         self.run.until(lambda: self.run.held(self.site) is not None, f"round {self.round + 1}")
         self.round += 1
-        assert self.run.held(self.site)[0] == self.round  # type: ignore[index]
+        assert self.run.held(self.site)[0] == str(self.round)  # type: ignore[index]
         return seconds
 
     def nothing_happens(self, book: Book) -> None:
@@ -91,7 +91,7 @@ def day(folder: Path, rounds: int) -> Iterator[Day]:
     plan = ("hospitals.num_hospitals=2", f"training.rounds={rounds}", "aggregation.deadline_s=600")
     made, expected = undisturbed(folder / "undisturbed", plan)
     site, other = [hospital.name for hospital in made.hospitals][:2]
-    holds = {round_number: {"do": "hold", "at_step": 1} for round_number in range(1, rounds + 1)}
+    holds = {str(round_number): {"do": "hold", "at_step": 1} for round_number in range(1, rounds + 1)}
     run = consortium(folder, plan, made, {site: holds})
     with small_disk(run.poc.run_folder), run.supervisor:
         run.until(lambda: run.held(site) is not None, "the first round")

@@ -97,7 +97,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Consortium, 
         patch.setattr(client.app, "exchanges", lambda: (*rows, dataclasses.replace(honest, work=silent)))
         made, expected = undisturbed(folder / "undisturbed", PLAN)
     assert made.hospitals[0].name == BAD
-    whole = consortium(folder, PLAN, made, {BAD: steps})
+    script = {str(round_number): step for round_number, step in steps.items()}
+    whole = consortium(folder, PLAN, made, {BAD: script})
     with whole.supervisor:
         whole.until(lambda: whole.status().get("state") == "complete", "the end", 900.0)
         yield whole, expected

@@ -358,7 +358,7 @@ def test_a_hospital_that_answers_as_another(up: Consortium, book: Book) -> None:
 def test_another_account_of_the_machine(up: Consortium, book: Book) -> None:
     """The plan that was approved runs; while a hospital is at work, another account tries what it can."""
     site, config = next(iter(up.poc.site_yamls)), up.poc.config
-    up.script(site, {1: {"do": "hold", "at_step": 1}})
+    up.script(site, {"1": {"do": "hold", "at_step": 1}})
     with running(up, up.poc.plan_path, up.poc.run_folder) as folder:
         up.until(lambda: up.held(site) is not None, "a hospital at work")
         before = Control(config).runs()

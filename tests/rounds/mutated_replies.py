@@ -108,6 +108,8 @@ class Mutator:
                 head[self.draws.choice(TEXTS)] = self.draws.choice(INTEGERS)
 
     def _records(self, record: RecordDict) -> None:
+        if not record:  # the only one is gone already
+            return
         name = self.draws.choice(sorted(record))
         part: Any = self.draws.choice(
             (ArrayRecord(), MetricRecord({"x": 1.0}), ConfigRecord({"x": 1}), copied(record)[name])

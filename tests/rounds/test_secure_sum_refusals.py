@@ -7,12 +7,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import Message
 
 from client.commands.plan_words import plan_words
 from client.exchanges.exchange import AskRefused
 from client.settings import SiteConfig
 from client.site import Site
 from federation.exchanges.secure_sum import (
+    SUM_KEYS,
+    SUM_MASKED,
+    SUM_SHARES,
+    SUM_UNMASK,
+    SumKeysAsk,
+    SumMaskedAsk,
+    SumSharesAsk,
+    SumTextReply,
+    SumUnmaskAsk,
     announced_of,
     announced_text,
     list_of,
@@ -24,14 +34,18 @@ from federation.exchanges.secure_sum import (
 )
 from federation.keys.certificates import CertificateRefused, utc_now
 from federation.keys.identity import Peers
-from federation.plan import AggregationPlan, ReleasePlan, StylePlan
+from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan
 from federation.published_plan import PublishedPlan
+from forms.json_text import canonical
 from privacy.secure_sum.party import Opened, Party
 from privacy.secure_sum.transcript import Attempt, SumRefused, SurvivorList
+from server.model import MeduetModel
 from simulations.consortium import simulated_identity
 from tests.rounds.secure_sums import (
     SITES,
+    Sites,
     a_plan,
+    answer,
 )
 
 
@@ -45,6 +59,76 @@ def test_a_site_without_its_keys_says_so_and_one_whose_key_changed_is_not_believ
     peers.met({"lyon": "BBBB", "turin": "CCCC"})
     with pytest.raises(CertificateRefused, match="over the telephone"):
         peers.met({"oslo": "AAAA", "lyon": "DDDD"})
+
+
+def shared_by_all(plan: RunPlan, sites: Sites) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """What four sites said in the first two stages of an attempt: announcements, and texts by who wrote
+    them."""
+    first = {"plan_json": plan.to_json(), "round": 1, "attempt": 1}
+
+    def said(site: str, route: str, question: Any) -> str:
+        return SumTextReply.from_record(answer(sites, plan, site, route, question).content).text
+
+    announced = {site: said(site, SUM_KEYS.route, SumKeysAsk(**first)) for site in SITES}
+    question = SumSharesAsk(**first, roster=roster_text(announced))
+    texts = {site: shares_of(said(site, SUM_SHARES.route, question)) for site in SITES}
+    return announced, {site: {peer: text.hex() for peer, text in own.items()} for site, own in texts.items()}
+
+
+def test_a_roster_that_changed_and_a_share_that_does_not_open_are_refused_in_one_sentence(
+    tmp_path: Path,
+) -> None:
+    plan = a_plan()
+    sites = Sites(plan, tmp_path)
+    announced, texts = shared_by_all(plan, sites)
+    shared, home = MeduetModel(plan).start()
+
+    def ask_shares(roster: dict[str, str]) -> Any:
+        question = SumSharesAsk(plan_json=plan.to_json(), round=1, attempt=1, roster=roster_text(roster))
+        return answer(sites, plan, "oslo", SUM_SHARES.route, question)
+
+    def ask_masked(changed: dict[str, str]) -> Any:
+        question = SumMaskedAsk(
+            plan_json=plan.to_json(), round=1, shared=shared, bank={}, home=home, attempt=1,
+            texts=canonical(changed),
+        )  # fmt: skip
+        return answer(sites, plan, "oslo", SUM_MASKED.route, question)
+
+    # A second roster, signed by everybody on it, for the attempt in which the first was answered.
+    assert isinstance(ask_shares(announced), Message)
+    assert ask_shares({site: announced[site] for site in SITES[:3]}) == "answered_before"
+
+    mine = {peer: texts[peer]["oslo"] for peer in SITES[1:]}
+    flipped = f"{int(mine['lyon'][-1], 16) ^ 1:x}"
+    log = tmp_path / "sites" / "oslo" / "site.log"
+    for changed, why in (
+        (mine | {"lyon": mine["lyon"][:-1] + flipped}, "Expected shares that open; these do not."),
+        (mine | {"lyon": texts["lyon"]["turin"]}, "Expected shares that open; these do not."),
+        ({"lyon": mine["lyon"]}, "Expected shares of at least 3 sites, own ones included; got fewer."),
+        (mine | {"rome": mine["lyon"]}, "Expected shares of others on the roster; got 'rome''s."),
+    ):
+        assert ask_masked(changed) == "sum_refused"
+        assert log.read_text().rstrip().endswith(f"SumRefused: {why}")
+    assert not list((tmp_path / "sites" / "oslo" / "state").glob("*"))  # refused before anything was trained
+    assert isinstance(ask_masked(mine), Message)
+
+
+def test_a_site_that_lost_its_secrets_masks_nothing_and_opens_nothing(tmp_path: Path) -> None:
+    plan = a_plan()
+    sites = Sites(plan, tmp_path)
+    announced, _ = shared_by_all(plan, sites)
+    (kept,) = (tmp_path / "sites" / "oslo").rglob("*.sum")
+    log = tmp_path / "sites" / "oslo" / "site.log"
+    for content in (None, "", "not JSON", kept.read_text()[:-9]):
+        kept.unlink() if content is None else kept.write_text(content)
+        said = said_of(frozenset(SITES), frozenset())
+        question = SumUnmaskAsk(plan_json=plan.to_json(), round=1, attempt=1, said=said)
+        assert answer(sites, plan, "oslo", SUM_UNMASK.route, question) == "sum_refused"
+        assert "Expected the secrets of attempt 1 of round 1; there are none." in log.read_text()
+    # What left before leaves again; fresh secrets under the same keys never do.
+    again = SumKeysAsk(plan_json=plan.to_json(), round=1, attempt=1)
+    reply = answer(sites, plan, "oslo", SUM_KEYS.route, again)
+    assert SumTextReply.from_record(reply.content).text == announced["oslo"]
 
 
 @pytest.mark.parametrize(

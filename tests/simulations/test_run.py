@@ -16,9 +16,10 @@ import torch
 from omegaconf import OmegaConf
 
 from meduet_models.weights import load_weights
-from server.config import compose_config
+from server.config import compose_config, plain
 from simulations import observer
-from simulations.run import run
+from simulations.progress import Live
+from simulations.run import Simulation, prepare, run
 from tests.small_simulation import small_simulation
 
 SMALL = small_simulation(rounds=3)
@@ -181,6 +182,21 @@ def test_a_mistake_in_the_settings_is_one_line_and_exit_code_2(tmp_path: Path) -
     assert done.returncode == 2
     assert "root has no effect with hospitals=phantoms" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_settings_are_judged_for_as_many_hospitals_as_take_part(tmp_path: Path) -> None:
+    """A secure sum of four goes on with three; one of three does not."""
+    summed = ["aggregation.secure_sum=true", "aggregation.norm_tolerance=0", "aggregation.quorum=0.75"]
+
+    def prepared(number: int, *more: str) -> Simulation:
+        words = [*small_simulation(hospitals=number), *summed, *more, f"folder={tmp_path / 'run'}"]
+        return prepare(plain(compose_config(words)), Live())
+
+    for number, more in ((3, ()), (4, ("held_out=[north]",))):
+        with pytest.raises(ValueError, match="a secure sum of 3 sites needs 3"):
+            prepared(number, *more)
+    assert not (tmp_path / "run").exists()
+    assert len(prepared(4).plan.sites) == 4
 
 
 def test_the_configuration_that_was_used_is_kept(undisturbed: Path) -> None:

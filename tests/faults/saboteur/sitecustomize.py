@@ -2,7 +2,8 @@
 do what its people would never let them.
 
 `$MEDUET_SABOTAGE` is this hospital's folder. `script.json` there says, by round, what happens once: a reply
-that is not what the site computed, or something in the middle of training. `clock` holds seconds by which the
+that is not what the site computed, or something in the middle of training; by round and route, where in a
+stage of a secure sum it is held. `clock` holds seconds by which the
 clock is off; `name` the name of another hospital, as which it answers.
 """
 
@@ -23,11 +24,11 @@ from typing import Any
 FOLDER = Path(os.environ["MEDUET_SABOTAGE"])
 
 
-def asked(round_number: int, kind: str) -> dict[str, Any] | None:
-    """What the script wants in this round, once."""
+def asked(place: object, kind: str) -> dict[str, Any] | None:
+    """What the script wants in this round, or at this place of one, once."""
     path = FOLDER / "script.json"
-    step = json.loads(path.read_text()).get(str(round_number)) if path.is_file() else None
-    done = FOLDER / f"done-{round_number}"
+    step = json.loads(path.read_text()).get(str(place)) if path.is_file() else None
+    done = FOLDER / f"done-{place}"
     if step is None or kind not in step or done.exists():
         return None
     return dict(step)
@@ -41,10 +42,7 @@ def in_training(round_number: int, at: int) -> None:
     (FOLDER / f"done-{round_number}").touch()
     match step["do"]:
         case "hold":
-            held = FOLDER / "held"
-            held.write_text(f"{round_number} {os.getpid()}")
-            while held.exists():
-                time.sleep(0.05)
+            hold(round_number)
         case "hang":
             time.sleep(100_000)
         case "raise":
@@ -55,6 +53,47 @@ def in_training(round_number: int, at: int) -> None:
             size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (size + (64 << 20), resource.RLIM_INFINITY))
             torch.zeros(1 << 30)
+
+
+def hold(place: object) -> None:
+    """Wait until a test lets this hospital go on."""
+    held = FOLDER / "held"
+    held.write_text(f"{place} {os.getpid()}")
+    while held.exists():
+        time.sleep(0.05)
+
+
+def in_stage(place: str, when: str) -> None:
+    """Called before, in the middle of the training of, and after the work of a stage of a secure sum."""
+    step = asked(place, "when")
+    if step is not None and step["when"] == when:
+        (FOLDER / f"done-{place}").touch()
+        hold(place)
+
+
+def stages(module: ModuleType) -> None:
+    """`client.exchanges.secure_sum`: places in each of the four stages."""
+    for name in ("KEYS", "SHARES", "VECTOR", "OPENING"):
+        row = getattr(module, name)
+        setattr(module, name, dataclasses.replace(row, work=held_in(row)))
+
+
+def held_in(row: Any) -> Callable[..., Any]:
+    """The work of a row of the table, which may be held."""
+
+    def work(site: Any, ask: Any, plan: Any, gate: Any, on_step: Callable[[int, float], None]) -> Any:
+        place = f"{ask.round}.{row.exchange.route}"
+
+        def stepped(step: int, loss: float) -> None:
+            on_step(step, loss)
+            in_stage(place, "training")
+
+        in_stage(place, "before")
+        released = row.work(site, ask, plan, gate, stepped)
+        in_stage(place, "after")
+        return released
+
+    return work
 
 
 def answers(module: ModuleType) -> None:
@@ -170,6 +209,7 @@ def date(module: ModuleType) -> None:
 
 PATCHES: dict[str, Callable[[ModuleType], None]] = {
     "client.exchanges.pretraining": answers,
+    "client.exchanges.secure_sum": stages,
     "client.app": app,
 }
 if (FOLDER / "clock").is_file():
