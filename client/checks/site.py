@@ -34,8 +34,8 @@ from client.scans.names import alike
 from client.site import Site, SiteConfig, SiteProgress, approvals_of, survey_site
 from federation.bundle import running_bundle
 from federation.exchanges.erasure import ERASURE
+from federation.exchanges.private_rounds import mechanisms
 from federation.exchanges.probes import PROBES, widest_sums
-from federation.exchanges.style_code import code_promise
 from federation.exchanges.survey import smallest_cohort
 from federation.keys.certificates import utc_now
 from federation.plan import RunPlan
@@ -101,8 +101,8 @@ def _consent(config: SiteConfig, plan: RunPlan | None) -> Check:
         return Check("consent", "failed", "nothing may leave, with or without noise", advice)
     delta = config.delta_ceiling
     if plan is not None:
-        mechanism = None if plan.privacy is None else code_promise(plan).mechanism
-        if (asked := epsilon_of([mechanism], delta).upper) > ceiling:
+        released = [None] if plan.privacy is None else mechanisms(plan)
+        if (asked := epsilon_of(released, delta).upper) > ceiling:
             return Check(
                 "consent",
                 "failed",
