@@ -10,7 +10,8 @@ and masked after that; its counts and metrics leave in the masked vector or not 
 
 Noise is the gate's own work: no exchange can forget it, and none sees its key. It is drawn from a secret of
 this question's place in the ledger, so that a site that was killed goes on in the same bits; beside it
-nothing leaves, and the books say nothing of how many patients are behind it.
+nothing leaves, and the books say nothing of how many patients are behind it. Noise of steps is drawn from
+there while they are taken; the gate lets nothing out before every step had its own.
 
 Does not do: decide what is shared (`meduet_models/sharing.py`) or bound one patient's share of a sum: that
 happens where the sum is made; the gate checks that the sum is no longer than that allows.
@@ -35,6 +36,7 @@ from federation.wire import GROWTH, RefusalKind, num_bytes, rounded
 from meduet_models.weights import sha256_of_tensors
 from privacy.clipping import clip, joint_norm
 from privacy.ledger import Ledger, Reservation, Settled
+from privacy.noisy_steps import NoisySteps
 from privacy.promise import Promise
 
 COUNT_NAMES: Final = frozenset({"examples", "num_patients", "num_scans", "first_item", "num_items"})
@@ -123,11 +125,19 @@ class Gate:
         self._ledger = ledger
         self._journal = journal
         self._answers = answers
+        self._steps: NoisySteps | None = None
 
     @property
     def promise(self) -> Promise:
         """Under which promise the answer leaves."""
         return self._reservation.promise
+
+    def noisy_steps(self) -> NoisySteps:
+        """The secret draws and the noise of the steps that the promise counts, the same after a kill."""
+        held = self._reservation
+        assert held.promise.noise_in == "steps", "the promise says where noise enters"
+        self._steps = NoisySteps(self._answers.secret(held.place), (held.entry,), held.promise.deviation)
+        return self._steps
 
     def again(self) -> Released | None:
         """The answer that left before, to the bit and for no second charge; None where none left, or it is
@@ -176,18 +186,22 @@ class Gate:
         bounded where it was made may pass that by one part in a million, its own rounding. Not covered:
         `not_covered`, counts and metrics; the journal lists them. With a promise that has a mechanism, this
         holds before the noise: Gaussian, of the promise's deviation in each number; there is nothing else.
+        With noise in steps it holds in each step, and the mean that leaves is as long as it is.
         Raises `GateRefusal` (kind `non_finite` for NaN and infinity), `AnsweredBefore` when another answer
         left under this reservation, `BrokenChain` or `OSError`.
         """
         reservation = self._reservation
         promise = reservation.promise
-        each, noised = promise.enforcement == "each", promise.mechanism is not None
+        each, noised = promise.enforcement == "each", promise.noise_in == "release"
+        in_steps = promise.noise_in == "steps"
         if not (math.isfinite(weight) and (weight > 0 or ((each or noised) and weight == 0))):
             raise GateRefusal(f"Expected a weight > 0; got {weight}.")
         if noised and (counts or metrics or not_covered):
             raise GateRefusal("Expected nothing beside a release with noise: it would be exact.")
         _check_declared(tensors, declared)
         whole, real = _counts(counts or {}), _metrics(metrics or {})
+        if in_steps:
+            self._check_steps(whole, real)
         _check_items(items, tensors, weight if each else 0.0)
         _finite_norm({name: tensor for name, tensor in tensors.items() if name in not_covered})
         if masking is not None and (promise.enforcement != "clip" or noised or not_covered or anew):
@@ -205,12 +219,14 @@ class Gate:
         after = _longest_row(left) if each else _finite_norm(left)
         allowed = promise.bound * (1 if each else weight)
         limit = allowed * (1 + _ROUNDING_OF_SUMS if promise.enforcement == "check" else 1)
-        if after > limit:
+        if not in_steps and after > limit:
             raise GateRefusal(
                 f"Expected '{promise.kind}' over {weight:g} contributors to be at most {limit:g} long; got "
                 f"{after:g}. Contributors were not bounded where the sum was made."
             )
         leaving, noise = self._with_noise(tensors, wire_dtype) if noised else (exact, _NO_NOISE)
+        if in_steps:
+            allowed, noise = promise.bound, _said(promise)
         length = _finite_norm(leaving)
         if noised:  # nothing of the exact sum stands in the books
             weight, before, after, allowed = 1.0, length, length, promise.bound
@@ -230,7 +246,7 @@ class Gate:
             "not_covered": sorted(not_covered),
             "norm_before": before,
             "norm_after": after,
-            "clipped": promise.enforcement != "check"
+            "clipped": promise.enforcement not in ("check", "steps")
             and after < before * (1 if each else weight) * (1 - 2.0**-7),
             "bound": allowed,
             "promise": promise.sentence(),
@@ -302,7 +318,17 @@ class Gate:
         for name, tensor in tensors.items():
             noise = source.stream("noise", reservation.entry, name).normals(tuple(tensor.shape))
             leaving[name] = rounded((tensor.double().cpu() + deviation * noise).to(tensor.dtype), wire_dtype)
-        return leaving, f"noise enters {reservation.promise.noise_in}: Gaussian, deviation {deviation:.4g}"
+        return leaving, _said(reservation.promise)
+
+    def _check_steps(self, counts: Mapping[str, int], metrics: Mapping[str, float]) -> None:
+        """Raise unless every step had its noise, and nothing else is said beside what they made."""
+        mechanism = self._reservation.promise.mechanism
+        assert mechanism is not None, "noise enters steps"
+        if self._steps is None or self._steps.last != mechanism.steps - 1:
+            raise GateRefusal(f"Expected noise in each of {mechanism.steps} steps; some had none.")
+        agreed = set(counts) <= {"examples"} and set(metrics) <= {"steps", "seconds"}
+        if not agreed or not all(value.is_integer() for value in metrics.values()):
+            raise GateRefusal("Expected examples, steps and whole seconds beside noisy steps; got more.")
 
     def _leaves_now(self) -> None:
         if not may_leave():
@@ -331,6 +357,11 @@ class Gate:
             wire_dtype=record["dtype"],
             record=record,
         )
+
+
+def _said(promise: Promise) -> str:
+    """Where which noise enters, as the journal says it."""
+    return f"noise enters {promise.noise_in}: Gaussian, deviation {promise.deviation:.4g}"
 
 
 def _check_declared(tensors: Mapping[str, Tensor], declared: Mapping[str, tuple[int, ...]]) -> None:
@@ -416,6 +447,8 @@ def _bound(
     bound."""
     if promise.enforcement == "check":
         return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    if promise.enforcement == "steps":
+        return {name: tensor.detach() * weight for name, tensor in tensors.items()}
     bound = promise.bound * (1 - GROWTH[wire_dtype])
     if promise.enforcement == "each":
         return clipped_rows(tensors, bound)

@@ -1,7 +1,8 @@
 """How a plan's steps of pretraining are taken, at a site and at the centre: the optimiser, its learning rate,
 and the descent of one loss.
 
-Does not do: losses (`client/training/pretraining.py`; with privacy `server/phantom_training.py`).
+Does not do: losses (`client/training/pretraining.py`; with privacy `server/phantom_training.py`), or noise
+(`client/training/private.py`).
 Source: MeDUET (arXiv:2602.17901), section "Implementation"; Muon (`meduet_models/muon.py`) is not MeDUET's.
 """
 
@@ -55,12 +56,20 @@ def descend(
     loss.backward()  # type: ignore[no-untyped-call]
     norm = torch.nn.utils.clip_grad_norm_(student.parameters(), training.gradient_clip_norm)
     _finite(norm, "gradient", number)
+    momentum = momentum_at(number / plan.total_steps, *training.teacher_momentum)
+    take_step(student, teacher, optimiser, learning_rate_at(number, plan), momentum)
+    return value, norm
+
+
+def take_step(
+    student: MeDUET, teacher: Teacher, optimiser: AdamW, learning_rate: float, momentum: float
+) -> None:
+    """One step along the gradients that the student's parameters hold, and the teacher after it."""
     for group in optimiser.param_groups:
-        group["lr"] = learning_rate_at(number, plan)
+        group["lr"] = learning_rate
     optimiser.step()
     optimiser.zero_grad()  # here, so that no gradient is held through a forward pass or a write
-    teacher.update(student, momentum_at(number / plan.total_steps, *training.teacher_momentum))
-    return value, norm
+    teacher.update(student, momentum)
 
 
 def _finite(value: Tensor, what: str, number: int) -> float:

@@ -221,8 +221,21 @@ class RunPlan:
         return ("pooled",) if self.aggregation.method == "pooled" else self.sites
 
     @property
+    def num_rounds(self) -> int:
+        """Rounds of the whole run: those of training, and those of noisy steps after them."""
+        noisy = None if self.privacy is None else self.privacy.noisy
+        return self.training.rounds + (0 if noisy is None else noisy.rounds)
+
+    def steps_in(self, round_number: int) -> int:
+        """Steps of a round (from 1), at the centre or of each site."""
+        noisy = None if self.privacy is None else self.privacy.noisy
+        if noisy is None or round_number <= self.training.rounds:
+            return self.training.steps_per_round
+        return noisy.steps_per_round
+
+    @property
     def total_steps(self) -> int:
-        """Local optimiser steps of one site over the whole run; schedules run over these."""
+        """Optimiser steps of the rounds of training; schedules run over these."""
         return self.training.rounds * self.training.steps_per_round
 
     @staticmethod
@@ -331,7 +344,7 @@ def _secure_sum_contradictions(plan: RunPlan) -> Iterator[str]:
             yield "aggregation.weight_cap has no effect with aggregation.secure_sum=false: leave it out."
         return
     if plan.privacy is not None:
-        yield "aggregation.secure_sum has no effect with privacy: no update leaves a site."
+        yield "privacy does not go with secure sums, each site adds its own noise: set secure_sum=false."
         return
     if aggregation.method in ("alone", "pooled"):
         yield f"aggregation.method={aggregation.method} sums nothing over sites: leave secure_sum out."

@@ -19,12 +19,38 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NoisySteps:
+    """Steps of training at the sites, on groups of one patient and public scans, with noise in each."""
+
+    steps: Annotated[int, Range(at_least=1, at_most=100_000)]
+    """Steps of each site in all, after the rounds at the centre."""
+    steps_per_round: Annotated[int, Range(at_least=1, at_most=100_000)]
+    """Of them, in a round; a divisor of `steps`."""
+    sampling_rate: Annotated[float, Range(above=0, at_most=1)]
+    """Chance of each patient to be in a step; drawn from a secret of the site."""
+    clip_norm: Annotated[float, Range(above=0, at_most=10_000)]
+    """L2 norm to which the gradient of a patient's group is cut, over all weights together."""
+    group_size: Annotated[int, Range(at_least=2, at_most=64)] = 2
+    """A patient's scan and so many public ones less one; even."""
+    epsilon_style: Annotated[float, Range(above=0, at_most=20)]
+    """What the style code may cost by itself; the steps cost what is left."""
+    although_noise_wins: bool = False
+    """Whether sites are asked although noise drowns the steps (`privacy/worth.py`)."""
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of noisy steps."""
+        return self.steps // self.steps_per_round
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrivacyPlan:
     """Differential privacy for each patient."""
 
-    level: Literal["sums"] = "sums"
+    level: Literal["sums", "full"] = "sums"
     """What leaves a site. `sums`: one style code, with noise, before the first step, and nothing else; the
-    network is trained at the centre on public scans in the sites' styles."""
+    network is trained at the centre on public scans in the sites' styles. `full`: then, from there, the sites
+    train all weights on their patients, with noise in each step (`noisy`)."""
     epsilon: Annotated[float, Range(above=0, at_most=20)]
     """What the whole run may cost a patient."""
     delta: Annotated[float, Range(above=0, at_most=LARGEST_DELTA)] = LARGEST_DELTA
@@ -36,12 +62,15 @@ class PrivacyPlan:
     give the axes of the style code."""
     public_sha256: Sha256
     """Hash of their latents."""
+    noisy: NoisySteps | None = None
+    """The steps of `full`; none with `sums`."""
 
 
 def contradictions(plan: "RunPlan") -> Iterator[str]:
     """Say what in a plan with privacy would leave without noise, or would have no effect; one line each."""
     privacy = plan.privacy
     assert privacy is not None
+    yield from _noisy_contradictions(plan, privacy)
     if plan.probes.every_rounds:
         yield "privacy does not cover probes, whose sums and hits are exact: set probes.every_rounds=0."
     if plan.diffusion is not None:
@@ -73,11 +102,43 @@ def contradictions(plan: "RunPlan") -> Iterator[str]:
             f"Expected privacy.public_scans above network.code_size={plan.network.code_size}, whose axes "
             f"they give; got {privacy.public_scans}."
         )
-    for name, part, settings in (
-        ("aggregation", plan.aggregation, ("rule", "optimiser", "norm_tolerance")),
-        ("release", plan.release, ("update_clip_norm", "style_clip", "wire_dtype")),
-        ("training", plan.training, ("proximal",)),
-    ):
+    unused = {"aggregation": [], "release": ["style_clip"], "training": ["proximal"]}
+    if privacy.noisy is None:  # no update leaves a site
+        unused["aggregation"] += ["rule", "optimiser", "norm_tolerance"]
+        unused["release"] += ["update_clip_norm", "wire_dtype"]
+    for name, settings in unused.items():
+        part = getattr(plan, name)
         for setting in settings:
             if getattr(part, setting) != type(part).__dataclass_fields__[setting].default:
-                yield f"{name}.{setting} has no effect with privacy.level=sums: no update leaves a site."
+                yield f"{name}.{setting} has no effect with privacy.level={privacy.level}: leave it out."
+
+
+def _noisy_contradictions(plan: "RunPlan", privacy: PrivacyPlan) -> Iterator[str]:
+    """What level and noisy steps rule out between them."""
+    noisy = privacy.noisy
+    if noisy is None:
+        if privacy.level == "full":
+            yield "privacy.level=full needs privacy.noisy, the steps to take (conf/privacy/full.yaml)."
+        return
+    if privacy.level == "sums":
+        yield "privacy.noisy has no effect with privacy.level=sums, where no site trains: leave it out."
+        return
+    if noisy.epsilon_style >= privacy.epsilon:
+        yield (
+            f"Expected privacy.noisy.epsilon_style below privacy.epsilon={privacy.epsilon:g}, of which the "
+            f"steps take what is left; got {noisy.epsilon_style:g}."
+        )
+    if noisy.steps % noisy.steps_per_round:
+        yield (
+            f"Expected privacy.noisy.steps to divide by steps_per_round={noisy.steps_per_round}; got "
+            f"{noisy.steps}."
+        )
+    if noisy.group_size % 2:
+        yield f"Expected privacy.noisy.group_size to be even, since scans are paired; got {noisy.group_size}."
+    if noisy.group_size > plan.training.batch_size:
+        yield (
+            f"Expected privacy.noisy.group_size of at most training.batch_size={plan.training.batch_size}, "
+            f"the scans that a site holds at once; got {noisy.group_size}."
+        )
+    if plan.training.precision != "float32":
+        yield "privacy.level=full cuts gradients in float32: set training.precision=float32."

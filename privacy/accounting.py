@@ -10,6 +10,7 @@ independent), or REPLACE_ONE, where the library's accountants disagree.
 Source: Sommer et al., arXiv:1812.11804 (PLD); Balle and Wang, arXiv:1805.06530 (the exact Gaussian).
 """
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from typing import Any
 
 LARGEST_DELTA = 1e-5
 """A delta beyond it protects nobody: with some hundred patients, one of them may simply be told."""
+_COARSE, _FINE = 1e-3, 1e-4  # grids of privacy losses; the second is what is charged
 _GRAIN = 1e-4  # noise multipliers are multiples of it, so that sites and centre agree on them to the bit
 
 
@@ -85,14 +87,18 @@ def epsilon_of(mechanisms: Sequence[Mechanism | None], delta: float) -> Epsilon:
         raise ValueError(f"Expected delta in (0, 1); got {delta}.")
     if not mechanisms:
         return Epsilon(0.0, 0.0)
+    noised = [mechanism for mechanism in mechanisms if mechanism is not None]
+    if len(noised) < len(mechanisms):
+        return INFINITE
+    return _composed(tuple(sorted(_counted(noised).items(), key=str)), delta)
+
+
+def _counted(mechanisms: Sequence[Mechanism]) -> Counter[Mechanism]:
+    """A step is a step: the same one of several mechanisms is composed by its count."""
     counts: Counter[Mechanism] = Counter()
     for mechanism in mechanisms:
-        if mechanism is None:
-            return INFINITE
-        # A step is a step: the same one of several mechanisms is composed by its count.
-        one = Mechanism(noise_multiplier=mechanism.noise_multiplier, sampling_rate=mechanism.sampling_rate)
-        counts[one] += mechanism.steps
-    return _composed(tuple(sorted(counts.items(), key=str)), delta)
+        counts[dataclasses.replace(mechanism, steps=1)] += mechanism.steps
+    return counts
 
 
 @lru_cache(maxsize=64)
@@ -101,7 +107,9 @@ def _composed(counts: tuple[tuple[Mechanism, int], ...], delta: float) -> Epsilo
     return Epsilon(lower, max(lower, upper))
 
 
-def _estimate(counts: Mapping[Mechanism, int], delta: float, pessimistic: bool) -> float:
+def _estimate(
+    counts: Mapping[Mechanism, int], delta: float, pessimistic: bool, interval: float = _FINE
+) -> float:
     # Imported here: it takes a second or two, which only what is noised needs.
     from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 
@@ -110,12 +118,51 @@ def _estimate(counts: Mapping[Mechanism, int], delta: float, pessimistic: bool) 
         one = from_gaussian_mechanism(
             mechanism.noise_multiplier,
             sampling_prob=mechanism.sampling_rate,
+            value_discretization_interval=interval,
             pessimistic_estimate=pessimistic,
             use_connect_dots=pessimistic,  # the dots are connected from above only
         )
         taken = one.self_compose(steps) if steps > 1 else one
         whole = taken if whole is None else whole.compose(taken)
     return float(whole.get_epsilon_for_delta(delta))
+
+
+@lru_cache(maxsize=64)
+def step_multiplier(
+    epsilon: float, delta: float, sampling_rate: float, steps: int, beside: tuple[Mechanism, ...] = ()
+) -> float:
+    """The least noise multiplier (to four decimals) at which so many steps on Poisson samples, and what is
+    released `beside` them, cost at most `epsilon` together, by the pessimistic estimate.
+
+    Raises `ValueError` where `beside` alone leaves nothing of `epsilon`.
+    """
+    from scipy.optimize import brentq  # here: a question that is not noised need not load it
+
+    if beside and epsilon_of(beside, delta).upper >= epsilon:
+        raise ValueError(f"Expected releases beside the steps to cost less than {epsilon:g}; they cost more.")
+
+    def over(logarithm: float, interval: float) -> float:
+        taken = Mechanism(noise_multiplier=math.exp(logarithm), sampling_rate=sampling_rate, steps=steps)
+        return _estimate(_counted([*beside, taken]), delta, True, interval) - epsilon
+
+    high = low = 0.0
+    for interval in (_COARSE, _FINE):  # the coarse one is quick, and says a little too much
+        while over(high, interval) > 0:
+            high += 0.7
+        low = high - 0.02
+        while over(low, interval) <= 0:
+            low -= 0.7
+        high = float(brentq(over, low, high, args=(interval,), xtol=_GRAIN))
+    least = math.exp(high)
+    grains = math.ceil(least / _GRAIN)
+
+    def within() -> bool:
+        taken = Mechanism(noise_multiplier=_grained(grains), sampling_rate=sampling_rate, steps=steps)
+        return epsilon_of([*beside, taken], delta).upper <= epsilon
+
+    while not within():
+        grains += 1
+    return _grained(grains)
 
 
 @lru_cache(maxsize=64)

@@ -1,11 +1,12 @@
 """What is promised about a release: whose contribution is bounded, by how much, and where noise enters.
 
 A release is a sum over contributors, or, where a site has agreed to that, the shares of single contributors
-side by side. The promise bounds the L2 norm of one contributor's share. With a mechanism the gate adds noise
-and the promise is differential privacy for each patient; without one noise enters nowhere, the promise is a
-bound, and it says so in words and as an epsilon of infinity. What was made of random numbers alone, as the
-keys of a secure sum are, has nothing to bound. What travels beside the sum (counts, losses, seconds) is not
-covered by the bound; beside a release with noise nothing travels.
+side by side. The promise bounds the L2 norm of one contributor's share. With a mechanism noise is added, by
+the gate or in each step of training, and the promise is differential privacy for each patient; without one
+noise enters nowhere, the promise is a bound, and it says so in words and as an epsilon of infinity. What was
+made of random numbers alone, as the keys of a secure sum are, has nothing to bound. What travels beside the
+sum (counts, losses, seconds) is not covered by the bound; beside noise nothing travels that tells of a
+patient.
 """
 
 import math
@@ -35,15 +36,16 @@ class Promise:
     """L2 norm of one contributor's share."""
     unit: Literal["site update", "patient statistics", "scan", "patient", "no patient"]
     """Whose share is bounded."""
-    enforcement: Literal["clip", "check", "each", "none"]
+    enforcement: Literal["clip", "check", "each", "steps", "none"]
     """`clip`: the gate scales a mean that is too long. `check`: shares were bounded where they were summed;
     the gate refuses a sum that is longer than its number of shares allows. `each`: every row is one
-    contributor's share, and the gate scales each that is too long. `none`: nothing of a patient is in it, so
-    there is nothing to bound (`bound` is 0)."""
+    contributor's share, and the gate scales each that is too long. `steps`: shares were bounded, and noise
+    added, in each step of training; what leaves is a function of that, and as long as it is. `none`: nothing
+    of a patient is in it, so there is nothing to bound (`bound` is 0)."""
     relation: Literal["add or remove one"] = "add or remove one"
     """Which two cohorts count as neighbours."""
     mechanism: Mechanism | None = None
-    """The noise that the gate adds; none: none."""
+    """The noise that is added; none: none."""
     delta: float | None = None
     """At which delta epsilon is told, with a mechanism."""
 
@@ -56,22 +58,25 @@ class Promise:
             raise ValueError(f"Expected a promise with a finite bound > 0; got {self.bound}.")
         if (self.mechanism is None) != (self.delta is None):
             raise ValueError("Expected a promise with both a mechanism and a delta, or with neither.")
-        if self.mechanism is not None and (self.unit != "patient" or self.enforcement != "check"):
+        noised = ("check", "steps") if self.mechanism is not None else ("clip", "check", "each", "none")
+        if self.enforcement not in noised or (self.mechanism is not None and self.unit != "patient"):
             raise ValueError(
-                "Expected noise on a sum of patients' bounded shares; got unit "
+                "Expected noise on sums of patients' bounded shares, and in steps always; got unit "
                 f"{self.unit!r}, enforcement {self.enforcement!r}."
             )
         if self.delta is not None and not 0 < self.delta <= LARGEST_DELTA:
             raise ValueError(f"Expected delta in (0, {LARGEST_DELTA:g}]; got {self.delta}.")
 
     @property
-    def noise_in(self) -> Literal["nowhere", "release"]:
+    def noise_in(self) -> Literal["nowhere", "release", "steps"]:
         """Where noise enters."""
-        return "nowhere" if self.mechanism is None else "release"
+        if self.mechanism is None:
+            return "nowhere"
+        return "steps" if self.enforcement == "steps" else "release"
 
     @property
     def deviation(self) -> float:
-        """Of the noise in each released number; 0 without a mechanism."""
+        """Of the noise in each number of a sum; 0 without a mechanism."""
         return 0.0 if self.mechanism is None else self.mechanism.noise_multiplier * self.bound
 
     @property
@@ -89,12 +94,19 @@ class Promise:
         if self.enforcement == "none":
             return "Made of random numbers of this site and others: nothing of a patient is in it."
         if self.mechanism is not None:
+            moved, taken = "it", self.mechanism
+            if self.enforcement == "steps":
+                moved = (
+                    f"the sum of a training step, of which there are {taken.steps} and in each of which she "
+                    f"is with a chance of {taken.sampling_rate:g},"
+                )
             return (
                 f"Whoever reads this release learns almost the same whether or not a patient is in it: each "
-                f"patient, all scans together, moves it by at most {self.bound:.4g} (L2, {self.relation}), "
-                f"and the site adds Gaussian noise of deviation {self.deviation:.4g} from a secret of its "
-                f"own. That is epsilon {self.epsilon} at delta {self.delta:g} for this release. Not covered: "
-                "that the site takes part, when and whether it answers, and what else leaves it."
+                f"patient, all scans together, moves {moved} by at most {self.bound:.4g} (L2, "
+                f"{self.relation}), and the site adds Gaussian noise of deviation {self.deviation:.4g} from "
+                f"a secret of its own. That is epsilon {self.epsilon} at delta {self.delta:g} for this "
+                "release. Not covered: that the site takes part, when and whether it answers, and what else "
+                "leaves it."
             )
         if self.enforcement == "each":
             return (

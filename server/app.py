@@ -6,8 +6,9 @@ and the style bank; (1 to R) rounds of `strategies/content_share.py`, or secure 
 (`server/exchanges/probes.py`), which train nothing and stop nothing; (R + 1) every site tells the sums of
 its patients' content codes and pooled content, from which comes the site erasure; (R + 2) the diffusion
 model is trained at the sites, or finished, where the centre has trained it on released latents while the
-rounds ran (`server/exchanges/diffusion.py`). With privacy the sites are asked once, for a style with noise,
-and all the rest happens at the centre (`server/protected_pretraining.py`). After each phase and round
+rounds ran (`server/exchanges/diffusion.py`). With privacy the sites are asked for a style with noise, and the
+rounds happen at the centre (`server/protected_pretraining.py`); a plan may have rounds of noisy steps at the
+sites after them (`server/exchanges/private_rounds.py`). After each phase and round
 everything is on disk before anything else is asked. A run that is started again goes on after its last
 checkpoint; sites answer a round that is asked twice in the same way, so on one kind of machine the final
 weights are the same bits. What this file does not do: it trains nothing itself, sees no scan, and averages
@@ -39,6 +40,7 @@ from server.exchanges.demographics import ask_demographics
 from server.exchanges.diffusion import diffusion_of, save_diffusion
 from server.exchanges.erasure import ask_erasure
 from server.exchanges.pretraining import pretraining
+from server.exchanges.private_rounds import private_rounds
 from server.exchanges.probes import FederatedProbes
 from server.exchanges.secure_sum import SecureSums
 from server.exchanges.survey import ask_survey
@@ -128,7 +130,7 @@ class _Run:
     ) -> None:
         self.grid, self.plan, self.folder, self.model, self.observer = grid, plan, folder, model, observer
         self.roster = Roster(plan.participants, site_of)
-        early = early_rounds(plan.training.rounds) if keep_early else ()
+        early = early_rounds(plan.num_rounds) if keep_early else ()
         self.checkpoints = Checkpoints(folder / "checkpoints", plan.sha256, early)
         self.book = ReplyBook()
         self.probes = FederatedProbes(grid, self.roster, plan, self.book)
@@ -163,7 +165,9 @@ class _Run:
         self._note("start" if last is None else "resume", round=0 if last is None else last.round, **damaged)
         if last is None:
             last = self._survey()
-        last = self._rounds(last) if self.protected is None else self._protected_rounds(self.protected, last)
+        if self.protected is not None:
+            last = self._protected_rounds(self.protected, last)
+        last = self._rounds(last)
         result = self._generative(self._final(last))
         final = self.observer.on_end(result)
         result = dataclasses.replace(result, metrics=result.metrics | {"final": dict(final)})
@@ -196,11 +200,12 @@ class _Run:
         return checkpoint
 
     def _rounds(self, last: Checkpoint) -> Checkpoint:
-        num_rounds = self.plan.training.rounds
+        num_rounds = self.plan.num_rounds
         if last.round >= num_rounds:
             return last
         strategy = self._strategy(last)
-        strategy.optimiser.load(last.optimiser)
+        at_centre = self.protected is not None and last.round == self.plan.training.rounds
+        strategy.optimiser.load({} if at_centre else last.optimiser)
         strategy.summary()
         rounds = strategy.rounds(self.grid, done=last.round)
         for round_number in range(last.round + 1, num_rounds + 1):
@@ -216,7 +221,8 @@ class _Run:
                 coded = self.model.with_code(strategy.shared, last.bank)
                 report["federated_probes"] = self.probes.read(round_number, coded, last.bank)
             metrics = last.metrics | {"rounds": [*last.metrics["rounds"], report]}
-            last = self._save(round_number, strategy.shared, strategy.optimiser.state(), last.bank, metrics)
+            moments = strategy.optimiser.state()
+            last = self._save(round_number, strategy.shared, moments, last.bank, metrics, last.home)
             self._note(
                 "round",
                 round=round_number,
@@ -235,24 +241,27 @@ class _Run:
             "book": self.book,
             "on_reply": self.observer.on_site_reply,
         }
+        if self.protected is not None:
+            task = private_rounds(plan, last.bank, last.home, self.protected.public)
+            return ContentShare(plan, last.shared, task, **shown)
         if plan.aggregation.secure_sum:
             return SecureSums(plan, last.shared, last.bank, home, **shown)
         return ContentShare(plan, last.shared, pretraining(plan, last.bank, home), **shown)
 
     def _protected_rounds(self, protected: ProtectedPretraining, last: Checkpoint) -> Checkpoint:
-        """The rounds of a plan with privacy, in which no site is asked anything."""
-        num_rounds, shared = self.plan.training.rounds, set(self.model.start()[0])
-        if last.round < num_rounds:
-            self.observer.on_round_start(last.round + 1, num_rounds)
-        for report, weights, state in protected.rounds(last):
+        """The rounds of a plan with privacy at the centre, in which no site is asked anything."""
+        shared, rounds = set(self.model.start()[0]), range(last.round + 1, self.plan.training.rounds + 1)
+        steps = protected.rounds(last)
+        for round_number in rounds:
+            self.observer.on_round_start(round_number, self.plan.num_rounds)
+            report, weights, state = next(steps)
             travels = {name: tensor for name, tensor in weights.items() if name in shared}
-            probes = self.observer.on_round_end(report["round"], travels, report)
+            stays = {name: tensor for name, tensor in weights.items() if name not in shared}
+            probes = self.observer.on_round_end(round_number, travels, report)
             report |= {"probes": dict(probes)} if probes else {}
             metrics = last.metrics | {"rounds": [*last.metrics["rounds"], report]}
-            last = self._save(report["round"], travels, state, last.bank, metrics)
+            last = self._save(round_number, travels, state, last.bank, metrics, stays)
             self._note("round", round=last.round, sites=[], refused={}, loss=report["loss"])
-            if last.round < num_rounds:
-                self.observer.on_round_start(last.round + 1, num_rounds)
         return last
 
     def _final(self, last: Checkpoint) -> RunResult:
@@ -347,6 +356,7 @@ class _Run:
         optimiser: Tensors,
         style_bank: Tensors,
         metrics: dict[str, Any],
+        home: Tensors | None = None,
     ) -> Checkpoint:
         checkpoint = Checkpoint(
             plan_sha256=self.plan.sha256,
@@ -354,6 +364,7 @@ class _Run:
             shared=shared,
             optimiser=optimiser,
             bank=style_bank,
+            home=home or {},
             metrics=metrics,
         )
         self.checkpoints.save(checkpoint)

@@ -46,14 +46,14 @@ class CentresModels:
         start = self._model.start()[0]
         constants = {n: self._final[n] for n in ("latent_mean", "latent_deviation")}
         models = {"the common start": self._network(start | constants)}
-        last = self.plan.training.rounds
+        last = self.plan.num_rounds
         for early in sorted({last // 2, last - 1} & set(self.kept) - {0, last}):
             models[f"round {early}"] = self._network(self.kept[early].shared)
         return models
 
     def asked_with(self, release: Release) -> FactorNetwork | None:
         """The weights that came with a question of codes; None where they are not kept."""
-        last = self.plan.training.rounds
+        last = self.plan.num_rounds
         if release.kind == "probe" and release.round == last + 1:
             return self.final
         checkpoint = self.kept.get(release.round)

@@ -1,11 +1,11 @@
 """Checkpoints: everything the centre needs to go on, in one file per round, written whole or not at all.
 
 `checkpoints/round-0003.safetensors` holds the shared weights after round 3, the server optimiser's moments,
-the style bank and, where one is kept, the weights' moving average; its header holds the round, the hash of
-the plan, the run's metrics so far, and a hash of the tensors. Round 0 is the state after the survey. The last
-three are kept, and the early ones that the run was told to keep. A damaged file is said aloud, in the run's
-journal too, and the one before it is taken: sites keep enough of the past to repeat a round. What this file
-does not do: it keeps nothing of a site's.
+the style bank and, where there are any, the weights' moving average and weights that sites are to keep; its
+header holds the round, the hash of the plan, the run's metrics so far, and a hash of the tensors. Round 0 is
+the state after the survey. The last three are kept, and the early ones that the run was told to keep. A
+damaged file is said aloud, in the run's journal too, and the one before it is taken: sites keep enough of the
+past to repeat a round. What this file does not do: it keeps nothing of a site's.
 """
 
 import json
@@ -25,7 +25,7 @@ from storage.files import private_folder
 
 KEPT = 3
 _NAME = re.compile(r"round-([0-9]{4,9})\.safetensors")
-_GROUPS = ("shared", "optimiser", "bank", "average")
+_GROUPS = ("shared", "optimiser", "bank", "average", "home")
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +51,8 @@ class Checkpoint:
     bank: dict[str, Tensor] = field(default_factory=dict)
     average: dict[str, Tensor] = field(default_factory=dict)
     """Moving average of the shared weights, where one is kept."""
+    home: dict[str, Tensor] = field(default_factory=dict)
+    """Weights that do not travel, as the centre trained them: where noisy steps at the sites begin."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """What `metrics.json` holds so far; JSON values."""
 

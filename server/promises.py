@@ -4,15 +4,17 @@ As the exchanges promise it; for people: model cards, pages. What this file does
 models, whose answers are not in the weights that are published.
 """
 
-from federation.exchanges import demographics, erasure, pretraining, style_code, survey
+from federation.exchanges import demographics, erasure, pretraining, private_rounds, style_code, survey
 from federation.plan import RunPlan
 from privacy.promise import Promise
 
 
 def promises_of(plan: RunPlan) -> list[Promise]:
-    """Under privacy the style code alone leaves; else updates (masked or not), style sums, code sums."""
+    """Under privacy the style code leaves, and what noisy steps made; else updates (masked or not), style
+    sums, code sums."""
     if plan.privacy is not None:
-        return [style_code.code_promise(plan)]
+        steps = [] if plan.privacy.noisy is None else [private_rounds.steps_promise(plan)]
+        return [style_code.code_promise(plan), *steps]
     made = [pretraining.update_promise(plan)] if plan.aggregation.method != "alone" else []
     made += [survey.style_promise(plan)] if survey.SURVEY.rounds(plan) else []
     made += [demographics.counts_promise(plan)] if demographics.DEMOGRAPHICS.rounds(plan) else []

@@ -88,6 +88,6 @@ def _unfinished(run: BegunRun, models: CentresModels) -> str:
         return ""
     done = max(models.kept, default=0)
     return (
-        f"The run is not finished ({done} of {run.plan.training.rounds} rounds): what was released so far is "
+        f"The run is not finished ({done} of {run.plan.num_rounds} rounds): what was released so far is "
         "audited."
     )

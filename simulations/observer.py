@@ -90,7 +90,7 @@ class Witness(RunObserver):
         self, round_number: int, shared: Mapping[str, Any], metrics: Mapping[str, Any]
     ) -> Mapping[str, Any]:
         """Probe every few rounds and after the last."""
-        due = round_number % self._every == 0 or round_number == self._plan.training.rounds
+        due = round_number % self._every == 0 or round_number == self._plan.num_rounds
         probes = self._measure(shared, self._held, round_number) if due else {}
         self._live.on_round_end(round_number, metrics, probes)
         return probes
@@ -113,7 +113,7 @@ class Witness(RunObserver):
         """What probes of the first site's model are to be read beside; Dice where there are label maps."""
         if self._held is None:
             return {}
-        names, rounds = self._plan.sites, self._plan.training.rounds
+        names, rounds = self._plan.sites, self._plan.num_rounds
         model = self._models(result.shared, rounds)[0]
         readings: dict[str, Any] = yardsticks(model, self._plan, self._held, self._training[: len(names)])
         own = list(zip(names, self._scans, strict=False))
@@ -135,7 +135,7 @@ class Witness(RunObserver):
         style_bank = StyleBank.from_tensors(result.bank, plan.sites)
         if len(style_bank.present) < len(plan.sites) or len(plan.sites) < 2:
             return {}
-        models = self._models(result.shared, plan.training.rounds)
+        models = self._models(result.shared, plan.num_rounds)
         training = self._training[: len(plan.sites)]
         tokens = [
             style_tokens(m, x, style_bank, i) for i, (m, x) in enumerate(zip(models, training, strict=True))
@@ -160,7 +160,7 @@ class Witness(RunObserver):
         if held is None:
             return {}
         final = round_number is None
-        models = self._models(shared, self._plan.training.rounds if round_number is None else round_number)
+        models = self._models(shared, self._plan.num_rounds if round_number is None else round_number)
         measured = []
         with self._live.counting("probing the models", len(models)) as progress:
             for done, model in enumerate(models, start=1):
@@ -195,7 +195,7 @@ class Witness(RunObserver):
         """Draw a held-out patient of each hospital: as scanned, rebuilt, in every other hospital's style."""
         names = [hospital.name for hospital in self._hospitals]
         with self._live.counting("drawing patients", len(names)) as progress:
-            models = self._models(result.shared, self._plan.training.rounds)
+            models = self._models(result.shared, self._plan.num_rounds)
             for index in range(len(names)):
                 self._draw(result, models, names, index)
                 progress(index + 1, len(names))
@@ -256,8 +256,8 @@ class Witness(RunObserver):
 def site_models(
     plan: RunPlan, consortium: Consortium, shared: Mapping[str, Tensor], round_number: int
 ) -> list[MeDUET]:
-    """Each participant's model after `round`: what all share, with what it keeps at home. With privacy sites
-    keep nothing, and theirs is one (its site classifiers, which are not shared, are those of the start)."""
+    """Each participant's model after `round`: what all share, with what it keeps at home. With privacy theirs
+    is taken for one (its site classifiers, which are not shared, are those of the start)."""
     if plan.privacy is not None:
         start = MeDUET(plan.network, len(plan.sites), seed=plan.seed).state_dict()
         return [load_model(plan, {**start, **shared})]

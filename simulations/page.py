@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from federation.plan import RunPlan
+from federation.privacy_plan import PrivacyPlan
 from privacy.accounting import Epsilon
 from simulations.findings import about_content, findings_of
 from simulations.generation.page import generation_part
@@ -138,7 +139,19 @@ def _promise(plan: RunPlan, metrics: Mapping[str, Any]) -> str:
         f"Differential privacy for each patient of each hospital: epsilon {Epsilon(*told['epsilon'])} at "
         f"delta {told['delta']:g} for the whole run, add or remove one patient with all her scans, against "
         "everybody outside of her hospital. One style code with noise left each hospital, once; the network "
-        f"was trained on {plan.privacy.public_scans} phantoms. {told['promise']}"
+        f"was trained on {plan.privacy.public_scans} phantoms{_then(plan.privacy, metrics)}. "
+        f"{told['promise']}"
+    )
+
+
+def _then(privacy: PrivacyPlan, metrics: Mapping[str, Any]) -> str:
+    """What came after, where hospitals took noisy steps, and what these were worth."""
+    if (noisy := privacy.noisy) is None:
+        return ""
+    worth = next(entry["signal_to_noise"] for entry in metrics["rounds"] if "signal_to_noise" in entry)
+    return (
+        f", then in {noisy.steps} steps at each hospital on its patients, with noise in each: the signal of "
+        f"a step was expected to be {worth:.3f} of its noise"
     )
 
 
@@ -186,6 +199,7 @@ def _crossed(folder: Path, site: str) -> list[dict[str, str]]:
         "survey": "style statistics (sums over patients)",
         "demographics": "patients by age and sex, in whole cohorts",
         "style_code": "a style code (one noised sum over patients)",
+        "private_round": "update of all weights (noisy steps; weighted sum)",
         "round": "content branch update (weighted sum)",
         "sum_keys": "fresh keys for a secure sum",
         "sum_shares": "shares of keys, encrypted for each of the others",
@@ -253,6 +267,8 @@ def _summary(
     }.get(plan.aggregation.method, f"work by the method {plan.aggregation.method}")
     if plan.privacy is not None:
         method = "tell one style each, with noise; the centre trains on phantoms in these styles"
+        if plan.privacy.noisy is not None:
+            method += f", then they take {plan.privacy.noisy.steps} noisy steps on their patients"
     steps = f"{plan.training.rounds} rounds of {plan.training.steps_per_round} steps"
     apart = f" Held out, and never asked anything: {', '.join(held_out)}." if held_out else ""
     return f"{hospitals_text} {len(plan.sites)} hospitals with {patients} patients {method}: {steps}.{apart}"

@@ -4,6 +4,7 @@ A terminal shows bars. Where the output goes to a file or a pipe, which no bar c
 seconds what is under way, how far it is, and how long it will still take at the pace so far.
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -99,6 +100,7 @@ class Live:
         self.say(
             f"{plan.name}  plan {plan.sha256[:12]}  {len(plan.sites)} hospitals  "
             f"{training.rounds} rounds of {training.steps_per_round} steps  {plan.aggregation.method}"
+            + (f"  then {apart} of noisy steps" if (apart := plan.num_rounds - training.rounds) else "")
         )
         self._plan = plan
 
@@ -161,9 +163,9 @@ class Live:
         with self._lock:
             if self._plan is None or site not in self._turns:
                 return
-            num_steps = self._plan.training.steps_per_round
+            num_steps = self._plan.steps_in(self._round)
             self._steps[site] = step
-            text = f"{site}: steps, loss {loss:.2f}"
+            text = f"{site}: noisy steps" if math.isnan(loss) else f"{site}: steps, loss {loss:.2f}"
             self._bars.update(self._turns[site], description=text, completed=step, total=num_steps)
             if self._rounds is not None and self._round:
                 share = sum(self._steps.values()) / (num_steps * len(self._plan.participants))
@@ -175,6 +177,8 @@ class Live:
         words = [f"round {round_number:3d}"]
         if report.get("burnt"):
             words.append("burnt: the sum could not be opened, the weights stay")
+        elif not loss:
+            words.append("noisy steps: no loss is told")
         else:
             words += [f"loss {loss['total']:6.3f}", f"reconstruction {loss['reconstruction']:.3f}"]
         for name, label in (
@@ -194,7 +198,7 @@ class Live:
             assert self._rounds is not None and self._plan is not None
             self._bars.update(self._rounds, completed=round_number)
             self._round = 0
-            if round_number == self._plan.training.rounds:
+            if round_number == self._plan.num_rounds:
                 self._bars.remove_task(self._rounds)
                 self._rounds = None
 

@@ -266,7 +266,7 @@ def _judge(simulation: Simulation, result: RunResult, witness: Witness, live: Li
         return
     with live.reading("diffusion model") as progress:
         plan = simulation.plan
-        swaps = site_models(plan, simulation.consortium, result.shared, plan.training.rounds)[0]
+        swaps = site_models(plan, simulation.consortium, result.shared, plan.num_rounds)[0]
         model = load_generative_model(result.diffusion)
         judge(model, bench, simulation.folder, settings, progress, swaps)
 

@@ -37,8 +37,8 @@ from client.site import Site
 from client.site_scans import SiteProgress, survey_site
 from federation.bundle import running_bundle
 from federation.exchanges.erasure import ERASURE
+from federation.exchanges.private_rounds import mechanisms
 from federation.exchanges.probes import PROBES, widest_sums
-from federation.exchanges.style_code import code_promise
 from federation.exchanges.survey import smallest_cohort
 from federation.keys.certificates import utc_now
 from federation.plan import RunPlan
@@ -104,8 +104,8 @@ def _consent(config: SiteConfig, plan: RunPlan | None) -> Check:
         return Check("consent", "failed", "nothing may leave, with or without noise", advice)
     delta = config.delta_ceiling
     if plan is not None:
-        mechanism = None if plan.privacy is None else code_promise(plan).mechanism
-        if (asked := epsilon_of([mechanism], delta).upper) > ceiling:
+        released = [None] if plan.privacy is None else mechanisms(plan)
+        if (asked := epsilon_of(released, delta).upper) > ceiling:
             return Check(
                 "consent",
                 "failed",

@@ -10,6 +10,8 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
+from torch import Tensor
+
 from client.exact_sums import fewest_for_means, fewest_patients
 from client.refusals import MOST
 from federation.exchanges.demographics import DEMOGRAPHICS, SEX_NAMES, age_bands
@@ -18,6 +20,7 @@ from federation.exchanges.erasure import ERASURE, erasure_shapes, numbers_told, 
 from federation.exchanges.finetuning import FinetunePlan
 from federation.exchanges.latents import LATENTS
 from federation.exchanges.pretraining import PRETRAINING
+from federation.exchanges.private_rounds import PRIVATE_ROUNDS, run_epsilon, steps_promise
 from federation.exchanges.probes import PROBES, sums_bound, sums_shapes, widest_sums
 from federation.exchanges.secure_sum import SUM_MASKED
 from federation.exchanges.style_code import STYLE_CODE, code_promise, code_shapes, privacy_of
@@ -148,24 +151,42 @@ def _run(plan: RunPlan, site_minimum: int) -> Iterator[Line]:
 
 def _protected(plan: RunPlan) -> Iterator[Line]:
     """What a plan with privacy makes leave, and what it promises."""
-    privacy, promise = privacy_of(plan), code_promise(plan)
+    privacy, noisy, promise = privacy_of(plan), privacy_of(plan).noisy, code_promise(plan)
     yield (
         "How long",
         f"One question, answered within {plan.aggregation.deadline_s:g} s. Then the centre trains for "
         f"{plan.total_steps:,} steps on {privacy.public_scans} phantoms, in which no patient is, restyled to "
-        "the sites' styles; your site is asked nothing more.",
+        "the sites' styles; "
+        + (
+            "your site is asked nothing more."
+            if noisy is None
+            else f"then your site takes {noisy.steps} steps on its patients, in {noisy.rounds} rounds, each "
+            f"answered within {plan.aggregation.deadline_s:g} s."
+        ),
     )
     yield (
         "What leaves",
         f"Once: {_numbers(code_shapes(plan))} numbers with noise, which say how your scanner's images look "
-        f"on average and about how many patients you have (level {privacy.level}). No weights, no losses, no "
-        "counts, no scan, no file name, no label.",
+        f"on average and about how many patients you have (level {privacy.level}). "
+        + ("No weights, no losses, no " if noisy is None else "Later the weights below. No losses, no ")
+        + "counts, no scan, no file name, no label.",
     )
+    if noisy is not None:
+        values = sum(tensor.numel() for tensor in _shared(plan).values())
+        yield (
+            "",
+            f"In each of {noisy.rounds} rounds: by how much {values:,} weights changed in "
+            f"{noisy.steps_per_round} steps, in each of which about {noisy.sampling_rate:.0%} of your "
+            "patients, drawn in secret, take part and noise is added. Beside them whole seconds, and the "
+            "number of patients that the style code told, noise included.",
+        )
     yield (
         "Promise",
-        f"Each patient, with all her scans: epsilon {promise.epsilon} at delta {privacy.delta:g} for the "
+        f"Each patient, with all her scans: epsilon {run_epsilon(plan)} at delta {privacy.delta:g} for the "
         f"whole run. {promise.sentence()}",
     )
+    if noisy is not None:
+        yield "", f"Of a round: {steps_promise(plan).sentence()}"
     yield (
         "",
         "Your own ceiling wins (site.yaml: epsilon_ceiling, delta_ceiling): it holds for all plans together; "
@@ -181,6 +202,7 @@ def _how_often(plan: RunPlan) -> Iterator[Line]:
         ("ages and sexes", DEMOGRAPHICS),
         ("style code", STYLE_CODE),
         ("rounds of training", PRETRAINING),
+        ("rounds of noisy steps", PRIVATE_ROUNDS),
         ("rounds of training as secure sums", SUM_MASKED),
         ("probes (two questions each)", PROBES),
         ("site erasure", ERASURE),
@@ -209,9 +231,7 @@ def _round(plan: RunPlan) -> Iterator[Line]:
     if method == "alone":
         yield "", "Each round: no weights; losses, seconds, and how many scans were trained on."
         return
-    network = MeDUET(plan.network, len(plan.sites), seed=0)
-    whole = network.state_dict()
-    shared = {name: whole[name] for name in shared_keys(network, plan.style.head, method)}
+    shared = _shared(plan)
     values = sum(tensor.numel() for tensor in shared.values())
     size = num_bytes(shared, plan.release.wire_dtype)
     what = "of the content branch" if method == "content_share" else "of the network"
@@ -228,6 +248,13 @@ def _round(plan: RunPlan) -> Iterator[Line]:
         f"{plan.release.wire_dtype}), {clipped}; that number; losses and seconds.",
     )
     yield _told(_UPDATE_TELLS)
+
+
+def _shared(plan: RunPlan) -> dict[str, Tensor]:
+    """The weights that travel."""
+    network = MeDUET(plan.network, len(plan.sites), seed=0)
+    whole = network.state_dict()
+    return {name: whole[name] for name in shared_keys(network, plan.style.head, plan.aggregation.method)}
 
 
 def _summed(plan: RunPlan, layout: SumLayout) -> str:

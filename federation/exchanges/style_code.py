@@ -1,4 +1,4 @@
-"""The style code: with privacy, all that a site ever tells, once, with noise.
+"""The style code: with privacy, what a site tells first, once, with noise; with `level: sums`, all it tells.
 
 Public scans come with the question; from them follow, at both ends, the axes and the bound of the code
 (`privacy/style_code.py`). The one place where site and centre take its layout and promise from.
@@ -90,15 +90,16 @@ def asked_promise(plan: RunPlan, ask: StyleCodeAsk) -> Promise:
 
 
 def code_promise(plan: RunPlan) -> Promise:
-    """Each patient's share is bounded where it is made; the gate adds the noise that the plan's epsilon
-    asks for."""
+    """Each patient's share is bounded where it is made; the gate adds the noise that the plan's epsilon, or
+    the share of it that noisy steps leave, asks for."""
     privacy = privacy_of(plan)
+    epsilon = privacy.epsilon if privacy.noisy is None else privacy.noisy.epsilon_style
     return Promise(
         kind="style_code",
         bound=SHARE_BOUND,
         unit="patient",
         enforcement="check",
-        mechanism=Mechanism(noise_multiplier=gaussian_multiplier(privacy.epsilon, privacy.delta)),
+        mechanism=Mechanism(noise_multiplier=gaussian_multiplier(epsilon, privacy.delta)),
         delta=privacy.delta,
     )
 

@@ -116,7 +116,7 @@ def _plan(chosen: argparse.Namespace, console: Console) -> None:
         console,
         f"{chosen.out}",
         f"plan {made.sha256}",
-        f"{len(made.sites)} sites, {made.training.rounds} rounds; publish it with:",
+        f"{len(made.sites)} sites, {made.num_rounds} rounds; publish it with:",
         f"  meduet-server publish {chosen.out}",
     )
 

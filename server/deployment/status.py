@@ -49,7 +49,7 @@ class StatusFile(RunObserver):
             "state": "survey" if finetuning is None else "round",
             "reason": "",
             "round": before.get("round", 0),
-            "rounds": (plan.training if finetuning is None else finetuning).rounds,
+            "rounds": plan.num_rounds if finetuning is None else finetuning.rounds,
             "started": before.get("started", _now()),
             "since": _now(),
             "resumed": before.get("resumed", -1) + 1,

@@ -152,7 +152,7 @@ def _models(cell: Cell, simulation: Simulation, scans: Sequence[LatentSet], live
             return [model.eval()]
         case "trained":
             result = simulate(simulation, live, RunObserver())
-            models = site_models(plan, simulation.consortium, result.shared, plan.training.rounds)
+            models = site_models(plan, simulation.consortium, result.shared, plan.num_rounds)
             for model in models:
                 if not cell.variant.erasure:
                     width = plan.network.width

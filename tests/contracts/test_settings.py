@@ -18,7 +18,7 @@ from client.settings import SiteConfig
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning
 from federation.plan import AggregationPlan, ProbePlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan
-from federation.privacy_plan import PrivacyPlan
+from federation.privacy_plan import NoisySteps, PrivacyPlan
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.meduet import NetworkConfig
 from meduet_models.objective.settings import LossWeights, ObjectiveConfig
@@ -41,6 +41,7 @@ SETTINGS = (
     ReleasePlan,
     ProbePlan,
     PrivacyPlan,
+    NoisySteps,
     NetworkConfig,
     ObjectiveConfig,
     LossWeights,

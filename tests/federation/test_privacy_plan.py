@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 
+from federation.exchanges.private_rounds import noisy_rounds
 from federation.exchanges.style_code import code_promise
 from federation.plan import RunPlan
 from server.config import compose_config, plain, plan_from
@@ -58,13 +59,50 @@ def test_an_experiment_with_probes_becomes_one_without_under_privacy() -> None:
         (["privacy.public_scans=64"], "public_scans above network.code_size=64"),
         (["privacy.epsilon=0"], "privacy.epsilon above 0"),
         (["privacy.delta=1e-4"], "privacy.delta above 0 and at most 1e-05; got 0.0001"),
-        (["privacy.level=adapters"], "privacy.level to be one of sums"),
+        (["privacy.level=adapters"], "privacy.level to be one of sums, full"),
         (["+privacy.clip_norm=1.0"], "no setting 'clip_norm'"),
+        (["privacy.level=full"], "privacy.level=full needs privacy.noisy"),
+        (["aggregation.secure_sum=true"], "does not go with secure sums"),
     ],
 )
 def test_what_contradicts_privacy_is_refused_in_a_sentence(overrides: list[str], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         composed(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["privacy.level=sums"], "privacy.noisy has no effect with privacy.level=sums"),
+        (["privacy.noisy=null"], "privacy.level=full needs privacy.noisy"),
+        (["privacy.noisy.epsilon_style=8.0"], "epsilon_style below privacy.epsilon=8.*got 8"),
+        (["privacy.noisy.steps=21"], "privacy.noisy.steps to divide by steps_per_round=5; got 21"),
+        (["privacy.noisy.group_size=3"], "privacy.noisy.group_size to be even"),
+        (["privacy.noisy.group_size=10"], "group_size of at most training.batch_size=8"),
+        (["privacy.noisy.sampling_rate=0"], "privacy.noisy.sampling_rate above 0"),
+        (["privacy.noisy.sampling_rate=1.5"], "privacy.noisy.sampling_rate above 0 and at most 1; got 1.5"),
+        (["privacy.noisy.clip_norm=0"], "privacy.noisy.clip_norm above 0"),
+        (["training.precision=bf16"], "set training.precision=float32"),
+        (["training.proximal=0.1"], "training.proximal has no effect with privacy.level=full"),
+        (["release.style_clip=3"], "release.style_clip has no effect with privacy.level=full"),
+        (["aggregation.secure_sum=true", "aggregation.norm_tolerance=0"], "does not go with secure sums"),
+        (["probes.every_rounds=2"], "privacy does not cover probes"),
+    ],
+)
+def test_what_contradicts_noisy_steps_is_refused_in_a_sentence(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        composed("privacy=full", *overrides)
+
+
+def test_a_plan_of_noisy_steps_counts_their_rounds_and_lets_what_acts_on_updates_be_set() -> None:
+    plan = composed(
+        "privacy=full", "training.rounds=7", "aggregation.norm_tolerance=3", "aggregation.rule=median"
+    )
+    assert RunPlan.from_json(plan.to_json()) == plan
+    assert plan.num_rounds == 11 and noisy_rounds(plan) == range(8, 12)
+    assert [plan.steps_in(number) for number in (7, 8)] == [plan.training.steps_per_round, 5]
+    sums = composed("training.rounds=7")
+    assert sums.num_rounds == 7 and len(noisy_rounds(sums)) == 0
 
 
 def test_without_privacy_every_one_of_these_is_a_plan() -> None:

@@ -13,6 +13,7 @@ from privacy.accounting import (
     epsilon_of,
     gaussian_delta,
     gaussian_multiplier,
+    step_multiplier,
 )
 
 
@@ -139,3 +140,38 @@ def test_a_mechanism_comes_back_from_the_books_and_nothing_else_does() -> None:
     for odd in ({}, {**mechanism.record(), "more": 1}, {**mechanism.record(), "steps": True}, [], "gaussian"):
         with pytest.raises(ValueError, match="Expected"):
             Mechanism.from_record(odd)
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "steps", "noise"),
+    [
+        (3.0, 1000, 4.505),
+        *(
+            pytest.param(epsilon, steps, noise, marks=pytest.mark.slow)
+            for epsilon, steps, noise in [
+                (8.0, 25, 0.709),
+                (8.0, 100, 0.938),
+                (8.0, 1000, 2.061),
+                (3.0, 25, 1.154),
+                (3.0, 100, 1.675),
+            ]
+        ),
+    ],
+)
+def test_the_least_noise_of_sampled_steps_is_the_designs_within_a_hundredth(
+    epsilon: float, steps: int, noise: float
+) -> None:
+    assert step_multiplier(epsilon, 1e-5, 0.1, steps) == pytest.approx(noise, rel=0.01)
+
+
+def test_steps_and_what_is_released_beside_them_cost_the_epsilon_together_and_not_less() -> None:
+    beside = (taken(gaussian_multiplier(1.0, 1e-5)),)
+    noise = step_multiplier(3.0, 1e-5, 0.1, 400, beside)
+    assert noise > step_multiplier(3.0, 1e-5, 0.1, 400)
+    assert epsilon_of([*beside, taken(noise, 0.1, 400)], 1e-5).upper <= 3.0
+    assert epsilon_of([*beside, taken(noise - 2e-4, 0.1, 400)], 1e-5).upper > 3.0
+
+
+def test_nothing_is_left_for_steps_beside_a_release_that_costs_as_much() -> None:
+    with pytest.raises(ValueError, match="beside the steps to cost less than 1"):
+        step_multiplier(1.0, 1e-5, 0.1, 10, (taken(gaussian_multiplier(1.5, 1e-5)),))

@@ -1,0 +1,86 @@
+"""A site's round of noisy steps.
+
+However many patients there are, none included, the answer has the same form: it is a function of noisy sums.
+Does not do: the steps (`client/training/private.py`), or keep anything by itself
+(`client/training/site_state.py`) but the plan's public scans.
+"""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from client.exchanges.exchange import Answer, AskRefused, OnStep, Site, bank_of, before_deadline
+from client.exchanges.pretraining import train_mail
+from client.latents.group_batches import GroupBatches
+from client.release import Gate, Released
+from client.training.private import train_privately
+from client.training.site_state import StateFolder, StateMissing, cohort_sha256
+from client.training.trainee import Trainee
+from federation.exchanges.private_rounds import PRIVATE_ROUNDS, PrivateAsk
+from federation.exchanges.style_code import LATENTS, check_public
+from federation.plan import RunPlan
+from federation.wire import GROWTH, RefusalKind
+from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
+from privacy.clipping import clip
+
+PUBLIC_SCANS = "public_scans.safetensors"
+"""Name of the file of public scans, beside the states."""
+
+
+def answer_private_round(site: Site, ask: PrivateAsk, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
+    """Take a round of noisy steps and release examples · (shared weights after - before).
+
+    As a round of pretraining: the state it began from is never changed, the one after it is on disk before
+    the answer leaves. Raises `AskRefused` for public scans or a bank that are not the plan's, and
+    `StateMissing` where the start is to be sent again.
+    """
+    on_step = before_deadline(plan.aggregation.deadline_s, on_step)
+    states = StateFolder(site.state_dir / "state", ask.plan_sha256)
+    home = ask.home
+    place = states.enter(ask.round, None if home is None else lambda: home)
+    public = _public(site.state_dir / "state" / ask.plan_sha256[:12] / PUBLIC_SCANS, ask, plan)
+    trainee = Trainee.of(plan, ask.shared, place.kept, site.device)  # never compiled: hooks are needed
+    scans, shared_sha256, noise = site.scans(plan), sha256_of_tensors(ask.shared), gate.noisy_steps()
+    style_bank = bank_of(plan, ask.bank)
+    try:
+        if style_bank is None:
+            raise ValueError("Expected a bank of protected styles; none came.")
+        batches = GroupBatches(scans, plan, style_bank, public, site.name)
+    except ValueError as error:
+        raise AskRefused(str(error), RefusalKind.MALFORMED) from error
+    question = {
+        "shared_sha256": shared_sha256,
+        "bank_sha256": sha256_of_tensors(ask.bank),
+        "cohort_sha256": cohort_sha256(scans),
+        "noise": noise.fingerprint,
+    }
+    under_way = place.under_way(question, site.progress_every_s)
+    result = train_privately(trainee, batches, plan, ask.round, noise, on_step, under_way)
+    bound = plan.release.update_clip_norm * (1 - GROWTH[plan.release.wire_dtype])
+    return gate.release(
+        clip(result.update, bound).value,
+        {name: tuple(tensor.shape) for name, tensor in ask.shared.items()},
+        weight=float(result.examples),
+        counts={"examples": result.examples},
+        metrics=result.metrics,
+        wire_dtype=plan.release.wire_dtype,
+        keep=lambda: place.leave(trainee.state(plan, ask.round, place.kept.round), shared_sha256),
+    )
+
+
+def _public(path: Path, ask: PrivateAsk, plan: RunPlan) -> Tensor:
+    """The plan's public scans, as they came or as they were kept; kept now."""
+    if ask.public is not None:
+        try:
+            public = check_public(plan, ask.public)
+        except ValueError as error:
+            raise AskRefused(str(error), RefusalKind.MALFORMED) from error
+        save_weights(path, {LATENTS: public}, {})
+        return public
+    try:
+        return check_public(plan, load_weights(path)[0])
+    except (ValueError, OSError) as error:
+        raise StateMissing("Expected the plan's public scans; this site does not have them.") from error
+
+
+ANSWER = Answer(PRIVATE_ROUNDS, answer_private_round, train_mail)

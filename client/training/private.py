@@ -1,0 +1,132 @@
+"""Noisy steps: one round at one site, with differential privacy for each patient (group DP-SGD).
+
+A step takes the groups that were drawn (`client/latents/group_batches.py`), cuts the gradient of each over
+all weights together, adds them up, adds noise, divides by the number of patients that the sites' style code
+told times their chance, and hands that to the optimiser. An empty step takes its noise as any other. What
+follows (moments, teacher, weights at home) is a function of noisy sums and of what is public, so it may be
+kept and shown. Weights outside of linear layers and layer norms rest. The step size is
+`training.final_learning_rate`: these steps begin where the schedule has ended.
+
+A round that was cut short goes on after the last step that was written, with the same draws and noise; where
+the key of its draws was lost, it begins anew: nothing of it had left.
+
+Does not do: tell losses, norms or who was in a step, to anybody; bound or send the update
+(`client/release.py`).
+Source: DP-SGD (arXiv:1607.00133); groups as units: docs/architecture.md, decision 5.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from client.latents.group_batches import Group, GroupBatches
+from client.training.site_state import RoundResult, UnderWay
+from client.training.trainee import Trainee
+from federation.exchanges.private_rounds import noisy_of
+from federation.optimisation import take_step
+from federation.plan import RunPlan
+from meduet_models.objective.objective import MeduetObjective
+from meduet_models.sharing import shared_keys
+from meduet_models.weights import StoredWeights
+from privacy.group_gradients import ClippedSum, GroupGradients, clipped_sum, parameters_of_layers
+from privacy.noisy_steps import NoisySteps
+
+_TRAINEE = "trainee/"
+
+
+def train_privately(
+    trainee: Trainee,
+    batches: GroupBatches,
+    plan: RunPlan,
+    round_number: int,
+    noise: NoisySteps,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    under_way: UnderWay | None = None,
+) -> RoundResult:
+    """Take the plan's noisy steps of a round and give back what changed in the shared weights.
+
+    `on_step` is called after each step with its number (from 1) and NaN: its loss is nobody's to see.
+
+    Guarantee: adding or removing one patient changes the sum of a step by at most the plan's `clip_norm` in
+    L2, before noise of the promise's deviation; she is in a step with the plan's chance. The result is a
+    function of these sums and of what is public. Not covered: how long a step took.
+    """
+    student, noisy = trainee.student, noisy_of(plan)
+    trained = frozen_but_layers(trainee)
+
+    def load(tensors: StoredWeights) -> None:
+        trainee.load(tensors.part(_TRAINEE))
+
+    def changed() -> dict[str, Tensor]:
+        return {f"{_TRAINEE}{name}": tensor for name, tensor in trainee.tensors().items()}
+
+    done, spent = (0, 0.0) if under_way is None else under_way.resume(load)
+    noise.go_on(done)
+    began = time.perf_counter() - spent
+    expected = noisy.sampling_rate * max(1.0, batches.patients)
+    for step in range(done, noisy.steps_per_round):
+        turn = batches.turn(round_number, step)
+        total = step_sum(trainee, batches, batches.drawn(noise, step), turn, plan)
+        for name, summed in noise.noised(step, total).items():
+            parameter = trained[name]
+            parameter.grad = (summed / expected).to(parameter)
+        take_step(
+            student,
+            trainee.teacher,
+            trainee.optimiser,
+            plan.training.final_learning_rate,
+            plan.training.teacher_momentum[1],
+        )
+        if under_way is not None:
+            under_way.offer(step + 1, time.perf_counter() - began, changed)
+        on_step(step + 1, math.nan)
+
+    weights = student.state_dict()
+    names = shared_keys(student, plan.style.head, plan.aggregation.method)
+    return RoundResult(
+        update={name: weights[name].cpu() - trainee.shared[name].to(weights[name].dtype) for name in names},
+        metrics={
+            "steps": float(noisy.steps_per_round),
+            "seconds": float(math.ceil(time.perf_counter() - began)),
+        },
+        examples=max(1, round(batches.patients)),
+    )
+
+
+def frozen_but_layers(trainee: Trainee) -> dict[str, Tensor]:
+    """The parameters of the student that noisy steps train, by name; all others rest."""
+    trained = set(parameters_of_layers(trainee.student))
+    for name, parameter in trainee.student.named_parameters():
+        parameter.requires_grad_(name in trained)
+    return {name: p for name, p in trainee.student.named_parameters() if name in trained}
+
+
+def step_sum(
+    trainee: Trainee,
+    batches: GroupBatches,
+    groups: Sequence[Group],
+    turn: Literal["mftd", "siqc"],
+    plan: RunPlan,
+) -> dict[str, Tensor]:
+    """The sum of the groups' cut gradients by parameter, float64; zeros for no group. As many groups at once
+    as the plan's batch holds scans."""
+    noisy, student = noisy_of(plan), trainee.student
+    names = parameters_of_layers(student)
+    parameters = dict(student.named_parameters())
+    zeros = {name: torch.zeros_like(parameters[name], dtype=torch.float64) for name in names}
+    whole = ClippedSum(zeros, clipped=0, not_finite=0)
+    at_once = plan.training.batch_size // noisy.group_size
+    for first in range(0, len(groups), at_once):
+        some = groups[first : first + at_once]
+        batch, draws = batches.apply(some, turn, student.latent_mean.device)
+        with GroupGradients(student, names, len(some), noisy.group_size) as watched:
+            losses = MeduetObjective(plan.objective)(
+                student, trainee.teacher, batch, draws, 1.0, noisy.group_size
+            )
+            losses.total.backward()  # type: ignore[no-untyped-call]
+        whole = whole + clipped_sum(watched.gradients(), noisy.clip_norm)
+    return whole.total

@@ -1,0 +1,103 @@
+"""A round of noisy steps: train from these shared weights on your patients, with noise in each step.
+
+With privacy of level `full`, after the rounds at the centre. The answer is an update like any round's
+(`federation/exchanges/pretraining.py`), and says of itself only what everybody could tell before: the steps,
+and as examples the number of patients that the site's style code told, noise included.
+What this file does not do: it trains nothing (`client/training/private.py`), averages nothing
+(`strategies/content_share.py`).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated
+
+from federation.exchanges.exchange import Exchange
+from federation.exchanges.pretraining import TrainReply
+from federation.exchanges.style_code import code_promise, privacy_of
+from federation.limits import largest_reply
+from federation.messages import Arrays, Ask, Tensors, WireDtype
+from federation.plan import RunPlan
+from federation.privacy_plan import NoisySteps
+from privacy.accounting import Epsilon, Mechanism, epsilon_of, step_multiplier
+from privacy.promise import Promise
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivateAsk(Ask, kind="private_ask"):
+    """One round: take noisy steps from these shared weights, with this bank of protected styles.
+
+    `home` are the weights that stay at the sites, as the centre trained them, and `public` the plan's public
+    scans; both come with the first such round, or later to a site that missed them, and the site keeps them.
+    """
+
+    round: int
+    shared: Annotated[Tensors, Arrays(rounded=True, view=True)]
+    bank: Tensors
+    home: Tensors | None = None
+    public: Tensors | None = None
+    wire_dtype: WireDtype = "float32"
+
+    def sha256(self) -> str:
+        """As `Ask`; what a site keeps is no part of the question, whether it comes again or not."""
+        return Ask.sha256(dataclasses.replace(self, home=None, public=None))
+
+
+def noisy_of(plan: RunPlan) -> NoisySteps:
+    """The plan's noisy steps; raises `ValueError` where it has none."""
+    if (noisy := privacy_of(plan).noisy) is None:
+        raise ValueError("Expected a plan with privacy.level=full; got one without noisy steps.")
+    return noisy
+
+
+def mechanisms(plan: RunPlan) -> list[Mechanism]:
+    """What all that leaves a site under a plan with privacy costs a patient."""
+    code = code_promise(plan).mechanism
+    assert code is not None
+    if (noisy := privacy_of(plan).noisy) is None:
+        return [code]
+    return [code, dataclasses.replace(_of_a_round(plan), steps=noisy.steps)]
+
+
+def run_epsilon(plan: RunPlan) -> Epsilon:
+    """The same as epsilon, at the plan's delta."""
+    return epsilon_of(mechanisms(plan), privacy_of(plan).delta)
+
+
+def _of_a_round(plan: RunPlan) -> Mechanism:
+    privacy, noisy, code = privacy_of(plan), noisy_of(plan), code_promise(plan).mechanism
+    assert code is not None
+    return Mechanism(
+        noise_multiplier=step_multiplier(
+            privacy.epsilon, privacy.delta, noisy.sampling_rate, noisy.steps, (code,)
+        ),
+        sampling_rate=noisy.sampling_rate,
+        steps=noisy.steps_per_round,
+    )
+
+
+def steps_promise(plan: RunPlan) -> Promise:
+    """Each patient's share of a step is cut, and noise added, where the step is taken; the same in every
+    round."""
+    return Promise(
+        kind="private_round",
+        bound=noisy_of(plan).clip_norm,
+        unit="patient",
+        enforcement="steps",
+        mechanism=_of_a_round(plan),
+        delta=privacy_of(plan).delta,
+    )
+
+
+def noisy_rounds(plan: RunPlan) -> range:
+    """The rounds after those at the centre; none without noisy steps."""
+    return range(plan.training.rounds + 1, plan.num_rounds + 1)
+
+
+PRIVATE_ROUNDS = Exchange(
+    route="train.private",
+    ask=PrivateAsk,
+    reply=TrainReply,
+    rounds=noisy_rounds,
+    largest=lambda plan, ask: largest_reply(ask.shared, ask.wire_dtype),
+    promise=lambda plan, ask: steps_promise(plan),
+)

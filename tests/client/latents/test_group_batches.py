@@ -1,0 +1,128 @@
+"""Groups of noisy steps: drawn in secret, each patient's by itself, in styles that everybody knows."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from client.latents.group_batches import Group, GroupBatches
+from federation.plan import RunPlan
+from federation.privacy_plan import NoisySteps as NoisyPlan
+from meduet_models.style.bank import StyleBank
+from privacy.noisy_steps import NoisySteps
+from privacy.randomness import SecretSource
+from tests.worlds import ViewedScans, protected_plan, public_latents
+
+PUBLIC = public_latents()
+CPU = torch.device("cpu")
+
+
+def full_plan(make: Callable[..., RunPlan], group_size: int = 2) -> RunPlan:
+    noisy = NoisyPlan(
+        steps=4,
+        steps_per_round=2,
+        sampling_rate=0.5,
+        clip_norm=1.0,
+        group_size=group_size,
+        epsilon_style=1.0,
+    )
+    return protected_plan(PUBLIC, make, level="full", noisy=noisy)
+
+
+@pytest.fixture
+def plan(toy_plan: Callable[..., RunPlan]) -> RunPlan:
+    return full_plan(toy_plan)
+
+
+def secret(key: bytes = b"k" * 32) -> NoisySteps:
+    return NoisySteps(SecretSource(key), ("line",), 1.0)
+
+
+def names(number: int) -> list[str]:
+    return [f"p{n // 2}" for n in range(2 * number)]  # two scans each
+
+
+def batches(plan: RunPlan, bank: StyleBank, patients: Sequence[str]) -> GroupBatches:
+    return GroupBatches(ViewedScans.of(patients), plan, bank, PUBLIC, "north")
+
+
+def same(one: Group, other: Group) -> bool:
+    return (
+        torch.equal(one.public, other.public)
+        and torch.equal(one.step.exchanged, other.step.exchanged)
+        and torch.equal(one.step.partner, other.step.partner)
+        and one.scan == other.scan
+    )
+
+
+def test_each_patient_is_in_a_step_with_the_plans_chance_and_once(
+    plan: RunPlan, toy_bank: Callable[..., StyleBank]
+) -> None:
+    made = batches(plan, toy_bank(plan), names(400))
+    groups = made.drawn(secret(), 0)
+    assert abs(len(groups) - 200) < 49  # 4.9 deviations: a false alarm in a million
+    assert len({group.scan // 2 for group in groups}) == len(groups)
+    assert {group.scan % 2 for group in groups} == {0, 1}
+
+
+def test_who_is_in_a_step_follows_from_the_secret_and_not_from_the_plan(
+    plan: RunPlan, toy_bank: Callable[..., StyleBank]
+) -> None:
+    made = batches(plan, toy_bank(plan), names(60))
+    mine, again, other = (
+        [g.scan for g in made.drawn(secret(key), 0)] for key in (b"k" * 32, b"k" * 32, b"o" * 32)
+    )
+    assert mine == again != other
+
+
+def test_a_patient_who_comes_or_goes_changes_nobody_elses_group(
+    plan: RunPlan, toy_bank: Callable[..., StyleBank]
+) -> None:
+    bank, everybody = toy_bank(plan), names(30)
+    whole = batches(plan, bank, everybody).drawn(secret(), 3)
+    for gone in (0, 13, 29):
+        scans = ViewedScans.of(everybody)
+        scans.train = [row for row in scans.train if row // 2 != gone]
+        left = GroupBatches(scans, plan, bank, PUBLIC, "north").drawn(secret(), 3)
+        expected = [group for group in whole if group.scan // 2 != gone]
+        assert len(left) == len(expected) and all(map(same, left, expected))
+
+
+def test_a_group_is_one_scan_of_a_patient_and_public_scans_in_their_target_styles(
+    toy_plan: Callable[..., RunPlan], toy_bank: Callable[..., StyleBank]
+) -> None:
+    plan = full_plan(toy_plan, group_size=4)
+    bank, scans = toy_bank(plan), ViewedScans.of(names(12))
+    made = GroupBatches(scans, plan, bank, PUBLIC, "north")
+    groups = made.drawn(secret(), 0)
+    batch, draws = made.apply(groups, "mftd", CPU)
+    rows = torch.arange(4 * len(groups))
+    assert len(batch.latents) == len(rows) and torch.equal(draws.partner // 4, rows // 4)
+    assert draws.target_site is not None and torch.equal(batch.site, draws.target_site)
+    for number, group in enumerate(groups):
+        row, target = 4 * number, int(batch.site[4 * number])
+        hers = scans.values[group.scan, 0][None]
+        wanted = bank.restyle(hers, torch.tensor([0]), torch.tensor([target]))
+        assert torch.equal(batch.latents[row : row + 1], wanted)
+        assert len(set(batch.subject[row : row + 4].tolist())) == 4  # type: ignore[index]
+
+
+def test_own_scans_are_never_looked_at_for_a_style(
+    plan: RunPlan, toy_bank: Callable[..., StyleBank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def looked(*given: Any) -> None:
+        raise AssertionError("own moments are exact")
+
+    monkeypatch.setattr("client.latents.batches.own_moments", looked)
+    made = batches(plan, toy_bank(plan), names(12))
+    made.apply(made.drawn(secret(), 0), "siqc", CPU)
+    with pytest.raises(ValueError, match="this site's own protected style in the bank"):
+        batches(plan, toy_bank(plan, ["south", "west"]), names(12))
+
+
+def test_the_number_of_patients_is_the_banks_and_not_the_sites(
+    plan: RunPlan, toy_bank: Callable[..., StyleBank]
+) -> None:
+    bank = toy_bank(plan)
+    assert {batches(plan, bank, names(n)).patients for n in (0, 1, 40)} == {float(bank.count[0, 0])}
