@@ -28,7 +28,9 @@ from client.latents.latent_set import open_stored
 from client.latents.prepared_volumes import volume_path
 from client.releases import releases_of
 from client.scans.judgement_memo import without_scans
-from client.site import Site, SiteConfig, approvals_of, survey_site
+from client.settings import SiteConfig, approvals_of
+from client.site import Site
+from client.site_scans import survey_site
 from federation.journal import Journal, read_journal
 from privacy.chain import Entry
 from scans.scans import UnusableScan

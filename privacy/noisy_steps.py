@@ -10,6 +10,7 @@ Source: DP-SGD (arXiv:1607.00133), with Poisson sampling.
 """
 
 import hashlib
+import json
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -24,6 +25,19 @@ class NoisySteps:
         self._source, self._words, self.deviation = source, words, deviation
         self.last: int | None = None
         """The last step that got its noise."""
+
+    def to_text(self) -> str:
+        """All of it, the key too: for a process of the site's own, in a file that only its owner reads."""
+        return json.dumps([self._source.key.hex(), self._words, self.deviation])
+
+    @staticmethod
+    def from_text(text: str) -> "NoisySteps":
+        """What `to_text` told. Raises `ValueError` for another text."""
+        try:
+            key, words, deviation = json.loads(text)
+            return NoisySteps(SecretSource(bytes.fromhex(key)), tuple(words), float(deviation))
+        except (ValueError, TypeError):
+            raise ValueError("Expected key, words and deviation of noisy steps; got another text.") from None
 
     @property
     def fingerprint(self) -> str:

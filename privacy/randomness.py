@@ -36,7 +36,7 @@ class SecretSource:
     def __init__(self, key: bytes) -> None:
         if len(key) != KEY_BYTES:
             raise ValueError(f"Expected a key of {KEY_BYTES} bytes; got {len(key)}.")
-        self._key = key
+        self.key = key
 
     @staticmethod
     def at(path: Path) -> "SecretSource":
@@ -56,7 +56,7 @@ class SecretSource:
     def stream(self, *words: object) -> "Stream":
         """The stream of these words: always the same, and unlike that of any others."""
         info = b"".join(_counted(str(word).encode()) for word in ("fedmeduet", *words))
-        return Stream(HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=info).derive(self._key))
+        return Stream(HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=info).derive(self.key))
 
 
 class Stream:

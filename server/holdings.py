@@ -73,7 +73,7 @@ def numbers_of(plan: RunPlan, kind: str) -> int:
             return plan.network.code_size
 
 
-def _book(folder: Path, plan: RunPlan) -> tuple[list[Line], list[str]]:
+def _book(folder: Path, plan: RunPlan) -> tuple[Sequence[Line], list[str]]:
     """The replies that the journal knows, and what does not hold."""
     try:
         lines = [entry.record for entry in read_journal(folder / JOURNAL)]

@@ -31,7 +31,8 @@ def add_to(commands: Any) -> None:
 def _forget(chosen: argparse.Namespace, console: Console) -> int:
     from client.connection.supernode import FOLDER
     from client.forgetting import forget
-    from client.site import Site, load_site_config
+    from client.settings import load_site_config
+    from client.site import Site
     from federation.processes import read_state
 
     config = load_site_config(chosen.config)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from client.exchanges.exchange import Answer, AskRefused, OnStep, Site, bank_of, before_deadline
+from client.exchanges.exchange import Answer, AskRefused, OnStep, SiteAtWork, bank_of, before_deadline
 from client.exchanges.pretraining import train_mail
 from client.latents.group_batches import GroupBatches
 from client.release import Gate, Released
@@ -27,7 +27,9 @@ PUBLIC_SCANS = "public_scans.safetensors"
 """Name of the file of public scans, beside the states."""
 
 
-def answer_private_round(site: Site, ask: PrivateAsk, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
+def answer_private_round(
+    site: SiteAtWork, ask: PrivateAsk, plan: RunPlan, gate: Gate, on_step: OnStep
+) -> Released:
     """Take a round of noisy steps and release examples · (shared weights after - before).
 
     As a round of pretraining: the state it began from is never changed, the one after it is on disk before
@@ -64,7 +66,7 @@ def answer_private_round(site: Site, ask: PrivateAsk, plan: RunPlan, gate: Gate,
         counts={"examples": result.examples},
         metrics=result.metrics,
         wire_dtype=plan.release.wire_dtype,
-        keep=lambda: place.leave(trainee.state(plan, ask.round, place.kept.round), shared_sha256),
+        keep=place.leaving(lambda: trainee.state(plan, ask.round, place.kept.round), shared_sha256),
     )
 
 

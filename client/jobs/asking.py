@@ -32,6 +32,7 @@ from client.training.site_state import ROOMS, StateFolder
 from client.watchdog import DeadlineMissed, is_waited_for
 from federation.messages import Ask
 from federation.plan import RunPlan
+from privacy.noisy_steps import NoisySteps
 from storage.files import private_folder
 
 JOBS = "jobs"
@@ -53,10 +54,14 @@ def by_job(row: Answer[Any, Any]) -> Answer[Any, Any]:
     def work(site: Site, ask: Ask, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
         assert site.launcher is not None, "rows are answered by jobs where there is a launcher"
         masking, keep = (None, _nothing) if row.masking is None else row.masking(site, ask, plan)
+        noise = gate.noisy_steps() if gate.promise.noise_in == "steps" else None
         with _folder(site.state_dir / JOBS, ask.plan_sha256) as folder:
-            offer = _asked(site.launcher, _request(row, site.launcher, ask), folder, on_step)
+            request = _request(row, site.launcher, ask, noise)
+            offer = _asked(site.launcher, request, folder, on_step)
             if offer.masked != (masking is not None) or (offer.room and offer.room not in ROOMS):
                 raise NoAnswer("Expected an answer of this row; the job's is another's.")
+            if noise is not None:
+                noise.go_on(offer.noised)
 
             def keep_all() -> None:
                 if offer.room:
@@ -73,7 +78,7 @@ def _nothing() -> None:
     """Nothing else to keep."""
 
 
-def _request(row: Answer[Any, Any], launcher: Launcher, ask: Ask) -> Request:
+def _request(row: Answer[Any, Any], launcher: Launcher, ask: Ask, noise: NoisySteps | None) -> Request:
     return Request(
         route=row.exchange.route,
         message=Request.message_of(ask),
@@ -81,6 +86,7 @@ def _request(row: Answer[Any, Any], launcher: Launcher, ask: Ask) -> Request:
         attempt=secrets.token_hex(8),
         settings=launcher.settings,
         threads=torch.get_num_threads(),
+        noise="" if noise is None else noise.to_text(),
     )
 
 

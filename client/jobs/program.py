@@ -32,6 +32,7 @@ from federation.plan import WireDtype
 from federation.wire import RefusalKind
 from forms.form import build
 from forms.paths import resolve_paths
+from privacy.noisy_steps import NoisySteps
 from privacy.promise import Promise
 from storage.files import keep_to_owner
 
@@ -57,13 +58,19 @@ def _nothing() -> None:
 class OfferingGate(Gate):
     """In place of the gate, which stays with the books: takes down what comes to it, and ends the work."""
 
-    def __init__(self, promise: Promise, folder: Path) -> None:
+    def __init__(self, promise: Promise, folder: Path, noise: str = "") -> None:
         self._promise, self._folder = promise, folder
+        self._noise = NoisySteps.from_text(noise) if noise else None
 
     @property
     def promise(self) -> Promise:
         """Under which promise the answer will leave."""
         return self._promise
+
+    def noisy_steps(self) -> NoisySteps:
+        """As the gate's: its request brought them."""
+        assert self._noise is not None, "the request of noisy steps has their key"
+        return self._noise
 
     def release(
         self,
@@ -97,7 +104,9 @@ class OfferingGate(Gate):
             "wire_dtype": wire_dtype,
             "anew": anew,
         }
-        raise Offered(Offer(tensors=tensors, said=said, masked=masking is not None, room=room))
+        noised = 0 if self._noise is None or self._noise.last is None else self._noise.last + 1
+        masked = masking is not None
+        raise Offered(Offer(tensors=tensors, said=said, masked=masked, room=room, noised=noised))
 
     def release_text(
         self, text: str, keep: Callable[[], None] = _nothing, said: Mapping[str, Any] | None = None
@@ -116,7 +125,8 @@ def work(request: Request, folder: Path, on_step: OnStep) -> Offer | RefusalKind
         site = SiteScans(build(SiteConfig, settings, "site"))
         ask = request.ask(row.exchange.ask)
         plan = ask.plan()
-        row.work(site, ask, plan, OfferingGate(row.exchange.promise(plan, ask), folder), on_step)
+        gate = OfferingGate(row.exchange.promise(plan, ask), folder, request.noise)
+        row.work(site, ask, plan, gate, on_step)
         raise TypeError("Expected the work to come to the gate; it ended before.")
     except Offered as offered:
         return offered.offer

@@ -1,8 +1,9 @@
 """The two files between the process of a question and its job: what is asked, and what the work came to.
 
 A request holds the message as it came, and of the site's settings what work needs: folders, device, cohort;
-no key, no ceiling, nobody's approval. An answer holds what the work would let out, or one word of the closed
-list; it names its request by hash, and its tensors by theirs. Both are written whole, for their owner alone.
+no ceiling, nobody's approval, and no key but that of noisy steps, which are taken where scans are read. An
+answer holds what the work would let out, or one word of the closed list; it names its request by hash, and
+its tensors by theirs. Both are written whole, for their owner alone.
 
 Does not do: let anything out. What a job leaves is an offer until it has passed the gate
 (`client/jobs/asking.py`).
@@ -55,6 +56,8 @@ class Request:
     """The site's settings that work needs, as JSON (`Launcher.settings`)."""
     threads: int
     """CPU threads for tensor arithmetic: sums of floats depend on their number."""
+    noise: str = ""
+    """Secret draws and noise of the steps (`NoisySteps.to_text`); empty: no step has any."""
 
     @property
     def sha256(self) -> str:
@@ -89,7 +92,7 @@ class Request:
         return record_to_bytes(ask.to_record())
 
     def _texts(self) -> dict[str, str]:
-        names = ("route", "question", "attempt", "settings")
+        names = ("route", "question", "attempt", "settings", "noise")
         return {**{name: getattr(self, name) for name in names}, "threads": str(self.threads)}
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -107,6 +110,8 @@ class Offer:
     """Whether the work was told that the gate will mask it."""
     room: str = ""
     """The folder of states to which the file `STATE` beside it belongs; empty: the answer leaves none."""
+    noised: int = 0
+    """Steps that got their noise."""
 
     def arguments(self) -> dict[str, Any]:
         """For `Gate.release`; raises `NoAnswer` for what does not have their form."""
@@ -129,6 +134,7 @@ def write_answer(folder: Path, request_sha256: str, answer: Offer | RefusalKind)
         "said": json.dumps(dict(offer.said)),
         "masked": str(int(offer.masked)),
         "room": offer.room,
+        "noised": str(offer.noised),
         "refused": answer.value if isinstance(answer, RefusalKind) else "",
     }
     save_weights(folder / ANSWER, offer.tensors, texts)
@@ -152,7 +158,8 @@ def read_answer(folder: Path, request_sha256: str) -> Offer:
             raise JobRefused(RefusalKind(texts["refused"]))
         said, names = json.loads(texts["said"]), json.loads(texts["names"])
         ordered = {name: tensors[name] for name in names}
-        return Offer(tensors=ordered, said=said, masked=texts["masked"] == "1", room=texts["room"])
+        masked, noised = texts["masked"] == "1", int(texts["noised"])
+        return Offer(tensors=ordered, said=said, masked=masked, room=texts["room"], noised=noised)
     except JobRefused:
         raise
     except (KeyError, ValueError) as error:
