@@ -83,7 +83,9 @@ def test_noisy_steps_of_a_job_are_those_of_the_site_to_the_bit(
 def test_a_job_that_left_steps_without_noise_lets_nothing_out(
     plan: RunPlan, toy_bank: Callable[..., StyleBank], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one_less = lambda offer: dataclasses.replace(offer, noised=offer.noised - 1)  # noqa: E731
+    def one_less(offer: Offer) -> Offer:
+        return dataclasses.replace(offer, noised=offer.noised - 1)
+
     monkeypatch.setattr(asking, "_asked", job(tmp_path, plan, one_less))
     with pytest.raises(GateRefusal, match="Expected noise in each of 2 steps; some had none"):
         by_job(ANSWER).once(with_jobs(tmp_path), question(plan, toy_bank(plan)), plan)
