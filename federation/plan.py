@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 from federation import privacy_plan
 from federation.diffusion_plan import MOST_STEPS, DiffusionPlan, contradictions
 from federation.privacy_plan import PrivacyPlan
+from federation.release_policy import NONE, ReleasePolicy
 from forms.form import build, check
 from forms.json_text import canonical, read_json, sha256_of
 from forms.names import Phrase, Sha256, SiteName
@@ -214,6 +215,11 @@ class RunPlan:
     def sha256(self) -> str:
         """Hash of the canonical JSON, 64 hex digits."""
         return sha256_of(self.to_json())
+
+    @property
+    def latent_policy(self) -> ReleasePolicy:
+        """What sites release for a diffusion model."""
+        return NONE if self.diffusion is None else self.diffusion.release
 
     @property
     def participants(self) -> tuple[str, ...]:

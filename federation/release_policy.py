@@ -2,7 +2,8 @@
 
 A policy carries where the model is trained, whether latents leave, whether what is made of them is patient
 data, the sentence with which a hospital agrees, and the words in which people are told. Whoever decides or
-speaks asks the value; a word that is none of the table's is refused, not taken for the mild one. A further
+speaks asks the value, whose guarantee, what it does not cover and smallest cohort `plan show` repeats; a
+word that is none of the table's is refused, not taken for the mild one. A further
 policy is a further value, and a case of `client/exchanges/latents.py` if it lets latents out in another way.
 What this file does not do: it decides nothing for a site, and lets nothing out.
 """
@@ -17,7 +18,7 @@ class ReleasePolicy:
 
     name: str
     """The word in the plan: `diffusion.policy`."""
-    trained_at: Literal["centre", "sites"]
+    trained_at: Literal["centre", "sites", "nowhere"]
     """Where the model is trained."""
     releases_latents: bool
     """Whether latents of single scans leave."""
@@ -33,6 +34,12 @@ class ReleasePolicy:
     """What leaves besides sums, in a few words for the plan as people read it."""
     sentence: str
     """The same in full; the plan's part `diffusion`, `amount` and `told` are filled in."""
+    guarantee: str
+    """What is promised of it to a patient."""
+    not_covered: str
+    """What is not."""
+    smallest_cohort: str
+    """Of how few patients it may leave."""
     page: str
     """What a run's page adds to its promise."""
     moved: str
@@ -41,6 +48,24 @@ class ReleasePolicy:
     """Settings of the plan's part `diffusion` that mean nothing under this policy."""
 
 
+NONE = ReleasePolicy(
+    name="none",
+    trained_at="nowhere",
+    releases_latents=False,
+    is_patient_data=False,
+    consent="",
+    agreed="no diffusion model; no latents leave",
+    warning="nothing",
+    beside_sums="no scan, no file name, no label",
+    sentence="For a diffusion model: nothing; there is none, and no latent leaves.",
+    guarantee="nothing leaves for it",
+    not_covered="what leaves for the pretraining, which is said above",
+    smallest_cohort="none is needed",
+    page="",
+    moved="scans, none of which moved",
+    without_effect=(),
+)
+"""Of a plan without a diffusion model."""
 RAW = ReleasePolicy(
     name="raw",
     trained_at="centre",
@@ -55,6 +80,10 @@ RAW = ReleasePolicy(
     "square of {diffusion.latent_clip:g}, told with {told}. They leave encrypted to the key "
     "{diffusion.recipient:.12}… of the centre's latent bank, so no server on the way reads them; whoever has "
     "that key does. The tokenizer's decoder is public: whoever holds a latent can see the scan.",
+    guarantee="a bound on each scan's latents; epsilon is infinite everywhere",
+    not_covered="any patient: whose latents leave, her scan can be reconstructed and found again, also in "
+    "samples of a model that learned from it, and who has read it cannot be made to forget",
+    smallest_cohort="none: a smallest cohort protects sums, and here single scans leave",
     page=" Under this plan raw latents of training scans left too: the scans can be reconstructed from them, "
     "so they are patient data at the centre, and so is a model that learned from them.",
     moved="scans; latents of those for training left",
@@ -73,6 +102,10 @@ FEDERATED = ReleasePolicy(
     "to a length of {diffusion.update_clip_norm:g} times how many scans were trained on; no latent leaves.",
     page="",
     moved="scans, none of which moved",
+    guarantee="a bound on each site's update; without noise, so epsilon is infinite",
+    not_covered="whether a person is among yours, what a single update gives away of her, and samples that "
+    "resemble a scan that was learned from",
+    smallest_cohort="that of the pretraining for what it tells; for the updates none is enforced",
     without_effect=(
         "begin_round",
         "final_steps",
@@ -83,6 +116,7 @@ FEDERATED = ReleasePolicy(
     ),
 )
 POLICIES = {policy.name: policy for policy in (RAW, FEDERATED)}
+"""Those that a plan's diffusion model may name."""
 
 
 def release_policy(name: str) -> ReleasePolicy:

@@ -133,7 +133,7 @@ def write_page(folder: Path, hospitals_text: str, held_out: Sequence[str] = ()) 
 def _promise(plan: RunPlan, metrics: Mapping[str, Any]) -> str:
     """What is promised to each patient."""
     if plan.privacy is None:
-        return _PROMISE + (plan.diffusion.release.page if plan.diffusion else "")
+        return _PROMISE + plan.latent_policy.page
     told = metrics["survey"]["privacy"]
     return (
         f"Differential privacy for each patient of each hospital: epsilon {Epsilon(*told['epsilon'])} at "
@@ -277,10 +277,9 @@ def _summary(
 def _tiles(
     plan: RunPlan, rounds: list[dict[str, Any]], hospitals: list[dict[str, Any]], last: Mapping[str, Any]
 ) -> list[dict[str, str]]:
-    moved = "scans, none of which moved" if plan.diffusion is None else plan.diffusion.release.moved
     tiles = [
         (str(len(plan.sites)), "hospitals"),
-        (str(sum(h["scans"] for h in hospitals)), moved),
+        (str(sum(h["scans"] for h in hospitals)), plan.latent_policy.moved),
         (str(len(rounds)), "rounds"),
     ]
     tiles += [

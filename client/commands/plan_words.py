@@ -94,9 +94,7 @@ def _run(plan: RunPlan, site_minimum: int) -> Iterator[Line]:
         f"{training.rounds * aggregation.deadline_s / 3600:.1f} hours of waiting.",
     )
     least = smallest_cohort(plan, site_minimum)
-    beside = (
-        "no scan, no file name, no label" if plan.diffusion is None else plan.diffusion.release.beside_sums
-    )
+    beside = plan.latent_policy.beside_sums
     yield "What leaves", f"Sums over your patients, never of fewer than {least}; {beside}."
     if aggregation.method != "alone":
         layout = survey_layout(plan)
@@ -140,8 +138,7 @@ def _run(plan: RunPlan, site_minimum: int) -> Iterator[Line]:
             f"content from {fewest_for_means(numbers_told(plan))}, or where site.yaml agrees "
             "(allow_exact_sums); otherwise your site says so and the run goes on."
         )
-    if plan.diffusion is not None:
-        yield from _diffusion(plan)
+    yield from _diffusion(plan)
     yield from _how_often(plan)
     yield (
         "Noise",
@@ -275,12 +272,19 @@ def _summed(plan: RunPlan, layout: SumLayout) -> str:
 
 
 def _diffusion(plan: RunPlan) -> Iterator[Line]:
-    diffusion = plan.diffusion
-    assert diffusion is not None
+    diffusion, policy = plan.diffusion, plan.latent_policy
+    if diffusion is None:
+        yield "", policy.sentence
+        return
     amount = f"at most {diffusion.items_per_site}" if diffusion.items_per_site else "all"
     conditions = ", ".join(diffusion.conditions) or "nothing"
-    yield "", diffusion.release.sentence.format(diffusion=diffusion, amount=amount, told=conditions)
-    if plan.volumes.extent == "scan" and diffusion.release.releases_latents:
+    yield "", policy.sentence.format(diffusion=diffusion, amount=amount, told=conditions)
+    yield (
+        "",
+        f"Policy {policy.name}. Guaranteed: {policy.guarantee}. Not covered: {policy.not_covered}. Smallest "
+        f"cohort: {policy.smallest_cohort}.",
+    )
+    if plan.volumes.extent == "scan" and policy.releases_latents:
         yield "", "Of each scan that is the crop around its foreground's centre, never more of it."
 
 

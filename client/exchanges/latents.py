@@ -61,9 +61,7 @@ def consent(plan: RunPlan, sentence: str) -> str:
 
     Raises `AskRefused` where it has not. Reads no scan.
     """
-    if plan.diffusion is None:
-        return "no diffusion model; no latents leave"
-    policy = plan.diffusion.release
+    policy = plan.latent_policy
     if policy.consent in ("", sentence):
         if policy.releases_latents:
             _check_recipient(plan)

@@ -103,8 +103,8 @@ def diffusion_of(
 ) -> DiffusionPhase:
     """The kind that the plan asks for. Raises `ValueError` when a latent bank that is there cannot be
     opened."""
-    match None if plan.diffusion is None else plan.diffusion.release.trained_at:
-        case None:
+    match plan.latent_policy.trained_at:
+        case "nowhere":
             return NoDiffusion()
         case "sites":
             return FederatedDiffusion(grid, roster, plan, folder, book, on_diffusion)

@@ -13,7 +13,7 @@ from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.latents import releasing
 from federation.plan import RunPlan
 from federation.published_plan import PublishedPlan
-from federation.release_policy import POLICIES, RAW, ReleasePolicy, check_sentence
+from federation.release_policy import NONE, POLICIES, RAW, ReleasePolicy, check_sentence
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from simulations.page import _tiles
 from tests.worlds import RECIPIENT
@@ -71,10 +71,32 @@ def test_a_hospital_is_told_the_words_of_the_policy_and_of_no_other(blurred: Run
     ]
 
 
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=list(POLICIES))
+@pytest.mark.parametrize("policy", [NONE, *POLICIES.values()], ids=["none", *POLICIES])
 def test_a_policy_that_lets_latents_out_asks_for_a_sentence_and_calls_them_patient_data(
     policy: ReleasePolicy,
 ) -> None:
     words = " ".join((policy.agreed, policy.beside_sums, policy.sentence, policy.moved)).lower()
     assert policy.releases_latents == bool(policy.consent) == policy.is_patient_data
     assert policy.releases_latents == ("no latent" not in words)
+
+
+@pytest.mark.parametrize("name", ["none", *POLICIES])
+def test_plan_show_says_guarantee_what_is_not_covered_and_the_smallest_cohort(
+    toy_plan: Callable[..., RunPlan], name: str
+) -> None:
+    diffusion = {
+        "none": None,
+        "raw": DIFFUSION,
+        "federated": dataclasses.replace(DIFFUSION, policy="federated", recipient="", rounds=2),
+    }[name]
+    plan = toy_plan(diffusion=diffusion)
+    policy = plan.latent_policy
+    said = " ".join(words for _, words in plan_words(PublishedPlan(plan=plan, bundle_sha256="0" * 64)))
+    assert policy.name == name
+    if diffusion is None:
+        assert policy.sentence in said
+        return
+    for words in (policy.guarantee, policy.not_covered, policy.smallest_cohort):
+        assert words and words in said
+    assert "infinite" in policy.guarantee and "anonym" not in said.lower()
+    assert ("key " + RECIPIENT[:12] in said) == (name == "raw")

@@ -32,9 +32,12 @@ from tests.client.exchanges.test_private_rounds import (
 )
 
 
+LAUNCHER = Launcher(("env",), "{}")
+
+
 @dataclasses.dataclass
 class WithJobs(Site):
-    launcher: Any = Launcher(("env",), "{}")
+    launcher: Any = LAUNCHER
 
 
 @pytest.fixture
