@@ -23,6 +23,7 @@ import dataclasses
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -122,9 +123,14 @@ def steps_of(budget: float, config: ObjectiveConfig) -> int:
 
 
 def train(
-    people: People, variant: Variant, steps: int, seed: int, rate: float
+    people: People,
+    variant: Variant,
+    steps: int,
+    seed: int,
+    rate: float,
+    before: Callable[[MeDUET, StyleBank], None] = lambda network, bank: None,
 ) -> tuple[MeDUET, StyleBank, float]:
-    """Pretrain; returns the network, the style bank and processor seconds."""
+    """Pretrain; returns the network, the style bank and processor seconds. `before`: done before any step."""
     rows = torch.tensor(people.trained)
     latents, site = people.latents[rows], people.site[rows]
     network = MeDUET(NetworkConfig(**SIZE, **variant.network), len(SITES), seed=seed)
@@ -137,6 +143,7 @@ def train(
     }
     bank = StyleBank.of(SITES, moments)
     network.set_latent_scale(bank.centre, bank.scale)
+    before(network, bank)
     teacher, objective = Teacher(network), MeduetObjective(variant.objective)
     optimiser: AdamW = Muon.of(network, lr=rate, betas=(0.9, 0.95), weight_decay=1e-2)
     if variant.optimiser == "adamw":

@@ -5,19 +5,22 @@ content comes from latents normalised per scan and channel, style from exactly t
 normalisation removed, which are also what sites exchange; so a bank entry becomes style tokens by the same
 head as a scan.
 
-Axes: b = volumes, c = latent channels, d h w = latent voxels, gx gy gz = coarse map, n = tokens, k = content
-channels, s = style channels.
+Axes: b = volumes, c = latent channels, d h w = latent voxels, gx gy gz = coarse map, v = statistics of a
+scan, a = style axes, n = tokens, k = content channels, s = style channels.
 Source: MeDUET (arXiv:2602.17901), content and style heads and their entangling. Differs from the authors'
 code: the style head does not convolve along token order, whose neighbours differ between a mixed and a whole
 grid.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from meduet_models.style.axes import MOST_AXES, StyleAxes
 
 VARIANCE_FLOOR = 1e-6
 """Added to a channel's variance over a scan; latents have a variance of about 1."""
@@ -43,6 +46,11 @@ class StyleStatistics:
     deviation: Float[Tensor, "b c"]
     coarse_map: Float[Tensor, "b c gx gy gz"]
     coarse_deviation: Float[Tensor, "b c gx gy gz"]
+
+    def to_vector(self) -> Float[Tensor, "b v"]:
+        """Means, log deviations, maps of means and of log deviations, side by side."""
+        maps = (self.coarse_map.flatten(1), self.coarse_deviation.log().flatten(1))
+        return torch.cat([self.mean, self.deviation.log(), *maps], dim=1)
 
 
 def normalise(latents: Float[Tensor, "b c d h w"]) -> Float[Tensor, "b c d h w"]:
@@ -113,9 +121,13 @@ class TokenStyleHead(nn.Module):
 
 class StatisticsStyleHead(nn.Module):
     """`split` paths: a small MLP of means, log deviations and the nearest cells of the coarse maps. No
-    attention."""
+    attention. With style axes it sees where a scan lies along them, and nothing beside them."""
 
     cell: Tensor
+    axes_centre: Tensor
+    axes_read: Tensor
+    axes_back: Tensor
+    beside: Tensor
 
     def __init__(
         self,
@@ -132,14 +144,30 @@ class StatisticsStyleHead(nn.Module):
         d, h, w = torch.meshgrid(*axes, indexing="ij")
         cell = (d * map_grid[1] + h) * map_grid[2] + w
         self.register_buffer("cell", cell.flatten(), persistent=False)  # n
+        self._channels = channels
+        statistics = 2 * channels * (1 + math.prod(map_grid))
+        self.register_buffer("axes_centre", torch.zeros(statistics))
+        self.register_buffer("axes_read", torch.zeros(MOST_AXES, statistics))
+        self.register_buffer("axes_back", torch.zeros(statistics, MOST_AXES))
+        self.register_buffer("beside", torch.ones(1))  # share of what no axis tells that is seen
         self.expand = nn.Linear(4 * channels, 4 * style_width)
         self.contract = nn.Linear(4 * style_width, style_width)
 
+    @torch.no_grad()
+    def set_axes(self, axes: StyleAxes) -> None:
+        """See of a scan where it lies along these axes, and nothing beside them."""
+        self.axes_centre.copy_(axes.centre)
+        self.axes_read.zero_()[: len(axes.read)].copy_(axes.read)
+        self.axes_back.zero_()[:, : len(axes.read)].copy_(axes.back)
+        self.beside.zero_()
+
     def forward(self, statistics: StyleStatistics) -> Float[Tensor, "b n s"]:
         """Style of each token, from statistics that the caller has brought to a common scale."""
-        maps = torch.cat([statistics.coarse_map, statistics.coarse_deviation.log()], dim=1)
-        by_cell = maps.flatten(2)[:, :, self.cell].transpose(1, 2)  # b n 2c
-        whole = torch.cat([statistics.mean, statistics.deviation.log()], dim=1).unsqueeze(1)  # b 1 2c
+        channels = self._channels
+        apart = statistics.to_vector() - self.axes_centre
+        told = self.axes_centre + self.beside * apart + apart @ self.axes_read.T @ self.axes_back.T  # b v
+        whole, maps = told[:, : 2 * channels].unsqueeze(1), told[:, 2 * channels :]  # b 1 2c, b 2c·cells
+        by_cell = maps.reshape(len(told), 2 * channels, -1)[:, :, self.cell].transpose(1, 2)  # b n 2c
         x = torch.cat([whole.expand(-1, by_cell.shape[1], -1), by_cell], dim=2)  # b n 4c
         style: Tensor = self.contract(F.gelu(self.expand(x)))
         return style

@@ -307,18 +307,24 @@ class FactorNetwork(nn.Module):
 
     # Factors
 
-    def style_of_statistics(self, statistics: StyleStatistics) -> Float[Tensor, "b n s"]:
-        """Style tokens of a scan's, or a bank entry's, statistics (split paths)."""
+    def standard_statistics(self, statistics: StyleStatistics) -> StyleStatistics:
+        """What differs from the federated centre, over the federated scale: what the style head reads."""
         centre = self.style_meter(self.latent_mean.unsqueeze(0))
         scale = self.latent_deviation
-        style: Tensor = self.style_head(
-            StyleStatistics(
-                (statistics.mean - centre.mean) / scale,
-                statistics.deviation / scale,
-                (statistics.coarse_map - centre.coarse_map) / scale.reshape(-1, 1, 1, 1),
-                statistics.coarse_deviation / scale.reshape(-1, 1, 1, 1),
-            )
+        return StyleStatistics(
+            (statistics.mean - centre.mean) / scale,
+            statistics.deviation / scale,
+            (statistics.coarse_map - centre.coarse_map) / scale.reshape(-1, 1, 1, 1),
+            statistics.coarse_deviation / scale.reshape(-1, 1, 1, 1),
         )
+
+    def style_statistics(self, latents: Float[Tensor, "b c d h w"]) -> Float[Tensor, "b v"]:
+        """The statistics of raw latents, on the common scale, as one vector per scan (split paths)."""
+        return self.standard_statistics(self.style_meter(latents)).to_vector()
+
+    def style_of_statistics(self, statistics: StyleStatistics) -> Float[Tensor, "b n s"]:
+        """Style tokens of a scan's, or a bank entry's, statistics (split paths)."""
+        style: Tensor = self.style_head(self.standard_statistics(statistics))
         return style
 
     def factors(self, latents: Float[Tensor, "b c d h w"], features: Float[Tensor, "b n k"]) -> Factors:

@@ -14,6 +14,7 @@ from client.latents.style_moments import own_moments
 from client.release import Gate, Masking, Released
 from client.training.pretraining import train_round
 from client.training.site_state import StateFolder, cohort_sha256
+from client.training.style_axes import with_style_axes
 from client.training.trainee import Trainee
 from federation.exchanges.pretraining import PRETRAINING, TrainAsk, TrainReply
 from federation.messages import Ask
@@ -42,14 +43,17 @@ def answer_round(
 
     def start() -> dict[str, Tensor]:
         assert ask.home is not None
-        alone = plan.aggregation.method == "alone"
-        return _own_scale(ask.home, site.scans(plan), plan) if alone else ask.home
+        if plan.aggregation.method == "alone":
+            return _own_scale(ask.home, scans, plan)
+        return with_style_axes(ask.home, ask.shared, scans, batches, plan)
 
+    scans = site.scans(plan)
+    batches = Batches(scans, plan, bank_of(plan, ask.bank))
     states = StateFolder(site.state_dir / "state", ask.plan_sha256)
     place = states.enter(ask.round, None if ask.home is None else start)
     trainee = Trainee.of(plan, ask.shared, place.kept, site.device, site.compile)
 
-    scans, shared_sha256 = site.scans(plan), sha256_of_tensors(ask.shared)
+    shared_sha256 = sha256_of_tensors(ask.shared)
     question = {
         "shared_sha256": shared_sha256,
         "bank_sha256": sha256_of_tensors(ask.bank),
@@ -57,7 +61,7 @@ def answer_round(
     }
     result = train_round(
         trainee,
-        Batches(scans, plan, bank_of(plan, ask.bank)),
+        batches,
         plan,
         ask.round,
         site.secret,

@@ -31,7 +31,6 @@ from tests.client.exchanges.test_private_rounds import (
     question,
 )
 
-
 LAUNCHER = Launcher(("env",), "{}")
 
 
