@@ -9,18 +9,18 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from client.books import JOURNAL, LEDGER
+from client.books import APPROVALS, JOURNAL, LEDGER
 from client.connection.keys import SiteKeys
-from client.settings import SiteConfig, ceiling_of
+from client.refusals import is_stopped
+from client.settings import SiteConfig, ceiling_of, processes_of
 from federation.journal import read_journal
 from federation.keys.certificates import utc_now
 from federation.processes import read_state
+from federation.published_plan import plan_of
 from federation.watching import Section, Series, Watched
 from privacy.chain import Entry, read_chain
 from privacy.ledger import open_of, spent_of
 
-PROCESSES = "processes"
-"""Folder of the supervisor, in the site's state."""
 _SHOWN = 15
 
 
@@ -30,7 +30,7 @@ def watched(config: SiteConfig) -> Watched:
     journal = read_journal(folder / JOURNAL) if (folder / JOURNAL).is_file() else []
     ledger = read_chain(folder / LEDGER, "ledger") if (folder / LEDGER).is_file() else []
     left = [entry for entry in journal if "promise" in entry.record]
-    state = read_state(folder / PROCESSES)
+    state = read_state(processes_of(config))
     runs = {} if state is None else state["processes"]
     days = _certificate_days(config)
     events = Counter(str(entry.record.get("event", "")) for entry in ledger)
@@ -41,6 +41,12 @@ def watched(config: SiteConfig) -> Watched:
     last = f"; something last left {left[-1].utc}" if left else "; nothing has left"
     epsilon = 0.0 if spent is None else spent.total.upper
     sections = [
+        Section(
+            "Plans",
+            ("plan", "hash", "people here said", "questions", "last round", "releases", "last left"),
+            _plans(config, journal),
+            "Each has states and answers of its own; they share ledger, journal and machine.",
+        ),
         Section(
             "What left this site",
             ("when", "what", "plan", "round", "bytes", "promise"),
@@ -68,6 +74,23 @@ def watched(config: SiteConfig) -> Watched:
     )
 
 
+def _plans(config: SiteConfig, journal: Sequence[Entry]) -> list[tuple[object, ...]]:
+    """A row for each plan that was looked at here, or asked anything."""
+    path, names, said = config.state_dir / APPROVALS, {}, dict[str, str]()
+    for file in sorted((config.state_dir / "plans").glob("*.plan.json")):
+        names[file.name.removesuffix(".plan.json")] = plan_of(file.read_text(encoding="utf-8")).name
+    for entry in read_chain(path, "approvals") if path.is_file() else []:
+        said[str(entry.record["plan"])] = str(entry.record["kind"])
+    asked = [str(entry.record["plan"]) for entry in journal if entry.record.get("plan")]
+    rows: list[tuple[object, ...]] = []
+    for sha256 in dict.fromkeys([*names, *said, *asked]):
+        left = [e for e in journal if "promise" in e.record and e.record.get("plan") == sha256]
+        last = (left[-1].record.get("round", ""), len(left), left[-1].utc) if left else ("", 0, "")
+        state = "stopped: meduet-site plan resume" if is_stopped(journal, sha256) else "answered"
+        rows.append((names.get(sha256, ""), sha256[:12], said.get(sha256, "nothing"), state, *last))
+    return rows
+
+
 def _series(
     config: SiteConfig,
     left: Sequence[Entry],
@@ -85,6 +108,8 @@ def _series(
     made = [
         Series.by("kind", "meduet_released", "Releases that left this site", dict(kinds), "counter"),
         Series.by("kind", "meduet_released_bytes", "Bytes that left this site", dict(sizes), "counter"),
+        Series.by("plan", "meduet_plan_released", "Releases under a plan, by its hash",
+                  dict(Counter(str(entry.record.get("plan", ""))[:12] for entry in left)), "counter"),
         Series.of("meduet_released_clipped", "Releases that the gate scaled down", clipped, "counter"),
         Series.by("event", "meduet_ledger_lines", "Lines of the ledger", dict(events), "counter"),
         Series.of("meduet_epsilon", "Of a patient, everything together", epsilon),

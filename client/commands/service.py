@@ -49,8 +49,8 @@ def _watch(chosen: argparse.Namespace, console: Console) -> None:
 def _start(chosen: argparse.Namespace, console: Console) -> int:
     from client.books import open_books
     from client.confirmation import CURE, unconfirmed
-    from client.connection.supernode import FOLDER, supernode_processes
-    from client.settings import load_site_config
+    from client.connection.supernode import supernode_processes
+    from client.settings import load_site_config, processes_of
     from client.site_scans import survey_site
     from federation.processes import become_supervisor
 
@@ -61,4 +61,4 @@ def _start(chosen: argparse.Namespace, console: Console) -> int:
     found = survey_site(config).patients
     if problem := unconfirmed(config.state_dir, config.data_root, found):
         raise ValueError(f"Not started: {problem}. {found.guess()}. {CURE}")
-    become_supervisor(children, config.state_dir / FOLDER)
+    become_supervisor(children, processes_of(config))
