@@ -28,8 +28,9 @@ from privacy.accounting import LARGEST_DELTA
 from privacy.ledger import Ceiling
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
-PATHS = ("data_root", "state_dir", "cache_dir", "cache_key_file", "keys_dir")
-"""Settings of a site that are paths."""
+PATHS = ("data_root", "state_dir", "cache_dir", "cache_key_file", "keys_dir", "processes_dir")
+PROCESSES = "processes"
+"""Settings of a site that are paths; and the folder of what connects it, in its state."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +93,9 @@ class SiteConfig:
     """Hours in which an answer may begin, local time ("18:00-06:00"); empty: always."""
     keys_dir: Path | None = None
     """Folder of keys and certificates that `meduet-site install` wrote; none: this site does not connect."""
+    processes_dir: Path | None = None
+    """Folder of what connects this site, and its logs; none: `processes` in `state_dir`. A hospital that
+    takes part at two centres has a site.yaml for each, with one `state_dir` and two of these folders."""
     launcher: Annotated[tuple[str, ...], Entries(100)] = ()
     """Command that runs a script and waits for its end ([sbatch, --wait, --gres=gpu:1]): the work of each
     answer is done by such a job. Empty: where `meduet-site start` runs."""
@@ -146,6 +150,11 @@ class SiteConfig:
             raise ValueError("cache_key_file has no effect with encrypt_cache: false: leave it out.")
         if key_file.resolve().is_relative_to(self.cache_folder.resolve()):
             raise ValueError(f"Expected cache_key_file outside the cache that it opens; got {key_file}.")
+
+
+def processes_of(config: SiteConfig) -> Path:
+    """The folder of what connects this site."""
+    return config.processes_dir or config.state_dir / PROCESSES
 
 
 def approvals_of(config: SiteConfig) -> Approvals:

@@ -12,17 +12,16 @@ from typing import Any
 
 from client.books import APPROVALS, JOURNAL, LEDGER
 from client.connection.keys import SiteKeys
-from client.refusals import stopped_plans
-from client.settings import SiteConfig, ceiling_of
+from client.refusals import is_stopped, stopped_plans
+from client.settings import SiteConfig, ceiling_of, processes_of
 from federation.journal import read_journal
 from federation.keys.certificates import utc_now
 from federation.processes import read_state
+from federation.published_plan import plan_of
 from federation.watching import Section, Series, Watched
 from privacy.chain import Entry, read_chain
 from privacy.ledger import Ceiling, Spent, open_of, spent_of
 
-PROCESSES = "processes"
-"""Folder of the supervisor, in the site's state."""
 _SHOWN = 15
 
 
@@ -34,7 +33,7 @@ def watched(config: SiteConfig) -> Watched:
     agreed = read_chain(folder / APPROVALS, "approvals") if (folder / APPROVALS).is_file() else []
     left = [entry for entry in journal if "promise" in entry.record]
     refused = [entry for entry in journal if entry.record.get("kind") == "refusal"]
-    state = read_state(folder / PROCESSES)
+    state = read_state(processes_of(config))
     runs = {} if state is None else state["processes"]
     days = _certificate_days(config)
     ceiling = ceiling_of(config)
@@ -43,6 +42,12 @@ def watched(config: SiteConfig) -> Watched:
     now = "connected processes run" if running else "nothing runs here now"
     last = f"; something last left {_when(left[-1])} UTC" if left else "; nothing has left"
     sections = [
+        Section(
+            "Plans",
+            ("plan", "hash", "people here said", "questions", "last round", "releases", "last left"),
+            _plans(config, journal),
+            "Each has states and answers of its own; they share ledger, journal and machine.",
+        ),
         Section(
             "What left this site",
             ("when (UTC)", "what", "plan", "round", "bytes", "promise"),
@@ -100,6 +105,8 @@ def _of_releases(journal: Sequence[Entry], left: Sequence[Entry], refused: Seque
                   "counter"),
         Series.by("kind", "meduet_released_bytes", "Bytes that left this site", sizes, "counter"),
         Series.by("kind", "meduet_released_seconds", "Of work, as the releases say", seconds, "counter"),
+        Series.by("plan", "meduet_plan_released", "Releases under a plan, by its hash",
+                  Counter(str(entry.record.get("plan", ""))[:12] for entry in left), "counter"),
         Series.of("meduet_released_clipped", "Releases that the gate scaled down", clipped, "counter"),
         Series.by("reason", "meduet_refusals", "Questions refused, by the word that left",
                   _counted(refused, "told"), "counter"),
@@ -133,6 +140,23 @@ def _of_ledger(ledger: Sequence[Entry], ceiling: Ceiling, spent: Spent | None) -
         Series.of("meduet_reserved_age_seconds", "Of the oldest of them",
                   _age(waiting[0]) if waiting else 0.0),
     ]  # fmt: skip
+
+
+def _plans(config: SiteConfig, journal: Sequence[Entry]) -> list[tuple[object, ...]]:
+    """A row for each plan that was looked at here, or asked anything."""
+    path, names, said = config.state_dir / APPROVALS, {}, dict[str, str]()
+    for file in sorted((config.state_dir / "plans").glob("*.plan.json")):
+        names[file.name.removesuffix(".plan.json")] = plan_of(file.read_text(encoding="utf-8")).name
+    for entry in read_chain(path, "approvals") if path.is_file() else []:
+        said[str(entry.record["plan"])] = str(entry.record["kind"])
+    asked = [str(entry.record["plan"]) for entry in journal if entry.record.get("plan")]
+    rows: list[tuple[object, ...]] = []
+    for sha256 in dict.fromkeys([*names, *said, *asked]):
+        left = [e for e in journal if "promise" in e.record and e.record.get("plan") == sha256]
+        last = (left[-1].record.get("round", ""), len(left), left[-1].utc) if left else ("", 0, "")
+        state = "stopped: meduet-site plan resume" if is_stopped(journal, sha256) else "answered"
+        rows.append((names.get(sha256, ""), sha256[:12], said.get(sha256, "nothing"), state, *last))
+    return rows
 
 
 def _of_machine(

@@ -29,18 +29,19 @@ def add_to(commands: Any) -> None:
 
 
 def _forget(chosen: argparse.Namespace, console: Console) -> int:
-    from client.connection.supernode import FOLDER
     from client.forgetting import forget
-    from client.settings import load_site_config
+    from client.settings import load_site_config, processes_of
     from client.site import Site
+    from client.turns import turn
     from federation.processes import read_state
 
     config = load_site_config(chosen.config)
-    running = read_state(config.state_dir / FOLDER)
+    running = read_state(processes_of(config))
     if running is not None and running["pid"] is not None:
         raise ValueError("Expected the service to be stopped: what it computes now may hold her. Stop it.")
     ask_passphrase(config, console)
-    left = forget(Site(config), chosen.patient)
+    with turn(config.state_dir):  # a second centre's service may run
+        left = forget(Site(config), chosen.patient)
     say(console, "Forgotten here: encodings, memos, rows of tables, kept answers, states of rounds.")
     if not left.releases:
         say(console, "Nothing that left this site can hold her.")

@@ -50,9 +50,9 @@ def _watch(chosen: argparse.Namespace, console: Console) -> None:
 def _start(chosen: argparse.Namespace, console: Console) -> int:
     from client.books import open_books
     from client.confirmation import CURE, unconfirmed
-    from client.connection.supernode import FOLDER, supernode_processes
+    from client.connection.supernode import supernode_processes
     from client.latents.cache_keys import cache_keys, opener
-    from client.settings import load_site_config
+    from client.settings import load_site_config, processes_of
     from client.site_scans import survey_site
     from federation.processes import become_supervisor
 
@@ -66,4 +66,4 @@ def _start(chosen: argparse.Namespace, console: Console) -> int:
     ask_passphrase(config, console)
     if config.encrypt_cache:
         cache_keys(config.cache_folder, opener(config.cache_key_file))
-    become_supervisor(children, config.state_dir / FOLDER)
+    become_supervisor(children, processes_of(config))

@@ -20,7 +20,7 @@ from client.connection import mutual_tls
 from client.connection.arriving_bundle import InstalledCode
 from client.connection.certificate_checks import certificate_check
 from client.connection.keys import NODE_KEY, SiteKeys
-from client.settings import SiteConfig
+from client.settings import SiteConfig, processes_of
 from federation.bundle import ROOT
 from federation.flower_programs import (
     EXIT_MEANINGS,
@@ -35,7 +35,6 @@ from federation.keys.kits import AUTHORITY, CERTIFICATE, KEY
 from federation.processes import ChildProcess
 
 SUPERNODE = "supernode"
-FOLDER = "processes"
 SOCKET = "supernode.sock"
 _PROGRAM = (
     "import sys; root = sys.argv.pop(1); root in sys.path or sys.path.insert(0, root); "  # this code's
@@ -52,7 +51,7 @@ def supernode_processes(config: SiteConfig, config_path: Path) -> tuple[ChildPro
     keys = _usable_keys(config)
     _check_tokenizer(config)
     InstalledCode.read()
-    folder = config.state_dir / FOLDER
+    folder = processes_of(config)
     variables = environment(folder / "flower", folder / SOCKET)
     secret = str(secret_file(folder / "superexec.secret"))
     supernode = ChildProcess(

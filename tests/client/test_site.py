@@ -214,6 +214,20 @@ def test_a_cache_of_its_own_folder_serves_several_states_and_several_data_roots(
     assert len(opens) == 2, "each root's cohort is remembered beside the cache"
 
 
+def test_two_plans_of_other_volumes_do_not_make_each_other_open_the_cohort_again(
+    config: SiteConfig, plan: RunPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client.scans.cohort_memo, "SETTLED_S", -1.0)  # files just written count as settled
+    opened, opens = client.site_scans.open_cohort, list[object]()
+    monkeypatch.setattr(client.site_scans, "open_cohort", lambda *a, **k: opens.append(a) or opened(*a, **k))
+    volumes = dataclasses.replace(plan.volumes, mr_percentiles=(1.0, 99.0))
+    other = dataclasses.replace(plan, name="other", volumes=volumes)
+    for _ in range(3):
+        for one in (plan, other):
+            Site(config, tokenizer(Blocks())).prepared(one)
+    assert len(opens) == 2
+
+
 def test_every_file_is_in_the_tables_even_if_it_fails_after_the_cohort_was_opened(
     config: SiteConfig, plan: RunPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:

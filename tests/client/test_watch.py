@@ -81,3 +81,26 @@ def test_books_that_were_changed_are_said_and_not_shown(config: SiteConfig) -> N
     path.write_text(path.read_text().replace('"bytes":1000', '"bytes":1'))
     with pytest.raises(ValueError, match="journal"):
         watched(config)
+
+
+def test_each_plan_has_a_row_and_a_count_of_its_own(config: SiteConfig) -> None:
+    config.state_dir.mkdir()
+    for number in (1, 2, 3):
+        released(config, number)
+    other = Journal(config.state_dir / "journal.jsonl")
+    other.append(
+        {"kind": "round", "plan": "b" * 64, "round": 7, "bytes": 1, "promise": "p", "clipped": False}
+    )
+    for question in range(3):
+        other.append({"kind": "refusal", "plan": "c" * 64, "told": "not_answered", "question": f"{question}",
+                      "reserved": "x"})  # fmt: skip
+    seen = watched(config)
+    (plans,) = [section for section in seen.sections if section.title == "Plans"]
+    assert [(row[1], row[3][:8], row[4], row[5]) for row in plans.rows] == [
+        ("a" * 12, "answered", 3, 3),
+        ("b" * 12, "answered", 7, 1),
+        ("c" * 12, "stopped:", "", 0),
+    ]
+    text = openmetrics(seen.series)
+    assert f'meduet_plan_released_total{{plan="{"a" * 12}"}} 3.0' in text
+    assert f'meduet_plan_released_total{{plan="{"b" * 12}"}} 1.0' in text
