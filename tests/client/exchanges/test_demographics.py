@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from client.commands.plan_words import plan_words
 from client.exchanges.demographics import counted, in_whole_cohorts
 from client.scans.tables import Covariates
 from federation.exchanges.demographics import AGES, DEMOGRAPHICS, SEXES, age_bands, demographics_shapes
 from federation.plan import DemographicsPlan, RunPlan
+from federation.published_plan import PublishedPlan
 from server.exchanges.demographics import check_counts
 from strategies.aggregation import ReplyRefused
 from tests.worlds import small_plan
@@ -81,3 +83,12 @@ def test_no_plan_asks_unless_it_says_so_and_none_with_noise_may() -> None:
     assert not DEMOGRAPHICS.rounds(small_plan()) and list(DEMOGRAPHICS.rounds(plan())) == [0]
     with pytest.raises(ValueError, match="ascend"):
         small_plan(demographics=DemographicsPlan(age_edges=(60.0, 20.0)))
+
+
+def test_the_hospital_reads_what_it_would_tell_and_how_often() -> None:
+    asked = PublishedPlan(plan=plan(), bundle_sha256="0" * 64)
+    text = " ".join(words for _, words in plan_words(asked, site_minimum=7))
+    assert "under 20, 20 to 40, 40 to 60, 60 and over, not known" in text
+    assert "rounded down to whole cohorts of 7" in text and "ages and sexes: 1" in text
+    unasked = PublishedPlan(plan=small_plan(), bundle_sha256="0" * 64)
+    assert "model card" not in " ".join(words for _, words in plan_words(unasked))
