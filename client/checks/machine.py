@@ -38,6 +38,14 @@ def device_check(config: SiteConfig) -> Finding:
     return "ok", f"CPU, {threads} of {os.cpu_count()} threads", ""
 
 
+def launcher_check(config: SiteConfig) -> Finding:
+    """Whether the program that starts this site's jobs is there; that they run shows with a question."""
+    program = config.launcher[0]
+    if (path := shutil.which(program)) is None:
+        return "failed", f"{program} is not there", "Install it, or correct launcher in site.yaml."
+    return "ok", f"{path}; device and memory are those of the machine that it chooses", ""
+
+
 def memory_check() -> Finding:
     """What is free of this machine's memory, or of its container's."""
     try:

@@ -20,7 +20,7 @@ from client.checks.intake import (
     patient_lines,
     table_lines,
 )
-from client.checks.machine import device_check, disk_check, folder_check, memory_check
+from client.checks.machine import device_check, disk_check, folder_check, launcher_check, memory_check
 from client.checks.proxies import proxy_check
 from client.connection.certificate_checks import certificate_check
 from client.connection.keys import SiteKeys
@@ -119,7 +119,12 @@ def _consent(config: SiteConfig, plan: RunPlan | None) -> Check:
 def _checks(
     config: SiteConfig, plan: RunPlan | None, progress: SiteProgress | None, seen: Seen
 ) -> Iterator[Check]:
-    device, folder = Check("device", *device_check(config)), Check("folder", *folder_check(config.state_dir))
+    folder = Check("folder", *folder_check(config.state_dir))
+    device = (
+        Check("launcher", *launcher_check(config))  # and with it goes the device
+        if config.launcher
+        else Check("device", *device_check(config))
+    )
     yield device
     yield Check("memory", *memory_check())
     yield folder

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from client.checks import machine as machine_checks
-from client.checks.machine import disk_check, folder_check, memory_check
+from client.checks.machine import disk_check, folder_check, launcher_check, memory_check
+from client.settings import SiteConfig
 
 MEMINFO = "MemTotal:       16777216 kB\nMemFree:          100000 kB\nMemAvailable:   {} kB\n"
 
@@ -75,3 +76,12 @@ def test_what_is_still_to_be_written_has_to_fit_with_room_to_spare(
     assert disk_check(tmp_path) == ("ok", "3.0 GB free, 1 GB needed", "")
     verdict, found, advice = disk_check(tmp_path, 2_500_000_000)
     assert (verdict, found) == ("failed", "3.0 GB free, 3.5 GB needed") and "state_dir" in advice
+
+
+def test_a_launcher_that_is_not_there_is_said_before_anything_is_asked(tmp_path: Path) -> None:
+    def verdict(*launcher: str) -> str:
+        settings = {"name": "north", "data_root": tmp_path / "scans", "state_dir": tmp_path / "state"}
+        return launcher_check(SiteConfig(**settings, launcher=launcher))[0]  # type: ignore[arg-type]
+
+    assert verdict("env", "-i") == "ok"
+    assert verdict("sbatch-of-nowhere", "--wait") == "failed"
