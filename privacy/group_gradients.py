@@ -45,8 +45,9 @@ class GroupGradients:
     Inside, the parameters rest: no gradient of the batch as a whole is computed, and `.grad` stays as it was.
 
     Guarantee: row r of a layer's input counts for group `r % (groups * group_size) // group_size` alone. If
-    the loss and the layers keep groups apart, so do the gradients, not finite ones included. Not covered: a
-    layer whose first axis is not the batch's, or whose weights are used without calling it.
+    the loss and the layers keep groups apart, so do the gradients, not finite ones included, to rounding (how
+    many groups a batch has may change a gradient by some 1e-7 of itself). Not covered: a layer whose first
+    axis is not the batch's, or whose weights are used without calling it.
     """
 
     def __init__(self, module: nn.Module, names: Sequence[str], groups: int, group_size: int) -> None:
