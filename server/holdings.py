@@ -76,7 +76,7 @@ def numbers_of(plan: RunPlan, kind: str) -> int:
 def _book(folder: Path, plan: RunPlan) -> tuple[Sequence[Line], list[str]]:
     """The replies that the journal knows, and what does not hold."""
     try:
-        lines = [entry.record for entry in read_journal(folder / JOURNAL)]
+        lines: list[Line] = [entry.record for entry in read_journal(folder / JOURNAL)]
     except BrokenChain as error:
         return [], [str(error).replace(str(folder), "the run")]
     except ValueError:

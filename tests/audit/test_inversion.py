@@ -1,5 +1,8 @@
 """A gradient of one pair names its patients (row 17, at toy size); a search that fails says so."""
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 
 from audit.findings import Finding
@@ -8,15 +11,16 @@ from client.latents.batches import step_generator
 from meduet_models.objective.objective import draw_step
 from tests.audit.released import latents
 from tests.audit.trained import after_round, cohort_of, evidence_of_round, start, training_plan
+from tests.generative_models import small_tokenizer
 
 IN, ALL = 12, 60
 
 
-def inverted(iterations: int) -> dict[str, Finding]:
+def inverted(iterations: int, **more: Any) -> dict[str, Finding]:
     scans, plan = latents(ALL, seed=5), training_plan(1)
     before = start(plan, scans)
     after = after_round(plan, before, scans[:IN])
-    evidence = evidence_of_round(plan, before, after, cohort_of(scans, IN))
+    evidence = replace(evidence_of_round(plan, before, after, cohort_of(scans, IN)), **more)
     found = attack_gradient(evidence, evidence.releases[0], iterations, restarts=1)
     return {finding.attack: finding for finding in found}
 
@@ -34,6 +38,12 @@ def test_a_search_that_was_stopped_early_is_inconclusive_and_never_evidence_of_s
     assert known.sentence.endswith(
         "Inconclusive: the search did not converge, which is no evidence of safety."
     )
+    assert known.pictures == ()
+
+
+def test_where_there_is_a_decoder_a_person_is_shown_what_was_found() -> None:
+    known = inverted(2, tokenizer=small_tokenizer())["inversion"]
+    assert "Decoded: " in known.sentence and " dB, SSIM " in known.sentence and len(known.pictures) == 1
 
 
 def test_the_average_scan_and_another_patients_name_nobody() -> None:

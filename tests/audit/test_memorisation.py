@@ -85,10 +85,14 @@ def findings(model: GenerativeModel, scans: Tensor) -> dict[str, list[Finding]]:
         cohorts={"north": Cohort("north", scans, people, took_part)},
         hashes={},
         diffusion=model,
+        tokenizer=small_tokenizer(),
     )
     found: dict[str, list[Finding]] = {}
+    shown = 0
     for one in attack_diffusion(evidence, 4, []):
         found.setdefault(one.attack, []).append(one)
+        shown += len(one.pictures)
+    assert shown == 1  # samples beside their nearest scans
     return found
 
 
