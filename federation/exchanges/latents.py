@@ -37,7 +37,7 @@ BOUNDED = "latents"
 _CHUNK_BYTES = 32 * 2**20
 _ITEM = re.compile(r"[0-9a-f]{32}")
 _ITEM_BYTES = 33  # a name and a space
-_HEADER_BYTES = 4096  # of `packed`, more than it takes
+_HEADER_BYTES = 1024  # of `packed`, more than it takes
 _WHOLE = ("site", "body_part", "category")
 _REAL = (BOUNDED, "label_map")
 
