@@ -23,7 +23,8 @@ every .01 to .5 s.
 
 Secure sums are compared with FedMeDUET's plain rounds in the same type (float32, as masks do not compress),
 one after the other: whole rounds, training included, since nobody tells its seconds in a masked round; the
-bytes of arrays in a round, and all that Flower counted of the run, survey and erasure included.
+bytes of arrays in a round; of the run, survey and erasure included, all bytes that Flower counted, and CPU
+seconds (on a busy machine the better measure; both runs must be of as many rounds).
 
 Memory: VmHWM of each process. Not importable; not shipped. Keys and logs are in --work, outside of git.
 """
@@ -200,8 +201,8 @@ def table(results: Path) -> None:
 def _table_of_sums(latest: dict[Cell, dict[str, Any]]) -> None:
     """Secure sums beside plain rounds of the same type."""
     print("\n(secure sum, plain, ratio)")
-    print("| float32 | sites | seconds of a round | MB of arrays in a round | MB of the whole run |")
-    print("|---|---|---|---|---|")
+    print("| float32 | sites | a round, s | its arrays, MB | the run, MB | the run, CPU s of all processes |")
+    print("|---|---|---|---|---|---|")
     for cell, summed in latest.items():
         plain = latest.get(replace(cell, program="ours"))
         if cell.program != "summed" or plain is None:
@@ -210,6 +211,7 @@ def _table_of_sums(latest: dict[Cell, dict[str, Any]]) -> None:
             _round_s,
             lambda result: sum(bytes_a_round(result)),
             lambda result: result["traffic"]["total-bytes"] / 1e6,
+            lambda result: sum(role["cpu_s"] for role in result["processes"].values()),
         ]
         words = [f"{of(summed):.1f}, {of(plain):.1f}, **{of(summed) / of(plain):.2f}**" for of in measures]
         size = f"{4 * summed['values_shared'] / 1e6:.3g} MB"

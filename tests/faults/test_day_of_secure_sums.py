@@ -76,6 +76,10 @@ class SumDay:
             state = self.run.config(site).state_dir
             self.run.until(lambda state=state: any(state.glob(answer)), f"{site}'s answer {answer}")
 
+    def resumed(self, times: int) -> None:
+        """Wait until the run has been submitted again so often, and is at work."""
+        self.run.until(lambda: self.run.status()["resumed"] == times, "the next application")
+
     def ended(self, round_number: int) -> dict[str, Any]:
         """Wait for the end of a round; its line in the journal."""
         done = list(range(1, round_number + 1))
@@ -156,10 +160,9 @@ def test_the_server_application_is_killed_in_each_stage_of_one_round(day: SumDay
     for number, route in enumerate(STAGES):
         day.held(site, CENTRE, route)
         begun = time.monotonic()
-        resumed = day.run.status()["resumed"]
-        assert resumed == number
+        assert day.run.status()["resumed"] == number
         kill(day.run.status()["pid"])
-        day.run.until(lambda: day.run.status()["resumed"] == number + 1, "the next application")  # noqa: B023
+        day.resumed(number + 1)
         day.run.let_go(site)
         seconds += time.monotonic() - begun
     begun = time.monotonic()

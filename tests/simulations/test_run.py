@@ -189,7 +189,12 @@ def test_settings_are_judged_for_as_many_hospitals_as_take_part(tmp_path: Path) 
     summed = ["aggregation.secure_sum=true", "aggregation.norm_tolerance=0", "aggregation.quorum=0.75"]
 
     def prepared(number: int, *more: str) -> Simulation:
-        words = [*small_simulation(hospitals=number), *summed, *more, f"folder={tmp_path / 'run'}"]
+        words = [
+            *small_simulation(hospitals=number, patients=2, paired=0),
+            *summed,
+            *more,
+            f"folder={tmp_path / 'run'}",
+        ]
         return prepare(plain(compose_config(words)), Live())
 
     for number, more in ((3, ()), (4, ("held_out=[north]",))):
