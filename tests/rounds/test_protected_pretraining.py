@@ -177,11 +177,12 @@ def test_a_whole_run_with_noisy_steps_charges_its_epsilon_and_a_centre_killed_am
     assert len(again) == 2 and len(set(again)) == 1
 
 
-def test_steps_that_noise_drowns_are_refused_before_any_is_asked_for(tmp_path: Path) -> None:
-    plan = full_plan(although_noise_wins=False, sampling_rate=0.05)
-    with pytest.raises(
-        ValueError, match=r"Signal to noise of a step: at most 0\.0.*although_noise_wins=true"
-    ):
+def test_steps_that_noise_drowns_are_refused_before_any_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.protected_pretraining.DROWNED", 0.5)
+    plan = full_plan(although_noise_wins=False)
+    with pytest.raises(ValueError, match=r"at most 0\.\d+ .*expected 0\.5 or more.*although_noise_wins=true"):
         run(grid_of(plan, tmp_path), plan, started(tmp_path))
     for site in plan.sites:
         hospital = Hospital(tmp_path / "sites" / site, None, site, epsilon_ceiling=8.0)

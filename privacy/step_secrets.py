@@ -17,7 +17,7 @@ from torch import Tensor
 from privacy.randomness import SecretSource, Stream
 
 
-class NoisySteps:
+class StepSecrets:
     """The steps of one round; `words` tell them from all others under the same key."""
 
     def __init__(self, source: SecretSource, words: tuple[object, ...], deviation: float) -> None:
