@@ -36,8 +36,8 @@ from federation.wire import GROWTH, RefusalKind, num_bytes, rounded
 from meduet_models.weights import sha256_of_tensors
 from privacy.clipping import clip, joint_norm
 from privacy.ledger import Ledger, Reservation, Settled
-from privacy.noisy_steps import NoisySteps
 from privacy.promise import Promise
+from privacy.step_secrets import StepSecrets
 
 COUNT_NAMES: Final = frozenset({"examples", "num_patients", "num_scans", "first_item", "num_items"})
 """Every whole number that may leave a site."""
@@ -125,18 +125,18 @@ class Gate:
         self._ledger = ledger
         self._journal = journal
         self._answers = answers
-        self._steps: NoisySteps | None = None
+        self._steps: StepSecrets | None = None
 
     @property
     def promise(self) -> Promise:
         """Under which promise the answer leaves."""
         return self._reservation.promise
 
-    def noisy_steps(self) -> NoisySteps:
+    def step_secrets(self) -> StepSecrets:
         """The secret draws and the noise of the steps that the promise counts, the same after a kill."""
         held = self._reservation
         assert held.promise.noise_in == "steps", "the promise says where noise enters"
-        self._steps = NoisySteps(self._answers.secret(held.place), (held.entry,), held.promise.deviation)
+        self._steps = StepSecrets(self._answers.secret(held.place), (held.entry,), held.promise.deviation)
         return self._steps
 
     def again(self) -> Released | None:

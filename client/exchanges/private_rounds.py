@@ -42,7 +42,7 @@ def answer_private_round(
     place = states.enter(ask.round, None if home is None else lambda: home)
     public = _public(site.state_dir / "state" / ask.plan_sha256[:12] / PUBLIC_SCANS, ask, plan)
     trainee = Trainee.of(plan, ask.shared, place.kept, site.device)  # never compiled: hooks are needed
-    scans, shared_sha256, noise = site.scans(plan), sha256_of_tensors(ask.shared), gate.noisy_steps()
+    scans, shared_sha256, noise = site.scans(plan), sha256_of_tensors(ask.shared), gate.step_secrets()
     style_bank = bank_of(plan, ask.bank)
     try:
         if style_bank is None:

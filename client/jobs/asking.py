@@ -32,7 +32,7 @@ from client.training.site_state import ROOMS, StateFolder
 from client.watchdog import DeadlineMissed, is_waited_for
 from federation.messages import Ask
 from federation.plan import RunPlan
-from privacy.noisy_steps import NoisySteps
+from privacy.step_secrets import StepSecrets
 from storage.files import private_folder
 
 JOBS = "jobs"
@@ -54,7 +54,7 @@ def by_job(row: Answer[Any, Any]) -> Answer[Any, Any]:
     def work(site: Site, ask: Ask, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
         assert site.launcher is not None, "rows are answered by jobs where there is a launcher"
         masking, keep = (None, _nothing) if row.masking is None else row.masking(site, ask, plan)
-        noise = gate.noisy_steps() if gate.promise.noise_in == "steps" else None
+        noise = gate.step_secrets() if gate.promise.noise_in == "steps" else None
         with _folder(site.state_dir / JOBS, ask.plan_sha256) as folder:
             request = _request(row, site.launcher, ask, noise)
             offer = _asked(site.launcher, request, folder, on_step)
@@ -78,7 +78,7 @@ def _nothing() -> None:
     """Nothing else to keep."""
 
 
-def _request(row: Answer[Any, Any], launcher: Launcher, ask: Ask, noise: NoisySteps | None) -> Request:
+def _request(row: Answer[Any, Any], launcher: Launcher, ask: Ask, noise: StepSecrets | None) -> Request:
     return Request(
         route=row.exchange.route,
         message=Request.message_of(ask),

@@ -32,8 +32,8 @@ from federation.plan import WireDtype
 from federation.wire import RefusalKind
 from forms.form import build
 from forms.paths import resolve_paths
-from privacy.noisy_steps import NoisySteps
 from privacy.promise import Promise
+from privacy.step_secrets import StepSecrets
 from storage.files import keep_to_owner
 
 _log = logging.getLogger(__name__)
@@ -60,14 +60,14 @@ class OfferingGate(Gate):
 
     def __init__(self, promise: Promise, folder: Path, noise: str = "") -> None:
         self._promise, self._folder = promise, folder
-        self._noise = NoisySteps.from_text(noise) if noise else None
+        self._noise = StepSecrets.from_text(noise) if noise else None
 
     @property
     def promise(self) -> Promise:
         """Under which promise the answer will leave."""
         return self._promise
 
-    def noisy_steps(self) -> NoisySteps:
+    def step_secrets(self) -> StepSecrets:
         """As the gate's: its request brought them."""
         assert self._noise is not None, "the request of noisy steps has their key"
         return self._noise

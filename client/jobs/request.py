@@ -57,7 +57,7 @@ class Request:
     threads: int
     """CPU threads for tensor arithmetic: sums of floats depend on their number."""
     noise: str = ""
-    """Secret draws and noise of the steps (`NoisySteps.to_text`); empty: no step has any."""
+    """Secret draws and noise of the steps (`StepSecrets.to_text`); empty: no step has any."""
 
     @property
     def sha256(self) -> str:

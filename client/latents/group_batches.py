@@ -27,7 +27,7 @@ from meduet_models.objective.objective import StepBatch, StepDraws, draw_step
 from meduet_models.seeds import generator_of
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.restyling import own_entries, restyle_each
-from privacy.noisy_steps import NoisySteps
+from privacy.step_secrets import StepSecrets
 
 _BELOW = 2**53
 
@@ -72,7 +72,7 @@ class GroupBatches:
         """How many patients the site's style code told, noise included; what the centre knows as well."""
         return float(self._style_bank.count[self._own].sum())
 
-    def drawn(self, noise: NoisySteps, step: int) -> list[Group]:
+    def drawn(self, noise: StepSecrets, step: int) -> list[Group]:
         """The groups of a step of the round: as many as patients happened to be in it, none as well."""
         rate, groups = noisy_of(self._plan).sampling_rate, []
         for patient, rows in self._rows.items():

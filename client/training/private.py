@@ -33,7 +33,7 @@ from meduet_models.objective.objective import MeduetObjective
 from meduet_models.sharing import shared_keys
 from meduet_models.weights import StoredWeights
 from privacy.group_gradients import ClippedSum, GroupGradients, clipped_sum, parameters_of_layers
-from privacy.noisy_steps import NoisySteps
+from privacy.step_secrets import StepSecrets
 
 _TRAINEE = "trainee/"
 
@@ -43,7 +43,7 @@ def train_privately(
     batches: GroupBatches,
     plan: RunPlan,
     round_number: int,
-    noise: NoisySteps,
+    noise: StepSecrets,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     under_way: UnderWay | None = None,
 ) -> RoundResult:

@@ -13,6 +13,7 @@ from flwr.app import Context
 from client.app import make_client_app
 from federation.exchanges.style_code import CODE, StyleCodeReply, code_shapes, style_code
 from federation.plan import RunPlan, TrainingPlan
+from federation.privacy_plan import NoisySteps
 from meduet_models.meduet import MeDUET
 from meduet_models.weights import load_weights, save_weights
 from privacy.style_code import COUNT_SHARE
@@ -40,6 +41,22 @@ def make(**parts: Any) -> RunPlan:
 def the_plan(epsilon: float = 8.0) -> RunPlan:
     plan = protected_plan(PUBLIC, make, epsilon=epsilon)
     return replace(plan, aggregation=replace(plan.aggregation, deadline_s=300.0))
+
+
+def full_plan(**changes: Any) -> RunPlan:
+    """The same, with two rounds of noisy steps after it."""
+    settings: dict[str, Any] = {
+        "steps": 4,
+        "steps_per_round": 2,
+        "sampling_rate": 0.25,
+        "clip_norm": 1.0,
+        "epsilon_style": 4.0,
+        "although_noise_wins": True,
+    }
+    plan = the_plan()
+    assert plan.privacy is not None
+    noisy = NoisySteps(**settings | changes)
+    return replace(plan, privacy=replace(plan.privacy, level="full", noisy=noisy))
 
 
 def grid_of(plan: RunPlan, folder: Path, ceiling: float = 8.0, patients: int = 40) -> InProcessGrid:
@@ -119,6 +136,57 @@ def test_a_site_whose_ceiling_is_lower_answers_nothing_and_the_run_says_so(tmp_p
         run(grid_of(plan, tmp_path, ceiling=3.0), plan, started(tmp_path))
     for site in plan.sites:
         assert Hospital(tmp_path / "sites" / site, None, site, epsilon_ceiling=3.0).ledger.verify() == 0
+
+
+def test_a_whole_run_with_noisy_steps_charges_its_epsilon_and_a_centre_killed_among_them_goes_on(
+    tmp_path: Path,
+) -> None:
+    plan, first, second = full_plan(), started(tmp_path / "first"), tmp_path / "second"
+    with pytest.raises(Killed):
+        run(grid_of(plan, first), plan, first, observer=DiesIn(3))  # the codes are in
+    shutil.copytree(first, second)
+    whole = run(grid_of(plan, first), plan, first)
+    for number in (4, 5):  # the sites have answered, the centre has not counted
+        with pytest.raises(Killed):
+            run(grid_of(plan, second), plan, second, observer=DiesIn(number))
+    resumed = run(grid_of(plan, second), plan, second)
+    kept = load_weights(second / "checkpoints" / "round-0005.safetensors")[0]
+    assert any(name.startswith("home:site_from") for name in kept)
+    asked = [entry["sites"].keys() for entry in resumed.metrics["rounds"]]
+    assert asked == [{"centre"}] * 3 + [set(plan.sites)] * 2
+    assert (
+        resumed.metrics["rounds"][2]["signal_to_noise"]
+        < whole.metrics["survey"]["privacy"]["signal_to_noise"]
+    )
+    for folder in (first, second):
+        for site in plan.sites:
+            hospital = Hospital(folder / "sites" / site, None, site, epsilon_ceiling=8.0)
+            spent = hospital.ledger.spent()
+            assert (spent.num_noised, spent.num_plain) == (3, 0) and 7.9 < spent.total.upper <= 8.0
+            assert list((folder / "sites" / site).rglob("*.secret")) == []
+    # Two sites' secrets are not one: the same run elsewhere has other noise, its own goes on in its bits.
+    told = load_weights(
+        second / "sites" / "oslo" / "answers" / plan.sha256[:12] / "private_round-0004.safetensors"
+    )[0]
+    other = load_weights(
+        first / "sites" / "oslo" / "answers" / plan.sha256[:12] / "private_round-0004.safetensors"
+    )[0]
+    assert not torch.equal(told["embed.weight"], other["embed.weight"])
+    lines = [e.record for e in Hospital(second / "sites" / "oslo", None, "oslo").journal.entries()]
+    again = [line["sha256"] for line in lines if line["kind"] == "private_round" and line["round"] == 4]
+    assert len(again) == 2 and len(set(again)) == 1
+
+
+def test_steps_that_noise_drowns_are_refused_before_any_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.protected_pretraining.DROWNED", 0.5)
+    plan = full_plan(although_noise_wins=False)
+    with pytest.raises(ValueError, match=r"at most 0\.\d+ .*expected 0\.5 or more.*although_noise_wins=true"):
+        run(grid_of(plan, tmp_path), plan, started(tmp_path))
+    for site in plan.sites:
+        hospital = Hospital(tmp_path / "sites" / site, None, site, epsilon_ceiling=8.0)
+        assert [entry.record["kind"] for entry in hospital.journal.entries()] == ["style_code"]
 
 
 def reply(plan: RunPlan, code: torch.Tensor) -> StyleCodeReply:

@@ -28,3 +28,24 @@ def test_a_simulation_with_privacy_ends_with_a_page_that_says_epsilon_as_an_inte
     assert {"reconstruction_error", "style_gap_closed"} <= set(
         json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["final"]
     )
+
+
+def test_a_simulation_with_noisy_steps_says_what_they_were_worth(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    settings = ["privacy=full", "privacy.style_dimensions=3", "privacy.public_scans=72"]
+    settings += [
+        "privacy.noisy.steps=2",
+        "privacy.noisy.steps_per_round=1",
+        "privacy.noisy.sampling_rate=0.5",
+    ]
+    drowned = [*small_simulation(patients=24), *settings, f"folder={folder}"]
+    page = run(compose_config([*drowned, "privacy.noisy.although_noise_wins=true"]))
+    text = page.read_text(encoding="utf-8")
+    assert "then in 2 steps at each hospital on its patients, with noise in each" in text
+    assert "update of all weights (noisy steps; weighted sum)" in text
+    for site in json.loads((folder / "plan.json").read_text(encoding="utf-8"))["sites"]:
+        state = folder / "sites" / site
+        records = [json.loads(line)["record"] for line in (state / "journal.jsonl").read_text().splitlines()]
+        assert [record["kind"] for record in records] == ["style_code", "private_round", "private_round"]
+        assert all(not any("loss" in name for name in record["metrics"]) for record in records)
+        assert list(state.rglob("*.secret")) == []

@@ -1,13 +1,18 @@
 from client.commands.plan_words import plan_words
 from federation.bundle import running_bundle
+from federation.plan import RunPlan
+from federation.privacy_plan import NoisySteps
 from federation.published_plan import PublishedPlan
 from tests.worlds import protected_plan, public_latents
 
 
-def test_the_words_of_a_plan_with_privacy_say_what_leaves_once_and_what_it_costs() -> None:
-    plan = protected_plan(public_latents(), epsilon=1.0)
+def words_of(plan: RunPlan) -> str:
     words = plan_words(PublishedPlan(plan=plan, bundle_sha256=running_bundle(), finetuning=None))
-    text = " ".join(sentence for _, sentence in words)
+    return " ".join(sentence for _, sentence in words)
+
+
+def test_the_words_of_a_plan_with_privacy_say_what_leaves_once_and_what_it_costs() -> None:
+    text = words_of(protected_plan(public_latents(), epsilon=1.0))
     for said in (
         "Once: 5 numbers with noise",
         "epsilon 0.999 to 1.000 at delta 1e-05 for the whole run",
@@ -17,4 +22,20 @@ def test_the_words_of_a_plan_with_privacy_say_what_leaves_once_and_what_it_costs
     ):
         assert said in text
     for unsaid in ("None is added anywhere", "Each round", "anonymous", "compliant"):
+        assert unsaid not in text
+
+
+def test_the_words_of_noisy_steps_say_how_many_how_patients_are_drawn_and_what_all_of_it_costs() -> None:
+    noisy = NoisySteps(steps=4, steps_per_round=2, sampling_rate=0.25, clip_norm=1.0, epsilon_style=1.0)
+    text = words_of(protected_plan(public_latents(), level="full", epsilon=3.0, noisy=noisy))
+    for said in (
+        "then your site takes 4 steps on its patients, in 2 rounds",
+        "In each of 2 rounds: by how much",
+        "in each of which about 25% of your patients, drawn in secret, take part and noise is added",
+        "to 3.000 at delta 1e-05 for the whole run",
+        "of which there are 2 and in each of which she is with a chance of 0.25",
+        "In all: style code: 1, rounds of noisy steps: 2.",
+    ):
+        assert said in text
+    for unsaid in ("asked nothing more", "No weights", "anonymous", "compliant"):
         assert unsaid not in text

@@ -22,13 +22,13 @@ from client.training.trainee import Trainee
 from federation.exchanges.private_rounds import PrivateAsk, mechanisms, run_epsilon, steps_promise
 from federation.exchanges.style_code import code_promise
 from federation.plan import RunPlan
-from federation.privacy_plan import NoisySteps as NoisyPlan
+from federation.privacy_plan import NoisySteps
 from meduet_models.meduet import MeDUET
 from meduet_models.style.bank import StyleBank
 from privacy.accounting import Mechanism
 from privacy.ledger import AnsweredBefore, LedgerRefusal, Place
-from privacy.noisy_steps import NoisySteps
 from privacy.randomness import SecretSource
+from privacy.step_secrets import StepSecrets
 from tests.worlds import Hospital, ViewedScans, protected_plan, public_latents
 
 PUBLIC = public_latents()
@@ -55,7 +55,7 @@ def make_full(make: Callable[..., RunPlan], **changes: Any) -> RunPlan:
         "epsilon_style": 1.0,
         "although_noise_wins": True,
     }
-    return protected_plan(PUBLIC, make, level="full", noisy=NoisyPlan(**settings | changes))
+    return protected_plan(PUBLIC, make, level="full", noisy=NoisySteps(**settings | changes))
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def sums(plan: RunPlan, bank: StyleBank, scans: ViewedScans, step: int = 0) -> d
     trainee = Trainee.of(plan, shared, SiteState(round=0, home=home), CPU)
     frozen_but_layers(trainee)
     batches = GroupBatches(scans, plan, bank, PUBLIC, "north")
-    noise = NoisySteps(SecretSource(b"k" * 32), ("line",), 1.0)
+    noise = StepSecrets(SecretSource(b"k" * 32), ("line",), 1.0)
     return step_sum(trainee, batches, batches.drawn(noise, step), "mftd", plan)
 
 
@@ -195,7 +195,7 @@ def test_gradient_alignment_finds_a_member_without_noise_and_stays_under_the_bou
     def scores(world: dict[str, Tensor], deviation: float) -> Tensor:
         told = []
         for trial in range(150):
-            noise = NoisySteps(SecretSource(secrets.token_bytes(32)), (trial,), deviation)
+            noise = StepSecrets(SecretSource(secrets.token_bytes(32)), (trial,), deviation)
             noised = noise.noised(0, world)
             told.append(sum(float((noised[n] * hers[n]).sum()) for n in hers))
         return torch.tensor(told)
@@ -212,7 +212,7 @@ def test_the_update_of_a_round_without_noise_gives_a_member_away(
     plan: RunPlan, bank: StyleBank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The defence taken out: then the attack succeeds on what leaves."""
-    monkeypatch.setattr(NoisySteps, "noised", lambda self, step, given: dict(given))
+    monkeypatch.setattr(StepSecrets, "noised", lambda self, step, given: dict(given))
     whole = ViewedScans.of([f"p{n}" for n in range(8)])
     fewer = ViewedScans.of([f"p{n}" for n in range(8)])
     fewer.train = fewer.train[:-1]
@@ -221,7 +221,7 @@ def test_the_update_of_a_round_without_noise_gives_a_member_away(
 
     def update(scans: ViewedScans, key: bytes) -> Tensor:
         trainee = Trainee.of(all_in, shared, SiteState(round=0, home=home), CPU)
-        noise = NoisySteps(SecretSource(key * 32), ("line",), 1.0)
+        noise = StepSecrets(SecretSource(key * 32), ("line",), 1.0)
         batches = GroupBatches(scans, all_in, bank, PUBLIC, "north")
         result = train_privately(trainee, batches, all_in, FIRST, noise)
         return torch.cat([tensor.flatten() for tensor in result.update.values()])
@@ -367,7 +367,7 @@ def test_the_gate_lets_out_no_step_without_noise_and_nothing_exact_beside(
     plan: RunPlan, tmp_path: Path, beside: dict[str, Any], taken: int, sentence: str
 ) -> None:
     gate = opened_gate(hospital(tmp_path), plan)
-    noise = gate.noisy_steps()
+    noise = gate.step_secrets()
     for step in range(taken):
         noise.noised(step, {"a": torch.zeros(3)})
     with pytest.raises(GateRefusal, match=sentence):

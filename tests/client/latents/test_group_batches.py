@@ -8,10 +8,10 @@ import torch
 
 from client.latents.group_batches import Group, GroupBatches
 from federation.plan import RunPlan
-from federation.privacy_plan import NoisySteps as NoisyPlan
+from federation.privacy_plan import NoisySteps
 from meduet_models.style.bank import StyleBank
-from privacy.noisy_steps import NoisySteps
 from privacy.randomness import SecretSource
+from privacy.step_secrets import StepSecrets
 from tests.worlds import ViewedScans, protected_plan, public_latents
 
 PUBLIC = public_latents()
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def full_plan(make: Callable[..., RunPlan], group_size: int = 2) -> RunPlan:
-    noisy = NoisyPlan(
+    noisy = NoisySteps(
         steps=4,
         steps_per_round=2,
         sampling_rate=0.5,
@@ -35,8 +35,8 @@ def plan(toy_plan: Callable[..., RunPlan]) -> RunPlan:
     return full_plan(toy_plan)
 
 
-def secret(key: bytes = b"k" * 32) -> NoisySteps:
-    return NoisySteps(SecretSource(key), ("line",), 1.0)
+def secret(key: bytes = b"k" * 32) -> StepSecrets:
+    return StepSecrets(SecretSource(key), ("line",), 1.0)
 
 
 def names(number: int) -> list[str]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from privacy.randomness import SecretSource, Stream
 
 
-class NoisySteps:
+class StepSecrets:
     """The steps of one round; `words` tell them from all others under the same key."""
 
     def __init__(self, source: SecretSource, words: tuple[object, ...], deviation: float) -> None:
@@ -31,11 +31,11 @@ class NoisySteps:
         return json.dumps([self._source.key.hex(), self._words, self.deviation])
 
     @staticmethod
-    def from_text(text: str) -> "NoisySteps":
+    def from_text(text: str) -> "StepSecrets":
         """What `to_text` told. Raises `ValueError` for another text."""
         try:
             key, words, deviation = json.loads(text)
-            return NoisySteps(SecretSource(bytes.fromhex(key)), tuple(words), float(deviation))
+            return StepSecrets(SecretSource(bytes.fromhex(key)), tuple(words), float(deviation))
         except (ValueError, TypeError):
             raise ValueError("Expected key, words and deviation of noisy steps; got another text.") from None
 

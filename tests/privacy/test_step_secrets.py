@@ -7,15 +7,15 @@ import pytest
 import torch
 from scipy.stats import kstest
 
-from privacy.noisy_steps import NoisySteps
 from privacy.randomness import SecretSource
+from privacy.step_secrets import StepSecrets
 
 FALSE_ALARM = 1e-6
 ZEROS = {"a": torch.zeros(3000), "b": torch.zeros(10, 300)}
 
 
-def steps(key: bytes = b"k" * 32, entry: str = "line 1", deviation: float = 1.0) -> NoisySteps:
-    return NoisySteps(SecretSource(key), (entry,), deviation)
+def steps(key: bytes = b"k" * 32, entry: str = "line 1", deviation: float = 1.0) -> StepSecrets:
+    return StepSecrets(SecretSource(key), (entry,), deviation)
 
 
 def test_noise_has_the_promised_deviation_in_every_number_and_step_and_none_repeats() -> None:
@@ -38,7 +38,7 @@ def test_noise_is_added_to_the_sum_and_an_empty_step_gets_as_much() -> None:
 
 def test_the_same_key_draws_the_same_again_and_a_lost_one_is_seen(tmp_path: Path) -> None:
     first, again, lost = (
-        NoisySteps(SecretSource.at(tmp_path / name), ("line",), 1.0) for name in ("a", "a", "b")
+        StepSecrets(SecretSource.at(tmp_path / name), ("line",), 1.0) for name in ("a", "a", "b")
     )
     assert torch.equal(first.noised(1, ZEROS)["b"], again.noised(1, ZEROS)["b"])
     assert first.fingerprint == again.fingerprint != lost.fingerprint

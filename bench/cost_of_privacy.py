@@ -1,0 +1,146 @@
+"""What privacy costs: hippocampus scans dealt to three hospitals, by epsilon and level, beside two baselines.
+
+    python bench/cost_of_privacy.py root=DATA/msd_hippocampus --cells random sums-1 sums-8 patients full-8
+
+Hospitals as in `meduet-simulate experiment=hippocampus hospitals.by=random hospitals.styles_on_top=true`, the
+same for all cells of a seed; other settings as overrides. Every cell is a whole run, measured after it on
+held-out patients, with the site erasure that the run ended with. `patients` is the run without privacy, of as
+many steps at each site; `full-E` takes noisy steps after those of `sums`, within one epsilon. `exact` is
+`sums` at epsilon 20, the most that a plan may ask for, and stands for infinity. A cell that is done is read
+from its folder (`runs/cost/`), so the table may be made in several sittings.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+
+from client.latents.style_moments import own_moments
+from federation.plan import RunPlan
+from meduet_models.meduet import MeDUET
+from meduet_models.style.bank import StyleBank
+from server.app import RunObserver
+from server.config import compose_config, plain
+from server.public_scans import PUBLIC_SCANS
+from simulations.evaluation import measure
+from simulations.hospitals.held_out import join, own_scans
+from simulations.observer import TRAINING_SCANS, site_models
+from simulations.progress import Live
+from simulations.run import Made, Simulation, prepare, simulate
+
+SPLIT = ["experiment=hippocampus", "hospitals.by=random", "hospitals.styles_on_top=true"]
+SPLIT += ["site.split_fractions=[0.7,0.1,0.2]", "engine.workers=1"]
+SHOWN = ("reconstruction_error", "style_gap_closed", "site_from_content", "site_from_code")
+NOISY = ["privacy.noisy.although_noise_wins=true"]
+
+
+def settings_of(cell: str) -> list[str]:
+    """The overrides of a cell."""
+    kind, _, epsilon = cell.partition("-")
+    match kind:
+        case "random" | "patients":
+            return ["probes.every_rounds=0", "probes.anatomy={}"]
+        case "exact":
+            return ["privacy=sums", "privacy.epsilon=20", "privacy.style_dimensions=16"]
+        case "sums":
+            return ["privacy=sums", f"privacy.epsilon={epsilon}"]
+        case "full":
+            share = f"privacy.noisy.epsilon_style={float(epsilon) / 2}"
+            return ["privacy=full", f"privacy.epsilon={epsilon}", share, *NOISY]
+    raise ValueError(f"Expected random, exact, patients, sums-EPSILON or full-EPSILON; got {cell!r}.")
+
+
+def measured(simulation: Simulation, models: Sequence[MeDUET]) -> dict[str, float]:
+    """Mean over the sites' models, on patients that no site trained on."""
+    plan, everyone = simulation.plan, simulation.consortium.everyone
+    scans = [simulation.consortium.site(site).scans(everyone) for site in plan.sites]
+    held = join([own_scans(everyone, s, i, ("validation", "test")) for i, s in enumerate(scans)])
+    training = [s.latents(s.indices("train")[:TRAINING_SCANS]) for s in scans]
+    readings = [measure(model, plan, held, training) for model in models]
+    return {name: mean(one[name] for one in readings) for name in SHOWN if all(name in r for r in readings)}
+
+
+def made_once(config: dict[str, Any], folder: Path, live: Live) -> Made:
+    """The hospitals of a seed, and where their encodings are."""
+    first = prepare({**config, "folder": str(folder)}, live)
+    return Made(first.hospitals, folder / "cache")
+
+
+def shown(cell: str, config: dict[str, Any], made: Made, public: Path, live: Live) -> dict[str, Any]:
+    """What a cell shows after its run; `public` keeps the public scans of the seed."""
+    began, own = time.process_time(), Path(config["folder"])
+    own.mkdir(parents=True, exist_ok=True)
+    if public.is_file():
+        (own / PUBLIC_SCANS).write_bytes(public.read_bytes())
+    simulation = prepare(config, live, made)
+    live.begin(simulation.plan)
+    models, said = _models(cell, simulation, live)
+    if simulation.plan.privacy is not None:
+        public.write_bytes((own / PUBLIC_SCANS).read_bytes())
+    return {**measured(simulation, models), **said, "cpu_s": round(time.process_time() - began)}
+
+
+def _models(cell: str, simulation: Simulation, live: Live) -> tuple[list[MeDUET], dict[str, float]]:
+    plan = simulation.plan
+    if cell == "random":
+        return [_start(plan, simulation)], {}
+    result = simulate(simulation, live, RunObserver())
+    worth = [r["signal_to_noise"] for r in result.metrics["rounds"] if "signal_to_noise" in r]
+    models = site_models(plan, simulation.consortium, result.shared, plan.num_rounds)
+    return models, {"signal_to_noise": worth[0]} if worth else {}
+
+
+def _start(plan: RunPlan, simulation: Simulation) -> MeDUET:
+    """Random weights, on the latent scale of the hospitals' exact sums."""
+    scans = {site: simulation.consortium.site(site).scans(plan) for site in plan.sites}
+    bank = StyleBank.of(plan.sites, {site: own_moments(s, plan) for site, s in scans.items()})
+    model = MeDUET(plan.network, len(plan.sites), seed=plan.seed)
+    model.set_latent_scale(bank.centre, bank.scale)
+    return model.eval()
+
+
+def main() -> None:
+    """Print the table as it grows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="settings, as root=DIR training.rounds=15")
+    parser.add_argument("--cells", nargs="+", default=["random", "sums-1", "sums-3", "sums-8", "patients"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--folder", type=Path, default=Path("runs/cost"))
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    chosen.folder.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, list[dict[str, Any]]] = {cell: [] for cell in chosen.cells}
+    with Live() as live:
+        for seed in chosen.seeds:
+            made: Made | None = None
+            for cell in chosen.cells:
+                path = chosen.folder / f"{seed}-{cell}.json"
+                if not path.is_file():
+                    asked = [*SPLIT, *settings_of(cell), *chosen.overrides, f"seed={seed}"]
+                    config = {**plain(compose_config(asked)), "folder": str(chosen.folder / f"{seed}-{cell}")}
+                    made = made or made_once(config, chosen.folder / f"{seed}-hospitals", live)
+                    found = shown(cell, config, made, chosen.folder / f"{seed}-{PUBLIC_SCANS}", live)
+                    path.write_text(json.dumps(found), encoding="utf-8")
+                rows[cell].append(json.loads(path.read_text(encoding="utf-8")))
+                live.say(f"{seed} {cell}: {rows[cell][-1]}")
+    columns = (*SHOWN, "signal_to_noise", "cpu_s")
+    print("| cell | " + " | ".join(columns) + " |")
+    for cell, found in rows.items():
+        print(f"| {cell} | " + " | ".join(_said(found, name) for name in columns) + " |")
+
+
+def _said(found: Sequence[dict[str, Any]], name: str) -> str:
+    """Mean and deviation over seeds."""
+    values = [one[name] for one in found if name in one]
+    if not values:
+        return "-"
+    return f"{mean(values):.3f}" + (f" ({stdev(values):.3f})" if len(values) > 1 else "")
+
+
+if __name__ == "__main__":
+    main()
