@@ -22,17 +22,12 @@ from federation.exchanges.survey import survey_layout
 from federation.messages import Tensors
 from federation.optimisation import descend, optimiser_of
 from federation.plan import RunPlan
-from meduet_models.factors import StatisticsStyleHead
 from meduet_models.meduet import MeDUET
 from meduet_models.objective.objective import MeduetObjective, StepBatch, draw_step
 from meduet_models.objective.teacher import Teacher
 from meduet_models.seeds import generator_of
-from meduet_models.style.axes import MOST_SCANS, StyleAxes
 from meduet_models.style.bank import StyleBank
-from meduet_models.style.code import entry_of_scans
-from meduet_models.style.moments import restyle
 from meduet_models.style.restyling import own_entries, restyle_each
-from meduet_models.threads import fixed_threads
 from meduet_models.weights import part_of
 
 CENTRE = "centre"
@@ -58,28 +53,11 @@ class PhantomTraining:
         self._present = tuple(style_bank.sites.index(site) for site in style_bank.present)
         student = MeDUET(plan.network, len(plan.sites), seed=plan.seed)
         student.set_latent_scale(style_bank.centre, style_bank.scale)
-        if not state:
-            self._set_axes(student)
         self._student = student.to(device)
         self._teacher = Teacher(self._student)
         self._optimiser = optimiser_of(self._student, plan)
         if state:
             self._load(state)
-
-    @torch.no_grad()
-    def _set_axes(self, student: MeDUET) -> None:
-        """Style axes from the public scans in every style, together: each keeps what is its own."""
-        head = student.style_head
-        if len(self._present) < 2 or not isinstance(head, StatisticsStyleHead):
-            return
-        public = self._public[:MOST_SCANS]
-        with fixed_threads(1):
-            own = entry_of_scans(public, survey_layout(self._plan))
-            seen = []
-            for site in self._present:
-                entry = self._style_bank.entry(torch.tensor([site]), torch.tensor([0]))
-                seen.append(student.style_statistics(restyle(public, own, entry.each(lambda t: t[0]))))
-            head.set_axes(StyleAxes.of(torch.stack(seen)))
 
     def weights(self) -> Tensors:
         """All weights, on the CPU."""
