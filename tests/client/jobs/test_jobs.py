@@ -17,7 +17,7 @@ import torch
 
 from client.jobs import asking
 from client.jobs.launcher import Launcher
-from client.jobs.request import ANSWER, REQUEST, Offer, Request, read_answer, write_answer
+from client.jobs.request import ANSWER, Offer, Request, read_answer, write_answer
 from client.release import COUNT_NAMES
 from client.watchdog import watchdog
 from federation.exchanges.pretraining import TrainReply
@@ -25,7 +25,7 @@ from federation.exchanges.survey import SurveyReply
 from federation.messages import Refusal, RefusalKind, kind_of
 from federation.plan import AggregationPlan, RunPlan
 from privacy.ledger import Ledger
-from tests.client.jobs.hospital import ROOT, HospitalFiles, World, bits
+from tests.client.jobs.hospital import HospitalFiles, World, bits
 
 Job = Callable[[Path], int]
 AtOnce = Callable[..., None]
@@ -317,9 +317,3 @@ def test_a_request_is_read_as_it_was_written_and_a_changed_one_has_another_hash(
     swapped = dataclasses.replace(request, message=Request.message_of(world.round(2)))
     with pytest.raises(ValueError, match="the message is another"):
         swapped.ask(row.exchange.ask)
-
-
-def test_the_launcher_is_a_setting_of_the_site_alone(world: World) -> None:
-    assert world.hospital("plain").site().launcher is None
-    assert (ROOT / "client" / "jobs" / "program.py").is_file()
-    assert REQUEST != ANSWER
