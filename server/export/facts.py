@@ -11,12 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from audit.record import Record, read_record
-from audit.report import FOLDER as AUDIT
 from federation.exchanges.demographics import AGES, SEX_NAMES, SEXES, age_bands
 from federation.exchanges.survey import smallest_cohort
 from federation.plan import RunPlan
@@ -27,6 +25,9 @@ from meduet_models.tokenizer.tokenizer import Tokenizer
 from meduet_models.weights import load_weights, sha256_of_tensors
 from scans.volume_plan import VolumePlan
 from server.promises import sentences
+
+if TYPE_CHECKING:
+    from audit.record import Record
 
 _KEPT = (
     "model", "network", "tokenizer_sha256", "volumes", "plan_sha256", "rounds", "tensors_sha256", "readers"
@@ -59,7 +60,7 @@ class Release:
     sites: Sequence[Mapping[str, float]]
     """Losses of each site's own scans in the last round, best first, so that the order names nobody; empty
     where no site told its own."""
-    audit: Record | None
+    audit: "Record | None"
     """What meduet-audit found in the run last."""
 
     @property
@@ -150,8 +151,11 @@ def _sites(folder: Path, plan: RunPlan) -> list[dict[str, float]]:
     return sorted((loss for loss in told if "total" in loss), key=lambda loss: float(loss["total"]))
 
 
-def _audit(folder: Path, plan: RunPlan) -> Record | None:
+def _audit(folder: Path, plan: RunPlan) -> "Record | None":
     """The last audit of the run in `folder`. Raises `ValueError` for that of another plan."""
+    from audit.record import read_record  # here: a run that ends needs no attacks
+    from audit.report import FOLDER as AUDIT
+
     path = folder / AUDIT / "audit.json"
     if not path.is_file():
         return None
