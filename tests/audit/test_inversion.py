@@ -1,15 +1,19 @@
 """A gradient of one pair names its patients (row 17, at toy size); a search that fails says so."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from audit.attacks import audit
+from audit.effort import QUICK
 from audit.findings import Finding
 from audit.inversion import GROUP, attack_gradient, named
 from client.latents.batches import step_generator
 from meduet_models.objective.objective import draw_step
 from tests.audit.released import latents
+from tests.audit.test_attacks import charged
 from tests.audit.trained import after_round, cohort_of, evidence_of_round, start, training_plan
 from tests.generative_models import small_tokenizer
 
@@ -72,3 +76,25 @@ def test_who_has_the_plan_but_not_the_sites_secret_does_not_know_the_draws() -> 
     ]
     assert torch.equal(draws[0].exchanged, draws[1].exchanged)
     assert not torch.equal(draws[0].exchanged, draws[2].exchanged)
+
+
+def test_an_audit_turns_the_newest_rounds_gradient_back_and_a_quick_one_does_not(tmp_path: Path) -> None:
+    scans, plan = latents(ALL, seed=5), training_plan(1)
+    before = start(plan, scans)
+    evidence = evidence_of_round(plan, before, after_round(plan, before, scans[:IN]), cohort_of(scans, IN))
+    evidence = replace(
+        evidence,
+        books={"north": charged(tmp_path, "round", "inf")},
+        releases=[
+            replace(one, record={**one.record, "round": n, "sha256": f"{n}" * 64}, tensors={})
+            for one in evidence.releases
+            for n in (1, 2)
+        ],
+        model=None,
+    )
+    for effort, tried in ((QUICK, []), (replace(QUICK, iterations=1, restarts=1), [2, 2])):
+        found = audit(evidence, effort, lambda text: None).findings
+        rounds = [
+            int(f.sentence.split(":")[0].removeprefix("Round ")) for f in found if "inversion" in f.attack
+        ]
+        assert rounds == tried
