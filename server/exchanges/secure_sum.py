@@ -234,17 +234,21 @@ class SecureSums:
         needs: int | None = None,
     ) -> dict[str, str]:
         """The valid texts by site. Raises `RoundFailed` below what is needed."""
-        replies, refused = ask_sites(
-            grid,
-            self.roster,
-            self.plan,
-            exchange,
-            question,
-            lambda reply: self._judge(reply, check),
-            self._book,
-            only=only,
-            needs=needs or self._least,
-        )
+        try:
+            replies, refused = ask_sites(
+                grid,
+                self.roster,
+                self.plan,
+                exchange,
+                question,
+                lambda reply: self._judge(reply, check),
+                self._book,
+                only=only,
+                needs=needs or self._least,
+            )
+        except RoundFailed as failed:
+            self.report.refused.update(failed.reasons)
+            raise
         self.report.refused.update(refused)
         return {site: reply.text for site, reply in replies.items()}
 

@@ -66,6 +66,7 @@ def test_too_few_at_the_end_burn_the_round_and_the_next_begins_from_the_same_wei
     rounds = strategy.rounds(InProcessGrid(lost, 4, through_wire=True))
     first = next(rounds)
     assert "3 of 4 sites" in first.burnt and not first.loss and not first.summed
+    assert first.refused.keys() == set(SITES[:2])
     assert all(torch.equal(strategy.shared[n], w) for n, w in start_of(plan).items())
     gone[0] = False
     assert not next(rounds).burnt
