@@ -93,7 +93,7 @@ class Site:
         """Ledger and journal in `folder`."""
         self.name, self.state_dir, self.progress_every_s = SITES[0], folder, progress_every_s
         self.device, self.compile, self.minimum_cohort = torch.device("cpu"), False, 0
-        self.exact_sums, self.secret = False, b"1" * 32
+        self.exact_sums, self.secret, self.launcher = False, b"1" * 32, None
         self.ledger, self.journal = Ledger(folder / "ledger.jsonl"), Journal(folder / "journal.jsonl")
 
     def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:

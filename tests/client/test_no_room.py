@@ -27,7 +27,7 @@ class ToySite:
     """A site that ends in an error when it is asked whether it takes part, or for its scans."""
 
     name, minimum_cohort, compile, progress_every_s = "north", 0, False, 30.0
-    secret, exact_sums, device = bytes(32), True, torch.device("cpu")
+    secret, exact_sums, device, launcher = bytes(32), True, torch.device("cpu"), None
 
     def __init__(self, state_dir: Path, error: Exception) -> None:
         self.state_dir, self._error = state_dir, error

@@ -122,7 +122,7 @@ def test_sites_of_too_few_patients_for_sums_end_nobodys_run(
 
     def without_consent(self: Hospital, folder: Path, name: str, scans: Latents) -> None:
         made(self, folder, name, scans)
-        self.exact_sums = False
+        self.exact_sums, self.launcher = False, None
 
     monkeypatch.setattr(Hospital, "__init__", without_consent)
     plan = small(miniature)

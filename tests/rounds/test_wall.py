@@ -43,7 +43,7 @@ class Hospital:
     def __init__(self, folder: Path, name: str, number: int, place: str, fails: bool) -> None:
         self.name, self.state_dir, self._number = name, folder, number
         self.device, self.compile, self.minimum_cohort = torch.device("cpu"), False, 0
-        self.progress_every_s, self.exact_sums, self.secret = 30.0, True, b"1" * 32
+        self.progress_every_s, self.exact_sums, self.secret, self.launcher = 30.0, True, b"1" * 32, None
         self.ledger, self.journal = Ledger(folder / "ledger.jsonl"), Journal(folder / "journal.jsonl")
         self._place = place if fails else ""
         if self._place == "reserve":

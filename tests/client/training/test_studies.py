@@ -71,7 +71,6 @@ def test_a_plan_that_is_approved_or_withdrawn_leaves_the_others_as_they_are(
     plans = [
         PublishedPlan(plan=named(toy_plan(), name), bundle_sha256="b" * 64)
         for name in ("one", "two", "three")
-        for name in ("one", "two", "three")
     ]
     agreed = [None, None, None]
     for number, plan in enumerate(plans):
