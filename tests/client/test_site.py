@@ -111,6 +111,10 @@ BAD = {
     ): "Expected state_dir outside the data folder",
     MINIMAL + "cache_dir: scans/cache\n": "Expected cache_dir outside the data folder",
     MINIMAL.replace("scans", "7"): "Expected site.data_root to be Path; got 7",
+    MINIMAL + "cache_key_file: key\n": "cache_key_file has no effect with encrypt_cache: false",
+    MINIMAL
+    + "encrypt_cache: true\ncache_key_file: state/cache/key\n": "Expected cache_key_file outside the cache",
+    MINIMAL + "encrypt_cache: true\nlauncher: [env]\n": "no job is told a passphrase",
     "- a list\n": "to hold settings",
     "name: [": "it is not YAML",
     "name: !!python/object/apply:os.getcwd []\n": "tags are not read",

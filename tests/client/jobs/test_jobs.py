@@ -24,6 +24,7 @@ from federation.exchanges.pretraining import TrainReply
 from federation.exchanges.survey import SurveyReply
 from federation.messages import Refusal, RefusalKind, kind_of
 from federation.plan import AggregationPlan, RunPlan
+from meduet_models.weights import load_weights
 from privacy.ledger import Ledger
 from tests.client.jobs.hospital import HospitalFiles, World, bits
 
@@ -70,6 +71,17 @@ def test_an_answer_by_a_job_is_the_local_one_to_the_bit_and_so_are_books_and_sta
     assert told["here"] == told["by-job"] and len(told["here"]) == 4  # progress, step by step
     same_hospital(here, by_job)
     assert not list((by_job.state_dir / "jobs").iterdir())  # nothing of it stays
+
+
+def test_a_job_reads_an_encrypted_cache_with_the_sites_key_file(world: World) -> None:
+    sealed = {"cache_dir": "cache", "encrypt_cache": True, "cache_key_file": "cache.key"}
+    here, by_job = world.hospital("clear"), world.hospital("sealed", "env", **sealed)
+    assert bits(here.answer(world.survey())) == bits(by_job.answer(world.survey()))
+    encodings = list((by_job.folder / "cache").rglob("*.safetensors"))
+    assert encodings
+    for path in encodings:  # the job made them, and left none in clear
+        with pytest.raises(ValueError):
+            load_weights(path)
 
 
 def test_a_job_needs_no_network(world: World) -> None:
