@@ -126,8 +126,8 @@ class SiteConfig:
             self._check_key_file(self.cache_key_file)
         elif self.encrypt_cache and self.launcher:
             raise ValueError(
-                "Expected cache_key_file where a launcher starts jobs and encrypt_cache is true; got none, and "
-                "no job is told a passphrase."
+                "Expected cache_key_file where a launcher starts jobs and encrypt_cache is true; got none, "
+                "and no job is told a passphrase."
             )
         if abs(sum(self.split_fractions) - 1.0) > 1e-9:
             raise ValueError(f"Expected split_fractions that sum to 1; got {list(self.split_fractions)}.")
