@@ -5,6 +5,7 @@ Does not do: the steps (`client/training/pretraining.py`), or keep anything by i
 """
 
 from collections.abc import Callable
+from functools import cache
 
 from torch import Tensor
 
@@ -44,11 +45,15 @@ def answer_round(
     def start() -> dict[str, Tensor]:
         assert ask.home is not None
         if plan.aggregation.method == "alone":
-            return _own_scale(ask.home, scans, plan)
-        return with_style_axes(ask.home, ask.shared, scans, batches, plan)
+            return _own_scale(ask.home, site.scans(plan), plan)
+        return with_style_axes(ask.home, ask.shared, batches, plan)
 
-    scans = site.scans(plan)
-    batches = Batches(scans, plan, bank_of(plan, ask.bank))
+    style_bank = bank_of(plan, ask.bank)
+
+    @cache
+    def batches() -> Batches:
+        return Batches(site.scans(plan), plan, style_bank)
+
     states = StateFolder(site.state_dir / "state", ask.plan_sha256)
     place = states.enter(ask.round, None if ask.home is None else start)
     trainee = Trainee.of(plan, ask.shared, place.kept, site.device, site.compile)
@@ -57,11 +62,11 @@ def answer_round(
     question = {
         "shared_sha256": shared_sha256,
         "bank_sha256": sha256_of_tensors(ask.bank),
-        "cohort_sha256": cohort_sha256(scans),
+        "cohort_sha256": cohort_sha256(site.scans(plan)),
     }
     result = train_round(
         trainee,
-        batches,
+        batches(),
         plan,
         ask.round,
         site.secret,

@@ -129,6 +129,11 @@ class Batches:
         )
 
     @property
+    def training_rows(self) -> list[int]:
+        """Rows of the training scans, in order."""
+        return sorted(row for rows in self._rows for row in rows)
+
+    @property
     def is_small(self) -> bool:
         """Whether a step shows a scan more than once."""
         return self.num_scans < self._plan.training.batch_size

@@ -224,6 +224,8 @@ def _read(path: Path) -> dict[str, Any]:
             raise ValueError
         if any(len(bytes.fromhex(said[name])) != length for name, length in lengths.items()):
             raise ValueError
+        if any(bytes.fromhex(said[name]).hex() != said[name] for name in (*lengths, "sealed")):
+            raise ValueError  # no key has two spellings
         if len(bytes.fromhex(said["sealed"])) not in [16 + n * KEY_BYTES for n in range(1, _MOST_KEYS + 1)]:
             raise ValueError
     except (ValueError, TypeError, KeyError):

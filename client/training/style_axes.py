@@ -5,12 +5,12 @@ there are none, nor for whole scans, of which a step sees another crop each time
 they are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from client.latents.batches import Batches, TrainingScans
+from client.latents.batches import Batches
 from client.training.site_state import SiteState
 from client.training.trainee import student_of
 from federation.plan import RunPlan
@@ -25,21 +25,27 @@ _AT_ONCE = 16
 def with_style_axes(
     home: Mapping[str, Tensor],
     shared: Mapping[str, Tensor],
-    scans: TrainingScans,
-    batches: Batches,
+    batches: Callable[[], Batches],
     plan: RunPlan,
 ) -> dict[str, Tensor]:
-    """The start's home weights with this site's style axes; the same bits whatever the number of threads."""
+    """The start's home weights with this site's style axes; the same bits whatever the number of threads.
+
+    `batches` reads scans, and is called once the weights fit. Raises `WrongWeights`.
+    """
     student = student_of(plan, shared, SiteState(round=0, home=home))
-    head, styles = student.style_head, batches.styles
+    head = student.style_head
     whole, stays = plan.volumes.extent == "scan", "style_head.axes_read" in home
-    if whole or not stays or len(styles) < 2 or not isinstance(head, StatisticsStyleHead):
+    if whole or not stays or not isinstance(head, StatisticsStyleHead):
         return dict(home)
-    rows = sorted(scans.indices("train"))
+    seen_by = batches()
+    styles = seen_by.styles
+    if len(styles) < 2:
+        return dict(home)
+    rows = seen_by.training_rows
     chunks = torch.split(torch.tensor(rows[:: -(-len(rows) // MOST_SCANS)]), _AT_ONCE)
     with fixed_threads(1):
         seen = [
-            torch.cat([student.style_statistics(batches.in_style(c.tolist(), style)) for c in chunks])
+            torch.cat([student.style_statistics(seen_by.in_style(c.tolist(), style)) for c in chunks])
             for style in styles
         ]
         axes = StyleAxes.of(torch.stack(seen))

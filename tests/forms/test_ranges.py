@@ -14,7 +14,7 @@ from client.settings import SiteConfig
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning
 from federation.keys.kits import Connection
 from federation.plan import RunPlan
-from federation.privacy_plan import PrivacyPlan
+from federation.privacy_plan import NoisySteps, PrivacyPlan
 from forms.form import build, check
 from forms.names import Letters
 from forms.ranges import Entries, Range
@@ -35,8 +35,9 @@ def plan_of(*overrides: str) -> RunPlan:
     )
 
 
-PLAN = plan_of("diffusion=raw", "+probes.anatomy.age=[20,90]")
-PRIVACY = PrivacyPlan(epsilon=3.0, public_sha256="0" * 64)
+PLAN = plan_of("diffusion=raw", "+probes.anatomy.age=[20,90]", "demographics={age_edges:[20,60]}")
+NOISY = NoisySteps(steps=4, steps_per_round=2, sampling_rate=0.5, clip_norm=1.0, epsilon_style=1.0)
+PRIVACY = PrivacyPlan(level="full", epsilon=3.0, public_sha256="0" * 64, noisy=NOISY)
 FINETUNING = FinetunePlan(
     run_sha256="0" * 64,
     pretrained_sha256="1" * 64,

@@ -298,7 +298,7 @@ def test_a_job_whose_request_is_gone_ends_at_its_next_step_and_leaves_nothing(
 
     launcher = world.hospital("withdrawn", "env").site().launcher
     assert launcher is not None
-    path = asking._request(row, launcher, world.round()).write(tmp_path)
+    path = asking._request(row, launcher, world.round(), None).write(tmp_path)
     real = program._still_there
     looked: list[Path] = []
 
@@ -320,7 +320,7 @@ def test_a_request_is_read_as_it_was_written_and_a_changed_one_has_another_hash(
     from client.exchanges.pretraining import ANSWER as row
 
     launcher = Launcher(("env",), "{}")
-    request = asking._request(row, launcher, world.round())
+    request = asking._request(row, launcher, world.round(), None)
     again = Request.read(request.write(tmp_path))
     assert again == request and again.sha256 == request.sha256
     assert again.ask(row.exchange.ask).sha256() == world.round().sha256()

@@ -23,8 +23,7 @@ def start(plan: RunPlan) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tenso
 
 def fitted(plan: RunPlan, scans: Any, bank: Any) -> dict[str, torch.Tensor]:
     shared, home = start(plan)
-    batches = Batches(scans, plan, bank)
-    return with_style_axes(home, shared, scans, batches, plan)
+    return with_style_axes(home, shared, lambda: Batches(scans, plan, bank), plan)
 
 
 def changed(plan: RunPlan, scans: Any, bank: Any) -> set[str]:
