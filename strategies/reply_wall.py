@@ -45,7 +45,8 @@ class ReplyWall(Generic[Reply]):
     """The wall of one question that was put to several sites.
 
     `what` names the question in the log. `read` makes a reply of records and `use` checks and uses it; both
-    raise what they like. A reply that was used is entered in `book` as an answer to a question of `kind`.
+    raise what they like. A reply that was used is entered in `book` as an answer to a question of `kind`; one
+    that came sealed, as what `use` opened and gives back: the line names what the site's gate let out.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class ReplyWall(Generic[Reply]):
         roster: Roster,
         book: ReplyBook,
         read: Callable[[RecordDict], Reply],
-        use: Callable[[Reply], None],
+        use: Callable[[Reply], SiteReply | None],
         on_refusal: Callable[[int, RefusalKind], None] = lambda node, kind: None,
     ) -> None:
         self.answered: set[str] = set()
@@ -72,7 +73,8 @@ class ReplyWall(Generic[Reply]):
         try:
             reply = self._reply(node, message)
             draft = self._book.draft(self._kind, reply)
-            self._use(reply)
+            if (opened := self._use(reply)) is not None:
+                draft = self._book.draft(self._kind, opened)
         except (MessageError, ReplyRefused) as error:
             self.put_aside(node, str(error))
             return None

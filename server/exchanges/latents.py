@@ -82,12 +82,15 @@ def collect(
 
         told: dict[str, ToldLatents] = {}
 
-        def check(reply: LatentsReply, ask: LatentsAsk = ask, told: dict[str, ToldLatents] = told) -> None:
+        def check(
+            reply: LatentsReply, ask: LatentsAsk = ask, told: dict[str, ToldLatents] = told
+        ) -> ToldLatents:
             try:
                 told[reply.site] = latent_bank.opened(reply)
             except SealBroken as error:
                 raise ReplyRefused(str(error)) from None
             check_reply(told[reply.site], ask, plan, latent_bank)
+            return told[reply.site]
 
         replies, put_aside = ask_sites(
             grid,

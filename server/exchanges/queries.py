@@ -16,7 +16,7 @@ from federation.messages import RefusalKind
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
 from strategies.quorum import Roster, check_quorum, needed, wait_for_nodes
-from strategies.reply_wall import ReplyWall
+from strategies.reply_wall import ReplyWall, SiteReply
 from strategies.streaming_grid import Late, StreamingGrid
 
 
@@ -26,7 +26,7 @@ def ask_sites(
     plan: RunPlan,
     exchange: Exchange[AskKind, ReplyKind],
     question: AskKind,
-    check: Callable[[ReplyKind], None],
+    check: Callable[[ReplyKind], SiteReply | None],
     book: ReplyBook,
     *,
     stops: bool = True,
@@ -37,10 +37,11 @@ def ask_sites(
 ) -> tuple[dict[str, ReplyKind], dict[str, str]]:
     """Valid replies by site, in the plan's order, and who was put aside why.
 
-    `check` raises on a reply that is not to be used; the others are entered in `book`. Raises `RoundFailed`
-    below the quorum, or with fewer than `at_least`; with `needs`, below that many instead. Without `stops`,
-    the run goes on with whoever answered. A site that refuses for a reason in `excused` has said all it has
-    to say, and counts as one that answered. With `only`, other sites that are known are not asked.
+    `check` raises on a reply that is not to be used, and gives back what a sealed one holds; the others are
+    entered in `book`. Raises `RoundFailed` below the quorum, or with fewer than `at_least`; with `needs`,
+    below that many instead. Without `stops`, the run goes on with whoever answered. A site that refuses for a
+    reason in `excused` has said all it has to say, and counts as one that answered. With `only`, other sites
+    that are known are not asked.
     """
     settings, record = plan.aggregation, question.to_record()
     quorum = max(settings.quorum, at_least / len(roster.sites))

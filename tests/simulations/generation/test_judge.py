@@ -58,11 +58,13 @@ def test_a_run_on_released_latents_is_judged_and_marked(released: Path) -> None:
     page = (released / "report.html").read_text()
     assert "Generated scans" in page and "Harmonised, against the truth" in page
     assert "patient data" in page and "none of which moved" not in page
-    journal = (released / "sites" / "north" / "journal.jsonl").read_text()
-    assert '"latents"' in journal
+    lines = (released / "sites" / "north" / "journal.jsonl").read_text().splitlines()
+    left = [r for r in (json.loads(line)["record"] for line in lines) if r.get("kind") == "latents"]
     centre = [json.loads(line)["record"] for line in (released / "journal.jsonl").read_text().splitlines()]
     replies = [r for r in centre if r.get("kind") == "reply" and r["to"] == "query.latents"]
     assert {r["site"] for r in replies} == {"north", "harbour"} and all(r["bytes"] > 0 for r in replies)
+    told = [r["sha256"] for r in replies if r["site"] == "north"]
+    assert told and told == [r["sha256"] for r in left]  # sealed on the way, the same release in both books
 
 
 def test_a_run_across_the_sites_releases_no_latent(tmp_path: Path) -> None:
