@@ -30,6 +30,7 @@ TESTS: Final = {
     "tracing": "does a candidate lean towards a mean",
     "difference": "one release less another, a patient apart",
     "hits": "can one count tell one patient",
+    "counts": "do counts tell one patient to whoever knows all others",
     "update": "loss before a round less loss after it",
     "alignment": "does an update point along a candidate's own gradient",
     "inversion": "a group's gradient turned back into its scans, all draws known",

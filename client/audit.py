@@ -87,7 +87,8 @@ def cohort_of(name: str, scans: LatentSet, plan: RunPlan) -> Cohort:
     if targets := list(plan.probes.anatomy):
         measured = torch.tensor([[target_of(scans, row, one, plan) for one in targets] for row in rows])
     took_part = tuple(split == "train" for split in scans.splits)
-    return Cohort(name, latents, tuple(scans.patients), took_part, measured, _groups(scans))
+    known = tuple(dict(one) for one in scans.covariates)
+    return Cohort(name, latents, tuple(scans.patients), took_part, measured, _groups(scans), known)
 
 
 def _groups(scans: LatentSet) -> dict[str, tuple[str, ...]]:
