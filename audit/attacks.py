@@ -16,6 +16,7 @@ import torch
 
 from audit.artefacts import Artefact, Audited, held_to_promise, not_audited, published
 from audit.books import Charged, Read, read_books
+from audit.claims import attack_claims
 from audit.counts import attack_demographics
 from audit.effort import Effort
 from audit.evidence import Evidence, Release
@@ -174,9 +175,15 @@ def _attacked(evidence: Evidence, release: Release, effort: Effort, scored: Scor
         case "demographics":
             if (told := attack_demographics(release, cohort, plan)) is not None:
                 yield told
+        case "audit_counts":
+            network = evidence.network_of(release)
+            if network is not None and (told := attack_claims(release, cohort, plan, network)) is not None:
+                yield told
 
 
-ATTACKED = frozenset({"survey", "erasure", "probe", "probe_hits", "round", "latents", "demographics"})
+ATTACKED = frozenset(
+    {"survey", "erasure", "probe", "probe_hits", "round", "latents", "demographics", "audit_counts"}
+)
 """Kinds of release that `_attacked` knows."""
 
 
