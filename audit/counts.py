@@ -52,6 +52,7 @@ def attack_counts(
     without = exact - shares * inside[:, None]  # n k: what is counted besides each candidate
     shows = _differ(without, without + shares, step)
     hits, n_in = int(shows[inside].sum()), int(member.sum())
+    absent, n_out = int(shows[~inside].sum()), int((~member).sum())
     low, high = clopper_pearson(hits, n_in)
     site, what = parts(artefact)
     rounding = f"in whole cohorts of {step}" if step > 1 else "exact"
@@ -60,14 +61,15 @@ def attack_counts(
         attack="counts",
         measure="patients told by counts",
         n_in=n_in,
-        n_out=int((~member).sum()),
+        n_out=n_out,
         value=hits / n_in,
         low=low,
         high=high,
         verdict="found" if hits else "not found",
         sentence=f"Whoever knows all other patients of {site}, and the candidate, reads from '{what}' "
-        f"({rounding}) whether she is among them: {hits} of {n_in} patients, and "
-        f"{int(shows[~inside].sum())} of {int((~inside).sum())} others. Exact counts tell all.",
+        f"({rounding}) that she is among them: {hits} of {n_in} patients"
+        + (f"; of {absent} of {n_out} others that they are not" if n_out else "")
+        + ". Exact counts tell all.",
         seconds=time.process_time() - began,
     )
 

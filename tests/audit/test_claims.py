@@ -79,7 +79,7 @@ def test_a_leak_is_found_chance_is_not_and_few_are_under_powered() -> None:
         return pooled_claims("model", "loss", sides(torch.tensor(counts), sites), CELL).verdict
 
     assert verdict([1400, 600, 1000, 1000], 5) == "found"
-    assert verdict([2000, 2000, 2000, 2000], 5) == "not found"
+    assert verdict([500, 500, 500, 500], 5) == "not found"
     assert verdict([20, 20, 20, 20], 2) == "under-powered"
     assert verdict([0, 0, 0, 0], 0) == "under-powered"
 
