@@ -16,6 +16,8 @@ import torch
 
 from audit.artefacts import Artefact, Audited, held_to_promise, not_audited, published
 from audit.books import Charged, Read, read_books
+from audit.claims import attack_claims
+from audit.counts import attack_demographics
 from audit.effort import Effort
 from audit.evidence import Evidence, Release
 from audit.findings import Finding
@@ -139,6 +141,8 @@ def _why_not(evidence: Evidence, kind: str, own: Sequence[Release]) -> str:
         return "It left under a mask."
     if kind == "survey":
         return "Style sums by body part, or of whole scans, are not attacked by this version."
+    if kind == "demographics":
+        return "Ages and sexes of its patients are not at hand."
     return evidence.no_weights or "The weights that came with it are not at hand."
 
 
@@ -168,9 +172,18 @@ def _attacked(evidence: Evidence, release: Release, effort: Effort, scored: Scor
                 yield from attack_gradient(evidence, release, effort.iterations, effort.restarts)
         case "latents":
             yield from attack_latents(evidence, release)
+        case "demographics":
+            if (told := attack_demographics(release, cohort, plan)) is not None:
+                yield told
+        case "audit_counts":
+            network = evidence.network_of(release)
+            if network is not None and (told := attack_claims(release, cohort, plan, network)) is not None:
+                yield told
 
 
-ATTACKED = frozenset({"survey", "erasure", "probe", "probe_hits", "round", "latents"})
+ATTACKED = frozenset(
+    {"survey", "erasure", "probe", "probe_hits", "round", "latents", "demographics", "audit_counts"}
+)
 """Kinds of release that `_attacked` knows."""
 
 

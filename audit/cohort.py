@@ -28,6 +28,8 @@ class Cohort:
     """What was measured of each scan, as it enters the sums; NaN where nothing is known."""
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Of each scan, by attribute, which subgroup its patient is of: `sex`, `age`; empty text: not known."""
+    covariates: tuple[Mapping[str, str | float], ...] = ()
+    """Of each scan, what the site's tables say of its patient; empty: they are not at hand."""
 
     @property
     def people(self) -> list[str]:

@@ -30,6 +30,7 @@ TESTS: Final = {
     "tracing": "does a candidate lean towards a mean",
     "difference": "one release less another, a patient apart",
     "hits": "can one count tell one patient",
+    "counts": "do counts tell one patient to whoever knows all others",
     "update": "loss before a round less loss after it",
     "alignment": "does an update point along a candidate's own gradient",
     "inversion": "a group's gradient turned back into its scans, all draws known",
@@ -56,6 +57,31 @@ class Picture:
     """What stands in its columns, from left to right, and in its rows."""
     png: str
     """The file, in base64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """How many of one side an attack claims at its threshold, as sites told it, in whole cells."""
+
+    claimed: int
+    missed: int
+    sites: int
+    """Sites that told."""
+    value: float | None
+    """Share of those told of whom it claims; None: no site told."""
+    low: float
+    high: float
+    """Exact interval (97.5%), over all that the rounding may hide."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pooled:
+    """What sites told of one attack on their own patients: its true- and its false-positive rate."""
+
+    cell: int
+    """Every site's counts are multiples of it."""
+    members: Rate
+    others: Rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +120,8 @@ class Finding:
     worst_value: float | None = None
     """The value there: the largest of several, so above the mean by chance alone."""
     pictures: tuple[Picture, ...] = ()
+    pooled: Pooled | None = None
+    """Where it is of counts that sites told."""
     seconds: float = 0.0
 
 

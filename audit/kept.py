@@ -89,6 +89,7 @@ def options_of(evidence: Evidence, effort: Effort) -> str:
             list(one.took_part),
             None if one.measured is None else sha256_of_tensors({"measured": one.measured}),
             {name: list(values) for name, values in one.groups.items()},
+            [dict(values) for values in one.covariates],
         ]
         for site, one in evidence.cohorts.items()
     }

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 from audit.artefacts import Artefact, Audited
 from audit.evidence import Evidence
-from audit.findings import Finding, Picture, Verdict, worst
+from audit.findings import Finding, Picture, Pooled, Verdict, worst
 from audit.intervals import ONE_SIDE
 from audit.policy import Decision, Policy
 from forms.form import build, hints
@@ -50,6 +50,7 @@ class FindingRow:
     worst_group: str
     worst_value: float | None
     pictures: tuple[Picture, ...]
+    pooled: Pooled | None
     seconds: float
 
 

@@ -79,18 +79,26 @@ class Products:
 # What left, as sums
 
 
-def survey_sum(release: Release, cohort: Cohort, plan: RunPlan) -> Sum | None:
-    """The style sums of a site; None where candidates' are not to be had: body parts, whole scans."""
-    assert release.tensors is not None
-    layout = survey_layout(plan)
-    if plan.style.body_parts or plan.volumes.extent != "crop" or set(release.tensors) != set(layout.shapes()):
+def style_vectors(cohort: Cohort, plan: RunPlan) -> Float[Tensor, "n d"] | None:
+    """What each candidate adds to the style sums of a site; None where it is not to be had: body parts, whole
+    scans."""
+    if plan.style.body_parts or plan.volumes.extent != "crop":
         return None
+    layout = survey_layout(plan)
     rows = [StyleMoments.of_patient(cohort.latents[cohort.rows(p)], layout) for p in cohort.people]
     names = [name for name in layout.shapes() if name != "count"]
-    total = torch.cat([release.tensors[name].double().flatten() for name in names])
-    vectors = torch.stack([torch.cat([row.sums[name].flatten() for name in names]) for row in rows])
+    return torch.stack([torch.cat([row.sums[name].flatten() for name in names]) for row in rows])
+
+
+def survey_sum(release: Release, cohort: Cohort, plan: RunPlan) -> Sum | None:
+    """The style sums of a site; None where candidates' are not to be had."""
+    assert release.tensors is not None
+    shapes, vectors = survey_layout(plan).shapes(), style_vectors(cohort, plan)
+    if vectors is None or set(release.tensors) != set(shapes):
+        return None
+    total = torch.cat([release.tensors[name].double().flatten() for name in shapes if name != "count"])
     count = float(release.tensors["count"].sum())
-    return Sum(release.artefact, vectors, cohort.member, np.zeros(len(rows), int), total, count)
+    return Sum(release.artefact, vectors, cohort.member, np.zeros(len(vectors), int), total, count)
 
 
 def erasure_sum(release: Release, cohort: Cohort, plan: RunPlan, codes: Codes) -> Sum:

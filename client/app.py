@@ -25,6 +25,7 @@ from flwr.clientapp import ClientApp
 
 from client.exact_sums import TooFewForSums
 from client.exchanges import (
+    audit_counts,
     demographics,
     diffusion,
     erasure,
@@ -86,6 +87,7 @@ def exchanges() -> tuple[Answer[Any, Any], ...]:
         secure_sum.OPENING,
         probes.ANSWER,
         erasure.ANSWER,
+        audit_counts.ANSWER,
         latents.ANSWER,
         diffusion.ANSWER,
         Answer(FINETUNING, _answer_finetuning, pretraining.train_mail),

@@ -29,12 +29,13 @@ from client.latents.latent_set import LatentSet
 from client.release import clipped_rows
 from client.settings import ceiling_of
 from client.site import Site
+from client.training.trainee import student_of
 from federation.exchanges.latents import BOUNDED, latent_bound, to_tensors
 from federation.journal import read_journal
 from federation.plan import RunPlan
 from federation.wire import GROWTH, rounded
 from meduet_models.published.pretrained import MODEL, load_pretrained
-from meduet_models.weights import sha256_of_file, sha256_of_tensors
+from meduet_models.weights import load_weights, sha256_of_file, sha256_of_tensors
 from privacy.ledger import Place
 
 _SCANS_AT_ONCE = 64
@@ -46,12 +47,13 @@ _SHIFT, _GAMMA, _NOISE = 1, 1.2, 0.02
 def evidence_of_site(site: Site, scans: LatentSet, plan: RunPlan, model: Path | None) -> Evidence:
     """All that a site can audit by itself. `model`: the published model, if it is there; raises `ValueError`
     when that is another plan's."""
-    network, hashes, tokenizer = None, _hashes(site), site.tokenizer
+    network, asked, hashes, tokenizer = None, None, _hashes(site), site.tokenizer
     if model is not None:
         pretrained = load_pretrained(model)
         if pretrained.provenance.get("plan_sha256") != plan.sha256:
             raise ValueError(f"Expected a model of plan {plan.sha256[:12]}…; {model.name} is of another.")
         network = pretrained.network.requires_grad_(False)
+        asked = student_of(plan, load_weights(model)[0], None).eval()
         hashes[MODEL] = sha256_of_file(model)
     return Evidence(
         name=f"{plan.name}, seen by {site.name}",
@@ -60,6 +62,7 @@ def evidence_of_site(site: Site, scans: LatentSet, plan: RunPlan, model: Path | 
         releases=list(released(site, scans, plan)),
         cohorts={site.name: cohort_of(site.name, scans, plan)},
         hashes=hashes,
+        network_of=lambda release: asked if release.kind == "audit_counts" else None,
         model=network,
         acquired_again=lambda _: acquired_again(scans, plan, tokenizer.encode),
         tokenizer=tokenizer,
@@ -87,7 +90,8 @@ def cohort_of(name: str, scans: LatentSet, plan: RunPlan) -> Cohort:
     if targets := list(plan.probes.anatomy):
         measured = torch.tensor([[target_of(scans, row, one, plan) for one in targets] for row in rows])
     took_part = tuple(split == "train" for split in scans.splits)
-    return Cohort(name, latents, tuple(scans.patients), took_part, measured, _groups(scans))
+    known = tuple(dict(one) for one in scans.covariates)
+    return Cohort(name, latents, tuple(scans.patients), took_part, measured, _groups(scans), known)
 
 
 def _groups(scans: LatentSet) -> dict[str, tuple[str, ...]]:

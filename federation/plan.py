@@ -165,6 +165,14 @@ class DemographicsPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AuditCountsPlan:
+    """Counts of sites' own audits, which the centre pools."""
+
+    false_alarms: Annotated[float, Range(at_least=0.01, at_most=0.5)]
+    """Share of the patients who fix a threshold that it lets pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunPlan:
     """Everything about a run that both sides must agree on."""
 
@@ -194,6 +202,8 @@ class RunPlan:
     """Federated probes."""
     demographics: DemographicsPlan | None = None
     """Ages and sexes that sites tell for the model card; none: no site is asked."""
+    audit_counts: AuditCountsPlan | None = None
+    """Counts that sites tell of their own audits; none: no site is asked."""
     diffusion: DiffusionPlan | None = None
     """The diffusion model; none: there is none."""
     privacy: PrivacyPlan | None = None
@@ -268,6 +278,11 @@ def _contradictions(plan: RunPlan) -> Iterator[str]:
             yield "demographics tells counts without noise: it has no place in a plan with privacy."
         if aggregation.method == "alone":
             yield "demographics has no effect with aggregation.method=alone: no model is shared."
+    if plan.audit_counts is not None:
+        if plan.privacy is not None:
+            yield "audit_counts tells counts without noise: it has no place in a plan with privacy."
+        if aggregation.method == "alone":
+            yield "audit_counts has no effect with aggregation.method=alone: no model is shared."
     if training.batch_size % 2:
         yield f"Expected training.batch_size to be even; got {training.batch_size}."
     if (values := training.batch_size * network.activations) > MOST_ACTIVATIONS:

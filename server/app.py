@@ -4,7 +4,8 @@ Phases: (0) every site tells the sums that describe its scans' appearance, from 
 and the style bank; (1 to R) rounds of `strategies/content_share.py`, or secure sums
 (`server/exchanges/secure_sum.py`), every few of them followed by federated probes
 (`server/exchanges/probes.py`), which train nothing and stop nothing; (R + 1) every site tells the sums of
-its patients' content codes and pooled content, from which comes the site erasure; (R + 2) the diffusion
+its patients' content codes and pooled content, from which comes the site erasure; then, where the plan asks,
+counts of its own audit of the final weights (`server/exchanges/audit_counts.py`); (R + 2) the diffusion
 model is trained at the sites, or finished, where the centre has trained it on released latents while the
 rounds ran (`server/exchanges/diffusion.py`). With privacy the sites are asked for a style with noise, and the
 rounds happen at the centre (`server/protected_pretraining.py`); a plan may have rounds of noisy steps at the
@@ -32,10 +33,12 @@ from federation.journal import Journal
 from federation.messages import Tensors
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
+from forms.json_text import sha256_of
 from meduet_models.diffusion.artefact import DIFFUSION_MODEL
 from meduet_models.published.pretrained import MODEL
 from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
 from server.checkpoints import Checkpoint, Checkpoints, early_rounds
+from server.exchanges import audit_counts
 from server.exchanges.demographics import ask_demographics
 from server.exchanges.diffusion import diffusion_of, save_diffusion
 from server.exchanges.erasure import ask_erasure
@@ -50,6 +53,7 @@ from server.model import MeduetModel, SharedModel
 from server.observer import RoundObserver
 from server.protected_pretraining import ProtectedPretraining
 from server.run_folder import claim, write_metrics
+from storage.files import write_whole
 from strategies.content_share import ContentShare
 from strategies.quorum import Roster, SiteOf
 
@@ -168,7 +172,7 @@ class _Run:
         if self.protected is not None:
             last = self._protected_rounds(self.protected, last)
         last = self._rounds(last)
-        result = self._generative(self._final(last))
+        result = self._generative(self._counted(self._final(last)))
         final = self.observer.on_end(result)
         result = dataclasses.replace(result, metrics=result.metrics | {"final": dict(final)})
         write_metrics(self.folder, result.metrics)
@@ -314,6 +318,24 @@ class _Run:
             return last.shared, {"rank": 0, "sites": {}, "skipped": why, "refused": refused}
         shared, summary = self.model.after_erasure(coded, replies)
         return shared, {**summary, "refused": refused}
+
+    def _counted(self, result: RunResult) -> RunResult:
+        """With the counts of sites' own audits of the final weights, if the plan asks; what was told before
+        is not asked for again."""
+        if self.plan.audit_counts is None:
+            return result
+        path = self.folder / audit_counts.FILE
+        if not path.is_file():
+            told, sites = audit_counts.ask_audit_counts(
+                self.grid, self.roster, self.plan, result.shared, self.book
+            )
+            text = audit_counts.to_json(told)
+            self._note("audit_counts", sites=sites, refused=told.refused, file_sha256=sha256_of(text))
+            write_whole(path, text)
+        told = audit_counts.read_audit_counts(path.read_text(encoding="utf-8"))
+        return dataclasses.replace(
+            result, metrics=result.metrics | {"audit_counts": dataclasses.asdict(told)}
+        )
 
     def _generative(self, result: RunResult) -> RunResult:
         """With the diffusion model, if the plan has one."""

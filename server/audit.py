@@ -52,9 +52,9 @@ class CentresModels:
         return models
 
     def asked_with(self, release: Release) -> FactorNetwork | None:
-        """The weights that came with a question of codes; None where they are not kept."""
+        """The weights that came with a question; None where they are not kept."""
         last = self.plan.num_rounds
-        if release.kind == "probe" and release.round == last + 1:
+        if release.kind == "audit_counts" or (release.kind == "probe" and release.round == last + 1):
             return self.final
         checkpoint = self.kept.get(release.round)
         if checkpoint is None:

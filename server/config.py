@@ -28,6 +28,7 @@ FROM_CONFIG = (
     "release",
     "probes",
     "demographics",
+    "audit_counts",
     "diffusion",
     "privacy",
 )

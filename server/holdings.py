@@ -1,4 +1,5 @@
-"""The centre's own part of an audit, which needs no patient: its book, its model, and what it holds of whom.
+"""The centre's own part of an audit, which needs no patient: its book, its model, what it holds of whom, and
+the counts that sites told of their own audits.
 
 The journal says which site told what over how many patients, and the plan how many numbers that is. From
 these two follows what whoever holds scans could do at most: products of fewer vectors than they have numbers
@@ -15,6 +16,7 @@ from typing import Any
 
 from audit.algebra import tracing_area
 from audit.artefacts import Artefact, Audited
+from audit.claims import pooled_claims
 from audit.evidence import Evidence
 from audit.findings import Finding
 from audit.policy import Behind
@@ -22,9 +24,12 @@ from federation.exchanges.erasure import numbers_told
 from federation.exchanges.survey import survey_layout
 from federation.journal import read_journal
 from federation.plan import RunPlan
+from forms.json_text import sha256_of
 from meduet_models.published.pretrained import MODEL
 from meduet_models.weights import load_weights, sha256_of_file, sha256_of_tensors
 from privacy.chain import BrokenChain
+from server.exchanges.audit_counts import FILE as COUNTS
+from server.exchanges.audit_counts import read_audit_counts
 
 JOURNAL = "journal.jsonl"
 _TOLD = 0.6
@@ -39,7 +44,8 @@ def centre_audit(folder: Path) -> tuple[Evidence, Audited]:
         raise ValueError(f"Expected the folder of a run; {folder} has no plan.json. Nothing was audited.")
     plan = RunPlan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
     replies, problems = _book(folder, plan)
-    rows = [_books_row(len(replies), problems)]
+    told, wrong = _told(folder, plan)
+    rows = [_books_row(len(replies), [*problems, *wrong]), *told]
     behind: list[Behind] = []
     patients = _patients(replies)
     for (site, kind), lines in _by_kind(replies).items():
@@ -48,7 +54,7 @@ def centre_audit(folder: Path) -> tuple[Evidence, Audited]:
             behind.append(Behind(finding.artefact, finding.n_in, numbers_of(plan, kind)))
             hashes = tuple(str(line["sha256"]) for line in lines)
             rows.append(Artefact(finding.artefact, len(lines), hashes, float("inf"), 0.0, (finding,)))
-    files = {name: folder / name for name in ("plan.json", JOURNAL, MODEL)}
+    files = {name: folder / name for name in ("plan.json", JOURNAL, MODEL, COUNTS)}
     evidence = Evidence(
         name=f"{plan.name}, seen by its centre",
         plan=plan,
@@ -59,6 +65,26 @@ def centre_audit(folder: Path) -> tuple[Evidence, Audited]:
         unfinished="" if (folder / MODEL).is_file() else "The run is not finished.",
     )
     return evidence, Audited(rows, 0, 0, behind)
+
+
+def _told(folder: Path, plan: RunPlan) -> tuple[list[Artefact], list[str]]:
+    """What sites told of their own audits, by what was attacked, and what does not hold of it."""
+    path = folder / COUNTS
+    if plan.audit_counts is None or not path.is_file():
+        return [], []
+    text = path.read_text(encoding="utf-8")
+    try:
+        noted = [entry.record.get("file_sha256") for entry in read_journal(folder / JOURNAL)]
+        told = read_audit_counts(text)
+    except ValueError:
+        return [], [f"{COUNTS} cannot be held against the journal."]
+    if sha256_of(text) not in noted or told.plan_sha256 != plan.sha256:
+        return [], [f"{COUNTS} is not what the journal says that sites told."]
+    rows = []
+    for name, attack in ((MODEL, "loss"), ("all sites: survey", "tracing")):
+        finding = pooled_claims(name, attack, told.attacks[attack], told.cell)
+        rows.append(Artefact(name, told.sites, (sha256_of(text),), math.inf, 0.0, (finding,)))
+    return rows, []
 
 
 def numbers_of(plan: RunPlan, kind: str) -> int:

@@ -4,7 +4,15 @@ As the exchanges promise it; for people: model cards, pages. What this file does
 models, whose answers are not in the weights that are published.
 """
 
-from federation.exchanges import demographics, erasure, pretraining, private_rounds, style_code, survey
+from federation.exchanges import (
+    audit_counts,
+    demographics,
+    erasure,
+    pretraining,
+    private_rounds,
+    style_code,
+    survey,
+)
 from federation.plan import RunPlan
 from privacy.promise import Promise
 
@@ -19,6 +27,7 @@ def promises_of(plan: RunPlan) -> list[Promise]:
     made += [survey.style_promise(plan)] if survey.SURVEY.rounds(plan) else []
     made += [demographics.counts_promise(plan)] if demographics.DEMOGRAPHICS.rounds(plan) else []
     made += [erasure.code_promise(plan)] if erasure.ERASURE.rounds(plan) else []
+    made += [audit_counts.claims_promise(plan)] if audit_counts.AUDIT_COUNTS.rounds(plan) else []
     return made
 
 

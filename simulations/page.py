@@ -198,6 +198,7 @@ def _crossed(folder: Path, site: str) -> list[dict[str, str]]:
     words = {
         "survey": "style statistics (sums over patients)",
         "demographics": "patients by age and sex, in whole cohorts",
+        "audit_counts": "counts of the site's own audit, in whole cells",
         "style_code": "a style code (one noised sum over patients)",
         "private_round": "update of all weights (noisy steps; weighted sum)",
         "round": "content branch update (weighted sum)",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from client.exact_sums import fewest_for_means, fewest_patients
 from client.refusals import MOST
+from federation.exchanges.audit_counts import AUDIT_COUNTS, cell_of
 from federation.exchanges.demographics import DEMOGRAPHICS, SEX_NAMES, age_bands
 from federation.exchanges.diffusion import DIFFUSION
 from federation.exchanges.erasure import ERASURE, erasure_shapes, numbers_told, pooled_bound
@@ -50,6 +51,10 @@ _CENTRE_TELLS = (
 _COUNTS_TELL = (
     "of a band with fewer than {least} patients nothing; where a count stands just below the next cohort, "
     "whoever knows all the others sees whether one more is there."
+)
+_CLAIMS_TELL = (
+    "of a cell with fewer than {cell} patients nothing; who knows the scores of all the others sees whether "
+    "one more is counted where a cell stands just below the next {cell}."
 )
 _UPDATE_TELLS = (
     "from the change and the weights before it, parts of the scans of a small batch can be reconstructed, "
@@ -138,6 +143,16 @@ def _run(plan: RunPlan, site_minimum: int) -> Iterator[Line]:
             f"content from {fewest_for_means(numbers_told(plan))}, or where site.yaml agrees "
             "(allow_exact_sums); otherwise your site says so and the run goes on."
         )
+    if plan.audit_counts is not None:
+        cell = cell_of(plan)
+        yield (
+            "",
+            "Once after the last round: how many of your patients an attack on the final weights, and one on "
+            "your style sums, claims and misses at one threshold each, of those trained on and of others, "
+            f"each of these 8 counts rounded down to whole cells of {cell}. No score leaves. Half of those "
+            "who stayed out fix the thresholds and are not counted.",
+        )
+        yield _told(_CLAIMS_TELL.format(cell=cell))
     yield from _diffusion(plan)
     yield from _how_often(plan)
     yield (
@@ -203,6 +218,7 @@ def _how_often(plan: RunPlan) -> Iterator[Line]:
         ("rounds of training as secure sums", SUM_MASKED),
         ("probes (two questions each)", PROBES),
         ("site erasure", ERASURE),
+        ("counts of your own audit", AUDIT_COUNTS),
         ("releases of latents", LATENTS),
         ("rounds of the diffusion model", DIFFUSION),
     )

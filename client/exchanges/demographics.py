@@ -4,27 +4,22 @@ From the covariates of the site's own tables (`age` in years, `sex` as F or M); 
 Does not do: tell anything of a band with fewer patients than the minimum cohort.
 """
 
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-
-import torch
-from torch import Tensor
+from collections.abc import Mapping
 
 from client.exchanges.exchange import Answer, OnStep, Site
 from client.latents.batches import TrainingScans
 from client.release import Gate, Released
 from federation.exchanges.demographics import (
-    AGES,
     DEMOGRAPHICS,
-    SEX_NAMES,
-    SEXES,
     DemographicsAsk,
     DemographicsReply,
+    counted,
     demographics_shapes,
 )
 from federation.exchanges.survey import smallest_cohort
 from federation.plan import RunPlan
 from meduet_models.style.moments import CohortTooSmall
+from privacy.whole_cohorts import in_whole_cohorts
 
 
 def answer_demographics(
@@ -47,26 +42,6 @@ def covariates_of_patients(scans: TrainingScans) -> dict[str, Mapping[str, str |
     for row in scans.indices("train"):
         found.setdefault(scans.patients[row], dict(scans.covariates[row]))
     return found
-
-
-def counted(patients: Sequence[Mapping[str, str | float]], age_edges: Sequence[float]) -> dict[str, Tensor]:
-    """How many of these patients are in each band of ages, and of each sex; exact."""
-    ages = torch.zeros(len(age_edges) + 2, dtype=torch.float64)
-    sexes = torch.zeros(len(SEX_NAMES), dtype=torch.float64)
-    for patient in patients:
-        age, sex = patient.get("age"), patient.get("sex")
-        ages[bisect_right(age_edges, age) if isinstance(age, float) and age >= 0 else -1] += 1
-        sexes[SEX_NAMES.index(sex) if isinstance(sex, str) and sex in SEX_NAMES else -1] += 1
-    return {AGES: ages, SEXES: sexes}
-
-
-def in_whole_cohorts(counts: Tensor, least: int) -> Tensor:
-    """Each count rounded down to a multiple of `least`.
-
-    Guarantee: a band of fewer than `least` patients is told as empty, and one patient more or less changes a
-    band's count for one in `least` sizes of it. Not covered: those sizes; it is not differential privacy.
-    """
-    return (counts / least).floor() * least
 
 
 def demographics_mail(released: Released, ask: DemographicsAsk, site: str) -> DemographicsReply:

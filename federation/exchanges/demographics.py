@@ -2,16 +2,19 @@
 
 For the model card, where a plan asks for it. Every count is rounded down to whole minimum cohorts, so that a
 band with fewer patients says nothing; each patient counts once, in one band of ages and as one sex.
-What this file does not do: count (`client/exchanges/demographics.py`), or add up sites
+The one place where a site and an audit take from how patients are counted.
+What this file does not do: read tables (`client/exchanges/demographics.py`), or add up sites
 (`server/exchanges/demographics.py`).
 """
 
 import math
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from federation.exchanges.exchange import Exchange
 from federation.limits import Largest, largest_reply, promised
@@ -45,6 +48,17 @@ def demographics_shapes(plan: RunPlan) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what travels: a count for each band."""
     assert plan.demographics is not None, "only a plan that has them is asked for them"
     return {AGES: (len(age_bands(plan.demographics.age_edges)),), SEXES: (len(SEX_NAMES),)}
+
+
+def counted(patients: Sequence[Mapping[str, str | float]], age_edges: Sequence[float]) -> dict[str, Tensor]:
+    """How many of these patients are in each band of ages, and of each sex; exact."""
+    ages = torch.zeros(len(age_edges) + 2, dtype=torch.float64)
+    sexes = torch.zeros(len(SEX_NAMES), dtype=torch.float64)
+    for patient in patients:
+        age, sex = patient.get("age"), patient.get("sex")
+        ages[bisect_right(age_edges, age) if isinstance(age, float) and age >= 0 else -1] += 1
+        sexes[SEX_NAMES.index(sex) if isinstance(sex, str) and sex in SEX_NAMES else -1] += 1
+    return {AGES: ages, SEXES: sexes}
 
 
 def largest_demographics(plan: RunPlan, ask: DemographicsAsk) -> Largest:

@@ -17,7 +17,15 @@ import pytest
 from client.settings import SiteConfig
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning
-from federation.plan import AggregationPlan, ProbePlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan
+from federation.plan import (
+    AggregationPlan,
+    AuditCountsPlan,
+    ProbePlan,
+    ReleasePlan,
+    RunPlan,
+    StylePlan,
+    TrainingPlan,
+)
 from federation.privacy_plan import NoisySteps, PrivacyPlan
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.meduet import NetworkConfig
@@ -30,7 +38,8 @@ from simulations.settings import EngineSettings, EvaluationSettings, SimulationS
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
-    "forms", "meduet_models", "privacy", "federation", "strategies", "client", "server", "simulations",
+    "forms", "meduet_models", "privacy", "federation", "strategies", "audit", "client", "server",
+    "simulations",
 )  # fmt: skip
 SETTINGS = (
     RunPlan,
@@ -40,6 +49,7 @@ SETTINGS = (
     AggregationPlan,
     ReleasePlan,
     ProbePlan,
+    AuditCountsPlan,
     PrivacyPlan,
     NoisySteps,
     NetworkConfig,

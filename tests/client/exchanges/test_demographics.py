@@ -7,11 +7,18 @@ import pytest
 import torch
 
 from client.commands.plan_words import plan_words
-from client.exchanges.demographics import counted, in_whole_cohorts
 from client.scans.tables import Covariates
-from federation.exchanges.demographics import AGES, DEMOGRAPHICS, SEXES, age_bands, demographics_shapes
+from federation.exchanges.demographics import (
+    AGES,
+    DEMOGRAPHICS,
+    SEXES,
+    age_bands,
+    counted,
+    demographics_shapes,
+)
 from federation.plan import DemographicsPlan, RunPlan
 from federation.published_plan import PublishedPlan
+from privacy.whole_cohorts import in_whole_cohorts
 from server.exchanges.demographics import check_counts
 from strategies.aggregation import ReplyRefused
 from tests.worlds import small_plan
