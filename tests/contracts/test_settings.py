@@ -17,6 +17,7 @@ import pytest
 from client.settings import SiteConfig
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning
+from federation.finetuning_privacy import FinetunePrivacy
 from federation.plan import AggregationPlan, ProbePlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan
 from federation.privacy_plan import NoisySteps, PrivacyPlan
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
@@ -47,6 +48,7 @@ SETTINGS = (
     LossWeights,
     FinetunePlan,
     LocalFinetuning,
+    FinetunePrivacy,
     DiffusionPlan,
     TransformerShape,
     DiffusionTraining,
