@@ -43,7 +43,7 @@ class FinetunePrivacy:
 def round_mechanism(finetuning: "FinetunePlan") -> Mechanism:
     """The noisy steps of one round, with the least noise at which all rounds together cost the plan's
     epsilon."""
-    privacy, steps = privacy_of(finetuning), finetuning.local.steps
+    privacy, steps = protection_of(finetuning), finetuning.local.steps
     return Mechanism(
         noise_multiplier=step_multiplier(
             privacy.epsilon, privacy.delta, privacy.sampling_rate, finetuning.rounds * steps
@@ -57,28 +57,28 @@ def round_promise(finetuning: "FinetunePlan") -> Promise:
     """Each patient's share of a step is cut, and noise added, where the step is taken."""
     return Promise(
         kind="finetuning",
-        bound=privacy_of(finetuning).clip_norm,
+        bound=protection_of(finetuning).clip_norm,
         unit="patient",
         enforcement="steps",
         mechanism=round_mechanism(finetuning),
-        delta=privacy_of(finetuning).delta,
+        delta=protection_of(finetuning).delta,
     )
 
 
 def all_rounds(finetuning: "FinetunePlan") -> Epsilon:
     """What all rounds together cost a patient, at the plan's delta."""
-    return epsilon_of([round_mechanism(finetuning)] * finetuning.rounds, privacy_of(finetuning).delta)
+    return epsilon_of([round_mechanism(finetuning)] * finetuning.rounds, protection_of(finetuning).delta)
 
 
 def worth_of(finetuning: "FinetunePlan", num_sites: int, num_weights: int) -> float:
     """What a noisy step is worth at most: its signal over its noise, were all gradients to point one way."""
-    patients = [float(privacy_of(finetuning).expected_patients)] * num_sites
+    patients = [float(protection_of(finetuning).expected_patients)] * num_sites
     return signal_to_noise(round_mechanism(finetuning), patients, num_weights)
 
 
 def check_worth(finetuning: "FinetunePlan", worth: float) -> None:
     """Raise `ValueError` where noise drowns the steps, unless the plan wants them all the same."""
-    if worth < DROWNED and not privacy_of(finetuning).although_noise_wins:
+    if worth < DROWNED and not protection_of(finetuning).although_noise_wins:
         raise ValueError(
             f"Expected a signal to noise of a step of {DROWNED:g} or more; it is at most {worth:.3f}. No "
             "step was asked for. Set local.encoder=frozen (fewer weights), a larger epsilon, or "
@@ -86,7 +86,7 @@ def check_worth(finetuning: "FinetunePlan", worth: float) -> None:
         )
 
 
-def privacy_of(finetuning: "FinetunePlan") -> FinetunePrivacy:
+def protection_of(finetuning: "FinetunePlan") -> FinetunePrivacy:
     """The fine-tuning's privacy; raises `ValueError` where it has none."""
     if finetuning.privacy is None:
         raise ValueError("Expected a fine-tuning with privacy; got one without.")

@@ -26,7 +26,7 @@ from client.training.finetuning import check_answers, finetune
 from client.training.private_finetuning import answerable, finetune_privately
 from client.training.trainee import WrongWeights
 from federation.exchanges.finetuning import FinetuneAsk, FinetunePlan
-from federation.finetuning_privacy import privacy_of
+from federation.finetuning_privacy import protection_of
 from federation.plan import RunPlan
 from federation.wire import RefusalKind
 from meduet_models.downstream.networks import encoder_tensors, trained_keys
@@ -137,7 +137,7 @@ def _answer_privately(
     )
     after = dict(network.named_parameters())
     update = {name: after[name].detach().cpu() - before for name, before in ask.shared.items()}
-    examples = privacy_of(finetuning).expected_patients
+    examples = protection_of(finetuning).expected_patients
     return gate.release(
         clip(update, finetuning.update_clip_norm).value,
         {name: tuple(tensor.shape) for name, tensor in ask.shared.items()},

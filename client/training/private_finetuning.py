@@ -21,7 +21,7 @@ from torch import Tensor
 from client.latents.labelled import LabelledScans
 from client.training.finetuning import MovingAverage, check_answers, learning_rate_at
 from federation.exchanges.finetuning import FinetunePlan
-from federation.finetuning_privacy import privacy_of
+from federation.finetuning_privacy import protection_of
 from meduet_models.adamw import AdamW, decay_groups
 from meduet_models.downstream.starting import StartedNetwork
 from meduet_models.downstream.task import Task
@@ -50,7 +50,7 @@ def finetune_privately(
     chance. The weights after it are a function of these sums and of what is public. Not covered: how long a
     step took.
     """
-    local, privacy = finetuning.local, privacy_of(finetuning)
+    local, privacy = finetuning.local, protection_of(finetuning)
     network.train()
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
     optimiser = AdamW(decay_groups(list(trained.values()), local.weight_decay), lr=local.learning_rate)
@@ -79,7 +79,7 @@ def step_sum(
 ) -> dict[str, Tensor]:
     """The sum of the cut gradients of those who are in a step, by parameter, float64; zeros for nobody. As
     many at once as the plan's batch holds scans."""
-    local, privacy = finetuning.local, privacy_of(finetuning)
+    local, privacy = finetuning.local, protection_of(finetuning)
     task, device = task_of(local.task), next(network.parameters()).device
     zeros = {
         name: torch.zeros_like(parameter, dtype=torch.float64)
