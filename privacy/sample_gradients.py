@@ -8,6 +8,7 @@ generator and accountants are not used: the first two can be repeated from a see
 Source: Opacus (arXiv:2109.12298).
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -23,6 +24,21 @@ class Objective(Protocol):
         """Whether a sample's loss depends on other samples of its batch."""
 
 
+def check_asks_alone(objective: Objective, module: nn.Module) -> None:
+    """Raise `ValueError` for an objective that mixes samples, and for a layer that does (batch norm)."""
+    if objective.mixes:
+        raise ValueError(
+            f"{type(objective).__name__} mixes the scans of a batch: a scan's gradient depends on all, "
+            "and clipping each bounds nobody (taking one scan away moved the sum by 2.6 times the bound with "
+            "8 scans, by 9.8 times with 128). Use gradients per group."
+        )
+    # Imported here: it takes seconds, which only noisy training needs.
+    from opacus.validators import ModuleValidator
+
+    if errors := ModuleValidator.validate(module, strict=False):
+        raise ValueError(f"Expected layers that treat samples alone: {str(errors[0]).splitlines()[0]}")
+
+
 def per_sample_gradients(
     objective: Objective, module: nn.Module, mean_loss: Callable[[], Tensor], samples: int
 ) -> dict[str, Tensor]:
@@ -32,25 +48,18 @@ def per_sample_gradients(
     their losses.
 
     Guarantee: none by itself. Clipped one by one, these gradients bound what one sample can change only
-    because the loss mixes none. Raises `ValueError` for an objective that does, for a layer that does (batch
-    norm), and for a trainable parameter without a gradient per sample.
+    because the loss mixes none. Raises `ValueError` as `check_asks_alone`, and for a trainable parameter
+    without a gradient per sample.
     """
-    if objective.mixes:
-        raise ValueError(
-            f"{type(objective).__name__} mixes the scans of a batch: a scan's gradient depends on all, "
-            "and clipping each bounds nobody (taking one scan away moved the sum by 2.6 times the bound with "
-            "8 scans, by 9.8 times with 128). Use gradients per group."
-        )
-    # Imported here: it takes seconds, which only noisy training needs.
-    from opacus.grad_sample import GradSampleModule
-    from opacus.validators import ModuleValidator
+    check_asks_alone(objective, module)
+    from opacus.grad_sample import GradSampleModule  # as there
 
-    if errors := ModuleValidator.validate(module, strict=False):
-        raise ValueError(f"Expected layers that treat samples alone: {str(errors[0]).splitlines()[0]}")
     before = {name: parameter.grad for name, parameter in module.named_parameters()}
     watched = GradSampleModule(module, loss_reduction="mean", strict=False)
     try:
-        mean_loss().backward()  # type: ignore[no-untyped-call]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)  # at first layers
+            mean_loss().backward()  # type: ignore[no-untyped-call]
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         gradients = {name: getattr(parameter, "grad_sample", None) for name, parameter in trained.items()}
     finally:

@@ -13,9 +13,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from privacy.randomness import SecretSource, Stream
+
+_BELOW = 2**53
 
 
 class StepSecrets:
@@ -51,6 +54,12 @@ class StepSecrets:
     def of_patient(self, step: int, patient: str) -> Stream:
         """What is drawn for a patient in a step: whether she is in it, and what of her."""
         return self._stream("patient", step, patient)
+
+    def drawn(self, step: int, patient: str, rate: float) -> torch.Generator | None:
+        """A generator for all else that is drawn for her, where she is in the step, which has this chance;
+        None where she is not."""
+        inside, seed = self.of_patient(step, patient).uniforms(2)
+        return torch.Generator().manual_seed(int(seed * _BELOW)) if inside < rate else None
 
     def noised(self, step: int, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The sums of a step, of nobody as well, with Gaussian noise in each number; float64.

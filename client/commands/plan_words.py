@@ -26,6 +26,7 @@ from federation.exchanges.probes import PROBES, sums_bound, sums_shapes, widest_
 from federation.exchanges.secure_sum import SUM_MASKED
 from federation.exchanges.style_code import STYLE_CODE, code_promise, code_shapes, privacy_of
 from federation.exchanges.survey import SURVEY, smallest_cohort, survey_layout
+from federation.finetuning_privacy import FinetunePrivacy, all_rounds, round_promise
 from federation.plan import RunPlan
 from federation.published_plan import PublishedPlan
 from federation.sum_layout import SumLayout
@@ -63,6 +64,10 @@ _UPDATE_TELLS = (
 _HITS_TELL = (
     " The number of recognised patients answers one question of the centre's choosing about them, such as "
     "whether a known person is there."
+)
+_YOUR_CEILING = (
+    "Your own ceiling wins (site.yaml: epsilon_ceiling, delta_ceiling): it holds for all plans together; "
+    "meduet-site ledger show says what is spent."
 )
 
 Line = tuple[str, str]
@@ -199,11 +204,7 @@ def _protected(plan: RunPlan) -> Iterator[Line]:
     )
     if noisy is not None:
         yield "", f"Of a round: {steps_promise(plan).sentence()}"
-    yield (
-        "",
-        "Your own ceiling wins (site.yaml: epsilon_ceiling, delta_ceiling): it holds for all plans together; "
-        "meduet-site ledger show says what is spent.",
-    )
+    yield "", _YOUR_CEILING
     yield from _how_often(plan)
 
 
@@ -338,6 +339,9 @@ def _finetuning(plan: RunPlan, finetuning: FinetunePlan) -> Iterator[Line]:
         f"{finetuning.rounds} rounds of {local.steps} steps; a round waits at most "
         f"{plan.aggregation.deadline_s:g} s.",
     )
+    if finetuning.privacy is not None:
+        yield from _noisy_finetuning(finetuning, finetuning.privacy, trained)
+        return
     yield (
         "What leaves",
         f"Each round: the change of the weights of {trained}, clipped to a length of "
@@ -350,6 +354,25 @@ def _finetuning(plan: RunPlan, finetuning: FinetunePlan) -> Iterator[Line]:
         "Noise",
         "None is added anywhere: what leaves is bounded, not differentially private (epsilon infinite).",
     )
+
+
+def _noisy_finetuning(finetuning: FinetunePlan, privacy: FinetunePrivacy, trained: str) -> Iterator[Line]:
+    yield (
+        "What leaves",
+        f"Each round: the change of the weights of {trained} in {finetuning.local.steps} steps, in each of "
+        f"which about {privacy.sampling_rate:.0%} of your patients with labels, drawn in secret, take part, "
+        f"each cut to a length of {privacy.clip_norm:g}, and noise is added; all of it clipped to a length "
+        f"of {finetuning.update_clip_norm:g}. Beside it whole seconds, and {privacy.expected_patients:,} as "
+        "number of patients, which the plan says of every site. No losses, no counts of yours; a label that "
+        "is none of the plan's classes refuses nothing, its scan is left out.",
+    )
+    yield (
+        "Promise",
+        f"Each patient, with all her scans: epsilon {all_rounds(finetuning)} at delta {privacy.delta:g} for "
+        f"the whole fine-tuning. Of a round: {round_promise(finetuning).sentence()}",
+    )
+    yield "", _YOUR_CEILING
+    yield "How often", f"In all: rounds of fine-tuning: {finetuning.rounds}. {ONCE}"
 
 
 def _data(plan: RunPlan) -> str:

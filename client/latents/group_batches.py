@@ -29,8 +29,6 @@ from meduet_models.style.bank import StyleBank
 from meduet_models.style.restyling import own_entries, restyle_each
 from privacy.step_secrets import StepSecrets
 
-_BELOW = 2**53
-
 
 @dataclass(frozen=True)
 class Group:
@@ -76,9 +74,8 @@ class GroupBatches:
         """The groups of a step of the round: as many as patients happened to be in it, none as well."""
         rate, groups = noisy_of(self._plan).sampling_rate, []
         for patient, rows in self._rows.items():
-            inside, seed = noise.of_patient(step, patient).uniforms(2)
-            if inside < rate:
-                groups.append(self._group(rows, torch.Generator().manual_seed(int(seed * _BELOW))))
+            if (generator := noise.drawn(step, patient, rate)) is not None:
+                groups.append(self._group(rows, generator))
         return groups
 
     def _group(self, rows: Sequence[int], generator: torch.Generator) -> Group:

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from federation.diffusion_plan import MOST_STEPS
 from federation.exchanges.exchange import Exchange
 from federation.exchanges.pretraining import TrainReply
+from federation.finetuning_privacy import FinetunePrivacy, contradictions, round_promise
 from federation.limits import largest_reply
 from federation.messages import Ask
 from federation.plan import RunPlan
@@ -114,6 +115,8 @@ class FinetunePlan:
     """Its values, in the order of the classes; of a number the ends of its range."""
     update_clip_norm: Annotated[float, Range(above=0, at_most=10_000)] = 20.0
     """L2 norm to which a site's mean update is clipped at the gate."""
+    privacy: FinetunePrivacy | None = None
+    """Differential privacy for each patient, with noise in each step; none: what leaves is exact."""
 
     @property
     def named(self) -> Target:
@@ -130,6 +133,8 @@ class FinetunePlan:
             )
         check_target(self.local, self.target, self.target_values)
         check_start(self.local, self.anatomy_start)
+        if self.privacy is not None and (wrong := next(contradictions(self), "")):
+            raise ValueError(wrong)
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces; what is hashed."""
@@ -201,8 +206,12 @@ class FinetuneAsk(Ask, kind="finetune_ask"):
 
 
 def finetuning_promise(plan: RunPlan, ask: FinetuneAsk) -> Promise:
-    """A site's mean update is clipped at the gate. Raises as `FinetuneAsk.finetuning`."""
-    bound = ask.finetuning(plan).update_clip_norm
+    """A site's mean update is clipped at the gate; with privacy each patient's share of a step is cut before
+    that, and noise added. Raises as `FinetuneAsk.finetuning`."""
+    finetuning = ask.finetuning(plan)
+    if finetuning.privacy is not None:
+        return round_promise(finetuning)
+    bound = finetuning.update_clip_norm
     return Promise(kind="finetuning", bound=bound, unit="site update", enforcement="clip")
 
 

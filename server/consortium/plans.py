@@ -29,6 +29,8 @@ from storage.files import write_whole
 
 _SETTINGS = ("network", "tokenizer", "hospitals", "experiment", "method")
 """Settings and groups of settings that decide on a plan, beside its own parts."""
+_PARTS = ("local", "privacy")
+"""Parts of a fine-tuning."""
 _VALUES = "target_values"
 """Values of a covariate are texts, also those that YAML takes for numbers or for true and false."""
 
@@ -139,7 +141,7 @@ def make_finetuning(pretrained: Path, settings: Sequence[str], anatomy: Path | N
     for setting in settings:
         name, equals, text = setting.partition("=")
         part, _, inner = name.rpartition(".")
-        if not equals or part not in ("", "local") or name in values:
+        if not equals or part not in ("", *_PARTS) or name in (*values, *_PARTS):
             raise ValueError(
                 f"Expected settings of a fine-tuning as rounds=5 or local.classes=3; got {setting!r}."
             )
@@ -148,7 +150,7 @@ def make_finetuning(pretrained: Path, settings: Sequence[str], anatomy: Path | N
             if inner == _VALUES
             else read_yaml(text, name)
         )
-        (values["local"] if part else values)[inner] = text if inner == "target" else value
+        (values.setdefault(part, {}) if part else values)[inner] = text if inner == "target" else value
     named = build(FinetunePlan, values, "finetuning")
     if anatomy is not None and named.anatomy_start == "none":
         raise ValueError("--anatomy has no effect without anatomy_start=canonical or shapes: leave it out.")

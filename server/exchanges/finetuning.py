@@ -8,6 +8,7 @@ patients would be behind one.
 """
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from federation.exchanges.finetuning import (
     FinetunePlan,
     check_sees_volumes,
 )
+from federation.finetuning_privacy import check_worth, worth_of
 from federation.journal import Journal
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
@@ -33,6 +35,7 @@ from meduet_models.downstream.tasks import task_of
 from meduet_models.meduet import FactorNetwork
 from meduet_models.published.pretrained import MODEL, Pretrained, load_pretrained
 from meduet_models.weights import save_weights, sha256_of_tensors
+from privacy.worth import LITTLE
 from server.checkpoints import Checkpoint, Checkpoints
 from server.observer import RoundObserver
 from server.run_folder import claim, write_metrics
@@ -40,6 +43,7 @@ from strategies.content_share import ContentShare, Task
 from strategies.quorum import Roster, SiteOf
 
 FINETUNED = "finetuned.safetensors"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def run_finetuning(
     `site_of` says which site a node is registered as; none: as in a simulation. `anatomy`: the file of the
     start from public anatomy that the plan names; none: the shipped one.
     Raises `ValueError` when `pretrained` is not the encoder that `finetuning` names, or the run's updates
-    leave in secure sums only, `OtherPlan` when the
+    leave in secure sums only, or noise drowns the steps, `OtherPlan` when the
     folder holds another fine-tuning or a run, and `RoundFailed` below the quorum (the last checkpoint stays).
     """
     observer = observer or RoundObserver()
@@ -125,6 +129,11 @@ def run_finetuning(
         )
     start = network.state_dict()
     names = trained_keys(network)
+    if finetuning.privacy is not None:
+        worth = worth_of(finetuning, len(plan.participants), sum(start[name].numel() for name in names))
+        check_worth(finetuning, worth)
+        if worth < LITTLE:
+            _log.warning("Signal to noise of a step: at most %.3f; below %g it helps little.", worth, LITTLE)
     fixed = {name: tensor for name, tensor in start.items() if name not in names}
     plan_json, finetuning_json = plan.to_json(), finetuning.to_json()
 

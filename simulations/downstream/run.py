@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from client.app import make_client_app
 from client.latents.labelled import LabelledScans, NoLabels
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning, check_sees_volumes, check_target
+from federation.finetuning_privacy import FinetunePrivacy
 from forms.form import build
 from meduet_models.anatomy_start import AnatomyStart
 from meduet_models.downstream.kinds import NetworkKind
@@ -103,13 +104,16 @@ class DownstreamRunSettings:
     """Rounds of the federation; the steps are divided among them."""
     update_clip_norm: float
     """L2 norm to which the federation clips a hospital's mean update."""
+    privacy: FinetunePrivacy | None
+    """Differential privacy of the federation's fine-tuning."""
 
     def __post_init__(self) -> None:
         """Refuse settings that have no effect."""
-        said = (self.network, self.encoder, self.rounds, self.update_clip_norm)
-        if said != ("tokens", "finetuned", _ROUNDS, _CLIP) and not self.federated:
+        said = (self.network, self.encoder, self.rounds, self.update_clip_norm, self.privacy)
+        if said != ("tokens", "finetuned", _ROUNDS, _CLIP, None) and not self.federated:
             raise ValueError(
-                "network, encoder, rounds and update_clip_norm have no effect without federated=true."
+                "network, encoder, rounds, update_clip_norm and privacy have no effect without "
+                "federated=true."
             )
         starts = self.network != "tokens" or {"volume_start", "joined"} & set(self.modes)
         if self.anatomy_start != "none" and not starts:
@@ -295,12 +299,14 @@ def _federate(
         target=asked.target,
         target_values=asked.target_values,
         update_clip_norm=asked.update_clip_norm,
+        privacy=asked.privacy,
     )
     folder = Path(asked.folder) / f"federated-{finetuning.sha256[:12]}"
     with live.counting("federated rounds") as count, live.reading("in the federation") as step:
 
         def on_step(site: str, done: int, loss: float) -> None:
-            step(f"{site}, loss {loss:.2f}", done, local.steps)
+            shown = site if math.isnan(loss) else f"{site}, loss {loss:.2f}"  # noisy steps tell none
+            step(shown, done, local.steps)
 
         client_app = make_client_app(opened.consortium.open_by_context, on_step)
         threads = opened.settings.engine.cpus_per_site

@@ -17,6 +17,7 @@ import pytest
 from client.settings import SiteConfig
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning
+from federation.finetuning_privacy import FinetunePrivacy
 from federation.plan import (
     AggregationPlan,
     AuditCountsPlan,
@@ -57,6 +58,7 @@ SETTINGS = (
     LossWeights,
     FinetunePlan,
     LocalFinetuning,
+    FinetunePrivacy,
     DiffusionPlan,
     TransformerShape,
     DiffusionTraining,
@@ -93,7 +95,8 @@ DECLARED = {(kind.__name__, field.name) for kind in SETTINGS for field in datacl
 class Reader(ast.NodeVisitor):
     """Collects (class, field) pairs that one module reads."""
 
-    def __init__(self) -> None:
+    def __init__(self, returned: dict[str, str]) -> None:
+        self.returned = returned
         self.read: set[tuple[str, str]] = set()
         self.attributes: dict[str, str] = {}  # attributes of self, by name, of this class
         self.scopes: list[dict[str, str]] = [{}]
@@ -112,6 +115,8 @@ class Reader(ast.NodeVisitor):
                 return kinds.pop() if len(kinds) == 1 else None
             case ast.Call(func=ast.Name(id=name)) if name in KNOWN:
                 return name
+            case ast.Call(func=ast.Name(id=name)) if name in self.returned:
+                return self.returned[name]
             case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr=method)) if name in KNOWN:
                 return name if method.startswith("from_") else None
             case ast.Call(
@@ -154,6 +159,8 @@ class Reader(ast.NodeVisitor):
         for line in ast.walk(node):
             if isinstance(line, ast.Assign):
                 self.assigned(line)
+            if isinstance(line, ast.NamedExpr) and (kind := self.kind_of(line.value)):
+                self.scopes[-1][line.target.id] = kind
         self.generic_visit(node)
         self.scopes.pop()
 
@@ -186,11 +193,23 @@ class Reader(ast.NodeVisitor):
 
 def settings_read(*sources: str) -> set[tuple[str, str]]:
     read: set[tuple[str, str]] = set()
-    for source in sources:
-        reader = Reader()
-        reader.visit(ast.parse(source))
+    trees = [ast.parse(source) for source in sources]
+    returned = returned_by(trees)
+    for tree in trees:
+        reader = Reader(returned)
+        reader.visit(tree)
         read |= reader.read
     return read
+
+
+def returned_by(trees: list[ast.Module]) -> dict[str, str]:
+    """The settings class that functions of a name return, where there is one of that name only."""
+    found: dict[str, set[str | None]] = {}
+    for tree in trees:
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef):
+                found.setdefault(node.name, set()).add(Reader({}).annotated(node.returns))
+    return {name: kind for name, kinds in found.items() if len(kinds) == 1 and (kind := kinds.copy().pop())}
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +241,8 @@ def test_every_setting_has_a_sentence(kind: type) -> None:
         ("class A:\n def __init__(self, p: RunPlan):\n  self.p = p.style\n def g(self): return self.p.head",
          {("StylePlan", "head")}),
         ("def f(plan: RunPlan):\n s = plan.aggregation\n return s.trim", {("AggregationPlan", "trim")}),
+        ("def n(p) -> NoisySteps: ...\ndef f(p): return n(p).clip_norm", {("NoisySteps", "clip_norm")}),
+        ("def f(p: PrivacyPlan):\n if (n := p.noisy): return n.clip_norm", {("NoisySteps", "clip_norm")}),
     ],
 )  # fmt: skip
 def test_a_namesake_of_another_class_is_no_reader(source: str, expected: set[tuple[str, str]]) -> None:

@@ -12,6 +12,7 @@ from hydra.errors import ConfigCompositionException
 
 from client.settings import SiteConfig
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning
+from federation.finetuning_privacy import FinetunePrivacy
 from federation.keys.kits import Connection
 from federation.plan import RunPlan
 from federation.privacy_plan import NoisySteps, PrivacyPlan
@@ -44,6 +45,7 @@ FINETUNING = FinetunePlan(
     local=LocalFinetuning(task="classification", classes=2),
     target="sex",
     target_values=("F", "M"),
+    privacy=FinetunePrivacy(epsilon=3.0, clip_norm=1.0, sampling_rate=0.5, expected_patients=8),
 )
 
 

@@ -25,8 +25,6 @@ from tests.meduet_models.diffusion.small_models import (
 )
 from tests.worlds import small_network
 
-pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # at first layers
-
 SAMPLES = 3
 
 

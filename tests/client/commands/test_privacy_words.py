@@ -1,9 +1,11 @@
 from client.commands.plan_words import plan_words
 from federation.bundle import running_bundle
+from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning
+from federation.finetuning_privacy import FinetunePrivacy
 from federation.plan import RunPlan
 from federation.privacy_plan import NoisySteps
 from federation.published_plan import PublishedPlan
-from tests.worlds import protected_plan, public_latents
+from tests.worlds import protected_plan, public_latents, small_plan
 
 
 def words_of(plan: RunPlan) -> str:
@@ -38,4 +40,30 @@ def test_the_words_of_noisy_steps_say_how_many_how_patients_are_drawn_and_what_a
     ):
         assert said in text
     for unsaid in ("asked nothing more", "No weights", "anonymous", "compliant"):
+        assert unsaid not in text
+
+
+def test_the_words_of_a_fine_tuning_with_privacy_say_what_all_rounds_cost_and_what_no_site_tells() -> None:
+    plan = small_plan()
+    finetuning = FinetunePlan(
+        run_sha256=plan.sha256,
+        pretrained_sha256="0" * 64,
+        local=LocalFinetuning(task="classification", classes=2, encoder="frozen", steps=5),
+        rounds=2,
+        target="sex",
+        target_values=("F", "M"),
+        privacy=FinetunePrivacy(epsilon=3.0, clip_norm=0.5, sampling_rate=0.1, expected_patients=1200),
+    )
+    published = PublishedPlan(plan=plan, bundle_sha256=running_bundle(), finetuning=finetuning)
+    text = " ".join(sentence for _, sentence in plan_words(published))
+    for said in (
+        "about 10% of your patients with labels, drawn in secret, take part, each cut to a length of 0.5",
+        "1,200 as number of patients, which the plan says of every site",
+        "to 3.000 at delta 1e-05 for the whole fine-tuning",
+        "of which there are 5 and in each of which she is with a chance of 0.1",
+        "epsilon_ceiling",
+        "In all: rounds of fine-tuning: 2.",
+    ):
+        assert said in text
+    for unsaid in ("None is added anywhere", "losses and seconds", "anonymous", "compliant"):
         assert unsaid not in text

@@ -28,6 +28,7 @@ from tests.small_simulation import small_simulation
 from tests.worlds import small_network
 
 GRID = (4, 6, 4)
+PRIVATE = "{epsilon: 3, clip_norm: 0.5, sampling_rate: 0.5, expected_patients: 4}"
 CONFIG = small_network(width=16)
 SETTINGS = DownstreamSettings(
     task="segmentation",
@@ -311,6 +312,8 @@ def test_a_number_is_predicted_at_every_mode_and_in_the_federation(pretrained: P
         (["task=regression", "target=age"], "lowest and the highest"),
         (["task=guessing"], "task to be one of segmentation, classification, regression"),
         (["rounds=3"], "no effect without federated"),
+        ([f"privacy={PRIVATE}"], "no effect without federated"),
+        (["federated=true", f"privacy={PRIVATE}", "label_shares=[0.5]"], "with privacy leave it out"),
         (["label_sites=[atlantis]"], "label_sites among"),
         (["target=sex"], "no effect with task=segmentation"),
         (["task=classification", "classes=2"], "target covariate"),
