@@ -47,10 +47,12 @@ class NoisySteps:
 class PrivacyPlan:
     """Differential privacy for each patient."""
 
-    level: Literal["sums", "full"] = "sums"
+    level: Literal["sums", "adapters", "full"] = "sums"
     """What leaves a site. `sums`: one style code, with noise, before the first step, and nothing else; the
     network is trained at the centre on public scans in the sites' styles. `full`: then, from there, the sites
-    train all weights on their patients, with noise in each step (`noisy`)."""
+    train all weights on their patients, with noise in each step (`noisy`). `adapters`: the same of the output
+    layer alone, so that there is less noise: reconstructions and swaps get better, content stays as it
+    was."""
     epsilon: Annotated[float, Range(above=0, at_most=20)]
     """What the whole run may cost a patient."""
     delta: Annotated[float, Range(above=0, at_most=LARGEST_DELTA)] = LARGEST_DELTA
@@ -63,7 +65,7 @@ class PrivacyPlan:
     public_sha256: Sha256
     """Hash of their latents."""
     noisy: NoisySteps | None = None
-    """The steps of `full`; none with `sums`."""
+    """The steps of `adapters` and `full`; none with `sums`."""
 
 
 def contradictions(plan: "RunPlan") -> Iterator[str]:
@@ -117,8 +119,11 @@ def _noisy_contradictions(plan: "RunPlan", privacy: PrivacyPlan) -> Iterator[str
     """What level and noisy steps rule out between them."""
     noisy = privacy.noisy
     if noisy is None:
-        if privacy.level == "full":
-            yield "privacy.level=full needs privacy.noisy, the steps to take (conf/privacy/full.yaml)."
+        if privacy.level != "sums":
+            yield (
+                f"privacy.level={privacy.level} needs privacy.noisy, the steps to take "
+                f"(conf/privacy/{privacy.level}.yaml)."
+            )
         return
     if privacy.level == "sums":
         yield "privacy.noisy has no effect with privacy.level=sums, where no site trains: leave it out."
@@ -141,4 +146,12 @@ def _noisy_contradictions(plan: "RunPlan", privacy: PrivacyPlan) -> Iterator[str
             f"the scans that a site holds at once; got {noisy.group_size}."
         )
     if plan.training.precision != "float32":
-        yield "privacy.level=full cuts gradients in float32: set training.precision=float32."
+        yield f"privacy.level={privacy.level} cuts gradients in float32: set training.precision=float32."
+    terms = plan.objective.weights
+    if privacy.level == "adapters" and not (
+        terms.reconstruction or terms.visible_reconstruction or terms.restyled_reconstruction
+    ):
+        yield (
+            "privacy.level=adapters trains the output layer, which learns from reconstructions alone: set "
+            "objective.weights.reconstruction above 0."
+        )

@@ -181,6 +181,8 @@ class FactorNetwork(nn.Module):
         "code_matrix",
     )
     """Buffers: agreed on once, never trained."""
+    OUTPUT_LAYER: ClassVar[str] = "decoder.predict"
+    """The last linear map, from decoded tokens to latents: content, code and style are read before it."""
 
     latent_mean: Tensor
     latent_deviation: Tensor

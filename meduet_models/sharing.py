@@ -39,6 +39,13 @@ def encoder_keys(model: FactorNetwork) -> tuple[str, ...]:
     return _of_parts(model, (*model.CONTENT_PARTS, *model.CONSTANTS))
 
 
+def output_keys(model: FactorNetwork) -> tuple[str, ...]:
+    """Weights and biases of the output layer, which changes reconstructions and nothing that is read from
+    content."""
+    layer = model.get_submodule(model.OUTPUT_LAYER)
+    return tuple(f"{model.OUTPUT_LAYER}.{name}" for name in layer.state_dict())
+
+
 def norm_keys(model: FactorNetwork) -> tuple[str, ...]:
     """Weights and biases of the norm layers."""
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]

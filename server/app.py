@@ -43,7 +43,7 @@ from server.exchanges.demographics import ask_demographics
 from server.exchanges.diffusion import diffusion_of, save_diffusion
 from server.exchanges.erasure import ask_erasure
 from server.exchanges.pretraining import pretraining
-from server.exchanges.private_rounds import private_rounds
+from server.exchanges.private_rounds import parted, private_rounds
 from server.exchanges.probes import FederatedProbes
 from server.exchanges.secure_sum import SecureSums
 from server.exchanges.survey import ask_survey
@@ -214,19 +214,20 @@ class _Run:
         rounds = strategy.rounds(self.grid, done=last.round)
         for round_number in range(last.round + 1, num_rounds + 1):
             self.observer.on_round_start(round_number, num_rounds)
-            released = self.diffusion.before_round(round_number, strategy.shared, last.bank)
+            released = self.diffusion.before_round(round_number, last.shared, last.bank)
             report = dataclasses.asdict(next(rounds))
+            shared = last.shared | strategy.shared  # what did not travel is as it was
             trained = self.diffusion.after_round(round_number)
             if released or trained:
                 report["diffusion"] = {"released": released, **trained}
-            probes = self.observer.on_round_end(round_number, strategy.shared, report)
+            probes = self.observer.on_round_end(round_number, shared, report)
             report |= {"probes": dict(probes)} if probes else {}
             if self.probes.due(round_number):
-                coded = self.model.with_code(strategy.shared, last.bank)
+                coded = self.model.with_code(shared, last.bank)
                 report["federated_probes"] = self.probes.read(round_number, coded, last.bank)
             metrics = last.metrics | {"rounds": [*last.metrics["rounds"], report]}
             moments = strategy.optimiser.state()
-            last = self._save(round_number, strategy.shared, moments, last.bank, metrics, last.home)
+            last = self._save(round_number, shared, moments, last.bank, metrics, last.home)
             self._note(
                 "round",
                 round=round_number,
@@ -246,8 +247,9 @@ class _Run:
             "on_reply": self.observer.on_site_reply,
         }
         if self.protected is not None:
-            task = private_rounds(plan, last.bank, last.home, self.protected.public)
-            return ContentShare(plan, last.shared, task, **shown)
+            travels, stays = parted(plan, last.home | last.shared)
+            task = private_rounds(plan, last.bank, stays, self.protected.public)
+            return ContentShare(plan, travels, task, **shown)
         if plan.aggregation.secure_sum:
             return SecureSums(plan, last.shared, last.bank, home, **shown)
         return ContentShare(plan, last.shared, pretraining(plan, last.bank, home), **shown)

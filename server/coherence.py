@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from federation.exchanges.private_rounds import noisy_of
+from federation.exchanges.private_rounds import noisy_of, trained_keys
 from federation.exchanges.survey import survey_layout
 from federation.plan import RunPlan
 from meduet_models.meduet import MeDUET
@@ -18,7 +18,7 @@ from meduet_models.objective.teacher import Teacher
 from meduet_models.seeds import generator_of
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.restyling import own_entries, restyle_each
-from privacy.group_gradients import GroupGradients, clipped_sum, parameters_of_layers
+from privacy.group_gradients import GroupGradients, clipped_sum
 
 GROUPS = 32
 """Groups that are looked at, one by one."""
@@ -29,7 +29,7 @@ def coherence_of(
 ) -> float:
     """Length of the mean of cut group gradients over `clip_norm`, from 0 to 1, without what chance adds to
     it in so few groups."""
-    noisy, names = noisy_of(plan), parameters_of_layers(student)
+    noisy, names = noisy_of(plan), trained_keys(plan, student)
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name in names)
     teacher, size = Teacher(student), noisy.group_size

@@ -21,14 +21,13 @@ import torch
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from federation.exchanges.private_rounds import mechanisms, run_epsilon
+from federation.exchanges.private_rounds import mechanisms, run_epsilon, trained_keys
 from federation.exchanges.style_code import privacy_of
 from federation.messages import Tensors
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
 from meduet_models.meduet import MeDUET
 from meduet_models.style.bank import StyleBank
-from privacy.group_gradients import parameters_of_layers
 from privacy.worth import DROWNED, LITTLE, signal_to_noise
 from server.checkpoints import Checkpoint
 from server.coherence import coherence_of
@@ -103,8 +102,7 @@ class ProtectedPretraining:
         for one that noise drowns, unless the plan wants it all the same."""
         if (noisy := privacy_of(self._plan).noisy) is None:
             return {}
-        trained = set(parameters_of_layers(network))
-        dimensions = sum(p.numel() for name, p in network.named_parameters() if name in trained)
+        dimensions = sum(network.get_parameter(name).numel() for name in trained_keys(self._plan, network))
         patients = [float(count) for count in style_bank.count.sum(1) if count]
         worth = signal_to_noise(mechanisms(self._plan)[1], patients, dimensions, coherence)
         said = (

@@ -200,7 +200,7 @@ def _crossed(folder: Path, site: str) -> list[dict[str, str]]:
         "demographics": "patients by age and sex, in whole cohorts",
         "audit_counts": "counts of the site's own audit, in whole cells",
         "style_code": "a style code (one noised sum over patients)",
-        "private_round": "update of all weights (noisy steps; weighted sum)",
+        "private_round": "update of the weights that noisy steps train (weighted sum)",
         "round": "content branch update (weighted sum)",
         "sum_keys": "fresh keys for a secure sum",
         "sum_shares": "shares of keys, encrypted for each of the others",
@@ -270,6 +270,8 @@ def _summary(
         method = "tell one style each, with noise; the centre trains on phantoms in these styles"
         if plan.privacy.noisy is not None:
             method += f", then they take {plan.privacy.noisy.steps} noisy steps on their patients"
+            if plan.privacy.level == "adapters":
+                method += ", of the output layer alone"
     steps = f"{plan.training.rounds} rounds of {plan.training.steps_per_round} steps"
     apart = f" Held out, and never asked anything: {', '.join(held_out)}." if held_out else ""
     return f"{hospitals_text} {len(plan.sites)} hospitals with {patients} patients {method}: {steps}.{apart}"

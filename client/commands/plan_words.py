@@ -21,7 +21,7 @@ from federation.exchanges.erasure import ERASURE, erasure_shapes, numbers_told, 
 from federation.exchanges.finetuning import FinetunePlan
 from federation.exchanges.latents import LATENTS
 from federation.exchanges.pretraining import PRETRAINING
-from federation.exchanges.private_rounds import PRIVATE_ROUNDS, run_epsilon, steps_promise
+from federation.exchanges.private_rounds import PRIVATE_ROUNDS, run_epsilon, steps_promise, travelling_keys
 from federation.exchanges.probes import PROBES, sums_bound, sums_shapes, widest_sums
 from federation.exchanges.secure_sum import SUM_MASKED
 from federation.exchanges.style_code import STYLE_CODE, code_promise, code_shapes, privacy_of
@@ -33,7 +33,6 @@ from federation.sum_layout import SumLayout
 from federation.wire import num_bytes
 from meduet_models.content_code import code_bound
 from meduet_models.meduet import MeDUET
-from meduet_models.sharing import shared_keys
 from privacy.secure_sum.transcript import threshold
 
 ONCE = (
@@ -68,6 +67,12 @@ _HITS_TELL = (
 _YOUR_CEILING = (
     "Your own ceiling wins (site.yaml: epsilon_ceiling, delta_ceiling): it holds for all plans together; "
     "meduet-site ledger show says what is spent."
+)
+
+_OUTPUT_LAYER = (
+    "The steps at your site train the output layer alone (level adapters), the last map from decoded tokens "
+    "to latents. They improve reconstructions and swaps of style, as far as noise lets them, and change "
+    "nothing that is read from content: encoder, content code and style stay as the phantoms made them."
 )
 
 Line = tuple[str, str]
@@ -181,6 +186,8 @@ def _protected(plan: RunPlan) -> Iterator[Line]:
             f"answered within {plan.aggregation.deadline_s:g} s."
         ),
     )
+    if privacy.level == "adapters":
+        yield "What for", _OUTPUT_LAYER
     yield (
         "What leaves",
         f"Once: {_numbers(code_shapes(plan))} numbers with noise, which say how your scanner's images look "
@@ -268,7 +275,7 @@ def _shared(plan: RunPlan) -> dict[str, Tensor]:
     """The weights that travel."""
     network = MeDUET(plan.network, len(plan.sites), seed=0)
     whole = network.state_dict()
-    return {name: whole[name] for name in shared_keys(network, plan.style.head, plan.aggregation.method)}
+    return {name: whole[name] for name in travelling_keys(plan, network)}
 
 
 def _summed(plan: RunPlan, layout: SumLayout) -> str:

@@ -4,8 +4,9 @@ A step takes the groups that were drawn (`client/latents/group_batches.py`), cut
 all weights together, adds them up, adds noise, divides by the number of patients that the sites' style code
 told times their chance, and hands that to the optimiser. An empty step takes its noise as any other. What
 follows (moments, teacher, weights at home) is a function of noisy sums and of what is public, so it may be
-kept and shown. Weights outside of linear layers and layer norms rest. The step size is
-`training.final_learning_rate`: these steps begin where the schedule has ended.
+kept and shown. At level `adapters` all but the output layer rests, at `full` what is in no linear layer and
+no layer norm. The step size is `training.final_learning_rate`: these steps begin where the schedule has
+ended.
 
 A round that was cut short goes on after the last step that was written, with the same draws and noise; where
 the key of its draws was lost, it begins anew: nothing of it had left.
@@ -21,18 +22,18 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from client.latents.group_batches import Group, GroupBatches
 from client.training.site_state import RoundResult, UnderWay
 from client.training.trainee import Trainee
-from federation.exchanges.private_rounds import noisy_of
+from federation.exchanges.private_rounds import noisy_of, trained_keys
 from federation.optimisation import take_step
 from federation.plan import RunPlan
+from meduet_models.meduet import MeDUET
 from meduet_models.objective.objective import MeduetObjective
-from meduet_models.sharing import shared_keys
 from meduet_models.weights import StoredWeights
-from privacy.group_gradients import ClippedSum, GroupGradients, clipped_sum, parameters_of_layers
+from privacy.group_gradients import ClippedSum, GroupGradients, clipped_sum
 from privacy.step_secrets import StepSecrets
 
 _TRAINEE = "trainee/"
@@ -47,7 +48,7 @@ def train_privately(
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     under_way: UnderWay | None = None,
 ) -> RoundResult:
-    """Take the plan's noisy steps of a round and give back what changed in the shared weights.
+    """Take the plan's noisy steps of a round and give back what changed in the weights that travel.
 
     `on_step` is called after each step with its number (from 1) and NaN: its loss is nobody's to see.
 
@@ -56,7 +57,7 @@ def train_privately(
     function of these sums and of what is public. Not covered: how long a step took.
     """
     student, noisy = trainee.student, noisy_of(plan)
-    trained = frozen_but_layers(trainee)
+    trained = resting_others(trainee.student, plan)
 
     def load(tensors: StoredWeights) -> None:
         trainee.load(tensors.part(_TRAINEE))
@@ -86,9 +87,12 @@ def train_privately(
         on_step(step + 1, math.nan)
 
     weights = student.state_dict()
-    names = shared_keys(student, plan.style.head, plan.aggregation.method)
     return RoundResult(
-        update={name: weights[name].cpu() - trainee.shared[name].to(weights[name].dtype) for name in names},
+        update={
+            name: tensor.cpu() - trainee.shared[name].to(tensor.dtype)
+            for name, tensor in weights.items()
+            if name in trainee.shared
+        },
         metrics={
             "steps": float(noisy.steps_per_round),
             "seconds": float(math.ceil(time.perf_counter() - began)),
@@ -97,12 +101,12 @@ def train_privately(
     )
 
 
-def frozen_but_layers(trainee: Trainee) -> dict[str, Tensor]:
-    """The parameters of the student that noisy steps train, by name; all others rest."""
-    trained = set(parameters_of_layers(trainee.student))
-    for name, parameter in trainee.student.named_parameters():
+def resting_others(student: MeDUET, plan: RunPlan) -> dict[str, nn.Parameter]:
+    """The parameters that noisy steps train, by name; from now on all others of `student` rest."""
+    trained, parameters = trained_keys(plan, student), dict(student.named_parameters())
+    for name, parameter in parameters.items():
         parameter.requires_grad_(name in trained)
-    return {name: p for name, p in trainee.student.named_parameters() if name in trained}
+    return {name: parameters[name] for name in trained}
 
 
 def step_sum(
@@ -115,7 +119,7 @@ def step_sum(
     """The sum of the groups' cut gradients by parameter, float64; zeros for no group. As many groups at once
     as the plan's batch holds scans."""
     noisy, student = noisy_of(plan), trainee.student
-    names = parameters_of_layers(student)
+    names = trained_keys(plan, student)
     parameters = dict(student.named_parameters())
     zeros = {name: torch.zeros_like(parameters[name], dtype=torch.float64) for name in names}
     whole = ClippedSum(zeros, clipped=0, not_finite=0)

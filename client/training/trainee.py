@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from client.training.site_state import SiteState
+from federation.exchanges.private_rounds import travelling_keys
 from federation.optimisation import optimiser_of
 from federation.plan import RunPlan
 from meduet_models.adamw import AdamW
 from meduet_models.meduet import MeDUET
 from meduet_models.muon import Muon
 from meduet_models.objective.teacher import Teacher
-from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.weights import StoredWeights, shapes_of
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -125,11 +125,10 @@ class Trainee:
 
     def state(self, plan: RunPlan, round_number: int, began_from: int) -> SiteState:
         """What the site keeps after a round, where it is; not copied."""
-        mine = self.student.state_dict()
         return SiteState(
             round=round_number,
             began_from=began_from,
-            home={n: mine[n] for n in home_keys(self.student, plan.style.head, plan.aggregation.method)},
+            home={n: tensor for n, tensor in self.student.state_dict().items() if n not in self.shared},
             teacher=self.teacher.network.state_dict(),
             optimiser=self._moments(),
         )
@@ -139,7 +138,7 @@ def student_of(plan: RunPlan, shared: Mapping[str, Tensor], kept: SiteState | No
     """The network with the shared weights that came and the home weights that were kept, or those of the
     plan's seed; on the CPU."""
     student = MeDUET(plan.network, len(plan.sites), seed=plan.seed)
-    expected = set(shared_keys(student, plan.style.head, plan.aggregation.method))
+    expected = set(travelling_keys(plan, student))
     if wrong := sorted(expected ^ set(shared)):
         raise WrongWeights(
             f"Expected the shared weights of this plan; {wrong[0]!r} is missing or not one of them."

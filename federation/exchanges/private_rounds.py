@@ -1,8 +1,9 @@
 """A round of noisy steps: train from these shared weights on your patients, with noise in each step.
 
-With privacy of level `full`, after the rounds at the centre. The answer is an update like any round's
-(`federation/exchanges/pretraining.py`), and says of itself only what everybody could tell before: the steps,
-and as examples the number of patients that the site's style code told, noise included.
+With privacy of level `adapters` or `full`, after the rounds at the centre. The answer is an update like any
+round's (`federation/exchanges/pretraining.py`), with `adapters` of the output layer alone, and says of itself
+only what everybody could tell before: the steps, and as examples the number of patients that the site's style
+code told, noise included.
 What this file does not do: it trains nothing (`client/training/private.py`), averages nothing
 (`strategies/content_share.py`).
 """
@@ -18,7 +19,10 @@ from federation.limits import largest_reply
 from federation.messages import Arrays, Ask, Tensors, WireDtype
 from federation.plan import RunPlan
 from federation.privacy_plan import NoisySteps
+from meduet_models.meduet import MeDUET
+from meduet_models.sharing import output_keys, shared_keys
 from privacy.accounting import Epsilon, Mechanism, epsilon_of, step_multiplier
+from privacy.group_gradients import parameters_of_layers
 from privacy.promise import Promise
 
 
@@ -26,7 +30,8 @@ from privacy.promise import Promise
 class PrivateAsk(Ask, kind="private_ask"):
     """One round: take noisy steps from these shared weights, with this bank of protected styles.
 
-    `home` are the weights that stay at the sites, as the centre trained them, and `public` the plan's public
+    `home` are the weights that stay at the sites, as the centre trained them (with `adapters` all but the
+    output layer), and `public` the plan's public
     scans; both come with the first such round, or later to a site that missed them, and the site keeps them.
     """
 
@@ -45,8 +50,24 @@ class PrivateAsk(Ask, kind="private_ask"):
 def noisy_of(plan: RunPlan) -> NoisySteps:
     """The plan's noisy steps; raises `ValueError` where it has none."""
     if (noisy := privacy_of(plan).noisy) is None:
-        raise ValueError("Expected a plan with privacy.level=full; got one without noisy steps.")
+        raise ValueError("Expected privacy.level=adapters or full; got a plan without noisy steps.")
     return noisy
+
+
+def trained_keys(plan: RunPlan, network: MeDUET) -> tuple[str, ...]:
+    """Parameters that noisy steps train: the output layer's, or at level `full` all that have a gradient per
+    group. All others rest."""
+    if privacy_of(plan).level == "adapters":
+        return output_keys(network)
+    return parameters_of_layers(network)
+
+
+def travelling_keys(plan: RunPlan, network: MeDUET) -> tuple[str, ...]:
+    """Tensors that travel with a round at the sites: at level `adapters` the output layer's, else what the
+    plan's method shares."""
+    if plan.privacy is not None and plan.privacy.level == "adapters":
+        return output_keys(network)
+    return shared_keys(network, plan.style.head, plan.aggregation.method)
 
 
 def mechanisms(plan: RunPlan) -> list[Mechanism]:

@@ -1,14 +1,26 @@
-"""A round of noisy steps as the strategy asks it."""
+"""A round of noisy steps as the strategy asks it, and which weights travel with it.
+
+What this file does not do: average (`strategies/content_share.py`), or say what a step is worth
+(`server/protected_pretraining.py`).
+"""
 
 from collections.abc import Mapping
 
 from flwr.app import RecordDict
 from torch import Tensor
 
-from federation.exchanges.private_rounds import PRIVATE_ROUNDS, PrivateAsk, noisy_rounds
+from federation.exchanges.private_rounds import PRIVATE_ROUNDS, PrivateAsk, noisy_rounds, travelling_keys
 from federation.exchanges.style_code import LATENTS
+from federation.messages import Tensors
 from federation.plan import RunPlan
+from meduet_models.meduet import MeDUET
 from strategies.content_share import Task
+
+
+def parted(plan: RunPlan, whole: Mapping[str, Tensor]) -> tuple[Tensors, Tensors]:
+    """Of all weights those that travel with noisy steps, and those that stay at the sites meanwhile."""
+    travels = travelling_keys(plan, MeDUET(plan.network, len(plan.sites), seed=plan.seed))
+    return {n: whole[n] for n in travels}, {n: t for n, t in whole.items() if n not in travels}
 
 
 def private_rounds(

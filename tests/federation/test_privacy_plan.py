@@ -59,7 +59,8 @@ def test_an_experiment_with_probes_becomes_one_without_under_privacy() -> None:
         (["privacy.public_scans=64"], "public_scans above network.code_size=64"),
         (["privacy.epsilon=0"], "privacy.epsilon above 0"),
         (["privacy.delta=1e-4"], "privacy.delta above 0 and at most 1e-05; got 0.0001"),
-        (["privacy.level=adapters"], "privacy.level to be one of sums, full"),
+        (["privacy.level=weights"], "privacy.level to be one of sums, adapters, full"),
+        (["privacy.level=adapters"], "adapters needs privacy.noisy.*conf/privacy/adapters.yaml"),
         (["+privacy.clip_norm=1.0"], "no setting 'clip_norm'"),
         (["privacy.level=full"], "privacy.level=full needs privacy.noisy"),
         (["aggregation.secure_sum=true"], "does not go with secure sums"),
@@ -92,6 +93,26 @@ def test_what_contradicts_privacy_is_refused_in_a_sentence(overrides: list[str],
 def test_what_contradicts_noisy_steps_is_refused_in_a_sentence(overrides: list[str], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         composed("privacy=full", *overrides)
+
+
+UNREACHED = [f"objective.weights.{kind}reconstruction=0" for kind in ("", "visible_", "restyled_")]
+UNREACHED += ["objective.masked_share=0"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["privacy.level=sums"], "privacy.noisy has no effect with privacy.level=sums"),
+        (["privacy.noisy=null"], "privacy.level=adapters needs privacy.noisy"),
+        (["training.precision=bf16"], "privacy.level=adapters cuts gradients in float32"),
+        (UNREACHED, "learns from reconstructions alone: set objective.weights.reconstruction above 0"),
+    ],
+)
+def test_what_contradicts_steps_of_the_output_layer_is_refused(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        composed("privacy=adapters", *overrides)
+    assert composed("privacy=adapters", *UNREACHED[1:]).privacy
+    assert composed("privacy=full", *UNREACHED).privacy
 
 
 def test_a_plan_of_noisy_steps_counts_their_rounds_and_lets_what_acts_on_updates_be_set() -> None:

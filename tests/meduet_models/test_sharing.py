@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from meduet_models.meduet import MeDUET
-from meduet_models.sharing import constant_keys, content_keys, home_keys, shared_keys, site_keys, style_keys
+from meduet_models.sharing import (
+    constant_keys,
+    content_keys,
+    home_keys,
+    output_keys,
+    shared_keys,
+    site_keys,
+    style_keys,
+)
 from tests.worlds import small_network
 
 TINY = small_network(latent_grid=(4, 4, 4), style_map_grid=(1, 2, 1))
@@ -34,6 +42,21 @@ def test_content_share_keeps_site_classifiers_home_and_the_style_branch_as_asked
     assert local == {*content_keys(model), *constant_keys(model)}
     assert shared - local == set(style_keys(model))
     assert not shared & set(site_keys(model))
+
+
+@pytest.mark.parametrize("paths", ["split", "joint"])
+@torch.no_grad()
+def test_another_output_layer_reads_the_same_content_and_style_and_rebuilds_another_scan(paths: str) -> None:
+    model = MeDUET(dataclasses.replace(TINY, factor_paths=paths), 3).eval()
+    latents = torch.randn(2, TINY.latent_channels, *TINY.latent_grid)
+    seen = torch.ones(2, TINY.num_tokens, dtype=torch.bool)
+    before = model.encode(latents)
+    rebuilt = model.predict_tokens(before, seen)
+    for name in output_keys(model):
+        model.get_parameter(name).add_(1.0)
+    after = model.encode(latents)
+    assert torch.equal(after.content, before.content) and torch.equal(after.style, before.style)
+    assert not torch.allclose(model.predict_tokens(after, seen), rebuilt)
 
 
 def test_baselines_share_everything_or_nothing() -> None:

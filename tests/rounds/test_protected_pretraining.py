@@ -4,20 +4,24 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from flwr.app import Context
 
 from client.app import make_client_app
+from federation.exchanges.private_rounds import mechanisms, trained_keys
 from federation.exchanges.style_code import CODE, StyleCodeReply, code_shapes, style_code
 from federation.plan import RunPlan, TrainingPlan
 from federation.privacy_plan import NoisySteps
 from meduet_models.meduet import MeDUET
 from meduet_models.weights import load_weights, save_weights
 from privacy.style_code import COUNT_SHARE
+from privacy.worth import signal_to_noise
 from server.app import RunObserver, run
+from server.coherence import coherence_of
+from server.model import MeduetModel
 from server.phantom_training import PhantomTraining
 from server.protected_styles import ProtectedStyles
 from server.public_scans import PUBLIC_SCANS, public_scans
@@ -43,7 +47,7 @@ def the_plan(epsilon: float = 8.0) -> RunPlan:
     return replace(plan, aggregation=replace(plan.aggregation, deadline_s=300.0))
 
 
-def full_plan(**changes: Any) -> RunPlan:
+def noisy_plan(level: Literal["adapters", "full"] = "full", **changes: Any) -> RunPlan:
     """The same, with two rounds of noisy steps after it."""
     settings: dict[str, Any] = {
         "steps": 4,
@@ -56,7 +60,7 @@ def full_plan(**changes: Any) -> RunPlan:
     plan = the_plan()
     assert plan.privacy is not None
     noisy = NoisySteps(**settings | changes)
-    return replace(plan, privacy=replace(plan.privacy, level="full", noisy=noisy))
+    return replace(plan, privacy=replace(plan.privacy, level=level, noisy=noisy))
 
 
 def grid_of(plan: RunPlan, folder: Path, ceiling: float = 8.0, patients: int = 40) -> InProcessGrid:
@@ -141,7 +145,7 @@ def test_a_site_whose_ceiling_is_lower_answers_nothing_and_the_run_says_so(tmp_p
 def test_a_whole_run_with_noisy_steps_charges_its_epsilon_and_a_centre_killed_among_them_goes_on(
     tmp_path: Path,
 ) -> None:
-    plan, first, second = full_plan(), started(tmp_path / "first"), tmp_path / "second"
+    plan, first, second = noisy_plan(), started(tmp_path / "first"), tmp_path / "second"
     with pytest.raises(Killed):
         run(grid_of(plan, first), plan, first, observer=DiesIn(3))  # the codes are in
     shutil.copytree(first, second)
@@ -177,11 +181,59 @@ def test_a_whole_run_with_noisy_steps_charges_its_epsilon_and_a_centre_killed_am
     assert len(again) == 2 and len(set(again)) == 1
 
 
+def test_with_adapters_the_output_layer_moves_at_the_centre_and_no_bit_of_what_is_read_from_content(
+    tmp_path: Path,
+) -> None:
+    plan, first, second = noisy_plan("adapters"), started(tmp_path / "first"), tmp_path / "second"
+    with pytest.raises(Killed):
+        run(grid_of(plan, first), plan, first, observer=DiesIn(4))  # the sites have answered
+    shutil.copytree(first, second)
+    whole, resumed = (run(grid_of(plan, folder), plan, folder) for folder in (first, second))
+    before = load_weights(first / "checkpoints" / "round-0003.safetensors")[0]
+    output = {"decoder.predict.weight", "decoder.predict.bias"}
+    kept = load_weights(first / "checkpoints" / "round-0004.safetensors")[0]
+    told = {n.removeprefix("shared:"): t for n, t in kept.items() if n.startswith("shared:")}
+    assert set(told) == set(whole.shared)
+    for name, tensor in told.items():
+        assert torch.equal(tensor, before[f"shared:{name}"]) != (name in output)
+    model = load_weights(first / "model.safetensors")[0]
+    only_phantoms = MeduetModel(plan).erased_by_public(
+        {n: before[f"shared:{n}"] for n in told},
+        {n.removeprefix("bank:"): t for n, t in before.items() if n.startswith("bank:")},
+        PUBLIC,
+    )[0]
+    assert {n for n, t in only_phantoms.items() if not torch.equal(t, model[n])} == output
+    # Round 4 left before the copy, round 5 has noise of its own in each of the two.
+    differ = {n for n, t in whole.shared.items() if not torch.equal(t, resumed.shared[n])}
+    assert differ == output
+    for site in plan.sites:
+        records = [e.record for e in Hospital(first / "sites" / site, None, site).journal.entries()]
+        assert [line["round"] for line in records if line["kind"] == "private_round"] == [4, 4, 5]
+        assert len({line["sha256"] for line in records if line["round"] == 4}) == 1
+        spent = Hospital(first / "sites" / site, None, site, epsilon_ceiling=8.0).ledger.spent()
+        assert (spent.num_noised, spent.num_plain) == (3, 0) and 7.9 < spent.total.upper <= 8.0
+
+
+def test_a_step_of_the_output_layer_is_worth_more_than_one_of_all_weights() -> None:
+    plans, network = [noisy_plan("adapters"), noisy_plan("full")], MeDUET(the_plan().network, 3, seed=0)
+    axes, styles = style_code(plans[0], PUBLIC), ProtectedStyles(plans[0], PUBLIC)
+    bank = styles.bank(
+        {s: replace(reply(plans[0], axes.total([axes.centre] * 20).float()), site=s) for s in plans[0].sites}
+    )
+    worth = []
+    for plan in plans:
+        dimensions = sum(network.get_parameter(name).numel() for name in trained_keys(plan, network))
+        coherence = coherence_of(network, plan, PUBLIC, bank)
+        worth.append(signal_to_noise(mechanisms(plan)[1], [20.0] * 3, dimensions, coherence))
+        assert 0 < coherence <= 1
+    assert worth[0] > 1.5 * worth[1]
+
+
 def test_steps_that_noise_drowns_are_refused_before_any_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.protected_pretraining.DROWNED", 0.5)
-    plan = full_plan(although_noise_wins=False)
+    plan = noisy_plan(although_noise_wins=False)
     with pytest.raises(ValueError, match=r"at most 0\.\d+ .*expected 0\.5 or more.*although_noise_wins=true"):
         run(grid_of(plan, tmp_path), plan, started(tmp_path))
     for site in plan.sites:

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from server.config import compose_config
 from simulations.run import run
 from tests.small_simulation import small_simulation
@@ -30,9 +32,10 @@ def test_a_simulation_with_privacy_ends_with_a_page_that_says_epsilon_as_an_inte
     )
 
 
-def test_a_simulation_with_noisy_steps_says_what_they_were_worth(tmp_path: Path) -> None:
+@pytest.mark.parametrize("level", ["adapters", "full"])
+def test_a_simulation_with_noisy_steps_says_what_they_were_worth(tmp_path: Path, level: str) -> None:
     folder = tmp_path / "run"
-    settings = ["privacy=full", "privacy.style_dimensions=3", "privacy.public_scans=72"]
+    settings = [f"privacy={level}", "privacy.style_dimensions=3", "privacy.public_scans=72"]
     settings += [
         "privacy.noisy.steps=2",
         "privacy.noisy.steps_per_round=1",
@@ -42,7 +45,8 @@ def test_a_simulation_with_noisy_steps_says_what_they_were_worth(tmp_path: Path)
     page = run(compose_config([*drowned, "privacy.noisy.although_noise_wins=true"]))
     text = page.read_text(encoding="utf-8")
     assert "then in 2 steps at each hospital on its patients, with noise in each" in text
-    assert "update of all weights (noisy steps; weighted sum)" in text
+    assert ("of the output layer alone" in text) == (level == "adapters")
+    assert "update of the weights that noisy steps train (weighted sum)" in text
     for site in json.loads((folder / "plan.json").read_text(encoding="utf-8"))["sites"]:
         state = folder / "sites" / site
         records = [json.loads(line)["record"] for line in (state / "journal.jsonl").read_text().splitlines()]

@@ -39,7 +39,7 @@ def test_the_words_of_noisy_steps_say_how_many_how_patients_are_drawn_and_what_a
         "In all: style code: 1, rounds of noisy steps: 2.",
     ):
         assert said in text
-    for unsaid in ("asked nothing more", "No weights", "anonymous", "compliant"):
+    for unsaid in ("asked nothing more", "No weights", "output layer", "anonymous", "compliant"):
         assert unsaid not in text
 
 
@@ -67,3 +67,18 @@ def test_the_words_of_a_fine_tuning_with_privacy_say_what_all_rounds_cost_and_wh
         assert said in text
     for unsaid in ("None is added anywhere", "losses and seconds", "anonymous", "compliant"):
         assert unsaid not in text
+
+
+def test_the_words_of_level_adapters_say_what_its_steps_are_for_and_what_they_leave_as_it_is() -> None:
+    noisy = NoisySteps(steps=4, steps_per_round=2, sampling_rate=0.25, clip_norm=1.0, epsilon_style=1.0)
+    plan = protected_plan(public_latents(), level="adapters", epsilon=3.0, noisy=noisy)
+    text, config = words_of(plan), plan.network
+    values = (config.decoder_width + 1) * config.latent_channels * config.patch_size**3
+    for said in (
+        "train the output layer alone (level adapters)",
+        "They improve reconstructions and swaps of style, as far as noise lets them",
+        "change nothing that is read from content",
+        f"by how much {values:,} weights changed in 2 steps",
+        "In all: style code: 1, rounds of noisy steps: 2.",
+    ):
+        assert said in text

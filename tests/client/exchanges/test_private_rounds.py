@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -16,10 +16,16 @@ from client.exchanges import private_rounds
 from client.exchanges.exchange import AskRefused
 from client.latents.group_batches import GroupBatches
 from client.release import GateRefusal
-from client.training.private import frozen_but_layers, step_sum, train_privately
-from client.training.site_state import SiteState, StateMissing
-from client.training.trainee import Trainee
-from federation.exchanges.private_rounds import PrivateAsk, mechanisms, run_epsilon, steps_promise
+from client.training.private import resting_others, step_sum, train_privately
+from client.training.site_state import SiteState, StateFolder, StateMissing
+from client.training.trainee import Trainee, WrongWeights
+from federation.exchanges.private_rounds import (
+    PrivateAsk,
+    mechanisms,
+    run_epsilon,
+    steps_promise,
+    travelling_keys,
+)
 from federation.exchanges.style_code import code_promise
 from federation.plan import RunPlan
 from federation.privacy_plan import NoisySteps
@@ -46,7 +52,9 @@ class Site(Hospital):
     progress_every_s: ClassVar[float] = 0.0
 
 
-def make_full(make: Callable[..., RunPlan], **changes: Any) -> RunPlan:
+def make_noisy(
+    make: Callable[..., RunPlan], level: Literal["adapters", "full"] = "full", **changes: Any
+) -> RunPlan:
     settings: dict[str, Any] = {
         "steps": 4,
         "steps_per_round": 2,
@@ -55,12 +63,17 @@ def make_full(make: Callable[..., RunPlan], **changes: Any) -> RunPlan:
         "epsilon_style": 1.0,
         "although_noise_wins": True,
     }
-    return protected_plan(PUBLIC, make, level="full", noisy=NoisySteps(**settings | changes))
+    return protected_plan(PUBLIC, make, level=level, noisy=NoisySteps(**settings | changes))
 
 
 @pytest.fixture
 def plan(toy_plan: Callable[..., RunPlan]) -> RunPlan:
-    return make_full(toy_plan)
+    return make_noisy(toy_plan)
+
+
+@pytest.fixture
+def adapters(toy_plan: Callable[..., RunPlan]) -> RunPlan:
+    return make_noisy(toy_plan, "adapters")
 
 
 @pytest.fixture
@@ -69,9 +82,9 @@ def bank(plan: RunPlan, toy_bank: Callable[..., StyleBank]) -> StyleBank:
 
 
 def weights(plan: RunPlan) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    whole = MeDUET(plan.network, len(plan.sites), seed=plan.seed).state_dict()
-    stays = {name: tensor for name, tensor in whole.items() if name.startswith("site_from")}
-    return {name: tensor for name, tensor in whole.items() if name not in stays}, stays
+    network = MeDUET(plan.network, len(plan.sites), seed=plan.seed)
+    travels, whole = travelling_keys(plan, network), network.state_dict()
+    return {n: whole[n] for n in travels}, {n: t for n, t in whole.items() if n not in travels}
 
 
 def question(plan: RunPlan, style: StyleBank, round_number: int = FIRST, **changes: Any) -> PrivateAsk:
@@ -124,6 +137,33 @@ def test_a_site_with_few_patients_or_none_answers_in_the_same_form(
     assert float(released.tensors["embed.weight"].abs().max()) > 0
 
 
+# Level adapters
+
+
+def test_at_level_adapters_the_output_layer_moves_and_nothing_else_leaves_or_changes_at_the_site(
+    adapters: RunPlan, bank: StyleBank, tmp_path: Path
+) -> None:
+    site, (shared, home) = hospital(tmp_path), weights(adapters)
+    released = answered(site, question(adapters, bank), adapters)
+    assert set(released.tensors) == set(shared) == {"decoder.predict.weight", "decoder.predict.bias"}
+    assert all(float(tensor.abs().min()) > 0 for tensor in released.tensors.values())
+    kept = StateFolder(tmp_path / "state", adapters.sha256).before(FIRST + 1)
+    assert set(kept.home) == set(home)
+    assert all(torch.equal(kept.home[name], tensor) for name, tensor in home.items())
+    for name, tensor in kept.teacher.items():
+        assert torch.equal(tensor, {**home, **shared}[name]) != (name in shared)
+    assert {key.partition("/")[2] for key in kept.optimiser} == set(shared)
+    answered(site, question(adapters, bank, FIRST + 1), adapters)
+    assert site.ledger.spent().num_noised == 2
+
+
+def test_at_level_adapters_the_centre_cannot_send_other_weights_than_the_output_layer(
+    plan: RunPlan, adapters: RunPlan, bank: StyleBank, tmp_path: Path
+) -> None:
+    with pytest.raises(WrongWeights, match="missing or not one of them"):
+        answered(hospital(tmp_path), question(adapters, bank, shared=weights(plan)[0]), adapters)
+
+
 def test_nothing_is_asked_that_the_plan_does_not_have(plan: RunPlan, bank: StyleBank, tmp_path: Path) -> None:
     for wrong in (FIRST - 1, FIRST + 2, 0):
         with pytest.raises(AskRefused, match="rounds 4 to 5"):
@@ -136,7 +176,7 @@ def test_nothing_is_asked_that_the_plan_does_not_have(plan: RunPlan, bank: Style
 def sums(plan: RunPlan, bank: StyleBank, scans: ViewedScans, step: int = 0) -> dict[str, Tensor]:
     shared, home = weights(plan)
     trainee = Trainee.of(plan, shared, SiteState(round=0, home=home), CPU)
-    frozen_but_layers(trainee)
+    resting_others(trainee.student, plan)
     batches = GroupBatches(scans, plan, bank, PUBLIC, "north")
     noise = StepSecrets(SecretSource(b"k" * 32), ("line",), 1.0)
     return step_sum(trainee, batches, batches.drawn(noise, step), "mftd", plan)
@@ -146,11 +186,15 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return math.sqrt(sum(float((one[name] - other[name]).square().sum()) for name in one))
 
 
+@pytest.mark.parametrize("level", ["adapters", "full"])
 @pytest.mark.parametrize("spoiled", ["as she is", "huge", "overflow", "nan", "zero"])
 def test_one_patient_moves_the_sum_of_a_step_by_the_bound_whatever_her_scans_hold(
-    toy_plan: Callable[..., RunPlan], toy_bank: Callable[..., StyleBank], spoiled: str
+    toy_plan: Callable[..., RunPlan],
+    toy_bank: Callable[..., StyleBank],
+    spoiled: str,
+    level: Literal["adapters", "full"],
 ) -> None:
-    plan = make_full(toy_plan, sampling_rate=1.0, clip_norm=0.5, group_size=4)
+    plan = make_noisy(toy_plan, level, sampling_rate=1.0, clip_norm=0.5, group_size=4)
     scans = ViewedScans.of([f"p{n // 2}" for n in range(12)])
     match spoiled:
         case "huge":
@@ -188,7 +232,7 @@ def auc(members: Tensor, others: Tensor) -> float:
 def test_gradient_alignment_finds_a_member_without_noise_and_stays_under_the_bound_with_it(
     toy_plan: Callable[..., RunPlan], toy_bank: Callable[..., StyleBank]
 ) -> None:
-    plan = make_full(toy_plan, steps=1, steps_per_round=1, sampling_rate=1.0)
+    plan = make_noisy(toy_plan, steps=1, steps_per_round=1, sampling_rate=1.0)
     with_her, without = worlds(plan, toy_bank(plan))
     hers = {name: with_her[name] - without[name] for name in with_her}  # her cut gradient
 
@@ -217,7 +261,7 @@ def test_the_update_of_a_round_without_noise_gives_a_member_away(
     fewer = ViewedScans.of([f"p{n}" for n in range(8)])
     fewer.train = fewer.train[:-1]
     shared, home = weights(plan)
-    all_in = make_full(lambda **parts: replace(plan, privacy=parts["privacy"]), sampling_rate=1.0)
+    all_in = make_noisy(lambda **parts: replace(plan, privacy=parts["privacy"]), sampling_rate=1.0)
 
     def update(scans: ViewedScans, key: bytes) -> Tensor:
         trainee = Trainee.of(all_in, shared, SiteState(round=0, home=home), CPU)
@@ -246,10 +290,16 @@ def killed_after(step: int) -> Callable[[int, float], None]:
     return on_step
 
 
+@pytest.mark.parametrize("level", ["adapters", "full"])
 @pytest.mark.parametrize("step", [1, 2])
 def test_a_round_killed_after_any_step_goes_on_to_the_same_bits(
-    plan: RunPlan, bank: StyleBank, tmp_path: Path, step: int
+    toy_plan: Callable[..., RunPlan],
+    bank: StyleBank,
+    tmp_path: Path,
+    step: int,
+    level: Literal["adapters", "full"],
 ) -> None:
+    plan = make_noisy(toy_plan, level)
     first, second = tmp_path / "first", tmp_path / "second"
     with pytest.raises(Killed):
         answered(hospital(first), question(plan, bank), plan, on_step=killed_after(step))
