@@ -5,9 +5,9 @@
 Hospitals as in `meduet-simulate experiment=hippocampus hospitals.by=random hospitals.styles_on_top=true`, the
 same for all cells of a seed; other settings as overrides. Every cell is a whole run, measured after it on
 held-out patients, with the site erasure that the run ended with. `patients` is the run without privacy, of as
-many steps at each site; `full-E` takes noisy steps after those of `sums`, within one epsilon. `exact` is
-`sums` at epsilon 20, the most that a plan may ask for, and stands for infinity. A cell that is done is read
-from its folder (`runs/cost/`), so the table may be made in several sittings.
+many steps at each site; `full-E` and `adapters-E` take noisy steps after those of `sums`, within one epsilon.
+`exact` is `sums` at epsilon 20, the most that a plan may ask for, and stands for infinity. A cell that is
+done is read from its folder (`runs/cost/`), so the table may be made in several sittings.
 """
 
 import argparse
@@ -49,10 +49,10 @@ def settings_of(cell: str) -> list[str]:
             return ["privacy=sums", "privacy.epsilon=20", "privacy.style_dimensions=16"]
         case "sums":
             return ["privacy=sums", f"privacy.epsilon={epsilon}"]
-        case "full":
+        case "adapters" | "full":
             share = f"privacy.noisy.epsilon_style={float(epsilon) / 2}"
-            return ["privacy=full", f"privacy.epsilon={epsilon}", share, *NOISY]
-    raise ValueError(f"Expected random, exact, patients, sums-EPSILON or full-EPSILON; got {cell!r}.")
+            return [f"privacy={kind}", f"privacy.epsilon={epsilon}", share, *NOISY]
+    raise ValueError(f"Expected random, exact, patients, or sums-, adapters- or full-EPSILON; got {cell!r}.")
 
 
 def measured(simulation: Simulation, models: Sequence[MeDUET]) -> dict[str, float]:
