@@ -36,7 +36,12 @@ def plan_of(*overrides: str) -> RunPlan:
     )
 
 
-PLAN = plan_of("diffusion=raw", "+probes.anatomy.age=[20,90]", "demographics={age_edges:[20,60]}")
+PLAN = plan_of(
+    "diffusion=raw",
+    "+probes.anatomy.age=[20,90]",
+    "demographics={age_edges:[20,60]}",
+    "audit_counts={false_alarms:0.5}",
+)
 NOISY = NoisySteps(steps=4, steps_per_round=2, sampling_rate=0.5, clip_norm=1.0, epsilon_style=1.0)
 PRIVACY = PrivacyPlan(level="full", epsilon=3.0, public_sha256="0" * 64, noisy=NOISY)
 FINETUNING = FinetunePlan(

@@ -27,7 +27,7 @@ from tests.client.exchanges.test_private_rounds import (
     hospital,
     key_of,
     killed_after,
-    make_full,
+    make_noisy,
     question,
 )
 
@@ -41,7 +41,7 @@ class WithJobs(Site):
 
 @pytest.fixture
 def plan(toy_plan: Callable[..., RunPlan]) -> RunPlan:
-    return make_full(toy_plan)
+    return make_noisy(toy_plan)
 
 
 def job(folder_of_site: Path, plan: RunPlan, change: Callable[[Offer], Offer] = lambda offer: offer) -> Any:
