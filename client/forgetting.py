@@ -26,6 +26,7 @@ from client.latents.cache_files import CacheFiles, DamagedEncoding
 from client.latents.encoding import FINGERPRINTS
 from client.latents.latent_set import open_stored
 from client.latents.prepared_volumes import volume_path
+from client.release import OF_RANDOM_NUMBERS
 from client.releases import releases_of
 from client.scans.judgement_memo import without_scans
 from client.settings import SiteConfig, approvals_of
@@ -40,7 +41,6 @@ from storage.files import write_whole
 
 KIND = "patient_forgotten"
 """Kind of the journal's line."""
-_OF_RANDOM_NUMBERS = frozenset({"sum_keys", "sum_shares", "sum_unmask"})
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _dependents(config: SiteConfig, line: Entry) -> Dependents:
             row
             for row in releases_of(config)
             if row["sha256"] in hashes
-            and row["kind"] not in _OF_RANDOM_NUMBERS
+            and row["kind"] not in OF_RANDOM_NUMBERS
             and not (row["sha256"] in held and set(items).isdisjoint(held[row["sha256"]]))
         ),
     )

@@ -45,7 +45,7 @@ COUNT_NAMES: Final = frozenset({"examples", "num_patients", "num_scans", "first_
 TEXT: Final = "text"
 """Name of the tensor that holds the bytes of a text."""
 
-_OF_RANDOM_NUMBERS: Final = frozenset({"sum_keys", "sum_shares", "sum_unmask"})
+OF_RANDOM_NUMBERS: Final = frozenset({"sum_keys", "sum_shares", "sum_unmask"})
 """Every kind of text that may leave: keys and shares of a secure sum (`privacy/secure_sum/party.py`)."""
 
 _ROUNDING_OF_SUMS: Final = 2.0**-20
@@ -282,7 +282,7 @@ class Gate:
         reservation.
         """
         reservation = self._reservation
-        if reservation.promise.enforcement != "none" or reservation.place.kind not in _OF_RANDOM_NUMBERS:
+        if reservation.promise.enforcement != "none" or reservation.place.kind not in OF_RANDOM_NUMBERS:
             raise GateRefusal(f"Expected keys or shares of a secure sum; got a {reservation.place.kind!r}.")
         content = {TEXT: torch.frombuffer(bytearray(text.encode("ascii")), dtype=torch.uint8)}
         sha256 = sha256_of_tensors(content)

@@ -171,6 +171,12 @@ class ClippedSum:
     not_finite: int
     """Groups whose gradient held a NaN or an infinity and counts as zero. Exact, so it stays at home."""
 
+    @staticmethod
+    def of_none(parameters: Mapping[str, Tensor]) -> "ClippedSum":
+        """The sum over no group: a zero for each number of these parameters."""
+        zeros = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
+        return ClippedSum(zeros, clipped=0, not_finite=0)
+
     def __add__(self, other: "ClippedSum") -> "ClippedSum":
         """The sum over the groups of both."""
         total = {name: tensor + other.total[name] for name, tensor in self.total.items()}

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from federation.exchanges.private_rounds import noisy_of, trained_keys
+from federation.exchanges.private_rounds import noisy_of, resting_others
 from federation.exchanges.survey import survey_layout
 from federation.plan import RunPlan
 from meduet_models.meduet import MeDUET
@@ -18,7 +18,7 @@ from meduet_models.objective.teacher import Teacher
 from meduet_models.seeds import generator_of
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.restyling import own_entries, restyle_each
-from privacy.group_gradients import GroupGradients, clipped_sum
+from privacy.group_gradients import ClippedSum, GroupGradients, clipped_sum
 
 GROUPS = 32
 """Groups that are looked at, one by one."""
@@ -29,13 +29,11 @@ def coherence_of(
 ) -> float:
     """Length of the mean of cut group gradients over `clip_norm`, from 0 to 1, without what chance adds to
     it in so few groups."""
-    noisy, names = noisy_of(plan), trained_keys(plan, student)
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(name in names)
+    noisy, trained = noisy_of(plan), resting_others(plan, student)
     teacher, size = Teacher(student), noisy.group_size
     present = tuple(style_bank.sites.index(site) for site in style_bank.present)
     draws = generator_of("coherence", plan.seed)
-    total = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in student.named_parameters() if n in names}
+    total = ClippedSum.of_none(trained)
     squares = 0.0
     for _ in range(GROUPS):
         rows = torch.randperm(len(public), generator=draws)[:size]
@@ -50,12 +48,12 @@ def coherence_of(
             restyled_site=swapped,
             subject=rows,
         )
-        with GroupGradients(student, names, 1, size) as watched:
+        with GroupGradients(student, tuple(trained), 1, size) as watched:
             losses = MeduetObjective(plan.objective)(student, teacher, batch, step, 1.0, size)
             losses.total.backward()  # type: ignore[no-untyped-call]
-        one = clipped_sum(watched.gradients(), noisy.clip_norm).total
-        squares += sum(float(tensor.square().sum()) for tensor in one.values())
-        total = {name: tensor + one[name] for name, tensor in total.items()}
-    whole = sum(float(tensor.square().sum()) for tensor in total.values())
+        one = clipped_sum(watched.gradients(), noisy.clip_norm)
+        squares += sum(float(tensor.square().sum()) for tensor in one.total.values())
+        total = total + one
+    whole = sum(float(tensor.square().sum()) for tensor in total.total.values())
     between_groups = (whole - squares) / (GROUPS * (GROUPS - 1))  # mean product of two different groups
     return float(max(0.0, between_groups) ** 0.5 / noisy.clip_norm)

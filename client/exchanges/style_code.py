@@ -14,6 +14,7 @@ from torch import Tensor
 from client.exchanges.exchange import Answer, AskRefused, OnStep, SiteAtWork
 from client.latents.batches import TrainingScans
 from client.release import Gate, Released
+from client.scans.patients import rows_by_patient
 from federation.exchanges.style_code import (
     CODE,
     STYLE_CODE,
@@ -46,10 +47,7 @@ def answer_style_code(
 def patient_styles(scans: TrainingScans, plan: RunPlan) -> Iterator[Float64[Tensor, " s"]]:
     """The style of each training patient, all scans together; NaN for one whose scans are not finite."""
     layout = survey_layout(plan)
-    rows: dict[str, list[int]] = {}
-    for row in scans.indices("train"):
-        rows.setdefault(scans.patients[row], []).append(row)
-    for mine in rows.values():
+    for mine in rows_by_patient(scans.patients, scans.indices("train")).values():
         try:
             yield vector_of(entry_of_scans(scans.latents(mine), layout))
         except ValueError:

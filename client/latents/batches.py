@@ -26,6 +26,7 @@ from torch import Tensor
 
 from client.latents.style_moments import body_parts, own_moments
 from client.latents.whole_scan import draw_start
+from client.scans.patients import rows_by_patient
 from client.site_secret import seed_of
 from federation.plan import RunPlan
 from meduet_models.objective.objective import StepBatch, StepDraws, draw_step
@@ -236,10 +237,7 @@ class Batches:
 
 
 def _rows_of_patients(scans: TrainingScans) -> list[list[int]]:
-    rows: dict[str, list[int]] = {}
-    for row in scans.indices("train"):
-        rows.setdefault(scans.patients[row], []).append(int(row))
-    return list(rows.values())
+    return list(rows_by_patient(scans.patients, scans.indices("train")).values())
 
 
 def _one_of(rows: list[int], generator: torch.Generator) -> int:

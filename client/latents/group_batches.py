@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from client.latents.batches import TrainingScans
+from client.scans.patients import rows_by_patient
 from federation.exchanges.private_rounds import noisy_of
 from federation.exchanges.survey import survey_layout
 from federation.plan import RunPlan
@@ -61,9 +62,7 @@ class GroupBatches:
         self._own = plan.sites.index(site)
         self._public_own = own_entries(public, survey_layout(plan))
         self._choices = tuple(style_bank.sites.index(name) for name in style_bank.present)
-        self._rows: dict[str, list[int]] = {}
-        for row in scans.indices("train"):
-            self._rows.setdefault(scans.patients[row], []).append(int(row))
+        self._rows = rows_by_patient(scans.patients, scans.indices("train"))
 
     @property
     def patients(self) -> float:

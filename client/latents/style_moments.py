@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 
+from client.scans.patients import rows_by_patient
 from federation.exchanges.survey import smallest_cohort, survey_layout
 from federation.plan import RunPlan
 from meduet_models.style.moments import CohortTooSmall, StyleMoments
@@ -78,9 +79,7 @@ def own_moments(scans: SurveyedScans, plan: RunPlan) -> StyleMoments:
     """
     layout = survey_layout(plan)
     parts = body_parts(scans, plan)
-    rows: dict[str, list[int]] = {}
-    for row in scans.indices("train"):
-        rows.setdefault(scans.patients[row], []).append(row)
+    rows = rows_by_patient(scans.patients, scans.indices("train"))
     total, num_scaled = StyleMoments.none(layout), 0
     for mine in rows.values():
         if plan.volumes.extent == "scan":

@@ -98,6 +98,15 @@ class PatientMap:
         return f"{self.num_patients} {plural}, e.g. {shown(path)} is patient {shown(patient)}"
 
 
+def rows_by_patient(patients: Sequence[str], rows: Iterable[int]) -> dict[str, list[int]]:
+    """The rows of each patient; patients, and the rows of each, in the order of `rows`. `patients`: whose a
+    row is."""
+    found: dict[str, list[int]] = {}
+    for row in rows:
+        found.setdefault(patients[row], []).append(int(row))
+    return found
+
+
 def shown(text: str) -> str:
     """A name as it may be printed: no control character reaches a terminal."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in readable(text))

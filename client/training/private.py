@@ -21,16 +21,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from client.latents.group_batches import Group, GroupBatches
 from client.training.site_state import RoundResult, UnderWay
 from client.training.trainee import Trainee
-from federation.exchanges.private_rounds import noisy_of, trained_keys
+from federation.exchanges.private_rounds import noisy_of, resting_others, trained_keys
 from federation.optimisation import take_step
 from federation.plan import RunPlan
-from meduet_models.meduet import MeDUET
 from meduet_models.objective.objective import MeduetObjective
 from meduet_models.weights import StoredWeights
 from privacy.group_gradients import ClippedSum, GroupGradients, clipped_sum
@@ -57,7 +55,7 @@ def train_privately(
     function of these sums and of what is public. Not covered: how long a step took.
     """
     student, noisy = trainee.student, noisy_of(plan)
-    trained = resting_others(trainee.student, plan)
+    trained = resting_others(plan, trainee.student)
 
     def load(tensors: StoredWeights) -> None:
         trainee.load(tensors.part(_TRAINEE))
@@ -101,14 +99,6 @@ def train_privately(
     )
 
 
-def resting_others(student: MeDUET, plan: RunPlan) -> dict[str, nn.Parameter]:
-    """The parameters that noisy steps train, by name; from now on all others of `student` rest."""
-    trained, parameters = trained_keys(plan, student), dict(student.named_parameters())
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(name in trained)
-    return {name: parameters[name] for name in trained}
-
-
 def step_sum(
     trainee: Trainee,
     batches: GroupBatches,
@@ -121,8 +111,7 @@ def step_sum(
     noisy, student = noisy_of(plan), trainee.student
     names = trained_keys(plan, student)
     parameters = dict(student.named_parameters())
-    zeros = {name: torch.zeros_like(parameters[name], dtype=torch.float64) for name in names}
-    whole = ClippedSum(zeros, clipped=0, not_finite=0)
+    whole = ClippedSum.of_none({name: parameters[name] for name in names})
     at_once = plan.training.batch_size // noisy.group_size
     for first in range(0, len(groups), at_once):
         some = groups[first : first + at_once]

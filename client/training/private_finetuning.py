@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from client.latents.labelled import LabelledScans
+from client.scans.patients import rows_by_patient
 from client.training.finetuning import MovingAverage, check_answers, learning_rate_at
 from federation.exchanges.finetuning import FinetunePlan
 from federation.finetuning_privacy import protection_of
@@ -81,12 +82,7 @@ def step_sum(
     many at once as the plan's batch holds scans."""
     local, privacy = finetuning.local, protection_of(finetuning)
     task, device = task_of(local.task), next(network.parameters()).device
-    zeros = {
-        name: torch.zeros_like(parameter, dtype=torch.float64)
-        for name, parameter in network.named_parameters()
-        if parameter.requires_grad
-    }
-    whole = ClippedSum(zeros, clipped=0, not_finite=0)
+    whole = ClippedSum.of_none({name: p for name, p in network.named_parameters() if p.requires_grad})
     drawn = _drawn(scans, noise, step, privacy.sampling_rate, crop_foreground)
     for at in range(0, len(drawn), local.batch_size):
         latents, truth = (torch.cat(part) for part in zip(*drawn[at : at + local.batch_size], strict=True))
@@ -108,10 +104,7 @@ def _drawn(
     drawn: list[tuple[Tensor, Tensor]] = []
     if scans is None:
         return drawn
-    rows: dict[str, list[int]] = {}
-    for row, patient in enumerate(scans.patient):
-        rows.setdefault(patient, []).append(row)
-    for patient, own in rows.items():
+    for patient, own in rows_by_patient(scans.patient, range(len(scans))).items():
         if (generator := noise.drawn(step, patient, rate)) is not None:
             row = own[int(torch.randint(len(own), (), generator=generator))]
             drawn.append(scans.drawn([row], crop_foreground, generator))

@@ -12,6 +12,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated
 
+from torch import nn
+
 from federation.exchanges.exchange import Exchange
 from federation.exchanges.pretraining import TrainReply
 from federation.exchanges.style_code import code_promise, privacy_of
@@ -60,6 +62,14 @@ def trained_keys(plan: RunPlan, network: MeDUET) -> tuple[str, ...]:
     if privacy_of(plan).level == "adapters":
         return output_keys(network)
     return parameters_of_layers(network)
+
+
+def resting_others(plan: RunPlan, student: MeDUET) -> dict[str, nn.Parameter]:
+    """The parameters that noisy steps train, by name; from now on all others of `student` rest."""
+    trained, parameters = trained_keys(plan, student), dict(student.named_parameters())
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in trained)
+    return {name: parameters[name] for name in trained}
 
 
 def travelling_keys(plan: RunPlan, network: MeDUET) -> tuple[str, ...]:

@@ -16,12 +16,13 @@ from client.exchanges import private_rounds
 from client.exchanges.exchange import AskRefused
 from client.latents.group_batches import GroupBatches
 from client.release import GateRefusal
-from client.training.private import resting_others, step_sum, train_privately
+from client.training.private import step_sum, train_privately
 from client.training.site_state import SiteState, StateFolder, StateMissing
 from client.training.trainee import Trainee, WrongWeights
 from federation.exchanges.private_rounds import (
     PrivateAsk,
     mechanisms,
+    resting_others,
     run_epsilon,
     steps_promise,
     travelling_keys,
@@ -176,7 +177,7 @@ def test_nothing_is_asked_that_the_plan_does_not_have(plan: RunPlan, bank: Style
 def sums(plan: RunPlan, bank: StyleBank, scans: ViewedScans, step: int = 0) -> dict[str, Tensor]:
     shared, home = weights(plan)
     trainee = Trainee.of(plan, shared, SiteState(round=0, home=home), CPU)
-    resting_others(trainee.student, plan)
+    resting_others(plan, trainee.student)
     batches = GroupBatches(scans, plan, bank, PUBLIC, "north")
     noise = StepSecrets(SecretSource(b"k" * 32), ("line",), 1.0)
     return step_sum(trainee, batches, batches.drawn(noise, step), "mftd", plan)
