@@ -11,5 +11,5 @@ from simulations.progress import Live
 
 def test_a_run_whose_settings_another_version_wrote_is_refused_in_a_line(tmp_path: Path) -> None:
     OmegaConf.save({"seed": 0}, tmp_path / "config.yaml")
-    with pytest.raises(ValueError, match=r"Expected every setting of this version in .*: open it with that one"):
+    with pytest.raises(ValueError, match="Expected every setting of this version"):
         begun_run(tmp_path, Live())
