@@ -36,6 +36,9 @@ class NoisySteps:
     """What the style code may cost by itself; the steps cost what is left."""
     although_noise_wins: bool = False
     """Whether sites are asked although noise drowns the steps (`privacy/worth.py`)."""
+    noise_multiplier: Annotated[float, Range(at_least=0, at_most=10_000)] = 0.0
+    """Deviation of a step's noise over `clip_norm`: found when the plan is made, as the least at which style
+    code and steps cost the plan's epsilon, and checked by whoever reads it; 0: not found yet."""
 
     @property
     def rounds(self) -> int:

@@ -20,8 +20,9 @@ from typing import Any
 
 LARGEST_DELTA = 1e-5
 """A delta beyond it protects nobody: with some hundred patients, one of them may simply be told."""
-_COARSE, _FINE = 1e-3, 1e-4  # grids of privacy losses; the second is what is charged
+_COARSE, _FINE = 1e-3, 1e-4  # grids of privacy losses; the first is quick, and says a little too much
 _GRAIN = 1e-4  # noise multipliers are multiples of it, so that sites and centre agree on them to the bit
+_NEEDLESS = 0.02  # share of an epsilon that steps may leave unused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,21 +111,34 @@ def _composed(counts: tuple[tuple[Mechanism, int], ...], delta: float) -> Epsilo
 def _estimate(
     counts: Mapping[Mechanism, int], delta: float, pessimistic: bool, interval: float = _FINE
 ) -> float:
-    # Imported here: it takes a second or two, which only what is noised needs.
-    from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
-
     whole: Any = None
     for mechanism, steps in counts.items():
-        one = from_gaussian_mechanism(
-            mechanism.noise_multiplier,
-            sampling_prob=mechanism.sampling_rate,
-            value_discretization_interval=interval,
-            pessimistic_estimate=pessimistic,
-            use_connect_dots=pessimistic,  # the dots are connected from above only
-        )
+        one = _of_one_step(mechanism, pessimistic, interval)
         taken = one.self_compose(steps) if steps > 1 else one
         whole = taken if whole is None else whole.compose(taken)
     return float(whole.get_epsilon_for_delta(delta))
+
+
+@lru_cache(maxsize=16)
+def _of_one_step(mechanism: Mechanism, pessimistic: bool, interval: float) -> Any:
+    """The privacy losses of a mechanism taken once: what takes the time of an estimate."""
+    # Imported here: it takes a second or two, which only what is noised needs.
+    from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
+
+    return from_gaussian_mechanism(
+        mechanism.noise_multiplier,
+        sampling_prob=mechanism.sampling_rate,
+        value_discretization_interval=interval,
+        pessimistic_estimate=pessimistic,
+        use_connect_dots=pessimistic,  # the dots are connected from above only
+    )
+
+
+def is_within(mechanisms: Sequence[Mechanism], epsilon: float, delta: float) -> bool:
+    """Whether all of these cost at most `epsilon` together, by a pessimistic estimate: the quick one, and
+    what is charged where that says no."""
+    counts = _counted(mechanisms)
+    return any(_estimate(counts, delta, True, interval) <= epsilon for interval in (_COARSE, _FINE))
 
 
 @lru_cache(maxsize=64)
@@ -132,37 +146,66 @@ def step_multiplier(
     epsilon: float, delta: float, sampling_rate: float, steps: int, beside: tuple[Mechanism, ...] = ()
 ) -> float:
     """The least noise multiplier (to four decimals) at which so many steps on Poisson samples, and what is
-    released `beside` them, cost at most `epsilon` together, by the pessimistic estimate.
+    released `beside` them, cost at most `epsilon` together, by the quick pessimistic estimate.
 
-    Raises `ValueError` where `beside` alone leaves nothing of `epsilon`.
+    Searched where a plan is made; who reads a plan checks the number in it (`check_multiplier`). Raises
+    `ValueError` where `beside` alone leaves nothing of `epsilon`.
     """
     from scipy.optimize import brentq  # here: a question that is not noised need not load it
 
     if beside and epsilon_of(beside, delta).upper >= epsilon:
         raise ValueError(f"Expected releases beside the steps to cost less than {epsilon:g}; they cost more.")
 
-    def over(logarithm: float, interval: float) -> float:
-        taken = Mechanism(noise_multiplier=math.exp(logarithm), sampling_rate=sampling_rate, steps=steps)
-        return _estimate(_counted([*beside, taken]), delta, True, interval) - epsilon
+    def over(logarithm: float) -> float:
+        return _with_steps(math.exp(logarithm), delta, sampling_rate, steps, beside) - epsilon
 
-    high = low = 0.0
-    for interval in (_COARSE, _FINE):  # the coarse one is quick, and says a little too much
-        while over(high, interval) > 0:
-            high += 0.7
-        low = high - 0.02
-        while over(low, interval) <= 0:
-            low -= 0.7
-        high = float(brentq(over, low, high, args=(interval,), xtol=_GRAIN))
-    least = math.exp(high)
-    grains = math.ceil(least / _GRAIN)
-
-    def within() -> bool:
-        taken = Mechanism(noise_multiplier=_grained(grains), sampling_rate=sampling_rate, steps=steps)
-        return epsilon_of([*beside, taken], delta).upper <= epsilon
-
-    while not within():
+    high = 0.0
+    while over(high) > 0:
+        high += 0.7
+    low = high - 0.7
+    while over(low) <= 0:
+        low -= 0.7
+    grains = math.ceil(math.exp(float(brentq(over, low, high, xtol=_GRAIN))) / _GRAIN)
+    while _with_steps(_grained(grains), delta, sampling_rate, steps, beside) > epsilon:
         grains += 1
     return _grained(grains)
+
+
+@lru_cache(maxsize=64)
+def check_multiplier(
+    noise_multiplier: float,
+    epsilon: float,
+    delta: float,
+    sampling_rate: float,
+    steps: int,
+    beside: tuple[Mechanism, ...] = (),
+) -> None:
+    """Raise `ValueError` unless so many steps with this noise, and what is released `beside` them, cost at
+    most `epsilon` together, and not much less. One composition, where finding the multiplier takes many."""
+    if not noise_multiplier > 0:
+        raise ValueError("Expected the noise multiplier of the steps; the plan holds none. Make it again.")
+    taken = Mechanism(noise_multiplier=noise_multiplier, sampling_rate=sampling_rate, steps=steps)
+    if not is_within([*beside, taken], epsilon, delta):
+        cost = epsilon_of([*beside, taken], delta).upper
+        raise ValueError(
+            f"Expected noise at which the steps cost at most epsilon {epsilon:g}; with noise_multiplier="
+            f"{noise_multiplier:g} they cost {cost:.4g}. Make the plan again."
+        )
+    if (cost := _with_steps(noise_multiplier, delta, sampling_rate, steps, beside)) < epsilon * (
+        1 - _NEEDLESS
+    ):
+        raise ValueError(
+            f"Expected noise no larger than epsilon {epsilon:g} asks for; with noise_multiplier="
+            f"{noise_multiplier:g} the steps cost {cost:.4g}. Make the plan again, or lower epsilon."
+        )
+
+
+def _with_steps(
+    noise_multiplier: float, delta: float, sampling_rate: float, steps: int, beside: tuple[Mechanism, ...]
+) -> float:
+    """What steps and `beside` cost together, by the quick pessimistic estimate."""
+    taken = Mechanism(noise_multiplier=noise_multiplier, sampling_rate=sampling_rate, steps=steps)
+    return _estimate(_counted([*beside, taken]), delta, True, _COARSE)
 
 
 @lru_cache(maxsize=64)

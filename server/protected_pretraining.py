@@ -64,11 +64,11 @@ class ProtectedPretraining:
 
     def survey(self) -> tuple[Tensors, dict[str, Any]]:
         """The bank of protected styles, and what there is to say of it. Raises as `ask_sites`."""
-        styles = ProtectedStyles(self._plan, self.public)
+        epsilon, styles = run_epsilon(self._plan), ProtectedStyles(self._plan, self.public)
         replies, refused = ask_style_code(
             self._grid, self._roster, self._plan, self.public, styles.check, self._book
         )
-        style_bank, epsilon = styles.bank(replies), run_epsilon(self._plan)
+        style_bank = styles.bank(replies)
         return style_bank.to_tensors(), {
             "sites": {site: {"patients": round(styles.patients(r))} for site, r in replies.items()},
             "latent_deviation": style_bank.scale.tolist(),

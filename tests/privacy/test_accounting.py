@@ -2,17 +2,21 @@
 
 import math
 import time
+from typing import Any
 
 import dp_accounting as dpa
 import pytest
 from dp_accounting import rdp
 
+from privacy import accounting
 from privacy.accounting import (
     Epsilon,
     Mechanism,
+    check_multiplier,
     epsilon_of,
     gaussian_delta,
     gaussian_multiplier,
+    is_within,
     step_multiplier,
 )
 
@@ -169,9 +173,49 @@ def test_steps_and_what_is_released_beside_them_cost_the_epsilon_together_and_no
     noise = step_multiplier(3.0, 1e-5, 0.1, 400, beside)
     assert noise > step_multiplier(3.0, 1e-5, 0.1, 400)
     assert epsilon_of([*beside, taken(noise, 0.1, 400)], 1e-5).upper <= 3.0
-    assert epsilon_of([*beside, taken(noise - 2e-4, 0.1, 400)], 1e-5).upper > 3.0
+    assert epsilon_of([*beside, taken(0.999 * noise, 0.1, 400)], 1e-5).upper > 3.0
 
 
 def test_nothing_is_left_for_steps_beside_a_release_that_costs_as_much() -> None:
     with pytest.raises(ValueError, match="beside the steps to cost less than 1"):
         step_multiplier(1.0, 1e-5, 0.1, 10, (taken(gaussian_multiplier(1.5, 1e-5)),))
+
+
+def test_noise_that_was_found_elsewhere_is_checked_by_one_composition(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    code = (taken(gaussian_multiplier(1.0, 1e-5)),)
+    noise = step_multiplier(3.0, 1e-5, 0.1, 400, code)
+    composed: list[float] = []
+    estimate = accounting._estimate
+
+    def counted(counts: Any, delta: float, pessimistic: bool, interval: float = 1e-4) -> float:
+        composed.append(interval)
+        return estimate(counts, delta, pessimistic, interval)
+
+    monkeypatch.setattr(accounting, "_estimate", counted)
+    check_multiplier.cache_clear()
+    check_multiplier(noise, 3.0, 1e-5, 0.1, 400, code)
+    assert set(composed) == {1e-3} and len(composed) <= 2  # the quick grid, one composition for each end
+
+
+@pytest.mark.parametrize(
+    ("share", "sentence"),
+    [
+        (0.99, "at most epsilon 3; with noise_multiplier=.* they cost 3.0"),
+        (0.5, "at most epsilon 3; with noise_multiplier=.* they cost"),
+        (1.05, "no larger than epsilon 3 asks for; with noise_multiplier=.* the steps cost 2.8"),
+        (0.0, "the plan holds none"),
+    ],
+)
+def test_noise_that_is_too_little_or_needless_is_refused(share: float, sentence: str) -> None:
+    noise = step_multiplier(3.0, 1e-5, 0.1, 400)
+    with pytest.raises(ValueError, match=sentence):
+        check_multiplier(noise * share, 3.0, 1e-5, 0.1, 400)
+
+
+def test_the_quick_estimate_lets_nothing_pass_that_what_is_charged_would_not() -> None:
+    for steps in ([taken(1.0, 0.2, 30)], [taken(4.5, 0.1, 1000)], [taken(0.8, 0.1, 9), taken(1.4)]):
+        charged = epsilon_of(steps, 1e-5).upper
+        assert is_within(steps, charged, 1e-5) and not is_within(steps, charged - 1e-4, 1e-5)
+        assert charged <= accounting._estimate(accounting._counted(steps), 1e-5, True, 1e-3) < charged + 5e-3

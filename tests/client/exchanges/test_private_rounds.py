@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from client.commands.plan_words import plan_words
 from client.exchanges import private_rounds
 from client.exchanges.exchange import AskRefused
 from client.latents.group_batches import GroupBatches
@@ -30,6 +31,7 @@ from federation.exchanges.private_rounds import (
 from federation.exchanges.style_code import code_promise
 from federation.plan import RunPlan
 from federation.privacy_plan import NoisySteps
+from federation.published_plan import PublishedPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.style.bank import StyleBank
 from privacy.accounting import Mechanism
@@ -424,6 +426,23 @@ def test_the_gate_lets_out_no_step_without_noise_and_nothing_exact_beside(
     with pytest.raises(GateRefusal, match=sentence):
         gate.release({"a": torch.zeros(3)}, {"a": (3,)}, weight=6.0, **beside)
     assert hospital(tmp_path).journal.entries() == []
+
+
+@pytest.mark.parametrize(
+    ("share", "sentence"), [(0.9, "they cost 3"), (1.2, "no larger"), (0.0, "holds none")]
+)
+def test_a_plan_with_other_noise_than_its_epsilon_asks_for_is_refused_before_anything_is_reserved(
+    plan: RunPlan, bank: StyleBank, tmp_path: Path, share: float, sentence: str
+) -> None:
+    assert plan.privacy is not None and plan.privacy.noisy is not None
+    noisy = replace(plan.privacy.noisy, noise_multiplier=share * plan.privacy.noisy.noise_multiplier)
+    other = RunPlan.from_json(replace(plan, privacy=replace(plan.privacy, noisy=noisy)).to_json())
+    site = hospital(tmp_path)
+    with pytest.raises(ValueError, match=sentence):
+        answered(site, question(other, bank), other)
+    assert site.ledger.spent().num_noised == 0
+    with pytest.raises(ValueError, match=sentence):
+        plan_words(PublishedPlan(plan=other, bundle_sha256="0" * 64))
 
 
 def test_sigma_of_a_plan_keeps_style_and_all_steps_within_its_epsilon(plan: RunPlan) -> None:
