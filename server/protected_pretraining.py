@@ -26,6 +26,7 @@ from federation.exchanges.style_code import privacy_of
 from federation.messages import Tensors
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
+from federation.summed_noise import summed_epsilon
 from meduet_models.meduet import MeDUET
 from meduet_models.style.bank import StyleBank
 from privacy.worth import DROWNED, LITTLE, signal_to_noise
@@ -74,6 +75,7 @@ class ProtectedPretraining:
             "latent_deviation": style_bank.scale.tolist(),
             "privacy": {
                 "epsilon": [epsilon.lower, epsilon.upper],
+                **self._epsilon_of_sums(),
                 "delta": privacy_of(self._plan).delta,
                 "promise": " ".join(promise.sentence() for promise in promises_of(self._plan)),
                 **self._worth(style_bank, self._network(), 1.0),
@@ -94,6 +96,13 @@ class ProtectedPretraining:
                 report |= self._worth(style_bank, network, coherence) | {"coherence": coherence}
             yield report, training.weights(), training.state()
 
+    def _epsilon_of_sums(self) -> dict[str, list[float]]:
+        """Against whoever reads sums only, and works with a third of the sites."""
+        if not self._plan.aggregation.secure_sum:
+            return {}
+        epsilon = summed_epsilon(self._plan)
+        return {"epsilon_of_sums": [epsilon.lower, epsilon.upper]}
+
     def _network(self) -> MeDUET:
         return MeDUET(self._plan.network, len(self._plan.sites), seed=self._plan.seed)
 
@@ -104,7 +113,8 @@ class ProtectedPretraining:
             return {}
         dimensions = sum(network.get_parameter(name).numel() for name in trained_keys(self._plan, network))
         patients = [float(count) for count in style_bank.count.sum(1) if count]
-        worth = signal_to_noise(mechanisms(self._plan)[1], patients, dimensions, coherence)
+        groups = [count / noisy.patients_in_group for count in patients]
+        worth = signal_to_noise(mechanisms(self._plan)[1], groups, dimensions, coherence)
         said = (
             f"Signal to noise of a step: {'at most ' if coherence == 1.0 else ''}{worth:.3f} "
             f"({sum(patients):.0f} patients, {dimensions:,} weights)"

@@ -113,7 +113,9 @@ def _of_a_round(plan: RunPlan) -> Mechanism:
     assert code is not None
     noise, rate = noisy.noise_multiplier, noisy.sampling_rate
     check_multiplier(noise, privacy.epsilon, privacy.delta, rate, noisy.steps, (code,))
-    return Mechanism(noise_multiplier=noise, sampling_rate=rate, steps=noisy.steps_per_round)
+    return Mechanism(
+        noise_multiplier=noise, sampling_rate=rate, steps=noisy.steps_per_round, relation=noisy.relation
+    )
 
 
 def steps_promise(plan: RunPlan) -> Promise:
@@ -124,6 +126,7 @@ def steps_promise(plan: RunPlan) -> Promise:
         bound=noisy_of(plan).clip_norm,
         unit="patient",
         enforcement="steps",
+        relation=noisy_of(plan).relation,
         mechanism=_of_a_round(plan),
         delta=privacy_of(plan).delta,
     )
@@ -134,11 +137,16 @@ def noisy_rounds(plan: RunPlan) -> range:
     return range(plan.training.rounds + 1, plan.num_rounds + 1)
 
 
+def rounds_of_updates(plan: RunPlan) -> range:
+    """The same, where an update leaves by itself: none where they leave in secure sums."""
+    return range(0) if plan.aggregation.secure_sum else noisy_rounds(plan)
+
+
 PRIVATE_ROUNDS = Exchange(
     route="train.private",
     ask=PrivateAsk,
     reply=TrainReply,
-    rounds=noisy_rounds,
+    rounds=rounds_of_updates,
     largest=lambda plan, ask: largest_reply(ask.shared, ask.wire_dtype),
     promise=lambda plan, ask: steps_promise(plan),
 )
