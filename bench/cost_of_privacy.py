@@ -25,6 +25,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from matplotlib.figure import Figure
 
 from client.latents.style_moments import own_moments
 from federation.exchanges.finetuning import LocalFinetuning
@@ -153,6 +154,7 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", default=CELLS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, default=Path("runs/cost"))
+    parser.add_argument("--figure", type=Path, help="where to draw the table")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     chosen.folder.mkdir(parents=True, exist_ok=True)
@@ -171,10 +173,41 @@ def main() -> None:
                     path.write_text(json.dumps(found), encoding="utf-8")
                 rows[cell].append(json.loads(path.read_text(encoding="utf-8")))
                 print(f"{seed} {cell}: {rows[cell][-1]}", flush=True)
+    if chosen.figure is not None:
+        draw(rows, chosen.figure)
     columns = (*SHOWN, *READ, "signal_to_noise", "cpu_s")
     print("| cell | " + " | ".join(columns) + " |")
     for cell, found in rows.items():
         print(f"| {cell} | " + " | ".join(_said(found, name) for name in columns) + " |")
+
+
+def draw(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """A panel for each of what matters most, a point for each seed, a line at their mean; the baselines that
+    must lose are grey."""
+    panels = {
+        "reconstruction_error": "reconstruction error",
+        "style_gap_closed": "style gap closed",
+        "site_from_content": "hospital from content",
+        "anatomy_from_content": "anatomy from content (R²)",
+        "dice_frozen": f"Dice, {LABELLED} labels, frozen",
+    }
+    figure = Figure(figsize=(2.6 * len(panels), 3.4), layout="constrained")
+    for axes, (name, title) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
+        for place, found in enumerate(rows.values()):
+            values = [one[name] for one in found if name in one]
+            colour = "0.6" if list(rows)[place] == "random" else "tab:blue"
+            axes.plot(values, [place] * len(values), "o", color=colour, markersize=4)
+            if values:
+                axes.plot([mean(values)] * 2, [place - 0.3, place + 0.3], color=colour)
+        if name == "dice_frozen":
+            flat = [one["dice_label_map"] for found in rows.values() for one in found]
+            axes.axvline(mean(flat), color="0.6", linestyle=":")
+        axes.set_title(title, fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+    figure.savefig(path, dpi=110)
 
 
 def _said(found: Sequence[dict[str, Any]], name: str) -> str:

@@ -15,6 +15,7 @@ from flwr.clientapp import ClientApp
 from client.app import make_client_app
 from client.commands.plan_words import plan_words
 from federation.exchanges.private_rounds import (
+    PRIVATE_ROUNDS,
     mechanisms,
     noisy_rounds,
     run_epsilon,
@@ -22,7 +23,7 @@ from federation.exchanges.private_rounds import (
     travelling_keys,
     with_noise,
 )
-from federation.exchanges.secure_sum import SUM_PRIVATE, SUM_UNMASK
+from federation.exchanges.secure_sum import SUM_MASKED, SUM_PRIVATE, SUM_UNMASK
 from federation.plan import RunPlan, TrainingPlan
 from federation.privacy_plan import NoisySteps
 from federation.published_plan import PublishedPlan
@@ -243,6 +244,14 @@ def test_sums_whose_grid_or_bound_would_spoil_the_noise_are_refused() -> None:
     short = replace(plan, release=replace(plan.release, update_clip_norm=0.1))
     with pytest.raises(ValueError, match="update_clip_norm of at least twice the length of a step's noise"):
         check_summed(short, layout_of(short)[0])
+
+
+def test_a_plan_with_sums_of_noisy_steps_has_no_unmasked_round() -> None:
+    plan = a_plan()
+    assert len(PRIVATE_ROUNDS.rounds(plan)) == len(SUM_MASKED.rounds(plan)) == 0
+    alone = replace(plan, aggregation=replace(plan.aggregation, secure_sum=False))
+    assert PRIVATE_ROUNDS.rounds(alone) == SUM_PRIVATE.rounds(plan) == noisy_rounds(plan)
+    assert len(SUM_PRIVATE.rounds(alone)) == 0
 
 
 def test_several_steps_in_a_round_are_refused_since_their_noise_does_not_add_up() -> None:
