@@ -26,12 +26,14 @@ from federation.exchanges.style_code import privacy_of
 from federation.messages import Tensors
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
-from federation.summed_noise import summed_epsilon
+from federation.sum_layout import SumLayout
+from federation.summed_noise import check_summed, summed_epsilon
 from meduet_models.meduet import MeDUET
 from meduet_models.style.bank import StyleBank
 from privacy.worth import DROWNED, LITTLE, signal_to_noise
 from server.checkpoints import Checkpoint
 from server.coherence import coherence_of
+from server.exchanges.private_rounds import parted
 from server.exchanges.style_code import ask_style_code
 from server.model import SharedModel
 from server.phantom_training import PhantomTraining
@@ -65,7 +67,8 @@ class ProtectedPretraining:
 
     def survey(self) -> tuple[Tensors, dict[str, Any]]:
         """The bank of protected styles, and what there is to say of it. Raises as `ask_sites`."""
-        epsilon, styles = run_epsilon(self._plan), ProtectedStyles(self._plan, self.public)
+        epsilon, of_sums = run_epsilon(self._plan), self._epsilon_of_sums()
+        styles = ProtectedStyles(self._plan, self.public)
         replies, refused = ask_style_code(
             self._grid, self._roster, self._plan, self.public, styles.check, self._book
         )
@@ -75,7 +78,7 @@ class ProtectedPretraining:
             "latent_deviation": style_bank.scale.tolist(),
             "privacy": {
                 "epsilon": [epsilon.lower, epsilon.upper],
-                **self._epsilon_of_sums(),
+                **of_sums,
                 "delta": privacy_of(self._plan).delta,
                 "promise": " ".join(promise.sentence() for promise in promises_of(self._plan)),
                 **self._worth(style_bank, self._network(), 1.0),
@@ -97,9 +100,12 @@ class ProtectedPretraining:
             yield report, training.weights(), training.state()
 
     def _epsilon_of_sums(self) -> dict[str, list[float]]:
-        """Against whoever reads sums only, and works with a third of the sites."""
+        """Against whoever reads sums only, and works with a third of the sites; nothing without secure sums.
+        Raises `ValueError` for sums that would spoil their noise."""
         if not self._plan.aggregation.secure_sum:
             return {}
+        travels = parted(self._plan, self._network().state_dict())[0]
+        check_summed(self._plan, SumLayout.of(self._plan, {n: t.shape for n, t in travels.items()}))
         epsilon = summed_epsilon(self._plan)
         return {"epsilon_of_sums": [epsilon.lower, epsilon.upper]}
 

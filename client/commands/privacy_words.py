@@ -16,7 +16,7 @@ from federation.exchanges.style_code import code_promise, code_shapes, privacy_o
 from federation.finetuning_privacy import FinetunePrivacy, all_rounds, round_promise
 from federation.plan import RunPlan
 from federation.sum_layout import SumLayout
-from federation.summed_noise import colluding, hiding, summed_epsilon
+from federation.summed_noise import check_summed, colluding, hiding, summed_epsilon
 from meduet_models.meduet import MeDUET
 from privacy.secure_sum.transcript import threshold
 
@@ -92,6 +92,7 @@ def protected(plan: RunPlan) -> Iterator[Line]:
 def _summed_noise(plan: RunPlan) -> str:
     """What secure sums add to a promise with noise."""
     num_sites, layout = len(plan.sites), layout_of(plan)
+    check_summed(plan, layout)
     others = "one other site that works" if colluding(plan) == 1 else f"{colluding(plan)} sites that work"
     return (
         f"These changes leave MASKED ({layout.size * 4 / 1e6:.1f} MB): the centre reads the sum over the "

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from client.exchanges.exchange import Answer, OnStep, Site, SiteAtWork
+from client.exchanges.exchange import Answer, AskRefused, OnStep, Site, SiteAtWork
 from client.exchanges.pretraining import answer_round
 from client.exchanges.private_rounds import answer_private_round
-from client.release import TEXT, Gate, Masking, Released
+from client.release import TEXT, Gate, Released
 from client.sum_secrets import SumSecrets
 from federation.exchanges.secure_sum import (
     SUM_KEYS,
@@ -44,6 +44,8 @@ from federation.keys.certificates import utc_now
 from federation.keys.identity import Peers
 from federation.plan import RunPlan
 from federation.sum_layout import MASKED, SumLayout
+from federation.summed_noise import check_summed
+from federation.wire import RefusalKind
 from privacy.secure_sum.party import Party
 from privacy.secure_sum.ring import to_grid
 from privacy.secure_sum.transcript import checked_roster, threshold
@@ -91,12 +93,18 @@ def answer_private(
     site: SiteAtWork, ask: SumPrivateAsk, plan: RunPlan, gate: Gate, on_step: OnStep
 ) -> Released:
     """Take a noisy step and release its vector, masked with those whose shares came. Raises as
-    `answer_masked`, and as `answer_private_round`."""
+    `answer_masked`, and as `answer_private_round`; and `AskRefused` for a sum that would spoil its noise."""
     masking, keep = masking_of(site, ask, plan)
+    try:
+        check_summed(plan, masking.layout)
+    except ValueError as error:
+        raise AskRefused(str(error), RefusalKind.MALFORMED) from error
     return answer_private_round(site, ask, plan, gate, on_step, masking, keep)
 
 
-def masking_of(site: SiteAtWork, ask: SumVectorAsk, plan: RunPlan) -> tuple[Masking, Callable[[], None]]:
+def masking_of(
+    site: SiteAtWork, ask: SumVectorAsk, plan: RunPlan
+) -> tuple["PartyMasking", Callable[[], None]]:
     """How the vector of this attempt is masked, and what is to be kept when it leaves."""
     secrets = SumSecrets(site.state_dir, ask.plan_sha256)
     party = secrets.of(attempt_of(ask)).joined(shares_of(ask.texts), threshold(len(plan.sites)))

@@ -48,7 +48,6 @@ from federation.messages import Ask, RefusalKind, Tensors
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
 from federation.sum_layout import SumLayout, SumOfSites
-from federation.summed_noise import check_summed
 from federation.wire import array_record, arrays_bytes
 from forms.json_text import canonical
 from privacy.secure_sum.party import Opened
@@ -88,8 +87,7 @@ class SumBurnt(RuntimeError):
 class SecureSums:
     """The rounds of a plan with secure sums; `shared` and `optimiser` are those of the next round. With
     privacy they are noisy steps, and `public` the scans that they take; a round of which a vector may have
-    left is burnt where it fails, not begun again. Raises `ValueError` for sums that would spoil their
-    noise."""
+    left is burnt where it fails, not begun again."""
 
     def __init__(
         self,
@@ -114,8 +112,6 @@ class SecureSums:
         self._book, self._on_reply = book, on_reply
         self._records = SumRecords(folder / "secure_sums")
         self._layout = SumLayout.of(plan, {name: tensor.shape for name, tensor in shared.items()})
-        if plan.privacy is not None:
-            check_summed(plan, self._layout)
         self._threshold = threshold(len(plan.sites))
         self._least = max(self._threshold, needed(settings.quorum, len(plan.sites)))
         self._behind: set[int] = set()

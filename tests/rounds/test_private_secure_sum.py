@@ -220,7 +220,8 @@ def test_a_round_of_which_a_vector_is_lost_is_burnt_and_no_site_sends_a_second(t
     assert "3 of 3 sites" in third["burnt"] and not fourth["burnt"]
     for site in ran.plan.sites:
         lines = [entry.record for entry in ran.hospital(site).journal.entries()]
-        assert [line["round"] for line in lines if line["kind"] == "private_round"] == [3, 4]
+        left = {(line["round"], line["sha256"]) for line in lines if line["kind"] == "private_round"}
+        assert sorted(number for number, _ in left) == [3, 4]  # asked again, the same bytes left again
         assert ran.hospital(site).ledger.spent().total == run_epsilon(ran.plan)
         opened = [line["round"] for line in lines if line["kind"] == "sum_unmask"]
         assert opened == [4] and SUM_UNMASK.rounds(ran.plan) == noisy_rounds(ran.plan)
