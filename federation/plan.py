@@ -364,8 +364,11 @@ def _secure_sum_contradictions(plan: RunPlan) -> Iterator[str]:
         if aggregation.weight_cap != AggregationPlan().weight_cap:
             yield "aggregation.weight_cap has no effect with aggregation.secure_sum=false: leave it out."
         return
-    if plan.privacy is not None:
-        yield "privacy does not go with secure sums, each site adds its own noise: set secure_sum=false."
+    if plan.privacy is not None and plan.privacy.noisy is None:
+        yield (
+            f"aggregation.secure_sum has no effect with privacy.level={plan.privacy.level}, where no update "
+            "leaves: leave it out."
+        )
         return
     if aggregation.method in ("alone", "pooled"):
         yield f"aggregation.method={aggregation.method} sums nothing over sites: leave secure_sum out."

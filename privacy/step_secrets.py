@@ -77,5 +77,13 @@ class StepSecrets:
             for name, total in sums.items()
         }
 
+    def into_gradients(
+        self, step: int, sums: Mapping[str, Tensor], trained: Mapping[str, Tensor], expected: float
+    ) -> None:
+        """What an optimiser is given of a step: its sums with noise, over the number of shares that are
+        expected in them, as the gradients of what is trained. As `noised`."""
+        for name, noised in self.noised(step, sums).items():
+            trained[name].grad = (noised / expected).to(trained[name])
+
     def _stream(self, *words: object) -> Stream:
         return self._source.stream("steps", *self._words, *words)

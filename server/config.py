@@ -11,6 +11,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from federation.exchanges.private_rounds import with_noise
 from federation.plan import RunPlan, StylePlan
 from forms.form import build
 from forms.ranges import shown
@@ -61,7 +62,7 @@ def plan_from(
 ) -> RunPlan:
     """Build the plan that `settings` (see `plain`) describe; `public_sha256` is the hash of its public scans,
     where it has privacy (`server/public_scans.py`), `recipient` the public key of its latent bank, where
-    sites release latents (`server/latent_bank/records.py`).
+    sites release latents (`server/latent_bank/records.py`). The noise of steps at the sites is found here.
 
     Raises `ValueError` naming the setting that is unknown, missing, ill-typed, or contradicts another.
     """
@@ -85,6 +86,5 @@ def plan_from(
         values["privacy"] = {**values["privacy"], "public_sha256": public_sha256}
     if isinstance(values["diffusion"], Mapping) and recipient:
         values["diffusion"] = {**values["diffusion"], "recipient": recipient}
-    return build(
-        RunPlan, {**values, "network": network, "sites": list(sites), "tokenizer_sha256": tokenizer_sha256}
-    )
+    values |= {"network": network, "sites": list(sites), "tokenizer_sha256": tokenizer_sha256}
+    return with_noise(build(RunPlan, values))

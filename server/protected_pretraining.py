@@ -26,11 +26,14 @@ from federation.exchanges.style_code import privacy_of
 from federation.messages import Tensors
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
+from federation.sum_layout import SumLayout
+from federation.summed_noise import check_summed, summed_epsilon
 from meduet_models.meduet import MeDUET
 from meduet_models.style.bank import StyleBank
 from privacy.worth import DROWNED, LITTLE, signal_to_noise
 from server.checkpoints import Checkpoint
 from server.coherence import coherence_of
+from server.exchanges.private_rounds import parted
 from server.exchanges.style_code import ask_style_code
 from server.model import SharedModel
 from server.phantom_training import PhantomTraining
@@ -64,16 +67,18 @@ class ProtectedPretraining:
 
     def survey(self) -> tuple[Tensors, dict[str, Any]]:
         """The bank of protected styles, and what there is to say of it. Raises as `ask_sites`."""
+        epsilon, of_sums = run_epsilon(self._plan), self._epsilon_of_sums()
         styles = ProtectedStyles(self._plan, self.public)
         replies, refused = ask_style_code(
             self._grid, self._roster, self._plan, self.public, styles.check, self._book
         )
-        style_bank, epsilon = styles.bank(replies), run_epsilon(self._plan)
+        style_bank = styles.bank(replies)
         return style_bank.to_tensors(), {
             "sites": {site: {"patients": round(styles.patients(r))} for site, r in replies.items()},
             "latent_deviation": style_bank.scale.tolist(),
             "privacy": {
                 "epsilon": [epsilon.lower, epsilon.upper],
+                **of_sums,
                 "delta": privacy_of(self._plan).delta,
                 "promise": " ".join(promise.sentence() for promise in promises_of(self._plan)),
                 **self._worth(style_bank, self._network(), 1.0),
@@ -94,6 +99,16 @@ class ProtectedPretraining:
                 report |= self._worth(style_bank, network, coherence) | {"coherence": coherence}
             yield report, training.weights(), training.state()
 
+    def _epsilon_of_sums(self) -> dict[str, list[float]]:
+        """Against whoever reads sums only, and works with a third of the sites; nothing without secure sums.
+        Raises `ValueError` for sums that would spoil their noise."""
+        if not self._plan.aggregation.secure_sum:
+            return {}
+        travels = parted(self._plan, self._network().state_dict())[0]
+        check_summed(self._plan, SumLayout.of(self._plan, {n: t.shape for n, t in travels.items()}))
+        epsilon = summed_epsilon(self._plan)
+        return {"epsilon_of_sums": [epsilon.lower, epsilon.upper]}
+
     def _network(self) -> MeDUET:
         return MeDUET(self._plan.network, len(self._plan.sites), seed=self._plan.seed)
 
@@ -104,7 +119,8 @@ class ProtectedPretraining:
             return {}
         dimensions = sum(network.get_parameter(name).numel() for name in trained_keys(self._plan, network))
         patients = [float(count) for count in style_bank.count.sum(1) if count]
-        worth = signal_to_noise(mechanisms(self._plan)[1], patients, dimensions, coherence)
+        groups = [count / noisy.patients_in_group for count in patients]
+        worth = signal_to_noise(mechanisms(self._plan)[1], groups, dimensions, coherence)
         said = (
             f"Signal to noise of a step: {'at most ' if coherence == 1.0 else ''}{worth:.3f} "
             f"({sum(patients):.0f} patients, {dimensions:,} weights)"
