@@ -14,6 +14,7 @@ from torch import Tensor
 
 from client.exact_sums import fewest_for_means, fewest_patients
 from client.refusals import MOST
+from federation.canary_plan import AuditCanariesPlan, in_words, pull_on_steps, pull_on_style
 from federation.exchanges.audit_counts import AUDIT_COUNTS, cell_of
 from federation.exchanges.demographics import DEMOGRAPHICS, SEX_NAMES, age_bands
 from federation.exchanges.diffusion import DIFFUSION
@@ -211,8 +212,28 @@ def _protected(plan: RunPlan) -> Iterator[Line]:
     )
     if noisy is not None:
         yield "", f"Of a round: {steps_promise(plan).sentence()}"
+    if plan.audit_canaries is not None:
+        yield from _canaries(plan.audit_canaries)
     yield "", _YOUR_CEILING
     yield from _how_often(plan)
+
+
+def _canaries(canaries: AuditCanariesPlan) -> Iterator[Line]:
+    """Who is in the sums beside the patients."""
+    yield (
+        "Canaries",
+        f"THIS IS AN AUDIT RUN: your site adds made-up contributors to its sums, {in_words(canaries)}, all "
+        "public. Each is in or out by a coin that your site throws and tells nobody; your own audit (meduet-site audit) "
+        "looks how many coins can be guessed from what left, which must be few if the promise holds. No "
+        "patient's draw, group, cut or noise changes, and what she is charged is the same with canaries and "
+        "without.",
+    )
+    yield (
+        "",
+        "The weights hold the canaries, are marked as made with them, and are the worse for it: on average "
+        f"they pull on a step as {pull_on_steps(canaries):.0f} patients do who all pull one way, and on your "
+        f"style as {pull_on_style(canaries):.0f}. With few more patients than that they drown the training.",
+    )
 
 
 def _how_often(plan: RunPlan) -> Iterator[Line]:

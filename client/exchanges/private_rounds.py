@@ -13,6 +13,7 @@ from client.exchanges.exchange import Answer, AskRefused, OnStep, SiteAtWork, ba
 from client.exchanges.pretraining import train_mail
 from client.latents.group_batches import GroupBatches
 from client.release import Gate, Released
+from client.training.canaries import StepCanaries
 from client.training.private import train_privately
 from client.training.site_state import StateFolder, StateMissing, cohort_sha256
 from client.training.trainee import Trainee
@@ -48,6 +49,9 @@ def answer_private_round(
         if style_bank is None:
             raise ValueError("Expected a bank of protected styles; none came.")
         batches = GroupBatches(scans, plan, style_bank, public, site.name)
+        canaries = None
+        if plan.audit_canaries is not None:
+            canaries = StepCanaries(plan, site.secret, style_bank, public, site.name)
     except ValueError as error:
         raise AskRefused(str(error), RefusalKind.MALFORMED) from error
     question = {
@@ -57,7 +61,7 @@ def answer_private_round(
         "noise": noise.fingerprint,
     }
     under_way = place.under_way(question, site.progress_every_s)
-    result = train_privately(trainee, batches, plan, ask.round, noise, on_step, under_way)
+    result = train_privately(trainee, batches, plan, ask.round, noise, on_step, under_way, canaries)
     bound = plan.release.update_clip_norm * (1 - GROWTH[plan.release.wire_dtype])
     return gate.release(
         clip(result.update, bound).value,
