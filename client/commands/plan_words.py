@@ -223,10 +223,10 @@ def _canaries(canaries: AuditCanariesPlan) -> Iterator[Line]:
     yield (
         "Canaries",
         f"THIS IS AN AUDIT RUN: your site adds made-up contributors to its sums, {in_words(canaries)}, all "
-        "public. Each is in or out by a coin that your site throws and tells nobody; your own audit (meduet-site audit) "
-        "looks how many coins can be guessed from what left, which must be few if the promise holds. No "
-        "patient's draw, group, cut or noise changes, and what she is charged is the same with canaries and "
-        "without.",
+        "public. Each is in or out by a coin that your site throws and tells nobody; your own audit "
+        "(meduet-site audit) looks how many coins can be guessed from what left, which must be few if the "
+        "promise holds. No patient's draw, group, cut or noise changes, and what she is charged is the same "
+        "with canaries and without.",
     )
     yield (
         "",

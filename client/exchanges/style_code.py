@@ -14,6 +14,7 @@ from torch import Tensor
 
 from client.exchanges.exchange import Answer, AskRefused, OnStep, SiteAtWork
 from client.latents.batches import TrainingScans
+from client.latents.public_scans import keep_public
 from client.release import Gate, Released
 from client.scans.patients import rows_by_patient
 from federation.canaries import coins, style_shares
@@ -45,6 +46,8 @@ def answer_style_code(
     except ValueError as error:
         raise AskRefused(str(error), RefusalKind.MALFORMED) from error
     vectors = list(patient_styles(site.scans(plan), plan))
+    if plan.audit_canaries is not None:
+        keep_public(site.state_dir, plan, ask.public)
     inside = () if plan.audit_canaries is None else coins(site.secret, plan, "style_code")
     total = code.total(vectors) + style_shares(inside, privacy_of(plan).style_dimensions)
     return gate.release({CODE: total}, code_shapes(plan), weight=float(len(vectors) + sum(inside)))

@@ -19,7 +19,7 @@ Source: DP-SGD (arXiv:1607.00133); groups as units: docs/architecture.md, decisi
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -38,6 +38,7 @@ _TRAINEE = "trainee/"
 _Turn = Literal["mftd", "siqc"]
 
 
+@runtime_checkable
 class Beside(Protocol):
     """Who is in a step beside its patients (`client/training/canaries.py`)."""
 
