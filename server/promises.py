@@ -35,10 +35,15 @@ def promises_of(plan: RunPlan) -> list[Promise]:
 def sentences(plan: RunPlan) -> list[str]:
     """Each in plain words, after the kind of release; and whether canaries are in what was released."""
     said = [f"{promise.kind}: {promise.sentence()}" for promise in promises_of(plan)]
-    if plan.audit_canaries is not None:
-        said.append(
-            f"audit_canaries: An audit run. Made-up contributors ({in_words(plan.audit_canaries)} of each "
-            "site, about half of them) are in what was released, so that its noise can be tested; they "
-            "change nothing of what is promised to a patient. For use take weights of a run without."
-        )
-    return said
+    return said if plan.audit_canaries is None else [*said, f"audit_canaries: {made_with_canaries(plan)}"]
+
+
+def made_with_canaries(plan: RunPlan) -> str:
+    """That a run is one for its audit; empty where it is not."""
+    if plan.audit_canaries is None:
+        return ""
+    return (
+        f"An audit run. Made-up contributors ({in_words(plan.audit_canaries)} of each site, about half of "
+        "them) are in what was released, so that its noise can be tested; they change nothing of what is "
+        "promised to a patient. For use take weights of a run without."
+    )

@@ -1,8 +1,8 @@
 """Canaries of a site, guessed: whose coin came up, from what left, and what that proves of the noise.
 
 Canaries of the style code and of the steps have a public direction each: the score is what the release has
-along it, less what the patients have there, whom the worst reader knows. For an input canary it is how far a
-round's update points along her own gradient. How many coins are guessed is fixed beforehand
+along it, less what the patients have there, whom the worst reader knows. For an input canary it is by how
+much her loss fell. How many coins are guessed is fixed beforehand
 (`audit/statistics/one_run.py`).
 
 The bound holds for any mechanism; for the style code, which promises the Gaussian mechanism itself, the one
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from audit.attacks.update import alignment
+from audit.attacks.membership import losses
 from audit.books import Charged
 from audit.evidence import Evidence, Release
 from audit.findings import CanaryBounds, Finding, Verdict
@@ -43,6 +43,8 @@ _NAMES: dict[Kind, str] = {
     "inputs": "input canaries",
 }
 
+_DRAWS = 16
+"""Draws of hidden tokens behind a loss."""
 _NO_SCANS = "the plan's public scans are not at hand."
 _MISSING: dict[Kind, str] = {
     "style_code": _NO_SCANS,
@@ -114,15 +116,16 @@ def _of_steps(evidence: Evidence, releases: Sequence[Release]) -> np.ndarray:
 
 
 def _of_inputs(evidence: Evidence, releases: Sequence[Release]) -> np.ndarray | None:
-    """How far the updates point along each marked phantom's own gradient, over the rounds whose weights are
-    known; None where none is."""
+    """By how much each marked phantom's loss fell with the updates, over the rounds whose weights are known;
+    None where none is."""
     if evidence.public is None:
         return None
     phantoms = marked_phantoms(evidence.plan, evidence.public)
     known = [networks for one in releases if (networks := evidence.before_after(one)) is not None]
     if not known:
         return None
-    return torch.stack([alignment(*networks, phantoms) for networks in known]).sum(0).numpy()
+    fell = [losses(before, phantoms, _DRAWS) - losses(after, phantoms, _DRAWS) for before, after in known]
+    return torch.stack(fell).sum(0).numpy()
 
 
 def _mechanism(evidence: Evidence, releases: Sequence[Release], kind: Kind) -> Mechanism:

@@ -1,4 +1,4 @@
-"""Canaries accuse no mechanism that keeps its promise more often than they say, and find one that does not."""
+"""Canaries accuse no mechanism that keeps its promise more often than they say, and find what breaks it."""
 
 from collections.abc import Callable
 from functools import partial
