@@ -101,6 +101,10 @@ class Evidence:
     """Models retrained on other halves of the patients."""
     diffusion: GenerativeModel | None = None
     """The published diffusion model."""
+    coins: Mapping[str, Mapping[str, Sequence[bool]]] = field(default_factory=dict)
+    """Of each site, by kind of canary, whose coin came up: what an attacker has to guess."""
+    public: Float[Tensor, "p c d h w"] | None = None
+    """The public scans of a plan with privacy."""
     tokenizer: Tokenizer | None = None
     """Whose decoder turns latents into scans."""
     acquired_again: Callable[[str], Float[Tensor, "n c d h w"] | None] = lambda site: None

@@ -26,10 +26,12 @@ from client.exchanges.probes import target_of
 from client.latents.batches import Batches, step_generator
 from client.latents.examples import examples_of
 from client.latents.latent_set import LatentSet
+from client.latents.public_scans import kept_public
 from client.release import clipped_rows
 from client.settings import ceiling_of
 from client.site import Site
 from client.training.trainee import student_of
+from federation.canaries import Kind, coins
 from federation.exchanges.latents import BOUNDED, latent_bound, to_tensors
 from federation.journal import read_journal
 from federation.plan import RunPlan
@@ -58,6 +60,8 @@ def evidence_of_site(site: Site, scans: LatentSet, plan: RunPlan, model: Path | 
     return Evidence(
         name=f"{plan.name}, seen by {site.name}",
         plan=plan,
+        coins=coins_of(site, plan),
+        public=None if plan.audit_canaries is None else kept_public(site.state_dir, plan),
         books={site.name: replace(site_books(site.state_dir), ceiling=ceiling_of(site.config))},
         releases=list(released(site, scans, plan)),
         cohorts={site.name: cohort_of(site.name, scans, plan)},
@@ -68,6 +72,14 @@ def evidence_of_site(site: Site, scans: LatentSet, plan: RunPlan, model: Path | 
         tokenizer=tokenizer,
         no_weights="The weights that came with this question are not kept at a site; the centre has them.",
     )
+
+
+def coins_of(site: Site, plan: RunPlan) -> dict[str, dict[str, tuple[bool, ...]]]:
+    """Which canaries of a plan are in at this site: read for its audit, and told to nobody else."""
+    if plan.audit_canaries is None:
+        return {}
+    kinds: tuple[Kind, ...] = ("style_code", "steps", "inputs")
+    return {site.name: {kind: coins(site.secret, plan, kind) for kind in kinds}}
 
 
 def site_books(state_dir: Path) -> SiteBooks:

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from federation import privacy_plan
+from federation import canary_plan, privacy_plan
+from federation.canary_plan import AuditCanariesPlan
 from federation.diffusion_plan import MOST_STEPS, DiffusionPlan, contradictions
 from federation.privacy_plan import PrivacyPlan
 from federation.release_policy import NONE, ReleasePolicy
@@ -208,6 +209,8 @@ class RunPlan:
     """The diffusion model; none: there is none."""
     privacy: PrivacyPlan | None = None
     """Differential privacy for each patient; none: bounds without noise, epsilon infinite."""
+    audit_canaries: AuditCanariesPlan | None = None
+    """Made-up contributors by which the noise is audited; none: there are none."""
     wire_version: Annotated[int, Range(at_least=1, at_most=1000)] = WIRE_VERSION
     """Version of the messages."""
 
@@ -283,6 +286,8 @@ def _contradictions(plan: RunPlan) -> Iterator[str]:
             yield "audit_counts tells counts without noise: it has no place in a plan with privacy."
         if aggregation.method == "alone":
             yield "audit_counts has no effect with aggregation.method=alone: no model is shared."
+    if plan.audit_canaries is not None:
+        yield from canary_plan.contradictions(plan)
     if training.batch_size % 2:
         yield f"Expected training.batch_size to be even; got {training.batch_size}."
     if (values := training.batch_size * network.activations) > MOST_ACTIVATIONS:

@@ -47,6 +47,10 @@ class StepSecrets:
         """Another key has another; tells nothing of the key. Stays at the site."""
         return hashlib.sha256(self._stream("fingerprint").uniforms(4).tobytes()).hexdigest()
 
+    def apart(self, word: str) -> "StepSecrets":
+        """The same key with streams of its own: for contributors who are no patients."""
+        return StepSecrets(self._source, (*self._words, word), self.deviation)
+
     def go_on(self, done: int) -> None:
         """So many steps had their noise before, and are on disk with it."""
         self.last = done - 1 if done else None

@@ -32,6 +32,7 @@ FROM_CONFIG = (
     "audit_counts",
     "diffusion",
     "privacy",
+    "audit_canaries",
 )
 """Parts of a plan that are settings of the same name."""
 

@@ -21,6 +21,7 @@ import torch
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from federation.canary_plan import pull_on_steps, pull_on_style
 from federation.exchanges.private_rounds import mechanisms, run_epsilon, trained_keys
 from federation.exchanges.style_code import privacy_of
 from federation.messages import Tensors
@@ -41,6 +42,7 @@ from server.promises import promises_of
 from server.protected_styles import ProtectedStyles
 from strategies.quorum import Roster
 
+_MOST_PULL = 0.1
 _log = logging.getLogger(__name__)
 
 
@@ -73,6 +75,7 @@ class ProtectedPretraining:
             self._grid, self._roster, self._plan, self.public, styles.check, self._book
         )
         style_bank = styles.bank(replies)
+        self._say_canaries(style_bank)
         return style_bank.to_tensors(), {
             "sites": {site: {"patients": round(styles.patients(r))} for site, r in replies.items()},
             "latent_deviation": style_bank.scale.tolist(),
@@ -108,6 +111,18 @@ class ProtectedPretraining:
         check_summed(self._plan, SumLayout.of(self._plan, {n: t.shape for n, t in travels.items()}))
         epsilon = summed_epsilon(self._plan)
         return {"epsilon_of_sums": [epsilon.lower, epsilon.upper]}
+
+    def _say_canaries(self, style_bank: StyleBank) -> None:
+        """Warn of canaries that pull as a good part of some site's patients do."""
+        if (canaries := self._plan.audit_canaries) is None:
+            return
+        fewest = min(float(count) for count in style_bank.count.sum(1) if count)
+        if (pull := max(pull_on_steps(canaries), pull_on_style(canaries))) > _MOST_PULL * fewest:
+            _log.warning(
+                "Canaries pull as %.0f patients do who all pull one way; a site has %.0f. The weights of "
+                "this run are for its audit alone.",
+                pull, fewest,
+            )  # fmt: skip
 
     def _network(self) -> MeDUET:
         return MeDUET(self._plan.network, len(self._plan.sites), seed=self._plan.seed)

@@ -9,15 +9,17 @@ from pathlib import Path
 
 from audit.evidence import Evidence
 from audit.report import FOLDER
-from client.audit import acquired_again, cohort_of, released, site_books
+from client.audit import acquired_again, cohort_of, coins_of, released, site_books
 from client.latents.latent_set import LatentSet
 from client.site import Site
+from federation.exchanges.style_code import LATENTS
 from meduet_models.diffusion.artefact import DIFFUSION_MODEL, load_generative_model
 from meduet_models.published.pretrained import MODEL
 from meduet_models.tokenizer.tokenizer import load_tokenizer
-from meduet_models.weights import sha256_of_file
+from meduet_models.weights import load_weights, sha256_of_file
 from privacy.chain import BrokenChain
 from server.audit import CentresModels
+from server.public_scans import PUBLIC_SCANS
 from simulations.finished_run import BegunRun, begun_run
 from simulations.progress import Live
 from simulations.shadow_models import SHADOWS, shadow_models
@@ -54,6 +56,8 @@ def evidence_of(folder: Path, live: Live, shadows: int = 0) -> Evidence:
         name=plan.name,
         plan=plan,
         books=books,
+        coins={name: own for site in sites.values() for name, own in coins_of(site, plan).items()},
+        public=load_weights(public)[0][LATENTS] if (public := folder / PUBLIC_SCANS).is_file() else None,
         releases=[one for name, site in sites.items() for one in released(site, scans[name], plan)],
         cohorts={name: cohort_of(name, own, plan) for name, own in scans.items()},
         hashes={name: sha256_of_file(path) for name, path in files.items() if path.is_file()},

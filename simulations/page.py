@@ -19,6 +19,7 @@ from federation.plan import RunPlan
 from federation.privacy_plan import PrivacyPlan
 from federation.summed_noise import colluding
 from privacy.accounting import Epsilon
+from server.promises import made_with_canaries
 from simulations.findings import about_content, findings_of
 from simulations.generation.page import generation_part
 from simulations.report.figures import draw_losses, draw_probes, draw_traffic, human_bytes
@@ -149,7 +150,7 @@ def _promise(plan: RunPlan, metrics: Mapping[str, Any]) -> str:
         f"delta {told['delta']:g} for the whole run, {relation} patient with all her scans, against "
         "everybody outside of her hospital. One style code with noise left each hospital, once; the network "
         f"was trained on {plan.privacy.public_scans} phantoms{_then(plan.privacy, metrics)}."
-        f"{sums} {told['promise']}"
+        f"{sums} {told['promise']} {made_with_canaries(plan)}"
     )
 
 

@@ -14,6 +14,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from audit.attacks.canaries import attack_canaries
 from audit.attacks.claims import attack_claims
 from audit.attacks.counts import attack_demographics
 from audit.attacks.inversion import attack_gradient
@@ -104,6 +105,7 @@ class _Rows:
             for release in tried:
                 yield from _attacked(evidence, release, effort, scored)
             yield from _differences(evidence, at_hand)
+            yield from attack_canaries(evidence, at_hand, charged)
 
         findings = self._found(name, hashes, attacks) or (not_audited(name, _why_not(evidence, kind, own)),)
         self.artefacts.append(Artefact(name, len(own), hashes, charged.epsilon, charged.delta, findings))
@@ -131,7 +133,9 @@ class _Rows:
 
 def _why_not(evidence: Evidence, kind: str, own: Sequence[Release]) -> str:
     """Why a kind of release has no finding."""
-    if kind not in ATTACKED:
+    if kind in NOISED and evidence.plan.audit_canaries is None:
+        return "Its noise can only be tested with canaries, and the plan has none (audit_canaries)."
+    if kind not in ATTACKED | NOISED:
         return "No attack on this kind is known to this version."
     if not own:
         return "Nothing of it is at hand: the site's books do not hold, and it was not opened."
@@ -185,6 +189,8 @@ ATTACKED = frozenset(
     {"survey", "erasure", "probe", "probe_hits", "round", "latents", "demographics", "audit_counts"}
 )
 """Kinds of release that `_attacked` knows."""
+NOISED = frozenset({"style_code", "private_round"})
+"""Kinds of release that are tested by canaries."""
 
 
 def _inverted(evidence: Evidence) -> Release | None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from federation.canary_plan import AuditCanariesPlan, in_words, pull_on_steps, pull_on_style
 from federation.exchanges.finetuning import FinetunePlan
 from federation.exchanges.private_rounds import run_epsilon, steps_promise, travelling_keys
 from federation.exchanges.style_code import code_promise, code_shapes, privacy_of
@@ -86,7 +87,27 @@ def protected(plan: RunPlan) -> Iterator[Line]:
         yield "", f"Of a round: {steps_promise(plan).sentence()}"
     if plan.aggregation.secure_sum:
         yield "", _summed_noise(plan)
+    if plan.audit_canaries is not None:
+        yield from _canaries(plan.audit_canaries)
     yield "", _YOUR_CEILING
+
+
+def _canaries(canaries: AuditCanariesPlan) -> Iterator[Line]:
+    """Who is in the sums beside the patients."""
+    yield (
+        "Canaries",
+        f"THIS IS AN AUDIT RUN: your site adds made-up contributors to its sums, {in_words(canaries)}, all "
+        "public. Each is in or out by a coin that your site throws and tells nobody; your own audit "
+        "(meduet-site audit) looks how many coins can be guessed from what left, which must be few if the "
+        "promise holds. No patient's draw, group, cut or noise changes, and what she is charged is the same "
+        "with canaries and without.",
+    )
+    yield (
+        "",
+        "The weights hold the canaries, are marked as made with them, and are the worse for it: on average "
+        f"they pull on a step as {pull_on_steps(canaries):.0f} patients do who all pull one way, and on your "
+        f"style as {pull_on_style(canaries):.0f}. With few more patients than that they drown the training.",
+    )
 
 
 def _summed_noise(plan: RunPlan) -> str:

@@ -18,8 +18,8 @@ Source: DP-SGD (arXiv:1607.00133); groups as units: docs/architecture.md, decisi
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -37,6 +37,15 @@ from privacy.group_gradients import ClippedSum, GroupGradients, clipped_sum
 from privacy.step_secrets import StepSecrets
 
 _TRAINEE = "trainee/"
+_Turn = Literal["mftd", "siqc"]
+
+
+@runtime_checkable
+class Beside(Protocol):
+    """Who is in a step beside its patients (`client/training/canaries.py`)."""
+
+    def step_sum(self, trainee: Trainee, noise: StepSecrets, step: int, turn: _Turn) -> Mapping[str, Tensor]:
+        """What they add to the sum of a step, by parameter, float64: a function of nobody's scan."""
 
 
 def train_privately(
@@ -47,10 +56,12 @@ def train_privately(
     noise: StepSecrets,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     under_way: UnderWay | None = None,
+    canaries: Beside | None = None,
 ) -> RoundResult:
     """Take the plan's noisy steps of a round and give back what changed in the weights that travel.
 
     `on_step` is called after each step with its number (from 1) and NaN: its loss is nobody's to see.
+    `canaries`: who is in each step beside the patients; added to their sum, which is what it was.
 
     Guarantee: adding or removing one patient changes the sum of a step by at most the plan's `clip_norm` in
     L2, before noise of the promise's deviation; she is in a step with the plan's chance. With `partners:
@@ -72,6 +83,9 @@ def train_privately(
     for step in range(done, noisy.steps_per_round):
         turn = batches.turn(round_number, step)
         total = step_sum(trainee, batches, batches.drawn(noise, step), turn, plan)
+        if canaries is not None:
+            added = canaries.step_sum(trainee, noise, step, turn)
+            total = {name: summed + added[name] for name, summed in total.items()}
         noise.into_gradients(step, total, trained, batches.expected)
         take_step(
             student,
@@ -133,7 +147,7 @@ def step_sum(
     trainee: Trainee,
     batches: GroupBatches,
     groups: Sequence[Group],
-    turn: Literal["mftd", "siqc"],
+    turn: _Turn,
     plan: RunPlan,
 ) -> dict[str, Tensor]:
     """The sum of the groups' cut gradients by parameter, float64; zeros for no group. As many groups at once
