@@ -105,7 +105,7 @@ def key_of(artefact: str, hashes: Sequence[str], options: str) -> str:
 @cache
 def _code() -> str:
     """A hash of the audit's own code."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
