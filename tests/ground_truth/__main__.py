@@ -52,7 +52,7 @@ RUN = (
 TOLD: tuple[Condition, ...] = ("content", "style")
 DRAWS = 16
 HEAD = ("row", "what", "before", "now", "blind", "verdict", "s of CPU", "as it must be")
-MOST = 0.62  # area that nothing in the weights of an ordinary run may be told to exceed
+MOST = 0.62  # area that no single score of the weights of an ordinary run may be told to exceed
 FEW, STEPS = 6, 200  # patients of each site, and steps, of an over-trained network
 
 
@@ -69,11 +69,21 @@ class Row:
 
 
 def published(evidence: Evidence) -> Iterator[Row]:
-    """Row 9: the final weights of an ordinary run."""
-    before = {"loss": ".58 [.51, .65]", "the common start": ".59 [.52, .66]", "round 19": ".55 [.48, .62]"}
+    """Row 9: the final weights of an ordinary run. No single score is above `MOST`; together, weighed on half
+    of the candidates, they tell more since most steps train the very error that the loss reads."""
+    before = {
+        "loss": ".58 [.51, .65]",
+        "the common start": ".59 [.52, .66]",
+        "round 19": ".55 [.48, .62]",
+        "invariance": ".52 [.45, .59]",
+        "combined": "later: .75 [.65, .83]",
+    }
     for finding in attack_model(evidence, DRAWS, []):
         name = next((name for name in before if f"of {name}," in finding.sentence), finding.attack)
-        yield Row(9, f"final weights: {name}", finding, before.get(name, ""), (finding.low or 0) <= MOST)
+        holds = (finding.low or 0) <= MOST
+        if finding.attack == "combined":
+            holds = _meets(finding, (0.65, 0.83))
+        yield Row(9, f"final weights: {name}", finding, before.get(name, ""), holds)
 
 
 def overtrained(evidence: Evidence) -> Iterator[Row]:
