@@ -37,7 +37,11 @@ TESTS: Final = {
     "blind_inversion": "the same, draws guessed",
     "loss": "loss of the model on a candidate",
     "calibrated_loss": "the same, less the loss of an earlier model",
-    "shadow": "the same, beside models retrained without the candidate",
+    "invariance": "how little noise moves the content of a candidate",
+    "parts": "is a part of a candidate found again in the whole more sharply",
+    "combined": "all scores of a model together, weighted on half of the candidates and told of the other",
+    "public_loss": "loss of the model on public scans that it was trained on, beside fresh ones",
+    "shadow": "the loss, beside models retrained without the candidate",
     "decode": "the scan behind a released latent",
     "recognition": "is a released latent found again among other acquisitions",
     "diffusion_loss": "loss of the diffusion model on a candidate",
@@ -49,6 +53,10 @@ TESTS: Final = {
     "returned": "does a model that is told a scan return it better if it was trained on",
 }
 """Every test by name; a policy may require any of them."""
+
+
+OF_NOBODY: Final = "AUC of public scans"
+"""The measure of findings of which no patient is a part: no policy forbids one."""
 
 
 @dataclass(frozen=True, kw_only=True)

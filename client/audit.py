@@ -8,7 +8,7 @@ What this file does not do: attack (`audit/`).
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from audit.cohort import Cohort
-from audit.evidence import Evidence, Release, SiteBooks
+from audit.evidence import Evidence, Labelled, Release, SiteBooks
 from client.answers import ANSWERS, KeptAnswers
 from client.books import JOURNAL, LEDGER
 from client.exchanges.latents import raw_items
 from client.exchanges.probes import target_of
 from client.latents.batches import Batches, step_generator
 from client.latents.examples import examples_of
+from client.latents.labelled import LabelledScans, NoLabels, labelled_scans
 from client.latents.latent_set import LatentSet
 from client.latents.public_scans import kept_public
 from client.release import clipped_rows
 from client.settings import ceiling_of
 from client.site import Site
+from client.site_secret import seed_of
 from client.training.trainee import student_of
 from federation.canaries import Kind, coins
+from federation.exchanges.finetuning import FinetunePlan
 from federation.exchanges.latents import BOUNDED, latent_bound, to_tensors
 from federation.journal import read_journal
 from federation.plan import RunPlan
@@ -104,6 +107,27 @@ def cohort_of(name: str, scans: LatentSet, plan: RunPlan) -> Cohort:
     took_part = tuple(split == "train" for split in scans.splits)
     known = tuple(dict(one) for one in scans.covariates)
     return Cohort(name, latents, tuple(scans.patients), took_part, measured, _groups(scans), known)
+
+
+def labelled_of(site: Site, scans: LatentSet, finetuning: FinetunePlan, plan: RunPlan) -> Labelled | None:
+    """Everybody whose answer is known to a fine-tuning; who took part is whose labels this site used. None
+    where nobody's is."""
+    local = finetuning.local
+    rows = {split: scans.indices(split) for split in ("train", "validation", "test")}
+
+    def known(some: Sequence[int]) -> LabelledScans:
+        volumes = plan.volumes if local.sees_volumes else None
+        return labelled_scans(scans, some, local, finetuning.target, finetuning.target_values, volumes)
+
+    try:
+        everybody, trained = known([row for own in rows.values() for row in own]), known(rows["train"])
+    except NoLabels:
+        return None
+    used = set(trained.share(finetuning.label_share, seed_of(site.secret, "labels", finetuning.seed)).patient)
+    seen = (everybody.latents,) if everybody.volumes is None else (everybody.volumes, everybody.latents)
+    people = everybody.patient
+    cohort = Cohort(site.name, everybody.latents, people, tuple(one in used for one in people))
+    return Labelled(cohort, seen if local.network != "volume_unet" else seen[:1], everybody.answers)
 
 
 def _groups(scans: LatentSet) -> dict[str, tuple[str, ...]]:

@@ -59,13 +59,13 @@ def contradictions(plan: "RunPlan") -> Iterator[str]:
     if canaries.steps or canaries.inputs:
         if plan.aggregation.secure_sum:
             yield (
-                "A secure sum shows no site's update, by which audit_canaries.steps and inputs are guessed: set "
-                "aggregation.secure_sum=false, or them to 0."
+                "A secure sum shows no site's update, by which audit_canaries.steps and inputs are guessed: "
+                "set aggregation.secure_sum=false, or them to 0."
             )
         if privacy.noisy is not None and privacy.noisy.partners == "private":
             yield (
-                "privacy.noisy.partners=private promises of replacing a patient, and audit_canaries.steps and "
-                "inputs are there or not: set partners to public, or them to 0."
+                "privacy.noisy.partners=private promises of replacing a patient, and audit_canaries.steps "
+                "and inputs are there or not: set partners to public, or them to 0."
             )
     if canaries.steps > (most := _output_numbers(plan)):
         yield (

@@ -19,7 +19,7 @@ from client.commands.privacy_words import (
 )
 from client.exact_sums import fewest_for_means, fewest_patients
 from client.refusals import MOST
-from federation.exchanges.audit_counts import AUDIT_COUNTS, cell_of
+from federation.exchanges.audit_counts import AUDIT_COUNTS, CELLS, TRIED, cell_of
 from federation.exchanges.demographics import DEMOGRAPHICS, SEX_NAMES, age_bands
 from federation.exchanges.diffusion import DIFFUSION
 from federation.exchanges.erasure import ERASURE, erasure_shapes, numbers_told, pooled_bound
@@ -150,8 +150,9 @@ def _run(plan: RunPlan, site_minimum: int) -> Iterator[Line]:
             "",
             "Once after the last round: how many of your patients an attack on the final weights, and one on "
             "your style sums, claims and misses at one threshold each, of those trained on and of others, "
-            f"each of these 8 counts rounded down to whole cells of {cell}. No score leaves. Half of those "
-            "who stayed out fix the thresholds and are not counted.",
+            "and the same of a classifier that sees scans and nothing released, each of these "
+            f"{len(TRIED) * CELLS} counts rounded down to whole cells of {cell}. No score leaves. Half of "
+            "those who stayed out fix the thresholds and are not counted.",
         )
         yield _told(_CLAIMS_TELL.format(cell=cell))
     yield from _diffusion(plan)
