@@ -93,9 +93,7 @@ def _run(chosen: argparse.Namespace) -> None:
             if encoder != "vit" and moments is None:
                 moments = picture_moments(*a_plan())
 
-            def before(
-                network: MeDUET, bank: StyleBank, kind: str = kind, moments: object = moments
-            ) -> None:
+            def before(network: MeDUET, bank: StyleBank, kind: str = kind, moments: object = moments) -> None:
                 if network.embed_volume is not None:
                     network.embed_volume.set_picture(moments)
                     if kind != "none":
@@ -145,7 +143,7 @@ def hippocampus(root: Path, folder: Path) -> tuple[bench.People, tuple[LabelledS
 
 def dice_of_frozen(network: MeDUET, pool: LabelledScans, test: LabelledScans) -> dict[str, list[float]]:
     """Dice of each test patient, the mean of draws, at each number of labelled patients: of content tokens
-    and, the same whatever the encoder, of raw latents."""
+    and, beside the ViT, of raw latents, which are the same whatever the encoder."""
     config, found = network.config, {}
     own = frozen_tokens(network, pool.latents), frozen_tokens(network, test.latents)
     raw = patchify(pool.latents, config.patch_size), patchify(test.latents, config.patch_size)
@@ -158,7 +156,8 @@ def dice_of_frozen(network: MeDUET, pool: LabelledScans, test: LabelledScans) ->
             few = pool.rows(rows)
             fitted = fit_voxels(own[0][rows], few.answers, 3, few.patient, config, draw)
             draws["frozen"].append(anatomy_start.dice_of(fitted(own[1]), test))
-            for name, (train, unseen) in {"ridge": raw, "ridge 27": around}.items():
+            beside = {"ridge": raw, "ridge 27": around} if config.encoder == "vit" else {}
+            for name, (train, unseen) in beside.items():
                 answer = fit_per_position(train[rows], few.answers, 3, config.token_grid, few.patient, draw)
                 draws[name].append(anatomy_start.dice_of(answer(unseen), test))
         for name, dice in draws.items():

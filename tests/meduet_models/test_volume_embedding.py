@@ -76,9 +76,7 @@ def test_what_a_mask_hides_does_not_reach_what_is_visible(network: MeDUET, laten
     assert (whole - changed).abs().max() > 20 * TOLERANCE["atol"]
 
 
-def test_a_masked_step_pictures_no_hidden_token(
-    network: MeDUET, latents: Tensor, draws: StepDraws
-) -> None:
+def test_a_masked_step_pictures_no_hidden_token(network: MeDUET, latents: Tensor, draws: StepDraws) -> None:
     shown, other = (
         pictured(network, x, draws, masked=True) for x in (latents, rolled(latents, draws.exchanged))
     )
@@ -150,7 +148,9 @@ def test_a_picture_is_the_best_that_a_linear_map_decodes() -> None:
 
 
 def test_tokens_of_four_latents_get_the_mean_of_more_cells() -> None:
-    config = dataclasses.replace(CONFIG, latent_grid=(4, 8, 4), patch_size=4, style_map_grid=(1, 2, 1), code_size=2)
+    config = dataclasses.replace(
+        CONFIG, latent_grid=(4, 8, 4), patch_size=4, style_map_grid=(1, 2, 1), code_size=2
+    )
     made = MeDUET(config, 2)
     assert made.encode(torch.randn(2, 2, 4, 8, 4)).content.shape == (2, 2, 12)
 
