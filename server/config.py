@@ -35,8 +35,8 @@ FROM_CONFIG = (
 )
 """Parts of a plan that are settings of the same name."""
 STYLE_CLIP = 5.0
-"""`release.style_clip` over the square root of the latent channels: latents are scaled to unit variance, and all
-but a few in 100 public phantoms are shorter (`tests/server/test_style_clip.py`)."""
+"""`release.style_clip` over the square root of the latent channels: latents are scaled to unit variance, and
+all but a few in 100 public phantoms are shorter (`tests/server/test_style_clip.py`)."""
 
 
 def compose_config(overrides: Sequence[str] = (), name: str = "config") -> DictConfig:
