@@ -129,7 +129,7 @@ class ReleasePlan:
     """L2 norm to which a site's weighted mean update is clipped at the gate."""
     style_clip: Annotated[float, Range(above=0, at_most=10_000)] = 10.0
     """L2 norm to which one patient's latent statistics are clipped before they are summed. They grow with the
-    square root of the latent channels: 14 does for 8 what 10 does for 4."""
+    square root of the latent channels, as a plan's own bound does (`server/config.py`)."""
     wire_dtype: WireDtype = "float32"
     """Type in which weights and updates travel, both ways: `float32`, `bfloat16`, or `mxint8`, a byte per
     value (`federation/microscaling.py`)."""
