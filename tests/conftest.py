@@ -5,10 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from tests import typed
-
-typed.install()
-
 _FIRST = ("simulations", "rounds", "client", "server")
 """Folders of tests, the longest first: a file stays with one process, and one that began last would keep a
 core waiting."""
