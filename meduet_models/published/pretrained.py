@@ -14,6 +14,7 @@ from torch import Tensor
 from forms.form import build
 from forms.json_text import read_json
 from meduet_models.meduet import FactorNetwork, NetworkConfig
+from meduet_models.published.expiry import warn_if_expired
 from meduet_models.published.withdrawals import warn_if_withdrawn
 from meduet_models.weights import load_weights
 
@@ -57,13 +58,15 @@ class Pretrained:
 
 
 def load_pretrained(path: Path) -> Pretrained:
-    """Read the final weights of a run; a warning is logged where a site withdrew what they were made of.
+    """Read the final weights of a run; a warning is logged where a site withdrew what they were made of,
+    or their use was agreed until a day that is past.
 
     Raises `ValueError` when the file is damaged, is not a MeDUET of this version, or lacks a part of the
     content branch.
     """
     tensors, provenance = load_weights(path)
     warn_if_withdrawn(path)
+    warn_if_expired(path, provenance)
     try:
         text, tokenizer = provenance["network"], provenance["tokenizer_sha256"]
     except KeyError as error:
