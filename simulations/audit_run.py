@@ -9,7 +9,7 @@ from pathlib import Path
 
 from audit.evidence import Evidence
 from audit.report import FOLDER
-from client.audit import acquired_again, cohort_of, released, site_books
+from client.audit import acquired_again, cohort_of, question_of, released, site_books
 from client.latents.latent_set import LatentSet
 from client.site import Site
 from meduet_models.diffusion.artefact import DIFFUSION_MODEL, load_generative_model
@@ -59,6 +59,7 @@ def evidence_of(folder: Path, live: Live, shadows: int = 0) -> Evidence:
         hashes={name: sha256_of_file(path) for name, path in files.items() if path.is_file()},
         network_of=models.asked_with,
         before_after=models.before_after,
+        question_of=lambda release: question_of(run.consortium.state / release.site, release),
         model=models.final,
         earlier=models.earlier(),
         shadows=retrained,

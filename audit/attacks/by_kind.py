@@ -20,6 +20,7 @@ from audit.attacks.inversion import attack_gradient
 from audit.attacks.linkage import attack_latents
 from audit.attacks.membership import attack_model
 from audit.attacks.memorisation import attack_diffusion
+from audit.attacks.noised import attack_moments, attack_samples
 from audit.attacks.scores import Scores, false_alarms
 from audit.attacks.shadows import attack_by_shadows
 from audit.attacks.sums import (
@@ -141,6 +142,8 @@ def _why_not(evidence: Evidence, kind: str, own: Sequence[Release]) -> str:
         return "It left under a mask."
     if kind == "survey":
         return "Style sums by body part, or of whole scans, are not attacked by this version."
+    if kind == "latent_moments":
+        return "The public scans that came with the question are not kept any more."
     if kind == "demographics":
         return "Ages and sexes of its patients are not at hand."
     return evidence.no_weights or "The weights that came with it are not at hand."
@@ -172,6 +175,11 @@ def _attacked(evidence: Evidence, release: Release, effort: Effort, scored: Scor
                 yield from attack_gradient(evidence, release, effort.iterations, effort.restarts)
         case "latents":
             yield from attack_latents(evidence, release)
+        case "synthetic_latents":
+            yield attack_samples(release, cohort)
+        case "latent_moments":
+            if (question := evidence.question_of(release)) is not None:
+                yield attack_moments(release, cohort, plan, question, scored)
         case "demographics":
             if (told := attack_demographics(release, cohort, plan)) is not None:
                 yield told
@@ -182,7 +190,18 @@ def _attacked(evidence: Evidence, release: Release, effort: Effort, scored: Scor
 
 
 ATTACKED = frozenset(
-    {"survey", "erasure", "probe", "probe_hits", "round", "latents", "demographics", "audit_counts"}
+    {
+        "survey",
+        "erasure",
+        "probe",
+        "probe_hits",
+        "round",
+        "latents",
+        "synthetic_latents",
+        "latent_moments",
+        "demographics",
+        "audit_counts",
+    }
 )
 """Kinds of release that `_attacked` knows."""
 
