@@ -36,12 +36,13 @@ class Promise:
     """L2 norm of one contributor's share."""
     unit: Literal["site update", "patient statistics", "scan", "patient", "no patient"]
     """Whose share is bounded."""
-    enforcement: Literal["clip", "check", "each", "steps", "none"]
+    enforcement: Literal["clip", "check", "each", "steps", "samples", "none"]
     """`clip`: the gate scales a mean that is too long. `check`: shares were bounded where they were summed;
     the gate refuses a sum that is longer than its number of shares allows. `each`: every row is one
     contributor's share, and the gate scales each that is too long. `steps`: shares were bounded, and noise
-    added, in each step of training; what leaves is a function of that, and as long as it is. `none`: nothing
-    of a patient is in it, so there is nothing to bound (`bound` is 0)."""
+    added, in each step of training; what leaves is a function of that, and as long as it is. `samples`: the
+    same, and what leaves was drawn from the model that these steps made. `none`: nothing of a patient is in
+    it, so there is nothing to bound (`bound` is 0)."""
     relation: Literal["add or remove one"] = "add or remove one"
     """Which two cohorts count as neighbours."""
     mechanism: Mechanism | None = None
@@ -58,7 +59,9 @@ class Promise:
             raise ValueError(f"Expected a promise with a finite bound > 0; got {self.bound}.")
         if (self.mechanism is None) != (self.delta is None):
             raise ValueError("Expected a promise with both a mechanism and a delta, or with neither.")
-        noised = ("check", "steps") if self.mechanism is not None else ("clip", "check", "each", "none")
+        noised = (
+            ("check", "steps", "samples") if self.mechanism is not None else ("clip", "check", "each", "none")
+        )
         if self.enforcement not in noised or (self.mechanism is not None and self.unit != "patient"):
             raise ValueError(
                 "Expected noise on sums of patients' bounded shares, and in steps always; got unit "
@@ -68,11 +71,17 @@ class Promise:
             raise ValueError(f"Expected delta in (0, {LARGEST_DELTA:g}]; got {self.delta}.")
 
     @property
-    def noise_in(self) -> Literal["nowhere", "release", "steps"]:
-        """Where noise enters."""
+    def noise_in(self) -> Literal["nowhere", "release", "steps", "generation"]:
+        """Where noise enters: in the release, in steps whose result leaves, or in those of a generation, of
+        which only samples do."""
         if self.mechanism is None:
             return "nowhere"
-        return "steps" if self.enforcement == "steps" else "release"
+        return "generation" if self.enforcement == "samples" else "steps" if self.in_steps else "release"
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether shares are bounded, and noise added, in each step of training."""
+        return self.enforcement in ("steps", "samples")
 
     @property
     def deviation(self) -> float:
@@ -95,14 +104,19 @@ class Promise:
             return "Made of random numbers of this site and others: nothing of a patient is in it."
         if self.mechanism is not None:
             moved, taken = "it", self.mechanism
-            if self.enforcement == "steps":
+            if self.in_steps:
                 moved = (
                     f"the sum of a training step, of which there are {taken.steps} and in each of which she "
                     f"is with a chance of {taken.sampling_rate:g},"
                 )
+            drawn = (
+                "What leaves are samples of the model that these steps make, and nothing beside them. "
+                if self.enforcement == "samples"
+                else ""
+            )
             return (
-                f"Whoever reads this release learns almost the same whether or not a patient is in it: each "
-                f"patient, all scans together, moves {moved} by at most {self.bound:.4g} (L2, "
+                f"{drawn}Whoever reads this release learns almost the same whether or not a patient is in "
+                f"it: each patient, all scans together, moves {moved} by at most {self.bound:.4g} (L2, "
                 f"{self.relation}), and the site adds Gaussian noise of deviation {self.deviation:.4g} from "
                 f"a secret of its own. That is epsilon {self.epsilon} at delta {self.delta:g} for this "
                 "release. Not covered: that the site takes part, when and whether it answers, and what else "

@@ -39,7 +39,7 @@ from server.deployment.watch import watched
 from server.export.crate import write_run_crate
 from server.latent_bank.records import key_beside, public_key
 from server.public_scans import PUBLIC_SCANS, drawn_public_scans
-from simulations.consortium import Consortium, site_configs
+from simulations.consortium import Consortium, simulated_identity, site_configs
 from simulations.engines.in_process import FixedThreads, InProcessGrid
 from simulations.engines.side_by_side import SideBySide, SideBySideGrid, num_processes
 from simulations.generation.judge import judge
@@ -123,8 +123,7 @@ def prepare(config: Mapping[str, Any], live: Live, made: Made | None = None) -> 
         with live.counting("making hospitals") as progress:
             known = make_hospitals(hospitals_plan, folder / "hospitals", progress)
     taking_part, apart = held_apart(known, settings.held_out)
-    releases = asked.diffusion is not None and asked.diffusion.release.releases_latents
-    recipient = public_key(key_beside(folder)) if releases else ""
+    recipient = public_key(key_beside(folder)) if asked.latent_policy.sealed else ""
     plan = plan_for([hospital.name for hospital in taking_part], public_sha256, recipient)
     state = folder / "sites"
     hospitals = [*taking_part, *apart]
@@ -183,7 +182,13 @@ def simulate(
         device = resolve_device(simulation.settings.device)
         keep_early = simulation.settings.checkpoints.keep_early
         return run_plan(
-            grid, plan, simulation.folder, observer=observer, device=device, keep_early=keep_early
+            grid,
+            plan,
+            simulation.folder,
+            observer=observer,
+            device=device,
+            authority=simulated_identity(plan.participants[0]).authority,
+            keep_early=keep_early,
         )
 
     num_sites = len(plan.participants)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from client.commands.latent_words import after_the_pretraining, diffusion_words
 from client.exact_sums import fewest_for_means, fewest_patients
 from client.refusals import MOST
 from federation.exchanges.audit_counts import AUDIT_COUNTS, cell_of
@@ -19,13 +20,21 @@ from federation.exchanges.demographics import DEMOGRAPHICS, SEX_NAMES, age_bands
 from federation.exchanges.diffusion import DIFFUSION
 from federation.exchanges.erasure import ERASURE, erasure_shapes, numbers_told, pooled_bound
 from federation.exchanges.finetuning import FinetunePlan
+from federation.exchanges.latent_moments import LATENT_MOMENTS
 from federation.exchanges.latents import LATENTS
 from federation.exchanges.pretraining import PRETRAINING
-from federation.exchanges.private_rounds import PRIVATE_ROUNDS, run_epsilon, steps_promise, travelling_keys
+from federation.exchanges.private_rounds import (
+    PRIVATE_ROUNDS,
+    latents_promise,
+    run_epsilon,
+    steps_promise,
+    travelling_keys,
+)
 from federation.exchanges.probes import PROBES, sums_bound, sums_shapes, widest_sums
 from federation.exchanges.secure_sum import SUM_MASKED
 from federation.exchanges.style_code import STYLE_CODE, code_promise, code_shapes, privacy_of
 from federation.exchanges.survey import SURVEY, smallest_cohort, survey_layout
+from federation.exchanges.synthetic_latents import SYNTHETIC_LATENTS
 from federation.finetuning_privacy import FinetunePrivacy, all_rounds, round_promise
 from federation.plan import RunPlan
 from federation.published_plan import PublishedPlan
@@ -163,8 +172,9 @@ def _run(plan: RunPlan, site_minimum: int) -> Iterator[Line]:
             "who stayed out fix the thresholds and are not counted.",
         )
         yield _told(_CLAIMS_TELL.format(cell=cell))
-    yield from _diffusion(plan)
+    yield from diffusion_words(plan)
     yield from _how_often(plan)
+    yield from _until(plan)
     yield (
         "Noise",
         "None is added anywhere: what leaves is bounded, not differentially private (epsilon infinite).",
@@ -180,7 +190,7 @@ def _protected(plan: RunPlan) -> Iterator[Line]:
         f"{plan.total_steps:,} steps on {privacy.public_scans} phantoms, in which no patient is, restyled to "
         "the sites' styles; "
         + (
-            "your site is asked nothing more."
+            after_the_pretraining(plan)
             if noisy is None
             else f"then your site takes {noisy.steps} steps on its patients, in {noisy.rounds} rounds, each "
             f"answered within {plan.aggregation.deadline_s:g} s."
@@ -193,7 +203,7 @@ def _protected(plan: RunPlan) -> Iterator[Line]:
         f"Once: {_numbers(code_shapes(plan))} numbers with noise, which say how your scanner's images look "
         f"on average and about how many patients you have (level {privacy.level}). "
         + ("No weights, no losses, no " if noisy is None else "Later the weights below. No losses, no ")
-        + "counts, no scan, no file name, no label.",
+        + f"counts, {plan.latent_policy.beside_sums}.",
     )
     if noisy is not None:
         values = sum(tensor.numel() for tensor in _shared(plan).values())
@@ -204,6 +214,8 @@ def _protected(plan: RunPlan) -> Iterator[Line]:
             "patients, drawn in secret, take part and noise is added. Beside them whole seconds, and the "
             "number of patients that the style code told, noise included.",
         )
+    if plan.diffusion is not None:
+        yield from diffusion_words(plan)
     yield (
         "Promise",
         f"Each patient, with all her scans: epsilon {run_epsilon(plan)} at delta {privacy.delta:g} for the "
@@ -211,8 +223,21 @@ def _protected(plan: RunPlan) -> Iterator[Line]:
     )
     if noisy is not None:
         yield "", f"Of a round: {steps_promise(plan).sentence()}"
+    if plan.latent_policy.noised:
+        yield "", f"For the diffusion model: {latents_promise(plan).sentence()}"
     yield "", _YOUR_CEILING
     yield from _how_often(plan)
+    yield from _until(plan)
+
+
+def _until(plan: RunPlan) -> Iterator[Line]:
+    """Until when it may be used."""
+    if day := plan.release.expires:
+        yield (
+            "Until when",
+            f"What leaves, and what is made of it, may be used until {day}. After that day no site answers "
+            "under this plan, nothing more is trained on it, and whoever loads it with FedMeDUET is told.",
+        )
 
 
 def _how_often(plan: RunPlan) -> Iterator[Line]:
@@ -228,6 +253,8 @@ def _how_often(plan: RunPlan) -> Iterator[Line]:
         ("site erasure", ERASURE),
         ("counts of your own audit", AUDIT_COUNTS),
         ("releases of latents", LATENTS),
+        ("synthetic latents", SYNTHETIC_LATENTS),
+        ("moments of latents", LATENT_MOMENTS),
         ("rounds of the diffusion model", DIFFUSION),
     )
     asked = [f"{name}: {times}" for name, one in counted if (times := len(one.rounds(plan)))]
@@ -293,23 +320,6 @@ def _summed(plan: RunPlan, layout: SumLayout) -> str:
         "change any more: one that lies can spoil the model. Style sums, probes and site erasure are still "
         "your own, not summed."
     )
-
-
-def _diffusion(plan: RunPlan) -> Iterator[Line]:
-    diffusion, policy = plan.diffusion, plan.latent_policy
-    if diffusion is None:
-        yield "", policy.sentence
-        return
-    amount = f"at most {diffusion.items_per_site}" if diffusion.items_per_site else "all"
-    conditions = ", ".join(diffusion.conditions) or "nothing"
-    yield "", policy.sentence.format(diffusion=diffusion, amount=amount, told=conditions)
-    yield (
-        "",
-        f"Policy {policy.name}. Guaranteed: {policy.guarantee}. Not covered: {policy.not_covered}. Smallest "
-        f"cohort: {policy.smallest_cohort}.",
-    )
-    if plan.volumes.extent == "scan" and policy.releases_latents:
-        yield "", "Of each scan that is the crop around its foreground's centre, never more of it."
 
 
 _NETWORKS = {

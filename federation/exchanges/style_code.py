@@ -91,9 +91,13 @@ def asked_promise(plan: RunPlan, ask: StyleCodeAsk) -> Promise:
 
 def code_promise(plan: RunPlan) -> Promise:
     """Each patient's share is bounded where it is made; the gate adds the noise that the plan's epsilon, or
-    the share of it that noisy steps leave, asks for."""
+    the share of it that noisy steps or noised latents leave, asks for."""
     privacy = privacy_of(plan)
-    epsilon = privacy.epsilon if privacy.noisy is None else privacy.noisy.epsilon_style
+    epsilon = privacy.epsilon
+    if privacy.noisy is not None:
+        epsilon = privacy.noisy.epsilon_style
+    elif plan.diffusion is not None and plan.diffusion.epsilon_style is not None:
+        epsilon = plan.diffusion.epsilon_style
     return Promise(
         kind="style_code",
         bound=SHARE_BOUND,

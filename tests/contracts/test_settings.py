@@ -18,6 +18,7 @@ from client.settings import SiteConfig
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning
 from federation.finetuning_privacy import FinetunePrivacy
+from federation.latent_privacy import AggregatePlan, SyntheticPlan
 from federation.plan import (
     AggregationPlan,
     AuditCountsPlan,
@@ -53,6 +54,8 @@ SETTINGS = (
     AuditCountsPlan,
     PrivacyPlan,
     NoisySteps,
+    SyntheticPlan,
+    AggregatePlan,
     NetworkConfig,
     ObjectiveConfig,
     LossWeights,
