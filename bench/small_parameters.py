@@ -138,7 +138,8 @@ class Study:
         self.bank = StyleBank.of(plan.sites, moments)
         self.public = load_weights(Path(folder) / PUBLIC_SCANS)[0]["latents"]
         self.public_own = own_entries(self.public, survey_layout(plan))
-        centre = PhantomTraining(plan, self.public, self.bank, {}, torch.device("cpu"))
+        begun = MeDUET(plan.network, len(plan.sites), seed=plan.seed).state_dict()
+        centre = PhantomTraining(plan, self.public, self.bank, begun, {}, torch.device("cpu"))
         for number in range(1, plan.training.rounds + 1):
             centre.round(number)
         self.start = MeDUET(plan.network, len(plan.sites))

@@ -21,6 +21,7 @@ from forms.form import build, check
 from forms.json_text import canonical, read_json, sha256_of
 from forms.names import Phrase, Sha256, SiteName
 from forms.ranges import Entries, Range, Share
+from meduet_models.anatomy_start import AnatomyStart
 from meduet_models.meduet import MOST_ACTIVATIONS, NetworkConfig
 from meduet_models.objective.settings import ObjectiveConfig
 from privacy.secure_sum.transcript import FEWEST_SITES, MOST_SITES, threshold
@@ -128,7 +129,7 @@ class ReleasePlan:
     """L2 norm to which a site's weighted mean update is clipped at the gate."""
     style_clip: Annotated[float, Range(above=0, at_most=10_000)] = 10.0
     """L2 norm to which one patient's latent statistics are clipped before they are summed. They grow with the
-    square root of the latent channels: 14 does for 8 what 10 does for 4."""
+    square root of the latent channels, as a plan's own bound does (`server/config.py`)."""
     wire_dtype: WireDtype = "float32"
     """Type in which weights and updates travel, both ways: `float32`, `bfloat16`, or `mxint8`, a byte per
     value (`federation/microscaling.py`)."""
@@ -191,6 +192,12 @@ class RunPlan:
     """The network."""
     objective: ObjectiveConfig
     """The loss."""
+    anatomy_start: AnatomyStart = "none"
+    """What the U-Net of network.encoder=volume_unet starts from: `canonical`, public anatomy that never was a
+    patient; `shapes`, its control; `none`, the seed."""
+    anatomy_sha256: Sha256 | None = None
+    """Hash of that start as it comes with round 1 (`federation/exchanges/pretraining.py`); none: there is
+    none."""
     training: TrainingPlan
     """Local training."""
     style: StylePlan
@@ -352,6 +359,7 @@ def _contradictions(plan: RunPlan) -> Iterator[str]:
                 )
         if aggregation.method == "alone":
             yield "aggregation.method=alone shares no encoder for a diffusion model: set diffusion=none."
+    yield from _encoder_contradictions(plan)
     yield from _secure_sum_contradictions(plan)
     if plan.privacy is not None:
         yield from privacy_plan.contradictions(plan)
@@ -360,6 +368,20 @@ def _contradictions(plan: RunPlan) -> Iterator[str]:
         yield f"aggregation.trim has no effect with aggregation.rule={aggregation.rule}: leave it out."
     if aggregation.optimiser == "average" and aggregation.momentum != defaults.momentum:
         yield "aggregation.momentum has no effect with aggregation.optimiser=average: leave it out."
+
+
+def _encoder_contradictions(plan: RunPlan) -> Iterator[str]:
+    """What a U-Net on the volume as encoder rules out, and what its start needs."""
+    if plan.anatomy_start != "none" and plan.network.encoder != "volume_unet":
+        yield (
+            f"anatomy_start={plan.anatomy_start} has no effect with network.encoder={plan.network.encoder}, "
+            "which has no U-Net on the volume: set network.encoder=volume_unet, or leave it out."
+        )
+    if (plan.anatomy_start != "none") != (plan.anatomy_sha256 is not None):
+        yield (
+            f"Expected anatomy_sha256, the hash of a start from public anatomy, with anatomy_start=canonical "
+            f"or shapes, and only with them; anatomy_start is {plan.anatomy_start}."
+        )
 
 
 def _secure_sum_contradictions(plan: RunPlan) -> Iterator[str]:

@@ -168,6 +168,11 @@ def _noisy_contradictions(plan: "RunPlan", privacy: PrivacyPlan) -> Iterator[str
             f"Expected privacy.noisy.group_size of at most training.batch_size={plan.training.batch_size}, "
             f"the scans that a site holds at once; got {noisy.group_size}."
         )
+    if privacy.level == "full" and plan.network.encoder == "volume_unet":
+        yield (
+            "privacy.level=full cuts gradients of linear layers and norms, and network.encoder=volume_unet "
+            "has convolutions: set network.encoder=vit, or privacy.level=adapters or sums."
+        )
     if plan.training.precision != "float32":
         yield f"privacy.level={privacy.level} cuts gradients in float32: set training.precision=float32."
     terms = plan.objective.weights

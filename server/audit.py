@@ -55,9 +55,8 @@ class CentresModels:
         that of the last but one."""
         if not self._final:
             return {}
-        start = self._model.start()[0]
         constants = {n: self._final[n] for n in ("latent_mean", "latent_deviation")}
-        models = {"the common start": self._network(start | constants)}
+        models = {"the common start": self._network(constants)}  # a U-Net's start adds nothing to it yet
         last = self.plan.num_rounds
         for early in sorted({last // 2, last - 1} & set(self.kept) - {0, last}):
             models[f"round {early}"] = self._network(self.kept[early].shared)

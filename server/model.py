@@ -9,6 +9,7 @@ What this file does not do: it sends and stores nothing (`server/app.py`).
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,6 +38,7 @@ from meduet_models.style.restyling import own_entries, restyle_each
 from meduet_models.threads import fixed_threads
 from server.public_latents import public_latents, restyled
 from server.public_scans import public_scans
+from server.volume_start import start_on_volumes
 from strategies.aggregation import ReplyRefused
 from strategies.style_bank import StyleSurvey
 
@@ -100,9 +102,10 @@ class SharedModel(Protocol):
 class MeduetModel:
     """MeDUET under a plan."""
 
-    def __init__(self, plan: RunPlan, tokenizer: Path | None = None) -> None:
-        """`tokenizer`: the file of the plan's tokenizer; none: the package's, if it is the plan's."""
-        self.plan, self._tokenizer = plan, tokenizer
+    def __init__(self, plan: RunPlan, tokenizer: Path | None = None, anatomy: Path | None = None) -> None:
+        """`tokenizer`: the file of the plan's tokenizer; none: the package's, if it is the plan's. `anatomy`:
+        that of the plan's start from public anatomy; none: the shipped one."""
+        self.plan, self._tokenizer, self._anatomy = plan, tokenizer, anatomy
         self._survey = StyleSurvey(plan)
         self._drawn: Tensor | None = None
         network = self._network()
@@ -121,9 +124,16 @@ class MeduetModel:
         return bool(self._shared) and len(self.plan.participants) > 1
 
     def start(self) -> tuple[Tensors, Tensors]:
-        """The network's start from the plan's seed, divided into what travels and what stays."""
-        weights = self._network().state_dict()
+        """The network's start from the plan's seed and, where it has a U-Net, from public anatomy, divided
+        into what travels and what stays. Raises as `start_on_volumes`."""
+        weights = self._start
         return {n: weights[n] for n in self._shared}, {n: weights[n] for n in self._home}
+
+    @cached_property
+    def _start(self) -> Tensors:
+        network = self._network()
+        start_on_volumes(network, self.plan, self._tokenizer, self._anatomy)
+        return network.state_dict()
 
     def check_survey(self, reply: SurveyReply) -> None:
         """Judged alone by `StyleSurvey`; raises `ReplyRefused` with its reason."""

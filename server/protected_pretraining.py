@@ -92,7 +92,10 @@ class ProtectedPretraining:
     def rounds(self, last: Checkpoint) -> Iterator[tuple[dict[str, Any], Tensors, Tensors]]:
         """The rounds after `last`: what to say of each, all weights, and the state to go on from."""
         style_bank = StyleBank.from_tensors(last.bank, self._plan.sites)
-        training = PhantomTraining(self._plan, self.public, style_bank, last.optimiser, self._device)
+        shared, home = self._model.start()
+        training = PhantomTraining(
+            self._plan, self.public, style_bank, {**shared, **home}, last.optimiser, self._device
+        )
         for number in range(last.round + 1, self._plan.training.rounds + 1):
             report = training.round(number)
             if number == self._plan.training.rounds and privacy_of(self._plan).noisy is not None:

@@ -69,10 +69,11 @@ def hidden_error(
     network: FactorNetwork, latents: Float[Tensor, "b c d h w"], partner: Tensor, hidden: Tensor
 ) -> Float[Tensor, " b"]:
     """Error of each scan at tokens that a partner hides."""
-    lent = network.embed_latents(partner[None]).expand(len(latents), -1, -1)
-    mixed = torch.where(hidden[None, :, None], lent, network.embed_latents(latents))
+    lent = network.seen_tokens(partner[None]).expand(len(latents), -1, -1)
+    mixed = torch.where(hidden[None, :, None], lent, network.seen_tokens(latents))
     visible = (~hidden).expand(len(latents), -1)
-    predicted = network.predict_tokens(network.factors(latents, network.encoder(mixed)), visible)
+    features = network.encoder(network.embed_tokens(mixed))
+    predicted = network.predict_tokens(network.factors(latents, features), visible)
     error = squared_distance(predicted, network.target_tokens(latents))  # b t
     return error[:, hidden].mean(1)
 

@@ -87,6 +87,12 @@ def _run(plan: RunPlan, site_minimum: int) -> Iterator[Line]:
         f"A MeDUET network (encoder of {network.depth} blocks, width {network.width}) learns from scans "
         f"without labels; method {aggregation.method}, rule {aggregation.rule}, seed {plan.seed}.",
     )
+    if network.encoder == "volume_unet":
+        yield (
+            "",
+            "Beside latents it sees a picture that they are decoded into, by a U-Net (no other voxels)"
+            f"{_STARTS[plan.anatomy_start]}",
+        )
     yield "On which data", _data(plan)
     yield "", f"The tokenizer must be {plan.tokenizer_sha256[:12]}…; encodings stay in your cache."
     if plan.privacy is not None:

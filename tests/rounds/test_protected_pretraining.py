@@ -291,11 +291,12 @@ def test_training_that_goes_on_from_its_state_takes_the_same_steps(tmp_path: Pat
          for n, s in enumerate(plan.sites)}
     )  # fmt: skip
     cpu = torch.device("cpu")
-    whole = PhantomTraining(plan, PUBLIC, bank, {}, cpu)
+    start = MeDUET(plan.network, 3, seed=plan.seed).state_dict()
+    whole = PhantomTraining(plan, PUBLIC, bank, start, {}, cpu)
     whole.round(1)
     path = tmp_path / "state.safetensors"
     save_weights(path, whole.state(), {})
-    later = PhantomTraining(plan, PUBLIC, bank, load_weights(path)[0], cpu)
+    later = PhantomTraining(plan, PUBLIC, bank, start, load_weights(path)[0], cpu)
     losses = [training.round(2)["loss"] for training in (whole, later)]
     assert losses[0] == losses[1]
     assert all(torch.equal(later.weights()[name], tensor) for name, tensor in whole.weights().items())
