@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from audit.attacks.memorisation import copying
+from audit.attacks.scores import Scores, blind_from, judged
 from audit.books import read_books
 from audit.evidence import SiteBooks
 from audit.findings import Finding
-from audit.intervals import ONE_SIDE
-from audit.mechanisms import audit_mechanism, moved_most, noise_repeats
-from audit.memorisation import copying
-from audit.record import Planted
-from audit.scores import Scores, blind_from, judged
+from audit.record.record import Planted
+from audit.statistics.intervals import ONE_SIDE
+from audit.statistics.mechanisms import audit_mechanism, moved_most, noise_repeats
 from federation.journal import Journal
 from privacy.ledger import Ledger, Place
 from privacy.promise import Promise

@@ -14,12 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from audit.algebra import tracing_area
-from audit.artefacts import Artefact, Audited
-from audit.claims import pooled_claims
+from audit.attacks.algebra import tracing_area
+from audit.attacks.claims import pooled_claims
 from audit.evidence import Evidence
 from audit.findings import Finding
 from audit.policy import Behind
+from audit.record.artefacts import Artefact, Audited
 from federation.exchanges.erasure import numbers_told
 from federation.exchanges.survey import survey_layout
 from federation.journal import read_journal

@@ -2,7 +2,7 @@
 
 The attacker holds a candidate's scan, the final weights that came with the question, and the style sums that
 left this site. Scores are used here and kept nowhere.
-Does not do: attack (`audit/claims.py`), or write the site's report (`meduet-site audit`).
+Does not do: attack (`audit/attacks/claims.py`), or write the site's report (`meduet-site audit`).
 """
 
 import torch
@@ -31,7 +31,9 @@ def answer_audit_counts(
 ) -> Released:
     """Counts of claims at one threshold. Raises `CohortTooSmall` where too few patients stayed out, or this
     site's own minimum is larger than a cell."""
-    from audit.claims import claims_of  # the attacks take seconds to load: no other question waits for them
+    from audit.attacks.claims import (
+        claims_of,  # the attacks take seconds to load: no other question waits for them
+    )
     from audit.cohort import Cohort
 
     cell = cell_of(plan)

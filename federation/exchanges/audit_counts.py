@@ -3,7 +3,8 @@
 Where a plan asks for it. A site tries each of `ATTACKS` on its own patients, at one threshold that is fixed
 on patients who are not counted. Scores never leave. Of those trained on, and of others, it tells how many are
 claimed and how many are not, each count rounded down to whole cells (`cell_of`), and nothing else.
-What this file does not do: attack (`audit/claims.py`), or add up sites (`server/exchanges/audit_counts.py`).
+What this file does not do: attack (`audit/attacks/claims.py`), or add up sites
+(`server/exchanges/audit_counts.py`).
 """
 
 import math

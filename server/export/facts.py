@@ -27,7 +27,7 @@ from scans.volume_plan import VolumePlan
 from server.promises import sentences
 
 if TYPE_CHECKING:
-    from audit.record import Record
+    from audit.record.record import Record
 
 _KEPT = (
     "model", "network", "tokenizer_sha256", "volumes", "plan_sha256", "rounds", "tensors_sha256", "readers"
@@ -153,7 +153,7 @@ def _sites(folder: Path, plan: RunPlan) -> list[dict[str, float]]:
 
 def _audit(folder: Path, plan: RunPlan) -> "Record | None":
     """The last audit of the run in `folder`. Raises `ValueError` for that of another plan."""
-    from audit.record import read_record  # here: a run that ends needs no attacks
+    from audit.record.record import read_record  # here: a run that ends needs no attacks
     from audit.report import FOLDER as AUDIT
 
     path = folder / AUDIT / "audit.json"

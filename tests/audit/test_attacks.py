@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from audit.attacks import audit
+from audit.attacks.by_kind import audit
+from audit.attacks.linkage import attack_latents, found_again, psnr
+from audit.attacks.membership import attack_model, losses
 from audit.effort import QUICK
 from audit.evidence import Evidence, Release, SiteBooks
 from audit.findings import worst
-from audit.linkage import attack_latents, found_again, psnr
-from audit.membership import attack_model, losses
 from audit.policy import UNDECIDED, Policy, decide
 from federation.journal import Journal
 from meduet_models.meduet import MeDUET

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from audit.attacks import ATTACKED
-from audit.claims import attack_claims, claims_of, pooled_claims
+from audit.attacks.by_kind import ATTACKED
+from audit.attacks.claims import attack_claims, claims_of, pooled_claims
 from audit.cohort import Cohort
 from audit.evidence import Release
 from federation.exchanges.audit_counts import ATTACKS, PooledCounts, Told

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from audit.artefacts import Audited
-from audit.attacks import audit
+from audit.attacks.by_kind import audit
 from audit.effort import QUICK
-from audit.kept import KeptFindings
+from audit.record.artefacts import Audited
+from audit.record.kept import KeptFindings
 from tests.audit.released import Answered, toy_plan
 
 

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from audit.attacks.inversion import attack_gradient
+from audit.attacks.membership import attack_model
+from audit.attacks.memorisation import attack_diffusion
+from audit.attacks.update import attack_round
 from audit.cohort import Cohort
 from audit.evidence import Evidence, Release
 from audit.findings import Finding
-from audit.inversion import attack_gradient
-from audit.membership import attack_model
-from audit.memorisation import attack_diffusion
-from audit.update import attack_round
 from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.diffusion.conditioner import Conditioner, condition_sizes
 from meduet_models.diffusion.conditions import Condition

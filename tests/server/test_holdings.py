@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from audit.record import read_record
+from audit.record.record import read_record
 from federation.journal import Journal
 from federation.plan import ProbePlan
 from meduet_models.weights import save_weights, sha256_of_tensors

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from audit.claims import claims_of, fix_threshold
+from audit.attacks.claims import claims_of, fix_threshold
 from audit.cohort import Cohort
 from client.commands.plan_words import plan_words
 from client.exchanges.audit_counts import ANSWER

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from audit.findings import Finding, Verdict
-from audit.intervals import area, area_interval, rate_at, roc, smallest_told
-from audit.one_run import epsilon_of_pairs
+from audit.statistics.intervals import area, area_interval, rate_at, roc, smallest_told
+from audit.statistics.one_run import epsilon_of_pairs
 
 FEWEST = 20
 """Others below which no membership is claimed or denied."""

@@ -19,7 +19,7 @@ import numpy as np
 from scipy.special import expit
 from scipy.stats import binom, norm
 
-from audit.guarantee import gaussian_sigma
+from audit.statistics.guarantee import gaussian_sigma
 
 LEVEL = 0.05
 DELTA = 1e-5

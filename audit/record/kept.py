@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from audit.attacks.scores import Scores
 from audit.effort import Effort
 from audit.evidence import Evidence
 from audit.findings import Finding
-from audit.scores import Scores
 from forms.form import build
 from forms.json_text import canonical, read_json, sha256_of
 from meduet_models.weights import sha256_of_tensors

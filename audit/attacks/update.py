@@ -20,10 +20,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from audit.attacks.membership import blind, hidden_error, losses, public_draws, scores_of
+from audit.attacks.scores import Scores, judged
 from audit.evidence import Evidence, Release
 from audit.findings import Finding
-from audit.membership import blind, hidden_error, losses, public_draws, scores_of
-from audit.scores import Scores, judged
 from meduet_models.meduet import FactorNetwork
 
 _PARTNERS = 2

@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from audit.attacks.sums import not_recomputed
 from audit.cohort import Cohort
 from audit.evidence import Release
 from audit.findings import Finding, parts
-from audit.intervals import clopper_pearson
-from audit.sums import not_recomputed
+from audit.statistics.intervals import clopper_pearson
 from federation.exchanges.demographics import AGES, SEXES, counted
 from federation.exchanges.survey import smallest_cohort
 from federation.plan import RunPlan

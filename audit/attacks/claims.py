@@ -17,15 +17,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from audit import algebra
+from audit.attacks import algebra
+from audit.attacks.counts import attack_counts
+from audit.attacks.membership import losses
+from audit.attacks.scores import FEWEST
+from audit.attacks.sums import style_vectors
 from audit.cohort import Cohort
-from audit.counts import attack_counts
 from audit.evidence import Release
 from audit.findings import Finding, Pooled, Rate, Verdict
-from audit.intervals import clopper_pearson
-from audit.membership import losses
-from audit.scores import FEWEST
-from audit.sums import style_vectors
+from audit.statistics.intervals import clopper_pearson
 from federation.exchanges.audit_counts import ATTACKS, PooledCounts, Told, cell_of
 from federation.exchanges.survey import SURVEY
 from federation.plan import RunPlan

@@ -18,13 +18,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from audit import algebra
+from audit.attacks import algebra
+from audit.attacks.scores import FEWEST, Scores, blind_from, judged
 from audit.codes import Codes
 from audit.cohort import Cohort
 from audit.evidence import Release
 from audit.findings import Finding, parts
-from audit.intervals import clopper_pearson
-from audit.scores import FEWEST, Scores, blind_from, judged
+from audit.statistics.intervals import clopper_pearson
 from federation.exchanges.erasure import erasure_sums
 from federation.exchanges.probes import ANATOMY, FACTORS, fold_moments
 from federation.exchanges.survey import survey_layout

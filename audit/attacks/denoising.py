@@ -22,10 +22,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from audit.attacks.membership import scores_of
+from audit.attacks.scores import Scores, judged
 from audit.cohort import Cohort
 from audit.findings import Finding
-from audit.membership import scores_of
-from audit.scores import Scores, judged
 from meduet_models.diffusion.artefact import DIFFUSION_MODEL, GenerativeModel
 from meduet_models.diffusion.conditions import Condition, Conditions, Examples
 from meduet_models.diffusion.path import Path

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from audit.record import ArtefactRow, FindingRow
+from audit.record.record import ArtefactRow, FindingRow
 
 SIDE = 240
 DECADES = 3

@@ -12,7 +12,7 @@ What this file does not do: measure, or judge; every number stands in the record
 from collections.abc import Iterator
 
 from audit.findings import ORDER, parts
-from audit.record import FindingRow, Record
+from audit.record.record import FindingRow, Record
 
 OPEN = "________ (a person fills this in)"
 _ASSESSED = {

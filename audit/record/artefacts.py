@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 
 from audit.books import Charged
 from audit.findings import Finding
-from audit.guarantee import largest_rate
-from audit.intervals import ONE_SIDE, clopper_pearson
 from audit.policy import Behind
+from audit.statistics.guarantee import largest_rate
+from audit.statistics.intervals import ONE_SIDE, clopper_pearson
 
 
 @dataclass(frozen=True)

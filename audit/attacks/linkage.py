@@ -21,7 +21,7 @@ from audit.cohort import Cohort
 from audit.evidence import Evidence, Release
 from audit.findings import Finding
 from audit.gallery import picture
-from audit.intervals import wilson
+from audit.statistics.intervals import wilson
 from federation.exchanges.latents import BOUNDED
 from meduet_models.tokenizer.tokenizer import Tokenizer
 

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from audit.attacks.membership import blind, losses, scores_of
+from audit.attacks.scores import Scores, judged
 from audit.cohort import Cohort
 from audit.evidence import Evidence, Shadow
 from audit.findings import Finding
-from audit.intervals import area
-from audit.membership import blind, losses, scores_of
-from audit.scores import Scores, judged
+from audit.statistics.intervals import area
 from meduet_models.meduet import FactorNetwork
 from meduet_models.published.pretrained import MODEL
 

@@ -31,12 +31,12 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from audit.attacks.linkage import found_again, psnr
 from audit.cohort import Cohort
 from audit.evidence import Evidence, Release
 from audit.findings import Finding, Picture
 from audit.gallery import picture
-from audit.intervals import clopper_pearson
-from audit.linkage import found_again, psnr
+from audit.statistics.intervals import clopper_pearson
 from federation.plan import RunPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.objective.objective import MeduetObjective, StepBatch, StepDraws, draw_step

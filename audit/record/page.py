@@ -8,9 +8,9 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from audit.curves import SIDE, curves
 from audit.findings import ORDER, TESTS, parts
-from audit.record import ArtefactRow, Epsilon, FindingRow, Record
+from audit.record.curves import SIDE, curves
+from audit.record.record import ArtefactRow, Epsilon, FindingRow, Record
 from meduet_models.published.pretrained import MODEL
 
 _TEMPLATE = Path(__file__).with_name("page.html")

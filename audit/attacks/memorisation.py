@@ -20,14 +20,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from audit.attacks.denoising import SAYS, controlled, denoising
+from audit.attacks.membership import blind, scores_of
+from audit.attacks.scores import FEWEST, Scores, judged
 from audit.cohort import Cohort
-from audit.denoising import SAYS, controlled, denoising
 from audit.evidence import Evidence
 from audit.findings import Finding, Picture
 from audit.gallery import picture
-from audit.intervals import ONE_SIDE
-from audit.membership import blind, scores_of
-from audit.scores import FEWEST, Scores, judged
+from audit.statistics.intervals import ONE_SIDE
 from meduet_models.diffusion.artefact import DIFFUSION_MODEL, GenerativeModel
 from meduet_models.diffusion.conditions import UNKNOWN, Condition, Conditions, Examples
 from meduet_models.diffusion.sampling import SamplingSettings, sample

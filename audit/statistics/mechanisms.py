@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import norm
 
-from audit.guarantee import gaussian_epsilon
-from audit.intervals import clopper_pearson
+from audit.statistics.guarantee import gaussian_epsilon
+from audit.statistics.intervals import clopper_pearson
 
 DRAWS = 100_000
 DELTA = 1e-5

@@ -14,22 +14,15 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from audit.artefacts import Artefact, Audited, held_to_promise, not_audited, published
-from audit.books import Charged, Read, read_books
-from audit.claims import attack_claims
-from audit.counts import attack_demographics
-from audit.effort import Effort
-from audit.evidence import Evidence, Release
-from audit.findings import Finding
-from audit.inversion import attack_gradient
-from audit.kept import Found, KeptFindings, key_of, options_of
-from audit.linkage import attack_latents
-from audit.membership import attack_model
-from audit.memorisation import attack_diffusion
-from audit.policy import Behind
-from audit.scores import Scores, false_alarms
-from audit.shadows import attack_by_shadows
-from audit.sums import (
+from audit.attacks.claims import attack_claims
+from audit.attacks.counts import attack_demographics
+from audit.attacks.inversion import attack_gradient
+from audit.attacks.linkage import attack_latents
+from audit.attacks.membership import attack_model
+from audit.attacks.memorisation import attack_diffusion
+from audit.attacks.scores import Scores, false_alarms
+from audit.attacks.shadows import attack_by_shadows
+from audit.attacks.sums import (
     Products,
     attack_difference,
     attack_hits,
@@ -40,7 +33,14 @@ from audit.sums import (
     probe_products,
     survey_sum,
 )
-from audit.update import attack_round
+from audit.attacks.update import attack_round
+from audit.books import Charged, Read, read_books
+from audit.effort import Effort
+from audit.evidence import Evidence, Release
+from audit.findings import Finding
+from audit.policy import Behind
+from audit.record.artefacts import Artefact, Audited, held_to_promise, not_audited, published
+from audit.record.kept import Found, KeptFindings, key_of, options_of
 from meduet_models.diffusion.artefact import DIFFUSION_MODEL
 from meduet_models.published.pretrained import MODEL
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from audit.artefacts import Artefact, Audited
 from audit.evidence import Evidence
 from audit.findings import Finding, Picture, Pooled, Verdict, worst
-from audit.intervals import ONE_SIDE
 from audit.policy import Decision, Policy
+from audit.record.artefacts import Artefact, Audited
+from audit.statistics.intervals import ONE_SIDE
 from forms.form import build, hints
 from forms.json_text import read_json
 

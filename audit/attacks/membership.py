@@ -21,10 +21,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from audit.attacks.scores import Scores, blind_from, judged
 from audit.cohort import Cohort
 from audit.evidence import Evidence
 from audit.findings import Finding
-from audit.scores import Scores, blind_from, judged
 from meduet_models.meduet import FactorNetwork
 from meduet_models.objective.distillation import squared_distance
 from meduet_models.published.pretrained import MODEL
