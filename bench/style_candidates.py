@@ -1,10 +1,10 @@
 """Which statistics of a scan are its scanner's and not its patient's: candidates for what a style is.
 
-Each candidate reads numbers from a scan, and moves a scan from the mean of its site to that of another. Real
-heads (`ixi_hammersmith`, 110 people, 4 mm) and 60 phantoms, everybody rendered by six simulated scanners, so
-the right answer of a change of scanner exists. Three scanners are sites, to which one half of the people is
-dealt, at random or by age; from these come styles and directions. `choose` measures on the same people at
-the first three scanners; `report` takes the last three, and measures on people of the other half.
+Each candidate reads numbers from a scan, and moves a scan from the mean of its site to that of another.
+Everybody is rendered by six simulated scanners (`rendered_people.py`), so the right answer of a change of
+scanner exists. Three scanners are sites, to which one half of the people is dealt, at random or by age; from
+these come styles and directions. `choose` measures on the same people at the first three scanners; `report`
+takes the last three, and measures on people of the other half.
 
     OMP_NUM_THREADS=1 python bench/style_candidates.py choose --cache runs/style
     OMP_NUM_THREADS=1 python bench/style_candidates.py report --cache runs/style
@@ -13,18 +13,15 @@ Columns: numbers of a scan's style; share of the style gap closed and error left
 the same people on the other scanner (0 perfect, 1 nothing done), mean over pairs of sites; the same error
 where the other scanner is no site; anatomy from one scan's numbers: R² of ridge out of fold, within sites,
 less its mean over `PERMUTED` permutations of people (age, sex, mean of volumes; `null`: 95% of permutations
-are below, for age). Three dealings of who is measured at which scanner, averaged.
+are below, for age). Three dealings of who is measured at which scanner, averaged. `--divisions 11 12 13`: of
+people into halves, and in the end mean [least, most] over them.
 
-5 CPU minutes the first time, 3 after that. Not importable; not shipped.
+5 CPU minutes the first time, 3 after that for each division. Not importable; not shipped.
 """
 
 import argparse
-import csv
-import dataclasses
 import itertools
-import os
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,112 +33,18 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from masked_first import VOLUMES, encoded
+from rendered_people import SCANNERS, cached
 
-from forms.json_text import read_json
 from meduet_models.factors import StyleMeter
 from meduet_models.probes.anatomy import anatomy_probe
 from meduet_models.probes.swap_fidelity import counterfactual_ratio, style_gap_closed
 from meduet_models.style.axes import SHRINKAGE, StyleAxes
 from meduet_models.style.code import entry_of
 from meduet_models.style.moments import StyleLayout, StyleMoments, restyle
-from meduet_models.tokenizer.tokenizer import TokenizerSpec, load_tokenizer
-from scans.volumes import prepare, read_files, read_label
-from server.tokenizer import random_phantoms
-from simulations.hospitals.phantom import make_phantoms
-from simulations.hospitals.plans import PhantomHospitals
-from simulations.phantoms.scanners import draw_acquisition, draw_scanner
-from simulations.phantoms.scans import scan_image
 
-SCANNERS, SITES, PERMUTED = 6, 3, 8
+SITES, PERMUTED = 3, 8
 MAP, CELLS = (2, 3, 2), (5, 6, 5)
-IMAGINGS, ANATOMIES = 32, 10
-STRUCTURES = {"hippocampus": (47, 48), "ventricles": (51, 52), "caudate": (36, 37), "putamen": (57, 58)}
-
-
-def show(what: str, done: int, total: int, began: float) -> None:
-    """Progress, once in a while."""
-    if done % 10 == 0 or done == total:
-        print(f"  {what} {done} of {total}, {time.process_time() - began:.0f} CPU s", flush=True)
-
-
-def read_ixi(root: Path) -> dict[str, Tensor]:
-    """Latents on every scanner [sites people c d h w]; age, sex and volumes [people t]."""
-    rows = list(csv.DictReader((root / "participants.tsv").open(), delimiter="\t"))
-    scanners = [
-        draw_scanner(np.random.default_rng(np.random.SeedSequence(0, spawn_key=(1, i))), i, f"s{i}")
-        for i in range(SCANNERS)
-    ]
-    views: list[list[Tensor]] = [[] for _ in scanners]
-    anatomy, began = [], time.process_time()
-    for number, row in enumerate(rows):
-        scan = read_files([next((root / row["participant_id"] / "anat").glob("*T1w.nii.gz"))])
-        for site, scanner in enumerate(scanners):
-            acquisition = draw_acquisition(np.random.default_rng([7, number, site + 1]), scanner)
-            seen = scan_image(scan.array, scanner, acquisition).astype(np.float32)
-            volume = prepare(dataclasses.replace(scan, array=seen), VOLUMES).volume
-            views[site].append(volume)
-        label = next((root / "derivatives/muse" / row["participant_id"] / "anat").glob("*dseg.nii.gz"), None)
-        volumes = [np.nan] * (len(STRUCTURES) + 1)
-        if label is not None:
-            read = read_label(label, scan).array
-            volumes = [float(np.isin(read, values).sum()) for values in STRUCTURES.values()]
-            volumes.append(float((read > 0).sum()))
-        anatomy.append([float(row["age"]), float(row["sex"] == "M"), *volumes])
-        show("heads", number + 1, len(rows), began)
-    return {
-        "latents": torch.stack([encoded(view) for view in views]),
-        "anatomy": torch.tensor(anatomy),
-    }
-
-
-def read_phantoms(folder: Path) -> dict[str, Tensor]:
-    """As `read_ixi`, of 60 phantoms that every scanner sees."""
-    plan = PhantomHospitals(num_hospitals=SCANNERS, patients=1, paired=60, seed=1, skew=0.0)
-    began = time.process_time()
-    hospitals = make_phantoms(plan, folder, lambda done, total: show("phantoms", done, total, began))
-    views, anatomy = [], []
-    for hospital in hospitals:
-        assert hospital.paired is not None
-        files = sorted((hospital.paired / "images").glob("*.nii.gz"))
-        views.append(encoded([prepare(read_files([f]), VOLUMES).volume for f in files]))
-    for file in sorted((folder / "truth/paired/truth" / hospitals[0].name).glob("P*.json")):
-        record = read_json(file.read_text(), "a record")
-        anatomy.append([record["patient"]["age"], 0.0, *(v for _, v in sorted(record["volumes_ml"].items()))])
-    return {"latents": torch.stack(views), "anatomy": torch.tensor(anatomy)}
-
-
-def read_public() -> Tensor:
-    """Latents of the public template imaged in random ways, each way on several anatomies [imagings anatomies
-    c d h w]: bias and texture belong to the way, place, size and deformation to the anatomy."""
-    draws, rows = torch.Generator().manual_seed(11), []
-    tokenizer = load_tokenizer(TokenizerSpec())
-    for _ in range(IMAGINGS):
-        imaging, volumes = random_phantoms.draw_recipe(draws), []
-        for _ in range(ANATOMIES):
-            turn = 0.1 * torch.randn(3, 3, generator=draws)
-            zoom = float(torch.exp(0.07 * torch.randn((), generator=draws)))
-            recipe = dataclasses.replace(
-                imaging,
-                anatomy=True,
-                centre=tuple((0.08 * torch.randn(3, generator=draws)).tolist()),
-                rotation=tuple(tuple(row) for row in torch.matrix_exp(turn - turn.T).tolist()),
-                spacing_mm=tuple(zoom * mm for mm in VOLUMES.spacing_mm),
-                warp_mm=6.0,
-                slice_factor=(1, 1, 1),
-            )
-            anatomy = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=draws)))
-            shapes = random_phantoms.draw_shapes(recipe, VOLUMES.shape, anatomy)
-            points = random_phantoms.template_points(recipe, VOLUMES.shape, anatomy)
-            volume = random_phantoms.with_brain(
-                recipe,
-                random_phantoms.intensities_of(recipe, shapes),
-                random_phantoms.sample_template(points),
-            )
-            scanner = torch.Generator().manual_seed(imaging.seed)
-            volumes.append(random_phantoms.imaged(recipe, volume, scanner))
-        rows.append(tokenizer.encode(torch.stack(volumes)))
-    return torch.stack(rows)
+COLUMNS = ("gap", "left", "new", "age", "sex", "volumes", "null")
 
 
 # Candidates
@@ -274,6 +177,18 @@ def covariance_within(rows: Tensor) -> Tensor:
     return apart.T @ apart / (len(apart) - len(rows))
 
 
+def slopes_of(covariates: list[Tensor], apart: list[Tensor]) -> Tensor:
+    """What a unit of each covariate adds to statistics about the mean of their site [covariates v]."""
+    known = torch.cat([c - c.mean(0) for c in covariates]).double()
+    return torch.linalg.lstsq(known, torch.cat(apart)).solution
+
+
+def erasing(slope: Tensor, pooled: Tensor) -> Tensor:
+    """Takes these directions out of statistics, which otherwise change as little as can be [v v]."""
+    along = torch.linalg.solve(shrunk(pooled), slope.T)
+    return torch.eye(len(pooled), dtype=torch.float64) - slope.T @ torch.linalg.solve(slope @ along, along.T)
+
+
 def candidates(
     own: list[Tensor], covariates: list[Tensor], public: Tensor
 ) -> dict[str, tuple[list[Candidate], Callable[[Tensor], Tensor]]]:
@@ -287,17 +202,32 @@ def candidates(
     imaging, anatomies = torch.cov(of_public.mean(1).T), covariance_within(of_public)
     between, numbers = torch.cov(means.T), means.shape[1]
 
-    known = torch.cat([c - c.mean(0) for c in covariates]).double()
-    slope = torch.linalg.lstsq(known, apart).solution  # covariates, v
+    slope = slopes_of(covariates, [apart])
     of_site = torch.stack([c.double().mean(0) for c in covariates])
     adjusting = (of_site - of_site.mean(0)) @ slope
-    along = torch.linalg.solve(shrunk(pooled), slope.T)
-    blind = torch.eye(numbers, dtype=torch.float64) - slope.T @ torch.linalg.solve(slope @ along, along.T)
+    blind = erasing(slope, pooled)
 
-    axes = []
-    for site, x in enumerate(own):
-        restyled = [statistics(moved(x, means[site], target)) for target in means]
-        axes.append(StyleAxes.of(torch.stack(restyled)))
+    def axes(towards: Tensor, beside: Tensor | None = None) -> list[StyleAxes]:
+        """As each site has them, of these styles; `beside` scatters, as much as its own scans do."""
+        found = []
+        for site, x in enumerate(own):
+            seen = torch.stack([statistics(moved(x, means[site], target)) for target in towards])
+            if beside is not None:
+                half = beside[torch.linspace(0, len(beside) - 1, len(x) // 2).long()]
+                around = seen.mean(1, keepdim=True)
+                seen = torch.cat([seen, around + half, around - half], 1)
+            found.append(StyleAxes.of(seen))
+        return found
+
+    def blind_axes(slopes: list[Tensor]) -> list[Candidate]:
+        """Axes whose reading does not change along slopes."""
+        return [
+            projected(found.read @ erasing(slope, pooled), found.back)
+            for found, slope in zip(axes(means), slopes, strict=True)
+        ]
+
+    public_scatter = (of_public - of_public.mean(1, keepdim=True)).flatten(0, 1)
+    own_slopes = [slopes_of([c], [s - s.mean(0)]) for c, s in zip(covariates, seen, strict=True)]
     two = torch.linalg.qr(
         torch.randn(numbers, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     )
@@ -321,7 +251,14 @@ def candidates(
         "public: imaging over anatomy, 8": ([ratio(imaging, anatomies, 8)], same),
         "sites over public anatomy": ([ratio(between, anatomies, SITES - 1)], same),
         "sites over all sites' patients": ([ratio(between, pooled, SITES - 1)], same),
-        "sites over one site's patients": ([projected(a.read, a.back) for a in axes], same),
+        "sites over one site's patients": ([projected(a.read, a.back) for a in axes(means)], same),
+        "axes of adjusted means": ([projected(a.read, a.back) for a in axes(means - adjusting)], same),
+        "axes, public anatomy beside": (
+            [projected(a.read, a.back) for a in axes(means, public_scatter)],
+            same,
+        ),
+        "axes, all sites' slopes erased": (blind_axes([slope] * len(own)), same),
+        "axes, own slopes erased": (blind_axes(own_slopes), same),
     }
 
 
@@ -384,11 +321,13 @@ def anatomy(form: Candidate, truth: Tensor, targets: Tensor) -> tuple[Tensor, Te
     return torch.stack(found).mean(0), torch.stack(null).mean(0)
 
 
-def table(name: str, people: dict[str, Tensor], public: Tensor, half: str) -> None:
-    """Print every candidate's rows."""
+def table(
+    name: str, people: dict[str, Tensor], public: Tensor, half: str, division: int, wanted: list[str]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Print the rows of the candidates, and return them by dealing and candidate."""
     latents, targets = people["latents"], people["anatomy"]
     count = latents.shape[1]
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(5))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(division))
     fitted, fresh = order[: count // 2], order[count // 2 :]
     first = 0 if half == "choose" else SITES
     if half == "choose":
@@ -402,19 +341,32 @@ def table(name: str, people: dict[str, Tensor], public: Tensor, half: str) -> No
         "at random": torch.arange(len(fitted)) % SITES,
         "by age": ages.argsort().argsort() * SITES // len(fitted),
     }
+    found: dict[str, dict[str, dict[str, float]]] = {}
     for dealing, at in dealings.items():
         own = [sites[s, fitted[at == s]] for s in range(SITES)]
         varying = [column for column in range(2) if float(targets[:, column].std()) > 0]
         known = [targets[fitted[at == s]][:, varying] for s in range(SITES)]
-        print(f"{name}, {half}, dealt to sites {dealing}: {[len(x) for x in own]}, measured on {len(fresh)}")
-        print(f"  {'':32s} numbers  gap    left   new    age    sex    volumes  null", flush=True)
+        print(f"{name}, {half}, {dealing}, division {division}: {[len(x) for x in own]}, {len(fresh)} fresh")
+        print(f"  {'':32s} numbers  " + " ".join(f"{c:>6s}" for c in COLUMNS), flush=True)
         for label, (forms, change) in candidates(own, known, public).items():
+            if wanted and label not in wanted:
+                continue
             gap, left, new = fidelity(forms, change, own, sites[:, fresh], late[:, fresh], late[:, fitted])
             read = [anatomy(form, sites[:, fresh], targets[fresh]) for form in forms]
             score, null = (torch.stack(values).mean(0) for values in zip(*read, strict=True))
             size = forms[0].told(forms[0].entry(own[0][:1])).shape[1]
-            row = (gap, left, new, *score[:2].tolist(), float(score[2:].mean()), float(null[0]))
-            print(f"  {label:32s} {size:5d}  " + " ".join(f"{v:6.3f}" for v in row), flush=True)
+            values = (gap, left, new, *score[:2].tolist(), float(score[2:].mean()), float(null[0]))
+            print(f"  {label:32s} {size:5d}    " + " ".join(f"{v:6.3f}" for v in values), flush=True)
+            found.setdefault(dealing, {})[label] = dict(zip(COLUMNS, values, strict=True))
+    return found
+
+
+def spread(rows: list[dict[str, float]], column: str) -> str:
+    """Mean [least, most] of the rows that have it; nothing where one is unknown."""
+    values = [row[column] for row in rows if column in row]
+    if not values or np.isnan(values).any():
+        return ""
+    return f"{np.mean(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
 
 
 def main() -> None:
@@ -422,22 +374,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("half", choices=["choose", "report"])
     parser.add_argument("--data", nargs="+", default=["ixi", "phantoms"])
+    parser.add_argument("--divisions", type=int, nargs="+", default=[5], help="seeds; several end in means")
+    parser.add_argument("--candidates", nargs="+", default=[], help="their names; all when none")
     parser.add_argument("--cache", type=Path, required=True, help="folder of what takes minutes")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    data = Path(os.environ.get("FEDMEDUET_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
-    chosen.cache.mkdir(parents=True, exist_ok=True)
-    makers: dict[str, Callable[[], object]] = {
-        "public": read_public,
-        "ixi": lambda: read_ixi(data / "ixi_hammersmith"),
-        "phantoms": lambda: read_phantoms(chosen.cache / "phantoms"),
-    }
-    for name in ("public", *chosen.data):
-        if not (chosen.cache / f"{name}.pt").exists():
-            torch.save(makers[name](), chosen.cache / f"{name}.pt")
-    public = torch.load(chosen.cache / "public.pt")
+    public = torch.load(cached("public", chosen.cache))
     for name in chosen.data:
-        table(name, torch.load(chosen.cache / f"{name}.pt"), public, chosen.half)
+        people = torch.load(cached(name, chosen.cache))
+        tables = [
+            table(name, people, public, chosen.half, division, chosen.candidates)
+            for division in chosen.divisions
+        ]
+        for dealing, rows in tables[0].items() if len(tables) > 1 else ():
+            print(f"| {name}, {chosen.half}, {dealing} | " + " | ".join(COLUMNS) + " |")
+            for label in rows:
+                own = [found[dealing][label] for found in tables]
+                print(f"| {label} | " + " | ".join(spread(own, column) for column in COLUMNS) + " |")
 
 
 if __name__ == "__main__":

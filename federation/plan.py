@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from federation import privacy_plan
+from federation import canary_plan, privacy_plan
+from federation.canary_plan import AuditCanariesPlan
 from federation.diffusion_plan import MOST_STEPS, DiffusionPlan, contradictions
 from federation.privacy_plan import PrivacyPlan
 from federation.release_policy import NONE, ReleasePolicy
@@ -128,7 +129,7 @@ class ReleasePlan:
     """L2 norm to which a site's weighted mean update is clipped at the gate."""
     style_clip: Annotated[float, Range(above=0, at_most=10_000)] = 10.0
     """L2 norm to which one patient's latent statistics are clipped before they are summed. They grow with the
-    square root of the latent channels: 14 does for 8 what 10 does for 4."""
+    square root of the latent channels, as a plan's own bound does (`server/config.py`)."""
     wire_dtype: WireDtype = "float32"
     """Type in which weights and updates travel, both ways: `float32`, `bfloat16`, or `mxint8`, a byte per
     value (`federation/microscaling.py`)."""
@@ -215,6 +216,8 @@ class RunPlan:
     """The diffusion model; none: there is none."""
     privacy: PrivacyPlan | None = None
     """Differential privacy for each patient; none: bounds without noise, epsilon infinite."""
+    audit_canaries: AuditCanariesPlan | None = None
+    """Made-up contributors by which the noise is audited; none: there are none."""
     wire_version: Annotated[int, Range(at_least=1, at_most=1000)] = WIRE_VERSION
     """Version of the messages."""
 
@@ -290,6 +293,8 @@ def _contradictions(plan: RunPlan) -> Iterator[str]:
             yield "audit_counts tells counts without noise: it has no place in a plan with privacy."
         if aggregation.method == "alone":
             yield "audit_counts has no effect with aggregation.method=alone: no model is shared."
+    if plan.audit_canaries is not None:
+        yield from canary_plan.contradictions(plan)
     if training.batch_size % 2:
         yield f"Expected training.batch_size to be even; got {training.batch_size}."
     if (values := training.batch_size * network.activations) > MOST_ACTIVATIONS:
@@ -386,8 +391,11 @@ def _secure_sum_contradictions(plan: RunPlan) -> Iterator[str]:
         if aggregation.weight_cap != AggregationPlan().weight_cap:
             yield "aggregation.weight_cap has no effect with aggregation.secure_sum=false: leave it out."
         return
-    if plan.privacy is not None:
-        yield "privacy does not go with secure sums, each site adds its own noise: set secure_sum=false."
+    if plan.privacy is not None and plan.privacy.noisy is None:
+        yield (
+            f"aggregation.secure_sum has no effect with privacy.level={plan.privacy.level}, where no update "
+            "leaves: leave it out."
+        )
         return
     if aggregation.method in ("alone", "pooled"):
         yield f"aggregation.method={aggregation.method} sums nothing over sites: leave secure_sum out."

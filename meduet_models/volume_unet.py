@@ -136,6 +136,13 @@ def space_to_depth(volumes: Float[Tensor, "b 1 D H W"]) -> Float[Tensor, "b 8 d 
     return x.reshape(b, STEM**3, d, h, w)
 
 
+def depth_to_space(x: Float[Tensor, "b k d h w"], edge: int) -> Float[Tensor, "b j D H W"]:
+    """The inverse, for cubes of `edge` voxels and any number of channels: sub-voxel shuffle."""
+    b, _, *grid = x.shape
+    cubes = x.reshape(b, -1, edge, edge, edge, *grid).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    return cubes.reshape(b, -1, *(edge * cells for cells in grid))
+
+
 def start_weights(module: nn.Module, seed: int) -> None:
     """Give modules made on the meta device He's weights, norms of 1, and biases of 0, from `seed` alone."""
     module.to_empty(device="cpu")

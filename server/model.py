@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from federation.canary_plan import in_words
 from federation.exchanges.erasure import ErasureReply, erasure_sums, pooled_bound
 from federation.exchanges.survey import SurveyReply, smallest_cohort, survey_layout
 from federation.limits import MOST_PATIENTS, MOST_SCANS
@@ -30,6 +31,7 @@ from meduet_models.content_code import (
     without_sites,
 )
 from meduet_models.meduet import MeDUET, layer_normed
+from meduet_models.published.pretrained import CANARIES
 from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.restyling import own_entries, restyle_each
@@ -266,6 +268,7 @@ class MeduetModel:
             "network": json.dumps(asdict(self.plan.network), sort_keys=True),
             "tokenizer_sha256": self.plan.tokenizer_sha256,
             "volumes": json.dumps(asdict(self.plan.volumes), sort_keys=True),
+            **({} if (canaries := self.plan.audit_canaries) is None else {CANARIES: in_words(canaries)}),
         }
 
     def _tokens(self, network: MeDUET, latents: Tensor) -> Tensor:

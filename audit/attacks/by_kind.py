@@ -9,14 +9,18 @@ What this file does not do: attack by itself, or judge by a policy.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import torch
 
+from audit.attacks.canaries import attack_canaries
 from audit.attacks.claims import attack_claims
 from audit.attacks.counts import attack_demographics
+from audit.attacks.diffusion_update import attack_diffusion_round
 from audit.attacks.inversion import attack_gradient
+from audit.attacks.labelled import attack_finetuned, attack_finetuning_round, name_of
 from audit.attacks.linkage import attack_latents
 from audit.attacks.membership import attack_model
 from audit.attacks.memorisation import attack_diffusion
@@ -29,6 +33,7 @@ from audit.attacks.sums import (
     attack_products,
     attack_reach,
     attack_sum,
+    code_sum,
     erasure_sum,
     probe_products,
     survey_sum,
@@ -71,6 +76,8 @@ def audit(evidence: Evidence, effort: Effort, say: Say, kept: KeptFindings | Non
         rows.together(
             DIFFUSION_MODEL, hashes, total, lambda scored: attack_diffusion(evidence, effort.draws, scored)
         )
+    for one in evidence.finetunings.values():
+        rows.together(name_of(one), (one.sha256,), total, partial(attack_finetuned, one))
     say("nobody's membership")
     alarms, tried = false_alarms(rows.scores, effort.null_draws)
     artefacts = [held_to_promise(one) for one in rows.artefacts]
@@ -104,6 +111,7 @@ class _Rows:
             for release in tried:
                 yield from _attacked(evidence, release, effort, scored)
             yield from _differences(evidence, at_hand)
+            yield from attack_canaries(evidence, at_hand, charged)
 
         findings = self._found(name, hashes, attacks) or (not_audited(name, _why_not(evidence, kind, own)),)
         self.artefacts.append(Artefact(name, len(own), hashes, charged.epsilon, charged.delta, findings))
@@ -131,15 +139,19 @@ class _Rows:
 
 def _why_not(evidence: Evidence, kind: str, own: Sequence[Release]) -> str:
     """Why a kind of release has no finding."""
-    if kind not in ATTACKED:
+    if kind in NOISED and evidence.plan.audit_canaries is None:
+        return "Its noise can only be tested with canaries, and the plan has none (audit_canaries)."
+    if kind not in ATTACKED | NOISED:
         return "No attack on this kind is known to this version."
     if not own:
         return "Nothing of it is at hand: the site's books do not hold, and it was not opened."
     if own[-1].tensors is None:
         return own[-1].missing
-    if "masked" in own[-1].record and kind != "round":
+    if "masked" in own[-1].record and kind not in ("round", "private_round"):
         return "It left under a mask."
-    if kind == "survey":
+    if kind == "style_code" and evidence.public is None:
+        return "The plan's public scans, which give the axes of the code, are not at hand."
+    if kind in ("survey", "style_code"):
         return "Style sums by body part, or of whole scans, are not attacked by this version."
     if kind == "demographics":
         return "Ages and sexes of its patients are not at hand."
@@ -154,6 +166,10 @@ def _attacked(evidence: Evidence, release: Release, effort: Effort, scored: Scor
         case "survey":
             if (one := survey_sum(release, cohort, plan)) is not None:
                 yield from attack_sum(one, scored)
+        case "style_code":
+            if evidence.public is not None:
+                if (one := code_sum(release, cohort, plan, evidence.public)) is not None:
+                    yield from attack_sum(one, scored)
         case "erasure":
             if (network := evidence.network_of(release)) is not None:
                 codes = evidence.codes.of(network, cohort)
@@ -170,6 +186,12 @@ def _attacked(evidence: Evidence, release: Release, effort: Effort, scored: Scor
             yield from attack_round(evidence, release, effort.draws, scored)
             if effort.iterations and release is _inverted(evidence):
                 yield from attack_gradient(evidence, release, effort.iterations, effort.restarts)
+        case "private_round":
+            yield from attack_round(evidence, release, effort.draws, scored)
+        case "diffusion":
+            yield from attack_diffusion_round(evidence, release, effort.draws, scored)
+        case "finetuning":
+            yield from attack_finetuning_round(evidence, release, scored)
         case "latents":
             yield from attack_latents(evidence, release)
         case "demographics":
@@ -182,9 +204,24 @@ def _attacked(evidence: Evidence, release: Release, effort: Effort, scored: Scor
 
 
 ATTACKED = frozenset(
-    {"survey", "erasure", "probe", "probe_hits", "round", "latents", "demographics", "audit_counts"}
+    {
+        "audit_counts",
+        "demographics",
+        "diffusion",
+        "erasure",
+        "finetuning",
+        "latents",
+        "private_round",
+        "probe",
+        "probe_hits",
+        "round",
+        "style_code",
+        "survey",
+    }
 )
 """Kinds of release that `_attacked` knows."""
+NOISED = frozenset({"style_code", "private_round"})
+"""Kinds of release that are tested by canaries."""
 
 
 def _inverted(evidence: Evidence) -> Release | None:

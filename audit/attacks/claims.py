@@ -11,6 +11,7 @@ Axes: n = patients, d = numbers in a vector, k = cells of an attack.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,14 +20,14 @@ from torch import Tensor
 
 from audit.attacks import algebra
 from audit.attacks.counts import attack_counts
-from audit.attacks.membership import losses
+from audit.attacks.membership import blind, losses
 from audit.attacks.scores import FEWEST
 from audit.attacks.sums import style_vectors
 from audit.cohort import Cohort
 from audit.evidence import Release
 from audit.findings import Finding, Pooled, Rate, Verdict
 from audit.statistics.intervals import clopper_pearson
-from federation.exchanges.audit_counts import ATTACKS, PooledCounts, Told, cell_of
+from federation.exchanges.audit_counts import BLIND, TRIED, PooledCounts, Told, cell_of
 from federation.exchanges.survey import SURVEY
 from federation.plan import RunPlan
 from forms.json_text import sha256_of
@@ -41,6 +42,7 @@ _FOLLOWS: Mapping[Verdict, str] = {
     "found": "It tells one from the other.",
     "not found": "It was not found to tell one from the other.",
     "under-powered": "With so few, nothing follows.",
+    "void": "Void: patients trained on and others are told apart without any release, so nothing follows.",
 }
 
 
@@ -54,7 +56,10 @@ def claims_of(
         return None
     share = plan.audit_counts.false_alarms
     loss = cohort.per_person(losses(network, cohort.latents, _DRAWS)[:, None])[:, 0].numpy()
-    claims = {"loss": _cells(-loss, cohort.member, fixes, share)}
+    claims = {
+        "loss": _cells(-loss, cohort.member, fixes, share),
+        BLIND: _cells(blind([cohort]).values, cohort.member, fixes, share),
+    }
     vectors = style_vectors(cohort, plan) if SURVEY.rounds(plan) else None
     if vectors is None:
         return claims | {"tracing": torch.zeros_like(claims["loss"])}
@@ -92,39 +97,63 @@ def attack_claims(release: Release, cohort: Cohort, plan: RunPlan, network: Fact
     claims = claims_of(cohort, plan, network)
     if claims is None or release.tensors is None:
         return None
-    shares = torch.cat([claims[attack] for attack in ATTACKS], 1)
-    told = torch.cat([release.tensors[attack] for attack in ATTACKS])
+    shares = torch.cat([claims[attack] for attack in TRIED], 1)
+    told = torch.cat([release.tensors[attack] for attack in TRIED])
     counted = shares.any(1).numpy()
     return attack_counts(release.artefact, shares[counted], np.ones(counted.sum(), bool), told, cell_of(plan))
 
 
-def pooled_claims(artefact: str, attack: str, told: PooledCounts, cell: int) -> Finding:
+def pooled_claims(artefact: str, attack: str, told: PooledCounts, blind: PooledCounts, cell: int) -> Finding:
     """What sites told of one attack on their own patients, together: the area under the two straight lines
-    through its one point, which is no larger than that of an attacker who may choose his threshold."""
-    members, others = _rate(told.members, cell), _rate(told.others, cell)
-    low, high = (1 + members.low - others.high) / 2, (1 + members.high - others.low) / 2
-    least = (high - low) / 2
-    verdict: Verdict = "found" if low > 0.5 else "under-powered" if 0.5 + least > _TELLS else "not found"
-    value = None
-    if members.value is not None and others.value is not None:
-        value = (1 + members.value - others.value) / 2
+    through its one point, which is no larger than that of an attacker who may choose his threshold. Void
+    where the same of the classifier that sees no release (`blind`) is told from chance."""
+    own, without = _Area.of(told, cell), _Area.of(blind, cell)
+    least = (own.high - own.low) / 2
+    verdict: Verdict = "found" if own.low > 0.5 else "under-powered" if 0.5 + least > _TELLS else "not found"
+    if without.low > 0.5:
+        verdict = "void"
+    beside = "; no site told of one" if without.value is None else f" {without.value:.2f}"
     return Finding(
         artefact=artefact,
         attack=attack,
         measure="AUC",
-        n_in=members.claimed + members.missed,
-        n_out=others.claimed + others.missed,
+        n_in=own.members.claimed + own.members.missed,
+        n_out=own.others.claimed + own.others.missed,
         verdict=verdict,
         sentence=f"Sites tried '{attack}' on their own patients, each at one threshold, and told counts in "
-        f"whole cells of {cell}: of patients trained on {_said(members)} are claimed, of others "
-        f"{_said(others)}. {_FOLLOWS[verdict]} Fewer than {cell} are told as none, also of an attack that "
-        "misses nobody.",
-        value=value,
-        low=low,
-        high=high,
+        f"whole cells of {cell}: of patients trained on {_said(own.members)} are claimed, of others "
+        f"{_said(own.others)} (area of a classifier that sees no release{beside}, {without.low:.2f} to "
+        f"{without.high:.2f}). {_FOLLOWS[verdict]} Fewer than {cell} are told as none, also of an attack "
+        "that misses nobody.",
+        value=own.value,
+        low=own.low,
+        high=own.high,
         ceiling=min(1.0, 0.5 + least),
-        pooled=Pooled(cell=cell, members=members, others=others),
+        baseline=without.value,
+        pooled=Pooled(cell=cell, members=own.members, others=own.others),
     )
+
+
+@dataclass(frozen=True)
+class _Area:
+    """Both rates of one attack, and the area that follows."""
+
+    members: Rate
+    others: Rate
+    low: float
+    high: float
+
+    @staticmethod
+    def of(told: PooledCounts, cell: int) -> "_Area":
+        members, others = _rate(told.members, cell), _rate(told.others, cell)
+        low, high = (1 + members.low - others.high) / 2, (1 + members.high - others.low) / 2
+        return _Area(members, others, low, high)
+
+    @property
+    def value(self) -> float | None:
+        if self.members.value is None or self.others.value is None:
+            return None
+        return (1 + self.members.value - self.others.value) / 2
 
 
 def _rate(told: Told, cell: int) -> Rate:

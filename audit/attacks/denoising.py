@@ -27,7 +27,7 @@ from audit.attacks.scores import Scores, judged
 from audit.cohort import Cohort
 from audit.findings import Finding
 from meduet_models.diffusion.artefact import DIFFUSION_MODEL, GenerativeModel
-from meduet_models.diffusion.conditions import Condition, Conditions, Examples
+from meduet_models.diffusion.conditions import UNKNOWN, Condition, Conditions, Examples
 from meduet_models.diffusion.path import Path
 
 FEWEST_DRAWS = 8
@@ -71,6 +71,19 @@ def denoising(
         for name, values in zip(parts, measured, strict=True):
             parts[name].append(values)
     return {name: torch.cat(each).double() for name, each in parts.items()}
+
+
+def examples_of(cohort: Cohort, site: int) -> Examples:
+    """Candidates as the model is told of them: nothing is known but the scan and its site."""
+    count = len(cohort.latents)
+    unknown = torch.full((count,), UNKNOWN)
+    return Examples(
+        latents=cohort.latents,
+        site=torch.full((count,), site),
+        body_part=unknown,
+        spacing=torch.full((count, 3), torch.nan),
+        category=unknown,
+    )
 
 
 def controlled(

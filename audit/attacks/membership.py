@@ -2,7 +2,8 @@
 
 The score is the error at hidden tokens, hidden by the same draws for every scan and every model (common
 random numbers): tokens are replaced by those of a public partner, noise of the latents' own scale, and asked
-back. Calibrated: less the loss of an earlier model, for which the common start is always at hand.
+back. Calibrated: less the loss of an earlier model, for which the common start is always at hand. Beside it
+stand two scores of the encoder alone (`encoder.py`), and all of them together (`combined.py`).
 
 The blind baseline (`scores.py`) sees coarse statistics of scans and no model.
 
@@ -14,13 +15,15 @@ Axes: n = scans, b = scans at once, t = tokens, c d h w = latents, k = statistic
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from audit.attacks.combined import judged_together
+from audit.attacks.encoder import residuals, responses
 from audit.attacks.scores import Scores, blind_from, judged
 from audit.cohort import Cohort
 from audit.evidence import Evidence
@@ -31,6 +34,10 @@ from meduet_models.published.pretrained import MODEL
 
 _SCANS_AT_ONCE = 16
 _HIDDEN = 0.5
+_OF_THE_ENCODER: Mapping[str, tuple[Callable[[FactorNetwork, Tensor, int], Tensor], str]] = {
+    "invariance": (lambda *asked: -residuals(*asked), "content that noise hardly moves"),
+    "parts": (responses, "a part that is found again in the whole more sharply"),
+}
 
 
 @torch.no_grad()
@@ -100,19 +107,31 @@ def scores_of(cohorts: Sequence[Cohort], of: Mapping[str, Float[Tensor, " n"]]) 
 
 
 def attack_model(evidence: Evidence, draws: int, scored: list[tuple[Finding, Scores]]) -> Iterator[Finding]:
-    """The published model: loss, and loss less that of each earlier model at hand."""
+    """The published model: loss, loss less that of each earlier model at hand, the encoder alone; and all of
+    them together."""
     assert evidence.model is not None
-    cohorts = list(evidence.cohorts.values())
+    network, cohorts = evidence.model, list(evidence.cohorts.values())
     without = blind(cohorts)
+    each: list[Scores] = []
+
+    def finding(attack: str, values: Mapping[str, Tensor], takes: str, began: float) -> Finding:
+        each.append(scores_of(cohorts, values))
+        sentence = f"Whoever has the model and a candidate's scan takes {takes} for membership."
+        made = judged(MODEL, attack, each[-1], sentence, without, began)
+        scored.append((made, each[-1]))
+        return made
+
     began = time.process_time()
-    last = {c.site: losses(evidence.model, c.latents, draws) for c in cohorts}
-    tried = {"loss": ("loss", scores_of(cohorts, {s: -one for s, one in last.items()}))}
-    for name, network in evidence.earlier.items():
-        before = {c.site: losses(network, c.latents, draws) for c in cohorts}
-        tried[name] = ("calibrated_loss", scores_of(cohorts, {s: before[s] - last[s] for s in last}))
-    for name, (attack, scores) in tried.items():
-        beside = "" if name == "loss" else f", less that of {name},"
-        sentence = f"Whoever has the model and a candidate's scan takes a low loss{beside} for membership."
-        finding = judged(MODEL, attack, scores, sentence, without, began)
-        scored.append((finding, scores))
-        yield finding
+    last = {c.site: losses(network, c.latents, draws) for c in cohorts}
+    yield finding("loss", {s: -one for s, one in last.items()}, "a low loss", began)
+    for name, earlier in evidence.earlier.items():
+        began = time.process_time()
+        before = {c.site: losses(earlier, c.latents, draws) for c in cohorts}
+        beside = f"a low loss, less that of {name},"
+        yield finding("calibrated_loss", {s: before[s] - last[s] for s in last}, beside, began)
+    for attack, (score, takes) in _OF_THE_ENCODER.items():
+        began = time.process_time()
+        yield finding(attack, {c.site: score(network, c.latents, draws) for c in cohorts}, takes, began)
+    if (together := judged_together(MODEL, each, cohorts, without)) is not None:
+        scored.append(together)
+        yield together[0]

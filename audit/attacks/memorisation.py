@@ -20,7 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from audit.attacks.denoising import SAYS, controlled, denoising
+from audit.attacks.combined import judged_together
+from audit.attacks.denoising import SAYS, controlled, denoising, examples_of
 from audit.attacks.membership import blind, scores_of
 from audit.attacks.scores import FEWEST, Scores, judged
 from audit.cohort import Cohort
@@ -29,7 +30,7 @@ from audit.findings import Finding, Picture
 from audit.gallery import picture
 from audit.statistics.intervals import ONE_SIDE
 from meduet_models.diffusion.artefact import DIFFUSION_MODEL, GenerativeModel
-from meduet_models.diffusion.conditions import UNKNOWN, Condition, Conditions, Examples
+from meduet_models.diffusion.conditions import Condition, Conditions, Examples
 from meduet_models.diffusion.sampling import SamplingSettings, sample
 from meduet_models.tokenizer.tokenizer import Tokenizer
 
@@ -87,11 +88,12 @@ def attack_diffusion(
     model = evidence.diffusion
     assert model is not None
     cohorts = list(evidence.cohorts.values())
-    examples = {c.site: _examples(c, model.sites.index(c.site)) for c in cohorts if c.site in model.sites}
+    examples = {c.site: examples_of(c, model.sites.index(c.site)) for c in cohorts if c.site in model.sites}
     cohorts = [c for c in cohorts if c.site in examples]
     if not cohorts:
         return
     without = blind(cohorts)
+    each: list[Scores] = []
     for told in _TOLD:
         names = [name for name in told if name in model.transformer.config.sizes.names]
         if names != list(told):
@@ -101,24 +103,15 @@ def attack_diffusion(
         for attack in SAYS:
             of = controlled(cohorts, measured, attack, " and ".join(names), without, began)
             scored.append(of)
+            each.append(of[1])
             yield of[0]
             began = time.process_time()
+    if (together := judged_together(DIFFUSION_MODEL, each, cohorts, without)) is not None:
+        scored.append(together)
+        yield together[0]
     yield _copies(model, cohorts, examples, evidence.tokenizer)
     if {"content", "style"} <= set(model.transformer.config.sizes.names):
         yield _returned(model, cohorts, examples, scored)
-
-
-def _examples(cohort: Cohort, site: int) -> Examples:
-    """Candidates as the model is told of them: nothing is known but the scan and its site."""
-    count = len(cohort.latents)
-    unknown = torch.full((count,), UNKNOWN)
-    return Examples(
-        latents=cohort.latents,
-        site=torch.full((count,), site),
-        body_part=unknown,
-        spacing=torch.full((count, 3), torch.nan),
-        category=unknown,
-    )
 
 
 def _sampled(model: GenerativeModel, examples: Examples, names: Sequence[Condition]) -> Tensor:

@@ -50,7 +50,16 @@ class Scores:
         for one in np.unique(self.site):
             mine = self.site == one
             values[mine] = (values[mine] - values[mine].mean()) / max(values[mine].std(), 1e-12)
+        return self.with_values(values)
+
+    def with_values(self, values: np.ndarray) -> "Scores":
+        """The same candidates with other scores."""
         return replace(self, values=values)
+
+    def some(self, rows: np.ndarray) -> "Scores":
+        """Of some candidates; `rows`: whether each is one."""
+        groups = {name: labels[rows] for name, labels in self.groups.items()}
+        return Scores(self.values[rows], self.member[rows], self.site[rows], groups)
 
     @property
     def inside(self) -> np.ndarray:

@@ -27,8 +27,10 @@ from audit.findings import Finding, parts
 from audit.statistics.intervals import clopper_pearson
 from federation.exchanges.erasure import erasure_sums
 from federation.exchanges.probes import ANATOMY, FACTORS, fold_moments
+from federation.exchanges.style_code import CODE, code_promise, code_shapes, style_code
 from federation.exchanges.survey import survey_layout
 from federation.plan import RunPlan
+from meduet_models.style.code import entry_of_scans, vector_of
 from meduet_models.style.moments import StyleMoments
 
 _SAME = 1e-3
@@ -47,10 +49,14 @@ class Sum:
     """Number of each candidate's site."""
     total: Float[Tensor, " d"]
     count: float
+    noise: float = 0.0
+    """Deviation of what was added to each number."""
 
     @property
     def adds_up(self) -> bool:
-        """Whether the members' vectors make up what left."""
+        """Whether the members' vectors make up what left; of a sum with noise they need not."""
+        if self.noise:
+            return True
         own = self.vectors[torch.from_numpy(self.member)].double().sum(0)
         return float((own - self.total).norm()) <= _SAME * float(self.total.norm())
 
@@ -99,6 +105,20 @@ def survey_sum(release: Release, cohort: Cohort, plan: RunPlan) -> Sum | None:
     total = torch.cat([release.tensors[name].double().flatten() for name in shapes if name != "count"])
     count = float(release.tensors["count"].sum())
     return Sum(release.artefact, vectors, cohort.member, np.zeros(len(vectors), int), total, count)
+
+
+def code_sum(release: Release, cohort: Cohort, plan: RunPlan, public: Tensor) -> Sum | None:
+    """The style code of a site, a sum of shares with noise; None where candidates' shares are not to be
+    had. The last number counts patients, noise included: fewer than one are none."""
+    assert release.tensors is not None
+    if plan.volumes.extent != "crop" or set(release.tensors) != set(code_shapes(plan)):
+        return None
+    code, layout = style_code(plan, public), survey_layout(plan)
+    entries = [entry_of_scans(cohort.latents[cohort.rows(one)], layout) for one in cohort.people]
+    vectors = torch.stack([code.share(vector_of(entry))[:-1] for entry in entries])
+    total, site = release.tensors[CODE].double(), np.zeros(len(vectors), int)
+    count, noise = max(1.0, code.count(total)), code_promise(plan).deviation
+    return Sum(release.artefact, vectors, cohort.member, site, total[:-1], count, noise)
 
 
 def erasure_sum(release: Release, cohort: Cohort, plan: RunPlan, codes: Codes) -> Sum:
@@ -179,6 +199,7 @@ def attack_sum(one: Sum, scored: list[tuple[Finding, Scores]]) -> Iterator[Findi
     d, mean, other = one.vectors.shape[1], one.total / one.count, torch.from_numpy(~one.member)
     began = time.process_time()
     weights, exact = algebra.weights_in(one.vectors, one.total)
+    exact &= not one.noise
     if not one.adds_up:
         yield not_recomputed(one.artefact, "pool", one.member)
     elif exact:

@@ -93,7 +93,7 @@ def options_of(evidence: Evidence, effort: Effort) -> str:
         ]
         for site, one in evidence.cohorts.items()
     }
-    read = [evidence.plan.sha256, dict(evidence.hashes), cohorts, dataclasses.asdict(effort), _code()]
+    read = [evidence.plan.sha256, dict(evidence.hashes), cohorts, dataclasses.asdict(effort), code_sha256()]
     return sha256_of(canonical(read))
 
 
@@ -103,9 +103,9 @@ def key_of(artefact: str, hashes: Sequence[str], options: str) -> str:
 
 
 @cache
-def _code() -> str:
+def code_sha256() -> str:
     """A hash of the audit's own code."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from audit.evidence import Evidence
-from audit.findings import Finding, Picture, Pooled, Verdict, worst
+from audit.findings import CanaryBounds, Finding, Picture, Pooled, Verdict, worst
 from audit.policy import Decision, Policy
 from audit.record.artefacts import Artefact, Audited
 from audit.statistics.intervals import ONE_SIDE
@@ -51,6 +51,7 @@ class FindingRow:
     worst_value: float | None
     pictures: tuple[Picture, ...]
     pooled: Pooled | None
+    canaries: CanaryBounds | None
     seconds: float
 
 

@@ -11,8 +11,8 @@ from client.exchanges.exchange import Answer, OnStep, SiteAtWork
 from client.release import Gate, Released
 from client.training.trainee import student_of
 from federation.exchanges.audit_counts import (
-    ATTACKS,
     AUDIT_COUNTS,
+    TRIED,
     AuditCountsAsk,
     AuditCountsReply,
     audit_counts_shapes,
@@ -48,7 +48,7 @@ def answer_audit_counts(
     claims = claims_of(cohort, plan, student_of(plan, ask.shared, None).eval())
     if claims is None:
         raise CohortTooSmall("Expected enough patients who stayed out to fix a threshold; got fewer.")
-    exact = {attack: claims[attack].sum(0) for attack in ATTACKS}
+    exact = {attack: claims[attack].sum(0) for attack in TRIED}
     told = {attack: in_whole_cohorts(counts, cell) for attack, counts in exact.items()}
     patients = float(max(counts.sum() for counts in exact.values()))
     return gate.release(told, audit_counts_shapes(plan), weight=patients)

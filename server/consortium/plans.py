@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from federation.bundle import running_bundle
 from federation.exchanges.finetuning import FinetunePlan
+from federation.finetuning_privacy import with_noise
 from federation.keys.key_files import read_text
 from federation.plan import RunPlan
 from federation.published_plan import PublishedPlan, plan_of
@@ -160,7 +161,7 @@ def make_finetuning(pretrained: Path, settings: Sequence[str], anatomy: Path | N
     if anatomy is not None and named.anatomy_start == "none":
         raise ValueError("--anatomy has no effect without anatomy_start=canonical or shapes: leave it out.")
     started = pretrained_sha256(found.network, named.local.network, named.anatomy_start, named.seed, anatomy)
-    return dataclasses.replace(named, pretrained_sha256=started)
+    return with_noise(dataclasses.replace(named, pretrained_sha256=started))
 
 
 def _plan(path: Path) -> RunPlan:

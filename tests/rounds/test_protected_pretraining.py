@@ -11,7 +11,7 @@ import torch
 from flwr.app import Context
 
 from client.app import make_client_app
-from federation.exchanges.private_rounds import mechanisms, trained_keys
+from federation.exchanges.private_rounds import mechanisms, trained_keys, with_noise
 from federation.exchanges.style_code import CODE, StyleCodeReply, code_shapes, style_code
 from federation.plan import RunPlan, TrainingPlan
 from federation.privacy_plan import NoisySteps
@@ -60,7 +60,7 @@ def noisy_plan(level: Literal["adapters", "full"] = "full", **changes: Any) -> R
     plan = the_plan()
     assert plan.privacy is not None
     noisy = NoisySteps(**settings | changes)
-    return replace(plan, privacy=replace(plan.privacy, level=level, noisy=noisy))
+    return with_noise(replace(plan, privacy=replace(plan.privacy, level=level, noisy=noisy)))
 
 
 def grid_of(plan: RunPlan, folder: Path, ceiling: float = 8.0, patients: int = 40) -> InProcessGrid:
