@@ -21,7 +21,7 @@ test: .venv/.installed   ## the tests, a process for each core (minutes on 2 cor
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'not slow' -n auto --dist loadfile --no-loadscope-reorder
 
 slow: .venv/.installed   ## the same laws over many more draws, whole commands in processes; CI runs both
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n auto --dist load
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n auto --dist worksteal
 
 faults: .venv/.installed  ## kill, cut and lie to a consortium of real processes (under 15 minutes on 2 cores, 8 GB); writes docs/faults.md
 	$(BIN)/python -m tests.faults docs/faults.md

@@ -5,7 +5,7 @@ here as it left: its hash is that of the journal's line, else it is not here (`m
 
 What this file does not do: read a file.
 
-Axes: n = scans, c d h w = latents.
+Axes: n, m = scans, c d h w = latents.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from audit.codes import KnownCodes
 from audit.cohort import Cohort
+from federation.exchanges.finetuning import FinetunePlan
 from federation.plan import RunPlan
 from meduet_models.diffusion.artefact import GenerativeModel
+from meduet_models.diffusion.transformer import DiffusionTransformer
 from meduet_models.meduet import FactorNetwork
 from meduet_models.tokenizer.tokenizer import Tokenizer
 from privacy.ledger import Ceiling
@@ -75,6 +77,30 @@ class Shadow:
 
 
 @dataclass(frozen=True)
+class Labelled:
+    """Candidates of a site whose answers are known, as a reader may know them."""
+
+    cohort: Cohort
+    seen: tuple[Tensor, ...]
+    """What a downstream network is shown of each scan: latents, a volume, or both."""
+    answers: Tensor
+    """What is to be predicted of each, as the task reads it."""
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """A fine-tuning with labels, as the centre has it."""
+
+    plan: FinetunePlan
+    labelled: Mapping[str, Labelled]
+    """By site; who took part is whose labels were used."""
+    network_after: Callable[[int], nn.Module | None]
+    """The network after so many rounds; 0: as it was sent first. None: it is not kept."""
+    sha256: str = ""
+    """Of the file of its final weights; empty before the end."""
+
+
+@dataclass(frozen=True)
 class Evidence:
     """All of it."""
 
@@ -101,6 +127,17 @@ class Evidence:
     """Models retrained on other halves of the patients."""
     diffusion: GenerativeModel | None = None
     """The published diffusion model."""
+    coins: Mapping[str, Mapping[str, Sequence[bool]]] = field(default_factory=dict)
+    """Of each site, by kind of canary, whose coin came up: what an attacker has to guess."""
+    transformers_of: Callable[[Release], tuple[DiffusionTransformer, DiffusionTransformer] | None] = (
+        lambda release: None
+    )
+    """Of a round of a federated diffusion model: the transformer that was sent, and the same with the site's
+    mean update."""
+    finetunings: Mapping[str, Finetuning] = field(default_factory=dict)
+    """By the hash of its plan."""
+    public: Float[Tensor, "m c d h w"] | None = None
+    """The public scans of a plan with privacy."""
     tokenizer: Tokenizer | None = None
     """Whose decoder turns latents into scans."""
     acquired_again: Callable[[str], Float[Tensor, "n c d h w"] | None] = lambda site: None

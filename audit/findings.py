@@ -37,16 +37,26 @@ TESTS: Final = {
     "blind_inversion": "the same, draws guessed",
     "loss": "loss of the model on a candidate",
     "calibrated_loss": "the same, less the loss of an earlier model",
-    "shadow": "the same, beside models retrained without the candidate",
+    "invariance": "how little noise moves the content of a candidate",
+    "parts": "is a part of a candidate found again in the whole more sharply",
+    "combined": "all scores of a model together, weighted on half of the candidates and told of the other",
+    "public_loss": "loss of the model on public scans that it was trained on, beside fresh ones",
+    "shadow": "the loss, beside models retrained without the candidate",
     "decode": "the scan behind a released latent",
     "recognition": "is a released latent found again among other acquisitions",
     "diffusion_loss": "loss of the diffusion model on a candidate",
     "diffusion_sima": "noise that the diffusion model sees in a candidate's clean scan",
     "diffusion_pia": "a candidate's own noise, as the diffusion model sees it along the path",
     "copies": "are samples nearer to training scans than to held-out ones",
+    "canaries": "which of a plan's made-up contributors are in, and what so many right guesses prove",
+    "input_canaries": "the same of phantoms with an odd mark",
     "returned": "does a model that is told a scan return it better if it was trained on",
 }
 """Every test by name; a policy may require any of them."""
+
+
+OF_NOBODY: Final = "AUC of public scans"
+"""The measure of findings of which no patient is a part: no policy forbids one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +92,30 @@ class Pooled:
     """Every site's counts are multiples of it."""
     members: Rate
     others: Rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class CanaryBounds:
+    """What guesses of canaries' coins show of a promise."""
+
+    canaries: int
+    guesses: tuple[int, ...]
+    """How many coins were guessed, fixed beforehand."""
+    right: tuple[int, ...]
+    """How many of them rightly."""
+    releases: int
+    """How many releases were at hand."""
+    promised: float | None
+    """Upper bound of epsilon, charged in the ledger; None: infinite."""
+    epsilon_low: float
+    """Lower bound (95%), whatever the mechanism is."""
+    epsilon_low_gaussian: float
+    """The same if the mechanism is a Gaussian one."""
+    ceiling: float
+    """Lower bound if every guess were right: so many canaries show no more."""
+    expected: float
+    """Lower bound on average where the promise holds, to whoever reads the noisy sums themselves."""
+    expected_gaussian: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +156,8 @@ class Finding:
     pictures: tuple[Picture, ...] = ()
     pooled: Pooled | None = None
     """Where it is of counts that sites told."""
+    canaries: CanaryBounds | None = None
+    """Where it is of canaries."""
     seconds: float = 0.0
 
 

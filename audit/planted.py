@@ -8,25 +8,37 @@ What this file does not do: touch the run.
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from audit.attacks.memorisation import copying
+from audit.attacks.scores import Scores, blind_from, judged
 from audit.books import read_books
 from audit.evidence import SiteBooks
 from audit.findings import Finding
-from audit.intervals import ONE_SIDE
-from audit.mechanisms import audit_mechanism, moved_most, noise_repeats
-from audit.memorisation import copying
-from audit.record import Planted
-from audit.scores import Scores, blind_from, judged
+from audit.record.record import Planted
+from audit.statistics.honest_canaries import told, told_with_known_draws, told_with_noise_twice
+from audit.statistics.intervals import ONE_SIDE
+from audit.statistics.mechanisms import audit_mechanism, moved_most, noise_repeats
+from audit.statistics.one_run import Guesses
 from federation.journal import Journal
+from privacy.accounting import Mechanism
 from privacy.ledger import Ledger, Place
 from privacy.promise import Promise
 
 _PROMISED = 4.3772  # of the Gaussian mechanism at sigma 1, delta 1e-5
 _NUMBERS = 8
+_CANARIES = 1500
+_GAUSSIAN = Mechanism(noise_multiplier=1.3902)
+"""Epsilon 3."""
+_HALVED = replace(_GAUSSIAN, noise_multiplier=_GAUSSIAN.noise_multiplier / 2)
+_STEPS = Mechanism(noise_multiplier=3.1581, sampling_rate=0.1, steps=60)
+_RARE = Mechanism(noise_multiplier=0.91, sampling_rate=0.01, steps=100)
+"""Both epsilon 1."""
 
 
 def _clipped(rows: np.ndarray, clip: float = 1.0) -> np.ndarray:
@@ -82,6 +94,15 @@ def _by_patient(rows: np.ndarray) -> np.ndarray:
     return sum_
 
 
+def _guessed(
+    scores: Callable[[np.ndarray, np.random.Generator], np.ndarray], promised: float, gaussian: bool = False
+) -> bool:
+    """Whether the coins of canaries are guessed so often from these scores that the promise cannot hold."""
+    generator = np.random.default_rng(0)
+    coins = generator.random(_CANARIES) < 0.5
+    return Guesses.of(scores(coins, generator), coins).lower(gaussian=gaussian) > promised
+
+
 def _books(fault: str) -> bool:
     """Whether books are accused: whole ones, or with a fault."""
     with tempfile.TemporaryDirectory() as folder:
@@ -128,6 +149,12 @@ FAULTS: dict[str, Callable[[], bool]] = {
     "groups cut from the batch": lambda: _coupled(_groups_of_the_batch),
     "own style by exact moments": lambda: _coupled(_own_style),
     "a ledger that forgets a round": lambda: _books("forgets"),
+    "half sigma, by canaries": lambda: _guessed(partial(told, _HALVED), 3.0, gaussian=True),
+    "per-sample clipping, by canaries": lambda: _guessed(
+        partial(told, _GAUSSIAN, length=2.6), 3.0, gaussian=True
+    ),
+    "noise of two rounds alike, by canaries": lambda: _guessed(partial(told_with_noise_twice, _STEPS), 1.0),
+    "draws that are no secret, by canaries": lambda: _guessed(partial(told_with_known_draws, _RARE), 1.0),
     "two questions under one reservation": lambda: _books("two questions"),
     "raw latents labelled synthetic": lambda: _copies(1.0),
     "a generator that copies": lambda: _copies(0.5),
@@ -135,6 +162,8 @@ FAULTS: dict[str, Callable[[], bool]] = {
 }
 SOUND: dict[str, Callable[[], bool]] = {
     "the Gaussian mechanism": lambda: _noised(1.0),
+    "a Gaussian sum with canaries": lambda: _guessed(partial(told, _GAUSSIAN), 3.0, gaussian=True),
+    "noisy steps with canaries": lambda: _guessed(partial(told, _STEPS), 1.0),
     "noise of two seeds": lambda: _repeated(7, 8),
     "clipping patient by patient": lambda: _coupled(_by_patient),
     "books that hold": lambda: _books(""),

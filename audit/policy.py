@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from audit.findings import TESTS, Finding
+from audit.findings import OF_NOBODY, TESTS, Finding
 from forms.form import build
 from forms.ranges import Range
 from forms.yaml_text import read_yaml
@@ -117,7 +117,7 @@ def decide(
 
 def _too_much(finding: Finding, policy: Policy) -> bool:
     """Whether an attack found more than the policy allows: areas have their limit, names have none."""
-    if finding.verdict != "found":
+    if finding.verdict != "found" or finding.measure == OF_NOBODY:
         return False
     if finding.measure == "AUC":
         return finding.low is not None and finding.low > policy.max_tracing_auc

@@ -12,16 +12,16 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from audit.artefacts import Audited
-from audit.attacks import audit
+from audit.attacks.by_kind import audit
 from audit.effort import QUICK, Effort
 from audit.evidence import Evidence
-from audit.kept import FOLDER as KEPT
-from audit.kept import KeptFindings
-from audit.page import first_sentences, page_of
 from audit.planted import planted
 from audit.policy import Policy, decide, read_policy
-from audit.record import record_of, to_json
+from audit.record.artefacts import Audited
+from audit.record.kept import FOLDER as KEPT
+from audit.record.kept import KeptFindings
+from audit.record.page import first_sentences, page_of
+from audit.record.record import record_of, to_json
 from storage.files import private_folder, write_whole
 
 FOLDER = "audit"

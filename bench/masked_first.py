@@ -188,7 +188,7 @@ def hidden_error(network: MeDUET, latents: Tensor, mean: Tensor) -> float:
     errors = []
     for seed in (1, 2, 3):
         hidden = hidden_masks(len(latents), network.config.num_tokens, seed)
-        features = network.encoder.forward_visible(network.embed_latents(latents), ~hidden)
+        features = network.encoder.forward_visible(network.embed_latents(latents, ~hidden), ~hidden)
         predicted = network.predict_tokens(network.factors(latents, features), ~hidden)
         errors.append((predicted - network.target_tokens(latents)).square().mean(-1)[hidden].mean())
     return float(torch.stack(errors).mean() / variance)

@@ -1,17 +1,20 @@
 """Which small set of parameters can hold what patients' scans still give, with and without noise?
 
-    OMP_NUM_THREADS=1 python bench/small_parameters.py root=DATA/msd_hippocampus [folder=RUN]
+    OMP_NUM_THREADS=1 python bench/small_parameters.py root=DATA/msd_hippocampus [folder=RUN] [plans=true]
 
 The first experiment of a level `adapters`: a network trained on phantoms in the sites' exact styles goes on,
 60 steps of 8, on the patients' scans of three sites pooled, with all of its parameters (the distance to
 close) or with a few. Learning rates are chosen on validation scans, errors are those of test scans; one seed.
-A set that does not close half of the distance without noise is not asked with noise.
+A set that does not close half of the distance without noise is not asked with noise. Reconstruction is the
+decoder's matter, too; so content is read as well, on test scans: R² of the volumes of labelled structures
+from all content tokens, out of fold, and Dice of the frozen network with the labels of `LABELLED` training
+patients, mean of `DRAWS` draws of them.
 
 A step's noise is scaled to its own gradient, so that the signal (the gradient's share that all patients agree
 on) over the noise is what is said: in favour of a small set, since real noise stays when gradients shrink.
 What a plan's ratio is follows from groups of a patient and a public partner, clipped at their median length,
-sampling rate .1, 60 steps, delta 1e-5, noise on the sum over sites. The teacher stays as it was. Some
-minutes of a CPU; `folder` keeps the phantoms.
+sampling rate .1, 60 steps, delta 1e-5, noise on the sum over sites; `plans=true` trains at these ratios, too.
+The teacher stays as it was. Some minutes of a CPU; `folder` keeps the phantoms.
 """
 
 import math
@@ -26,11 +29,13 @@ import torch
 from torch import Tensor, nn
 
 from client.latents.style_moments import own_moments
+from federation.exchanges.finetuning import LocalFinetuning
 from federation.exchanges.survey import survey_layout
 from meduet_models.adamw import AdamW, decay_groups
 from meduet_models.meduet import MeDUET
 from meduet_models.objective.objective import MeduetObjective, StepBatch, StepDraws, draw_step
 from meduet_models.objective.teacher import Teacher
+from meduet_models.probes.anatomy import anatomy_probe
 from meduet_models.seeds import generator_of
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.restyling import own_entries, restyle_each
@@ -41,12 +46,16 @@ from privacy.group_gradients import GroupGradients
 from server.config import compose_config, plain
 from server.phantom_training import PhantomTraining
 from server.public_scans import PUBLIC_SCANS
-from simulations.evaluation import mean_style, swap
-from simulations.hospitals.held_out import Held, own_scans
+from simulations.downstream.evaluate import evaluate_downstream
+from simulations.downstream.settings import DownstreamSettings
+from simulations.evaluation import encode_all, mean_style, swap
+from simulations.hospitals.held_out import join, own_scans
+from simulations.hospitals.labelled import known_answers, num_classes
 from simulations.progress import Live
 from simulations.run import prepare
 
 STEPS, BATCH, GROUPS, RANK = 60, 8, 24, 4
+LABELLED, DRAWS = 5, 10
 RATE, DELTA = 0.1, 1e-5
 RATES = (2e-3, 8e-3)
 PATIENTS, EPSILONS = (60, 350), (3.0, 8.0)
@@ -110,14 +119,27 @@ class Study:
         )
         self.shown = [latents[:32] for latents in own]
         self.held = {
-            split: _side_by_side([own_scans(plan, scans, i, [split]) for i, scans in enumerate(sets)])
+            split: join([own_scans(plan, scans, i, [split]) for i, scans in enumerate(sets)])
             for split in ("validation", "test")
         }
+        named = list(zip(plan.sites, sets, strict=True))
+        local = LocalFinetuning(task="segmentation", classes=num_classes(sets))
+        learn, test = (
+            known_answers([(name, scans, scans.indices(split)) for name, scans in named], local)
+            for split in ("train", "test")
+        )
+        assert learn is not None and test is not None, "the scans have labels"
+        self.labelled = learn, test
+        self.downstream = DownstreamSettings(
+            task="segmentation", classes=local.classes, spacing_mm=plan.volumes.spacing_mm, draws=DRAWS,
+            label_counts=(LABELLED,), label_shares=(), modes=("frozen",), bootstrap=10,
+        )  # fmt: skip
         moments = {site: own_moments(scans, plan) for site, scans in zip(plan.sites, sets, strict=True)}
         self.bank = StyleBank.of(plan.sites, moments)
         self.public = load_weights(Path(folder) / PUBLIC_SCANS)[0]["latents"]
         self.public_own = own_entries(self.public, survey_layout(plan))
-        centre = PhantomTraining(plan, self.public, self.bank, {}, torch.device("cpu"))
+        begun = MeDUET(plan.network, len(plan.sites), seed=plan.seed).state_dict()
+        centre = PhantomTraining(plan, self.public, self.bank, begun, {}, torch.device("cpu"))
         for number in range(1, plan.training.rounds + 1):
             centre.round(number)
         self.start = MeDUET(plan.network, len(plan.sites))
@@ -214,6 +236,16 @@ class Study:
             errors.append(float((rebuilt - source).square().mean() / source.var()))
         return sum(errors) / len(errors)
 
+    def content(self, model: MeDUET) -> str:
+        """What is read of anatomy from content, of test scans."""
+        held, (learn, test) = self.held["test"], self.labelled
+        tokens = model.erased(encode_all(model, held.latents).content).flatten(1)
+        volumes = [i for i, name in enumerate(held.anatomy_names) if name.startswith("volume_")]
+        read = anatomy_probe(tokens, held.anatomy[:, volumes], held.patient, self.plan.seed)
+        rows = evaluate_downstream(model, learn, learn.rows([]), {"test": test}, self.downstream, 0).rows
+        (dice,) = [row.value for row in rows if row.metric == "dice"]
+        return f"anatomy {float(read.nanmean()):.3f}, Dice {dice:.4f}"
+
     def best(self, which: str, rates: tuple[float, ...], noise: float = 0.0) -> tuple[float, MeDUET]:
         """The rate that validation scans like best, and its network."""
         tried = [(rate, self.trained(which, rate, noise)) for rate in rates]
@@ -224,16 +256,6 @@ def _mean_length(rows: Tensor) -> float:
     """Length of the mean that these vectors are drawn around, without what chance adds to it."""
     products = float(rows.sum(0).square().sum() - rows.square().sum())
     return math.sqrt(max(0.0, products) / (len(rows) * (len(rows) - 1)))
-
-
-def _side_by_side(parts: list[Held]) -> Held:
-    return Held(
-        torch.cat([part.latents for part in parts]),
-        tuple(site for part in parts for site in part.site),
-        tuple(patient for part in parts for patient in part.patient),
-        torch.zeros(sum(len(part.site) for part in parts), 0),
-        (),
-    )
 
 
 def multiplier(epsilon: float) -> float:
@@ -250,13 +272,14 @@ def main() -> None:
     """Print the tables."""
     torch.set_num_threads(1)
     began = time.process_time()
-    given = [word for word in sys.argv[1:] if word.startswith("folder=")]
+    given = [word for word in sys.argv[1:] if word.startswith("folder=") or word == "plans=true"]
+    folders = [word.removeprefix("folder=") for word in given if word.startswith("folder=")]
     with tempfile.TemporaryDirectory() as temporary:
-        folder = given[0].removeprefix("folder=") if given else temporary
+        folder = folders[0] if folders else temporary
         study = Study(folder, [word for word in sys.argv[1:] if word not in given])
         start, noise = study.error(study.start.eval(), "test"), {e: multiplier(e) for e in EPSILONS}
         print(f"{len(study.scans)} patients; test scans {len(study.held['test'].site)}; start {start:.4f}")
-        print(f"noise multipliers {noise}")
+        print(f"noise multipliers {noise}; start: {study.content(study.start)}", flush=True)
         distance = math.nan
         for which in SETS:
             rate, model = study.best(which, RATES)
@@ -265,7 +288,8 @@ def main() -> None:
             closed = (start - error) / distance
             numbers = sum(p.numel() for p in study.student(which)[1].values())
             print(
-                f"{which}: {numbers} numbers, rate {rate:g}, error {error:.4f}, closes {closed:.2f}",
+                f"{which}: {numbers} numbers, rate {rate:g}, error {error:.4f}, closes {closed:.2f}; "
+                f"{study.content(model)}",
                 flush=True,
             )
             signal = study.signal(which) * RATE * len(study.bank.sites)
@@ -277,10 +301,10 @@ def main() -> None:
             holds = which != "everything" and closed >= 0.5
             for name, ratio in ratios.items():
                 said = "not asked"
-                if holds:
+                if holds and (ratio == RATIO or "plans=true" in given):
                     slower, model = study.best(which, (rate / 4, rate), study.agreed(which) / ratio)
                     closed = (start - study.error(model, "test")) / distance
-                    said = f"rate {slower:g}, closes {closed:.2f}"
+                    said = f"rate {slower:g}, closes {closed:.2f}; {study.content(model)}"
                 print(f"  {name}: signal over noise {ratio:.3f}, {said}", flush=True)
         print(f"{time.process_time() - began:.0f} CPU s")
 

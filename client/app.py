@@ -84,6 +84,7 @@ def exchanges() -> tuple[Answer[Any, Any], ...]:
         secure_sum.KEYS,
         secure_sum.SHARES,
         secure_sum.VECTOR,
+        secure_sum.PRIVATE_VECTOR,
         secure_sum.OPENING,
         probes.ANSWER,
         erasure.ANSWER,

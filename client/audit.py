@@ -8,7 +8,7 @@ What this file does not do: attack (`audit/`).
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from audit.cohort import Cohort
-from audit.evidence import Evidence, Release, SiteBooks
+from audit.evidence import Evidence, Labelled, Release, SiteBooks
 from client.answers import ANSWERS, KeptAnswers
 from client.books import JOURNAL, LEDGER
 from client.exchanges.latents import raw_items
 from client.exchanges.probes import target_of
 from client.latents.batches import Batches, step_generator
 from client.latents.examples import examples_of
+from client.latents.labelled import LabelledScans, NoLabels, labelled_scans
 from client.latents.latent_set import LatentSet
+from client.latents.public_scans import kept_public
 from client.release import clipped_rows
 from client.settings import ceiling_of
 from client.site import Site
+from client.site_secret import seed_of
 from client.training.trainee import student_of
+from federation.canaries import Kind, coins
+from federation.exchanges.finetuning import FinetunePlan
 from federation.exchanges.latents import BOUNDED, latent_bound, to_tensors
 from federation.journal import read_journal
 from federation.plan import RunPlan
@@ -58,6 +63,8 @@ def evidence_of_site(site: Site, scans: LatentSet, plan: RunPlan, model: Path | 
     return Evidence(
         name=f"{plan.name}, seen by {site.name}",
         plan=plan,
+        coins=coins_of(site, plan),
+        public=None if plan.audit_canaries is None else kept_public(site.state_dir, plan),
         books={site.name: replace(site_books(site.state_dir), ceiling=ceiling_of(site.config))},
         releases=list(released(site, scans, plan)),
         cohorts={site.name: cohort_of(site.name, scans, plan)},
@@ -68,6 +75,14 @@ def evidence_of_site(site: Site, scans: LatentSet, plan: RunPlan, model: Path | 
         tokenizer=tokenizer,
         no_weights="The weights that came with this question are not kept at a site; the centre has them.",
     )
+
+
+def coins_of(site: Site, plan: RunPlan) -> dict[str, dict[str, tuple[bool, ...]]]:
+    """Which canaries of a plan are in at this site: read for its audit, and told to nobody else."""
+    if plan.audit_canaries is None:
+        return {}
+    kinds: tuple[Kind, ...] = ("style_code", "steps", "inputs")
+    return {site.name: {kind: coins(site.secret, plan, kind) for kind in kinds}}
 
 
 def site_books(state_dir: Path) -> SiteBooks:
@@ -92,6 +107,27 @@ def cohort_of(name: str, scans: LatentSet, plan: RunPlan) -> Cohort:
     took_part = tuple(split == "train" for split in scans.splits)
     known = tuple(dict(one) for one in scans.covariates)
     return Cohort(name, latents, tuple(scans.patients), took_part, measured, _groups(scans), known)
+
+
+def labelled_of(site: Site, scans: LatentSet, finetuning: FinetunePlan, plan: RunPlan) -> Labelled | None:
+    """Everybody whose answer is known to a fine-tuning; who took part is whose labels this site used. None
+    where nobody's is."""
+    local = finetuning.local
+    rows = {split: scans.indices(split) for split in ("train", "validation", "test")}
+
+    def known(some: Sequence[int]) -> LabelledScans:
+        volumes = plan.volumes if local.sees_volumes else None
+        return labelled_scans(scans, some, local, finetuning.target, finetuning.target_values, volumes)
+
+    try:
+        everybody, trained = known([row for own in rows.values() for row in own]), known(rows["train"])
+    except NoLabels:
+        return None
+    used = set(trained.share(finetuning.label_share, seed_of(site.secret, "labels", finetuning.seed)).patient)
+    seen = (everybody.latents,) if everybody.volumes is None else (everybody.volumes, everybody.latents)
+    people = everybody.patient
+    cohort = Cohort(site.name, everybody.latents, people, tuple(one in used for one in people))
+    return Labelled(cohort, seen if local.network != "volume_unet" else seen[:1], everybody.answers)
 
 
 def _groups(scans: LatentSet) -> dict[str, tuple[str, ...]]:

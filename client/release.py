@@ -204,8 +204,11 @@ class Gate:
             self._check_steps(whole, real)
         _check_items(items, tensors, weight if each else 0.0)
         _finite_norm({name: tensor for name, tensor in tensors.items() if name in not_covered})
-        if masking is not None and (promise.enforcement != "clip" or noised or not_covered or anew):
-            raise GateRefusal("Expected a clipped update to mask, without noise, all covered, once only.")
+        maskable = promise.enforcement in ("clip", "steps") and not not_covered and not anew
+        if masking is not None and not maskable:
+            raise GateRefusal(
+                "Expected an update to mask, clipped or of noisy steps, all covered, once only."
+            )
         covered = {name: tensor for name, tensor in tensors.items() if name not in not_covered}
         before = _longest_row(covered) if each else _finite_norm(covered)
         room, into = (0.0, None) if masking is None else (masking.rounding / weight, masking.memory())
@@ -448,7 +451,8 @@ def _bound(
     if promise.enforcement == "check":
         return {name: tensor.detach().clone() for name, tensor in tensors.items()}
     if promise.enforcement == "steps":
-        return {name: tensor.detach() * weight for name, tensor in tensors.items()}
+        made = {name: tensor.detach() * weight for name, tensor in tensors.items()}
+        return made if into is None else {name: into[name].copy_(tensor) for name, tensor in made.items()}
     bound = promise.bound * (1 - GROWTH[wire_dtype])
     if promise.enforcement == "each":
         return clipped_rows(tensors, bound)

@@ -15,7 +15,7 @@ from federation.release_policy import ReleasePolicy, release_policy
 from forms.names import OptionalKey, OptionalPhrase, Phrase
 from forms.ranges import Entries, Range
 from meduet_models.diffusion.conditions import CONDITIONS, Condition
-from meduet_models.diffusion.initialisation import size_mismatch
+from meduet_models.diffusion.initialisation import NO_UNET, size_mismatch
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.meduet import MOST_ACTIVATIONS, NetworkConfig
 
@@ -117,6 +117,8 @@ def contradictions(
             "Expected diffusion.training.batch_size times tokens, diffusion.transformer.width and depth to "
             f"be at most {MOST_ACTIVATIONS:,} numbers; got {values:,}."
         )
+    if plan.training.start == "encoder" and network.encoder == "volume_unet":
+        yield NO_UNET
     if plan.training.start == "encoder":
         problem = size_mismatch(shape, network.patch_size, network.width, network.depth, network.heads)
         if problem is not None:

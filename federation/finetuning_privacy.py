@@ -10,11 +10,18 @@ own ceiling is in its site.yaml.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 from forms.ranges import Range
-from privacy.accounting import LARGEST_DELTA, Epsilon, Mechanism, epsilon_of, step_multiplier
+from privacy.accounting import (
+    LARGEST_DELTA,
+    Epsilon,
+    Mechanism,
+    check_multiplier,
+    epsilon_of,
+    step_multiplier,
+)
 from privacy.promise import Promise
 from privacy.worth import DROWNED, signal_to_noise
 
@@ -38,19 +45,28 @@ class FinetunePrivacy:
     """Patients with labels that a site is thought to have; a guess will do, and no site tells its own."""
     although_noise_wins: bool = False
     """Whether sites are asked although noise drowns the steps (`privacy/worth.py`)."""
+    noise_multiplier: Annotated[float, Range(at_least=0, at_most=10_000)] = 0.0
+    """Deviation of a step's noise over `clip_norm`: found when the fine-tuning is made, as the least at which
+    all rounds cost `epsilon`, and checked by whoever reads it; 0: not found yet."""
+
+
+def with_noise(finetuning: "FinetunePlan") -> "FinetunePlan":
+    """The fine-tuning with the noise multiplier that its epsilon asks for, where it has none yet."""
+    privacy = finetuning.privacy
+    if privacy is None or privacy.noise_multiplier:
+        return finetuning
+    total = finetuning.rounds * finetuning.local.steps
+    found = step_multiplier(privacy.epsilon, privacy.delta, privacy.sampling_rate, total)
+    return replace(finetuning, privacy=replace(privacy, noise_multiplier=found))
 
 
 def round_mechanism(finetuning: "FinetunePlan") -> Mechanism:
-    """The noisy steps of one round, with the least noise at which all rounds together cost the plan's
-    epsilon."""
+    """The noisy steps of one round. Raises `ValueError` for noise at which all rounds together cost more than
+    the fine-tuning's epsilon, or much less."""
     privacy, steps = protection_of(finetuning), finetuning.local.steps
-    return Mechanism(
-        noise_multiplier=step_multiplier(
-            privacy.epsilon, privacy.delta, privacy.sampling_rate, finetuning.rounds * steps
-        ),
-        sampling_rate=privacy.sampling_rate,
-        steps=steps,
-    )
+    noise, rate = privacy.noise_multiplier, privacy.sampling_rate
+    check_multiplier(noise, privacy.epsilon, privacy.delta, rate, finetuning.rounds * steps)
+    return Mechanism(noise_multiplier=noise, sampling_rate=rate, steps=steps)
 
 
 def round_promise(finetuning: "FinetunePlan") -> Promise:

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from federation import privacy_plan
+from federation import canary_plan, privacy_plan
+from federation.canary_plan import AuditCanariesPlan
 from federation.diffusion_plan import MOST_STEPS, DiffusionPlan, contradictions
 from federation.privacy_plan import PrivacyPlan
 from federation.release_policy import NONE, ReleasePolicy
@@ -20,6 +21,7 @@ from forms.form import build, check
 from forms.json_text import canonical, read_json, sha256_of
 from forms.names import Phrase, Sha256, SiteName
 from forms.ranges import Entries, Range, Share
+from meduet_models.anatomy_start import AnatomyStart
 from meduet_models.meduet import MOST_ACTIVATIONS, NetworkConfig
 from meduet_models.objective.settings import ObjectiveConfig
 from privacy.secure_sum.transcript import FEWEST_SITES, MOST_SITES, threshold
@@ -190,6 +192,12 @@ class RunPlan:
     """The network."""
     objective: ObjectiveConfig
     """The loss."""
+    anatomy_start: AnatomyStart = "none"
+    """What the U-Net of network.encoder=volume_unet starts from: `canonical`, public anatomy that never was a
+    patient; `shapes`, its control; `none`, the seed."""
+    anatomy_sha256: Sha256 | None = None
+    """Hash of that start as it comes with round 1 (`federation/exchanges/pretraining.py`); none: there is
+    none."""
     training: TrainingPlan
     """Local training."""
     style: StylePlan
@@ -208,6 +216,8 @@ class RunPlan:
     """The diffusion model; none: there is none."""
     privacy: PrivacyPlan | None = None
     """Differential privacy for each patient; none: bounds without noise, epsilon infinite."""
+    audit_canaries: AuditCanariesPlan | None = None
+    """Made-up contributors by which the noise is audited; none: there are none."""
     wire_version: Annotated[int, Range(at_least=1, at_most=1000)] = WIRE_VERSION
     """Version of the messages."""
 
@@ -283,6 +293,8 @@ def _contradictions(plan: RunPlan) -> Iterator[str]:
             yield "audit_counts tells counts without noise: it has no place in a plan with privacy."
         if aggregation.method == "alone":
             yield "audit_counts has no effect with aggregation.method=alone: no model is shared."
+    if plan.audit_canaries is not None:
+        yield from canary_plan.contradictions(plan)
     if training.batch_size % 2:
         yield f"Expected training.batch_size to be even; got {training.batch_size}."
     if (values := training.batch_size * network.activations) > MOST_ACTIVATIONS:
@@ -347,6 +359,7 @@ def _contradictions(plan: RunPlan) -> Iterator[str]:
                 )
         if aggregation.method == "alone":
             yield "aggregation.method=alone shares no encoder for a diffusion model: set diffusion=none."
+    yield from _encoder_contradictions(plan)
     yield from _secure_sum_contradictions(plan)
     if plan.privacy is not None:
         yield from privacy_plan.contradictions(plan)
@@ -357,6 +370,20 @@ def _contradictions(plan: RunPlan) -> Iterator[str]:
         yield "aggregation.momentum has no effect with aggregation.optimiser=average: leave it out."
 
 
+def _encoder_contradictions(plan: RunPlan) -> Iterator[str]:
+    """What a U-Net on the volume as encoder rules out, and what its start needs."""
+    if plan.anatomy_start != "none" and plan.network.encoder != "volume_unet":
+        yield (
+            f"anatomy_start={plan.anatomy_start} has no effect with network.encoder={plan.network.encoder}, "
+            "which has no U-Net on the volume: set network.encoder=volume_unet, or leave it out."
+        )
+    if (plan.anatomy_start != "none") != (plan.anatomy_sha256 is not None):
+        yield (
+            f"Expected anatomy_sha256, the hash of a start from public anatomy, with anatomy_start=canonical "
+            f"or shapes, and only with them; anatomy_start is {plan.anatomy_start}."
+        )
+
+
 def _secure_sum_contradictions(plan: RunPlan) -> Iterator[str]:
     """What a secure sum rules out, and what it needs."""
     aggregation, num_sites = plan.aggregation, len(plan.sites)
@@ -364,8 +391,11 @@ def _secure_sum_contradictions(plan: RunPlan) -> Iterator[str]:
         if aggregation.weight_cap != AggregationPlan().weight_cap:
             yield "aggregation.weight_cap has no effect with aggregation.secure_sum=false: leave it out."
         return
-    if plan.privacy is not None:
-        yield "privacy does not go with secure sums, each site adds its own noise: set secure_sum=false."
+    if plan.privacy is not None and plan.privacy.noisy is None:
+        yield (
+            f"aggregation.secure_sum has no effect with privacy.level={plan.privacy.level}, where no update "
+            "leaves: leave it out."
+        )
         return
     if aggregation.method in ("alone", "pooled"):
         yield f"aggregation.method={aggregation.method} sums nothing over sites: leave secure_sum out."

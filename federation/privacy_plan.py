@@ -1,6 +1,7 @@
 """What a plan says of privacy: how much may be learned of a patient, and by which way that is kept.
 
-Unit and relation are always the same: a patient with all her scans, added or removed.
+The unit is always the same, a patient with all her scans. She is added or removed, or, where groups of
+several patients take the steps, replaced by another (`partners: private`).
 What this file does not do: account (`privacy/accounting.py`), add noise (`client/release.py`), or decide for
 a site, whose own ceiling is in its site.yaml.
 """
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from forms.names import Sha256
 from forms.ranges import Range
 from meduet_models.style.code import style_length
-from privacy.accounting import LARGEST_DELTA
+from privacy.accounting import LARGEST_DELTA, Relation
 
 if TYPE_CHECKING:
     from federation.plan import RunPlan
@@ -31,11 +32,28 @@ class NoisySteps:
     clip_norm: Annotated[float, Range(above=0, at_most=10_000)]
     """L2 norm to which the gradient of a patient's group is cut, over all weights together."""
     group_size: Annotated[int, Range(at_least=2, at_most=64)] = 2
-    """A patient's scan and so many public ones less one; even."""
+    """Scans of a group, which meet each other in the loss and nobody else; even."""
+    partners: Literal["public", "private"] = "public"
+    """Whose scans meet in a group. `public`: a patient's and public ones. `private`: as many patients', who
+    stay together; the promise is then about replacing a patient, not about adding or removing one, and costs
+    more noise."""
     epsilon_style: Annotated[float, Range(above=0, at_most=20)]
     """What the style code may cost by itself; the steps cost what is left."""
     although_noise_wins: bool = False
     """Whether sites are asked although noise drowns the steps (`privacy/worth.py`)."""
+    noise_multiplier: Annotated[float, Range(at_least=0, at_most=10_000)] = 0.0
+    """Deviation of a step's noise over `clip_norm`: found when the plan is made, as the least at which style
+    code and steps cost the plan's epsilon, and checked by whoever reads it; 0: not found yet."""
+
+    @property
+    def patients_in_group(self) -> int:
+        """Patients whose scans meet."""
+        return self.group_size if self.partners == "private" else 1
+
+    @property
+    def relation(self) -> Relation:
+        """Which two cohorts the promise tells apart as little as it says."""
+        return "replace one" if self.partners == "private" else "add or remove one"
 
     @property
     def rounds(self) -> int:
@@ -138,12 +156,22 @@ def _noisy_contradictions(plan: "RunPlan", privacy: PrivacyPlan) -> Iterator[str
             f"Expected privacy.noisy.steps to divide by steps_per_round={noisy.steps_per_round}; got "
             f"{noisy.steps}."
         )
+    if plan.aggregation.secure_sum and noisy.steps_per_round != 1:
+        yield (
+            "Expected privacy.noisy.steps_per_round=1 with aggregation.secure_sum=true: noise adds up over "
+            f"sites in what is summed, not in steps before it; got {noisy.steps_per_round}."
+        )
     if noisy.group_size % 2:
         yield f"Expected privacy.noisy.group_size to be even, since scans are paired; got {noisy.group_size}."
     if noisy.group_size > plan.training.batch_size:
         yield (
             f"Expected privacy.noisy.group_size of at most training.batch_size={plan.training.batch_size}, "
             f"the scans that a site holds at once; got {noisy.group_size}."
+        )
+    if privacy.level == "full" and plan.network.encoder == "volume_unet":
+        yield (
+            "privacy.level=full cuts gradients of linear layers and norms, and network.encoder=volume_unet "
+            "has convolutions: set network.encoder=vit, or privacy.level=adapters or sums."
         )
     if plan.training.precision != "float32":
         yield f"privacy.level={privacy.level} cuts gradients in float32: set training.precision=float32."

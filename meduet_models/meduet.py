@@ -34,6 +34,7 @@ from meduet_models.factors import (
 from meduet_models.objective.adversary import SiteClassifier
 from meduet_models.tokens import patchify, unpatchify
 from meduet_models.vit import NORM_EPS, Block, Decoder, Encoder
+from meduet_models.volume_embedding import LATENTS_PER_CELL, VolumeEmbedding, embedding_activations
 
 MOST_WEIGHTS = 2_000_000_000
 """Of a network: about twenty times the published one; 8 GB as float32."""
@@ -74,6 +75,9 @@ class NetworkConfig:
     blocks_start: Literal["xavier", "identity"] = "xavier"
     """What a block does at the start: as MAE's, or (`identity`) it adds nothing, and the decoder predicts the
     centre."""
+    encoder: Literal["vit", "volume_unet"] = "vit"
+    """What blocks are given: `vit`, a linear map of each token's latents, as published; `volume_unet`, beside
+    it a U-Net on the volume that the latents tell of, which may start from public anatomy."""
     style_ratio: Annotated[float, Range(above=0, at_most=4)] = 0.25
     """Style channels over content channels."""
     factor_paths: Literal["split", "joint"] = "split"
@@ -111,6 +115,12 @@ class NetworkConfig:
                 "Expected tokens times network.width and network.depth (and those of the decoder) to be at "
                 f"most {MOST_ACTIVATIONS:,} numbers; got {self.activations:,}."
             )
+        if self.encoder == "volume_unet" and (self.patch_size % LATENTS_PER_CELL or self.num_tokens < 2):
+            raise ValueError(
+                f"network.encoder=volume_unet has a cell for each {LATENTS_PER_CELL} latent voxels along an "
+                f"axis, and needs two tokens at least: set network.patch_size to a multiple of "
+                f"{LATENTS_PER_CELL}, or network.encoder=vit."
+            )
         if self.style_width < 1:
             raise ValueError(
                 f"Expected network.style_ratio to leave at least one style channel; got {self.style_ratio}."
@@ -143,7 +153,8 @@ class NetworkConfig:
     def activations(self) -> int:
         """Numbers that the blocks hand on for one volume: memory and time of a step follow from it."""
         wide = self.width * self.depth + self.decoder_width * self.decoder_depth
-        return self.num_tokens * wide
+        of_volume = embedding_activations(self.latent_grid) if self.encoder == "volume_unet" else 0
+        return self.num_tokens * wide + of_volume
 
     @property
     def style_width(self) -> int:
@@ -164,7 +175,14 @@ class NetworkConfig:
 class FactorNetwork(nn.Module):
     """Encoder, heads, fusing and decoder."""
 
-    CONTENT_PARTS: ClassVar[tuple[str, ...]] = ("embed", "encoder", "content_head", "fuse", "decoder")
+    CONTENT_PARTS: ClassVar[tuple[str, ...]] = (
+        "embed",
+        "embed_volume",
+        "encoder",
+        "content_head",
+        "fuse",
+        "decoder",
+    )
     """Submodules of the content branch: the federation's."""
     STYLE_PARTS: ClassVar[tuple[str, ...]] = ("style_head",)
     """Submodules of the style branch: at home, unless the plan shares them."""
@@ -199,6 +217,9 @@ class FactorNetwork(nn.Module):
         patch_values = config.latent_channels * config.patch_size**3
         grid, width, style_width = config.token_grid, config.width, config.style_width
         self.embed = nn.Linear(patch_values, width)
+        self.embed_volume: VolumeEmbedding | None = None
+        if config.encoder == "volume_unet":
+            self.embed_volume = VolumeEmbedding(config.latent_channels, config.patch_size, width, seed)
         neighbours, within_grid = config.attention == "neighbours", config.positions == "grid"
         self.encoder = Encoder(width, config.depth, config.heads, grid, neighbours, within_grid)
         self.content_head = ContentHead(width)
@@ -294,8 +315,8 @@ class FactorNetwork(nn.Module):
         volume = unpatchify(predicted.float(), self.config.token_grid, self.config.patch_size)
         return volume * self.latent_deviation.reshape(-1, 1, 1, 1) + self.latent_mean
 
-    def embed_latents(self, latents: Float[Tensor, "b c d h w"]) -> Float[Tensor, "b n k"]:
-        """Token embeddings of what the encoder may see.
+    def seen_tokens(self, latents: Float[Tensor, "b c d h w"]) -> Float[Tensor, "b n p"]:
+        """Tokens of what the encoder may see; to be mixed and hidden before anything looks at neighbours.
 
         `split`: each scan normalised per channel, minus the centre normalised in the same way; so content
         does not change when a channel of the scan is scaled or shifted. `joint`: standardised latents.
@@ -304,8 +325,32 @@ class FactorNetwork(nn.Module):
             seen = normalise(latents) - normalise(self.latent_mean.unsqueeze(0))
         else:
             seen = self.standardise(latents)
-        tokens: Tensor = self.embed(patchify(seen, self.config.patch_size))
+        return patchify(seen, self.config.patch_size)
+
+    def embed_tokens(self, seen: Float[Tensor, "b n p"]) -> Float[Tensor, "b n k"]:
+        """Embeddings of such tokens: of each by itself, or, with a U-Net, of a neighbourhood of this very
+        grid as well."""
+        tokens: Tensor = self.embed(seen)
+        if self.embed_volume is not None:
+            tokens = tokens + self.embed_volume(self._common_latents(seen))
         return tokens
+
+    def embed_latents(
+        self, latents: Float[Tensor, "b c d h w"], visible: Bool[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b n k"]:
+        """Token embeddings of what the encoder may see of whole scans; of hidden places where `visible` is
+        given, the federated centre."""
+        seen = self.seen_tokens(latents)
+        return self.embed_tokens(seen if visible is None else seen * visible.unsqueeze(-1))
+
+    def _common_latents(self, seen: Float[Tensor, "b n p"]) -> Float[Tensor, "b c d h w"]:
+        """Raw latents again; with split paths every scan in one common style, the federated centre's."""
+        shown = unpatchify(seen.float(), self.config.token_grid, self.config.patch_size)
+        scale = self.latent_deviation.reshape(-1, 1, 1, 1)
+        if self.config.factor_paths == "joint":
+            return shown * scale + self.latent_mean
+        variance, mean = torch.var_mean(self.latent_mean, dim=(1, 2, 3), correction=0, keepdim=True)
+        return (shown + normalise(self.latent_mean.unsqueeze(0))) * (scale.square() + variance).sqrt() + mean
 
     # Factors
 

@@ -12,6 +12,8 @@ from torch import nn
 
 from meduet_models.meduet import FactorNetwork
 
+_NORMS = (nn.LayerNorm, nn.InstanceNorm3d)
+
 
 def content_keys(model: FactorNetwork) -> tuple[str, ...]:
     """Tensors of the content branch."""
@@ -48,7 +50,7 @@ def output_keys(model: FactorNetwork) -> tuple[str, ...]:
 
 def norm_keys(model: FactorNetwork) -> tuple[str, ...]:
     """Weights and biases of the norm layers."""
-    layers = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
+    layers = [name for name, module in model.named_modules() if isinstance(module, _NORMS)]
     return tuple(name for name in model.state_dict() if name.rsplit(".", 1)[0] in layers)
 
 

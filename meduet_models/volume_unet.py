@@ -42,11 +42,11 @@ class ConvolutionBlock(nn.Module):
         return out
 
 
-class VolumeUNet(nn.Module):
-    """Volumes to features at half their resolution; .94 million weights."""
+class VolumeLevels(nn.Module):
+    """The way down: volumes to features at a half, a quarter and an eighth of their resolution."""
 
-    def __init__(self, *, seed: int = 0) -> None:
-        """He's start, from `seed` alone, whatever was drawn before."""
+    def __init__(self) -> None:
+        """On the meta device: `start_weights` makes the weights."""
         super().__init__()
         fine, middle, deep = WIDTHS
         with torch.device("meta"):  # no global random numbers for weights that are replaced at once
@@ -59,6 +59,32 @@ class VolumeUNet(nn.Module):
                 ConvolutionBlock(deep, deep),
                 ConvolutionBlock(deep, deep),
             )
+
+    def levels(
+        self, volumes: Float[Tensor, "b 1 D H W"]
+    ) -> tuple[Float[Tensor, "b 16 e f g"], Float[Tensor, "b 48 i j k"], Float[Tensor, "b 96 d h w"]]:
+        """Features of each level, finest first.
+
+        Raises `ValueError` when a side is not a multiple of `REDUCTION`: `padded` makes it one.
+        """
+        check_sides(tuple(volumes.shape[2:]))
+        fine = self.stem(space_to_depth(standardised(volumes)))
+        middle = self.down_middle(fine)
+        return fine, middle, self.down_deep(middle)
+
+    def deepest(self, volumes: Float[Tensor, "b 1 D H W"]) -> Float[Tensor, "b 96 d h w"]:
+        """Features of the deepest level, one cell per `REDUCTION` voxels along each axis."""
+        return self.levels(volumes)[2]
+
+
+class VolumeUNet(VolumeLevels):
+    """Volumes to features at half their resolution; .94 million weights."""
+
+    def __init__(self, *, seed: int = 0) -> None:
+        """He's start, from `seed` alone, whatever was drawn before."""
+        super().__init__()
+        fine, middle, deep = WIDTHS
+        with torch.device("meta"):
             self.up_middle = ConvolutionBlock(deep + middle, middle)
             self.up_fine = nn.Sequential(ConvolutionBlock(middle + fine, fine), ConvolutionBlock(fine, fine))
         start_weights(self, seed)
@@ -67,14 +93,8 @@ class VolumeUNet(nn.Module):
         self, volumes: Float[Tensor, "b 1 D H W"], beside: Float[Tensor, "b k d h w"] | None = None
     ) -> Float[Tensor, "b 16 e f g"]:
         """Features at half the resolution; `beside` (of `deepest_grid`, as wide as the deepest level) is
-        added there.
-
-        Raises `ValueError` when a side is not a multiple of `REDUCTION`: `padded` makes it one.
-        """
-        check_sides(tuple(volumes.shape[2:]))
-        fine = self.stem(space_to_depth(standardised(volumes)))
-        middle = self.down_middle(fine)
-        deep = self.down_deep(middle)
+        added there. Raises as `levels`."""
+        fine, middle, deep = self.levels(volumes)
         if beside is not None:
             deep = deep + beside
         middle = self.up_middle(torch.cat([_doubled(deep), middle], dim=1))
@@ -114,6 +134,13 @@ def space_to_depth(volumes: Float[Tensor, "b 1 D H W"]) -> Float[Tensor, "b 8 d 
     d, h, w = (side // STEM for side in sides)
     x = volumes.reshape(b, d, STEM, h, STEM, w, STEM).permute(0, 2, 4, 6, 1, 3, 5)
     return x.reshape(b, STEM**3, d, h, w)
+
+
+def depth_to_space(x: Float[Tensor, "b k d h w"], edge: int) -> Float[Tensor, "b j D H W"]:
+    """The inverse, for cubes of `edge` voxels and any number of channels: sub-voxel shuffle."""
+    b, _, *grid = x.shape
+    cubes = x.reshape(b, -1, edge, edge, edge, *grid).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    return cubes.reshape(b, -1, *(edge * cells for cells in grid))
 
 
 def start_weights(module: nn.Module, seed: int) -> None:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from privacy.accounting import LARGEST_DELTA, Epsilon, Mechanism, epsilon_of
+from privacy.accounting import LARGEST_DELTA, Epsilon, Mechanism, epsilon_of, is_within
 from privacy.chain import Chain, Entry
 from privacy.promise import Promise
 
@@ -167,7 +167,7 @@ class Ledger:
     def _check(self, entries: Sequence[Entry], place: Place, promise: Promise) -> None:
         """Raise `LedgerRefusal` unless everything and this is within the ceiling."""
         ceiling = self._ceiling
-        if math.isinf(ceiling.epsilon):
+        if math.isinf(ceiling.epsilon) or promise.enforcement == "none":  # of no patient
             return
         asks = f"Plan {place.plan_sha256[:8]}… releases '{promise.kind}'"
         if promise.mechanism is None:
@@ -176,8 +176,9 @@ class Ledger:
                 "(site.yaml: allow_non_private, epsilon_ceiling). Nothing was read."
             )
         before = _charged(entries)
-        total = epsilon_of([*before, promise.mechanism], ceiling.delta).upper
-        if total > ceiling.epsilon:
+        noised = [*(one for one in before if one is not None), promise.mechanism]
+        if None in before or not is_within(noised, ceiling.epsilon, ceiling.delta):
+            total = epsilon_of([*before, promise.mechanism], ceiling.delta).upper
             alone = epsilon_of([promise.mechanism], ceiling.delta).upper
             raise LedgerRefusal(
                 f"{asks} at epsilon {alone:.4g} (delta {ceiling.delta:g}); with what was reserved before "

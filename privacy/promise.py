@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from privacy.accounting import INFINITE, LARGEST_DELTA, Epsilon, Mechanism, epsilon_of
+from privacy.accounting import INFINITE, LARGEST_DELTA, Epsilon, Mechanism, Relation, epsilon_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,9 @@ class Promise:
     contributor's share, and the gate scales each that is too long. `steps`: shares were bounded, and noise
     added, in each step of training; what leaves is a function of that, and as long as it is. `none`: nothing
     of a patient is in it, so there is nothing to bound (`bound` is 0)."""
-    relation: Literal["add or remove one"] = "add or remove one"
-    """Which two cohorts count as neighbours."""
+    relation: Relation = "add or remove one"
+    """Which two cohorts count as neighbours; that of the mechanism, where there is one. With `replace one`
+    how many patients there are is not covered."""
     mechanism: Mechanism | None = None
     """The noise that is added; none: none."""
     delta: float | None = None
@@ -64,6 +65,8 @@ class Promise:
                 "Expected noise on sums of patients' bounded shares, and in steps always; got unit "
                 f"{self.unit!r}, enforcement {self.enforcement!r}."
             )
+        if self.relation != ("add or remove one" if self.mechanism is None else self.mechanism.relation):
+            raise ValueError(f"Expected the mechanism's relation in its promise; got {self.relation!r}.")
         if self.delta is not None and not 0 < self.delta <= LARGEST_DELTA:
             raise ValueError(f"Expected delta in (0, {LARGEST_DELTA:g}]; got {self.delta}.")
 
@@ -100,13 +103,19 @@ class Promise:
                     f"the sum of a training step, of which there are {taken.steps} and in each of which she "
                     f"is with a chance of {taken.sampling_rate:g},"
                 )
+            replaced = self.relation == "replace one"
+            whether = (
+                "whether a patient or another in her place is" if replaced else "whether or not a patient is"
+            )
+            moves = (2 if replaced else 1) * self.bound
+            number = "how many patients the site has, " if replaced else ""
             return (
-                f"Whoever reads this release learns almost the same whether or not a patient is in it: each "
-                f"patient, all scans together, moves {moved} by at most {self.bound:.4g} (L2, "
+                f"Whoever reads this release learns almost the same {whether} in it: each "
+                f"patient, all scans together, moves {moved} by at most {moves:.4g} (L2, "
                 f"{self.relation}), and the site adds Gaussian noise of deviation {self.deviation:.4g} from "
                 f"a secret of its own. That is epsilon {self.epsilon} at delta {self.delta:g} for this "
-                "release. Not covered: that the site takes part, when and whether it answers, and what else "
-                "leaves it."
+                f"release. Not covered: {number}that the site takes part, when and whether it answers, and "
+                "what else leaves it."
             )
         if self.enforcement == "each":
             return (

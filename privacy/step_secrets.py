@@ -47,6 +47,10 @@ class StepSecrets:
         """Another key has another; tells nothing of the key. Stays at the site."""
         return hashlib.sha256(self._stream("fingerprint").uniforms(4).tobytes()).hexdigest()
 
+    def apart(self, word: str) -> "StepSecrets":
+        """The same key with streams of its own: for contributors who are no patients."""
+        return StepSecrets(self._source, (*self._words, word), self.deviation)
+
     def go_on(self, done: int) -> None:
         """So many steps had their noise before, and are on disk with it."""
         self.last = done - 1 if done else None
@@ -76,6 +80,14 @@ class StepSecrets:
             + self.deviation * self._stream("noise", step, name).normals(tuple(total.shape))
             for name, total in sums.items()
         }
+
+    def into_gradients(
+        self, step: int, sums: Mapping[str, Tensor], trained: Mapping[str, Tensor], expected: float
+    ) -> None:
+        """What an optimiser is given of a step: its sums with noise, over the number of shares that are
+        expected in them, as the gradients of what is trained. As `noised`."""
+        for name, noised in self.noised(step, sums).items():
+            trained[name].grad = (noised / expected).to(trained[name])
 
     def _stream(self, *words: object) -> Stream:
         return self._source.stream("steps", *self._words, *words)

@@ -18,10 +18,10 @@ LITTLE, DROWNED = 0.6, 0.1
 
 
 def signal_to_noise(
-    mechanism: Mechanism, patients: Sequence[float], dimensions: int, coherence: float = 1.0
+    mechanism: Mechanism, shares: Sequence[float], dimensions: int, coherence: float = 1.0
 ) -> float:
-    """Expected length of the sum over all sites' steps, over the length of their noise. `patients`: of each
-    site, as far as noise lets tell; `dimensions`: weights that are trained. With a coherence of 1 it is the
-    most that it can be."""
-    signal = mechanism.sampling_rate * sum(max(0.0, count) for count in patients) * coherence
-    return signal / (mechanism.noise_multiplier * math.sqrt(dimensions * len(patients)))
+    """Expected length of the sum over all sites' steps, over the length of their noise. `shares`: patients of
+    each site, as far as noise lets tell, or groups of them that are cut together; `dimensions`: weights that
+    are trained. With a coherence of 1 it is the most that it can be."""
+    signal = mechanism.sampling_rate * sum(max(0.0, count) for count in shares) * coherence
+    return signal / (mechanism.noise_multiplier * math.sqrt(dimensions * len(shares)))

@@ -248,7 +248,10 @@ class _Run:
         }
         if self.protected is not None:
             travels, stays = parted(plan, last.home | last.shared)
-            task = private_rounds(plan, last.bank, stays, self.protected.public)
+            public = self.protected.public
+            if plan.aggregation.secure_sum:
+                return SecureSums(plan, travels, last.bank, stays, public=public, **shown)
+            task = private_rounds(plan, last.bank, stays, public)
             return ContentShare(plan, travels, task, **shown)
         if plan.aggregation.secure_sum:
             return SecureSums(plan, last.shared, last.bank, home, **shown)

@@ -12,6 +12,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from federation.exchanges.private_rounds import with_noise
 from federation.plan import RunPlan, StylePlan
 from forms.form import build
 from forms.ranges import shown
@@ -23,6 +24,7 @@ FROM_CONFIG = (
     "seed",
     "volumes",
     "objective",
+    "anatomy_start",
     "training",
     "style",
     "aggregation",
@@ -32,6 +34,7 @@ FROM_CONFIG = (
     "audit_counts",
     "diffusion",
     "privacy",
+    "audit_canaries",
 )
 """Parts of a plan that are settings of the same name."""
 STYLE_CLIP = 5.0
@@ -62,10 +65,12 @@ def plan_from(
     stride: int,
     public_sha256: str = "0" * 64,
     recipient: str = "",
+    anatomy_sha256: str = "0" * 64,
 ) -> RunPlan:
     """Build the plan that `settings` (see `plain`) describe; `public_sha256` is the hash of its public scans,
     where it has privacy (`server/public_scans.py`), `recipient` the public key of its latent bank, where
-    sites release latents (`server/latent_bank/records.py`).
+    sites release latents (`server/latent_bank/records.py`), `anatomy_sha256` that of its start from public
+    anatomy, where it has one (`server/volume_start.py`). The noise of steps at the sites is found here.
 
     Raises `ValueError` naming the setting that is unknown, missing, ill-typed, or contradicts another.
     """
@@ -90,9 +95,10 @@ def plan_from(
         values["privacy"] = {**values["privacy"], "public_sha256": public_sha256}
     if isinstance(values["diffusion"], Mapping) and recipient:
         values["diffusion"] = {**values["diffusion"], "recipient": recipient}
-    return build(
-        RunPlan, {**values, "network": network, "sites": list(sites), "tokenizer_sha256": tokenizer_sha256}
-    )
+    if values["anatomy_start"] != "none":
+        values["anatomy_sha256"] = anatomy_sha256
+    values |= {"network": network, "sites": list(sites), "tokenizer_sha256": tokenizer_sha256}
+    return with_noise(build(RunPlan, values))
 
 
 def _release(settings: Any, latent_channels: int, private: bool) -> Any:

@@ -1,5 +1,5 @@
-"""The centre's own part of an audit, which needs no patient: its book, its model, what it holds of whom, and
-the counts that sites told of their own audits.
+"""The centre's own part of an audit, which needs no patient: its book, its models, what it holds of whom, the
+counts that sites told of their own audits, and what a model keeps of public scans (`public_memory.py`).
 
 The journal says which site told what over how many patients, and the plan how many numbers that is. From
 these two follows what whoever holds scans could do at most: products of fewer vectors than they have numbers
@@ -14,27 +14,40 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from audit.algebra import tracing_area
-from audit.artefacts import Artefact, Audited
-from audit.claims import pooled_claims
+import torch
+from scipy.stats import norm
+
+from audit.attacks.algebra import tracing_area
+from audit.attacks.claims import pooled_claims
 from audit.evidence import Evidence
 from audit.findings import Finding
 from audit.policy import Behind
+from audit.record.artefacts import Artefact, Audited
+from federation.exchanges.audit_counts import BLIND
 from federation.exchanges.erasure import numbers_told
+from federation.exchanges.style_code import CODE, STYLE_CODE, code_promise, code_shapes
 from federation.exchanges.survey import survey_layout
 from federation.journal import read_journal
 from federation.plan import RunPlan
 from forms.json_text import sha256_of
+from meduet_models.diffusion.artefact import DIFFUSION_MODEL, load_generative_model
 from meduet_models.published.pretrained import MODEL
+from meduet_models.sharing import encoder_keys
 from meduet_models.weights import load_weights, sha256_of_file, sha256_of_tensors
 from privacy.chain import BrokenChain
 from server.exchanges.audit_counts import FILE as COUNTS
 from server.exchanges.audit_counts import read_audit_counts
+from server.public_memory import NAME, public_memory
 
 JOURNAL = "journal.jsonl"
 _TOLD = 0.6
 """Area from which a mean is said to tell."""
-_KINDS: Mapping[str, str] = {"query.survey": "survey", "query.erasure": "erasure", "query.probe": "probe"}
+_KINDS: Mapping[str, str] = {
+    "query.survey": "survey",
+    "query.erasure": "erasure",
+    "query.probe": "probe",
+    STYLE_CODE.route: "style_code",
+}
 Line = Mapping[str, Any]
 
 
@@ -45,16 +58,26 @@ def centre_audit(folder: Path) -> tuple[Evidence, Audited]:
     plan = RunPlan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
     replies, problems = _book(folder, plan)
     told, wrong = _told(folder, plan)
+    problems += _diffusion(folder, plan)
     rows = [_books_row(len(replies), [*problems, *wrong]), *told]
+    if memory := public_memory(folder, plan):
+        rows.append(Artefact(NAME, 1, (), math.inf, 0.0, tuple(memory)))
     behind: list[Behind] = []
     patients = _patients(replies)
     for (site, kind), lines in _by_kind(replies).items():
+        hashes = tuple(str(line["sha256"]) for line in lines)
+        if kind == "style_code":
+            promise, own = code_promise(plan), _noised(plan, site)
+            row = Artefact(
+                own.artefact, len(lines), hashes, promise.epsilon.upper, promise.delta or 0.0, (own,)
+            )
+            rows.append(row)
+            continue
         finding = _held(plan, site, kind, patients.get(site, 0))
         if finding is not None:
             behind.append(Behind(finding.artefact, finding.n_in, numbers_of(plan, kind)))
-            hashes = tuple(str(line["sha256"]) for line in lines)
             rows.append(Artefact(finding.artefact, len(lines), hashes, float("inf"), 0.0, (finding,)))
-    files = {name: folder / name for name in ("plan.json", JOURNAL, MODEL, COUNTS)}
+    files = {name: folder / name for name in ("plan.json", JOURNAL, MODEL, DIFFUSION_MODEL, COUNTS)}
     evidence = Evidence(
         name=f"{plan.name}, seen by its centre",
         plan=plan,
@@ -82,7 +105,7 @@ def _told(folder: Path, plan: RunPlan) -> tuple[list[Artefact], list[str]]:
         return [], [f"{COUNTS} is not what the journal says that sites told."]
     rows = []
     for name, attack in ((MODEL, "loss"), ("all sites: survey", "tracing")):
-        finding = pooled_claims(name, attack, told.attacks[attack], told.cell)
+        finding = pooled_claims(name, attack, told.attacks[attack], told.attacks[BLIND], told.cell)
         rows.append(Artefact(name, told.sites, (sha256_of(text),), math.inf, 0.0, (finding,)))
     return rows, []
 
@@ -95,6 +118,8 @@ def numbers_of(plan: RunPlan, kind: str) -> int:
             return sum(math.prod(shape) for name, shape in shapes.items() if name != "count")
         case "erasure":
             return numbers_told(plan)
+        case "style_code":
+            return math.prod(code_shapes(plan)[CODE])
         case _:
             return plan.network.code_size
 
@@ -129,6 +154,20 @@ def _model(folder: Path, own: Sequence[Line]) -> Iterator[str]:
         yield f"{MODEL} is not the model with which the journal ends."
 
 
+def _diffusion(folder: Path, plan: RunPlan) -> Iterator[str]:
+    """The published diffusion model makes latents of the plan's tokenizer, told what the published model
+    reads."""
+    if not (folder / DIFFUSION_MODEL).is_file():
+        return
+    own = load_generative_model(folder / DIFFUSION_MODEL)
+    if own.tokenizer_sha256 != plan.tokenizer_sha256:
+        yield f"{DIFFUSION_MODEL} makes latents of another tokenizer than the plan's."
+    if (folder / MODEL).is_file():
+        whole, told = load_weights(folder / MODEL)[0], own.encoder.state_dict()
+        if any(not torch.equal(whole[name], told[name]) for name in encoder_keys(own.encoder)):
+            yield f"{DIFFUSION_MODEL} is told what another encoder than that of {MODEL} reads."
+
+
 def _books_row(replies: int, problems: Sequence[str]) -> Artefact:
     def row(verdict: Any, sentence: str) -> Finding:
         return Finding(
@@ -161,6 +200,24 @@ def _by_kind(replies: Sequence[Line]) -> dict[tuple[str, str], list[Line]]:
         if line["to"] in _KINDS:
             lines[str(line["site"]), _KINDS[line["to"]]].append(line)
     return lines
+
+
+def _noised(plan: RunPlan, site: str) -> Finding:
+    """What a sum with noise allows at most: who knows all other patients sees one number move by a bound."""
+    mechanism = code_promise(plan).mechanism
+    assert mechanism is not None, "a style code has noise"
+    most = float(norm.cdf(1 / (math.sqrt(2) * mechanism.noise_multiplier)))
+    return Finding(
+        artefact=f"{site}: style_code",
+        attack="numbers",
+        measure="AUC",
+        n_in=0,
+        n_out=0,
+        value=most,
+        verdict="not found",
+        sentence=f"{site} told {numbers_of(plan, 'style_code')} numbers with noise: even who knows all its "
+        f"other patients tells one by her scan with an area of {most:.2f} at most.",
+    )
 
 
 def _held(plan: RunPlan, site: str, kind: str, patients: int) -> Finding | None:

@@ -9,12 +9,14 @@ What this file does not do: it sends and stores nothing (`server/app.py`).
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from federation.canary_plan import in_words
 from federation.exchanges.erasure import ErasureReply, erasure_sums, pooled_bound
 from federation.exchanges.survey import SurveyReply, smallest_cohort, survey_layout
 from federation.limits import MOST_PATIENTS, MOST_SCANS
@@ -29,12 +31,14 @@ from meduet_models.content_code import (
     without_sites,
 )
 from meduet_models.meduet import MeDUET, layer_normed
+from meduet_models.published.pretrained import CANARIES
 from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.restyling import own_entries, restyle_each
 from meduet_models.threads import fixed_threads
 from server.public_latents import public_latents, restyled
 from server.public_scans import public_scans
+from server.volume_start import start_on_volumes
 from strategies.aggregation import ReplyRefused
 from strategies.style_bank import StyleSurvey
 
@@ -98,9 +102,10 @@ class SharedModel(Protocol):
 class MeduetModel:
     """MeDUET under a plan."""
 
-    def __init__(self, plan: RunPlan, tokenizer: Path | None = None) -> None:
-        """`tokenizer`: the file of the plan's tokenizer; none: the package's, if it is the plan's."""
-        self.plan, self._tokenizer = plan, tokenizer
+    def __init__(self, plan: RunPlan, tokenizer: Path | None = None, anatomy: Path | None = None) -> None:
+        """`tokenizer`: the file of the plan's tokenizer; none: the package's, if it is the plan's. `anatomy`:
+        that of the plan's start from public anatomy; none: the shipped one."""
+        self.plan, self._tokenizer, self._anatomy = plan, tokenizer, anatomy
         self._survey = StyleSurvey(plan)
         self._drawn: Tensor | None = None
         network = self._network()
@@ -119,9 +124,16 @@ class MeduetModel:
         return bool(self._shared) and len(self.plan.participants) > 1
 
     def start(self) -> tuple[Tensors, Tensors]:
-        """The network's start from the plan's seed, divided into what travels and what stays."""
-        weights = self._network().state_dict()
+        """The network's start from the plan's seed and, where it has a U-Net, from public anatomy, divided
+        into what travels and what stays. Raises as `start_on_volumes`."""
+        weights = self._start
         return {n: weights[n] for n in self._shared}, {n: weights[n] for n in self._home}
+
+    @cached_property
+    def _start(self) -> Tensors:
+        network = self._network()
+        start_on_volumes(network, self.plan, self._tokenizer, self._anatomy)
+        return network.state_dict()
 
     def check_survey(self, reply: SurveyReply) -> None:
         """Judged alone by `StyleSurvey`; raises `ReplyRefused` with its reason."""
@@ -256,6 +268,7 @@ class MeduetModel:
             "network": json.dumps(asdict(self.plan.network), sort_keys=True),
             "tokenizer_sha256": self.plan.tokenizer_sha256,
             "volumes": json.dumps(asdict(self.plan.volumes), sort_keys=True),
+            **({} if (canaries := self.plan.audit_canaries) is None else {CANARIES: in_words(canaries)}),
         }
 
     def _tokens(self, network: MeDUET, latents: Tensor) -> Tensor:

@@ -43,15 +43,17 @@ class PhantomTraining:
         plan: RunPlan,
         public: Float[Tensor, "m c d h w"],
         style_bank: StyleBank,
+        start: Tensors,
         state: Tensors,
         device: torch.device,
     ) -> None:
-        """`state` is what `state` gave after a round; empty: the plan's start, with the bank's latent
-        scale."""
+        """`start` is the plan's start, all of it; `state` what `state` gave after a round; empty: `start`,
+        with the bank's latent scale."""
         self._plan, self._public, self._style_bank, self._device = plan, public, style_bank, device
         self._own = own_entries(public, survey_layout(plan))
         self._present = tuple(style_bank.sites.index(site) for site in style_bank.present)
         student = MeDUET(plan.network, len(plan.sites), seed=plan.seed)
+        student.load_state_dict(start)
         student.set_latent_scale(style_bank.centre, style_bank.scale)
         self._student = student.to(device)
         self._teacher = Teacher(self._student)

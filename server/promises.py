@@ -4,6 +4,7 @@ As the exchanges promise it; for people: model cards, pages. What this file does
 models, whose answers are not in the weights that are published.
 """
 
+from federation.canary_plan import in_words
 from federation.exchanges import (
     audit_counts,
     demographics,
@@ -32,5 +33,17 @@ def promises_of(plan: RunPlan) -> list[Promise]:
 
 
 def sentences(plan: RunPlan) -> list[str]:
-    """Each in plain words, after the kind of release."""
-    return [f"{promise.kind}: {promise.sentence()}" for promise in promises_of(plan)]
+    """Each in plain words, after the kind of release; and whether canaries are in what was released."""
+    said = [f"{promise.kind}: {promise.sentence()}" for promise in promises_of(plan)]
+    return said if plan.audit_canaries is None else [*said, f"audit_canaries: {made_with_canaries(plan)}"]
+
+
+def made_with_canaries(plan: RunPlan) -> str:
+    """That a run is one for its audit; empty where it is not."""
+    if plan.audit_canaries is None:
+        return ""
+    return (
+        f"An audit run. Made-up contributors ({in_words(plan.audit_canaries)} of each site, about half of "
+        "them) are in what was released, so that its noise can be tested; they change nothing of what is "
+        "promised to a patient. For use take weights of a run without."
+    )

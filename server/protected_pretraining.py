@@ -21,16 +21,20 @@ import torch
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from federation.canary_plan import pull_on_steps, pull_on_style
 from federation.exchanges.private_rounds import mechanisms, run_epsilon, trained_keys
 from federation.exchanges.style_code import privacy_of
 from federation.messages import Tensors
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
+from federation.sum_layout import SumLayout
+from federation.summed_noise import check_summed, summed_epsilon
 from meduet_models.meduet import MeDUET
 from meduet_models.style.bank import StyleBank
 from privacy.worth import DROWNED, LITTLE, signal_to_noise
 from server.checkpoints import Checkpoint
 from server.coherence import coherence_of
+from server.exchanges.private_rounds import parted
 from server.exchanges.style_code import ask_style_code
 from server.model import SharedModel
 from server.phantom_training import PhantomTraining
@@ -38,6 +42,7 @@ from server.promises import promises_of
 from server.protected_styles import ProtectedStyles
 from strategies.quorum import Roster
 
+_MOST_PULL = 0.1
 _log = logging.getLogger(__name__)
 
 
@@ -64,16 +69,19 @@ class ProtectedPretraining:
 
     def survey(self) -> tuple[Tensors, dict[str, Any]]:
         """The bank of protected styles, and what there is to say of it. Raises as `ask_sites`."""
+        epsilon, of_sums = run_epsilon(self._plan), self._epsilon_of_sums()
         styles = ProtectedStyles(self._plan, self.public)
         replies, refused = ask_style_code(
             self._grid, self._roster, self._plan, self.public, styles.check, self._book
         )
-        style_bank, epsilon = styles.bank(replies), run_epsilon(self._plan)
+        style_bank = styles.bank(replies)
+        self._say_canaries(style_bank)
         return style_bank.to_tensors(), {
             "sites": {site: {"patients": round(styles.patients(r))} for site, r in replies.items()},
             "latent_deviation": style_bank.scale.tolist(),
             "privacy": {
                 "epsilon": [epsilon.lower, epsilon.upper],
+                **of_sums,
                 "delta": privacy_of(self._plan).delta,
                 "promise": " ".join(promise.sentence() for promise in promises_of(self._plan)),
                 **self._worth(style_bank, self._network(), 1.0),
@@ -84,7 +92,10 @@ class ProtectedPretraining:
     def rounds(self, last: Checkpoint) -> Iterator[tuple[dict[str, Any], Tensors, Tensors]]:
         """The rounds after `last`: what to say of each, all weights, and the state to go on from."""
         style_bank = StyleBank.from_tensors(last.bank, self._plan.sites)
-        training = PhantomTraining(self._plan, self.public, style_bank, last.optimiser, self._device)
+        shared, home = self._model.start()
+        training = PhantomTraining(
+            self._plan, self.public, style_bank, {**shared, **home}, last.optimiser, self._device
+        )
         for number in range(last.round + 1, self._plan.training.rounds + 1):
             report = training.round(number)
             if number == self._plan.training.rounds and privacy_of(self._plan).noisy is not None:
@@ -93,6 +104,28 @@ class ProtectedPretraining:
                 coherence = coherence_of(network, self._plan, self.public, style_bank)
                 report |= self._worth(style_bank, network, coherence) | {"coherence": coherence}
             yield report, training.weights(), training.state()
+
+    def _epsilon_of_sums(self) -> dict[str, list[float]]:
+        """Against whoever reads sums only, and works with a third of the sites; nothing without secure sums.
+        Raises `ValueError` for sums that would spoil their noise."""
+        if not self._plan.aggregation.secure_sum:
+            return {}
+        travels = parted(self._plan, self._network().state_dict())[0]
+        check_summed(self._plan, SumLayout.of(self._plan, {n: t.shape for n, t in travels.items()}))
+        epsilon = summed_epsilon(self._plan)
+        return {"epsilon_of_sums": [epsilon.lower, epsilon.upper]}
+
+    def _say_canaries(self, style_bank: StyleBank) -> None:
+        """Warn of canaries that pull as a good part of some site's patients do."""
+        if (canaries := self._plan.audit_canaries) is None:
+            return
+        fewest = min(float(count) for count in style_bank.count.sum(1) if count)
+        if (pull := max(pull_on_steps(canaries), pull_on_style(canaries))) > _MOST_PULL * fewest:
+            _log.warning(
+                "Canaries pull as %.0f patients do who all pull one way; a site has %.0f. The weights of "
+                "this run are for its audit alone.",
+                pull, fewest,
+            )  # fmt: skip
 
     def _network(self) -> MeDUET:
         return MeDUET(self._plan.network, len(self._plan.sites), seed=self._plan.seed)
@@ -104,7 +137,8 @@ class ProtectedPretraining:
             return {}
         dimensions = sum(network.get_parameter(name).numel() for name in trained_keys(self._plan, network))
         patients = [float(count) for count in style_bank.count.sum(1) if count]
-        worth = signal_to_noise(mechanisms(self._plan)[1], patients, dimensions, coherence)
+        groups = [count / noisy.patients_in_group for count in patients]
+        worth = signal_to_noise(mechanisms(self._plan)[1], groups, dimensions, coherence)
         said = (
             f"Signal to noise of a step: {'at most ' if coherence == 1.0 else ''}{worth:.3f} "
             f"({sum(patients):.0f} patients, {dimensions:,} weights)"

@@ -12,7 +12,9 @@ Axes: m = phantoms, c d h w = latents.
 """
 
 import dataclasses
+import functools
 import logging
+import operator
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,12 +28,15 @@ from federation.plan import RunPlan
 from meduet_models.seeds import generator_of
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleMoments, restyle
+from meduet_models.threads import fixed_threads
+from meduet_models.tokenizer.linear_decoder import NeighbourMoments
+from meduet_models.tokenizer.patch_pca import to_patches
 from meduet_models.tokenizer.tokenizer import Tokenizer, load_tokenizer_file, shipped_tokenizer
 from server.tokenizer.random_phantoms import Recipe, draw_recipe, make_phantom
 
 PER_NUMBER = 2
 """Phantoms for each number of the code."""
-_AT_ONCE = 8
+_AT_ONCE, _IN_PICTURE = 8, 32
 _log = logging.getLogger(__name__)
 _SHIFT, _TURN, _ZOOM, _WARP_MM = 0.08, 0.1, 0.07, 6.0
 """Deviations of a phantom's place (share of half the template), turn (radians) and size (its logarithm)."""
@@ -68,9 +73,25 @@ def phantom_latents(
     encoded = []
     for done in range(0, number, _AT_ONCE):
         progress(done, number)
-        recipes = [_posed(draw_recipe(draws), plan, draws) for _ in range(_AT_ONCE)]
-        encoded.append(tokenizer.encode(torch.stack([make_phantom(r, plan.volumes.shape) for r in recipes])))
+        encoded.append(tokenizer.encode(_phantoms(plan, draws)))
     return torch.cat(encoded)
+
+
+@torch.no_grad()
+def picture_moments(plan: RunPlan, tokenizer: Tokenizer) -> NeighbourMoments:
+    """What the picture that a U-Net sees in latents is fitted to: phantoms of the plan's seed and their
+    latents; the same bits whatever the number of threads."""
+    draws, moments = generator_of("picture", plan.seed), []
+    with fixed_threads(1):
+        for _ in range(0, _IN_PICTURE, _AT_ONCE):
+            volumes = _phantoms(plan, draws)
+            moments.append(NeighbourMoments.of(tokenizer.encode(volumes), to_patches(volumes)))
+    return functools.reduce(operator.add, moments)
+
+
+def _phantoms(plan: RunPlan, draws: torch.Generator) -> Float[Tensor, "8 1 D H W"]:
+    recipes = [_posed(draw_recipe(draws), plan, draws) for _ in range(_AT_ONCE)]
+    return torch.stack([make_phantom(recipe, plan.volumes.shape) for recipe in recipes])
 
 
 def restyled(

@@ -52,13 +52,13 @@ def main(grid: Grid, context: Context) -> None:
         )
     plan, finetuning = plan_to_run(Path(plan_path)), finetuning_to_run(Path(plan_path))
     registered = Registrations(Path(consortium))
+    start = Path(anatomy) if anatomy else None
     if finetuning is not None:
-        start = Path(anatomy) if anatomy else None
         finetune_in_folder(grid, plan, finetuning, Path(pretrained), Path(folder), registered, start)
         return
     bank_key = Path(key) if key else None
     path = Path(tokenizer) if tokenizer else None
-    run_in_folder(grid, plan, Path(folder), torch.device(device or "cpu"), bank_key, registered, path)
+    run_in_folder(grid, plan, Path(folder), torch.device(device or "cpu"), bank_key, registered, path, start)
 
 
 def run_in_folder(
@@ -69,14 +69,16 @@ def run_in_folder(
     bank_key: Path | None = None,
     site_of: SiteOf | None = None,
     tokenizer: Path | None = None,
+    anatomy: Path | None = None,
 ) -> None:
     """Run `plan` in `folder`, which nobody else may write meanwhile, and leave in `status.json` how it ended.
-    `site_of`: as in `server.app.run`; `tokenizer`: the file of the plan's tokenizer (none: the package's).
+    `site_of`: as in `server.app.run`; `tokenizer`: the file of the plan's tokenizer (none: the package's);
+    `anatomy`: that of its start from public anatomy (none: the shipped one).
 
     Raises what `run` raises, and `FolderBusy`.
     """
     with kept_status(plan, folder) as status:
-        model = MeduetModel(plan, tokenizer)
+        model = MeduetModel(plan, tokenizer, anatomy)
         run(
             grid,
             plan,

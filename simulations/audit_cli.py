@@ -83,8 +83,8 @@ def _audit(chosen: argparse.Namespace, console: Console) -> int:
 
 
 def _dossier(chosen: argparse.Namespace, console: Console) -> int:
-    from audit.dossier import dossier
-    from audit.record import read_record
+    from audit.record.dossier import dossier
+    from audit.record.record import read_record
     from audit.report import FOLDER
 
     if chosen.quick or chosen.policy is not None or chosen.null is not None or chosen.shadow:

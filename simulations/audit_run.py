@@ -5,19 +5,25 @@ A run that is not finished is audited as far as it came; of a site whose books d
 What this file does not do: attack (`audit/`), or change the run: an audit has a folder of its own.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from audit.evidence import Evidence
+from torch import Tensor
+
+from audit.evidence import Evidence, Finetuning
 from audit.report import FOLDER
-from client.audit import acquired_again, cohort_of, released, site_books
+from client.audit import acquired_again, cohort_of, coins_of, labelled_of, released, site_books
 from client.latents.latent_set import LatentSet
 from client.site import Site
+from federation.plan import RunPlan
 from meduet_models.diffusion.artefact import DIFFUSION_MODEL, load_generative_model
-from meduet_models.published.pretrained import MODEL
+from meduet_models.published.pretrained import MODEL, load_pretrained
 from meduet_models.tokenizer.tokenizer import load_tokenizer
 from meduet_models.weights import sha256_of_file
 from privacy.chain import BrokenChain
-from server.audit import CentresModels
+from server.audit import AGREED, CentresFinetuning, CentresModels
+from server.exchanges.finetuning import FINETUNED
+from server.public_scans import public_scans
 from simulations.finished_run import BegunRun, begun_run
 from simulations.progress import Live
 from simulations.shadow_models import SHADOWS, shadow_models
@@ -48,17 +54,24 @@ def evidence_of(folder: Path, live: Live, shadows: int = 0) -> Evidence:
     files |= {f"checkpoints/{path.name}": path for path in sorted((folder / "checkpoints").glob("round-*"))}
     for name, own in books.items():
         files |= {f"{name}/{path.name}": path for path in (own.journal, own.ledger)}
+    for path in sorted(folder.rglob(AGREED)):
+        place = path.parent.relative_to(folder)
+        files |= {f"{place}/{name}": path.parent / name for name in (AGREED, FINETUNED)}
     retrained = shadow_models(folder, folder / FOLDER / SHADOWS, shadows, live) if shadows else []
     files |= {f"shadow {n}": folder / FOLDER / SHADOWS / f"{n}" / MODEL for n in range(1, shadows + 1)}
     return Evidence(
         name=plan.name,
         plan=plan,
         books=books,
+        coins={name: own for site in sites.values() for name, own in coins_of(site, plan).items()},
         releases=[one for name, site in sites.items() for one in released(site, scans[name], plan)],
         cohorts={name: cohort_of(name, own, plan) for name, own in scans.items()},
         hashes={name: sha256_of_file(path) for name, path in files.items() if path.is_file()},
         network_of=models.asked_with,
         before_after=models.before_after,
+        transformers_of=models.transformers_of,
+        finetunings=_finetunings(folder, plan, sites, scans),
+        public=_public(plan, folder, run.settings.tokenizer.path),
         model=models.final,
         earlier=models.earlier(),
         shadows=retrained,
@@ -69,6 +82,27 @@ def evidence_of(folder: Path, live: Live, shadows: int = 0) -> Evidence:
         no_weights="The weights under which it was asked are not kept any more: the centre keeps those of "
         "three rounds.",
     )
+
+
+def _public(plan: RunPlan, folder: Path, tokenizer: str | None) -> Tensor | None:
+    if plan.privacy is None:
+        return None
+    return public_scans(plan, folder, None if tokenizer is None else Path(tokenizer))
+
+
+def _finetunings(
+    folder: Path, plan: RunPlan, sites: Mapping[str, Site], scans: Mapping[str, LatentSet]
+) -> dict[str, Finetuning]:
+    """The fine-tunings of the run's model that lie below its folder."""
+    found = {}
+    for path in sorted(folder.rglob(AGREED)) if (folder / MODEL).is_file() else ():
+        own = CentresFinetuning(path.parent, load_pretrained(folder / MODEL).network)
+        if own.plan.run_sha256 != plan.sha256:  # left by a run that was here before
+            continue
+        known = {name: labelled_of(site, scans[name], own.plan, plan) for name, site in sites.items()}
+        labelled = {name: one for name, one in known.items() if one is not None}
+        found[own.plan.sha256] = Finetuning(own.plan, labelled, own.network_after, own.sha256)
+    return found
 
 
 def _opened(run: BegunRun, live: Live) -> dict[str, Site]:

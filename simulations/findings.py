@@ -46,7 +46,12 @@ def findings_of(measured: Mapping[str, Any]) -> list[str]:
         elif hidden > ridge:
             said.append(f"The network has not learned what neighbours tell a ridge: {beside}.")
     content, style = read("anatomy_from_content"), read("anatomy_from_style")
-    if content is not None and style is not None and style > content:
+    if content is not None and style is not None and max(content, style) <= 0:
+        said.append(
+            f"Anatomy is read from neither: R² {content:.2f} from content, {style:.2f} from style. So few "
+            "patients, or so short a training, do not tell which of the two holds it."
+        )
+    elif content is not None and style is not None and style > content:
         said.append(
             f"Style knows more anatomy than content: R² {style:.2f} from style, {content:.2f} from content. "
             "What is exchanged as style is not free of anatomy."

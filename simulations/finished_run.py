@@ -83,9 +83,18 @@ class BegunRun:
 
 
 def begun_run(folder: Path, live: Live) -> BegunRun:
-    """Plan and hospitals of the run in a folder that has config.yaml and plan.json; opens no scan."""
+    """Plan and hospitals of the run in a folder that has config.yaml and plan.json; opens no scan.
+
+    Raises `ValueError` where config.yaml lacks a setting: another version made the run.
+    """
     config = plain(OmegaConf.load(folder / "config.yaml"))  # type: ignore[arg-type]
-    settings, hospitals_plan = settings_from({**config, "folder": str(folder), "fresh": False})
+    try:
+        settings, hospitals_plan = settings_from({**config, "folder": str(folder), "fresh": False})
+    except KeyError as missing:
+        raise ValueError(
+            f"Expected every setting of this version in {folder / 'config.yaml'}; {missing.args[0]} is not "
+            "there, so another version made the run: open it with that one, or make it again."
+        ) from missing
     plan = RunPlan.from_json((folder / "plan.json").read_text(encoding="utf-8"))
     with live.counting("finding the hospitals") as progress:
         made = make_hospitals(hospitals_plan, folder / "hospitals", progress)

@@ -17,7 +17,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from federation.plan import RunPlan
 from federation.privacy_plan import PrivacyPlan
+from federation.summed_noise import colluding
 from privacy.accounting import Epsilon
+from server.promises import made_with_canaries
 from simulations.findings import about_content, findings_of
 from simulations.generation.page import generation_part
 from simulations.report.figures import draw_losses, draw_probes, draw_traffic, human_bytes
@@ -135,12 +137,20 @@ def _promise(plan: RunPlan, metrics: Mapping[str, Any]) -> str:
     if plan.privacy is None:
         return _PROMISE + plan.latent_policy.page
     told = metrics["survey"]["privacy"]
+    noisy = plan.privacy.noisy
+    relation = "add or remove one" if noisy is None else noisy.relation
+    sums = ""
+    if plan.aggregation.secure_sum:
+        sums = (
+            f" Steps left as secure sums: against the centre and up to {colluding(plan)} of the hospitals "
+            f"together epsilon is {Epsilon(*told['epsilon_of_sums'])}, style code included."
+        )
     return (
         f"Differential privacy for each patient of each hospital: epsilon {Epsilon(*told['epsilon'])} at "
-        f"delta {told['delta']:g} for the whole run, add or remove one patient with all her scans, against "
+        f"delta {told['delta']:g} for the whole run, {relation} patient with all her scans, against "
         "everybody outside of her hospital. One style code with noise left each hospital, once; the network "
-        f"was trained on {plan.privacy.public_scans} phantoms{_then(plan.privacy, metrics)}. "
-        f"{told['promise']}"
+        f"was trained on {plan.privacy.public_scans} phantoms{_then(plan.privacy, metrics)}."
+        f"{sums} {told['promise']} {made_with_canaries(plan)}"
     )
 
 

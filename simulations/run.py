@@ -38,7 +38,9 @@ from server.deployment.status import kept_status
 from server.deployment.watch import watched
 from server.export.crate import write_run_crate
 from server.latent_bank.records import key_beside, public_key
+from server.model import MeduetModel
 from server.public_scans import PUBLIC_SCANS, drawn_public_scans
+from server.volume_start import with_start
 from simulations.consortium import Consortium, site_configs
 from simulations.engines.in_process import FixedThreads, InProcessGrid
 from simulations.engines.side_by_side import SideBySide, SideBySideGrid, num_processes
@@ -99,7 +101,7 @@ def prepare(config: Mapping[str, Any], live: Live, made: Made | None = None) -> 
     tokenizer = load_tokenizer(settings.tokenizer)
 
     def plan_for(sites: Sequence[str], public_sha256: str = "0" * 64, recipient: str = "") -> RunPlan:
-        return plan_from(
+        planned = plan_from(
             config,
             sites=sites,
             tokenizer_sha256=tokenizer.sha256,
@@ -108,6 +110,7 @@ def prepare(config: Mapping[str, Any], live: Live, made: Made | None = None) -> 
             public_sha256=public_sha256,
             recipient=recipient,
         )
+        return with_start(planned, settings.tokenizer, settings.anatomy_path)
 
     known = None if made is None else made.hospitals
     if known is None and isinstance(hospitals_plan, FolderHospitals):  # found there, not made
@@ -183,7 +186,13 @@ def simulate(
         device = resolve_device(simulation.settings.device)
         keep_early = simulation.settings.checkpoints.keep_early
         return run_plan(
-            grid, plan, simulation.folder, observer=observer, device=device, keep_early=keep_early
+            grid,
+            plan,
+            simulation.folder,
+            model=MeduetModel(plan, anatomy=simulation.settings.anatomy_path),
+            observer=observer,
+            device=device,
+            keep_early=keep_early,
         )
 
     num_sites = len(plan.participants)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from forms.form import build
@@ -85,6 +86,8 @@ class SimulationSettings:
     """Hospitals that take no part in the plan: made, and opened for evaluation only."""
     tokenizer: TokenizerSpec
     """The frozen VAE of all sites."""
+    anatomy: str | None
+    """File of the plan's start from public anatomy; none: the shipped one."""
     folder: str
     """Where the run goes."""
     fresh: bool
@@ -95,6 +98,11 @@ class SimulationSettings:
     """Whether sites compile the network."""
     tracking: tuple[Tool, ...]
     """For which tools the rounds' numbers are also written, in the run's folder `tracking`."""
+
+    @property
+    def anatomy_path(self) -> Path | None:
+        """Where `anatomy` lies, if it is not the shipped one."""
+        return None if self.anatomy is None else Path(self.anatomy)
 
 
 def settings_from(config: Mapping[str, Any]) -> tuple[SimulationSettings, HospitalsPlan]:

@@ -3,7 +3,7 @@
 Each is a whole run with the run's own settings in a folder of its own, where every hospital trains on half of
 its patients, dealt anew. One that is there already is taken as it is; one that was interrupted goes on.
 
-What this file does not do: attack (`audit/shadows.py`).
+What this file does not do: attack (`audit/attacks/shadows.py`).
 """
 
 import dataclasses

@@ -10,6 +10,7 @@ SMALL_NETWORK = (
     "network.decoder_width=12",
     "network.decoder_depth=1",
     "network.decoder_heads=2",
+    "network.code_size=8",
 )
 
 

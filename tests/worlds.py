@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from federation.exchanges.private_rounds import with_noise
 from federation.journal import Journal
 from federation.keys.identity import SiteIdentity
 from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan
@@ -223,9 +224,11 @@ def protected_plan(
         "public_scans": len(public),
         "public_sha256": sha256_of_tensors({"latents": public}),
     }
-    return make(
-        privacy=PrivacyPlan(**settings | changes),
-        style=StylePlan(minimum_cohort=3, head="shared", anchor=0.0),
+    return with_noise(
+        make(
+            privacy=PrivacyPlan(**settings | changes),
+            style=StylePlan(minimum_cohort=3, head="shared", anchor=0.0),
+        )
     )
 
 

@@ -7,32 +7,35 @@ no noise is added. Does not do: recommend.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator
 
-from torch import Tensor
-
+from client.commands.privacy_words import (
+    Line,
+    layout_of,
+    noisy_finetuning,
+    numbers,
+    protected,
+    shared,
+)
 from client.exact_sums import fewest_for_means, fewest_patients
 from client.refusals import MOST
-from federation.exchanges.audit_counts import AUDIT_COUNTS, cell_of
+from federation.exchanges.audit_counts import AUDIT_COUNTS, CELLS, TRIED, cell_of
 from federation.exchanges.demographics import DEMOGRAPHICS, SEX_NAMES, age_bands
 from federation.exchanges.diffusion import DIFFUSION
 from federation.exchanges.erasure import ERASURE, erasure_shapes, numbers_told, pooled_bound
 from federation.exchanges.finetuning import FinetunePlan
 from federation.exchanges.latents import LATENTS
 from federation.exchanges.pretraining import PRETRAINING
-from federation.exchanges.private_rounds import PRIVATE_ROUNDS, run_epsilon, steps_promise, travelling_keys
+from federation.exchanges.private_rounds import PRIVATE_ROUNDS
 from federation.exchanges.probes import PROBES, sums_bound, sums_shapes, widest_sums
-from federation.exchanges.secure_sum import SUM_MASKED
-from federation.exchanges.style_code import STYLE_CODE, code_promise, code_shapes, privacy_of
+from federation.exchanges.secure_sum import SUM_MASKED, SUM_PRIVATE
+from federation.exchanges.style_code import STYLE_CODE
 from federation.exchanges.survey import SURVEY, smallest_cohort, survey_layout
-from federation.finetuning_privacy import FinetunePrivacy, all_rounds, round_promise
 from federation.plan import RunPlan
 from federation.published_plan import PublishedPlan
 from federation.sum_layout import SumLayout
 from federation.wire import num_bytes
 from meduet_models.content_code import code_bound
-from meduet_models.meduet import MeDUET
 from privacy.secure_sum.transcript import threshold
 
 ONCE = (
@@ -64,19 +67,6 @@ _HITS_TELL = (
     " The number of recognised patients answers one question of the centre's choosing about them, such as "
     "whether a known person is there."
 )
-_YOUR_CEILING = (
-    "Your own ceiling wins (site.yaml: epsilon_ceiling, delta_ceiling): it holds for all plans together; "
-    "meduet-site ledger show says what is spent."
-)
-
-_OUTPUT_LAYER = (
-    "The steps at your site train the output layer alone (level adapters), the last map from decoded tokens "
-    "to latents. They improve reconstructions and swaps of style, as far as noise lets them, and change "
-    "nothing that is read from content: encoder, content code and style stay as the phantoms made them."
-)
-
-Line = tuple[str, str]
-"""A heading (empty: the paragraph before goes on) and a sentence."""
 
 
 def plan_words(published: PublishedPlan, site_minimum: int = 0) -> list[Line]:
@@ -97,10 +87,17 @@ def _run(plan: RunPlan, site_minimum: int) -> Iterator[Line]:
         f"A MeDUET network (encoder of {network.depth} blocks, width {network.width}) learns from scans "
         f"without labels; method {aggregation.method}, rule {aggregation.rule}, seed {plan.seed}.",
     )
+    if network.encoder == "volume_unet":
+        yield (
+            "",
+            "Beside latents it sees a picture that they are decoded into, by a U-Net (no other voxels)"
+            f"{_STARTS[plan.anatomy_start]}",
+        )
     yield "On which data", _data(plan)
     yield "", f"The tokenizer must be {plan.tokenizer_sha256[:12]}…; encodings stay in your cache."
     if plan.privacy is not None:
-        yield from _protected(plan)
+        yield from protected(plan)
+        yield from _how_often(plan)
         return
     yield (
         "How long",
@@ -115,7 +112,7 @@ def _run(plan: RunPlan, site_minimum: int) -> Iterator[Line]:
         layout = survey_layout(plan)
         yield (
             "",
-            f"Once before round 1: {_numbers(layout.shapes())} numbers that describe appearance (means and "
+            f"Once before round 1: {numbers(layout.shapes())} numbers that describe appearance (means and "
             f"spreads of latents); one patient's share is at most {layout.bound:g} long; and how many "
             "patients and scans.",
         )
@@ -133,7 +130,7 @@ def _run(plan: RunPlan, site_minimum: int) -> Iterator[Line]:
     if plan.probes.every_rounds:
         yield (
             "",
-            f"Every {plan.probes.every_rounds} rounds and at the end: {_numbers(sums_shapes(plan))} "
+            f"Every {plan.probes.every_rounds} rounds and at the end: {numbers(sums_shapes(plan))} "
             f"numbers, sums of content and style of the {_whose(plan)} (targets: "
             f"{', '.join(plan.probes.anatomy) or 'none'}); one patient's share is at most "
             f"{sums_bound(plan):.3g} long; then how many patients were recognised.",
@@ -143,7 +140,7 @@ def _run(plan: RunPlan, site_minimum: int) -> Iterator[Line]:
         size = network.code_size
         yield (
             "",
-            f"Once after the last round: {_numbers(erasure_shapes(plan))} numbers for the site erasure, how "
+            f"Once after the last round: {numbers(erasure_shapes(plan))} numbers for the site erasure, how "
             f"many patients and the sums of their content codes (each at most {code_bound(size):.3g} long) "
             f"and of their pooled content (each at most {pooled_bound(plan):.3g} long).",
         )
@@ -159,8 +156,9 @@ def _run(plan: RunPlan, site_minimum: int) -> Iterator[Line]:
             "",
             "Once after the last round: how many of your patients an attack on the final weights, and one on "
             "your style sums, claims and misses at one threshold each, of those trained on and of others, "
-            f"each of these 8 counts rounded down to whole cells of {cell}. No score leaves. Half of those "
-            "who stayed out fix the thresholds and are not counted.",
+            "and the same of a classifier that sees scans and nothing released, each of these "
+            f"{len(TRIED) * CELLS} counts rounded down to whole cells of {cell}. No score leaves. Half of "
+            "those who stayed out fix the thresholds and are not counted.",
         )
         yield _told(_CLAIMS_TELL.format(cell=cell))
     yield from _diffusion(plan)
@@ -169,50 +167,6 @@ def _run(plan: RunPlan, site_minimum: int) -> Iterator[Line]:
         "Noise",
         "None is added anywhere: what leaves is bounded, not differentially private (epsilon infinite).",
     )
-
-
-def _protected(plan: RunPlan) -> Iterator[Line]:
-    """What a plan with privacy makes leave, and what it promises."""
-    privacy, noisy, promise = privacy_of(plan), privacy_of(plan).noisy, code_promise(plan)
-    yield (
-        "How long",
-        f"One question, answered within {plan.aggregation.deadline_s:g} s. Then the centre trains for "
-        f"{plan.total_steps:,} steps on {privacy.public_scans} phantoms, in which no patient is, restyled to "
-        "the sites' styles; "
-        + (
-            "your site is asked nothing more."
-            if noisy is None
-            else f"then your site takes {noisy.steps} steps on its patients, in {noisy.rounds} rounds, each "
-            f"answered within {plan.aggregation.deadline_s:g} s."
-        ),
-    )
-    if privacy.level == "adapters":
-        yield "What for", _OUTPUT_LAYER
-    yield (
-        "What leaves",
-        f"Once: {_numbers(code_shapes(plan))} numbers with noise, which say how your scanner's images look "
-        f"on average and about how many patients you have (level {privacy.level}). "
-        + ("No weights, no losses, no " if noisy is None else "Later the weights below. No losses, no ")
-        + "counts, no scan, no file name, no label.",
-    )
-    if noisy is not None:
-        values = sum(tensor.numel() for tensor in _shared(plan).values())
-        yield (
-            "",
-            f"In each of {noisy.rounds} rounds: by how much {values:,} weights changed in "
-            f"{noisy.steps_per_round} steps, in each of which about {noisy.sampling_rate:.0%} of your "
-            "patients, drawn in secret, take part and noise is added. Beside them whole seconds, and the "
-            "number of patients that the style code told, noise included.",
-        )
-    yield (
-        "Promise",
-        f"Each patient, with all her scans: epsilon {run_epsilon(plan)} at delta {privacy.delta:g} for the "
-        f"whole run. {promise.sentence()}",
-    )
-    if noisy is not None:
-        yield "", f"Of a round: {steps_promise(plan).sentence()}"
-    yield "", _YOUR_CEILING
-    yield from _how_often(plan)
 
 
 def _how_often(plan: RunPlan) -> Iterator[Line]:
@@ -224,6 +178,7 @@ def _how_often(plan: RunPlan) -> Iterator[Line]:
         ("rounds of training", PRETRAINING),
         ("rounds of noisy steps", PRIVATE_ROUNDS),
         ("rounds of training as secure sums", SUM_MASKED),
+        ("noisy steps as secure sums", SUM_PRIVATE),
         ("probes (two questions each)", PROBES),
         ("site erasure", ERASURE),
         ("counts of your own audit", AUDIT_COUNTS),
@@ -252,14 +207,14 @@ def _round(plan: RunPlan) -> Iterator[Line]:
     if method == "alone":
         yield "", "Each round: no weights; losses, seconds, and how many scans were trained on."
         return
-    shared = _shared(plan)
-    values = sum(tensor.numel() for tensor in shared.values())
-    size = num_bytes(shared, plan.release.wire_dtype)
+    travels = shared(plan)
+    values = sum(tensor.numel() for tensor in travels.values())
+    size = num_bytes(travels, plan.release.wire_dtype)
     what = "of the content branch" if method == "content_share" else "of the network"
     what += "; your style branch stays here" if plan.style.head == "local" else ", style branch included"
     clipped = f"clipped to a length of {plan.release.update_clip_norm:g} times how many scans were trained on"
     if plan.aggregation.secure_sum:
-        layout = SumLayout.of(plan, {name: tensor.shape for name, tensor in shared.items()})
+        layout = layout_of(plan)
         yield "", f"Each round: the change of {values:,} weights {what}, {clipped}, {_summed(plan, layout)}"
         yield _told("of the sum over all sites, the fewer the more: " + _UPDATE_TELLS)
         return
@@ -269,13 +224,6 @@ def _round(plan: RunPlan) -> Iterator[Line]:
         f"{plan.release.wire_dtype}), {clipped}; that number; losses and seconds.",
     )
     yield _told(_UPDATE_TELLS)
-
-
-def _shared(plan: RunPlan) -> dict[str, Tensor]:
-    """The weights that travel."""
-    network = MeDUET(plan.network, len(plan.sites), seed=0)
-    whole = network.state_dict()
-    return {name: whole[name] for name in travelling_keys(plan, network)}
 
 
 def _summed(plan: RunPlan, layout: SumLayout) -> str:
@@ -347,7 +295,8 @@ def _finetuning(plan: RunPlan, finetuning: FinetunePlan) -> Iterator[Line]:
         f"{plan.aggregation.deadline_s:g} s.",
     )
     if finetuning.privacy is not None:
-        yield from _noisy_finetuning(finetuning, finetuning.privacy, trained)
+        yield from noisy_finetuning(finetuning, finetuning.privacy, trained)
+        yield "How often", f"In all: rounds of fine-tuning: {finetuning.rounds}. {ONCE}"
         return
     yield (
         "What leaves",
@@ -361,25 +310,6 @@ def _finetuning(plan: RunPlan, finetuning: FinetunePlan) -> Iterator[Line]:
         "Noise",
         "None is added anywhere: what leaves is bounded, not differentially private (epsilon infinite).",
     )
-
-
-def _noisy_finetuning(finetuning: FinetunePlan, privacy: FinetunePrivacy, trained: str) -> Iterator[Line]:
-    yield (
-        "What leaves",
-        f"Each round: the change of the weights of {trained} in {finetuning.local.steps} steps, in each of "
-        f"which about {privacy.sampling_rate:.0%} of your patients with labels, drawn in secret, take part, "
-        f"each cut to a length of {privacy.clip_norm:g}, and noise is added; all of it clipped to a length "
-        f"of {finetuning.update_clip_norm:g}. Beside it whole seconds, and {privacy.expected_patients:,} as "
-        "number of patients, which the plan says of every site. No losses, no counts of yours; a label that "
-        "is none of the plan's classes refuses nothing, its scan is left out.",
-    )
-    yield (
-        "Promise",
-        f"Each patient, with all her scans: epsilon {all_rounds(finetuning)} at delta {privacy.delta:g} for "
-        f"the whole fine-tuning. Of a round: {round_promise(finetuning).sentence()}",
-    )
-    yield "", _YOUR_CEILING
-    yield "How often", f"In all: rounds of fine-tuning: {finetuning.rounds}. {ONCE}"
 
 
 def _data(plan: RunPlan) -> str:
@@ -409,10 +339,6 @@ def _data(plan: RunPlan) -> str:
 
 def _whose(plan: RunPlan) -> str:
     return "training patients" if plan.probes.patients == "train" else "patients of validation and test"
-
-
-def _numbers(shapes: dict[str, tuple[int, ...]]) -> str:
-    return f"{sum(math.prod(shape) for shape in shapes.values()):,}"
 
 
 def plan_settings(published: PublishedPlan) -> Iterator[str]:

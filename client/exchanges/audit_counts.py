@@ -2,7 +2,7 @@
 
 The attacker holds a candidate's scan, the final weights that came with the question, and the style sums that
 left this site. Scores are used here and kept nowhere.
-Does not do: attack (`audit/claims.py`), or write the site's report (`meduet-site audit`).
+Does not do: attack (`audit/attacks/claims.py`), or write the site's report (`meduet-site audit`).
 """
 
 import torch
@@ -11,8 +11,8 @@ from client.exchanges.exchange import Answer, OnStep, SiteAtWork
 from client.release import Gate, Released
 from client.training.trainee import student_of
 from federation.exchanges.audit_counts import (
-    ATTACKS,
     AUDIT_COUNTS,
+    TRIED,
     AuditCountsAsk,
     AuditCountsReply,
     audit_counts_shapes,
@@ -31,7 +31,9 @@ def answer_audit_counts(
 ) -> Released:
     """Counts of claims at one threshold. Raises `CohortTooSmall` where too few patients stayed out, or this
     site's own minimum is larger than a cell."""
-    from audit.claims import claims_of  # the attacks take seconds to load: no other question waits for them
+    from audit.attacks.claims import (
+        claims_of,  # the attacks take seconds to load: no other question waits for them
+    )
     from audit.cohort import Cohort
 
     cell = cell_of(plan)
@@ -46,7 +48,7 @@ def answer_audit_counts(
     claims = claims_of(cohort, plan, student_of(plan, ask.shared, None).eval())
     if claims is None:
         raise CohortTooSmall("Expected enough patients who stayed out to fix a threshold; got fewer.")
-    exact = {attack: claims[attack].sum(0) for attack in ATTACKS}
+    exact = {attack: claims[attack].sum(0) for attack in TRIED}
     told = {attack: in_whole_cohorts(counts, cell) for attack, counts in exact.items()}
     patients = float(max(counts.sum() for counts in exact.values()))
     return gate.release(told, audit_counts_shapes(plan), weight=patients)

@@ -4,12 +4,12 @@ Does not do: the steps (`client/training/pretraining.py`), or keep anything by i
 (`client/training/site_state.py`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 
 from torch import Tensor
 
-from client.exchanges.exchange import Answer, OnStep, SiteAtWork, bank_of, before_deadline
+from client.exchanges.exchange import Answer, AskRefused, OnStep, SiteAtWork, bank_of, before_deadline
 from client.latents.batches import Batches, TrainingScans
 from client.latents.style_moments import own_moments
 from client.release import Gate, Masking, Released
@@ -17,9 +17,10 @@ from client.training.pretraining import train_round
 from client.training.site_state import StateFolder, cohort_sha256
 from client.training.style_axes import with_style_axes
 from client.training.trainee import Trainee
-from federation.exchanges.pretraining import PRETRAINING, TrainAsk, TrainReply
+from federation.exchanges.pretraining import PRETRAINING, TrainAsk, TrainReply, start_sha256
 from federation.messages import Ask
 from federation.plan import RunPlan
+from federation.wire import RefusalKind
 from meduet_models.weights import sha256_of_tensors
 from privacy.clipping import clip_factor
 
@@ -38,9 +39,12 @@ def answer_round(
     The state that the round began from is never changed, and the one after it is on disk before the answer
     leaves; a round that a killed process left goes on where it was. `masking`: for a secure sum, in which a
     site weighs as many examples as the plan's cap at most; `keep`: what else must be on disk then. Raises
-    `AskRefused` when the round does not end within `DEADLINE_SHARE` of the plan's deadline.
+    `AskRefused` when the round does not end within `DEADLINE_SHARE` of the plan's deadline, and, before a
+    scan is read, when round 1 does not begin with the plan's start from public anatomy.
     """
     on_step = before_deadline(plan.aggregation.deadline_s, on_step)
+    if ask.round == 1 and plan.anatomy_sha256 is not None:
+        _check_start(plan, {**(ask.home or {}), **ask.shared})
 
     def start() -> dict[str, Tensor]:
         assert ask.home is not None
@@ -102,6 +106,15 @@ def train_mail(released: Released, ask: Ask, site: str) -> TrainReply:
         metrics=dict(released.metrics),
         wire_dtype=released.wire_dtype,
     )
+
+
+def _check_start(plan: RunPlan, weights: Mapping[str, Tensor]) -> None:
+    if (came := start_sha256(weights, plan.release.wire_dtype)) != plan.anatomy_sha256:
+        raise AskRefused(
+            f"Expected the plan's start from public anatomy, {str(plan.anatomy_sha256)[:12]}…; round 1 came "
+            f"with {came[:12]}…. Ask the centre for the start that was approved.",
+            RefusalKind.PLAN_NOT_ACCEPTED,
+        )
 
 
 def _own_scale(home: dict[str, Tensor], scans: TrainingScans, plan: RunPlan) -> dict[str, Tensor]:

@@ -4,7 +4,8 @@ What may be said is decided in `privacy/secure_sum/`; that it is said once, and 
 ledger as for every exchange. So a round's sum is opened for one list whatever is asked, and an attempt that
 was given up for another is never opened.
 
-Does not do: steps (`client/exchanges/pretraining.py`), keep secrets by itself (`client/sum_secrets.py`).
+Does not do: steps (`client/exchanges/pretraining.py`, with privacy `private_rounds.py`), keep secrets by
+itself (`client/sum_secrets.py`).
 """
 
 from collections.abc import Callable, Mapping
@@ -13,21 +14,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from client.exchanges.exchange import Answer, OnStep, Site, SiteAtWork
+from client.exchanges.exchange import Answer, AskRefused, OnStep, Site, SiteAtWork
 from client.exchanges.pretraining import answer_round
-from client.release import TEXT, Gate, Masking, Released
+from client.exchanges.private_rounds import answer_private_round
+from client.release import TEXT, Gate, Released
 from client.sum_secrets import SumSecrets
 from federation.exchanges.secure_sum import (
     SUM_KEYS,
     SUM_MASKED,
+    SUM_PRIVATE,
     SUM_SHARES,
     SUM_UNMASK,
     SumKeysAsk,
     SumMaskedAsk,
     SumMaskedReply,
+    SumPrivateAsk,
     SumSharesAsk,
     SumTextReply,
     SumUnmaskAsk,
+    SumVectorAsk,
     announced_text,
     attempt_of,
     list_of,
@@ -39,6 +44,8 @@ from federation.keys.certificates import utc_now
 from federation.keys.identity import Peers
 from federation.plan import RunPlan
 from federation.sum_layout import MASKED, SumLayout
+from federation.summed_noise import check_summed
+from federation.wire import RefusalKind
 from privacy.secure_sum.party import Party
 from privacy.secure_sum.ring import to_grid
 from privacy.secure_sum.transcript import checked_roster, threshold
@@ -82,7 +89,22 @@ def answer_masked(
     return answer_round(site, ask, plan, gate, on_step, masking, keep)
 
 
-def masking_of(site: SiteAtWork, ask: SumMaskedAsk, plan: RunPlan) -> tuple[Masking, Callable[[], None]]:
+def answer_private(
+    site: SiteAtWork, ask: SumPrivateAsk, plan: RunPlan, gate: Gate, on_step: OnStep
+) -> Released:
+    """Take a noisy step and release its vector, masked with those whose shares came. Raises as
+    `answer_masked`, and as `answer_private_round`; and `AskRefused` for a sum that would spoil its noise."""
+    masking, keep = masking_of(site, ask, plan)
+    try:
+        check_summed(plan, masking.layout)
+    except ValueError as error:
+        raise AskRefused(str(error), RefusalKind.MALFORMED) from error
+    return answer_private_round(site, ask, plan, gate, on_step, masking, keep)
+
+
+def masking_of(
+    site: SiteAtWork, ask: SumVectorAsk, plan: RunPlan
+) -> tuple["PartyMasking", Callable[[], None]]:
     """How the vector of this attempt is masked, and what is to be kept when it leaves."""
     secrets = SumSecrets(site.state_dir, ask.plan_sha256)
     party = secrets.of(attempt_of(ask)).joined(shares_of(ask.texts), threshold(len(plan.sites)))
@@ -136,7 +158,7 @@ def text_mail(released: Released, ask: SumKeysAsk | SumSharesAsk | SumUnmaskAsk,
     )
 
 
-def masked_mail(released: Released, ask: SumMaskedAsk, site: str) -> SumMaskedReply:
+def masked_mail(released: Released, ask: SumVectorAsk, site: str) -> SumMaskedReply:
     """The reply to the stage that trains: the masked vector, and nothing beside it."""
     return SumMaskedReply(
         plan_sha256=ask.plan_sha256,
@@ -150,4 +172,5 @@ def masked_mail(released: Released, ask: SumMaskedAsk, site: str) -> SumMaskedRe
 KEYS = Answer(SUM_KEYS, answer_keys, text_mail, reads_scans=False)
 SHARES = Answer(SUM_SHARES, answer_shares, text_mail, reads_scans=False)
 VECTOR = Answer(SUM_MASKED, answer_masked, masked_mail, masking=masking_of)
+PRIVATE_VECTOR = Answer(SUM_PRIVATE, answer_private, masked_mail, masking=masking_of)
 OPENING = Answer(SUM_UNMASK, answer_unmask, text_mail, reads_scans=False)

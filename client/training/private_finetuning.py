@@ -60,8 +60,7 @@ def finetune_privately(
     expected = privacy.sampling_rate * privacy.expected_patients
     for step in range(local.steps):
         summed = step_sum(network, scans, finetuning, noise, step, crop_foreground)
-        for name, noised in noise.noised(step, summed).items():
-            trained[name].grad = (noised / expected).to(trained[name])
+        noise.into_gradients(step, summed, trained, expected)
         for group in optimiser.param_groups:
             group["lr"] = learning_rate_at(first + step, total, local)
         optimiser.step()

@@ -1,9 +1,12 @@
 """Counts of a site's own audit: once, after the last round, how many patients an attack claims and misses.
 
 Where a plan asks for it. A site tries each of `ATTACKS` on its own patients, at one threshold that is fixed
-on patients who are not counted. Scores never leave. Of those trained on, and of others, it tells how many are
-claimed and how many are not, each count rounded down to whole cells (`cell_of`), and nothing else.
-What this file does not do: attack (`audit/claims.py`), or add up sites (`server/exchanges/audit_counts.py`).
+on patients who are not counted; and so it does a classifier that sees no release (`BLIND`), so that the
+centre knows where patients trained on differ from others by themselves. Scores never leave. Of those trained
+on, and of others, it tells how many are claimed and how many are not, each count rounded down to whole cells
+(`cell_of`), and nothing else.
+What this file does not do: attack (`audit/attacks/claims.py`), or add up sites
+(`server/exchanges/audit_counts.py`).
 """
 
 import math
@@ -21,6 +24,10 @@ from privacy.promise import Promise
 
 ATTACKS: Final = ("loss", "tracing")
 """Loss of the final model on a candidate; how far a candidate leans towards the site's style sums."""
+BLIND: Final = "blind"
+"""Coarse statistics of a candidate's scan, and nothing that left."""
+TRIED: Final = (*ATTACKS, BLIND)
+"""All that counts are told of."""
 CELLS: Final = 4
 """Of an attack, in this order: trained on and claimed, trained on and missed, others claimed, others not."""
 SMALLEST_CELL = 20
@@ -68,6 +75,7 @@ class AuditCounts:
     sites: int
     """Sites that answered."""
     attacks: dict[str, PooledCounts]
+    """By name, `BLIND` among them."""
     refused: dict[str, str]
 
 
@@ -78,7 +86,7 @@ def cell_of(plan: RunPlan) -> int:
 
 def audit_counts_shapes(plan: RunPlan) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what travels: the cells of each attack."""
-    return {attack: (CELLS,) for attack in ATTACKS}
+    return {attack: (CELLS,) for attack in TRIED}
 
 
 def largest_audit_counts(plan: RunPlan, ask: AuditCountsAsk) -> Largest:
@@ -87,9 +95,10 @@ def largest_audit_counts(plan: RunPlan, ask: AuditCountsAsk) -> Largest:
 
 
 def claims_promise(plan: RunPlan) -> Promise:
-    """A patient who is counted counts once for each attack. Not covered: who was not trained on and is in the
-    half on which thresholds are fixed; of these the site tells no count."""
-    bound = math.sqrt(len(ATTACKS))
+    """A patient who is counted counts once for each attack, and once for the classifier that sees no release.
+    Not covered: who was not trained on and is in the half on which thresholds are fixed; of these the site
+    tells no count. Nor is it what her scan adds to the classifier's weights."""
+    bound = math.sqrt(len(TRIED))
     return Promise(kind="audit_counts", bound=bound, unit="patient statistics", enforcement="check")
 
 

@@ -5,14 +5,22 @@ What this file does not do: it trains nothing (`client/training/pretraining.py`)
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
+
+from torch import Tensor
 
 from federation.exchanges.exchange import Exchange
 from federation.limits import largest_reply
 from federation.messages import Arrays, Ask, Metrics, Reply, RoundedTensors, Tensors, WireDtype
 from federation.plan import RunPlan
+from federation.wire import rounded
+from meduet_models.weights import sha256_of_tensors
 from privacy.promise import Promise
+
+LEVELS = "embed_volume.levels."
+"""What the names of a U-Net's weights begin with in the network of `network.encoder=volume_unet`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +58,13 @@ class TrainReply(Reply, kind="train_reply"):
     update: RoundedTensors
     metrics: Metrics = field(default_factory=dict)
     wire_dtype: WireDtype = "float32"
+
+
+def start_sha256(weights: Mapping[str, Tensor], wire_dtype: WireDtype) -> str:
+    """Hash of a U-Net's weights as a site gets them: those among `weights` of the network, rounded as they
+    travel (what was rounded once stays as it is)."""
+    levels = {name: rounded(t, wire_dtype) for name, t in weights.items() if name.startswith(LEVELS)}
+    return sha256_of_tensors(levels)
 
 
 def update_promise(plan: RunPlan) -> Promise:

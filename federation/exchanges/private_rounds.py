@@ -23,7 +23,7 @@ from federation.plan import RunPlan
 from federation.privacy_plan import NoisySteps
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import output_keys, shared_keys
-from privacy.accounting import Epsilon, Mechanism, epsilon_of, step_multiplier
+from privacy.accounting import Epsilon, Mechanism, check_multiplier, epsilon_of, step_multiplier
 from privacy.group_gradients import parameters_of_layers
 from privacy.promise import Promise
 
@@ -94,15 +94,27 @@ def run_epsilon(plan: RunPlan) -> Epsilon:
     return epsilon_of(mechanisms(plan), privacy_of(plan).delta)
 
 
+def with_noise(plan: RunPlan) -> RunPlan:
+    """The plan with the noise multiplier of its steps that its epsilon asks for, where it has none yet."""
+    privacy = plan.privacy
+    if privacy is None or privacy.noisy is None or privacy.noisy.noise_multiplier:
+        return plan
+    noisy, code = privacy.noisy, code_promise(plan).mechanism
+    assert code is not None
+    found = step_multiplier(privacy.epsilon, privacy.delta, noisy.sampling_rate, noisy.steps, (code,))
+    noisy = dataclasses.replace(noisy, noise_multiplier=found)
+    return dataclasses.replace(plan, privacy=dataclasses.replace(privacy, noisy=noisy))
+
+
 def _of_a_round(plan: RunPlan) -> Mechanism:
+    """Raises `ValueError` for noise at which style code and all steps cost more than the plan's epsilon, or
+    much less."""
     privacy, noisy, code = privacy_of(plan), noisy_of(plan), code_promise(plan).mechanism
     assert code is not None
+    noise, rate = noisy.noise_multiplier, noisy.sampling_rate
+    check_multiplier(noise, privacy.epsilon, privacy.delta, rate, noisy.steps, (code,))
     return Mechanism(
-        noise_multiplier=step_multiplier(
-            privacy.epsilon, privacy.delta, noisy.sampling_rate, noisy.steps, (code,)
-        ),
-        sampling_rate=noisy.sampling_rate,
-        steps=noisy.steps_per_round,
+        noise_multiplier=noise, sampling_rate=rate, steps=noisy.steps_per_round, relation=noisy.relation
     )
 
 
@@ -114,6 +126,7 @@ def steps_promise(plan: RunPlan) -> Promise:
         bound=noisy_of(plan).clip_norm,
         unit="patient",
         enforcement="steps",
+        relation=noisy_of(plan).relation,
         mechanism=_of_a_round(plan),
         delta=privacy_of(plan).delta,
     )
@@ -124,11 +137,16 @@ def noisy_rounds(plan: RunPlan) -> range:
     return range(plan.training.rounds + 1, plan.num_rounds + 1)
 
 
+def rounds_of_updates(plan: RunPlan) -> range:
+    """The same, where an update leaves by itself: none where they leave in secure sums."""
+    return range(0) if plan.aggregation.secure_sum else noisy_rounds(plan)
+
+
 PRIVATE_ROUNDS = Exchange(
     route="train.private",
     ask=PrivateAsk,
     reply=TrainReply,
-    rounds=noisy_rounds,
+    rounds=rounds_of_updates,
     largest=lambda plan, ask: largest_reply(ask.shared, ask.wire_dtype),
     promise=lambda plan, ask: steps_promise(plan),
 )

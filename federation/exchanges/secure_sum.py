@@ -2,7 +2,9 @@
 
 Four exchanges, asked in this order, once each in an attempt; each attempt has keys of its own. The list of a
 round is asked once, whatever the attempt: the place in the ledger says so. What is masked is a round of
-pretraining; the plan has no unmasked one then (`federation/exchanges/pretraining.py`).
+pretraining; the plan has no unmasked one then (`federation/exchanges/pretraining.py`). With privacy it is a
+noisy step, once in a round, whatever the attempt: a second vector would be a second charge. What such sums
+promise: `federation/summed_noise.py`.
 
 Does not do: the mathematics (`privacy/secure_sum/`), the meaning of the vector (`federation/sum_layout.py`).
 Source: Bonawitz et al., Practical Secure Aggregation (2017), figure 4, on the complete graph, with signed
@@ -18,6 +20,7 @@ import torch
 
 from federation.exchanges.exchange import Exchange
 from federation.exchanges.pretraining import TrainAsk, update_promise
+from federation.exchanges.private_rounds import PrivateAsk, noisy_rounds, steps_promise
 from federation.keys.certificates import CertificateRefused, site_of
 from federation.keys.identity import SiteIdentity
 from federation.limits import Largest, largest_reply, promised
@@ -67,6 +70,14 @@ class SumMaskedAsk(TrainAsk, kind="sum_masked_ask"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SumPrivateAsk(PrivateAsk, kind="sum_private_ask"):
+    """Take a noisy step, and mask its vector with those whose shares for you are in `texts`, by name."""
+
+    attempt: int
+    texts: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class SumUnmaskAsk(Ask, kind="sum_unmask_ask"):
     """Open the sum of those who survived: `said` is the list."""
 
@@ -93,7 +104,8 @@ class SumMaskedReply(Reply, kind="sum_masked_reply"):
     masked: Annotated[Tensors, Arrays(masked=True)]
 
 
-SumAsk = SumKeysAsk | SumSharesAsk | SumMaskedAsk | SumUnmaskAsk
+SumVectorAsk = SumMaskedAsk | SumPrivateAsk
+SumAsk = SumKeysAsk | SumSharesAsk | SumVectorAsk | SumUnmaskAsk
 
 
 def attempt_of(ask: SumAsk) -> Attempt:
@@ -108,9 +120,21 @@ def attempt_part(plan: RunPlan, ask: SumKeysAsk | SumSharesAsk | SumMaskedAsk) -
     return f"attempt{ask.attempt}"
 
 
-def masked_rounds(plan: RunPlan) -> range:
+def summed_rounds(plan: RunPlan) -> range:
     """The rounds of a plan with secure sums."""
-    return range(1, plan.training.rounds + 1) if plan.aggregation.secure_sum else range(0)
+    if not plan.aggregation.secure_sum:
+        return range(0)
+    return range(1, plan.training.rounds + 1) if plan.privacy is None else noisy_rounds(plan)
+
+
+def masked_rounds(plan: RunPlan) -> range:
+    """Those whose vectors are rounds of pretraining."""
+    return summed_rounds(plan) if plan.privacy is None else range(0)
+
+
+def private_masked_rounds(plan: RunPlan) -> range:
+    """Those whose vectors are noisy steps."""
+    return range(0) if plan.privacy is None else summed_rounds(plan)
 
 
 def masked_promise(plan: RunPlan, ask: SumMaskedAsk) -> Promise:
@@ -118,7 +142,7 @@ def masked_promise(plan: RunPlan, ask: SumMaskedAsk) -> Promise:
     return update_promise(plan)
 
 
-def largest_masked(plan: RunPlan, ask: SumMaskedAsk) -> Largest:
+def largest_masked(plan: RunPlan, ask: SumVectorAsk) -> Largest:
     """Four bytes for each value of the vector."""
     layout = SumLayout.of(plan, {name: tensor.shape for name, tensor in ask.shared.items()})
     return largest_reply(promised({MASKED: (layout.size,)}, torch.uint32))
@@ -200,7 +224,7 @@ SUM_KEYS = Exchange(
     route="train.sum_keys",
     ask=SumKeysAsk,
     reply=SumTextReply,
-    rounds=masked_rounds,
+    rounds=summed_rounds,
     largest=largest_text,
     promise=lambda plan, ask: _of_random_numbers("sum_keys"),
     part=attempt_part,
@@ -209,7 +233,7 @@ SUM_SHARES = Exchange(
     route="train.sum_shares",
     ask=SumSharesAsk,
     reply=SumTextReply,
-    rounds=masked_rounds,
+    rounds=summed_rounds,
     largest=largest_text,
     promise=lambda plan, ask: _of_random_numbers("sum_shares"),
     part=attempt_part,
@@ -223,11 +247,19 @@ SUM_MASKED = Exchange(
     promise=masked_promise,
     part=attempt_part,
 )
+SUM_PRIVATE = Exchange(  # no part: one vector for a round, whatever the attempt
+    route="train.sum_private",
+    ask=SumPrivateAsk,
+    reply=SumMaskedReply,
+    rounds=private_masked_rounds,
+    largest=largest_masked,
+    promise=lambda plan, ask: steps_promise(plan),
+)
 SUM_UNMASK = Exchange(  # no part: one list for a round, whatever the attempt
     route="train.sum_unmask",
     ask=SumUnmaskAsk,
     reply=SumTextReply,
-    rounds=masked_rounds,
+    rounds=summed_rounds,
     largest=largest_text,
     promise=lambda plan, ask: _of_random_numbers("sum_unmask"),
 )

@@ -21,7 +21,7 @@ from federation.privacy_plan import PrivacyPlan
 from meduet_models.style.code import entry_of_scans, vector_of
 from meduet_models.threads import fixed_threads
 from meduet_models.weights import sha256_of_tensors
-from privacy.accounting import Mechanism, gaussian_multiplier
+from privacy.accounting import Mechanism, Relation, gaussian_multiplier
 from privacy.promise import Promise
 from privacy.style_code import SHARE_BOUND, StyleCode
 
@@ -93,13 +93,17 @@ def code_promise(plan: RunPlan) -> Promise:
     """Each patient's share is bounded where it is made; the gate adds the noise that the plan's epsilon, or
     the share of it that noisy steps leave, asks for."""
     privacy = privacy_of(plan)
-    epsilon = privacy.epsilon if privacy.noisy is None else privacy.noisy.epsilon_style
+    noisy = privacy.noisy
+    epsilon = privacy.epsilon if noisy is None else noisy.epsilon_style
+    relation: Relation = "add or remove one" if noisy is None else noisy.relation
+    noise = gaussian_multiplier(epsilon, privacy.delta, relation)
     return Promise(
         kind="style_code",
         bound=SHARE_BOUND,
         unit="patient",
         enforcement="check",
-        mechanism=Mechanism(noise_multiplier=gaussian_multiplier(epsilon, privacy.delta)),
+        relation=relation,
+        mechanism=Mechanism(noise_multiplier=noise, relation=relation),
         delta=privacy.delta,
     )
 

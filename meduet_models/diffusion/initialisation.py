@@ -41,12 +41,21 @@ def first_transformer(
     return transformer
 
 
+NO_UNET = (
+    "A diffusion model has the encoder's blocks and no U-Net before them: with network.encoder=volume_unet "
+    "set diffusion.training.start=scratch."
+)
+
+
 @torch.no_grad()
 def start_from_encoder(transformer: DiffusionTransformer, encoder: FactorNetwork) -> None:
     """Take over the encoder's blocks and patch embedding; everything else stays as it is.
 
-    Raises `ValueError` unless width, depth, heads, patch and latents are those of the encoder.
+    Raises `ValueError` unless width, depth, heads, patch and latents are those of the encoder, and for one
+    whose blocks read a U-Net's features.
     """
+    if encoder.embed_volume is not None:
+        raise ValueError(NO_UNET)
     shape, network = transformer.config.shape, encoder.config
     if problem := size_mismatch(shape, network.patch_size, network.width, network.depth, network.heads):
         raise ValueError(problem)

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
-from monai.networks.nets import UNet
 from torch import Tensor, nn
 
 from meduet_models.downstream.networks import initialise
@@ -73,6 +72,8 @@ class PlainVolumeUNet(nn.Module):
 
     def __init__(self, outputs: int, *, per_voxel: bool, seed: int = 0) -> None:
         """`per_voxel`: so many outputs per voxel, or per scan (the mean over its voxels)."""
+        from monai.networks.nets import UNet  # MONAI takes seconds to import
+
         super().__init__()
         self.per_voxel = per_voxel
         with torch.device("meta"):  # no global random numbers for weights that are replaced at once

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from meduet_models.meduet import FactorNetwork, layer_normed
 
-_CONTENT_PARTS = ("embed", "encoder", "content_head")
+_CONTENT_PARTS = ("embed", "embed_volume", "encoder", "content_head")
 WIDTH = 32
 """Channels of what is made beside the encoder."""
 _AT_ONCE = 16

@@ -15,10 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int64
-from monai.losses import DiceCELoss
-from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
-from monai.networks.blocks import Convolution, ResidualUnit
-from monai.networks.utils import one_hot, pixelshuffle
 from torch import Tensor, nn
 
 from meduet_models.downstream.frozen import fit_voxels, frozen_tokens
@@ -38,6 +34,7 @@ from meduet_models.downstream.task import (
 from meduet_models.factors import normalise
 from meduet_models.meduet import FactorNetwork, NetworkConfig
 from meduet_models.tokenizer.tokenizer import STRIDE
+from meduet_models.volume_unet import depth_to_space
 
 
 class SegmentationNetwork(PretrainedNetwork):
@@ -45,6 +42,8 @@ class SegmentationNetwork(PretrainedNetwork):
 
     def __init__(self, network: FactorNetwork, classes: int, *, trainable: bool, seed: int = 0) -> None:
         """Around a copy of `network`; the head starts from `seed`, whatever was drawn before."""
+        from monai.networks.blocks import Convolution, ResidualUnit  # MONAI takes seconds to import
+
         super().__init__()
         config = network.config
         self.encoder = ContentEncoder(network, trainable=trainable)
@@ -70,8 +69,7 @@ class SegmentationNetwork(PretrainedNetwork):
         up = self.head["up"](self.head["mix"](grid))  # b width d h w
         both = torch.cat([normalise(latents), self.encoder.branch.standardise(latents)], dim=1)
         joined = self.head["join"](torch.cat([up, self.head["latents"](both)], dim=1))
-        logits: Tensor = pixelshuffle(self.head["predict"](joined), 3, STRIDE)
-        return logits
+        return depth_to_space(self.head["predict"](joined), STRIDE)
 
 
 class Segmentation(Task):
@@ -140,11 +138,15 @@ class Segmentation(Task):
         self, outputs: Float[Tensor, "b classes D H W"], answers: Int64[Tensor, "b 1 D H W"]
     ) -> Float[Tensor, ""]:
         """Dice with cross-entropy."""
+        from monai.losses import DiceCELoss
+
         loss: Tensor = DiceCELoss(to_onehot_y=True, softmax=True)(outputs, answers)
         return loss
 
     def score(self, outputs: Tensor, answers: Tensor) -> float:
         """Mean foreground Dice."""
+        from monai.metrics import compute_dice
+
         predicted = outputs.argmax(dim=1, keepdim=True)
         dice = compute_dice(predicted, answers, include_background=False, num_classes=outputs.shape[1])
         return float(dice.nanmean()) if bool(dice.isfinite().any()) else 0.0
@@ -193,6 +195,9 @@ def segmentation_values(
 
     A class that is in truth but not predicted has Dice 0, surface Dice 0, and no distance.
     """
+    from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
+    from monai.networks.utils import one_hot
+
     p, t = one_hot(predicted, classes), one_hot(truth, classes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # MONAI's, of empty classes: they are counted here

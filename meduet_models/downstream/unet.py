@@ -8,8 +8,6 @@ Axes: b = scans, c = latent channels, d h w = latent voxels, D H W = voxels.
 
 import torch
 from jaxtyping import Float
-from monai.networks.nets import UNet
-from monai.networks.utils import pixelshuffle
 from torch import Tensor, nn
 
 from meduet_models.downstream.baselines import PlainVolumeUNet
@@ -17,6 +15,7 @@ from meduet_models.downstream.networks import WIDTH, PretrainedNetwork, initiali
 from meduet_models.downstream.volume_networks import VolumeSegmenter
 from meduet_models.factors import normalise
 from meduet_models.tokenizer.tokenizer import STRIDE
+from meduet_models.volume_unet import depth_to_space
 
 
 class SmallUNet(nn.Module):
@@ -24,6 +23,8 @@ class SmallUNet(nn.Module):
 
     def __init__(self, latent_channels: int, outputs: int, *, per_voxel: bool, seed: int = 0) -> None:
         """`per_voxel`: so many outputs per voxel, or per scan."""
+        from monai.networks.nets import UNet  # MONAI takes seconds to import
+
         super().__init__()
         self.per_voxel = per_voxel
         values = outputs * (STRIDE**3 if per_voxel else 1)
@@ -43,8 +44,7 @@ class SmallUNet(nn.Module):
         if any(size % 2 for size in latents.shape[2:]):
             raise ValueError(f"Expected an even latent grid for the U-Net; got {tuple(latents.shape[2:])}.")
         out: Tensor = self.head["predict"](self.head["unet"](torch.cat([normalise(latents), latents], dim=1)))
-        shuffled: Tensor = pixelshuffle(out, 3, STRIDE) if self.per_voxel else out.mean((2, 3, 4))
-        return shuffled
+        return depth_to_space(out, STRIDE) if self.per_voxel else out.mean((2, 3, 4))
 
 
 DownstreamNetwork = PretrainedNetwork | SmallUNet | PlainVolumeUNet | VolumeSegmenter

@@ -12,7 +12,6 @@ Axes: b = scans, c = latent channels, d h w = latent voxels, D H W = voxels, n =
 
 import torch
 from jaxtyping import Float
-from monai.networks.utils import pixelshuffle
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,6 +24,7 @@ from meduet_models.volume_unet import (
     ConvolutionBlock,
     VolumeUNet,
     deepest_grid,
+    depth_to_space,
     padded,
     space_to_depth,
     standardised,
@@ -86,7 +86,7 @@ class VolumeSegmenter(nn.Module):
         features = self.encoder.body(volumes, self._tokens(latents, tuple(volumes.shape[2:])))
         voxels = space_to_depth(standardised(volumes))
         mixed = self.head["mix"](torch.cat([features, voxels], dim=1))
-        logits: Tensor = pixelshuffle(self.head["predict"](mixed), 3, STEM)
+        logits = depth_to_space(self.head["predict"](mixed), STEM)
         return logits[:, :, : sides[0], : sides[1], : sides[2]]
 
     def _tokens(self, latents: Tensor | None, sides: tuple[int, ...]) -> Tensor | None:

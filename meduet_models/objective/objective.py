@@ -235,7 +235,7 @@ class MeduetObjective:
     def _masked(self, student: MeDUET, batch: StepBatch, draws: StepDraws) -> Losses:
         """Masked autoencoding: what is not hidden is encoded alone, and everything predicted from it."""
         visible = ~draws.exchanged
-        features = student.encoder.forward_visible(student.embed_latents(batch.latents), visible)
+        features = student.encoder.forward_visible(student.embed_latents(batch.latents, visible), visible)
         (decoded,) = self._decode(student, [(student.factors(batch.latents, features), visible)])
         terms = self._reconstruction(student, batch, [decoded], [visible])
         return Losses(
@@ -250,9 +250,9 @@ class MeduetObjective:
         latents = batch.latents
         if with_restyled and batch.restyled is not None:
             latents = torch.cat([latents, batch.restyled])
-        tokens = student.embed_latents(latents)
+        tokens = student.seen_tokens(latents)  # mixed first: an embedding may look at neighbours
         mixed = mix_tokens(tokens[:b], draws.partner, draws.exchanged)
-        features: Tensor = student.encoder(torch.cat([mixed, tokens[b:]]))
+        features: Tensor = student.encoder(student.embed_tokens(torch.cat([mixed, tokens[b:]])))
         features = torch.cat([unmix_tokens(features[:b], draws.partner, draws.exchanged), features[b:]])
         factors = student.factors(latents, features)
         return factors[:b], factors[b:] if with_restyled else None
@@ -314,10 +314,10 @@ class MeduetObjective:
         if not whole + mixed:
             return None, []
         latents = torch.cat(whole + mixed)
-        tokens = network.embed_latents(latents)
+        tokens = network.seen_tokens(latents)
         if decodes:  # its mixtures complement the student's
             tokens = torch.cat([tokens[:-b], mix_tokens(tokens[-b:], draws.partner, ~draws.exchanged)])
-        features: Tensor = network.encoder(tokens)
+        features: Tensor = network.encoder(network.embed_tokens(tokens))
         if decodes:
             features = torch.cat(
                 [features[:-b], unmix_tokens(features[-b:], draws.partner, ~draws.exchanged)]

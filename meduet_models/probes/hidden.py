@@ -63,7 +63,7 @@ def hidden_errors(
     seen_all = full.predict(left, torch.zeros(left.shape[:2], dtype=torch.bool))
     for draw in range(_DRAWS):
         hidden = hidden_masks(len(held), config.num_tokens, seed + draw)
-        features = network.encoder.forward_visible(network.embed_latents(held), ~hidden)
+        features = network.encoder.forward_visible(network.embed_latents(held, ~hidden), ~hidden)
         predicted = network.predict_tokens(network.factors(held, features), ~hidden)
         for name, error in (
             ("network", predicted - unseen),

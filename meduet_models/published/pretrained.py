@@ -4,6 +4,7 @@ The federation's part is the content branch, so that is what the file holds; a s
 sites is not in it, and is left as it started. What this file does not do: train, or fetch anything.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from meduet_models.weights import load_weights
 
 MODEL = "model.safetensors"
 """What a pretraining leaves in its folder."""
+CANARIES = "audit_canaries"
+"""In the header of weights that were made with canaries, to audit their noise: which."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,13 +61,20 @@ class Pretrained:
 
 
 def load_pretrained(path: Path) -> Pretrained:
-    """Read the final weights of a run; a warning is logged where a site withdrew what they were made of.
+    """Read the final weights of a run; a warning is logged where a site withdrew what they were made of, and
+    where they were made with canaries.
 
     Raises `ValueError` when the file is damaged, is not a MeDUET of this version, or lacks a part of the
     content branch.
     """
     tensors, provenance = load_weights(path)
     warn_if_withdrawn(path)
+    if CANARIES in provenance:
+        _log.warning(
+            "%s was made with canaries (%s), to audit its noise: made-up contributors are in these weights. "
+            "Use those of a run without.",
+            path.name, provenance[CANARIES],
+        )  # fmt: skip
     try:
         text, tokenizer = provenance["network"], provenance["tokenizer_sha256"]
     except KeyError as error:

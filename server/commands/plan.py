@@ -44,6 +44,12 @@ def add_to(commands: Any) -> None:
         help="of a plan under which latents leave: the key of the bank they are sealed to, made when there "
         "is none; keep it as secret as the bank",
     )
+    plan.add_argument(
+        "--anatomy",
+        type=Path,
+        metavar="FILE",
+        help="the file of pretrain-public that anatomy_start is read from, in place of ours",
+    )
     plan.set_defaults(run=_plan)
     about = "draw a plan's public scans again, and say whether they are the plan's"
     public = commands.add_parser(
@@ -110,7 +116,13 @@ def _plan(chosen: argparse.Namespace, console: Console) -> None:
     from server.consortium.plans import make_plan
     from server.consortium.provisioning import load_consortium
 
-    made = make_plan(load_consortium(chosen.consortium), chosen.settings, chosen.out.parent, chosen.bank_key)
+    made = make_plan(
+        load_consortium(chosen.consortium),
+        chosen.settings,
+        chosen.out.parent,
+        chosen.bank_key,
+        chosen.anatomy,
+    )
     _write_new(chosen.out, made.to_json(), "plan")
     say(
         console,

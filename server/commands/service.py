@@ -43,7 +43,7 @@ def add_to(commands: Any) -> None:
         "--anatomy",
         type=Path,
         metavar="FILE",
-        help="of a fine-tuning from public anatomy: the file of pretrain-public, in place of ours",
+        help="of a plan that starts from public anatomy: the file of pretrain-public, in place of ours",
     )
     run.add_argument(
         "--bank-key",

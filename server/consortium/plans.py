@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from federation.bundle import running_bundle
 from federation.exchanges.finetuning import FinetunePlan
+from federation.finetuning_privacy import with_noise
 from federation.keys.key_files import read_text
 from federation.plan import RunPlan
 from federation.published_plan import PublishedPlan, plan_of
@@ -25,6 +26,7 @@ from server.config import FROM_CONFIG, compose_config, plain, plan_from
 from server.consortium.provisioning import ConsortiumSettings
 from server.latent_bank.records import public_key
 from server.public_scans import PUBLIC_SCANS, drawn_public_scans
+from server.volume_start import with_start
 from storage.files import write_whole
 
 _SETTINGS = ("network", "tokenizer", "hospitals", "experiment", "method")
@@ -40,13 +42,15 @@ def make_plan(
     overrides: Sequence[str] = (),
     folder: Path = Path(),
     bank_key: Path | None = None,
+    anatomy: Path | None = None,
 ) -> RunPlan:
     """The plan of these hospitals, from `conf/` and `overrides` in Hydra's words (``training.rounds=20``).
 
     The grid of volumes is that of `hospitals=folders` unless an override says otherwise; of a group
     `hospitals` only that grid counts. Public scans of a plan with privacy are drawn into `folder`. A plan
     under which latents leave names the public key of the bank whose key is in the file `bank_key`, made when
-    there is none. Raises `ValueError` for a setting that is wrong, or has no effect on a plan.
+    there is none; one with a start from public anatomy the hash of that in the file `anatomy` (none: of the
+    shipped one). Raises `ValueError` for a setting that is wrong, or has no effect on a plan.
     """
     keys = [override.split("=")[0].lstrip("+~") for override in overrides]
     for key, override in zip(keys, overrides, strict=True):
@@ -58,7 +62,8 @@ def make_plan(
         settings = plain(compose_config([*given, *overrides]))
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(f"Expected settings of conf/: {' '.join(str(error).split())}") from None
-    tokenizer = load_tokenizer(build(TokenizerSpec, settings["tokenizer"], "tokenizer"))
+    spec = build(TokenizerSpec, settings["tokenizer"], "tokenizer")
+    tokenizer = load_tokenizer(spec)
     made = plan_from(
         settings,
         sites=[site.name for site in consortium.sites],
@@ -66,6 +71,7 @@ def make_plan(
         latent_channels=tokenizer.latent_channels,
         stride=tokenizer.stride,
     )
+    made = with_start(made, spec, anatomy)
     releases = made.diffusion is not None and made.diffusion.release.releases_latents
     if releases != (bank_key is not None):
         raise ValueError(
@@ -155,7 +161,7 @@ def make_finetuning(pretrained: Path, settings: Sequence[str], anatomy: Path | N
     if anatomy is not None and named.anatomy_start == "none":
         raise ValueError("--anatomy has no effect without anatomy_start=canonical or shapes: leave it out.")
     started = pretrained_sha256(found.network, named.local.network, named.anatomy_start, named.seed, anatomy)
-    return dataclasses.replace(named, pretrained_sha256=started)
+    return with_noise(dataclasses.replace(named, pretrained_sha256=started))
 
 
 def _plan(path: Path) -> RunPlan:

@@ -66,8 +66,8 @@ class Submission:
         anatomy: Path | None = None,
         bank_key: Path | None = None,
     ) -> None:
-        """Of a fine-tuning, `pretrained` is the folder or the file of the weights that it starts from, and
-        `anatomy` the file of its start from public anatomy (none: the shipped one, where the plan names one).
+        """Of a fine-tuning, `pretrained` is the folder or the file of the weights that it starts from.
+        `anatomy`: file of the start from public anatomy (none: the shipped one, where the plan names one).
         `bank_key`: file of the key of the latent bank (none: beside the run's folder).
 
         Raises `ValueError` for a file that is no plan, and for one kind of plan run as the other.
@@ -84,7 +84,7 @@ class Submission:
             )
         if finetuning is None and pretrained is not None:
             raise ValueError(f"--pretrained has no effect: {plan_path} is a pretraining, no fine-tuning.")
-        start = "none" if finetuning is None else finetuning.anatomy_start
+        start = (finetuning or self.plan).anatomy_start
         if start == "none" and anatomy is not None:
             raise ValueError(f"--anatomy has no effect: {plan_path} starts nothing from public anatomy.")
         self._settings = {

@@ -13,8 +13,8 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from federation.exchanges.audit_counts import (
-    ATTACKS,
     AUDIT_COUNTS,
+    TRIED,
     AuditCounts,
     AuditCountsAsk,
     AuditCountsReply,
@@ -47,7 +47,7 @@ def ask_audit_counts(
         check_audit_counts(reply.counts, plan)
 
     replies, refused = ask_sites(grid, roster, plan, AUDIT_COUNTS, ask, check, book, stops=False)
-    attacks = {attack: pooled([reply.counts[attack] for reply in replies.values()]) for attack in ATTACKS}
+    attacks = {attack: pooled([reply.counts[attack] for reply in replies.values()]) for attack in TRIED}
     told = AuditCounts(
         plan_sha256=plan.sha256, cell=cell_of(plan), sites=len(replies), attacks=attacks, refused=refused
     )
@@ -69,7 +69,7 @@ def check_audit_counts(counts: dict[str, Tensor], plan: RunPlan) -> None:
     """Raise `ReplyRefused` unless these are counts that a site of the plan may tell."""
     shapes, cell = audit_counts_shapes(plan), cell_of(plan)
     if {name: tuple(tensor.shape) for name, tensor in counts.items()} != shapes:
-        raise ReplyRefused(f"Expected counts of the attacks {', '.join(ATTACKS)}; got other tensors.")
+        raise ReplyRefused(f"Expected counts of the attacks {', '.join(TRIED)}; got other tensors.")
     for tensor in counts.values():
         if not torch.isfinite(tensor).all() or (tensor < 0).any() or (tensor % cell != 0).any():
             raise ReplyRefused(f"Expected counts in whole cells of {cell}; got others.")

@@ -25,20 +25,25 @@ from federation.exchanges.exchange import Exchange
 from federation.exchanges.secure_sum import (
     SUM_KEYS,
     SUM_MASKED,
+    SUM_PRIVATE,
     SUM_SHARES,
     SUM_UNMASK,
     SumKeysAsk,
     SumMaskedAsk,
     SumMaskedReply,
+    SumPrivateAsk,
     SumSharesAsk,
     SumTextReply,
     SumUnmaskAsk,
+    SumVectorAsk,
     announced_of,
     list_of,
     roster_text,
     said_of,
     shares_of,
+    summed_rounds,
 )
+from federation.exchanges.style_code import LATENTS
 from federation.messages import Ask, RefusalKind, Tensors
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
@@ -80,7 +85,9 @@ class SumBurnt(RuntimeError):
 
 
 class SecureSums:
-    """The rounds of a plan with secure sums; `shared` and `optimiser` are those of the next round."""
+    """The rounds of a plan with secure sums; `shared` and `optimiser` are those of the next round. With
+    privacy they are noisy steps, and `public` the scans that they take; a round of which a vector may have
+    left is burnt where it fails, not begun again."""
 
     def __init__(
         self,
@@ -93,13 +100,15 @@ class SecureSums:
         folder: Path,
         book: ReplyBook,
         on_reply: OnReply = lambda round_number, site, report: None,
+        public: Tensor | None = None,
     ) -> None:
         self.plan, self.roster = plan, roster
         self.shared = {name: tensor.detach().clone() for name, tensor in shared.items()}
         settings = plan.aggregation
         self.optimiser = ServerOptimiser(settings.optimiser, settings.learning_rate, settings.momentum)
         self.report = SumReport(0)
-        self._bank, self._home = dict(style_bank), dict(home)
+        self._bank, self._home, self._public = dict(style_bank), dict(home), public
+        self._first = summed_rounds(plan)[0]
         self._book, self._on_reply = book, on_reply
         self._records = SumRecords(folder / "secure_sums")
         self._layout = SumLayout.of(plan, {name: tensor.shape for name, tensor in shared.items()})
@@ -111,7 +120,7 @@ class SecureSums:
         """Run the rounds after `done`; as `ContentShare.rounds`. Raises `RoundFailed` when too few sites are
         left in every attempt at a round, or round after round is burnt; the last checkpoint stays."""
         burnt = 0
-        for round_number in range(done + 1, self.plan.training.rounds + 1):
+        for round_number in range(done + 1, self.plan.num_rounds + 1):
             self.report = SumReport(round_number, seconds=-time.monotonic())
             try:
                 summed = self._sum(grid, round_number)
@@ -146,7 +155,8 @@ class SecureSums:
                 break
             except RoundFailed as failed:
                 record = self._records.read(round_number)
-                if record.survivors:
+                noisy = self._public is not None and record.texts
+                if record.survivors or noisy:
                     raise SumBurnt(str(failed)) from failed
                 if not record.announced:  # too few are there at all
                     raise
@@ -273,14 +283,15 @@ class SecureSums:
         members = set(record.survivors or record.texts)
         least = len(members) if record.survivors else self._least
         stream = StreamingGrid(grid)
+        exchange: Exchange[Any, SumMaskedReply] = SUM_MASKED if self._public is None else SUM_PRIVATE
         arrays = array_record(self.shared, self.plan.release.wire_dtype)
 
         def question(node: int) -> Message:
             site = self.roster.name(node)
             texts = {peer: texts[site] for peer, texts in record.texts.items() if peer != site}
-            start = round_number == 1 or node in self._behind
+            start = round_number == self._first or node in self._behind
             asked = self._masked_question(round_number, record.attempt, texts, start, arrays)
-            return Message(asked, node, SUM_MASKED.route, ttl=settings.deadline_s, group_id=str(round_number))
+            return Message(asked, node, exchange.route, ttl=settings.deadline_s, group_id=str(round_number))
 
         def connected() -> list[int]:
             return [n for n in self.roster.asked(grid.get_nodes()) if self.roster.name(n) in members]
@@ -290,13 +301,13 @@ class SecureSums:
             total.fold(reply.site, reply.masked)
 
         def on_refusal(node: int, kind: RefusalKind) -> None:
-            if kind is RefusalKind.OUT_OF_ORDER and round_number > 1 and node not in self._behind:
+            if kind is RefusalKind.OUT_OF_ORDER and round_number > self._first and node not in self._behind:
                 self._behind.add(node)  # asked the same again, with the common start
                 stream.ask(question(node))
 
         wall = ReplyWall(
             f"round {round_number}",
-            SUM_MASKED.route,
+            exchange.route,
             self.plan.sha256,
             self.roster,
             self._book,
@@ -311,7 +322,7 @@ class SecureSums:
             messages,
             timeout=settings.deadline_s,
             late=Late(question, connected, lambda: len(total.sites) >= least),
-            largest=SUM_MASKED.largest(self.plan, self._asked(round_number, record.attempt, {}, False)),
+            largest=exchange.largest(self.plan, self._asked(round_number, record.attempt, {}, False)),
         )
         del messages
         for message in replies:
@@ -334,17 +345,20 @@ class SecureSums:
         )
         return total
 
-    def _asked(self, round_number: int, attempt: int, texts: dict[str, str], start: bool) -> SumMaskedAsk:
-        return SumMaskedAsk(
-            plan_json=self.plan.to_json(),
-            round=round_number,
-            shared=self.shared,
-            bank=self._bank,
-            home=self._home if start else None,
-            wire_dtype=self.plan.release.wire_dtype,
-            attempt=attempt,
-            texts=canonical(texts),
-        )
+    def _asked(self, round_number: int, attempt: int, texts: dict[str, str], start: bool) -> SumVectorAsk:
+        asked: dict[str, Any] = {
+            "plan_json": self.plan.to_json(),
+            "round": round_number,
+            "shared": self.shared,
+            "bank": self._bank,
+            "home": self._home if start else None,
+            "wire_dtype": self.plan.release.wire_dtype,
+            "attempt": attempt,
+            "texts": canonical(texts),
+        }
+        if self._public is None:
+            return SumMaskedAsk(**asked)
+        return SumPrivateAsk(**asked, public={LATENTS: self._public} if start else None)
 
     def _masked_question(
         self, round_number: int, attempt: int, texts: dict[str, str], start: bool, arrays: ArrayRecord

@@ -7,7 +7,7 @@ Made from the run (`facts.py`); what the centre does not know it says. Source of
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from audit.record import FindingRow
+from audit.record.record import FindingRow
 from federation.exchanges.survey import smallest_cohort
 from server.export.facts import INTENDED, UNTESTED, Release
 

@@ -19,7 +19,7 @@ from federation.exchanges.demographics import AGES, SEX_NAMES, SEXES, age_bands
 from federation.exchanges.survey import smallest_cohort
 from federation.plan import RunPlan
 from forms.json_text import read_json
-from meduet_models.published.pretrained import MODEL, Pretrained, load_pretrained
+from meduet_models.published.pretrained import CANARIES, MODEL, Pretrained, load_pretrained
 from meduet_models.published.scan_model import tokenizer_of
 from meduet_models.tokenizer.tokenizer import Tokenizer
 from meduet_models.weights import load_weights, sha256_of_tensors
@@ -27,10 +27,11 @@ from scans.volume_plan import VolumePlan
 from server.promises import sentences
 
 if TYPE_CHECKING:
-    from audit.record import Record
+    from audit.record.record import Record
 
 _KEPT = (
-    "model", "network", "tokenizer_sha256", "volumes", "plan_sha256", "rounds", "tensors_sha256", "readers"
+    "model", "network", "tokenizer_sha256", "volumes", "plan_sha256", "rounds", "tensors_sha256", "readers",
+    CANARIES,
 )  # fmt: skip
 """Of the header; the rest (the plan, counts and probes of sites) stays at the consortium."""
 INTENDED = (
@@ -153,7 +154,7 @@ def _sites(folder: Path, plan: RunPlan) -> list[dict[str, float]]:
 
 def _audit(folder: Path, plan: RunPlan) -> "Record | None":
     """The last audit of the run in `folder`. Raises `ValueError` for that of another plan."""
-    from audit.record import read_record  # here: a run that ends needs no attacks
+    from audit.record.record import read_record  # here: a run that ends needs no attacks
     from audit.report import FOLDER as AUDIT
 
     path = folder / AUDIT / "audit.json"

@@ -33,10 +33,11 @@ from meduet_models.threads import fixed_threads
 from meduet_models.tokenizer.tokenizer import Tokenizer
 from meduet_models.weights import sha256_of_tensors
 from server.app import RunObserver
+from server.model import MeduetModel
 from simulations.benchmark.downstream import Downstream, downstream_rows
 from simulations.benchmark.settings import Cell, DataSet
 from simulations.downstream.evaluate import evaluate_downstream
-from simulations.evaluation import measure
+from simulations.evaluation import load_model, measure
 from simulations.hospitals.held_out import Held, join, own_scans, paired_scans
 from simulations.hospitals.make import make_hospitals
 from simulations.hospitals.plans import Hospital
@@ -145,7 +146,8 @@ def _models(cell: Cell, simulation: Simulation, scans: Sequence[LatentSet], live
         case "none":
             return []
         case "untrained":
-            model = MeDUET(plan.network, len(plan.sites), seed=plan.seed)
+            shared, home = MeduetModel(plan, anatomy=simulation.settings.anatomy_path).start()
+            model = load_model(plan, {**shared, **home})
             moments = {site: own_moments(own, plan) for site, own in zip(plan.sites, scans, strict=False)}
             style_bank = StyleBank.of(plan.sites, moments, with_entries=False)
             model.set_latent_scale(style_bank.centre, style_bank.scale)

@@ -239,8 +239,15 @@ def _fresh(
     if model is not None:
         fresh = FactorNetwork(model.config, seed=seed)
         fresh.set_latent_scale(model.latent_mean, model.latent_deviation)
+        if fresh.embed_volume is not None and model.embed_volume is not None:
+            fresh.embed_volume.see_as(model.embed_volume)
         return fresh
     assert settings.network is not None
+    if settings.network.encoder == "volume_unet":
+        raise ValueError(
+            "Expected a pretrained model with network.encoder=volume_unet, whose picture of latents a run "
+            "fits; got none. Give its run, or set network.encoder=vit."
+        )
     fresh = FactorNetwork(settings.network, seed=seed)
     mean = labelled.latents.mean(dim=(0, 2, 3, 4)).reshape(-1, 1, 1, 1)
     fresh.set_latent_scale(mean.expand_as(fresh.latent_mean), labelled.latents.std(dim=(0, 2, 3, 4)))

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from client.app import make_client_app
 from client.latents.labelled import LabelledScans, NoLabels
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning, check_sees_volumes, check_target
-from federation.finetuning_privacy import FinetunePrivacy
+from federation.finetuning_privacy import FinetunePrivacy, with_noise
 from forms.form import build
 from meduet_models.anatomy_start import AnatomyStart
 from meduet_models.downstream.kinds import NetworkKind
@@ -288,18 +288,20 @@ def _federate(
     asked: DownstreamRunSettings, opened: FinishedRun, local: LocalFinetuning, live: Live
 ) -> FinetunedRun:
     plan, start = opened.plan, _start(asked, local.sees_volumes)
-    finetuning = FinetunePlan(
-        run_sha256=plan.sha256,
-        pretrained_sha256=pretrained_sha256(opened.pretrained, local.network, start, asked.seed),
-        anatomy_start=start,
-        local=local,
-        rounds=asked.rounds,
-        seed=asked.seed,
-        label_share=max(asked.label_shares),
-        target=asked.target,
-        target_values=asked.target_values,
-        update_clip_norm=asked.update_clip_norm,
-        privacy=asked.privacy,
+    finetuning = with_noise(
+        FinetunePlan(
+            run_sha256=plan.sha256,
+            pretrained_sha256=pretrained_sha256(opened.pretrained, local.network, start, asked.seed),
+            anatomy_start=start,
+            local=local,
+            rounds=asked.rounds,
+            seed=asked.seed,
+            label_share=max(asked.label_shares),
+            target=asked.target,
+            target_values=asked.target_values,
+            update_clip_norm=asked.update_clip_norm,
+            privacy=asked.privacy,
+        )
     )
     folder = Path(asked.folder) / f"federated-{finetuning.sha256[:12]}"
     with live.counting("federated rounds") as count, live.reading("in the federation") as step:

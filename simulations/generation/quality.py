@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Float64
-from monai.metrics import MultiScaleSSIMMetric, PSNRMetric, SSIMMetric
 from torch import Tensor
 
 from meduet_models.diffusion.conditioner import Conditioner
@@ -338,6 +337,8 @@ _NEIGHBOURHOODS = {
 
 def _mean_similarity(part: ScanSet, resamples: int, seed: int) -> Interval:
     """MS-SSIM over pairs of scans of different patients, plus and minus 1.96 bootstrap standard errors."""
+    from monai.metrics import MultiScaleSSIMMetric  # MONAI takes seconds to import
+
     side = min(part.volumes.shape[2:])
     kernel = max(k for k in (1, 3, 5) if side // (len(_SCALES) - 1) ** 2 > k - 1)
     metric = MultiScaleSSIMMetric(
@@ -367,10 +368,14 @@ def _exponential(interval: Interval) -> Interval:
 
 
 def _psnr(volumes: Tensor, truth: Tensor) -> Tensor:
+    from monai.metrics import PSNRMetric
+
     values_db: Tensor = PSNRMetric(max_val=1.0)(volumes, truth)
     return values_db.flatten()
 
 
 def _ssim(volumes: Tensor, truth: Tensor) -> Tensor:
+    from monai.metrics import SSIMMetric
+
     similarity: Tensor = SSIMMetric(spatial_dims=3, data_range=1.0, win_size=7)(volumes, truth)
     return similarity.flatten()

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from monai.metrics import compute_dice
 from torch import Tensor
 
 from client.latents.labelled import LabelledScans, NoLabels, join
@@ -98,6 +97,8 @@ def _dice(
     scans: LabelledScans, test: LabelledScans, classes: int, settings: UseSettings, seed: int
 ) -> np.ndarray:
     """Dice of each test scan, mean over its classes."""
+    from monai.metrics import compute_dice  # MONAI takes seconds to import
+
     local = LocalFinetuning(
         task="segmentation",
         classes=classes,

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from audit.attacks import ATTACKED
+from audit.attacks.by_kind import ATTACKED
+from audit.attacks.counts import attack_counts, attack_demographics
 from audit.cohort import Cohort
-from audit.counts import attack_counts, attack_demographics
 from audit.evidence import Release
 from federation.exchanges.demographics import counted
 from federation.plan import DemographicsPlan

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from matplotlib.image import imread
 
-from audit.attacks import audit
-from audit.curves import SIDE, curves
+from audit.attacks.by_kind import audit
+from audit.attacks.scores import Scores, judged, worst_group
 from audit.effort import QUICK
 from audit.gallery import picture
-from audit.intervals import area, roc
-from audit.page import page_of
 from audit.policy import Policy, decide
-from audit.record import Record, record_of
-from audit.scores import Scores, judged, worst_group
+from audit.record.curves import SIDE, curves
+from audit.record.page import page_of
+from audit.record.record import Record, record_of
+from audit.statistics.intervals import area, roc
 from tests.audit.released import Answered, toy_plan
 from tests.audit.test_record import ABOUT
 

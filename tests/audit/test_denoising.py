@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from audit.attacks.denoising import FEWEST_DRAWS, SAYS, controlled, denoising
+from audit.attacks.scores import Scores
 from audit.cohort import Cohort
-from audit.denoising import FEWEST_DRAWS, SAYS, controlled, denoising
 from audit.findings import Finding
-from audit.scores import Scores
 from meduet_models.diffusion.path import Path, PathName
 from tests.audit.released import latents
 from tests.audit.test_memorisation import examples_of

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from audit import algebra
-from audit.attacks import audit
+from audit.attacks import algebra
+from audit.attacks.by_kind import audit
+from audit.attacks.sums import attack_hits, probe_products
 from audit.codes import codes_of
 from audit.effort import QUICK
 from audit.findings import Finding
-from audit.intervals import area
-from audit.sums import attack_hits, probe_products
+from audit.statistics.intervals import area
 from client.exact_sums import TooFewForSums
 from tests.audit.released import Answered, gaussian, toy_plan
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from audit.guarantee import gaussian_epsilon, gaussian_sigma, largest_rate, largest_rate_of
-from audit.intervals import area, area_interval, clopper_pearson, rate_at, smallest_told, wilson
-from audit.one_run import ceiling, epsilon_lower, epsilon_of_pairs, p_value
+from audit.statistics.guarantee import gaussian_epsilon, gaussian_sigma, largest_rate, largest_rate_of
+from audit.statistics.intervals import area, area_interval, clopper_pearson, rate_at, smallest_told, wilson
+from audit.statistics.one_run import ceiling, epsilon_lower, epsilon_of_pairs, p_value
 
 
 def test_exact_and_score_intervals_of_shares() -> None:

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from audit.attacks import audit
+from audit.attacks.by_kind import audit
+from audit.attacks.inversion import GROUP, attack_gradient, named
 from audit.effort import QUICK
 from audit.findings import Finding
-from audit.inversion import GROUP, attack_gradient, named
 from client.latents.batches import step_generator
 from meduet_models.objective.objective import draw_step
 from tests.audit.released import latents

@@ -1,14 +1,15 @@
 """An audit that was stopped goes on to the same report; what changed is looked for again."""
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from audit.artefacts import Audited
-from audit.attacks import audit
+from audit.attacks.by_kind import audit
 from audit.effort import QUICK
-from audit.kept import KeptFindings
+from audit.record.artefacts import Audited
+from audit.record.kept import KeptFindings, code_sha256
 from tests.audit.released import Answered, toy_plan
 
 
@@ -66,3 +67,9 @@ def test_a_file_of_findings_that_was_cut_is_not_believed(answered: Answered, tmp
         assert path.stat().st_mode & 0o077 == 0
     _, said = told(answered, tmp_path)
     assert not [one for one in said if one.endswith("as found before")]
+
+
+def test_findings_are_kept_under_the_code_of_every_room() -> None:
+    files = sorted((Path(__file__).resolve().parents[2] / "audit").rglob("*.py"))
+    assert {"audit", "attacks", "statistics", "record"} == {path.parent.name for path in files}
+    assert code_sha256() == hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from audit.attacks.denoising import SAYS
+from audit.attacks.memorisation import attack_diffusion, copying
 from audit.cohort import Cohort
-from audit.denoising import SAYS
 from audit.evidence import Evidence
 from audit.findings import Finding
-from audit.memorisation import attack_diffusion, copying
 from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.diffusion.conditions import UNKNOWN, Examples
 from meduet_models.diffusion.settings import DiffusionTraining

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from audit.mechanisms import Bound, audit_mechanism, epsilon_between
 from audit.planted import FAULTS, SOUND, planted
+from audit.statistics.mechanisms import Bound, audit_mechanism, epsilon_between
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -8,12 +8,12 @@ from typing import Any
 import jsonschema
 import pytest
 
-from audit.attacks import audit
-from audit.dossier import OPEN, dossier
+from audit.attacks.by_kind import audit
 from audit.effort import QUICK
-from audit.page import page_of
 from audit.policy import Policy, decide
-from audit.record import Record, read_record, record_of, schema, to_json
+from audit.record.dossier import OPEN, dossier
+from audit.record.page import page_of
+from audit.record.record import Record, read_record, record_of, schema, to_json
 from tests.audit.released import Answered, toy_plan
 
 ROOT = Path(__file__).resolve().parents[2]

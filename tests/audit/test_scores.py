@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from audit.attacks.scores import Scores, blind_from, false_alarms, judged
 from audit.findings import Finding
-from audit.intervals import clopper_pearson
-from audit.scores import Scores, blind_from, false_alarms, judged
+from audit.statistics.intervals import clopper_pearson
 
 
 def scores(shift: float, n_in: int = 60, n_out: int = 60, seed: int = 0) -> Scores:

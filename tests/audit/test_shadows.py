@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from audit.intervals import area
-from audit.shadows import Losses, best_share, ranked, ratios
+from audit.attacks.shadows import Losses, best_share, ranked, ratios
+from audit.statistics.intervals import area
 
 
 def world(shadows: int, learned: float, seed: int = 0, n: int = 240) -> tuple[Losses, np.ndarray]:

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import torch
 
+from audit.attacks.membership import attack_model, hidden_error, public_draws
+from audit.attacks.update import alignment, attack_round
 from audit.findings import Finding
-from audit.membership import attack_model, hidden_error, public_draws
-from audit.update import alignment, attack_round
 from meduet_models.meduet import MeDUET
 from tests.audit.released import latents
 from tests.audit.trained import after_round, cohort_of, evidence_of_round, start, training_plan

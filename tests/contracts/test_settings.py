@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from client.settings import SiteConfig
+from federation.canary_plan import AuditCanariesPlan
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning
 from federation.finetuning_privacy import FinetunePrivacy
@@ -51,6 +52,7 @@ SETTINGS = (
     ReleasePlan,
     ProbePlan,
     AuditCountsPlan,
+    AuditCanariesPlan,
     PrivacyPlan,
     NoisySteps,
     NetworkConfig,

@@ -63,7 +63,7 @@ def test_an_experiment_with_probes_becomes_one_without_under_privacy() -> None:
         (["privacy.level=adapters"], "adapters needs privacy.noisy.*conf/privacy/adapters.yaml"),
         (["+privacy.clip_norm=1.0"], "no setting 'clip_norm'"),
         (["privacy.level=full"], "privacy.level=full needs privacy.noisy"),
-        (["aggregation.secure_sum=true"], "does not go with secure sums"),
+        (["aggregation.secure_sum=true"], "secure_sum has no effect with privacy.level=sums"),
     ],
 )
 def test_what_contradicts_privacy_is_refused_in_a_sentence(overrides: list[str], sentence: str) -> None:
@@ -86,7 +86,11 @@ def test_what_contradicts_privacy_is_refused_in_a_sentence(overrides: list[str],
         (["training.precision=bf16"], "set training.precision=float32"),
         (["training.proximal=0.1"], "training.proximal has no effect with privacy.level=full"),
         (["release.style_clip=3"], "release.style_clip has no effect with privacy.level=full"),
-        (["aggregation.secure_sum=true", "aggregation.norm_tolerance=0"], "does not go with secure sums"),
+        (
+            ["aggregation.secure_sum=true", "aggregation.norm_tolerance=0"],
+            "Expected 3 to 32 sites with aggregation.secure_sum=true; got 2",
+        ),
+        (["privacy.noisy.partners=nobody"], "privacy.noisy.partners to be one of public, private"),
         (["probes.every_rounds=2"], "privacy does not cover probes"),
     ],
 )

@@ -4,7 +4,15 @@ import pytest
 import torch
 from monai.networks.utils import pixelshuffle
 
-from meduet_models.volume_unet import STEM, WIDTHS, VolumeUNet, deepest_grid, padded, space_to_depth
+from meduet_models.volume_unet import (
+    STEM,
+    WIDTHS,
+    VolumeUNet,
+    deepest_grid,
+    depth_to_space,
+    padded,
+    space_to_depth,
+)
 
 
 def test_weights_follow_from_the_seed_alone() -> None:
@@ -34,7 +42,13 @@ def test_gain_and_offset_of_a_scanner_change_nothing() -> None:
 
 def test_the_stem_loses_nothing() -> None:
     volumes = torch.rand(2, 1, 8, 12, 4)
-    torch.testing.assert_close(pixelshuffle(space_to_depth(volumes), 3, STEM), volumes, rtol=0, atol=0)
+    assert torch.equal(depth_to_space(space_to_depth(volumes), STEM), volumes)
+
+
+@pytest.mark.parametrize(("channels", "edge"), [(8, 2), (3 * 64, 4)])
+def test_the_shuffle_is_monais(channels: int, edge: int) -> None:
+    x = torch.rand(2, channels, 2, 3, 1)
+    assert torch.equal(depth_to_space(x, edge), pixelshuffle(x, 3, edge))
 
 
 def test_sides_that_the_levels_do_not_divide_are_refused_and_padding_makes_them_whole() -> None:

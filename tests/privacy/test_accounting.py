@@ -2,17 +2,22 @@
 
 import math
 import time
+from typing import Any
 
 import dp_accounting as dpa
 import pytest
+import torch
 from dp_accounting import rdp
 
+from privacy import accounting
 from privacy.accounting import (
     Epsilon,
     Mechanism,
+    check_multiplier,
     epsilon_of,
     gaussian_delta,
     gaussian_multiplier,
+    is_within,
     step_multiplier,
 )
 
@@ -169,9 +174,118 @@ def test_steps_and_what_is_released_beside_them_cost_the_epsilon_together_and_no
     noise = step_multiplier(3.0, 1e-5, 0.1, 400, beside)
     assert noise > step_multiplier(3.0, 1e-5, 0.1, 400)
     assert epsilon_of([*beside, taken(noise, 0.1, 400)], 1e-5).upper <= 3.0
-    assert epsilon_of([*beside, taken(noise - 2e-4, 0.1, 400)], 1e-5).upper > 3.0
+    assert epsilon_of([*beside, taken(0.999 * noise, 0.1, 400)], 1e-5).upper > 3.0
 
 
 def test_nothing_is_left_for_steps_beside_a_release_that_costs_as_much() -> None:
     with pytest.raises(ValueError, match="beside the steps to cost less than 1"):
         step_multiplier(1.0, 1e-5, 0.1, 10, (taken(gaussian_multiplier(1.5, 1e-5)),))
+
+
+def test_noise_that_was_found_elsewhere_is_checked_by_one_composition(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    code = (taken(gaussian_multiplier(1.0, 1e-5)),)
+    noise = step_multiplier(3.0, 1e-5, 0.1, 400, code)
+    composed: list[float] = []
+    estimate = accounting._estimate
+
+    def counted(counts: Any, delta: float, pessimistic: bool, interval: float = 1e-4) -> float:
+        composed.append(interval)
+        return estimate(counts, delta, pessimistic, interval)
+
+    monkeypatch.setattr(accounting, "_estimate", counted)
+    check_multiplier.cache_clear()
+    check_multiplier(noise, 3.0, 1e-5, 0.1, 400, code)
+    assert set(composed) == {1e-3} and len(composed) <= 2  # the quick grid, one composition for each end
+
+
+@pytest.mark.parametrize(
+    ("share", "sentence"),
+    [
+        (0.99, "at most epsilon 3; with noise_multiplier=.* they cost 3.0"),
+        (0.5, "at most epsilon 3; with noise_multiplier=.* they cost"),
+        (1.05, "no larger than epsilon 3 asks for; with noise_multiplier=.* the steps cost 2.8"),
+        (0.0, "the plan holds none"),
+    ],
+)
+def test_noise_that_is_too_little_or_needless_is_refused(share: float, sentence: str) -> None:
+    noise = step_multiplier(3.0, 1e-5, 0.1, 400)
+    with pytest.raises(ValueError, match=sentence):
+        check_multiplier(noise * share, 3.0, 1e-5, 0.1, 400)
+
+
+def test_the_quick_estimate_lets_nothing_pass_that_what_is_charged_would_not() -> None:
+    for steps in ([taken(1.0, 0.2, 30)], [taken(4.5, 0.1, 1000)], [taken(0.8, 0.1, 9), taken(1.4)]):
+        charged = epsilon_of(steps, 1e-5).upper
+        assert is_within(steps, charged, 1e-5) and not is_within(steps, charged - 1e-4, 1e-5)
+        assert charged <= accounting._estimate(accounting._counted(steps), 1e-5, True, 1e-3) < charged + 5e-3
+
+
+# A patient replaced by another
+
+
+def replaced(noise: float, rate: float = 1.0, steps: int = 1) -> Mechanism:
+    return Mechanism(noise_multiplier=noise, sampling_rate=rate, steps=steps, relation="replace one")
+
+
+def test_replacing_a_patient_costs_what_the_design_says_and_up_to_twice_as_much() -> None:
+    there, other = (epsilon_of([kind(1.0, 0.01, 1000)], 1e-5).upper for kind in (taken, replaced))
+    assert round(there, 2) == 1.83 and round(other, 2) == 2.84
+    halved = epsilon_of([taken(0.5, 0.01, 1000)], 1e-5).upper  # a valid bound, and a loose one
+    assert round(halved, 2) == 13.36
+    for rate, steps, noise, times in ((0.1, 1000, 4.5, 2.17), (0.1, 60, 2.0, 1.81), (1.0, 1, 1.391, 2.24)):
+        ratio = epsilon_of([replaced(noise, rate, steps)], 1e-5).upper
+        ratio /= epsilon_of([taken(noise, rate, steps)], 1e-5).upper
+        assert ratio == pytest.approx(times, abs=0.02)
+
+
+def test_without_sampling_it_is_twice_the_noise() -> None:
+    assert gaussian_multiplier(3.0, 1e-5, "replace one") == pytest.approx(
+        2 * gaussian_multiplier(3.0, 1e-5), abs=3e-4
+    )
+    other, there = epsilon_of([replaced(4.0)], 1e-5), epsilon_of([taken(2.0)], 1e-5)
+    assert other.upper == pytest.approx(there.upper, abs=1e-3)
+
+
+def test_beside_a_replaced_patient_everything_counts_as_such() -> None:
+    mixed = epsilon_of([taken(3.0), replaced(2.0, 0.1, 50)], 1e-5)
+    assert mixed == epsilon_of([replaced(3.0), replaced(2.0, 0.1, 50)], 1e-5)
+    assert mixed.upper > epsilon_of([taken(3.0), taken(2.0, 0.1, 50)], 1e-5).upper
+    noise = step_multiplier(3.0, 1e-5, 0.1, 100, (replaced(gaussian_multiplier(1.0, 1e-5, "replace one")),))
+    assert noise > 1.5 * step_multiplier(3.0, 1e-5, 0.1, 100, (taken(gaussian_multiplier(1.0, 1e-5)),))
+
+
+def test_no_two_patients_within_the_bound_are_told_apart_better_than_two_opposite_ones() -> None:
+    """By quadrature in the plane of the two shares: what the accountant takes for the worst pair is."""
+    noise, rate = 0.8, 0.2
+    line = torch.linspace(-7.0, 7.0, 561, dtype=torch.float64)
+    x, y = torch.meshgrid(line, line, indexing="ij")
+    cell = float(line[1] - line[0]) ** 2
+
+    def density(share: tuple[float, float]) -> torch.Tensor:
+        def normal(a: float, b: float) -> torch.Tensor:
+            return ((-((x - a) ** 2) - (y - b) ** 2) / (2 * noise**2)).exp() / (2 * math.pi * noise**2)
+
+        return (1 - rate) * normal(0.0, 0.0) + rate * normal(*share)
+
+    shares = [(1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.5, 0.0), (-0.5, 0.0), (0.0, 0.0), (-0.6, 0.8)]
+    densities = [density(share) for share in shares]
+    for epsilon in (0.2, 0.7, 1.5):
+        deltas = {
+            (i, j): float((one - math.exp(epsilon) * other).clamp(min=0).sum()) * cell
+            for i, one in enumerate(densities)
+            for j, other in enumerate(densities)
+            if i != j
+        }
+        worst = deltas[0, 1]
+        assert all(delta <= worst + 1e-9 for delta in deltas.values())
+        whole = accounting._of_one_step(replaced(noise, rate), True, 1e-4)
+        assert worst == pytest.approx(whole.get_delta_for_epsilon(epsilon), rel=2e-3)
+
+
+def test_a_replaced_patient_comes_back_from_the_books() -> None:
+    assert Mechanism.from_record(replaced(1.5, 0.1, 7).record()) == replaced(1.5, 0.1, 7)
+    assert "relation" not in taken(1.5).record()
+    with pytest.raises(ValueError, match="Expected a mechanism"):
+        Mechanism.from_record({**taken(1.5).record(), "relation": "swap all"})

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from flwr.app import Context
 
-from audit.record import read_record
+from audit.record.record import read_record
 from client.app import make_client_app
 from federation.journal import Journal
 from federation.plan import AggregationPlan, AuditCountsPlan, RunPlan, TrainingPlan

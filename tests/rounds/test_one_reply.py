@@ -47,7 +47,7 @@ class Lying(ClientApp):
 def plan(miniature: Any) -> RunPlan:
     plan: RunPlan = miniature.plan(deadline_s=300.0, quorum=0.6)
     training = TrainingPlan(rounds=1, steps_per_round=1, batch_size=4, warmup=0.0)
-    return dataclasses.replace(plan, training=training, probes=ProbePlan(every_rounds=1, folds=3))
+    return dataclasses.replace(plan, training=training)
 
 
 def go(
@@ -125,7 +125,8 @@ def hits_of_nobody(reply: ProbeReply) -> ProbeReply:
 def test_probe_sums_and_hits_of_no_patients_end_no_run(
     plan: RunPlan, tmp_path: Path, lie: Lie, number: int, reason: str
 ) -> None:
-    _, metrics = go(plan, tmp_path, PROBES.route, ProbeReply, lie, number)
+    probed = dataclasses.replace(plan, probes=ProbePlan(every_rounds=1, folds=3))
+    _, metrics = go(probed, tmp_path, PROBES.route, ProbeReply, lie, number)
     assert reason in metrics["rounds"][0]["federated_probes"]["refused"][LIAR]
     assert metrics["rounds"][0]["federated_probes"]["readings"]
 

@@ -10,7 +10,7 @@ from flwr.app import Context
 
 from client.app import make_client_app
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning
-from federation.finetuning_privacy import FinetunePrivacy
+from federation.finetuning_privacy import FinetunePrivacy, with_noise
 from federation.plan import RunPlan
 from meduet_models.meduet import FactorNetwork
 from server.exchanges.finetuning import FinetunedRun, pretrained_sha256, run_finetuning
@@ -51,16 +51,19 @@ def pretrained(plan: RunPlan) -> FactorNetwork:
 
 
 def agreed(plan: RunPlan, pretrained: FactorNetwork, privacy: FinetunePrivacy | None) -> FinetunePlan:
-    return FinetunePlan(
-        run_sha256=plan.sha256,
-        pretrained_sha256=pretrained_sha256(pretrained),
-        local=LocalFinetuning(
-            task="classification", classes=2, encoder="frozen", steps=10, batch_size=16, learning_rate=0.05
-        ),
-        rounds=2,
-        target="sex",
-        target_values=("F", "M"),
-        privacy=privacy,
+    local = LocalFinetuning(
+        task="classification", classes=2, encoder="frozen", steps=10, batch_size=16, learning_rate=0.05
+    )
+    return with_noise(
+        FinetunePlan(
+            run_sha256=plan.sha256,
+            pretrained_sha256=pretrained_sha256(pretrained),
+            local=local,
+            rounds=2,
+            target="sex",
+            target_values=("F", "M"),
+            privacy=privacy,
+        )
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from flwr.app import Context
 
 from client.app import make_client_app
-from federation.exchanges.private_rounds import mechanisms, trained_keys
+from federation.exchanges.private_rounds import mechanisms, trained_keys, with_noise
 from federation.exchanges.style_code import CODE, StyleCodeReply, code_shapes, style_code
 from federation.plan import RunPlan, TrainingPlan
 from federation.privacy_plan import NoisySteps
@@ -60,7 +60,7 @@ def noisy_plan(level: Literal["adapters", "full"] = "full", **changes: Any) -> R
     plan = the_plan()
     assert plan.privacy is not None
     noisy = NoisySteps(**settings | changes)
-    return replace(plan, privacy=replace(plan.privacy, level=level, noisy=noisy))
+    return with_noise(replace(plan, privacy=replace(plan.privacy, level=level, noisy=noisy)))
 
 
 def grid_of(plan: RunPlan, folder: Path, ceiling: float = 8.0, patients: int = 40) -> InProcessGrid:
@@ -291,11 +291,12 @@ def test_training_that_goes_on_from_its_state_takes_the_same_steps(tmp_path: Pat
          for n, s in enumerate(plan.sites)}
     )  # fmt: skip
     cpu = torch.device("cpu")
-    whole = PhantomTraining(plan, PUBLIC, bank, {}, cpu)
+    start = MeDUET(plan.network, 3, seed=plan.seed).state_dict()
+    whole = PhantomTraining(plan, PUBLIC, bank, start, {}, cpu)
     whole.round(1)
     path = tmp_path / "state.safetensors"
     save_weights(path, whole.state(), {})
-    later = PhantomTraining(plan, PUBLIC, bank, load_weights(path)[0], cpu)
+    later = PhantomTraining(plan, PUBLIC, bank, start, load_weights(path)[0], cpu)
     losses = [training.round(2)["loss"] for training in (whole, later)]
     assert losses[0] == losses[1]
     assert all(torch.equal(later.weights()[name], tensor) for name, tensor in whole.weights().items())

@@ -1,6 +1,7 @@
 """Every form of an export is loaded by the tool that it is for, and gives the run's own code."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,14 @@ import torch
 
 import meduet_models
 from federation.plan import AggregationPlan, RunPlan, StylePlan
+from meduet_models.meduet import MeDUET
 from meduet_models.objective.settings import LossWeights, ObjectiveConfig
 from meduet_models.published.scan_model import ScanModel
 from meduet_models.weights import load_weights, save_weights, sha256_of_file, sha256_of_tensors
 from scans.volumes import prepare, read_scan
 from server.cli import main
 from server.promises import sentences
+from tests import published_weights
 from tests.generative_models import small_tokenizer
 from tests.published_weights import VOLUMES, a_scan, network, published, written
 from tests.worlds import small_plan
@@ -158,6 +161,35 @@ def test_onnxruntime_computes_the_code_of_a_prepared_volume(run: Path, scan: Pat
         volume = prepare(read_scan(name), VOLUMES).volume[None].numpy()
         (code,) = graph.run(None, {"volume": volume})
         assert np.abs(code[0] - model.embed(name)).max() < 1e-4
+
+
+@pytest.mark.slow
+def test_onnxruntime_computes_the_code_of_a_model_with_a_u_net(
+    tmp_path: Path, scan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    plain = published_weights.small_network
+
+    def with_unet() -> MeDUET:
+        monkeypatch.setattr(published_weights, "small_network", lambda **c: plain(encoder="volume_unet", **c))
+        made = network()
+        assert made.embed_volume is not None
+        draws = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for tensor in (made.embed_volume.kernel, made.embed_volume.join.weight):
+                tensor.copy_(torch.randn(tensor.shape, generator=draws) / 8)
+        return made
+
+    model = with_unet()
+    for module in (published_weights, sys.modules[__name__]):
+        monkeypatch.setattr(module, "network", lambda: model)
+    run = finished(tmp_path / "run")
+    loaded = meduet_models.load(run)
+    assert isinstance(loaded, ScanModel)
+    graph = onnxruntime.InferenceSession(exported(run, "onnx") / "model.onnx")
+    (code,) = graph.run(None, {"volume": prepare(read_scan(scan), VOLUMES).volume[None].numpy()})
+    assert np.abs(code[0] - loaded.embed(scan)).max() < 1e-3
 
 
 def test_what_was_promised_is_what_the_plan_says_and_not_more() -> None:

@@ -1,19 +1,20 @@
 """`meduet-server audit`: what the centre holds, in numbers, from its own book and no patient."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from audit.record import read_record
+from audit.record.record import read_record
 from federation.journal import Journal
 from federation.plan import ProbePlan
 from meduet_models.weights import save_weights, sha256_of_tensors
 from server.cli import main
 from server.holdings import centre_audit
 from server.model import MeduetModel
-from tests.worlds import small_network, small_plan
+from tests.worlds import protected_plan, public_latents, small_network, small_plan
 
 PLAN = small_plan(network=small_network(code_size=24), probes=ProbePlan(every_rounds=1, folds=3))
 
@@ -79,3 +80,22 @@ def test_an_edited_journal_is_said_and_a_folder_without_a_run_refused(tmp_path: 
     assert verdicts(folder) == {"centre: books": "contradiction"}
     with pytest.raises(ValueError, match="Nothing was audited"):
         centre_audit(tmp_path)
+
+
+def test_a_style_code_is_held_at_what_its_noise_allows_and_passes(tmp_path: Path) -> None:
+    plan = protected_plan(public_latents(), lambda **changes: replace(PLAN, probes=ProbePlan(), **changes))
+    folder = run_folder(tmp_path / "run")
+    (folder / "plan.json").write_text(plan.to_json())
+    (folder / "journal.jsonl").unlink()
+    line = {
+        "kind": "reply",
+        "to": "query.style_code",
+        "plan": plan.sha256,
+        "site": "oslo",
+        "sha256": "1" * 64,
+    }
+    Journal(folder / "journal.jsonl").append(line)
+    (row,) = [one for one in centre_audit(folder)[1].artefacts if one.name == "oslo: style_code"]
+    (finding,) = row.findings
+    assert finding.value == pytest.approx(0.66, abs=0.1) and finding.low is None and 2.9 < row.epsilon <= 3.0
+    assert main(["audit", str(folder)]) == 0  # no tokenizer, no public scans: the numbers alone

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from audit.record import read_record
+from audit.record.record import read_record
 from client.cli import main as site_main
 from federation.plan import RunPlan
 from server.config import compose_config

@@ -25,6 +25,10 @@ def test_numbers_that_say_what_they_seem_to_say_are_not_commented() -> None:
         ({"hidden_error": 0.71}, "Network at its start"),
         ({"hidden_error": 0.6}, "has not learned what neighbours tell"),
         ({"anatomy_from_style": 0.52}, "Style knows more anatomy than content: R² 0.52"),
+        (
+            {"anatomy_from_content": -0.07, "anatomy_from_style": -0.01},
+            "Anatomy is read from neither: R² -0.07",
+        ),
         ({"style_gap_closed": -1.28}, "gap closed -1.28"),
         ({"alignment_passed": 0.0}, "alignment of the style heads failed"),
         ({"site_from_content": 0.48}, "48% (9 patients per site) against 25% (24)"),

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,12 +118,14 @@ def test_a_killed_process_goes_on_to_the_same_bits_and_leaves_no_process_behind(
     assert all(torch.equal(weights(undisturbed)[n], t) for n, t in weights(folder).items())
 
 
-def test_a_complete_run_is_not_run_again_and_fresh_starts_over(undisturbed: Path) -> None:
+def test_a_complete_run_is_not_run_again_and_fresh_starts_over(undisturbed: Path, tmp_path: Path) -> None:
     before = (undisturbed / "model.safetensors").stat().st_mtime_ns
     run(settings(undisturbed))
     assert (undisturbed / "model.safetensors").stat().st_mtime_ns == before
-    run(settings(undisturbed, "fresh=true"))
-    assert (undisturbed / "model.safetensors").stat().st_mtime_ns > before
+    shutil.copytree(undisturbed, tmp_path / "run", symlinks=True)
+    prepare(plain(settings(tmp_path / "run", "fresh=true")), Live())
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert not left & {"plan.json", "model.safetensors", "journal.jsonl", "checkpoints"}
 
 
 def test_a_folder_that_holds_another_run_is_refused(undisturbed: Path) -> None:

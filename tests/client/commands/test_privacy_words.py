@@ -1,7 +1,7 @@
 from client.commands.plan_words import plan_words
 from federation.bundle import running_bundle
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning
-from federation.finetuning_privacy import FinetunePrivacy
+from federation.finetuning_privacy import FinetunePrivacy, with_noise
 from federation.plan import RunPlan
 from federation.privacy_plan import NoisySteps
 from federation.published_plan import PublishedPlan
@@ -54,7 +54,7 @@ def test_the_words_of_a_fine_tuning_with_privacy_say_what_all_rounds_cost_and_wh
         target_values=("F", "M"),
         privacy=FinetunePrivacy(epsilon=3.0, clip_norm=0.5, sampling_rate=0.1, expected_patients=1200),
     )
-    published = PublishedPlan(plan=plan, bundle_sha256=running_bundle(), finetuning=finetuning)
+    published = PublishedPlan(plan=plan, bundle_sha256=running_bundle(), finetuning=with_noise(finetuning))
     text = " ".join(sentence for _, sentence in plan_words(published))
     for said in (
         "about 10% of your patients with labels, drawn in secret, take part, each cut to a length of 0.5",

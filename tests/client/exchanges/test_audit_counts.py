@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from audit.claims import claims_of, fix_threshold
+from audit.attacks.claims import claims_of, fix_threshold
 from audit.cohort import Cohort
 from client.commands.plan_words import plan_words
 from client.exchanges.audit_counts import ANSWER
-from federation.exchanges.audit_counts import ATTACKS, AUDIT_COUNTS, AuditCountsAsk, cell_of
+from federation.exchanges.audit_counts import AUDIT_COUNTS, TRIED, AuditCountsAsk, cell_of
 from federation.plan import AggregationPlan, AuditCountsPlan, RunPlan, StylePlan
 from federation.published_plan import PublishedPlan
 from meduet_models.meduet import MeDUET
@@ -67,8 +67,8 @@ def test_what_leaves_is_whole_cells_once_through_ledger_and_journal(tmp_path: Pa
     site = Hospital(tmp_path / "north", held)
     left = ANSWER.once(site, ask(asked), asked)
     claims = claims_of(cohort(held), asked, network(asked))
-    assert claims is not None and set(left.tensors) == set(ATTACKS)
-    for attack in ATTACKS:
+    assert claims is not None and set(left.tensors) == set(TRIED)
+    for attack in TRIED:
         exact = claims[attack].sum(0)
         assert left.tensors[attack].equal(in_whole_cohorts(exact, 20))
         assert exact[:2].sum() == MEMBERS and 0 < exact[2:].sum() < OTHERS
@@ -99,7 +99,7 @@ def test_a_patient_who_was_trained_on_changes_her_own_cell_of_the_loss_and_no_ot
     assert with_her is not None and without is not None
     assert (with_her["loss"].sum(0) - without["loss"].sum(0)).equal(with_her["loss"][0])
     bound = AUDIT_COUNTS.promise(plan(), ask(plan())).bound
-    share = torch.cat([with_her[attack][0] for attack in ATTACKS])
+    share = torch.cat([with_her[attack][0] for attack in TRIED])
     assert float(share.norm()) <= bound * (1 + 1e-12)
 
 
@@ -115,7 +115,7 @@ def test_a_site_with_a_larger_minimum_or_few_others_tells_nothing(
 
 @pytest.mark.parametrize("wrong", [19.0, -20.0, float("nan"), float("inf"), float(20 << 20)])
 def test_counts_that_no_site_may_tell_are_put_aside(wrong: float) -> None:
-    good = {attack: torch.full((4,), 20.0, dtype=torch.float64) for attack in ATTACKS}
+    good = {attack: torch.full((4,), 20.0, dtype=torch.float64) for attack in TRIED}
     check_audit_counts(good, plan())
     with pytest.raises(ReplyRefused):
         check_audit_counts(good | {"loss": torch.tensor([20.0, wrong, 20.0, 20.0])}, plan())

@@ -25,7 +25,13 @@ from federation.exchanges.finetuning import (
     FinetunePlan,
     LocalFinetuning,
 )
-from federation.finetuning_privacy import FinetunePrivacy, all_rounds, round_mechanism, round_promise
+from federation.finetuning_privacy import (
+    FinetunePrivacy,
+    all_rounds,
+    round_mechanism,
+    round_promise,
+    with_noise,
+)
 from federation.plan import RunPlan
 from meduet_models.downstream.networks import PretrainedNetwork, trained_keys
 from meduet_models.downstream.task import Task
@@ -66,7 +72,7 @@ def agreed(plan: RunPlan, local: LocalFinetuning = SEX, **changes: Any) -> Finet
     named = {"target": "sex", "target_values": ("F", "M")} if local.task == "classification" else {}
     settings: dict[str, Any] = {"rounds": 2, "privacy": PRIVACY, **named, **changes}
     sha256 = pretrained_sha256(FactorNetwork(plan.network, seed=5))
-    return FinetunePlan(run_sha256=plan.sha256, pretrained_sha256=sha256, local=local, **settings)
+    return with_noise(FinetunePlan(run_sha256=plan.sha256, pretrained_sha256=sha256, local=local, **settings))
 
 
 def network_of(plan: RunPlan, local: LocalFinetuning) -> PretrainedNetwork:
@@ -366,6 +372,14 @@ def test_a_task_whose_loss_mixes_scans_is_refused_in_the_plan(
     monkeypatch.setattr(Task, "mixes", True)
     with pytest.raises(ValueError, match="loss of task=classification mixes scans"):
         agreed(plan)
+
+
+def test_a_fine_tuning_with_less_noise_than_its_epsilon_asks_for_is_refused(plan: RunPlan) -> None:
+    finetuning = agreed(plan)
+    assert finetuning.privacy is not None
+    less = dataclasses.replace(finetuning.privacy, noise_multiplier=0.9 * finetuning.privacy.noise_multiplier)
+    with pytest.raises(ValueError, match="Expected noise at which the steps cost at most epsilon 3"):
+        round_promise(dataclasses.replace(finetuning, privacy=less))
 
 
 def test_sigma_of_a_plan_keeps_all_its_rounds_within_its_epsilon(plan: RunPlan) -> None:

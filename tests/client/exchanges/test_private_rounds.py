@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from client.commands.plan_words import plan_words
 from client.exchanges import private_rounds
 from client.exchanges.exchange import AskRefused
 from client.latents.group_batches import GroupBatches
@@ -30,9 +31,10 @@ from federation.exchanges.private_rounds import (
 from federation.exchanges.style_code import code_promise
 from federation.plan import RunPlan
 from federation.privacy_plan import NoisySteps
+from federation.published_plan import PublishedPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.style.bank import StyleBank
-from privacy.accounting import Mechanism
+from privacy.accounting import Mechanism, epsilon_of
 from privacy.ledger import AnsweredBefore, LedgerRefusal, Place
 from privacy.randomness import SecretSource
 from privacy.step_secrets import StepSecrets
@@ -178,7 +180,7 @@ def sums(plan: RunPlan, bank: StyleBank, scans: ViewedScans, step: int = 0) -> d
     shared, home = weights(plan)
     trainee = Trainee.of(plan, shared, SiteState(round=0, home=home), CPU)
     resting_others(plan, trainee.student)
-    batches = GroupBatches(scans, plan, bank, PUBLIC, "north")
+    batches = GroupBatches(scans, plan, bank, PUBLIC, "north", b"s" * 32)
     noise = StepSecrets(SecretSource(b"k" * 32), ("line",), 1.0)
     return step_sum(trainee, batches, batches.drawn(noise, step), "mftd", plan)
 
@@ -267,7 +269,7 @@ def test_the_update_of_a_round_without_noise_gives_a_member_away(
     def update(scans: ViewedScans, key: bytes) -> Tensor:
         trainee = Trainee.of(all_in, shared, SiteState(round=0, home=home), CPU)
         noise = StepSecrets(SecretSource(key * 32), ("line",), 1.0)
-        batches = GroupBatches(scans, all_in, bank, PUBLIC, "north")
+        batches = GroupBatches(scans, all_in, bank, PUBLIC, "north", b"s" * 32)
         result = train_privately(trainee, batches, all_in, FIRST, noise)
         return torch.cat([tensor.flatten() for tensor in result.update.values()])
 
@@ -277,6 +279,27 @@ def test_the_update_of_a_round_without_noise_gives_a_member_away(
         guesses += [torch.equal(update(whole, key), member), not torch.equal(update(fewer, key), member)]
         assert float((member - other).norm()) > 1e-3
     assert all(guesses)
+
+
+def test_groups_of_patients_promise_what_replacing_one_moves_and_the_ledger_counts_it_so(
+    toy_plan: Callable[..., RunPlan], toy_bank: Callable[..., StyleBank], tmp_path: Path
+) -> None:
+    plan = make_noisy(toy_plan, partners="private", group_size=4)
+    code, steps = mechanisms(plan)
+    assert code.relation == steps.relation == "replace one" and 2.99 < run_epsilon(plan).upper <= 3.0
+    public = make_noisy(toy_plan, group_size=4)
+    assert steps.noise_multiplier > 1.2 * mechanisms(public)[1].noise_multiplier
+    site, bank = hospital(tmp_path), toy_bank(plan)
+    released = answered(site, question(plan, bank), plan)
+    assert dict(released.counts) == {"examples": 6}
+    spent = site.ledger.spent().total
+    assert spent == epsilon_of([released.promise.mechanism], 1e-5)
+    sentence = released.promise.sentence()
+    for said in ("whether a patient or another in her place is in it", "replace one", "how many patients"):
+        assert said in sentence
+    assert "by at most 2 (L2" in sentence and released.promise.bound == 1.0
+    words = " ".join(line for _, line in plan_words(PublishedPlan(plan=plan, bundle_sha256="0" * 64)))
+    assert "groups of 4" in words and "HOW MANY PATIENTS YOU HAVE IS NOT HIDDEN" in words
 
 
 # Kills, and what was lost
@@ -424,6 +447,23 @@ def test_the_gate_lets_out_no_step_without_noise_and_nothing_exact_beside(
     with pytest.raises(GateRefusal, match=sentence):
         gate.release({"a": torch.zeros(3)}, {"a": (3,)}, weight=6.0, **beside)
     assert hospital(tmp_path).journal.entries() == []
+
+
+@pytest.mark.parametrize(
+    ("share", "sentence"), [(0.9, "they cost 3"), (1.2, "no larger"), (0.0, "holds none")]
+)
+def test_a_plan_with_other_noise_than_its_epsilon_asks_for_is_refused_before_anything_is_reserved(
+    plan: RunPlan, bank: StyleBank, tmp_path: Path, share: float, sentence: str
+) -> None:
+    assert plan.privacy is not None and plan.privacy.noisy is not None
+    noisy = replace(plan.privacy.noisy, noise_multiplier=share * plan.privacy.noisy.noise_multiplier)
+    other = RunPlan.from_json(replace(plan, privacy=replace(plan.privacy, noisy=noisy)).to_json())
+    site = hospital(tmp_path)
+    with pytest.raises(ValueError, match=sentence):
+        answered(site, question(other, bank), other)
+    assert site.ledger.spent().num_noised == 0
+    with pytest.raises(ValueError, match=sentence):
+        plan_words(PublishedPlan(plan=other, bundle_sha256="0" * 64))
 
 
 def test_sigma_of_a_plan_keeps_style_and_all_steps_within_its_epsilon(plan: RunPlan) -> None:

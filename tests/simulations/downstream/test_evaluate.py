@@ -252,7 +252,7 @@ def command(pretrained: Path, folder: Path, *more: str) -> Path:
 
 
 def test_a_run_becomes_a_table_a_figure_and_a_page(pretrained: Path, tmp_path: Path) -> None:
-    page = command(pretrained, tmp_path, "federated=true", "rounds=2")
+    page = command(pretrained, tmp_path, "federated=true", "rounds=2", "label_shares=[1]", "steps=2")
     assert "fine-tuned in the federation" in page.read_text()
     written = json.loads((tmp_path / "downstream.json").read_text())
     assert written["classes"] == 5

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]  # a cluster of processes begins in each
 
 ROOT = Path(__file__).parents[3]
 RUN = """

@@ -100,7 +100,7 @@ def alive(process_id: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("workers", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_bits_and_the_metrics_do_not_depend_on_the_number_of_processes(
     made: Made, alone: Path, tmp_path: Path, workers: int
 ) -> None:
