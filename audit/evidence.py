@@ -117,6 +117,8 @@ class Evidence:
     before_after: Callable[[Release], tuple[FactorNetwork, FactorNetwork] | None] = lambda release: None
     """Of a round: the network that was sent, and the same with the site's mean update; of one that left
     masked, with the mean of all sites."""
+    question_of: Callable[[Release], Mapping[str, Tensor] | None] = lambda release: None
+    """Public scans and bank of styles that came with the question of moments; None: not at hand."""
     codes: KnownCodes = field(default_factory=KnownCodes)
     """Content of candidates that was computed already."""
     model: FactorNetwork | None = None

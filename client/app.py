@@ -23,12 +23,14 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from client.declared import GateRefusal
 from client.exact_sums import TooFewForSums
 from client.exchanges import (
     audit_counts,
     demographics,
     diffusion,
     erasure,
+    latent_moments,
     latents,
     pretraining,
     private_rounds,
@@ -36,13 +38,14 @@ from client.exchanges import (
     secure_sum,
     style_code,
     survey,
+    synthetic_latents,
 )
 from client.exchanges.exchange import Answer, AskRefused, Site, SiteAtWork
 from client.jobs.asking import by_job
 from client.jobs.request import JobRefused
 from client.latents.labelled import NoLabels
 from client.refusals import note_refusal, told_as
-from client.release import Gate, GateRefusal, Released
+from client.release import Gate, Released
 from client.scans.cohort import NoScans
 from client.site import open_site
 from client.training.site_state import StateMissing
@@ -90,6 +93,8 @@ def exchanges() -> tuple[Answer[Any, Any], ...]:
         erasure.ANSWER,
         audit_counts.ANSWER,
         latents.ANSWER,
+        synthetic_latents.ANSWER,
+        latent_moments.ANSWER,
         diffusion.ANSWER,
         Answer(FINETUNING, _answer_finetuning, pretraining.train_mail),
     )

@@ -21,6 +21,7 @@ from audit.cohort import Cohort
 from audit.evidence import Evidence, Labelled, Release, SiteBooks
 from client.answers import ANSWERS, KeptAnswers
 from client.books import JOURNAL, LEDGER
+from client.exchanges.latent_moments import question_path
 from client.exchanges.latents import raw_items
 from client.exchanges.probes import target_of
 from client.latents.batches import Batches, step_generator
@@ -70,6 +71,7 @@ def evidence_of_site(site: Site, scans: LatentSet, plan: RunPlan, model: Path | 
         cohorts={site.name: cohort_of(site.name, scans, plan)},
         hashes=hashes,
         network_of=lambda release: asked if release.kind == "audit_counts" else None,
+        question_of=lambda release: question_of(site.state_dir, release),
         model=network,
         acquired_again=lambda _: acquired_again(scans, plan, tokenizer.encode),
         tokenizer=tokenizer,
@@ -166,6 +168,12 @@ def released(site: Site, scans: LatentSet, plan: RunPlan) -> Iterator[Release]:
             yield Release(site.name, line, tensors, missing, rows)
         else:
             yield Release(site.name, line, None, "Latents of another plan: audit them under that.")
+
+
+def question_of(state_dir: Path, release: Release) -> dict[str, Tensor] | None:
+    """What came with a question of moments, as the site that answered kept it; None where it is gone."""
+    path = question_path(state_dir, str(release.record["plan"]))
+    return load_weights(path)[0] if path.is_file() else None
 
 
 @torch.no_grad()

@@ -27,10 +27,9 @@ import torch
 from torch import Tensor
 
 from client.answers import Answer, KeptAnswers
+from client.declared import GateRefusal, check_declared, check_items, checked_counts, checked_metrics
 from client.watchdog import may_leave
-from federation.exchanges.latents import is_item
 from federation.journal import Journal
-from federation.messages import METRIC_NAMES
 from federation.plan import WireDtype
 from federation.wire import GROWTH, RefusalKind, num_bytes, rounded
 from meduet_models.weights import sha256_of_tensors
@@ -38,9 +37,6 @@ from privacy.clipping import clip, joint_norm
 from privacy.ledger import Ledger, Reservation, Settled
 from privacy.promise import Promise
 from privacy.step_secrets import StepSecrets
-
-COUNT_NAMES: Final = frozenset({"examples", "num_patients", "num_scans", "first_item", "num_items"})
-"""Every whole number that may leave a site."""
 
 TEXT: Final = "text"
 """Name of the tensor that holds the bytes of a text."""
@@ -54,14 +50,6 @@ _ROUNDING_OF_SUMS: Final = 2.0**-20
 _NO_NOISE: Final = "noise enters nowhere: the values leave as they were bounded"
 
 _MAKERS_MARK: Final = object()
-
-
-class GateRefusal(ValueError):
-    """The gate stays shut; `kind` is what the centre is told."""
-
-    def __init__(self, text: str, kind: RefusalKind = RefusalKind.INTERNAL) -> None:
-        super().__init__(text)
-        self.kind = kind
 
 
 @runtime_checkable
@@ -135,7 +123,7 @@ class Gate:
     def step_secrets(self) -> StepSecrets:
         """The secret draws and the noise of the steps that the promise counts, the same after a kill."""
         held = self._reservation
-        assert held.promise.noise_in == "steps", "the promise says where noise enters"
+        assert held.promise.in_steps, "the promise says where noise enters"
         self._steps = StepSecrets(self._answers.secret(held.place), (held.entry,), held.promise.deviation)
         return self._steps
 
@@ -193,16 +181,16 @@ class Gate:
         reservation = self._reservation
         promise = reservation.promise
         each, noised = promise.enforcement == "each", promise.noise_in == "release"
-        in_steps = promise.noise_in == "steps"
+        in_steps = promise.in_steps
         if not (math.isfinite(weight) and (weight > 0 or ((each or noised) and weight == 0))):
             raise GateRefusal(f"Expected a weight > 0; got {weight}.")
         if noised and (counts or metrics or not_covered):
             raise GateRefusal("Expected nothing beside a release with noise: it would be exact.")
-        _check_declared(tensors, declared)
-        whole, real = _counts(counts or {}), _metrics(metrics or {})
+        check_declared(tensors, declared)
+        whole, real = checked_counts(counts or {}), checked_metrics(metrics or {})
         if in_steps:
             self._check_steps(whole, real)
-        _check_items(items, tensors, weight if each else 0.0)
+        check_items(items, tensors, weight if each else 0.0)
         _finite_norm({name: tensor for name, tensor in tensors.items() if name in not_covered})
         maskable = promise.enforcement in ("clip", "steps") and not not_covered and not anew
         if masking is not None and not maskable:
@@ -249,7 +237,8 @@ class Gate:
             "not_covered": sorted(not_covered),
             "norm_before": before,
             "norm_after": after,
-            "clipped": promise.enforcement not in ("check", "steps")
+            "clipped": promise.enforcement != "check"
+            and not in_steps
             and after < before * (1 if each else weight) * (1 - 2.0**-7),
             "bound": allowed,
             "promise": promise.sentence(),
@@ -329,6 +318,8 @@ class Gate:
         assert mechanism is not None, "noise enters steps"
         if self._steps is None or self._steps.last != mechanism.steps - 1:
             raise GateRefusal(f"Expected noise in each of {mechanism.steps} steps; some had none.")
+        if self._reservation.promise.noise_in == "generation" and (counts or metrics):
+            raise GateRefusal("Expected nothing beside samples; got more.")
         agreed = set(counts) <= {"examples"} and set(metrics) <= {"steps", "seconds"}
         if not agreed or not all(value.is_integer() for value in metrics.values()):
             raise GateRefusal("Expected examples, steps and whole seconds beside noisy steps; got more.")
@@ -365,50 +356,6 @@ class Gate:
 def _said(promise: Promise) -> str:
     """Where which noise enters, as the journal says it."""
     return f"noise enters {promise.noise_in}: Gaussian, deviation {promise.deviation:.4g}"
-
-
-def _check_declared(tensors: Mapping[str, Tensor], declared: Mapping[str, tuple[int, ...]]) -> None:
-    if undeclared := sorted(set(tensors) - set(declared)):
-        raise GateRefusal(f"Expected declared tensors only; got {undeclared[0]!r}. Nothing is released.")
-    if missing := sorted(set(declared) - set(tensors)):
-        raise GateRefusal(f"Expected tensor {missing[0]!r}, which is declared; it is missing.")
-    for name, shape in declared.items():
-        if tuple(tensors[name].shape) != tuple(shape):
-            raise GateRefusal(f"Expected {name!r} of shape {shape}; got {tuple(tensors[name].shape)}.")
-        if tensors[name].dtype not in (torch.float32, torch.float64):
-            raise GateRefusal(f"Expected {name!r} to be float32 or float64; got {tensors[name].dtype}.")
-
-
-def _check_items(items: Sequence[str], tensors: Mapping[str, Tensor], rows: float) -> None:
-    """Opaque names only, as many as contributors leave by themselves, and a row of every tensor for each."""
-    if len(set(items)) != rows or len(items) != rows or not all(map(is_item, items)):
-        raise GateRefusal(f"Expected {rows:g} opaque names, each once; got {len(items)} names.")
-    if items and any(len(tensor) != rows for tensor in tensors.values()):
-        raise GateRefusal(f"Expected a row of every tensor for each of {rows:g} items.")
-
-
-def _counts(counts: Mapping[str, object]) -> dict[str, int]:
-    checked: dict[str, int] = {}
-    for name, count in counts.items():
-        if name not in COUNT_NAMES:
-            raise GateRefusal(f"Expected counts of the agreed names; got {name!r}.")
-        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-            raise GateRefusal(f"Expected count {name!r} to be a whole number >= 0; got {count!r}.")
-        checked[name] = count
-    return checked
-
-
-def _metrics(metrics: Mapping[str, object]) -> dict[str, float]:
-    checked: dict[str, float] = {}
-    for name, value in metrics.items():
-        if name not in METRIC_NAMES:
-            raise GateRefusal(f"Expected metrics of the agreed names; got {name!r}.")
-        if not isinstance(value, float):
-            raise GateRefusal(f"Expected metric {name!r} to be a float; got {type(value).__name__}.")
-        if not math.isfinite(value):
-            raise GateRefusal(f"Expected metric {name!r} to be finite; got {value}.", RefusalKind.NON_FINITE)
-        checked[name] = float(value)  # np.float64 is a float, but Flower refuses it
-    return checked
 
 
 def _finite_norm(tensors: Mapping[str, Tensor]) -> float:
@@ -450,7 +397,7 @@ def _bound(
     bound."""
     if promise.enforcement == "check":
         return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    if promise.enforcement == "steps":
+    if promise.in_steps:
         made = {name: tensor.detach() * weight for name, tensor in tensors.items()}
         return made if into is None else {name: into[name].copy_(tensor) for name, tensor in made.items()}
     bound = promise.bound * (1 - GROWTH[wire_dtype])

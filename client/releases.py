@@ -17,12 +17,13 @@ def releases_of(config: SiteConfig) -> list[dict[str, Any]]:
     """The releases of a site, oldest first, as plain values.
 
     `epsilon` is what the ledger charged for it, None where it left without noise. `approved_by`: who approves
-    the plan now. Raises `ValueError` when there is no journal, and `BrokenChain` when a book was changed.
+    the plan now; `expires`: the last day of its use, by the plan where it was looked at here. Raises
+    `ValueError` when there is no journal, and `BrokenChain` when a book was changed.
     """
     entries = read_journal(config.state_dir / JOURNAL)
     charged = {e.sha256: e.record for e in read_chain(config.state_dir / LEDGER, "ledger")}
     approvals = approvals_of(config)
-    names = {one.sha256: one.plan.name for one in approvals.kept()}
+    known = {one.sha256: one.plan for one in approvals.kept()}
     to = SiteKeys.open(config.keys_dir).connection.consortium if config.keys_dir else "the centre"
     return [
         {
@@ -33,7 +34,8 @@ def releases_of(config: SiteConfig) -> list[dict[str, Any]]:
             "sha256": e.record["sha256"],
             "to": to,
             "plan_sha256": e.record["plan"],
-            "plan": names.get(e.record["plan"], e.record["plan"][:12]),
+            "plan": known[sha256].name if (sha256 := e.record["plan"]) in known else sha256[:12],
+            "expires": known[sha256].release.expires if sha256 in known else "",
             "approved_by": sorted(approvals.approvers(e.record["plan"])),
             "promise": e.record["promise"],
             "epsilon": _epsilon(charged.get(e.record["ledger"], {})),

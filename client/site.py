@@ -22,6 +22,7 @@ from federation.keys.key_files import read_text
 from federation.plan import RunPlan
 from federation.published_plan import plan_of
 from federation.wire import RefusalKind
+from meduet_models.published.expiry import check_unexpired
 from meduet_models.tokenizer.tokenizer import Tokenizer
 from privacy.ledger import Ledger
 
@@ -66,12 +67,16 @@ class Site(SiteScans):
 
     def accept(self, plan: RunPlan, finetuning_sha256: str = "") -> None:
         """Raise `AskRefused` unless the plan fits this site, makes no latents leave without its agreement,
-        its people have approved it (or the fine-tuning of that hash) with the code that is running, and it is
-        an hour at which work may begin.
+        its people have approved it (or the fine-tuning of that hash) with the code that is running, it has
+        not expired, and it is an hour at which work may begin.
 
         Reads no scan.
         """
         self.fits(plan)
+        try:
+            check_unexpired(plan.release.expires, "a plan")
+        except ValueError as error:
+            raise AskRefused(f"{error} Nothing was read.", RefusalKind.PLAN_NOT_ACCEPTED) from None
         if self.config.plan_approval == "required":
             self._approved(finetuning_sha256 or plan.sha256)
         hours = self.config.allowed_hours

@@ -2,8 +2,9 @@
 
 What leaves is a release policy (`federation/release_policy.py`). `raw`: sites release the latents of training
 scans, from which the scans can be decoded; each site must have said so in its own settings. `federated`: no
-latent leaves; the diffusion model is trained at the sites and its updates are averaged. What this file does
-not do: it decides nothing for a site (`client/exchanges/latents.py`).
+latent leaves; the diffusion model is trained at the sites and its updates are averaged. `synthetic` and
+`aggregate`: what leaves has noise (`federation/latent_privacy.py`). What this file does not do: it decides
+nothing for a site (`client/exchanges/latents.py`).
 """
 
 import math
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
+from federation.latent_privacy import AggregatePlan, SyntheticPlan
 from federation.release_policy import ReleasePolicy, release_policy
 from forms.names import OptionalKey, OptionalPhrase, Phrase
 from forms.ranges import Entries, Range
@@ -28,7 +30,8 @@ class DiffusionPlan:
     """A diffusion model beside the pretraining."""
 
     policy: Phrase
-    """What leaves a site for it: `raw` latents, or (`federated`) model updates only."""
+    """What leaves a site for it: `raw` latents, (`federated`) model updates only, or, with noise,
+    `synthetic` latents or (`aggregate`) moments of them."""
     transformer: TransformerShape
     """The network."""
     training: DiffusionTraining
@@ -46,7 +49,7 @@ class DiffusionPlan:
     steps_per_round: Annotated[int, Range(at_least=1, at_most=1_000_000)] = 50
     """Optimiser steps while a round runs (`raw`), or of each site in a round (`federated`)."""
     final_steps: Annotated[int, Range(at_least=0, at_most=20_000_000)] = 0
-    """`raw`: steps after the last round, with the final encoder."""
+    """At the centre: steps after the last round, with the final encoder."""
     rounds: Annotated[int, Range(at_least=0, at_most=100_000)] = 0
     """`federated`: rounds after the pretraining."""
     items_per_site: Annotated[int, Range(at_least=0, at_most=1_000_000)] = 0
@@ -54,12 +57,17 @@ class DiffusionPlan:
     items_per_round: Annotated[int, Range(at_least=0, at_most=1_000_000)] = 0
     """`raw`: most latents that a site releases in a round; 0: all with the first."""
     latent_clip: Annotated[float, Range(above=0, at_most=10_000)] = 10.0
-    """`raw`: root mean square to which the latents of one scan are clipped at the gate."""
+    """`raw`, `synthetic`: root mean square to which the latents of one scan, or sample, are clipped at the
+    gate."""
     recipient: OptionalKey = ""
-    """`raw`: public key of the centre's latent bank, to which latents are sealed at the site; without it no
-    site releases one. `meduet-server plan` fills it in."""
+    """`raw`, `synthetic`: public key of the centre's latent bank, to which latents are sealed at the site;
+    without it no site releases one. `meduet-server plan` fills it in."""
     update_clip_norm: Annotated[float, Range(above=0, at_most=10_000)] = 20.0
     """`federated`: L2 norm to which a site's mean update is clipped at the gate."""
+    synthetic: SyntheticPlan | None = None
+    """`synthetic`: the model that sites train at home; none with another policy."""
+    aggregate: AggregatePlan | None = None
+    """`aggregate`: the moments that sites tell; none with another policy."""
 
     def __post_init__(self) -> None:
         """Refuse a policy that nobody knows: what it lets out would be told in another's words."""
@@ -70,8 +78,22 @@ class DiffusionPlan:
         """What leaves, with all that is said of it."""
         return release_policy(self.policy)
 
+    @property
+    def noised(self) -> SyntheticPlan | AggregatePlan | None:
+        """The settings of a policy with noise."""
+        return self.synthetic or self.aggregate
+
+    @property
+    def epsilon_style(self) -> float | None:
+        """What a policy with noise leaves of epsilon to the style code; None: it has no noise."""
+        if self.synthetic is not None:
+            return self.synthetic.epsilon_style
+        return None if self.aggregate is None else self.aggregate.epsilon_style
+
     def steps(self, pretraining_rounds: int) -> int:
         """Optimiser steps over the whole run; schedules run over these."""
+        if self.release.noised:
+            return self.final_steps
         if self.release.trained_at == "sites":
             return self.rounds * self.steps_per_round
         return (pretraining_rounds - self.begin_round + 1) * self.steps_per_round + self.final_steps
@@ -90,7 +112,8 @@ def contradictions(
     if not 1 <= plan.steps(rounds) <= MOST_STEPS:
         yield (
             "Expected a diffusion model to be trained for 1 to "
-            f"{MOST_STEPS:,} steps: set diffusion.rounds and diffusion.steps_per_round."
+            f"{MOST_STEPS:,} steps: set diffusion.rounds and diffusion.steps_per_round, or "
+            "diffusion.final_steps."
         )
     if len(set(plan.conditions)) < len(plan.conditions):
         yield f"Expected each of diffusion.conditions once; got {', '.join(plan.conditions)}."

@@ -12,18 +12,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from federation import canary_plan, privacy_plan
+from federation import canary_plan, latent_privacy, privacy_plan
 from federation.canary_plan import AuditCanariesPlan
 from federation.diffusion_plan import MOST_STEPS, DiffusionPlan, contradictions
 from federation.privacy_plan import PrivacyPlan
 from federation.release_policy import NONE, ReleasePolicy
 from forms.form import build, check
 from forms.json_text import canonical, read_json, sha256_of
-from forms.names import Phrase, Sha256, SiteName
+from forms.names import OptionalDay, Phrase, Sha256, SiteName
 from forms.ranges import Entries, Range, Share
 from meduet_models.anatomy_start import AnatomyStart
 from meduet_models.meduet import MOST_ACTIVATIONS, NetworkConfig
 from meduet_models.objective.settings import ObjectiveConfig
+from meduet_models.published.expiry import check_day
 from privacy.secure_sum.transcript import FEWEST_SITES, MOST_SITES, threshold
 from scans.volume_plan import VolumePlan
 
@@ -133,6 +134,12 @@ class ReleasePlan:
     wire_dtype: WireDtype = "float32"
     """Type in which weights and updates travel, both ways: `float32`, `bfloat16`, or `mxint8`, a byte per
     value (`federation/microscaling.py`)."""
+    expires: OptionalDay = ""
+    """Last day (UTC) on which what left, and what was made of it, may be used; empty: no such day."""
+
+    def __post_init__(self) -> None:
+        """Refuse a day that no calendar has."""
+        check_day(self.expires)
 
     @property
     def latent_dtype(self) -> LatentDtype:
@@ -359,6 +366,7 @@ def _contradictions(plan: RunPlan) -> Iterator[str]:
                 )
         if aggregation.method == "alone":
             yield "aggregation.method=alone shares no encoder for a diffusion model: set diffusion=none."
+    yield from latent_privacy.contradictions(plan)
     yield from _encoder_contradictions(plan)
     yield from _secure_sum_contradictions(plan)
     if plan.privacy is not None:

@@ -93,8 +93,6 @@ def contradictions(plan: "RunPlan") -> Iterator[str]:
     yield from _noisy_contradictions(plan, privacy)
     if plan.probes.every_rounds:
         yield "privacy does not cover probes, whose sums and hits are exact: set probes.every_rounds=0."
-    if plan.diffusion is not None:
-        yield "privacy does not cover a diffusion model: set diffusion=none."
     if plan.aggregation.method not in ("content_share", "fedavg"):
         yield (
             "Expected aggregation.method content_share or fedavg with privacy; got "

@@ -3,8 +3,8 @@
 A policy carries where the model is trained, whether latents leave, whether what is made of them is patient
 data, the sentence with which a hospital agrees, and the words in which people are told. Whoever decides or
 speaks asks the value, whose guarantee, what it does not cover and smallest cohort `plan show` repeats; a
-word that is none of the table's is refused, not taken for the mild one. A further
-policy is a further value, and a case of `client/exchanges/latents.py` if it lets latents out in another way.
+word that is none of the table's is refused, not taken for the mild one. A further policy is a further value,
+and an exchange of its own if it lets out something else.
 What this file does not do: it decides nothing for a site, and lets nothing out.
 """
 
@@ -22,6 +22,11 @@ class ReleasePolicy:
     """Where the model is trained."""
     releases_latents: bool
     """Whether latents of single scans leave."""
+    noised: bool
+    """Whether what leaves has noise, under the plan's `privacy`; a plan has such a policy with privacy, and
+    any other without."""
+    sealed: bool
+    """Whether what leaves is sealed to the key of the centre's latent bank, which the plan names then."""
     is_patient_data: bool
     """Whether what is made at the centre (latent bank, model, samples) is handled as scans are."""
     consent: str
@@ -52,6 +57,8 @@ NONE = ReleasePolicy(
     name="none",
     trained_at="nowhere",
     releases_latents=False,
+    noised=False,
+    sealed=False,
     is_patient_data=False,
     consent="",
     agreed="no diffusion model; no latents leave",
@@ -70,6 +77,8 @@ RAW = ReleasePolicy(
     name="raw",
     trained_at="centre",
     releases_latents=True,
+    noised=False,
+    sealed=True,
     is_patient_data=True,
     consent="We release raw latents, from which our patients' scans can be reconstructed, to the "
     "coordinating centre.",
@@ -89,10 +98,73 @@ RAW = ReleasePolicy(
     moved="scans; latents of those for training left",
     without_effect=("rounds", "update_clip_norm"),
 )
+_AFTER_THE_PRETRAINING = (
+    "begin_round",
+    "steps_per_round",
+    "rounds",
+    "items_per_site",
+    "items_per_round",
+    "update_clip_norm",
+)
+SYNTHETIC = ReleasePolicy(
+    name="synthetic",
+    trained_at="centre",
+    releases_latents=False,
+    noised=True,
+    sealed=True,
+    is_patient_data=False,
+    consent="",
+    agreed="no latent of a scan leaves; samples of a model that your site trains with noise do",
+    warning="samples of a diffusion model that was trained with noise",
+    beside_sums="no latent of a scan, no file name, no label",
+    sentence="For a diffusion model, once, after the pretraining: {diffusion.synthetic.samples:,} SYNTHETIC "
+    "LATENTS, samples of a small model that your site trains for {diffusion.synthetic.steps:,} steps on its "
+    "patients, with noise in each step; no latent of a scan leaves. Each is clipped to a root mean square of "
+    "{diffusion.latent_clip:g}. How many there are is a number of the plan; nothing is told beside them, and "
+    "no condition but your site's name. They leave encrypted to the key {diffusion.recipient:.12}… of the "
+    "centre's latent bank, where they are labelled synthetic, with your site's name and epsilon.",
+    guarantee="(epsilon, delta) for each patient, as said below, over the style code and the training "
+    "together: samples are made of noisy steps and of nothing else, however many there are",
+    not_covered="that your site takes part; what patients have in common, which the samples are there to "
+    "show; and a sample may look like a scan, as it may without her: it is no proof that anybody is among "
+    "yours",
+    smallest_cohort="500 patients, as the plan expects them, unless it says although_noise_wins; your site "
+    "does not refuse by its number, which would tell it",
+    page=" Samples of models that sites trained with noise left too, within the same epsilon.",
+    moved="scans, none of which moved; synthetic latents left",
+    without_effect=_AFTER_THE_PRETRAINING,
+)
+AGGREGATE = ReleasePolicy(
+    name="aggregate",
+    trained_at="centre",
+    releases_latents=False,
+    noised=True,
+    sealed=False,
+    is_patient_data=False,
+    consent="",
+    agreed="no latent of a scan leaves; a mean and a spread along a few public axes do, with noise",
+    warning="moments of latents with noise",
+    beside_sums="no latent of a scan, no file name, no label",
+    sentence="For a diffusion model, once, after the pretraining: mean and spread of your patients' latents "
+    "along {diffusion.aggregate.dimensions} axes of phantoms, and about how many patients there are, with "
+    "noise; no latent of a scan leaves. From them the centre makes "
+    "{diffusion.aggregate.samples:,} latents of phantoms that were nobody.",
+    guarantee="(epsilon, delta) for each patient, as said below, over the style code and these moments "
+    "together",
+    not_covered="that your site takes part; what patients have in common along these axes, which is what is "
+    "told",
+    smallest_cohort="none is enforced at your site, which would tell its number; the centre puts aside "
+    "moments of fewer than twice the plan's smallest cohort, as far as noise lets tell",
+    page=" Moments of latents along a few public axes left too, with noise, within the same epsilon.",
+    moved="scans, none of which moved; moments of latents left, with noise",
+    without_effect=(*_AFTER_THE_PRETRAINING, "latent_clip", "recipient"),
+)
 FEDERATED = ReleasePolicy(
     name="federated",
     trained_at="sites",
     releases_latents=False,
+    noised=False,
+    sealed=False,
     is_patient_data=False,
     consent="",
     agreed="no latents leave; the diffusion model's updates do, bounded",
@@ -115,7 +187,7 @@ FEDERATED = ReleasePolicy(
         "recipient",
     ),
 )
-POLICIES = {policy.name: policy for policy in (RAW, FEDERATED)}
+POLICIES = {policy.name: policy for policy in (RAW, FEDERATED, SYNTHETIC, AGGREGATE)}
 """Those that a plan's diffusion model may name."""
 
 

@@ -47,5 +47,7 @@ OptionalPhrase = Annotated[str, Letters(rf"(?:{_PHRASE})?", f"empty, or {_PHRASE
 """A phrase, or nothing."""
 OptionalKey = Annotated[str, Letters(r"(?:[0-9a-f]{64})?", "empty, or a public key of 64 hex digits")]
 """An X25519 public key, or nothing."""
+OptionalDay = Annotated[str, Letters(r"(?:[0-9]{4}-[0-9]{2}-[0-9]{2})?", "empty, or a day as 2027-12-31")]
+"""A day, or none."""
 Sha256 = Annotated[str, Letters(r"[0-9a-f]{64}", "a hash of 64 hex digits")]
 """A SHA-256."""

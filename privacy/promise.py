@@ -36,12 +36,13 @@ class Promise:
     """L2 norm of one contributor's share."""
     unit: Literal["site update", "patient statistics", "scan", "patient", "no patient"]
     """Whose share is bounded."""
-    enforcement: Literal["clip", "check", "each", "steps", "none"]
+    enforcement: Literal["clip", "check", "each", "steps", "samples", "none"]
     """`clip`: the gate scales a mean that is too long. `check`: shares were bounded where they were summed;
     the gate refuses a sum that is longer than its number of shares allows. `each`: every row is one
     contributor's share, and the gate scales each that is too long. `steps`: shares were bounded, and noise
-    added, in each step of training; what leaves is a function of that, and as long as it is. `none`: nothing
-    of a patient is in it, so there is nothing to bound (`bound` is 0)."""
+    added, in each step of training; what leaves is a function of that, and as long as it is. `samples`: the
+    same, and what leaves was drawn from the model that these steps made. `none`: nothing of a patient is in
+    it, so there is nothing to bound (`bound` is 0)."""
     relation: Relation = "add or remove one"
     """Which two cohorts count as neighbours; that of the mechanism, where there is one. With `replace one`
     how many patients there are is not covered."""
@@ -59,7 +60,9 @@ class Promise:
             raise ValueError(f"Expected a promise with a finite bound > 0; got {self.bound}.")
         if (self.mechanism is None) != (self.delta is None):
             raise ValueError("Expected a promise with both a mechanism and a delta, or with neither.")
-        noised = ("check", "steps") if self.mechanism is not None else ("clip", "check", "each", "none")
+        noised = (
+            ("check", "steps", "samples") if self.mechanism is not None else ("clip", "check", "each", "none")
+        )
         if self.enforcement not in noised or (self.mechanism is not None and self.unit != "patient"):
             raise ValueError(
                 "Expected noise on sums of patients' bounded shares, and in steps always; got unit "
@@ -71,11 +74,17 @@ class Promise:
             raise ValueError(f"Expected delta in (0, {LARGEST_DELTA:g}]; got {self.delta}.")
 
     @property
-    def noise_in(self) -> Literal["nowhere", "release", "steps"]:
-        """Where noise enters."""
+    def noise_in(self) -> Literal["nowhere", "release", "steps", "generation"]:
+        """Where noise enters: in the release, in steps whose result leaves, or in those of a generation, of
+        which only samples do."""
         if self.mechanism is None:
             return "nowhere"
-        return "steps" if self.enforcement == "steps" else "release"
+        return "generation" if self.enforcement == "samples" else "steps" if self.in_steps else "release"
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether shares are bounded, and noise added, in each step of training."""
+        return self.enforcement in ("steps", "samples")
 
     @property
     def deviation(self) -> float:
@@ -98,11 +107,16 @@ class Promise:
             return "Made of random numbers of this site and others: nothing of a patient is in it."
         if self.mechanism is not None:
             moved, taken = "it", self.mechanism
-            if self.enforcement == "steps":
+            if self.in_steps:
                 moved = (
                     f"the sum of a training step, of which there are {taken.steps} and in each of which she "
                     f"is with a chance of {taken.sampling_rate:g},"
                 )
+            drawn = (
+                "What leaves are samples of the model that these steps make, and nothing beside them. "
+                if self.enforcement == "samples"
+                else ""
+            )
             replaced = self.relation == "replace one"
             whether = (
                 "whether a patient or another in her place is" if replaced else "whether or not a patient is"
@@ -110,7 +124,7 @@ class Promise:
             moves = (2 if replaced else 1) * self.bound
             number = "how many patients the site has, " if replaced else ""
             return (
-                f"Whoever reads this release learns almost the same {whether} in it: each "
+                f"{drawn}Whoever reads this release learns almost the same {whether} in it: each "
                 f"patient, all scans together, moves {moved} by at most {moves:.4g} (L2, "
                 f"{self.relation}), and the site adds Gaussian noise of deviation {self.deviation:.4g} from "
                 f"a secret of its own. That is epsilon {self.epsilon} at delta {self.delta:g} for this "

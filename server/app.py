@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cryptography.x509 import Certificate
 from flwr.serverapp import Grid
 
 from federation.journal import Journal
@@ -35,6 +36,7 @@ from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
 from forms.json_text import sha256_of
 from meduet_models.diffusion.artefact import DIFFUSION_MODEL
+from meduet_models.published.expiry import EXPIRES, check_unexpired
 from meduet_models.published.pretrained import MODEL
 from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
 from server.checkpoints import Checkpoint, Checkpoints, early_rounds
@@ -102,19 +104,29 @@ def run(
     device: torch.device = _CPU,
     bank_key: Path | None = None,
     site_of: SiteOf | None = None,
+    authority: Certificate | None = None,
     keep_early: bool = False,
 ) -> RunResult:
     """Run `plan` in `folder`, or go on with what is there.
 
-    `site_of` says which site a node is registered as; none: as in a simulation. `keep_early`: whether the
+    `site_of` says which site a node is registered as; none: as in a simulation. `authority` certified the
+    sites' keys: with it the centre checks what sites sign for a secure sum. `keep_early`: whether the
     checkpoints of the run's start and middle stay, which an audit compares with.
     A central diffusion model is trained on `device`, on latents that are encrypted with the key in the file
     `bank_key`; none: beside the run's folder, `<folder>.key`, made at first use.
     Raises `RoundFailed` below the quorum (the last checkpoint stays), `OtherPlan` when the folder is another
-    plan's, and `ValueError` when it holds a run and `resume` is false.
+    plan's, and `ValueError` when it holds a run and `resume` is false, or the plan has expired.
     """
+    check_unexpired(plan.release.expires, "a plan")
     made = _Run(
-        grid, plan, folder, model or MeduetModel(plan), observer or RunObserver(), site_of, keep_early
+        grid,
+        plan,
+        folder,
+        model or MeduetModel(plan),
+        observer or RunObserver(),
+        site_of,
+        authority,
+        keep_early,
     )
     return made.complete(resume, device, bank_key or key_beside(folder))
 
@@ -130,10 +142,11 @@ class _Run:
         model: SharedModel,
         observer: RunObserver,
         site_of: SiteOf | None,
+        authority: Certificate | None,
         keep_early: bool,
     ) -> None:
         self.grid, self.plan, self.folder, self.model, self.observer = grid, plan, folder, model, observer
-        self.roster = Roster(plan.participants, site_of)
+        self.roster, self.authority = Roster(plan.participants, site_of), authority
         early = early_rounds(plan.num_rounds) if keep_early else ()
         self.checkpoints = Checkpoints(folder / "checkpoints", plan.sha256, early)
         self.book = ReplyBook()
@@ -151,6 +164,7 @@ class _Run:
             bank_key,
             self.book,
             self.observer.on_diffusion,
+            lambda: self.model.public_scans(self.folder),
         )
         self.protected = (
             None
@@ -254,7 +268,7 @@ class _Run:
             task = private_rounds(plan, last.bank, stays, public)
             return ContentShare(plan, travels, task, **shown)
         if plan.aggregation.secure_sum:
-            return SecureSums(plan, last.shared, last.bank, home, **shown)
+            return SecureSums(plan, last.shared, last.bank, home, authority=self.authority, **shown)
         return ContentShare(plan, last.shared, pretraining(plan, last.bank, home), **shown)
 
     def _protected_rounds(self, protected: ProtectedPretraining, last: Checkpoint) -> Checkpoint:
@@ -298,6 +312,7 @@ class _Run:
             "plan_sha256": self.plan.sha256,
             "plan": self.plan.to_json(),
             "rounds": str(last.round),
+            EXPIRES: self.plan.release.expires,
             **{name: json.dumps(what, sort_keys=True) for name, what in metrics.items()},
             "tensors_sha256": sha256,
         }

@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from federation.journal import Journal, read_journal
+from federation.keys.key_files import read_text
+from federation.published_plan import plan_of
 from meduet_models.published.withdrawals import mark, marked
 from meduet_models.weights import sha256_of_file
 
 WITHDRAWAL = "withdrawal"
 """Kind of the journal's line."""
 _ROUND = re.compile(r"round-(\d+)\.safetensors")
+_PLAN = "plan.json"
 _MADE = (
     "model.safetensors", "diffusion.safetensors", "finetuned.safetensors", "diffusion/*.safetensors",
     "checkpoints/round-*.safetensors",
@@ -57,6 +60,8 @@ class Made:
     """Whose releases went into it."""
     withdrawn: tuple[str, ...]
     """Who of them withdrew since."""
+    expires: str
+    """Last day on which it may be used, by the run's plan; empty: no such day."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,9 @@ def register(folder: Path) -> Register:
         for e in entries
         if e.record.get("kind") == "reply"
     )
+    expires = _expires(folder)
     files = sorted({path for pattern in _MADE for path in folder.glob(pattern) if path.is_file()})
-    return Register(received, tuple(_made(folder, path, received) for path in files))
+    return Register(received, tuple(_made(folder, path, received, expires) for path in files))
 
 
 def withdraw(folder: Path, site: str, reason: str) -> list[Made]:
@@ -116,7 +122,13 @@ def withdraw(folder: Path, site: str, reason: str) -> list[Made]:
     return touched
 
 
-def _made(folder: Path, path: Path, received: tuple[Received, ...]) -> Made:
+def _expires(folder: Path) -> str:
+    """What the run's plan says; empty where the folder has none."""
+    path = folder / _PLAN
+    return plan_of(read_text(path, "a plan")).release.expires if path.is_file() else ""
+
+
+def _made(folder: Path, path: Path, received: tuple[Received, ...], expires: str) -> Made:
     """A checkpoint is made of what came up to its round; the rest of everything."""
     match = _ROUND.fullmatch(path.name)
     last = int(match[1]) if match else None
@@ -126,4 +138,5 @@ def _made(folder: Path, path: Path, received: tuple[Received, ...]) -> Made:
         sha256=sha256_of_file(path),
         sites=tuple(sorted(sites)),
         withdrawn=tuple(sorted(marked(path))),
+        expires=expires,
     )

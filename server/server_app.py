@@ -13,6 +13,7 @@ Does not do: a round; `server/app.py` does, for every engine.
 from pathlib import Path
 
 import torch
+from cryptography.x509 import Certificate
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -58,7 +59,17 @@ def main(grid: Grid, context: Context) -> None:
         return
     bank_key = Path(key) if key else None
     path = Path(tokenizer) if tokenizer else None
-    run_in_folder(grid, plan, Path(folder), torch.device(device or "cpu"), bank_key, registered, path, start)
+    run_in_folder(
+        grid,
+        plan,
+        Path(folder),
+        torch.device(device or "cpu"),
+        bank_key,
+        registered,
+        path,
+        start,
+        registered.authority,
+    )
 
 
 def run_in_folder(
@@ -70,10 +81,11 @@ def run_in_folder(
     site_of: SiteOf | None = None,
     tokenizer: Path | None = None,
     anatomy: Path | None = None,
+    authority: Certificate | None = None,
 ) -> None:
     """Run `plan` in `folder`, which nobody else may write meanwhile, and leave in `status.json` how it ended.
-    `site_of`: as in `server.app.run`; `tokenizer`: the file of the plan's tokenizer (none: the package's);
-    `anatomy`: that of its start from public anatomy (none: the shipped one).
+    `site_of`, `authority`: as in `server.app.run`; `tokenizer`: the file of the plan's tokenizer (none: the
+    package's); `anatomy`: that of its start from public anatomy (none: the shipped one).
 
     Raises what `run` raises, and `FolderBusy`.
     """
@@ -88,6 +100,7 @@ def run_in_folder(
             device=device,
             bank_key=bank_key,
             site_of=site_of,
+            authority=authority,
         )
 
 

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from audit.evidence import Evidence, Finetuning
 from audit.report import FOLDER
-from client.audit import acquired_again, cohort_of, coins_of, labelled_of, released, site_books
+from client.audit import (
+    acquired_again,
+    cohort_of,
+    coins_of,
+    labelled_of,
+    question_of,
+    released,
+    site_books,
+)
 from client.latents.latent_set import LatentSet
 from client.site import Site
 from federation.plan import RunPlan
@@ -69,6 +77,7 @@ def evidence_of(folder: Path, live: Live, shadows: int = 0) -> Evidence:
         hashes={name: sha256_of_file(path) for name, path in files.items() if path.is_file()},
         network_of=models.asked_with,
         before_after=models.before_after,
+        question_of=lambda release: question_of(run.consortium.state / release.site, release),
         transformers_of=models.transformers_of,
         finetunings=_finetunings(folder, plan, sites, scans),
         public=_public(plan, folder, run.settings.tokenizer.path),

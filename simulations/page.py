@@ -150,7 +150,7 @@ def _promise(plan: RunPlan, metrics: Mapping[str, Any]) -> str:
         f"delta {told['delta']:g} for the whole run, {relation} patient with all her scans, against "
         "everybody outside of her hospital. One style code with noise left each hospital, once; the network "
         f"was trained on {plan.privacy.public_scans} phantoms{_then(plan.privacy, metrics)}."
-        f"{sums} {told['promise']} {made_with_canaries(plan)}"
+        f"{sums} {told['promise']} {made_with_canaries(plan)}{plan.latent_policy.page}"
     )
 
 
@@ -220,6 +220,8 @@ def _crossed(folder: Path, site: str) -> list[dict[str, str]]:
         "probe_hits": "counts of a fitted probe's hits",
         "finetuning": "update of a network trained with labels (weighted sum)",
         "latents": "raw latents of training scans: PATIENT DATA",
+        "synthetic_latents": "samples of a model trained with noise",
+        "latent_moments": "moments of latents (one noised sum over patients)",
         "diffusion": "update of the diffusion model (weighted sum)",
     }
     return [
@@ -255,6 +257,7 @@ def _traffic(
     sizes = {
         "style statistics, once": crossed.get("survey", 0) + crossed.get("style_code", 0),
         "code sums, once": crossed.get("erasure", 0),
+        "latents with noise, once": crossed.get("synthetic_latents", 0) + crossed.get("latent_moments", 0),
         "to the hospital, each round": entry["bytes_down"],
         "from the hospital, each round": entry["bytes_up"],
         ("its latents, in its cache" if "latents" in crossed else "its latents: never leave"): kept,

@@ -41,7 +41,7 @@ from server.latent_bank.records import key_beside, public_key
 from server.model import MeduetModel
 from server.public_scans import PUBLIC_SCANS, drawn_public_scans
 from server.volume_start import with_start
-from simulations.consortium import Consortium, site_configs
+from simulations.consortium import Consortium, simulated_identity, site_configs
 from simulations.engines.in_process import FixedThreads, InProcessGrid
 from simulations.engines.side_by_side import SideBySide, SideBySideGrid, num_processes
 from simulations.generation.judge import judge
@@ -126,8 +126,7 @@ def prepare(config: Mapping[str, Any], live: Live, made: Made | None = None) -> 
         with live.counting("making hospitals") as progress:
             known = make_hospitals(hospitals_plan, folder / "hospitals", progress)
     taking_part, apart = held_apart(known, settings.held_out)
-    releases = asked.diffusion is not None and asked.diffusion.release.releases_latents
-    recipient = public_key(key_beside(folder)) if releases else ""
+    recipient = public_key(key_beside(folder)) if asked.latent_policy.sealed else ""
     plan = plan_for([hospital.name for hospital in taking_part], public_sha256, recipient)
     state = folder / "sites"
     hospitals = [*taking_part, *apart]
@@ -192,6 +191,7 @@ def simulate(
             model=MeduetModel(plan, anatomy=simulation.settings.anatomy_path),
             observer=observer,
             device=device,
+            authority=simulated_identity(plan.participants[0]).authority,
             keep_early=keep_early,
         )
 

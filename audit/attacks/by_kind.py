@@ -24,6 +24,7 @@ from audit.attacks.labelled import attack_finetuned, attack_finetuning_round, na
 from audit.attacks.linkage import attack_latents
 from audit.attacks.membership import attack_model
 from audit.attacks.memorisation import attack_diffusion
+from audit.attacks.noised import attack_moments, attack_samples
 from audit.attacks.scores import Scores, false_alarms
 from audit.attacks.shadows import attack_by_shadows
 from audit.attacks.sums import (
@@ -139,9 +140,7 @@ class _Rows:
 
 def _why_not(evidence: Evidence, kind: str, own: Sequence[Release]) -> str:
     """Why a kind of release has no finding."""
-    if kind in NOISED and evidence.plan.audit_canaries is None:
-        return "Its noise can only be tested with canaries, and the plan has none (audit_canaries)."
-    if kind not in ATTACKED | NOISED:
+    if kind not in ATTACKED:
         return "No attack on this kind is known to this version."
     if not own:
         return "Nothing of it is at hand: the site's books do not hold, and it was not opened."
@@ -153,6 +152,8 @@ def _why_not(evidence: Evidence, kind: str, own: Sequence[Release]) -> str:
         return "The plan's public scans, which give the axes of the code, are not at hand."
     if kind in ("survey", "style_code"):
         return "Style sums by body part, or of whole scans, are not attacked by this version."
+    if kind == "latent_moments":
+        return "The public scans that came with the question are not kept any more."
     if kind == "demographics":
         return "Ages and sexes of its patients are not at hand."
     return evidence.no_weights or "The weights that came with it are not at hand."
@@ -194,6 +195,11 @@ def _attacked(evidence: Evidence, release: Release, effort: Effort, scored: Scor
             yield from attack_finetuning_round(evidence, release, scored)
         case "latents":
             yield from attack_latents(evidence, release)
+        case "synthetic_latents":
+            yield attack_samples(release, cohort)
+        case "latent_moments":
+            if (question := evidence.question_of(release)) is not None:
+                yield attack_moments(release, cohort, plan, question, scored)
         case "demographics":
             if (told := attack_demographics(release, cohort, plan)) is not None:
                 yield told
@@ -217,11 +223,11 @@ ATTACKED = frozenset(
         "round",
         "style_code",
         "survey",
+        "synthetic_latents",
+        "latent_moments",
     }
 )
 """Kinds of release that `_attacked` knows."""
-NOISED = frozenset({"style_code", "private_round"})
-"""Kinds of release that are tested by canaries."""
 
 
 def _inverted(evidence: Evidence) -> Release | None:

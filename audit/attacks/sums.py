@@ -196,7 +196,7 @@ def attack_sum(one: Sum, scored: list[tuple[Finding, Scores]]) -> Iterator[Findi
     """Who is in a sum: by least squares in the pool of candidates, and by leaning towards the mean, which
     needs no exact sum."""
     blind = blind_from(one.vectors.double().numpy(), one.member, one.site)
-    d, mean, other = one.vectors.shape[1], one.total / one.count, torch.from_numpy(~one.member)
+    d = one.vectors.shape[1]
     began = time.process_time()
     weights, exact = algebra.weights_in(one.vectors, one.total)
     exact &= not one.noise
@@ -205,12 +205,19 @@ def attack_sum(one: Sum, scored: list[tuple[Finding, Scores]]) -> Iterator[Findi
     elif exact:
         yield _solved_pool(one, weights.numpy() > 0.5, began)
     else:
-        values = algebra.leaning(one.vectors, mean, one.vectors).numpy()
+        values = algebra.leaning(one.vectors, one.total / one.count, one.vectors).numpy()
         own = Scores(values, one.member, one.site)
         sentence = f"Whoever holds the scans of all candidates of this sum of {d} numbers asks who is in it."
         finding = judged(one.artefact, "pool", own, sentence, blind, began)
         scored.append((finding, own))
         yield finding
+    yield attack_tracing(one, scored)
+
+
+def attack_tracing(one: Sum, scored: list[tuple[Finding, Scores]]) -> Finding:
+    """Who leans towards the mean of a sum, exact or not."""
+    blind = blind_from(one.vectors.double().numpy(), one.member, one.site)
+    d, mean, other = one.vectors.shape[1], one.total / one.count, torch.from_numpy(~one.member)
     began = time.process_time()
     values = np.zeros(len(one.member))
     if int(other.sum()) >= FEWEST:
@@ -223,7 +230,7 @@ def attack_sum(one: Sum, scored: list[tuple[Finding, Scores]]) -> Iterator[Findi
     )
     finding = judged(one.artefact, "tracing", own, sentence, blind, began)
     scored.append((finding, own))
-    yield finding
+    return finding
 
 
 def _solved_pool(one: Sum, named: np.ndarray, began: float) -> Finding:

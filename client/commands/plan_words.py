@@ -9,6 +9,7 @@ no noise is added. Does not do: recommend.
 import dataclasses
 from collections.abc import Iterator
 
+from client.commands.latent_words import diffusion_words
 from client.commands.privacy_words import (
     Line,
     layout_of,
@@ -24,6 +25,7 @@ from federation.exchanges.demographics import DEMOGRAPHICS, SEX_NAMES, age_bands
 from federation.exchanges.diffusion import DIFFUSION
 from federation.exchanges.erasure import ERASURE, erasure_shapes, numbers_told, pooled_bound
 from federation.exchanges.finetuning import FinetunePlan
+from federation.exchanges.latent_moments import LATENT_MOMENTS
 from federation.exchanges.latents import LATENTS
 from federation.exchanges.pretraining import PRETRAINING
 from federation.exchanges.private_rounds import PRIVATE_ROUNDS
@@ -31,6 +33,7 @@ from federation.exchanges.probes import PROBES, sums_bound, sums_shapes, widest_
 from federation.exchanges.secure_sum import SUM_MASKED, SUM_PRIVATE
 from federation.exchanges.style_code import STYLE_CODE
 from federation.exchanges.survey import SURVEY, smallest_cohort, survey_layout
+from federation.exchanges.synthetic_latents import SYNTHETIC_LATENTS
 from federation.plan import RunPlan
 from federation.published_plan import PublishedPlan
 from federation.sum_layout import SumLayout
@@ -98,6 +101,7 @@ def _run(plan: RunPlan, site_minimum: int) -> Iterator[Line]:
     if plan.privacy is not None:
         yield from protected(plan)
         yield from _how_often(plan)
+        yield from _until(plan)
         return
     yield (
         "How long",
@@ -161,12 +165,23 @@ def _run(plan: RunPlan, site_minimum: int) -> Iterator[Line]:
             "those who stayed out fix the thresholds and are not counted.",
         )
         yield _told(_CLAIMS_TELL.format(cell=cell))
-    yield from _diffusion(plan)
+    yield from diffusion_words(plan)
     yield from _how_often(plan)
+    yield from _until(plan)
     yield (
         "Noise",
         "None is added anywhere: what leaves is bounded, not differentially private (epsilon infinite).",
     )
+
+
+def _until(plan: RunPlan) -> Iterator[Line]:
+    """Until when it may be used."""
+    if day := plan.release.expires:
+        yield (
+            "Until when",
+            f"What leaves, and what is made of it, may be used until {day}. After that day no site answers "
+            "under this plan, nothing more is trained on it, and whoever loads it with FedMeDUET is told.",
+        )
 
 
 def _how_often(plan: RunPlan) -> Iterator[Line]:
@@ -183,6 +198,8 @@ def _how_often(plan: RunPlan) -> Iterator[Line]:
         ("site erasure", ERASURE),
         ("counts of your own audit", AUDIT_COUNTS),
         ("releases of latents", LATENTS),
+        ("synthetic latents", SYNTHETIC_LATENTS),
+        ("moments of latents", LATENT_MOMENTS),
         ("rounds of the diffusion model", DIFFUSION),
     )
     asked = [f"{name}: {times}" for name, one in counted if (times := len(one.rounds(plan)))]
@@ -241,23 +258,6 @@ def _summed(plan: RunPlan, layout: SumLayout) -> str:
         "change any more: one that lies can spoil the model. Style sums, probes and site erasure are still "
         "your own, not summed."
     )
-
-
-def _diffusion(plan: RunPlan) -> Iterator[Line]:
-    diffusion, policy = plan.diffusion, plan.latent_policy
-    if diffusion is None:
-        yield "", policy.sentence
-        return
-    amount = f"at most {diffusion.items_per_site}" if diffusion.items_per_site else "all"
-    conditions = ", ".join(diffusion.conditions) or "nothing"
-    yield "", policy.sentence.format(diffusion=diffusion, amount=amount, told=conditions)
-    yield (
-        "",
-        f"Policy {policy.name}. Guaranteed: {policy.guarantee}. Not covered: {policy.not_covered}. Smallest "
-        f"cohort: {policy.smallest_cohort}.",
-    )
-    if plan.volumes.extent == "scan" and policy.releases_latents:
-        yield "", "Of each scan that is the crop around its foreground's centre, never more of it."
 
 
 _NETWORKS = {

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from client.commands.latent_words import after_the_pretraining, diffusion_words
 from federation.canary_plan import AuditCanariesPlan, in_words, pull_on_steps, pull_on_style
 from federation.exchanges.finetuning import FinetunePlan
-from federation.exchanges.private_rounds import run_epsilon, steps_promise, travelling_keys
+from federation.exchanges.private_rounds import latents_promise, run_epsilon, steps_promise, travelling_keys
 from federation.exchanges.style_code import code_promise, code_shapes, privacy_of
 from federation.finetuning_privacy import FinetunePrivacy, all_rounds, round_promise
 from federation.plan import RunPlan
@@ -52,7 +53,7 @@ def protected(plan: RunPlan) -> Iterator[Line]:
         f"{plan.total_steps:,} steps on {privacy.public_scans} phantoms, in which no patient is, restyled to "
         "the sites' styles; "
         + (
-            "your site is asked nothing more."
+            after_the_pretraining(plan)
             if noisy is None
             else f"then your site takes {noisy.steps} steps on its patients, in {noisy.rounds} rounds, each "
             f"answered within {plan.aggregation.deadline_s:g} s."
@@ -65,7 +66,7 @@ def protected(plan: RunPlan) -> Iterator[Line]:
         f"Once: {numbers(code_shapes(plan))} numbers with noise, which say how your scanner's images look "
         f"on average and about how many patients you have (level {privacy.level}). "
         + ("No weights, no losses, no " if noisy is None else "Later the weights below. No losses, no ")
-        + "counts, no scan, no file name, no label.",
+        + f"counts, {plan.latent_policy.beside_sums}.",
     )
     if noisy is not None:
         values = sum(tensor.numel() for tensor in shared(plan).values())
@@ -78,6 +79,8 @@ def protected(plan: RunPlan) -> Iterator[Line]:
         )
         if noisy.partners == "private":
             yield "", _REPLACED.format(size=noisy.group_size)
+    if plan.diffusion is not None:
+        yield from diffusion_words(plan)
     yield (
         "Promise",
         f"Each patient, with all her scans: epsilon {run_epsilon(plan)} at delta {privacy.delta:g} for the "
@@ -85,6 +88,8 @@ def protected(plan: RunPlan) -> Iterator[Line]:
     )
     if noisy is not None:
         yield "", f"Of a round: {steps_promise(plan).sentence()}"
+    if plan.latent_policy.noised:
+        yield "", f"For the diffusion model: {latents_promise(plan).sentence()}"
     if plan.aggregation.secure_sum:
         yield "", _summed_noise(plan)
     if plan.audit_canaries is not None:

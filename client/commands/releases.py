@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from federation.terminal import DONE, cell
+from meduet_models.published.expiry import until
 
 
 def add_to(commands: Any) -> None:
@@ -31,11 +32,13 @@ def _releases(chosen: argparse.Namespace, console: Console) -> int:
     if chosen.json:
         console.print_json(json.dumps(found))
         return DONE
-    table = Table("when (UTC)", "what", "round", "bytes", "sha256", "to", "plan", "approved by", "promise")
+    table = Table(
+        "when (UTC)", "what", "round", "bytes", "sha256", "to", "plan", "until", "approved by", "promise"
+    )
     for one in found:
         promise = "no noise" if one["epsilon"] is None else f"epsilon {one['epsilon']:.3g}"
         when, people = one["utc"][:19].replace("T", " "), ", ".join(one["approved_by"])
         values = (when, one["kind"], one["round"], one["bytes"], one["sha256"][:12], one["to"], one["plan"])
-        table.add_row(*map(cell, (*values, people, promise)))
+        table.add_row(*map(cell, (*values, until(one["expires"]), people, promise)))
     console.print(table)
     return DONE

@@ -4,8 +4,8 @@
 the decoder is public, so the scans can be reconstructed from them, and the minimum cohort, which is a rule
 about sums, protects no single item. They leave sealed to the bank's key, which the plan names; a plan without
 one is refused before a scan is read. A site takes part in such a plan only if its site.yaml says so in the
-words of the policy (`federation/release_policy.py`). `federated`: no latent leaves. A protected policy is a
-value there, and a case of `answer_latents` (what of the scans, under which promise?).
+words of the policy (`federation/release_policy.py`). `federated`: no latent leaves. What leaves with noise
+has exchanges of its own (`synthetic_latents.py`, `latent_moments.py`).
 
 Items leave under opaque names: a keyed hash of the scan, whose key stays here. The site's own table
 released_latents.csv says which scan is which, so that a patient who withdraws can be taken out at the centre.
@@ -32,6 +32,7 @@ from federation.exchanges.latents import (
     LatentsAsk,
     LatentsReply,
     ToldLatents,
+    banked,
     from_tensors,
     nothing,
     releases_of,
@@ -63,7 +64,7 @@ def consent(plan: RunPlan, sentence: str) -> str:
     """
     policy = plan.latent_policy
     if policy.consent in ("", sentence):
-        if policy.releases_latents:
+        if policy.sealed:
             _check_recipient(plan)
         return policy.agreed
     raise AskRefused(
@@ -75,7 +76,7 @@ def consent(plan: RunPlan, sentence: str) -> str:
 
 def _check_recipient(plan: RunPlan) -> None:
     try:
-        check_recipient(releasing(plan).recipient)
+        check_recipient(banked(plan).recipient)
     except ValueError as error:
         raise AskRefused(f"{error} Nothing was read.", RefusalKind.PLAN_NOT_ACCEPTED) from None
 

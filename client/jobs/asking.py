@@ -54,7 +54,7 @@ def by_job(row: Answer[Any, Any]) -> Answer[Any, Any]:
     def work(site: Site, ask: Ask, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:
         assert site.launcher is not None, "rows are answered by jobs where there is a launcher"
         masking, keep = (None, _nothing) if row.masking is None else row.masking(site, ask, plan)
-        noise = gate.step_secrets() if gate.promise.noise_in == "steps" else None
+        noise = gate.step_secrets() if gate.promise.in_steps else None
         with _folder(site.state_dir / JOBS, ask.plan_sha256) as folder:
             request = _request(row, site.launcher, ask, noise)
             offer = _asked(site.launcher, request, folder, on_step)

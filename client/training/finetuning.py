@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Float32
-from torch import Tensor
+from torch import Tensor, nn
 
 from client.latents.labelled import LabelledScans, NoLabels
 from client.latents.whole_labelled import WholeScan
@@ -182,7 +182,7 @@ def _mean_over_windows(network: DownstreamNetwork, scan: WholeScan) -> Float[Ten
 class MovingAverage:
     """The moving average of a network's trained weights; with momentum 0 it is the weights themselves."""
 
-    def __init__(self, network: DownstreamNetwork, momentum: float) -> None:
+    def __init__(self, network: nn.Module, momentum: float) -> None:
         self._momentum = momentum
         trained = [p for p in network.parameters() if p.requires_grad]
         self._own: list[Tensor] = list(trained) if momentum else []

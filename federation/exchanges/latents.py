@@ -195,6 +195,17 @@ def releasing(plan: RunPlan) -> DiffusionPlan:
     return plan.diffusion
 
 
+def banked(plan: RunPlan) -> DiffusionPlan:
+    """The diffusion model's part of a plan under which latents come into the centre's bank, patients' or
+    not; raises `ValueError` for another."""
+    if plan.diffusion is None or plan.diffusion.release.trained_at != "centre":
+        raise ValueError(
+            "Expected a plan whose diffusion model is trained at the centre; its policy is "
+            f"{plan.latent_policy.name}."
+        )
+    return plan.diffusion
+
+
 def releases_of(plan: RunPlan, round_number: int, available: int) -> range:
     """Which of `available` scans leave in a round, by their place in the site's fixed order.
 
@@ -212,8 +223,9 @@ def releases_of(plan: RunPlan, round_number: int, available: int) -> range:
 
 
 def latent_bound(plan: RunPlan) -> float:
-    """L2 norm that the latents of one scan may have: the plan's root mean square over all their values."""
-    return releasing(plan).latent_clip * math.sqrt(plan.network.latent_channels * math.prod(_grid(plan)))
+    """L2 norm that the latents of one scan, or sample, may have: the plan's root mean square over all their
+    values."""
+    return banked(plan).latent_clip * math.sqrt(plan.network.latent_channels * math.prod(_grid(plan)))
 
 
 def told_shapes(plan: RunPlan, count: int) -> dict[str, tuple[int, ...]]:
@@ -225,7 +237,7 @@ def told_shapes(plan: RunPlan, count: int) -> dict[str, tuple[int, ...]]:
         "spacing": (count, 3),
         "category": (count,),
     }
-    if labels := releasing(plan).labels:
+    if labels := banked(plan).labels:
         shapes["label_map"] = (count, labels, *_grid(plan))
     return shapes
 
@@ -236,12 +248,17 @@ def items_per_chunk(plan: RunPlan) -> int:
 
 
 def largest_latents(plan: RunPlan, ask: LatentsAsk) -> Largest:
-    """Size of a site's answer, at most; names of items are text."""
-    shapes = told_shapes(plan, ask.count)
+    """Size of a site's answer, at most."""
+    return largest_sealed(plan, ask.count)
+
+
+def largest_sealed(plan: RunPlan, count: int) -> Largest:
+    """Size of an answer of so many items, sealed, at most; their names are text."""
+    shapes = told_shapes(plan, count)
     real = {name: shape for name, shape in shapes.items() if name in _REAL}
     others = {name: shape for name, shape in shapes.items() if name not in _REAL}
     tensors = promised(real, torch.float32) | promised(others, torch.float64)
-    clear = largest_reply(tensors, plan.release.latent_dtype, text_bytes=_ITEM_BYTES * ask.count)
+    clear = largest_reply(tensors, plan.release.latent_dtype, text_bytes=_ITEM_BYTES * count)
     return replace(clear, array_bytes=clear.array_bytes + _HEADER_BYTES + OVERHEAD_BYTES)
 
 

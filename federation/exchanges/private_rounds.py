@@ -15,8 +15,10 @@ from typing import Annotated
 from torch import nn
 
 from federation.exchanges.exchange import Exchange
+from federation.exchanges.latent_moments import moments_promise
 from federation.exchanges.pretraining import TrainReply
 from federation.exchanges.style_code import code_promise, privacy_of
+from federation.exchanges.synthetic_latents import synthetic_promise
 from federation.limits import largest_reply
 from federation.messages import Arrays, Ask, Tensors, WireDtype
 from federation.plan import RunPlan
@@ -84,9 +86,19 @@ def mechanisms(plan: RunPlan) -> list[Mechanism]:
     """What all that leaves a site under a plan with privacy costs a patient."""
     code = code_promise(plan).mechanism
     assert code is not None
+    if plan.latent_policy.noised:
+        latents = latents_promise(plan).mechanism
+        assert latents is not None
+        return [code, latents]
     if (noisy := privacy_of(plan).noisy) is None:
         return [code]
     return [code, dataclasses.replace(_of_a_round(plan), steps=noisy.steps)]
+
+
+def latents_promise(plan: RunPlan) -> Promise:
+    """Of what leaves for a diffusion model under a policy with noise; raises `ValueError` under another."""
+    home = plan.diffusion is not None and plan.diffusion.synthetic is not None
+    return synthetic_promise(plan) if home else moments_promise(plan)
 
 
 def run_epsilon(plan: RunPlan) -> Epsilon:

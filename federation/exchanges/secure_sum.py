@@ -17,12 +17,13 @@ from datetime import datetime
 from typing import Annotated
 
 import torch
+from cryptography.x509 import Certificate
 
 from federation.exchanges.exchange import Exchange
 from federation.exchanges.pretraining import TrainAsk, update_promise
 from federation.exchanges.private_rounds import PrivateAsk, noisy_rounds, steps_promise
 from federation.keys.certificates import CertificateRefused, site_of
-from federation.keys.identity import SiteIdentity
+from federation.keys.identity import SiteIdentity, signing_key
 from federation.limits import Largest, largest_reply, promised
 from federation.messages import Arrays, Ask, Reply, Tensors
 from federation.plan import RunPlan
@@ -182,14 +183,25 @@ def roster_of(
     """
     roster, fingerprints = dict[str, Announcement](), dict[str, str]()
     for site, said in by_name(read_said(text, "a roster"), "keys").items():
-        keys, certificate, signature = announced_of(str(said))
-        signed = keys.signed_text(attempt, plan.sites, site)
-        try:
-            fingerprints[site] = reader.key_of(site, certificate, signature, signed, now)
-        except CertificateRefused as error:
-            raise SumRefused(f"Expected keys that {site[:60]!r} signed. {error}") from error
-        roster[site] = keys
+        roster[site], fingerprints[site] = signed_announcement(
+            str(said), site, attempt, plan, reader.authority, now
+        )
     return roster, fingerprints
+
+
+def signed_announcement(
+    text: str, site: str, attempt: Attempt, plan: RunPlan, authority: Certificate, now: datetime
+) -> tuple[Announcement, str]:
+    """Keys that a site announced, from `announced_text`, and the fingerprint of the key that signed them.
+
+    Raises `SumRefused` unless the site that is named signed them, for this attempt.
+    """
+    keys, certificate, signature = announced_of(text)
+    signed = keys.signed_text(attempt, plan.sites, site)
+    try:
+        return keys, signing_key(authority, site, certificate, signature, signed, now)
+    except CertificateRefused as error:
+        raise SumRefused(f"Expected keys that {site[:60]!r} signed. {error}") from error
 
 
 def said_of(survivors: frozenset[str], lost: frozenset[str]) -> str:

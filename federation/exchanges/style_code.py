@@ -91,10 +91,13 @@ def asked_promise(plan: RunPlan, ask: StyleCodeAsk) -> Promise:
 
 def code_promise(plan: RunPlan) -> Promise:
     """Each patient's share is bounded where it is made; the gate adds the noise that the plan's epsilon, or
-    the share of it that noisy steps leave, asks for."""
+    the share of it that noisy steps or noised latents leave, asks for."""
     privacy = privacy_of(plan)
-    noisy = privacy.noisy
-    epsilon = privacy.epsilon if noisy is None else noisy.epsilon_style
+    noisy, epsilon = privacy.noisy, privacy.epsilon
+    if noisy is not None:
+        epsilon = noisy.epsilon_style
+    elif plan.diffusion is not None and plan.diffusion.epsilon_style is not None:
+        epsilon = plan.diffusion.epsilon_style
     relation: Relation = "add or remove one" if noisy is None else noisy.relation
     noise = gaussian_multiplier(epsilon, privacy.delta, relation)
     return Promise(

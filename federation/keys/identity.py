@@ -52,21 +52,28 @@ class SiteIdentity:
         return certificate_pem(self.certificate).decode("ascii")
 
     def key_of(self, site: str, certificate: str, signature: bytes, text: bytes, now: datetime) -> str:
-        """Fingerprint of the key with which `site` signed `text`.
+        """As `signing_key`, by the authority that this site trusts."""
+        return signing_key(self.authority, site, certificate, signature, text, now)
 
-        Raises `CertificateRefused` unless the authority certified that key for that site and the signature is
-        right.
-        """
-        found = read_certificate(certificate.encode())
-        check_certificate(found, self.authority, "site", now)
-        if site_of(found) != site:
-            raise CertificateRefused(f"Expected a certificate of {site!r}; got {site_of(found)!r}'s.")
-        key = public_key_of(found)
-        try:
-            key.verify(signature, _SIGNED + text, ec.ECDSA(SHA384()))
-        except InvalidSignature:
-            raise CertificateRefused(f"Expected a signature of {site!r}; it is not one.") from None
-        return key_fingerprint(key)
+
+def signing_key(
+    authority: x509.Certificate, site: str, certificate: str, signature: bytes, text: bytes, now: datetime
+) -> str:
+    """Fingerprint of the key with which `site` signed `text`.
+
+    Raises `CertificateRefused` unless the authority certified that key for that site and the signature is
+    right.
+    """
+    found = read_certificate(certificate.encode())
+    check_certificate(found, authority, "site", now)
+    if site_of(found) != site:
+        raise CertificateRefused(f"Expected a certificate of {site!r}; got {site_of(found)!r}'s.")
+    key = public_key_of(found)
+    try:
+        key.verify(signature, _SIGNED + text, ec.ECDSA(SHA384()))
+    except InvalidSignature:
+        raise CertificateRefused(f"Expected a signature of {site!r}; it is not one.") from None
+    return key_fingerprint(key)
 
 
 class Peers:

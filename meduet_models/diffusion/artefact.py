@@ -28,6 +28,7 @@ from forms.ranges import shown
 from meduet_models.diffusion.conditioner import Conditioner
 from meduet_models.diffusion.transformer import DiffusionConfig, DiffusionTransformer
 from meduet_models.meduet import FactorNetwork, NetworkConfig
+from meduet_models.published.expiry import EXPIRES, warn_if_expired
 from meduet_models.published.withdrawals import warn_if_withdrawn
 from meduet_models.sharing import encoder_keys
 from meduet_models.style.bank import StyleBank
@@ -66,6 +67,8 @@ class GenerativeModel:
     """Whether what they released is patient data: then the model is handled as scans are."""
     provenance: dict[str, str]
     """Plan, rounds, steps, hashes."""
+    expires: str = ""
+    """Last day on which it may be used; empty: no such day."""
 
     @property
     def conditioner(self) -> Conditioner:
@@ -99,6 +102,7 @@ def save_generative_model(path: str | Path, model: GenerativeModel) -> None:
         "policy": model.policy,
         "patient_data": json.dumps(model.patient_data),
         "provenance": json.dumps(model.provenance, sort_keys=True),
+        EXPIRES: model.expires,
         "sha256": sha256_of_tensors(tensors),
     }
     save_weights(path, tensors, header)
@@ -113,6 +117,7 @@ def load_generative_model(path: str | Path) -> GenerativeModel:
     path = Path(path)
     tensors, header = load_weights(path)
     warn_if_withdrawn(path)
+    warn_if_expired(path, header)
     if header.get("kind") != KIND:
         found = header.get("kind", "nothing of the kind")
         raise ValueError(f"Expected a {KIND} in {path.name}; its header says {found!r}.")
@@ -131,6 +136,7 @@ def load_generative_model(path: str | Path) -> GenerativeModel:
             "policy": header["policy"],
             "patient_data": header.get("patient_data") != "false",  # of one that does not say, nobody knows
             "provenance": _mapping(header, "provenance"),
+            "expires": header.get(EXPIRES, ""),
         }
     except (KeyError, TypeError) as error:
         raise ValueError(f"Expected the header of a {KIND} in {path.name}; got another ({error}).") from error

@@ -15,6 +15,7 @@ from torch import Tensor
 from forms.form import build
 from forms.json_text import read_json
 from meduet_models.meduet import FactorNetwork, NetworkConfig
+from meduet_models.published.expiry import warn_if_expired
 from meduet_models.published.withdrawals import warn_if_withdrawn
 from meduet_models.weights import load_weights
 
@@ -61,14 +62,15 @@ class Pretrained:
 
 
 def load_pretrained(path: Path) -> Pretrained:
-    """Read the final weights of a run; a warning is logged where a site withdrew what they were made of, and
-    where they were made with canaries.
+    """Read the final weights of a run; a warning is logged where a site withdrew what they were made of,
+    where their use was agreed until a day that is past, and where they were made with canaries.
 
     Raises `ValueError` when the file is damaged, is not a MeDUET of this version, or lacks a part of the
     content branch.
     """
     tensors, provenance = load_weights(path)
     warn_if_withdrawn(path)
+    warn_if_expired(path, provenance)
     if CANARIES in provenance:
         _log.warning(
             "%s was made with canaries (%s), to audit its noise: made-up contributors are in these weights. "

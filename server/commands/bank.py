@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from federation.terminal import cell, say
+from meduet_models.published.expiry import until
 from server.latent_bank.bank import LatentBank
 from server.latent_bank.listing import items, summary
 
@@ -76,6 +77,12 @@ def _list(chosen: argparse.Namespace, console: Console) -> None:
         rounds = _span(counts["rounds"])
         sites.add_row(cell(name), *(str(counts[s]) for s in states), ", ".join(counts["policies"]), rounds)
     console.print(sites)
+    for plan, terms in contents["terms"].items():
+        epsilon = "infinite" if (one := terms.get("epsilon")) is None else f"{one:.3f}"
+        told = (
+            f"Plan {plan[:12]}…: epsilon of a patient {epsilon}; to be used until: {until(terms['expires'])}."
+        )
+        say(console, told)
     if contents["models"]:
         console.print(_models(contents["models"]))
     if chosen.items:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from federation.terminal import cell, say
+from meduet_models.published.expiry import is_expired, until
 from server.releases import Made, register, withdraw
 
 
@@ -69,8 +70,9 @@ def _withdraw(chosen: argparse.Namespace, console: Console) -> None:
 
 
 def _files(made: list[Made] | tuple[Made, ...], title: str) -> Table:
-    table = Table("file", "sha256", "made of releases of", "withdrew", title=title)
+    table = Table("file", "sha256", "made of releases of", "withdrew", "until", title=title)
     for one in made:
         values = (one.file, one.sha256[:12], ", ".join(one.sites), ", ".join(one.withdrawn) or "nobody")
-        table.add_row(*map(cell, values), style="red" if one.withdrawn else "")
+        red = one.withdrawn or is_expired(one.expires)
+        table.add_row(*map(cell, (*values, until(one.expires))), style="red" if red else "")
     return table

@@ -21,6 +21,7 @@ from federation.published_plan import PublishedPlan, plan_of
 from forms.form import build
 from forms.json_text import read_json
 from forms.yaml_text import read_yaml
+from meduet_models.published.expiry import EXPIRES, check_unexpired
 from meduet_models.tokenizer.tokenizer import TokenizerSpec, load_tokenizer
 from server.config import FROM_CONFIG, compose_config, plain, plan_from
 from server.consortium.provisioning import ConsortiumSettings
@@ -48,9 +49,10 @@ def make_plan(
 
     The grid of volumes is that of `hospitals=folders` unless an override says otherwise; of a group
     `hospitals` only that grid counts. Public scans of a plan with privacy are drawn into `folder`. A plan
-    under which latents leave names the public key of the bank whose key is in the file `bank_key`, made when
-    there is none; one with a start from public anatomy the hash of that in the file `anatomy` (none: of the
-    shipped one). Raises `ValueError` for a setting that is wrong, or has no effect on a plan.
+    under which latents leave, of scans or samples, names the public key of the bank whose key is in the file
+    `bank_key`, made when there is none; one with a start from public anatomy the hash of that in the file
+    `anatomy` (none: of the shipped one). Raises `ValueError` for a setting that is wrong, or has no effect on
+    a plan.
     """
     keys = [override.split("=")[0].lstrip("+~") for override in overrides]
     for key, override in zip(keys, overrides, strict=True):
@@ -72,7 +74,7 @@ def make_plan(
         stride=tokenizer.stride,
     )
     made = with_start(made, spec, anatomy)
-    releases = made.diffusion is not None and made.diffusion.release.releases_latents
+    releases = made.diffusion is not None and made.diffusion.release.sealed
     if releases != (bank_key is not None):
         raise ValueError(
             "Expected --bank-key FILE, the key of the bank that latents are sealed to, with a plan under "
@@ -134,11 +136,13 @@ def make_finetuning(pretrained: Path, settings: Sequence[str], anatomy: Path | N
     """The fine-tuning of a finished run (its folder, or its model.safetensors), from settings as ``rounds=5``
     or ``local.task=segmentation``; a start from public anatomy from the file `anatomy`, or the shipped one.
 
-    Raises `ValueError` for a setting that is wrong, and for a file that is no run's final weights.
+    Raises `ValueError` for a setting that is wrong, and for a file that is no run's final weights, or whose
+    use was agreed until a day that is past.
     """
     from server.exchanges.finetuning import pretrained_of, pretrained_sha256  # MONAI takes seconds to import
 
     found = pretrained_of(pretrained)
+    check_unexpired(found.provenance.get(EXPIRES, ""), "a pretrained encoder")
     values: dict[str, Any] = {
         "run_sha256": found.provenance.get("plan_sha256", ""),
         "pretrained_sha256": pretrained_sha256(found.network),

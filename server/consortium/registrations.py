@@ -12,11 +12,12 @@ from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_public_key, load_ssh_public_key
+from cryptography.x509 import Certificate
 from flwr.proto.node_pb2 import NodeInfo
 
 from federation.keys.certificates import checked_key, key_fingerprint, read_certificate, read_revocations
 from federation.keys.key_files import read_file
-from federation.keys.kits import CERTIFICATE
+from federation.keys.kits import AUTHORITY, CERTIFICATE
 
 REVOKED = "crl.pem"
 
@@ -41,6 +42,11 @@ class Registrations:
         if not (consortium / REVOKED).is_file():
             raise ValueError(f"Expected a consortium's folder with {REVOKED}; got {consortium}.")
         self._consortium = consortium
+
+    @property
+    def authority(self) -> Certificate:
+        """Who certified the sites' keys. Raises `ValueError` where it is not there."""
+        return read_certificate(read_file(self._consortium / AUTHORITY, "the authority's certificate"))
 
     def __call__(self, node: NodeInfo) -> str:
         """The site whose key `node` is registered with; empty when it is nobody's."""

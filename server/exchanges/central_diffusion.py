@@ -3,7 +3,8 @@
 Before a round the sites' next latents are collected; then, in a thread of its own, the plan's number of steps
 is taken on what the bank holds, conditioned by the encoder with which the round began, while the round waits
 for the sites. Steps are counted and not timed, and every draw depends on the seed and the step, so a run that
-was stopped goes on to the same weights. After the last round the final encoder takes over.
+was stopped goes on to the same weights. After the last round the final encoder takes over. Of a plan with
+privacy all of it happens then, on latents with noise (`server/exchanges/noised_latents.py`).
 What this file does not do: it decides nothing about what sites release (`client/exchanges/latents.py`), and
 stores no latent (`server/latent_bank/bank.py`).
 """
@@ -29,6 +30,7 @@ from meduet_models.weights import load_weights, sha256_of_tensors
 from server.checkpoints import Checkpoint, Checkpoints
 from server.exchanges.federated_diffusion import FinishedDiffusion
 from server.exchanges.latents import collect
+from server.exchanges.noised_latents import NoisedLatents
 from server.latent_bank.bank import LatentBank
 from server.latent_bank.records import Codes
 from strategies.quorum import Roster
@@ -51,10 +53,15 @@ class CentralDiffusion:
         device: torch.device,
         book: ReplyBook,
         on_step: OnStep = lambda done, total, loss: None,
+        noised: NoisedLatents | None = None,
     ) -> None:
+        """`noised`: what fills the bank after the pretraining, of a policy with noise; none: the sites'
+        latents do while the rounds run."""
         if plan.diffusion is None or plan.diffusion.release.trained_at != "centre":
             raise ValueError("Expected a plan with a diffusion model of the centre (diffusion.policy=raw).")
-        if plan.diffusion.recipient != latent_bank.recipient:
+        if (noised is not None) != plan.diffusion.release.noised:
+            raise ValueError(f"Expected latents as diffusion.policy={plan.diffusion.policy} lets them out.")
+        if plan.diffusion.release.sealed and plan.diffusion.recipient != latent_bank.recipient:
             raise ValueError(
                 "Expected the bank's key to be the one that the plan names (diffusion.recipient: "
                 f"{plan.diffusion.recipient[:12] or 'none'}…); its public key is "
@@ -63,7 +70,7 @@ class CentralDiffusion:
         self.plan, self.diffusion = plan, plan.diffusion
         self.latents = latent_bank
         self._grid, self._roster, self._book = grid, roster, book
-        self._device, self._on_step = device, on_step
+        self._device, self._on_step, self._noised = device, on_step, noised
         self._checkpoints = Checkpoints(folder / "checkpoints", plan.sha256)
         self._last = self._checkpoints.latest()
         self._trainee: DiffusionTrainee | None = None
@@ -79,7 +86,7 @@ class CentralDiffusion:
 
         Raises `ValueError` when the bank is empty then.
         """
-        if round_number < self.diffusion.begin_round:
+        if self._noised is not None or round_number < self.diffusion.begin_round:
             return {}
         collected = collect(
             self._grid,
@@ -117,6 +124,10 @@ class CentralDiffusion:
     def finish(self, shared: Tensors, style_bank: Tensors) -> FinishedDiffusion:
         """The steps after the last round, with the final encoder, and the model."""
         rounds, total = self.plan.training.rounds, self.num_steps
+        filled = []
+        if self._noised is not None:
+            conditioner, coder = self._conditioner(shared), self._coder(shared)
+            filled = [self._noised.fill(self.latents, style_bank, conditioner, coder)]
         trainee = self._ready(shared, style_bank)
         while self._done < total:
             steps = range(self._done, min(self._done + STEPS_PER_CHECKPOINT, total))
@@ -126,7 +137,10 @@ class CentralDiffusion:
             self._on_step(steps.stop, total, mean)
         assert self._last is not None  # at least one step was taken: the plan says so
         return FinishedDiffusion(
-            trainee.ema.cpu().eval(), self.diffusion.policy, total, self._last.metrics["reports"]
+            trainee.ema.cpu().eval(),
+            self.diffusion.policy,
+            total,
+            [*filled, *self._last.metrics["reports"]],
         )
 
     def saved(self, path: Path) -> None:

@@ -23,6 +23,7 @@ from meduet_models.style.bank import StyleBank
 from meduet_models.weights import sha256_of_tensors
 from server.exchanges.central_diffusion import CentralDiffusion
 from server.exchanges.federated_diffusion import FinishedDiffusion, run_diffusion_rounds
+from server.exchanges.noised_latents import NoisedLatents
 from server.latent_bank.bank import LatentBank
 from strategies.quorum import Roster
 
@@ -100,9 +101,10 @@ def diffusion_of(
     bank_key: Path,
     book: ReplyBook,
     on_diffusion: OnDiffusion,
+    public: Callable[[], torch.Tensor],
 ) -> DiffusionPhase:
-    """The kind that the plan asks for. Raises `ValueError` when a latent bank that is there cannot be
-    opened."""
+    """The kind that the plan asks for; `public` gives the public scans of a plan with privacy. Raises
+    `ValueError` when a latent bank that is there cannot be opened."""
     match plan.latent_policy.trained_at:
         case "nowhere":
             return NoDiffusion()
@@ -110,7 +112,10 @@ def diffusion_of(
             return FederatedDiffusion(grid, roster, plan, folder, book, on_diffusion)
         case "centre":
             latent_bank = LatentBank(folder / "latents", bank_key)
-            return CentralDiffusion(grid, roster, plan, folder, latent_bank, device, book, on_diffusion)
+            noised = NoisedLatents(grid, roster, plan, book, public) if plan.latent_policy.noised else None
+            return CentralDiffusion(
+                grid, roster, plan, folder, latent_bank, device, book, on_diffusion, noised
+            )
 
 
 def save_diffusion(
@@ -138,6 +143,7 @@ def save_diffusion(
             categories=diffusion.categories,
             policy=finished.policy,
             patient_data=release_policy(finished.policy).is_patient_data,
+            expires=plan.release.expires,
             provenance={
                 "plan_sha256": plan.sha256,
                 "plan": plan.to_json(),

@@ -33,6 +33,7 @@ from meduet_models.downstream.networks import trained_keys
 from meduet_models.downstream.starting import StartedNetwork, start_sha256, starting_network
 from meduet_models.downstream.tasks import task_of
 from meduet_models.meduet import FactorNetwork
+from meduet_models.published.expiry import EXPIRES, check_unexpired
 from meduet_models.published.pretrained import MODEL, Pretrained, load_pretrained
 from meduet_models.weights import save_weights, sha256_of_tensors
 from privacy.worth import LITTLE
@@ -103,9 +104,11 @@ def run_finetuning(
     `site_of` says which site a node is registered as; none: as in a simulation. `anatomy`: the file of the
     start from public anatomy that the plan names; none: the shipped one.
     Raises `ValueError` when `pretrained` is not the encoder that `finetuning` names, or the run's updates
-    leave in secure sums only, or noise drowns the steps, `OtherPlan` when the
-    folder holds another fine-tuning or a run, and `RoundFailed` below the quorum (the last checkpoint stays).
+    leave in secure sums only, noise drowns the steps, or the run's releases have expired, `OtherPlan` when
+    the folder holds another fine-tuning or a run, and `RoundFailed` below the quorum (the last checkpoint
+    stays).
     """
+    check_unexpired(plan.release.expires, "a pretrained encoder")
     observer = observer or RoundObserver()
     local = finetuning.local
     if plan.aggregation.secure_sum:
@@ -190,7 +193,8 @@ def run_finetuning(
     network.load_state_dict({**fixed, **last.shared})
     path, tensors = folder / FINETUNED, network.state_dict()
     sha256 = sha256_of_tensors(tensors)
-    save_weights(path, tensors, {"finetuning": finetuning_json, "plan": plan_json, "tensors_sha256": sha256})
+    header = {"finetuning": finetuning_json, "plan": plan_json, "tensors_sha256": sha256}
+    save_weights(path, tensors, header | {EXPIRES: plan.release.expires})
     journal.append({"kind": "end", "plan": finetuning.sha256, "tensors_sha256": sha256})
     observer.on_complete()
     write_metrics(folder, last.metrics | {"final": {}})

@@ -5,6 +5,9 @@ the threshold is left; below it the attempt is given up, and another begins with
 survivors was sent there is no other attempt: where its sum cannot be opened, the round is burnt. It counts,
 the weights stay as they were, and the next round begins from them.
 
+Keys that a site announces are checked here, too, against the consortium's authority: a key that somebody put
+in a site's place costs that site its place, not everybody the attempt.
+
 What this file does not do: it sees no update, so it judges none: no norm screen, no robust rule, no losses of
 single sites. A site is bounded by its own gate alone; what a lying one can do shows, if at all, in the sum.
 """
@@ -17,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cryptography.x509 import Certificate
 from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
@@ -41,9 +45,11 @@ from federation.exchanges.secure_sum import (
     roster_text,
     said_of,
     shares_of,
+    signed_announcement,
     summed_rounds,
 )
 from federation.exchanges.style_code import LATENTS
+from federation.keys.certificates import utc_now
 from federation.messages import Ask, RefusalKind, Tensors
 from federation.plan import RunPlan
 from federation.reply_book import ReplyBook
@@ -99,10 +105,13 @@ class SecureSums:
         roster: Roster,
         folder: Path,
         book: ReplyBook,
+        authority: Certificate | None,
         on_reply: OnReply = lambda round_number, site, report: None,
         public: Tensor | None = None,
     ) -> None:
-        self.plan, self.roster = plan, roster
+        """`authority`: who certified the sites' keys; None: nobody that the centre knows, and only the sites
+        look at each other's signatures."""
+        self.plan, self.roster, self._authority = plan, roster, authority
         self.shared = {name: tensor.detach().clone() for name, tensor in shared.items()}
         settings = plan.aggregation
         self.optimiser = ServerOptimiser(settings.optimiser, settings.learning_rate, settings.momentum)
@@ -179,7 +188,7 @@ class SecureSums:
 
         # 1. Fresh keys
         if not record.announced:
-            said = self._ask(grid, SUM_KEYS, SumKeysAsk(**asked), lambda reply: announced_of(reply.text))
+            said = self._ask(grid, SUM_KEYS, SumKeysAsk(**asked), self._check_announced)
             record = dataclasses.replace(record, announced=said)
             self._records.write(round_number, record)
 
@@ -202,6 +211,15 @@ class SecureSums:
                 round_number, dataclasses.replace(record, survivors=tuple(sorted(total.sites)))
             )
         return total
+
+    def _check_announced(self, reply: SumTextReply) -> None:
+        """Keys that a site did not sign would be refused by every other site, and the attempt would be lost:
+        they are put aside here already, where the authority is known."""
+        if self._authority is None:
+            announced_of(reply.text)
+            return
+        attempt = Attempt(self.plan.sha256, reply.round, reply.attempt)
+        signed_announcement(reply.text, reply.site, attempt, self.plan, self._authority, utc_now())
 
     def _opened(self, grid: Grid, round_number: int, record: SumRecord, total: RingSum) -> SumOfSites:
         # 4. Of each survivor the seed of its own mask, of each lost site the key of its masks with others

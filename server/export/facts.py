@@ -19,6 +19,7 @@ from federation.exchanges.demographics import AGES, SEX_NAMES, SEXES, age_bands
 from federation.exchanges.survey import smallest_cohort
 from federation.plan import RunPlan
 from forms.json_text import read_json
+from meduet_models.published.expiry import EXPIRES
 from meduet_models.published.pretrained import CANARIES, MODEL, Pretrained, load_pretrained
 from meduet_models.published.scan_model import tokenizer_of
 from meduet_models.tokenizer.tokenizer import Tokenizer
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _KEPT = (
     "model", "network", "tokenizer_sha256", "volumes", "plan_sha256", "rounds", "tensors_sha256", "readers",
+    EXPIRES,
     CANARIES,
 )  # fmt: skip
 """Of the header; the rest (the plan, counts and probes of sites) stays at the consortium."""

@@ -1,4 +1,5 @@
-"""The latent bank: what sites released, encrypted at the centre, until it is withdrawn. PATIENT DATA.
+"""The latent bank: what sites released, encrypted at the centre, until it is withdrawn. PATIENT DATA, but for
+latents with noise, which are labelled so (`synthetic`, `aggregate`), with their epsilon.
 
 Takes items once, however often they come; keeps one of those with the same latents; keeps no more of a site
 than the plan says. A site or an item that is withdrawn is overwritten, never taken again, and counted at
@@ -22,9 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from federation.exchanges.latents import LatentsReply, ToldLatents, is_item, opened, releasing
+from federation.exchanges.latents import LatentsReply, ToldLatents, banked, is_item, opened
+from federation.exchanges.private_rounds import run_epsilon
 from federation.plan import RunPlan
 from federation.sealing import recipient_key, recipient_of
+from meduet_models.published.expiry import EXPIRES, check_unexpired
 from server.latent_bank.records import Codes, DamagedRecord, RecordLayout, Seal, key_beside, read_key
 from server.latent_bank.source import LatentSource
 from server.latent_bank.tables import STATES, Item, Origin, Tables
@@ -33,11 +36,13 @@ from storage.files import private_folder
 BANK, MARKER = "bank.sqlite", "PATIENT-DATA.txt"
 _EARLIER = "index.sqlite"
 """What a bank of an earlier form has in its folder."""
-_MARKER_TEXT = """This folder holds latents of patients' scans, from which the scans can be reconstructed.
-It is patient data, encrypted under a key that lies beside the folder. Do not copy, share or publish it.
-`meduet-server bank list` says what is in it; `meduet-server bank forget` takes a site or an item out.
+_MARKER_TEXT = """This folder holds latents that sites released: of patients' scans, from which these can be
+reconstructed, or, under a plan with privacy, synthetic ones. Unless `meduet-server bank list` says that there
+are no raw latents, it is patient data, encrypted under a key that lies beside the folder. Do not copy, share
+or publish it. `meduet-server bank forget` takes a site or an item out.
 """
 _AT_ONCE = 64
+_TERMS = "terms of"
 
 _log = logging.getLogger(__name__)
 
@@ -156,7 +161,7 @@ class LatentBank:
         Raises `ValueError` when the bank is of other sites, volumes or tokenizer than the plan, when codes
         come for some items only, and when an item was released by another site.
         """
-        diffusion = releasing(plan)
+        diffusion = banked(plan)
         layout = RecordLayout.of(plan, codes)
         records = layout.pack(reply.examples, codes)
         hashes = [hashlib.sha256(record["latents"].tobytes()).hexdigest() for record in records]
@@ -191,12 +196,22 @@ class LatentBank:
             self.tables.dealt_with(origin, reply.first + len(reply.items))
         return Added(**counts)
 
+    def terms_of(self, plan_sha256: str) -> dict[str, Any]:
+        """Under which terms a plan's items came: epsilon of a patient (None: infinite), delta, the last day
+        of their use; empty before the first."""
+        text = self.tables.meta(f"{_TERMS} {plan_sha256}")
+        return {} if text is None else dict(json.loads(text))
+
     def source(self, plan: RunPlan, last_round: int) -> LatentSource:
         """What was released up to a round, for training; always in the same order.
 
-        Raises `ValueError` when there is nothing, or what there is may not be used under the plan.
+        Raises `ValueError` when there is nothing, or what there is may not be used under the plan, or not any
+        more.
         """
         origins = [origin for origin in self.tables.origins().values() if origin.round <= last_round]
+        for origin in origins:
+            terms = self.terms_of(origin.plan)
+            check_unexpired(terms.get(EXPIRES, ""), f"items of the bank {self.folder}")
         allowed = None if plan.diffusion is None else plan.diffusion.policy
         if odd := sorted({origin.policy for origin in origins if origin.total} - {allowed}):
             raise ValueError(
@@ -327,11 +342,12 @@ class LatentBank:
         there = self.tables.origin_of(plan.sha256, reply.site, reply.round)
         if there is not None:
             return there
+        self.tables.set_meta(f"{_TERMS} {plan.sha256}", json.dumps(_promised(plan), sort_keys=True))
         return self.tables.begin(
             Origin(
                 origin=0,
                 plan=plan.sha256,
-                policy=releasing(plan).policy,
+                policy=banked(plan).policy,
                 site=reply.site,
                 participant=plan.participants.index(reply.site),
                 round=reply.round,
@@ -346,7 +362,7 @@ class LatentBank:
         if self.tables.meta("layout") is None:
             for name, value in {"layout": layout.to_json(), **_terms(plan)}.items():
                 self.tables.set_meta(name, value)
-            self.tables.set_meta("patient_data", json.dumps(releasing(plan).release.is_patient_data))
+            self.tables.set_meta("patient_data", json.dumps(banked(plan).release.is_patient_data))
         self._check(plan, layout)
 
     def _check(self, plan: RunPlan, layout: RecordLayout) -> None:
@@ -369,13 +385,21 @@ class LatentBank:
             )
 
 
+def _promised(plan: RunPlan) -> dict[str, Any]:
+    """What is promised of a plan's items to a patient of theirs."""
+    until = {EXPIRES: plan.release.expires}
+    if plan.privacy is None:
+        return {"epsilon": None, "delta": None, **until}
+    return {"epsilon": run_epsilon(plan).upper, "delta": plan.privacy.delta, **until}
+
+
 def _terms(plan: RunPlan) -> dict[str, str]:
     """What the numbers in a record mean, by name, as text."""
     terms = {
         "tokenizer": plan.tokenizer_sha256,
         "sites": list(plan.sites),
         "body parts": list(plan.style.body_parts),
-        "classes": [releasing(plan).category, *releasing(plan).categories],
+        "classes": [banked(plan).category, *banked(plan).categories],
         "volumes": dataclasses.asdict(plan.volumes),
     }
     return {name: json.dumps(value, sort_keys=True) for name, value in terms.items()}

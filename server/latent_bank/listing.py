@@ -36,6 +36,11 @@ def summary(latent_bank: LatentBank) -> dict[str, Any]:
         "items": len(latent_bank),
         "layout": None if layout is None else json.loads(layout),
         "sites": sites,
+        "terms": {
+            plan: terms
+            for plan in sorted({origin.plan for origin in origins})
+            if (terms := latent_bank.terms_of(plan))
+        },
         "models": [dataclasses.asdict(model) for model in latent_bank.models()],
     }
 
@@ -54,6 +59,7 @@ def items(latent_bank: LatentBank) -> Iterator[dict[str, Any]]:
                         "site": origin.site,
                         "round": origin.round,
                         "policy": origin.policy,
+                        **latent_bank.terms_of(origin.plan),
                         "plan": origin.plan,
                         "encoder": origin.encoder,
                         "sha256": item.sha256,

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from jaxtyping import Float
 from torch import Tensor
 
-from federation.exchanges.latents import releasing
+from federation.exchanges.latents import banked
 from federation.plan import LatentDtype, RunPlan
 from federation.sealing import recipient_key, recipient_of
 from forms.form import build
@@ -69,7 +69,7 @@ class RecordLayout:
         return RecordLayout(
             latents=(plan.network.latent_channels, *plan.network.latent_grid),
             dtype=plan.release.latent_dtype,
-            labels=releasing(plan).labels,
+            labels=banked(plan).labels,
             content=0 if codes is None else codes.content.shape[1],
             style=0 if codes is None else codes.style.shape[1],
         )

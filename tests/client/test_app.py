@@ -14,9 +14,9 @@ from flwr.clientapp import ClientApp
 
 from client.app import LOG_NAME, make_client_app
 from client.app import app as deployed_app
+from client.declared import GateRefusal
 from client.exchanges import survey as survey_exchange
 from client.exchanges.exchange import AskRefused
-from client.release import GateRefusal
 from client.training.site_state import StateDamaged, StateFolder, StateMissing
 from client.training.trainee import WrongWeights
 from client.watchdog import DeadlineMissed, watchdog

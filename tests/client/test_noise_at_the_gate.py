@@ -9,7 +9,8 @@ import torch
 from scipy.stats import kstest
 
 from client.answers import Answer, KeptAnswers
-from client.release import Gate, GateRefusal
+from client.declared import GateRefusal
+from client.release import Gate
 from federation.journal import Journal
 from privacy.accounting import Mechanism
 from privacy.chain import Chain

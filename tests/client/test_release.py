@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from client.answers import KeptAnswers
-from client.release import Gate, GateRefusal, Released
+from client.declared import GateRefusal
+from client.release import Gate, Released
 from federation.journal import Journal
 from federation.wire import RefusalKind, array_record, tensors_of
 from meduet_models.weights import sha256_of_tensors

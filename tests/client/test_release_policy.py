@@ -11,11 +11,13 @@ from client.exchanges.exchange import AskRefused
 from client.exchanges.latents import consent
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.latents import releasing
+from federation.exchanges.private_rounds import latents_promise
 from federation.plan import RunPlan
 from federation.published_plan import PublishedPlan
 from federation.release_policy import NONE, POLICIES, RAW, ReleasePolicy, check_sentence
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from simulations.page import _tiles
+from tests.rounds.noised import the_plan
 from tests.worlds import RECIPIENT
 
 DIFFUSION = DiffusionPlan(
@@ -44,7 +46,9 @@ def blurred(monkeypatch: pytest.MonkeyPatch, toy_plan: Callable[..., RunPlan]) -
 
 
 def test_a_word_that_is_no_policy_makes_no_plan(toy_plan: Callable[..., RunPlan]) -> None:
-    with pytest.raises(ValueError, match=r"diffusion\.policy to be one of raw, federated; got 'protected'"):
+    with pytest.raises(
+        ValueError, match=r"policy to be one of raw, federated, synthetic, aggregate; got 'protected'"
+    ):
         dataclasses.replace(DIFFUSION, policy="protected")
     published = PublishedPlan(plan=toy_plan(diffusion=DIFFUSION), bundle_sha256="0" * 64).to_json()
     assert PublishedPlan.from_json(published)
@@ -88,15 +92,22 @@ def test_plan_show_says_guarantee_what_is_not_covered_and_the_smallest_cohort(
         "none": None,
         "raw": DIFFUSION,
         "federated": dataclasses.replace(DIFFUSION, policy="federated", recipient="", rounds=2),
+        "synthetic": None,
+        "aggregate": None,
     }[name]
-    plan = toy_plan(diffusion=diffusion)
+    noised = name in ("synthetic", "aggregate")
+    plan = the_plan(name) if noised else toy_plan(diffusion=diffusion)
     policy = plan.latent_policy
     said = " ".join(words for _, words in plan_words(PublishedPlan(plan=plan, bundle_sha256="0" * 64)))
     assert policy.name == name
-    if diffusion is None:
+    if plan.diffusion is None:
         assert policy.sentence in said
         return
     for words in (policy.guarantee, policy.not_covered, policy.smallest_cohort):
         assert words and words in said
-    assert "infinite" in policy.guarantee and "anonym" not in said.lower()
-    assert ("key " + RECIPIENT[:12] in said) == (name == "raw")
+    assert ("infinite" in policy.guarantee) != noised and "anonym" not in said.lower()
+    assert ("key " + RECIPIENT[:12] in said) == policy.sealed == (name in ("raw", "synthetic"))
+    if noised:
+        assert latents_promise(plan).sentence() in said and "for the whole run" in said
+        assert "synthetic latents: 1" in said or "moments of latents: 1" in said
+    assert ("Expected quality: with 40 patients" in said) == (name == "synthetic")

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from client.answers import KeptAnswers
-from client.release import Gate, GateRefusal
+from client.declared import GateRefusal
+from client.release import Gate
 from client.watchdog import DeadlineMissed, unwatched, watchdog
 from federation.journal import Journal
 from federation.wire import RefusalKind

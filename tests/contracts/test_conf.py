@@ -33,7 +33,8 @@ def plan_of(*overrides: str) -> RunPlan:
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_configuration_makes_a_plan(option: str) -> None:
     volumes = ["volumes.shape=[96,96,96]"] if option == "network=paper" else []
-    plan = plan_of(option, "root=/somewhere", *volumes)
+    noised = option in ("diffusion=aggregate", "diffusion=synthetic")
+    plan = plan_of(option, "root=/somewhere", *volumes, *(["privacy=sums"] if noised else []))
     assert RunPlan.from_json(plan.to_json()) == plan
 
 

@@ -19,6 +19,7 @@ from federation.canary_plan import AuditCanariesPlan
 from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning
 from federation.finetuning_privacy import FinetunePrivacy
+from federation.latent_privacy import AggregatePlan, SyntheticPlan
 from federation.plan import (
     AggregationPlan,
     AuditCountsPlan,
@@ -55,6 +56,8 @@ SETTINGS = (
     AuditCanariesPlan,
     PrivacyPlan,
     NoisySteps,
+    SyntheticPlan,
+    AggregatePlan,
     NetworkConfig,
     ObjectiveConfig,
     LossWeights,

@@ -3,9 +3,10 @@ from typing import Any
 
 import pytest
 
-from federation.exchanges.private_rounds import noisy_rounds
+from federation.exchanges.private_rounds import latents_promise, noisy_rounds, run_epsilon
 from federation.exchanges.style_code import code_promise
 from federation.plan import RunPlan
+from federation.privacy_plan import NoisySteps
 from server.config import compose_config, plain, plan_from
 
 
@@ -33,8 +34,28 @@ def test_an_experiment_with_probes_becomes_one_without_under_privacy() -> None:
     ("overrides", "sentence"),
     [
         (["probes.every_rounds=2"], "privacy does not cover probes.*set probes.every_rounds=0"),
-        (["diffusion=federated"], "privacy does not cover a diffusion model: set diffusion=none"),
-        (["diffusion=raw"], "privacy does not cover a diffusion model"),
+        (["diffusion=federated"], "federated has no place in a plan with privacy: updates .* without noise"),
+        (["diffusion=raw"], "raw has no place in a plan with privacy: raw latents.*aggregate or none"),
+        (
+            ["diffusion=synthetic", "diffusion.synthetic.expected_patients=60"],
+            "expected_patients of 500 or more: with 60 .*although_noise_wins=true",
+        ),
+        (
+            ["diffusion=synthetic", "diffusion.synthetic.samples=90000"],
+            "at most .* one answer holds",
+        ),
+        (["diffusion=synthetic", "diffusion.synthetic.transformer.patch_size=4"], "transformer.patch_size=4"),
+        (["diffusion=synthetic", "diffusion.synthetic.transformer.heads=5"], "multiple of its 5 heads"),
+        (
+            ["diffusion=aggregate", "diffusion.aggregate.epsilon_style=3"],
+            "below privacy.epsilon=3",
+        ),
+        (["diffusion=aggregate", "diffusion.aggregate.dimensions=256"], "below privacy.public_scans=256"),
+        (["diffusion=aggregate", "diffusion.aggregate.samples=257"], "samples of at most .*public_scans=256"),
+        (["diffusion=aggregate", "diffusion.conditions=[spacing]"], "leave the condition spacing out"),
+        (["diffusion=aggregate", "+diffusion.steps_per_round=7"], "diffusion.steps_per_round has no effect"),
+        (["diffusion=aggregate", "+diffusion.latent_clip=7"], "diffusion.latent_clip has no effect"),
+        (["diffusion=aggregate", "diffusion.policy=synthetic"], "Expected diffusion.synthetic with"),
         (
             ["aggregation.method=fedbn"],
             "Expected aggregation.method content_share",
@@ -128,6 +149,21 @@ def test_a_plan_of_noisy_steps_counts_their_rounds_and_lets_what_acts_on_updates
     assert [plan.steps_in(number) for number in (7, 8)] == [plan.training.steps_per_round, 5]
     sums = composed("training.rounds=7")
     assert sums.num_rounds == 7 and len(noisy_rounds(sums)) == 0
+
+
+@pytest.mark.parametrize("policy", ["synthetic", "aggregate"])
+def test_latents_with_noise_cost_the_plans_epsilon_with_the_style_code_and_need_privacy(policy: str) -> None:
+    plan = composed(f"diffusion={policy}")
+    assert RunPlan.from_json(plan.to_json()) == plan
+    assert 1.49 < code_promise(plan).epsilon.upper <= 1.5
+    assert 2.9 < run_epsilon(plan).upper <= 3.0 and latents_promise(plan).epsilon.upper < 3.0
+    assert latents_promise(plan).noise_in == {"synthetic": "generation", "aggregate": "release"}[policy]
+    with pytest.raises(ValueError, match=f"policy={policy} has its noise from privacy, and there is none"):
+        dataclasses.replace(plan, privacy=None)
+    with pytest.raises(ValueError, match=r"set privacy.level=sums; got full"):
+        noisy = NoisySteps(steps=4, steps_per_round=2, sampling_rate=0.5, clip_norm=1.0, epsilon_style=1.0)
+        privacy = dataclasses.replace(plan.privacy, level="full", noisy=noisy)  # type: ignore[type-var]
+        dataclasses.replace(plan, privacy=privacy)
 
 
 def test_without_privacy_every_one_of_these_is_a_plan() -> None:

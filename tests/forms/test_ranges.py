@@ -14,6 +14,7 @@ from client.settings import SiteConfig
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning
 from federation.finetuning_privacy import FinetunePrivacy
 from federation.keys.kits import Connection
+from federation.latent_privacy import AggregatePlan
 from federation.plan import RunPlan
 from federation.privacy_plan import NoisySteps, PrivacyPlan
 from forms.form import build, check
@@ -89,8 +90,12 @@ def lists(value: Any) -> Any:
     return [lists(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
+NOISED = dataclasses.asdict(plan_of("diffusion=synthetic", "privacy=sums").diffusion) | {  # type: ignore[arg-type]
+    "aggregate": dataclasses.asdict(AggregatePlan(epsilon_style=1.0, dimensions=4, samples=8))
+}
+WHOLE = dataclasses.asdict(PLAN) | {"privacy": dataclasses.asdict(PRIVACY), "diffusion": NOISED}
 FORMS: dict[str, tuple[Any, Any]] = {
-    "plan": (RunPlan, lists(dataclasses.asdict(PLAN) | {"privacy": dataclasses.asdict(PRIVACY)})),
+    "plan": (RunPlan, lists(WHOLE)),
     "finetuning": (FinetunePlan, lists(dataclasses.asdict(FINETUNING))),
 }
 

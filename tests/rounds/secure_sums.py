@@ -25,6 +25,7 @@ from meduet_models.objective.settings import LossWeights, ObjectiveConfig
 from privacy.secure_sum.ring import Ring
 from server.exchanges.secure_sum import SecureSums
 from server.model import MeduetModel
+from simulations.consortium import simulated_identity
 from simulations.engines.in_process import InProcessGrid, message_bytes, site_context
 from strategies.quorum import Roster
 from tests.worlds import Hospital, Latents, small_network, small_plan
@@ -82,7 +83,10 @@ class Sites(ClientApp):
 def centre(plan: RunPlan, folder: Path) -> SecureSums:
     shared, home = MeduetModel(plan).start()
     book = ReplyBook(Journal(folder / "journal.jsonl"))
-    return SecureSums(plan, shared, {}, home, roster=Roster(plan.sites), folder=folder, book=book)
+    authority = simulated_identity(plan.sites[0]).authority
+    return SecureSums(
+        plan, shared, {}, home, roster=Roster(plan.sites), folder=folder, book=book, authority=authority
+    )
 
 
 def go(plan: RunPlan, folder: Path, sites: ClientApp, strategy: SecureSums | None = None) -> SecureSums:

@@ -196,6 +196,31 @@ def test_a_centre_that_puts_its_own_keys_in_place_of_others_is_refused(tmp_path:
     assert isinstance(ask(said), Message)
 
 
+def test_the_centre_puts_aside_keys_that_somebody_else_signed_and_sums_the_others(tmp_path: Path) -> None:
+    """One site announces under another's signature. Without the check it costs everybody the attempt."""
+    plan = a_plan()
+
+    class Forging(Sites):
+        def __call__(self, message: Message, context: Any) -> Message:
+            reply = super().__call__(message, context)
+            site = SITES[int(context.node_config["partition-id"])]
+            if site == "porto" and message.metadata.message_type == SUM_KEYS.route:
+                said = SumTextReply.from_record(reply.content)
+                keys = announced_of(said.text)[0]
+                attempt = Attempt(plan.sha256, said.round, said.attempt)
+                forged = announced_text(keys, attempt, plan, simulated_identity("turin"))
+                reply = Message(dataclasses.replace(said, text=forged).to_record(), reply_to=message)
+            return reply
+
+    checked = go(plan, tmp_path / "checked", Forging(plan, tmp_path / "checked"))
+    assert set(checked.report.sites) == set(SITES) - {"porto"} and checked.report.attempt == 1
+    assert "Expected keys that 'porto' signed." in checked.report.refused["porto"]
+    unchecked = centre(plan, tmp_path / "unchecked")
+    unchecked._authority = None
+    with pytest.raises(RoundFailed, match="sum_refused"):
+        go(plan, tmp_path / "unchecked", Forging(plan, tmp_path / "unchecked"), unchecked)
+
+
 def test_metrics_and_counts_of_single_sites_are_nowhere_at_the_centre(tmp_path: Path) -> None:
     plan = a_plan()
     told: list[Mapping[str, Any]] = []

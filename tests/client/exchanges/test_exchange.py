@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from client.declared import GateRefusal
 from client.exchanges import erasure, survey
 from client.exchanges import pretraining as answers
 from client.exchanges.exchange import AskRefused, before_deadline
-from client.release import GateRefusal, Released
+from client.release import Released
 from client.training.site_state import StateMissing
 from client.training.trainee import WrongWeights
 from federation.exchanges.erasure import ErasureAsk, erasure_sums

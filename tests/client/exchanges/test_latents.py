@@ -17,10 +17,11 @@ from rich.console import Console
 import client.site_scans
 from client.answers import KeptAnswers
 from client.cli import main
+from client.declared import GateRefusal
 from client.exchanges.exchange import AskRefused
 from client.exchanges.latents import ANSWER, KEY_NAME, TABLE_NAME
 from client.latents.examples import examples_of
-from client.release import Gate, GateRefusal
+from client.release import Gate
 from client.settings import load_site_config
 from client.site import Site, open_site
 from client.site_scans import confirm_patients

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from client.commands.plan_words import plan_words
+from client.declared import GateRefusal
 from client.exchanges import private_rounds
 from client.exchanges.exchange import AskRefused
 from client.latents.group_batches import GroupBatches
-from client.release import GateRefusal
 from client.training.private import step_sum, train_privately
 from client.training.site_state import SiteState, StateFolder, StateMissing
 from client.training.trainee import Trainee, WrongWeights

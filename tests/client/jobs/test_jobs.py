@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from client.declared import COUNT_NAMES
 from client.jobs import asking
 from client.jobs.launcher import Launcher
 from client.jobs.request import ANSWER, Offer, Request, read_answer, write_answer
-from client.release import COUNT_NAMES
 from client.watchdog import watchdog
 from federation.exchanges.pretraining import TrainReply
 from federation.exchanges.survey import SurveyReply

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from client.declared import GateRefusal
 from client.exchanges.private_rounds import ANSWER
 from client.jobs import asking
 from client.jobs.asking import by_job
 from client.jobs.launcher import Launcher
 from client.jobs.program import Offered, OfferingGate
 from client.jobs.request import Offer, Request, read_answer, write_answer
-from client.release import GateRefusal
 from federation.exchanges.private_rounds import PrivateAsk
 from federation.plan import RunPlan
 from meduet_models.style.bank import StyleBank
