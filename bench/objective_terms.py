@@ -11,7 +11,7 @@ seconds; `masked` (reconstruction alone) takes as many as cost the same.
 
 Every cell (data, variant, seed) is a file; `run` makes those that are missing. `show` prints mean [least,
 most] over seeds, and for each term what is lost without it: the differences to the whole loss, seed by seed.
-A term brings something where all differences have one sign.
+A term brings something where at least three seeds agree on it.
 
 Columns: error at hidden tokens over that of the neighbours' ridge under the same masks; site from the code of
 people who did not train (linear, MLP; chance .33); sex (AUC), age and volumes (r) from the code, ridge fitted
@@ -72,8 +72,8 @@ def cell(people: People, truth: Tensor, ridge: float, name: str, steps: int, see
         steps = round(steps * (MASKED_SHARE + 5.0 * (1 - MASKED_SHARE)))
     own = variant or Variant(WHOLE)
     steps = steps if variant else 0
-    network, bank, seconds = train(people, own, steps, seed, 2e-3, axes_of(people))
-    row = {"CPU s": seconds, "steps": steps} | swaps(network, people, bank, truth)
+    network, _, seconds = train(people, own, steps, seed, 2e-3, axes_of(people))
+    row = {"CPU s": seconds, "steps": steps} | swaps(network, people, truth)
     row |= anatomy_of(people, truth, partial(content_of, network))
     row |= {"hidden/ridge": row["hidden"] / ridge, "site from style": site_from_style(network, truth)}
     style = torch.cat([style_of(network, x) for x in truth])
@@ -183,10 +183,10 @@ def print_table(
 
 
 def verdict(rows: list[dict[str, float]], column: str) -> str:
-    """The differences; in bold, and whether the row is better or worse, where all have one sign."""
+    """The differences; in bold, and whether the row is better or worse, where three or more agree."""
     text = spread(rows, column)
     signs = {row[column] > 0 for row in rows if column in row}
-    if not text or len(signs) > 1 or any(row[column] == 0 for row in rows):
+    if not text or len(rows) < 3 or len(signs) > 1 or any(row[column] == 0 for row in rows):
         return text
     worse = signs == {column in LESS_IS_MORE}
     return f"**{text} {'worse' if worse else 'better'}**"

@@ -67,7 +67,7 @@ def axes_of(people: People) -> Callable[[MeDUET, StyleBank], None]:
 
 
 @torch.no_grad()
-def swaps(network: MeDUET, people: People, bank: StyleBank, truth: Tensor) -> dict[str, float]:
+def swaps(network: MeDUET, people: People, truth: Tensor) -> dict[str, float]:
     """What swaps leave, whole grids in the site's mean style, and hidden tokens."""
     trained = people.latents[people.trained]
     at = people.site[people.trained]
@@ -82,9 +82,7 @@ def swaps(network: MeDUET, people: People, bank: StyleBank, truth: Tensor) -> di
             else:
                 gaps.append(style_gap_closed(entry_vector(made), entries[a], entries[b]))
                 left.append(counterfactual_ratio(made, truth[a], truth[b]))
-    shifted = transfer(network, people, bank)
     row = {"gap": float(np.mean(gaps)), "left": float(np.mean(left)), "whole": float(np.mean(whole))}
-    row |= {"shifted gap": shifted["gap"], "shifted left": shifted["left"]}
     return row | {"hidden": hidden_error(network, people.latents[people.report], trained.mean(0))}
 
 
@@ -111,7 +109,9 @@ def site_from_style(network: MeDUET, truth: Tensor) -> float:
 
 def measure(network: MeDUET, people: People, bank: StyleBank, truth: Tensor) -> dict[str, float]:
     """Every column."""
-    row = swaps(network, people, bank, truth) | {"site from style": site_from_style(network, truth)}
+    shifted = transfer(network, people, bank)
+    row = swaps(network, people, truth) | {f"shifted {key}": shifted[key] for key in ("gap", "left")}
+    row["site from style"] = site_from_style(network, truth)
     for name, read in (("style", style_of), ("content", content_of)):
         candidate = Candidate(partial(read, network), lambda x, own, target: x)
         score, _ = anatomy(candidate, truth, people.anatomy[people.report])

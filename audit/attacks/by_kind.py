@@ -140,9 +140,7 @@ class _Rows:
 
 def _why_not(evidence: Evidence, kind: str, own: Sequence[Release]) -> str:
     """Why a kind of release has no finding."""
-    if kind in NOISED and evidence.plan.audit_canaries is None:
-        return "Its noise can only be tested with canaries, and the plan has none (audit_canaries)."
-    if kind not in ATTACKED | NOISED:
+    if kind not in ATTACKED:
         return "No attack on this kind is known to this version."
     if not own:
         return "Nothing of it is at hand: the site's books do not hold, and it was not opened."
@@ -230,8 +228,6 @@ ATTACKED = frozenset(
     }
 )
 """Kinds of release that `_attacked` knows."""
-NOISED = frozenset({"style_code", "private_round"})
-"""Kinds of release that are tested by canaries."""
 
 
 def _inverted(evidence: Evidence) -> Release | None:

@@ -36,7 +36,7 @@ _NEAR_DATA = (0.5, 1.0)  # times of `sima` and `pia`: before one half a scan is 
 SAYS: Mapping[str, str] = {
     "diffusion_loss": "a low loss",
     "diffusion_sima": "little noise seen in the clean scan",
-    "diffusion_pia": "the scan's own noise, found again along the path,",
+    "diffusion_pia": "the scan's own noise found again along the path",
 }
 
 

@@ -125,6 +125,7 @@ class Record:
 
 
 UNLESS = {
+    "canaries": "Where noise was promised, it was not tested with canaries (audit_canaries in a plan).",
     "shadow": "Attackers who train models in the run's place (--shadow) may do better than a loss.",
     "inversion": "Scans behind a single gradient (gradient inversion; not with --quick) were not looked for.",
 }

@@ -129,7 +129,7 @@ def memorised(evidence: Evidence) -> Iterator[Row]:
     for finding in _diffusion(evidence, _few(evidence, FEW), steps=400):
         if "told content and style" in finding.sentence and finding.attack.startswith("diffusion"):
             holds = _meets(finding, (0.94, 1.0))
-        elif "told style," in finding.sentence:
+        elif finding.attack == "diffusion_loss":
             holds = not _found(finding)
         else:
             holds = True

@@ -73,6 +73,7 @@ def pretrained(plan: RunPlan, folder: Path, start: Path, **more: Callable[[], No
     return dict(run(federation(plan, folder, **more), plan, folder, model=model).shared)
 
 
+@pytest.mark.slow
 def test_sites_train_the_u_net_from_the_start_and_a_killed_run_ends_in_the_same_bits(
     start: Path, tmp_path: Path
 ) -> None:

@@ -33,6 +33,7 @@ from federation.exchanges.private_rounds import (
     resting_others,
     steps_promise,
     travelling_keys,
+    with_noise,
 )
 from federation.exchanges.style_code import CODE, StyleCodeAsk, code_promise
 from federation.plan import RunPlan
@@ -185,7 +186,7 @@ def test_whatever_seed_and_number_a_centre_chooses_one_patient_moves_a_step_by_t
 
     def whole(noise: StepSecrets) -> dict[str, Tensor]:
         trainee = _rested(plan)
-        batches = GroupBatches(scans, plan, bank, PUBLIC, "north")
+        batches = GroupBatches(scans, plan, bank, PUBLIC, "north", SECRET)
         own = step_sum(trainee, batches, batches.drawn(noise, 0), "mftd", plan)
         added = canaries_of(plan, bank).step_sum(trainee, noise, 0, "mftd")
         return {name: tensor + added[name] for name, tensor in own.items()}
@@ -294,7 +295,7 @@ def round_of(plan: RunPlan, bank: StyleBank, deviation: float) -> tuple[dict[str
     """A round with this noise: the weights before it, and the update."""
     trainee = trainee_of(plan)
     scans = ViewedScans.of([f"p{n}" for n in range(10)])
-    batches = GroupBatches(scans, plan, bank, PUBLIC, "north")
+    batches = GroupBatches(scans, plan, bank, PUBLIC, "north", SECRET)
     noise = noise_of(deviation, b"z")
     result = train_privately(trainee, batches, plan, FIRST, noise, canaries=canaries_of(plan, bank))
     return dict(trainee.shared), result.update
@@ -322,7 +323,7 @@ def test_an_update_without_noise_gives_the_coins_away_and_with_it_shows_less_tha
     plan: RunPlan, bank: StyleBank
 ) -> None:
     alone = replace(plan, audit_canaries=AuditCanariesPlan(steps=200))
-    alone = replace(alone, privacy=replace(plan.privacy, noisy=_all_in(plan)))  # type: ignore[type-var]
+    alone = with_noise(replace(alone, privacy=replace(plan.privacy, noisy=_all_in(plan))))  # type: ignore[type-var]
     promise = steps_promise(alone)
     for deviation, lower in ((1e-3, 1.0), (promise.deviation, 0.0)):
         _, update = round_of(alone, bank, deviation)
@@ -338,12 +339,14 @@ def test_an_update_without_noise_gives_the_coins_away_and_with_it_shows_less_tha
 
 def _all_in(plan: RunPlan) -> NoisySteps:
     assert plan.privacy is not None and plan.privacy.noisy is not None
-    return replace(plan.privacy.noisy, sampling_rate=1.0, steps=2)
+    return replace(plan.privacy.noisy, sampling_rate=1.0, steps=2, noise_multiplier=0.0)
 
 
-def test_marked_phantoms_are_found_without_noise(plan: RunPlan, bank: StyleBank) -> None:
+def test_marked_phantoms_are_read_by_their_loss_and_not_audited_without_the_weights_before(
+    plan: RunPlan, bank: StyleBank
+) -> None:
     alone = replace(plan, audit_canaries=AuditCanariesPlan(inputs=24))
-    alone = replace(alone, privacy=replace(plan.privacy, noisy=_all_in(plan)))  # type: ignore[type-var]
+    alone = with_noise(replace(alone, privacy=replace(plan.privacy, noisy=_all_in(plan))))  # type: ignore[type-var]
     before, update = round_of(alone, bank, 1e-6)
 
     def networks(release: Release) -> Any:
@@ -358,8 +361,6 @@ def test_marked_phantoms_are_found_without_noise(plan: RunPlan, bank: StyleBank)
 
     told = found(alone, "private_round", update, 8.0, before_after=networks)["input_canaries"]
     assert told.canaries is not None and told.verdict == "under-powered"
-    guesses, right = told.canaries.guesses[-1], told.canaries.right[-1]
-    assert right / guesses >= 0.7
     missing = found(alone, "private_round", update, 8.0)
     assert missing["none"].verdict == "not audited" and "the centre has them" in missing["none"].sentence
 

@@ -1,15 +1,20 @@
 """Making the plan of a consortium, from settings to the file that sites approve."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from client.commands.plan_words import plan_words
 from federation.plan import RunPlan
-from federation.published_plan import plan_of
+from federation.published_plan import PublishedPlan, plan_of
+from meduet_models.anatomy_start import save_start
 from meduet_models.tokenizer.tokenizer import TokenizerSpec, load_tokenizer
+from meduet_models.volume_unet import VolumeUNet
 from server.cli import main
 from server.consortium.plans import make_plan
 from server.consortium.provisioning import ConsortiumSettings, SiteEntry
+from server.deployment.submission import Submission
 
 SITES = ConsortiumSettings(
     name="spine", server="localhost:9443", sites=(SiteEntry(name="north"), SiteEntry(name="south"))
@@ -69,3 +74,25 @@ def test_from_the_command_line_to_what_sites_approve(
     assert main(["plan", "training.rounds=8", *command[2:]]) == 2
     assert "Expected no other plan" in capsys.readouterr().err
     assert RunPlan.from_json(out.read_text()) == plan
+
+
+def test_a_start_from_public_anatomy_is_in_the_plan_by_its_hash_and_said_to_sites(tmp_path: Path) -> None:
+    starts = [tmp_path / f"{seed}.safetensors" for seed in (1, 2)]
+    for seed, path in enumerate(starts):
+        save_start(path, "shapes", VolumeUNet(seed=seed).state_dict(), {})
+    asked = ["network.encoder=volume_unet", "anatomy_start=shapes"]
+    first, other = (make_plan(SITES, asked, anatomy=path) for path in starts)
+    assert first.anatomy_sha256 not in (None, "0" * 64, other.anatomy_sha256)
+    words = " ".join(text for _, text in plan_words(PublishedPlan(plan=first, bundle_sha256="0" * 64), 5))
+    assert "by a U-Net (no other voxels); it starts from random shapes, in which no patient is." in words
+    (tmp_path / "plan.json").write_text(first.to_json())
+    centre = SimpleNamespace(consortium=tmp_path)
+    submission = Submission(centre, tmp_path / "plan.json", tmp_path / "run", anatomy=starts[0])  # type: ignore[arg-type]
+    assert submission._settings["anatomy"] == str(starts[0])
+    for settings, why in (
+        (["network.encoder=volume_unet"], "anatomy has no effect"),
+        (["anatomy_start=shapes"], r"no effect with network\.encoder=vit"),
+        ([asked[0], "anatomy_start=canonical"], "Expected anatomy_start=canonical; the file is of shapes"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            make_plan(SITES, settings, anatomy=starts[0])
