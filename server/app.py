@@ -264,7 +264,9 @@ class _Run:
             travels, stays = parted(plan, last.home | last.shared)
             public = self.protected.public
             if plan.aggregation.secure_sum:
-                return SecureSums(plan, travels, last.bank, stays, public=public, **shown)
+                return SecureSums(
+                    plan, travels, last.bank, stays, public=public, authority=self.authority, **shown
+                )
             task = private_rounds(plan, last.bank, stays, public)
             return ContentShare(plan, travels, task, **shown)
         if plan.aggregation.secure_sum:
