@@ -222,8 +222,8 @@ class LatentBank:
         found = np.concatenate([np.empty(0, np.int64), *numbers])
         if not len(found):
             raise ValueError(
-                f"Expected latents up to round {last_round} in the bank {self.folder}; it has none. The run's "
-                "journal says what each site answered (raw latents need its sentence, latent_release)."
+                f"Expected latents up to round {last_round} in the bank {self.folder}; it has none. The "
+                "run's journal says what each site answered (raw latents need its sentence, latent_release)."
             )
         mine, plain = self.layout, RecordLayout.of(plan, None)
         self._check(plan, dataclasses.replace(plain, content=mine.content, style=mine.style))
