@@ -55,9 +55,10 @@ _MISSING: dict[Kind, str] = {
 
 def attack_canaries(evidence: Evidence, releases: Sequence[Release], charged: Charged) -> Iterator[Finding]:
     """Of all releases of one kind that are at hand: a finding for each kind of canary in them."""
+    releases = [one for one in releases if one.site in evidence.coins]
     own = {one.round: one for one in releases if one.record["plan"] == evidence.plan.sha256}
     releases = list(own.values())  # what left again is the same
-    if not releases or releases[0].site not in evidence.coins:
+    if not releases:
         return
     site, of_code = releases[0].site, releases[0].kind == "style_code"
     if not of_code and releases[0].kind != "private_round":

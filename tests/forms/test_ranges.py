@@ -11,6 +11,7 @@ import pytest
 from hydra.errors import ConfigCompositionException
 
 from client.settings import SiteConfig
+from federation.canary_plan import AuditCanariesPlan
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning
 from federation.finetuning_privacy import FinetunePrivacy
 from federation.keys.kits import Connection
@@ -93,7 +94,11 @@ def lists(value: Any) -> Any:
 NOISED = dataclasses.asdict(plan_of("diffusion=synthetic", "privacy=sums").diffusion) | {  # type: ignore[arg-type]
     "aggregate": dataclasses.asdict(AggregatePlan(epsilon_style=1.0, dimensions=4, samples=8))
 }
-WHOLE = dataclasses.asdict(PLAN) | {"privacy": dataclasses.asdict(PRIVACY), "diffusion": NOISED}
+WHOLE = dataclasses.asdict(PLAN) | {
+    "privacy": dataclasses.asdict(PRIVACY),
+    "diffusion": NOISED,
+    "audit_canaries": dataclasses.asdict(AuditCanariesPlan(steps=2)),
+}
 FORMS: dict[str, tuple[Any, Any]] = {
     "plan": (RunPlan, lists(WHOLE)),
     "finetuning": (FinetunePlan, lists(dataclasses.asdict(FINETUNING))),

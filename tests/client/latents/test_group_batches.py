@@ -195,7 +195,7 @@ def test_other_scans_of_a_patient_move_her_own_group_alone(
 def test_who_is_with_whom_follows_from_the_sites_secret_and_any_two_meet_as_often(
     private: RunPlan, toy_bank: Callable[..., StyleBank]
 ) -> None:
-    bank, trials = toy_bank(private), 400
+    bank, trials = toy_bank(private), 100
     scans = ViewedScans.of(names(8))
     met = {pair: 0 for pair in ((0, 1), (2, 7), (5, 6))}
     for trial in range(trials):
