@@ -233,10 +233,16 @@ def _crossed(folder: Path, site: str) -> list[dict[str, str]]:
             "norm": f"{max(r['norm_after'] for r in records):.3g}",
             "bound": f"{records[0]['bound']:.3g}"
             + (" (clipped)" if any(r["clipped"] for r in records) else ""),
-            "noise": "none" if "nowhere" in records[0]["noise"] else records[0]["noise"].partition(": ")[2],
+            "noise": _noise(records[0]),
         }
         for kind, records in by_kind.items()
     ]
+
+
+def _noise(record: Mapping[str, Any]) -> str:
+    """The noise in a release, by its line of the journal; keys and shares of a secure sum tell of none."""
+    said = record.get("noise", "nowhere")
+    return "none" if "nowhere" in said else str(said).partition(": ")[2]
 
 
 def _times(records: list[dict[str, Any]]) -> str:

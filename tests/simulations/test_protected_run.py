@@ -53,3 +53,19 @@ def test_a_simulation_with_noisy_steps_says_what_they_were_worth(tmp_path: Path,
         assert [record["kind"] for record in records] == ["style_code", "private_round", "private_round"]
         assert all(not any("loss" in name for name in record["metrics"]) for record in records)
         assert list(state.rglob("*.secret")) == []
+
+
+@pytest.mark.parametrize("private", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_simulation_of_secure_sums_ends_with_a_page_that_lists_their_stages(
+    tmp_path: Path, private: bool
+) -> None:
+    settings = ["aggregation.secure_sum=true", "aggregation.norm_tolerance=0", "training.rounds=1"]
+    if private:
+        settings += ["privacy=full", "privacy.style_dimensions=3", "privacy.public_scans=72"]
+        settings += ["privacy.noisy.steps=1", "privacy.noisy.steps_per_round=1"]
+        settings += ["privacy.noisy.although_noise_wins=true"]
+    small = small_simulation(hospitals=3, patients=24 if private else 8)
+    page = run(compose_config([*small, *settings, f"folder={tmp_path / 'run'}"]))
+    text = page.read_text(encoding="utf-8")
+    assert all(one in text for one in ("fresh keys for a secure sum", "shares that open the sum", ", masked"))
+    assert ("Steps left as secure sums: against the centre" in text) == private
