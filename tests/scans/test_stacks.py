@@ -177,12 +177,16 @@ def draw(generator: np.random.Generator) -> Drawn:
     return drawn
 
 
+PARTS = [range(n * DRAWS // 4, (n + 1) * DRAWS // 4) for n in range(4)]
+"""All of them, in parts that processes share."""
+
+
 @pytest.mark.parametrize(
-    "draws", [DRAWS_QUICK, pytest.param(DRAWS, marks=pytest.mark.slow)], ids=["quick", "all"]
+    "seeds", [range(DRAWS_QUICK), *(pytest.param(part, marks=pytest.mark.slow) for part in PARTS)], ids=str
 )
-def test_no_volume_is_mixed_in_silence_whatever_is_shuffled(draws: int) -> None:
+def test_no_volume_is_mixed_in_silence_whatever_is_shuffled(seeds: range) -> None:
     read = refused = 0
-    for seed in range(draws):
+    for seed in seeds:
         generator = np.random.default_rng(seed)
         drawn = draw(generator)
         with tempfile.TemporaryDirectory() as name:
@@ -196,7 +200,7 @@ def test_no_volume_is_mixed_in_silence_whatever_is_shuffled(draws: int) -> None:
             assert volumes == drawn.several, (seed, volumes, reasons)
             assert set(reasons) <= drawn.extra, (seed, reasons)
             read += 1
-    assert read > draws / 2 and refused > draws / 20
+    assert read > len(seeds) / 2 and refused > len(seeds) / 20
 
 
 @pytest.mark.parametrize("kind", KINDS)
