@@ -100,7 +100,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Consortium, 
     script = {str(round_number): step for round_number, step in steps.items()}
     whole = consortium(folder, PLAN, made, {BAD: script})
     with whole.supervisor:
-        whole.until(lambda: whole.status().get("state") == "complete", "the end", 900.0)
+        whole.until(lambda: whole.status().get("state") == "complete", "the end", 1800.0)
         yield whole, expected
 
 
