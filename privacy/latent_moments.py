@@ -26,14 +26,10 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-COUNT_SHARE = 0.5
-"""What a patient adds to the count, in units of the bound on her coefficients."""
+from privacy.public_axes import COUNT_SHARE, QUANTILE, SMALLEST, PublicAxes, check_public, principal_axes
+
 SHARE_BOUND = math.hypot(1.0, 1.0, COUNT_SHARE)
 """L2 norm of one patient's share, at most: coefficients, their squares, her count."""
-QUANTILE = 0.9
-"""Share of the public scans that are not cut."""
-_SMALLEST = 1e-6
-_ROUNDING = 2.0**-40
 
 
 @dataclass(frozen=True)
@@ -45,15 +41,9 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class LatentMoments:
+class LatentMoments(PublicAxes):
     """The public part: how latents become a share, and how a sum of shares is read."""
 
-    centre: Float64[Tensor, " d"]
-    """Mean of the public latents."""
-    axes: Float64[Tensor, "k d"]
-    """From latents minus the centre to coefficients; most public ones are at most 1 long."""
-    back: Float64[Tensor, "d k"]
-    """From coefficients to latents minus the centre, along the axes."""
     public: Spread
     """Of the public scans' own coefficients."""
 
@@ -64,20 +54,10 @@ class LatentMoments:
         Raises `ValueError` for fewer public scans than axes, for ones that are not finite, and for ones that
         do not vary in so many ways.
         """
-        if len(public) <= dimensions or public.shape[1] < dimensions:
-            raise ValueError(
-                f"Expected more than {dimensions} public scans of at least as many numbers; got "
-                f"{len(public)} of {public.shape[1]}."
-            )
-        if not bool(torch.isfinite(public).all()):
-            raise ValueError("Expected finite public scans; got NaN or infinity.")
+        check_public(public, dimensions)
         vectors = public.double()
         centre = vectors.mean(0)
-        _, lengths, rows = torch.linalg.svd(vectors - centre, full_matrices=False)
-        if float(lengths[dimensions - 1]) <= _SMALLEST * math.sqrt(len(public)):
-            raise ValueError(f"Expected public scans that vary in {dimensions} ways; they do not.")
-        largest = rows[:dimensions].gather(1, rows[:dimensions].abs().argmax(1, keepdim=True))
-        principal = rows[:dimensions] * largest.sign()  # a sign is nobody's choice
+        principal, _ = principal_axes(vectors - centre, dimensions)
         along = (vectors - centre) @ principal.T  # m k
         radius = torch.quantile(along.norm(dim=1), QUANTILE)
         coefficients = along / radius
@@ -100,21 +80,15 @@ class LatentMoments:
         Guarantee: at most `SHARE_BOUND` long, whatever the latents are. So adding or removing one patient
         moves a sum of shares by at most `SHARE_BOUND` in L2; replacing one, by at most twice that.
         """
-        code = self.axes @ (latents.double() - self.centre)
-        length = float(code.norm())
-        if not math.isfinite(length):
+        cut = self.cut(latents)
+        if cut is None:
             return torch.zeros(self.length, dtype=torch.float64)
-        cut = code / max(1.0, length * (1 + _ROUNDING))
         return torch.cat([cut, cut.square(), torch.tensor([COUNT_SHARE], dtype=torch.float64)])
 
     def total(self, patients: Iterable[Float[Tensor, " d"]]) -> Float64[Tensor, " v"]:
         """The sum of the shares of patients: what a site tells, with noise."""
         zero = torch.zeros(self.length, dtype=torch.float64)
         return sum((self.share(latents) for latents in patients), start=zero)
-
-    def count(self, total: Float[Tensor, " v"]) -> float:
-        """How many patients are behind a sum, as far as its noise lets tell; may be negative."""
-        return float(total[-1]) / COUNT_SHARE
 
     def read(self, total: Float[Tensor, " v"], deviation: float) -> Spread:
         """Mean and spread behind a sum whose noise has this deviation, each drawn towards the public one by
@@ -127,12 +101,12 @@ class LatentMoments:
         mean = prior.mean + trust * (told - prior.mean)
         trust = prior.variance.square() / (prior.variance.square() + noise)
         variance = prior.variance + trust * (squares - mean.square() - prior.variance)
-        return Spread(mean / max(1.0, float(mean.norm())), variance.clamp(min=_SMALLEST, max=1.0))
+        return Spread(mean / max(1.0, float(mean.norm())), variance.clamp(min=SMALLEST, max=1.0))
 
     def moved(self, latents: Float[Tensor, "n d"], spread: Spread) -> Float64[Tensor, "n d"]:
         """Public latents, moved along each axis so that all public ones together have this mean and spread
         there; how axes go together, and what lies along none, stays as it is."""
         own = (latents.double() - self.centre) @ self.axes.T
-        scale = (spread.variance / self.public.variance.clamp(min=_SMALLEST)).sqrt()
+        scale = (spread.variance / self.public.variance.clamp(min=SMALLEST)).sqrt()
         told = spread.mean + scale * (own - self.public.mean)
         return latents.double() + (told - own) @ self.back.T

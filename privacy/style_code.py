@@ -21,26 +21,15 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-COUNT_SHARE = 0.5
-"""What a patient adds to the count, in units of the bound on the rest of her share."""
+from privacy.public_axes import COUNT_SHARE, QUANTILE, SMALLEST, PublicAxes, check_public, principal_axes
+
 SHARE_BOUND = math.hypot(1.0, COUNT_SHARE)
 """L2 norm of one patient's share, at most."""
-QUANTILE = 0.9
-"""Share of the public scans that are not cut."""
-_SMALLEST = 1e-6
-_ROUNDING = 2.0**-40
 
 
 @dataclass(frozen=True)
-class StyleCode:
+class StyleCode(PublicAxes):
     """The public part: how a vector becomes a share, and how a sum of shares is read."""
-
-    centre: Float64[Tensor, " d"]
-    """Mean of the public vectors."""
-    axes: Float64[Tensor, "k d"]
-    """From a vector minus the centre to the code; most public codes are at most 1 long."""
-    back: Float64[Tensor, "d k"]
-    """From a code to the vector minus the centre, along the axes."""
 
     @staticmethod
     def of(public: Float[Tensor, "m d"], dimensions: int) -> "StyleCode":
@@ -49,22 +38,12 @@ class StyleCode:
         Raises `ValueError` for fewer public vectors than axes, for ones that are not finite, and for ones
         that do not vary in so many ways.
         """
-        if len(public) <= dimensions or public.shape[1] < dimensions:
-            raise ValueError(
-                f"Expected more than {dimensions} public scans of at least as many numbers; got "
-                f"{len(public)} of {public.shape[1]}."
-            )
-        if not bool(torch.isfinite(public).all()):
-            raise ValueError("Expected finite public scans; got NaN or infinity.")
+        check_public(public, dimensions)
         vectors = public.double()
         centre = vectors.mean(0)
-        deviation = vectors.std(0, unbiased=False).clamp(min=_SMALLEST)
+        deviation = vectors.std(0, unbiased=False).clamp(min=SMALLEST)
         standard = (vectors - centre) / deviation
-        _, lengths, rows = torch.linalg.svd(standard, full_matrices=False)
-        spread = lengths[:dimensions] / math.sqrt(len(public))  # k, deviation along each axis
-        if float(spread[-1]) <= _SMALLEST:
-            raise ValueError(f"Expected public scans that vary in {dimensions} ways; they do not.")
-        principal = _upright(rows[:dimensions])
+        principal, spread = principal_axes(standard, dimensions)
         radius = torch.quantile((standard @ principal.T / spread).norm(dim=1), QUANTILE)
         return StyleCode(
             centre=centre,
@@ -79,11 +58,9 @@ class StyleCode:
         Guarantee: at most `SHARE_BOUND` long, whatever the vector is. So adding or removing one patient moves
         a sum of shares by at most `SHARE_BOUND` in L2; replacing one, by at most twice that.
         """
-        code = self.axes @ (vector.double() - self.centre)
-        length = float(code.norm())
-        if not math.isfinite(length):
+        cut = self.cut(vector)
+        if cut is None:
             return torch.zeros(len(self.axes) + 1, dtype=torch.float64)
-        cut = code / max(1.0, length * (1 + _ROUNDING))
         return torch.cat([cut, torch.tensor([COUNT_SHARE], dtype=torch.float64)])
 
     def total(self, vectors: Iterable[Float[Tensor, " d"]]) -> Float64[Tensor, " v"]:
@@ -91,18 +68,8 @@ class StyleCode:
         zero = torch.zeros(len(self.axes) + 1, dtype=torch.float64)
         return sum((self.share(vector) for vector in vectors), start=zero)
 
-    def count(self, total: Float[Tensor, " v"]) -> float:
-        """How many patients are behind a sum, as far as its noise lets tell; may be negative."""
-        return float(total[-1]) / COUNT_SHARE
-
     def read(self, total: Float[Tensor, " v"]) -> Float64[Tensor, " d"]:
         """The mean vector behind a sum. No longer than the longest that patients can have; with noise the
         number of patients counts as at least one."""
         code = total[:-1].double() / max(1.0, self.count(total))
         return self.centre + self.back @ (code / max(1.0, float(code.norm())))
-
-
-def _upright(rows: Float64[Tensor, "k d"]) -> Float64[Tensor, "k d"]:
-    """Axes whose largest entries are positive: their sign is nobody's choice."""
-    largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
-    return rows * largest.sign()

@@ -74,8 +74,7 @@ def train_at_home(
     expected = synthetic.sampling_rate * synthetic.expected_patients
     for step in range(synthetic.steps):
         summed = step_sum(transformer, home, synthetic, noise, step)
-        for name, noised in noise.noised(step, summed).items():
-            trained[name].grad = (noised / expected).to(trained[name])
+        noise.into_gradients(step, summed, trained, expected)
         optimiser.step()
         averaged.update(step)
         on_step(step + 1, math.nan)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from privacy.latent_moments import COUNT_SHARE, SHARE_BOUND, LatentMoments, Spread
+from privacy.latent_moments import SHARE_BOUND, LatentMoments, Spread
+from privacy.public_axes import COUNT_SHARE
 
 PUBLIC = torch.randn(60, 40, generator=torch.Generator().manual_seed(0)) * torch.linspace(3, 0.1, 40)
 AXES = LatentMoments.of(PUBLIC, 4)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from privacy.style_code import COUNT_SHARE, SHARE_BOUND, StyleCode
+from privacy.public_axes import COUNT_SHARE
+from privacy.style_code import SHARE_BOUND, StyleCode
 
 NUMBERS, DIMENSIONS, CASES = 12, 5, 5_000
 _MIXED = torch.randn(NUMBERS, NUMBERS, generator=torch.Generator().manual_seed(3), dtype=torch.float64)

@@ -17,7 +17,7 @@ from federation.plan import RunPlan, TrainingPlan
 from federation.privacy_plan import NoisySteps
 from meduet_models.meduet import MeDUET
 from meduet_models.weights import load_weights, save_weights
-from privacy.style_code import COUNT_SHARE
+from privacy.public_axes import COUNT_SHARE
 from privacy.worth import signal_to_noise
 from server.app import RunObserver, run
 from server.coherence import coherence_of
