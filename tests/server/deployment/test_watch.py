@@ -63,7 +63,8 @@ def test_there_are_twenty_series_and_none_is_of_one_patient(folder: Path) -> Non
     assert f'meduet_site_received_bytes_total{{site="{SITES[0]}"}} 20000.0' in text
     assert 'meduet_put_aside_total{reason="invalid_reply"} 1.0' in text
     assert 'meduet_phase_seconds_total{phase="round"}' in text
-    assert "examples" not in text and "12.0" not in text
+    told = {line.rsplit(" ", 1)[1] for line in text.splitlines() if not line.startswith("#")}
+    assert "examples" not in text and "12.0" not in told, "a site's count of patients is no series"
 
 
 @needs_prometheus
