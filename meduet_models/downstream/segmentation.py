@@ -147,7 +147,7 @@ class Segmentation(Task):
         """Mean foreground Dice."""
         from monai.metrics import compute_dice
 
-        predicted = outputs.argmax(dim=1, keepdim=True)
+        predicted = likeliest(outputs)
         dice = compute_dice(predicted, answers, include_background=False, num_classes=outputs.shape[1])
         return float(dice.nanmean()) if bool(dice.isfinite().any()) else 0.0
 
@@ -156,7 +156,7 @@ class Segmentation(Task):
     ) -> Mapping[str, Floats | Statistic]:
         """Overlap and distances of each scan."""
         return segmentation_values(
-            outputs.argmax(dim=1, keepdim=True),
+            likeliest(outputs),
             answers,
             classes=outputs.shape[1],
             spacing_mm=grid.spacing_mm,
@@ -167,7 +167,13 @@ class Segmentation(Task):
         self, outputs: Tensor, answers: Tensor, target: Target, grid: Grid
     ) -> Mapping[str, Floats | Statistic]:
         """Dice of each scan, without the distances, which take the time."""
-        return {"dice": dice_values(outputs.argmax(dim=1), answers[:, 0], outputs.shape[1])}
+        return {"dice": dice_values(likeliest(outputs)[:, 0], answers[:, 0], outputs.shape[1])}
+
+
+def likeliest(outputs: Float[Tensor, "b classes D H W"]) -> Int64[Tensor, "b 1 D H W"]:
+    """The class of each voxel, the first of equals. As `argmax`, which takes eight to eleven times as long
+    over an axis that is not the last (torch 2.13, CPU)."""
+    return outputs.max(dim=1, keepdim=True).indices
 
 
 def dice_values(predicted: Int64[Tensor, "b D H W"], truth: Int64[Tensor, "b D H W"], classes: int) -> Floats:

@@ -17,6 +17,7 @@ from client.latents.labelled import LabelledScans, NoLabels, join
 from client.training.finetuning import finetune
 from federation.exchanges.finetuning import LocalFinetuning
 from meduet_models.downstream.networks import predict
+from meduet_models.downstream.segmentation import likeliest
 from meduet_models.downstream.unet import SmallUNet
 from meduet_models.style.bank import StyleBank
 from simulations.downstream.metrics import mean_estimate, per_patient
@@ -108,7 +109,7 @@ def _dice(
     )
     network = SmallUNet(scans.latents.shape[1], classes, per_voxel=True, seed=seed)
     finetune(network, scans, local, seed=seed)
-    predicted = predict(network.eval(), test.latents).argmax(dim=1, keepdim=True)
+    predicted = likeliest(predict(network.eval(), test.latents))
     dice = compute_dice(predicted, test.answers, include_background=False, num_classes=classes)
     scores: np.ndarray = dice.nanmean(dim=1).double().numpy()
     return scores

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from meduet_models.downstream.segmentation import Segmentation, segmentation_values
+from meduet_models.downstream.segmentation import Segmentation, likeliest, segmentation_values
 
 
 def cube(start: int, label: int = 1, edge: int = 4) -> torch.Tensor:
@@ -57,3 +57,9 @@ def test_the_loss_of_a_perfect_answer_is_nothing() -> None:
     assert float(Segmentation().loss(sure, labels)) < 1e-3
     assert float(Segmentation().loss(-sure, labels)) > 10
     assert Segmentation().score(sure, labels) == 1.0
+
+
+def test_the_likeliest_class_is_the_first_of_equals_and_what_is_no_number_wins() -> None:
+    outputs = torch.randint(0, 3, (2, 5, 4, 6, 8), generator=torch.Generator().manual_seed(0)).float()
+    outputs[0, 2, 1] = torch.nan
+    assert torch.equal(likeliest(outputs), outputs.argmax(dim=1, keepdim=True))
