@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from audit.codes import KnownCodes
 from audit.cohort import Cohort
 from federation.exchanges.finetuning import FinetunePlan
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.diffusion.transformer import DiffusionTransformer
 from meduet_models.meduet import FactorNetwork

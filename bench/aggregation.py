@@ -30,7 +30,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from federation.exchanges.pretraining import TrainReply
-from federation.wire import array_record
+from federation.wire.wire import array_record
 from strategies.aggregation import Bounds, StreamingSum
 
 MEGABYTE = 2**20

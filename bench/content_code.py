@@ -27,7 +27,7 @@ import objective_variants as variants
 import torch
 from torch import Tensor
 
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models import content_code
 from meduet_models.content_code import CodeSums, public_code, shift_left, token_erasure, without_sites
 from meduet_models.erasure import erase, fit_erasure

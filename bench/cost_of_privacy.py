@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 
 from client.latents.style_moments import own_moments
 from federation.exchanges.finetuning import LocalFinetuning
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.probes.anatomy import anatomy_probe
 from meduet_models.style.bank import StyleBank

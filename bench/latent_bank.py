@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.latents import ToldLatents, items_per_chunk
-from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan
+from federation.plan.diffusion_plan import DiffusionPlan
+from federation.plan.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan
 from meduet_models.diffusion.conditions import Examples
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.meduet import NetworkConfig

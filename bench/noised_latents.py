@@ -29,7 +29,6 @@ from client.exchanges.latent_moments import patient_latents
 from client.exchanges.style_code import patient_styles
 from client.latents.batches import TrainingScans
 from client.training.private_diffusion import HomeScans, train_at_home
-from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.latent_moments import MOMENTS, MomentsReply, moments_promise, public_moments
 from federation.exchanges.style_code import code_promise, style_code
 from federation.exchanges.survey import survey_layout
@@ -39,7 +38,8 @@ from federation.exchanges.synthetic_latents import (
     synthetic_promise,
     worth_at_home,
 )
-from federation.plan import RunPlan
+from federation.plan.diffusion_plan import DiffusionPlan
+from federation.plan.plan import RunPlan
 from forms.form import build
 from forms.yaml_text import read_yaml
 from meduet_models.diffusion.conditioner import Conditioner

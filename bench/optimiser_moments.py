@@ -25,7 +25,7 @@ from client.training.pretraining import train_round
 from client.training.site_state import SiteState
 from client.training.trainee import Trainee
 from federation.exchanges.survey import survey_layout
-from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan
+from federation.plan.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan
 from meduet_models.meduet import MeDUET, NetworkConfig
 from meduet_models.objective.objective import MeduetObjective
 from meduet_models.objective.settings import LossWeights, ObjectiveConfig

@@ -21,7 +21,7 @@ from client.exchanges.style_code import patient_styles
 from client.latents.style_moments import own_moments
 from federation.exchanges.style_code import style_code
 from federation.exchanges.survey import survey_layout
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.probes.swap_fidelity import style_gap_closed
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.code import entry_of

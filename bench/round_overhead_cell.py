@@ -23,7 +23,7 @@ from typing import Any, Literal
 from round_overhead_processes import Watcher
 
 from federation.journal import Journal
-from federation.processes import GRACE_S, ChildProcess, Supervisor
+from federation.programs.processes import GRACE_S, ChildProcess, Supervisor
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import shared_keys
 from server.config import compose_config, plain

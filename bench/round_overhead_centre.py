@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from federation.processes import ChildProcess
+from federation.programs.processes import ChildProcess
 from server.deployment import service
 from server.deployment.config import ServerConfig, load_server_config
 from server.deployment.superlink import superlink_processes

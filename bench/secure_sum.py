@@ -26,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import torch
 
-from client.answers import KeptAnswers
+from client.books.answers import KeptAnswers
 from client.exchanges.secure_sum import PartyMasking
 from client.release import Gate
 from federation.journal import Journal
-from federation.sum_layout import SumLayout
+from federation.wire.sum_layout import SumLayout
 from privacy.ledger import Ledger, Place
 from privacy.promise import Promise
 from privacy.secure_sum.opening import unmask

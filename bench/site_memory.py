@@ -38,7 +38,7 @@ from client.exchanges.pretraining import ANSWER
 from federation.exchanges.pretraining import TrainAsk, TrainReply
 from federation.exchanges.survey import survey_layout
 from federation.journal import Journal
-from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan
+from federation.plan.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan
 from meduet_models.meduet import MeDUET, NetworkConfig
 from meduet_models.objective.settings import ObjectiveConfig
 from meduet_models.sharing import home_keys, shared_keys

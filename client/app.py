@@ -23,8 +23,9 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from client.books.refusals import note_refusal, told_as
+from client.consent.exact_sums import TooFewForSums
 from client.declared import GateRefusal
-from client.exact_sums import TooFewForSums
 from client.exchanges import (
     audit_counts,
     demographics,
@@ -44,7 +45,6 @@ from client.exchanges.exchange import Answer, AskRefused, Site, SiteAtWork
 from client.jobs.asking import by_job
 from client.jobs.request import JobRefused
 from client.latents.labelled import NoLabels
-from client.refusals import note_refusal, told_as
 from client.release import Gate, Released
 from client.scans.cohort import NoScans
 from client.site import open_site
@@ -52,9 +52,9 @@ from client.training.site_state import StateMissing
 from client.training.trainee import WrongWeights
 from client.watchdog import DeadlineMissed, Watch, unwatched, watchdog
 from federation.exchanges.finetuning import FINETUNING
-from federation.messages import Ask, MessageError, Refusal, RefusalKind, Reply
-from federation.optimisation import NotFinite
-from federation.plan import RunPlan
+from federation.plan.optimisation import NotFinite
+from federation.plan.plan import RunPlan
+from federation.wire.messages import Ask, MessageError, Refusal, RefusalKind, Reply
 from meduet_models.diffusion.training import LossNotFinite
 from meduet_models.style.moments import CohortTooSmall
 from privacy.ledger import AnsweredBefore, LedgerRefusal
@@ -208,7 +208,7 @@ def _left_s(asked: float, deadline_s: float) -> float:
 
 
 def refusal_kind(error: Exception) -> RefusalKind:
-    """Which refusal it is, for the site's own books; what leaves says `client/refusals.py`."""
+    """Which refusal it is, for the site's own books; what leaves says `client/books/refusals.py`."""
     match error:
         case MessageError() | GateRefusal() | AskRefused() | JobRefused():
             return error.kind

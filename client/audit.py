@@ -1,7 +1,7 @@
 """A site's part of an audit: its scans as candidates, what left it as it left, its books.
 
-What left is read from what the site kept of it (`client/answers.py`), and of latents, which are not kept,
-made again by the site's own functions; either must have the hash of the journal's line, else it is not
+What left is read from what the site kept of it (`client/books/answers.py`), and of latents, which are not
+kept, made again by the site's own functions; either must have the hash of the journal's line, else it is not
 attacked and the report says why. At a site everything stays there: the report is patient data of a kind.
 
 What this file does not do: attack (`audit/`).
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from audit.cohort import Cohort
 from audit.evidence import Evidence, Labelled, Release, SiteBooks
-from client.answers import ANSWERS, KeptAnswers
-from client.books import JOURNAL, LEDGER
+from client.books.answers import ANSWERS, KeptAnswers
+from client.books.books import JOURNAL, LEDGER
 from client.exchanges.latent_moments import question_path
 from client.exchanges.latents import raw_items
 from client.exchanges.probes import target_of
@@ -30,16 +30,16 @@ from client.latents.labelled import LabelledScans, NoLabels, labelled_scans
 from client.latents.latent_set import LatentSet
 from client.latents.public_scans import kept_public
 from client.release import clipped_rows
+from client.secrets.site_secret import seed_of
 from client.settings import ceiling_of
 from client.site import Site
-from client.site_secret import seed_of
 from client.training.trainee import student_of
 from federation.canaries import Kind, coins
 from federation.exchanges.finetuning import FinetunePlan
 from federation.exchanges.latents import BOUNDED, latent_bound, to_tensors
 from federation.journal import read_journal
-from federation.plan import RunPlan
-from federation.wire import GROWTH, rounded
+from federation.plan.plan import RunPlan
+from federation.wire.wire import GROWTH, rounded
 from meduet_models.published.pretrained import MODEL, load_pretrained
 from meduet_models.weights import load_weights, sha256_of_file, sha256_of_tensors
 from privacy.ledger import Place

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from federation.loopback import spare_loopback
+from federation.programs.loopback import spare_loopback
 from federation.terminal import DONE, FAILED, VisibleFormatter, cell, ended, failing, say, terminal
 from storage.files import keep_to_owner
 

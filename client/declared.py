@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from federation.exchanges.latents import is_item
-from federation.messages import METRIC_NAMES
-from federation.wire import RefusalKind
+from federation.wire.messages import METRIC_NAMES
+from federation.wire.wire import RefusalKind
 
 COUNT_NAMES: Final = frozenset({"examples", "num_patients", "num_scans", "first_item", "num_items"})
 """Every whole number that may leave a site."""

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from client.answers import ANSWERS
-from client.books import JOURNAL
-from client.confirmation import FILE as CONFIRMED
+from client.books.answers import ANSWERS
+from client.books.books import JOURNAL
+from client.books.forgotten import Forgotten
+from client.consent.confirmation import FILE as CONFIRMED
 from client.exchanges.latents import TABLE_NAME
-from client.forgotten import Forgotten
 from client.latents.cache_files import CacheFiles, DamagedEncoding
 from client.latents.encoding import FINGERPRINTS
 from client.latents.latent_set import open_stored

@@ -2,11 +2,11 @@
 
 Every tensor and every number that leaves passes `Gate.release`, in this order: a place in the ledger, exactly
 the declared tensors, finite, bounded, noise as promised, wire dtype, still waited for
-(`client/watchdog.py`), kept at the site (`client/answers.py`), charge in the ledger, line in the journal.
-Whatever fails, nothing is returned; a site that is killed in between, and is asked again, does the rest.
-Replies are built from `Released` values alone, and only the gate makes one: a new one once for each place in
-the ledger, and that one again for the same question. What leaves for a secure sum is bounded in the same way
-and masked after that; its counts and metrics leave in the masked vector or not at all.
+(`client/watchdog.py`), kept at the site (`client/books/answers.py`), charge in the ledger, line in the
+journal. Whatever fails, nothing is returned; a site that is killed in between, and is asked again, does the
+rest. Replies are built from `Released` values alone, and only the gate makes one: a new one once for each
+place in the ledger, and that one again for the same question. What leaves for a secure sum is bounded in the
+same way and masked after that; its counts and metrics leave in the masked vector or not at all.
 
 Noise is the gate's own work: no exchange can forget it, and none sees its key. It is drawn from a secret of
 this question's place in the ledger, so that a site that was killed goes on in the same bits; beside it
@@ -26,12 +26,12 @@ from typing import Any, Final, NoReturn, Protocol, final, runtime_checkable
 import torch
 from torch import Tensor
 
-from client.answers import Answer, KeptAnswers
+from client.books.answers import Answer, KeptAnswers
 from client.declared import GateRefusal, check_declared, check_items, checked_counts, checked_metrics
 from client.watchdog import may_leave
 from federation.journal import Journal
-from federation.plan import WireDtype
-from federation.wire import GROWTH, RefusalKind, num_bytes, rounded
+from federation.plan.plan import WireDtype
+from federation.wire.wire import GROWTH, RefusalKind, num_bytes, rounded
 from meduet_models.weights import sha256_of_tensors
 from privacy.clipping import clip, joint_norm
 from privacy.ledger import Ledger, Reservation, Settled

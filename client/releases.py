@@ -6,7 +6,7 @@ and what the ledger charged. Does not do: say what was made of it elsewhere, or 
 
 from typing import Any
 
-from client.books import JOURNAL, LEDGER
+from client.books.books import JOURNAL, LEDGER
 from client.connection.keys import SiteKeys
 from client.settings import SiteConfig, approvals_of
 from federation.journal import read_journal

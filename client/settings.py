@@ -1,7 +1,7 @@
 """A site's settings: the hospital's half of a run, `site.yaml`, and what follows from it alone.
 
-Folders, device, smallest cohort, consent: they never leave. The other half, `federation/plan.py`, is the same
-everywhere; the stricter of the two wins. Does not do: open a book or a scan (`client/site.py`,
+Folders, device, smallest cohort, consent: they never leave. The other half, `federation/plan/plan.py`, is the
+same everywhere; the stricter of the two wins. Does not do: open a book or a scan (`client/site.py`,
 `client/site_scans.py`).
 """
 
@@ -12,12 +12,12 @@ from typing import Annotated, Literal
 
 import torch
 
-from client.approvals import AllowedHours, Approvals
-from client.approvers import ApprovalRule
-from client.exact_sums import check_sentence as check_exact_sums
+from client.consent.approvals import AllowedHours, Approvals
+from client.consent.approvers import ApprovalRule
+from client.consent.exact_sums import check_sentence as check_exact_sums
 from client.scans.layouts import LayoutRules
 from federation.keys.key_files import read_text
-from federation.release_policy import check_sentence
+from federation.plan.release_policy import check_sentence
 from forms.form import build, check
 from forms.names import Phrase, SiteName
 from forms.paths import path_from, resolve_paths
@@ -82,7 +82,7 @@ class SiteConfig:
     leave, and no plan that asks for them is accepted."""
     allow_exact_sums: str = ""
     """Agreement that sums of products over few patients leave, as the full sentence of
-    `client/exact_sums.py`; empty: they leave only above ten times as many patients as numbers."""
+    `client/consent/exact_sums.py`; empty: they leave only above ten times as many patients as numbers."""
     plan_approval: Literal["required", "implied"] = "required"
     """`required`: a plan runs here only after `meduet-site plan approve`, in the code it was approved with;
     `implied`: any plan that lists this site (simulated hospitals). Other code than what is installed here

@@ -8,9 +8,9 @@ anything out (`client/release.py`).
 from datetime import datetime
 from pathlib import Path
 
-from client.approvals import AllowedHours
-from client.books import open_books
+from client.books.books import open_books
 from client.connection.keys import SiteKeys
+from client.consent.approvals import AllowedHours
 from client.exchanges.exchange import AskRefused
 from client.jobs.launcher import Launcher
 from client.settings import SiteConfig, approvals_of, ceiling_of, load_site_config, resolve_device
@@ -19,9 +19,9 @@ from federation.bundle import running_bundle
 from federation.journal import Journal
 from federation.keys.identity import SiteIdentity
 from federation.keys.key_files import read_text
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from federation.published_plan import plan_of
-from federation.wire import RefusalKind
+from federation.wire.wire import RefusalKind
 from meduet_models.published.expiry import check_unexpired
 from meduet_models.tokenizer.tokenizer import Tokenizer
 from privacy.ledger import Ledger

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from client.confirmation import CURE, confirm, unconfirmed
-from client.exact_sums import EXACT_SUMS_CONSENT
+from client.books.forgotten import Forgotten
+from client.consent.confirmation import CURE, confirm, unconfirmed
+from client.consent.exact_sums import EXACT_SUMS_CONSENT
 from client.exchanges.exchange import AskRefused
 from client.exchanges.latents import consent
-from client.forgotten import Forgotten
 from client.latents.cache import LatentCache
 from client.latents.cache_files import CacheFiles, ClearFiles
 from client.latents.cache_keys import opener, sealed_files
@@ -31,10 +31,10 @@ from client.scans.judgement import Judges, one_by_one
 from client.scans.judgement_memo import JudgementMemo
 from client.scans.layouts import Found, LayoutRules, survey
 from client.scans.patients import PatientMap
+from client.secrets.site_secret import DRAWS, site_secret
 from client.settings import SiteConfig, resolve_device
-from client.site_secret import DRAWS, site_secret
-from federation.plan import WIRE_VERSION, RunPlan
-from federation.wire import RefusalKind
+from federation.plan.plan import WIRE_VERSION, RunPlan
+from federation.wire.wire import RefusalKind
 from forms.json_text import fingerprint_of
 from meduet_models.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from scans.volume_plan import VolumePlan

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from client.books import APPROVALS, JOURNAL, LEDGER
+from client.books.books import APPROVALS, JOURNAL, LEDGER
+from client.books.refusals import is_stopped, stopped_plans
 from client.connection.keys import SiteKeys
-from client.refusals import is_stopped, stopped_plans
 from client.settings import SiteConfig, ceiling_of, processes_of
 from federation.journal import read_journal
 from federation.keys.certificates import utc_now
-from federation.processes import read_state
+from federation.programs.processes import read_state
 from federation.published_plan import plan_of
 from federation.watching import Section, Series, Watched
 from privacy.chain import Entry, read_chain

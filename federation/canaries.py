@@ -22,9 +22,9 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from federation.canary_plan import AuditCanariesPlan
 from federation.exchanges.private_rounds import trained_keys, travelling_keys
-from federation.plan import RunPlan
+from federation.plan.canary_plan import AuditCanariesPlan
+from federation.plan.plan import RunPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.seeds import generator_of
 from privacy.randomness import SecretSource

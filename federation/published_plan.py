@@ -2,7 +2,7 @@
 
 One JSON file, `<hash>.plan.json`, that the centre sends to every site. A fine-tuning is published together
 with its run's plan, under its own hash. What this file does not do: it approves nothing
-(`client/approvals.py`).
+(`client/consent/approvals.py`).
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from federation.exchanges.finetuning import FinetunePlan, check_sees_volumes
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from forms.form import build, check
 from forms.json_text import read_json
 from forms.names import Sha256

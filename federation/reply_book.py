@@ -15,7 +15,7 @@ from torch import Tensor
 
 from federation.exchanges.latents import to_tensors
 from federation.journal import Journal
-from federation.wire import num_bytes
+from federation.wire.wire import num_bytes
 from meduet_models.diffusion.conditions import Examples
 from meduet_models.weights import sha256_of_tensors
 

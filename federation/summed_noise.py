@@ -17,8 +17,8 @@ import math
 
 from federation.exchanges.private_rounds import mechanisms, noisy_of, steps_promise
 from federation.exchanges.style_code import privacy_of
-from federation.plan import RunPlan
-from federation.sum_layout import SumLayout
+from federation.plan.plan import RunPlan
+from federation.wire.sum_layout import SumLayout
 from privacy.accounting import Epsilon, Mechanism, epsilon_of
 from privacy.secure_sum.transcript import threshold
 

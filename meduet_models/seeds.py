@@ -4,7 +4,7 @@ The same words (a purpose, the run's seed, a step, ...) give the same numbers on
 of calls, and other words give a stream that never meets it; nobody touches a global generator.
 
 Does not do: keep anything secret (whoever knows the words knows the draws; a site's batches and folds are
-drawn under its own key, `client/site_secret.py`), or draw.
+drawn under its own key, `client/secrets/site_secret.py`), or draw.
 """
 
 import hashlib

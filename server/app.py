@@ -31,9 +31,9 @@ from cryptography.x509 import Certificate
 from flwr.serverapp import Grid
 
 from federation.journal import Journal
-from federation.messages import Tensors
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from federation.reply_book import ReplyBook
+from federation.wire.messages import Tensors
 from forms.json_text import sha256_of
 from meduet_models.diffusion.artefact import DIFFUSION_MODEL
 from meduet_models.published.expiry import EXPIRES, check_unexpired

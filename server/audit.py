@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from audit.evidence import Release
 from federation.exchanges.diffusion import transformer_of
 from federation.exchanges.finetuning import FinetunePlan
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.diffusion.transformer import DiffusionTransformer
 from meduet_models.downstream.starting import StartedNetwork, starting_network
 from meduet_models.downstream.tasks import task_of

@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read with PyTorch: a thre
 
 from rich.console import Console
 
-from federation.loopback import spare_loopback
+from federation.programs.loopback import spare_loopback
 from federation.terminal import ended, terminal
 from storage.files import keep_to_owner
 

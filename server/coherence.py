@@ -11,7 +11,7 @@ from torch import Tensor
 
 from federation.exchanges.private_rounds import noisy_of, resting_others
 from federation.exchanges.survey import survey_layout
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.objective.objective import MeduetObjective, StepBatch, draw_step
 from meduet_models.objective.teacher import Teacher

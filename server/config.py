@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from federation.exchanges.private_rounds import with_noise
-from federation.plan import RunPlan, StylePlan
+from federation.plan.plan import RunPlan, StylePlan
 from forms.form import build
 from forms.ranges import shown
 from scans.volume_plan import VolumePlan

@@ -28,7 +28,7 @@ from federation.exchanges.erasure import numbers_told
 from federation.exchanges.style_code import CODE, STYLE_CODE, code_promise, code_shapes
 from federation.exchanges.survey import survey_layout
 from federation.journal import read_journal
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from forms.json_text import sha256_of
 from meduet_models.diffusion.artefact import DIFFUSION_MODEL, load_generative_model
 from meduet_models.published.pretrained import MODEL

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from federation.exchanges.survey import survey_layout
 from federation.exchanges.synthetic_latents import home_transformer, synthetic_of
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.diffusion.conditioner import Conditioner
 from meduet_models.diffusion.conditions import UNKNOWN, Examples
 from meduet_models.diffusion.training import DiffusionTrainee

@@ -16,12 +16,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from federation.canary_plan import in_words
 from federation.exchanges.erasure import ErasureReply, erasure_sums, pooled_bound
 from federation.exchanges.survey import SurveyReply, smallest_cohort, survey_layout
-from federation.limits import MOST_PATIENTS, MOST_SCANS
-from federation.messages import Tensors
-from federation.plan import RunPlan
+from federation.plan.canary_plan import in_words
+from federation.plan.plan import RunPlan
+from federation.wire.limits import MOST_PATIENTS, MOST_SCANS
+from federation.wire.messages import Tensors
 from meduet_models.content_code import (
     CodeSums,
     code_bound,

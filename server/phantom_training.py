@@ -19,9 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from federation.exchanges.survey import survey_layout
-from federation.messages import Tensors
-from federation.optimisation import descend, optimiser_of
-from federation.plan import RunPlan
+from federation.plan.optimisation import descend, optimiser_of
+from federation.plan.plan import RunPlan
+from federation.wire.messages import Tensors
 from meduet_models.meduet import MeDUET
 from meduet_models.objective.objective import MeduetObjective, StepBatch, draw_step
 from meduet_models.objective.teacher import Teacher

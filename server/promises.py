@@ -4,7 +4,6 @@ As the exchanges promise it; for people: model cards, pages. What this file does
 models, whose answers are not in the weights that are published.
 """
 
-from federation.canary_plan import in_words
 from federation.exchanges import (
     audit_counts,
     demographics,
@@ -14,7 +13,8 @@ from federation.exchanges import (
     style_code,
     survey,
 )
-from federation.plan import RunPlan
+from federation.plan.canary_plan import in_words
+from federation.plan.plan import RunPlan
 from privacy.promise import Promise
 
 

@@ -21,14 +21,14 @@ import torch
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from federation.canary_plan import pull_on_steps, pull_on_style
 from federation.exchanges.private_rounds import mechanisms, run_epsilon, trained_keys
 from federation.exchanges.style_code import privacy_of
-from federation.messages import Tensors
-from federation.plan import RunPlan
+from federation.plan.canary_plan import pull_on_steps, pull_on_style
+from federation.plan.plan import RunPlan
 from federation.reply_book import ReplyBook
-from federation.sum_layout import SumLayout
 from federation.summed_noise import check_summed, summed_epsilon
+from federation.wire.messages import Tensors
+from federation.wire.sum_layout import SumLayout
 from meduet_models.meduet import MeDUET
 from meduet_models.style.bank import StyleBank
 from privacy.worth import DROWNED, LITTLE, signal_to_noise

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from federation.exchanges.style_code import CODE, StyleCodeReply, code_shapes, style_code
 from federation.exchanges.survey import smallest_cohort, survey_layout
-from federation.limits import MOST_PATIENTS
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
+from federation.wire.limits import MOST_PATIENTS
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.code import entry_of
 from strategies.aggregation import ReplyRefused

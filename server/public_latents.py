@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from federation.exchanges.survey import survey_layout
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.seeds import generator_of
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleMoments, restyle

@@ -21,7 +21,7 @@ from audit.attacks.membership import blind, losses, scores_of
 from audit.attacks.scores import Scores, judged
 from audit.cohort import Cohort
 from audit.findings import OF_NOBODY, Finding
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.published.pretrained import MODEL
 from meduet_models.seeds import generator_of
 from meduet_models.style.bank import StyleBank

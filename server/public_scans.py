@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from federation.exchanges.style_code import LATENTS, check_public, privacy_of
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from forms.json_text import canonical, sha256_of
 from meduet_models.seeds import generator_of
 from meduet_models.threads import fixed_threads

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from federation.exchanges.finetuning import FinetunePlan
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from server.checkpoints import OtherPlan
 from storage.files import private_folder, write_whole
 

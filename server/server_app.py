@@ -18,7 +18,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from federation.exchanges.finetuning import FinetunePlan
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from server.app import run
 from server.consortium.plans import finetuning_to_run, plan_to_run
 from server.consortium.registrations import Registrations

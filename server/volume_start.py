@@ -10,7 +10,7 @@ import dataclasses
 from pathlib import Path
 
 from federation.exchanges.pretraining import LEVELS, start_sha256
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.anatomy_start import AnatomyStart, started_unet
 from meduet_models.meduet import FactorNetwork
 from meduet_models.tokenizer.tokenizer import TokenizerSpec

@@ -23,7 +23,7 @@ from client.audit import (
 )
 from client.latents.latent_set import LatentSet
 from client.site import Site
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.diffusion.artefact import DIFFUSION_MODEL, load_generative_model
 from meduet_models.published.pretrained import MODEL, load_pretrained
 from meduet_models.tokenizer.tokenizer import load_tokenizer

@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read with PyTorch: a thre
 
 from rich.console import Console
 
-from federation.loopback import spare_loopback
+from federation.programs.loopback import spare_loopback
 from federation.terminal import ended, failing, say, terminal
 from federation.watching import serving
 from simulations.pulse import Pulse

@@ -18,7 +18,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Context
 
-from client.exact_sums import EXACT_SUMS_CONSENT
+from client.consent.exact_sums import EXACT_SUMS_CONSENT
 from client.latents.latent_set import LatentSet
 from client.scans.patients import PatientMap
 from client.settings import PATHS, SiteConfig
@@ -26,7 +26,7 @@ from client.site import Site
 from client.site_scans import SiteProgress, confirm_patients
 from federation.keys.certificates import Authority, PrivateKey, utc_now
 from federation.keys.identity import SiteIdentity
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from forms.form import build
 from meduet_models.seeds import digest_of
 from meduet_models.tokenizer.tokenizer import Tokenizer, load_tokenizer

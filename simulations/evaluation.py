@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from federation.exchanges.survey import survey_layout
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.content_code import erase_own_site
 from meduet_models.factors import Factors
 from meduet_models.meduet import MeDUET, layer_normed

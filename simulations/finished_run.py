@@ -11,7 +11,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from client.latents.latent_set import LatentSet
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.meduet import FactorNetwork
 from meduet_models.published.pretrained import MODEL, load_pretrained
 from meduet_models.style.bank import StyleBank

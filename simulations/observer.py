@@ -15,7 +15,7 @@ from client.latents.latent_set import LatentSet
 from client.latents.style_moments import own_moments
 from client.scans.cohort import read_entry
 from client.training.site_state import StateFolder
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.head_alignment import check_alignment, style_tokens

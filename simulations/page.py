@@ -15,8 +15,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from federation.plan import RunPlan
-from federation.privacy_plan import PrivacyPlan
+from federation.plan.plan import RunPlan
+from federation.plan.privacy_plan import PrivacyPlan
 from federation.summed_noise import colluding
 from privacy.accounting import Epsilon
 from server.promises import made_with_canaries

@@ -21,14 +21,14 @@ import yaml
 from rich.console import Console
 
 from client.connection.keys import install
+from client.secrets.site_secret import DRAWS
 from client.settings import SiteConfig
 from client.site_scans import confirm_patients
-from client.site_secret import DRAWS
 from federation.keys.certificates import utc_now
 from federation.keys.key_files import refuse_work_tree
 from federation.keys.kits import SETTINGS
-from federation.plan import RunPlan
-from federation.processes import GRACE_S, ChildProcess, Say, Supervisor
+from federation.plan.plan import RunPlan
+from federation.programs.processes import GRACE_S, ChildProcess, Say, Supervisor
 from federation.terminal import CommandFailed, ended, say, terminal
 from meduet_models.tokenizer.tokenizer import shipped_tokenizer
 from server.config import compose_config, plain

@@ -26,7 +26,7 @@ from rich.progress import (
 from rich.text import Text
 
 from client.site_scans import SiteProgress
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from federation.terminal import say, terminal
 from simulations.hospitals.phantom import Progress as MakeProgress
 from simulations.pulse import PULSE_S, Clock, Pulse

@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from client.app import make_client_app
 from client.settings import resolve_device
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.diffusion.artefact import load_generative_model
 from meduet_models.tokenizer.tokenizer import load_tokenizer
 from server.app import RunObserver, RunResult

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from server.app import RunObserver
 from storage.files import private_folder, write_whole
 

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from client.latents.labelled import LabelledScans
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.probes.anatomy import anatomy_probe
 from meduet_models.probes.hidden import hidden_errors

@@ -26,11 +26,11 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from federation.exchanges.pretraining import TrainReply
-from federation.limits import MOST_SCANS, largest_reply
-from federation.messages import RefusalKind
-from federation.plan import RunPlan, WireDtype
+from federation.plan.plan import RunPlan, WireDtype
 from federation.reply_book import ReplyBook
-from federation.wire import array_record, arrays_bytes
+from federation.wire.limits import MOST_SCANS, largest_reply
+from federation.wire.messages import RefusalKind
+from federation.wire.wire import array_record, arrays_bytes
 from strategies.aggregation import Bounds, ReplyRefused, StreamingSum
 from strategies.quorum import Roster, RoundFailed, check_quorum, needed, wait_for_nodes
 from strategies.reply_wall import ReplyWall

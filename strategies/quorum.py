@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
-from federation.wire import RefusalKind
+from federation.wire.wire import RefusalKind
 
 PATIENCE_S = 90.0
 """How long a round waits for more than the quorum to connect: a SuperNode that was killed is let in again

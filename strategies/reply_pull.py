@@ -28,7 +28,7 @@ from flwr.supercore.inflatable.inflatable_object import get_object_head_values_f
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from federation.limits import Largest
+from federation.wire.limits import Largest
 from strategies.aggregation import ReplyRefused
 
 _HEAD_OF_OBJECT = 256  # bytes: its kind and length; names of children come on top

@@ -13,9 +13,9 @@ from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from flwr.app import Message, RecordDict
 
-from federation.messages import MessageError, Refusal, RefusalKind, kind_of
 from federation.reply_book import ReplyBook
 from federation.terminal import visible
+from federation.wire.messages import MessageError, Refusal, RefusalKind, kind_of
 from strategies.aggregation import ReplyRefused
 from strategies.quorum import Roster, refusal
 from strategies.streaming_grid import StreamingGrid

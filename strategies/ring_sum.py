@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from federation.sum_layout import MASKED, SumLayout, SumOfSites
+from federation.wire.sum_layout import MASKED, SumLayout, SumOfSites
 from privacy.secure_sum.opening import unmask
 from privacy.secure_sum.party import Opened
 from privacy.secure_sum.ring import Ring

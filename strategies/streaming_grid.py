@@ -27,7 +27,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from federation.limits import Largest
+from federation.wire.limits import Largest
 from strategies.aggregation import ReplyRefused
 from strategies.reply_pull import BoundedPull
 

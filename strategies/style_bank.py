@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from federation.exchanges.survey import smallest_cohort, survey_layout
-from federation.limits import MOST_PATIENTS
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
+from federation.wire.limits import MOST_PATIENTS
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleMoments
 

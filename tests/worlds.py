@@ -17,9 +17,9 @@ import torch
 from federation.exchanges.private_rounds import with_noise
 from federation.journal import Journal
 from federation.keys.identity import SiteIdentity
-from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan
-from federation.privacy_plan import PrivacyPlan
-from federation.sealing import recipient_key, recipient_of
+from federation.plan.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan, TrainingPlan
+from federation.plan.privacy_plan import PrivacyPlan
+from federation.wire.sealing import recipient_key, recipient_of
 from meduet_models.meduet import MeDUET, NetworkConfig
 from meduet_models.objective.settings import ObjectiveConfig
 from meduet_models.weights import sha256_of_tensors

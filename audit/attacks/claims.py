@@ -29,7 +29,7 @@ from audit.findings import Finding, Pooled, Rate, Verdict
 from audit.statistics.intervals import clopper_pearson
 from federation.exchanges.audit_counts import BLIND, TRIED, PooledCounts, Told, cell_of
 from federation.exchanges.survey import SURVEY
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from forms.json_text import sha256_of
 from meduet_models.meduet import FactorNetwork
 

@@ -24,7 +24,7 @@ from audit.findings import Finding, parts
 from audit.statistics.intervals import clopper_pearson
 from federation.exchanges.demographics import AGES, SEXES, counted
 from federation.exchanges.survey import smallest_cohort
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from privacy.whole_cohorts import in_whole_cohorts
 
 

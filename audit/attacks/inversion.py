@@ -37,7 +37,7 @@ from audit.evidence import Evidence, Release
 from audit.findings import Finding, Picture
 from audit.gallery import picture
 from audit.statistics.intervals import clopper_pearson
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.objective.objective import MeduetObjective, StepBatch, StepDraws, draw_step
 from meduet_models.objective.teacher import Teacher

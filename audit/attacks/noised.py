@@ -28,7 +28,7 @@ from audit.statistics.intervals import ONE_SIDE
 from federation.exchanges.latent_moments import MOMENTS, public_moments
 from federation.exchanges.latents import BOUNDED
 from federation.exchanges.style_code import LATENTS
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.common_style import CommonStyle
 

@@ -29,7 +29,7 @@ from federation.exchanges.erasure import erasure_sums
 from federation.exchanges.probes import ANATOMY, FACTORS, fold_moments
 from federation.exchanges.style_code import CODE, code_promise, code_shapes, style_code
 from federation.exchanges.survey import survey_layout
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.style.code import entry_of_scans, vector_of
 from meduet_models.style.moments import StyleMoments
 

@@ -13,8 +13,8 @@ from http.client import HTTPException, HTTPSConnection
 
 from client.connection.certificate_checks import Finding
 from client.connection.keys import SiteKeys
-from federation.health import NotServing, check_health
 from federation.keys.kits import AUTHORITY, CERTIFICATE, KEY, host_and_port
+from federation.programs.health import NotServing, check_health
 
 AHEAD_S, BEHIND_S = 5.0, 300.0
 """How far a site's clock may be ahead of or behind the centre's: Flower signs the time with every request."""

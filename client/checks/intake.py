@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
-from client.confirmation import CURE, unconfirmed
+from client.consent.confirmation import CURE, unconfirmed
 from client.scans.cohort import Cohort
 from client.scans.layouts import Found
 from client.scans.patients import PatientMap, shown

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 
 from client.connection.certificate_checks import Finding
-from federation.loopback import PROXY_VARIABLES, passes_proxy
+from federation.programs.loopback import PROXY_VARIABLES, passes_proxy
 
 
 def proxy_check(server: str, variables: Mapping[str, str] | None = None) -> Finding:

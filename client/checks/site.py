@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from client.books import open_books
+from client.books.books import open_books
+from client.books.refusals import stopped_plans
 from client.checks.centre import centre_check, clock_check
 from client.checks.intake import (
     closing,
@@ -24,11 +25,10 @@ from client.checks.machine import device_check, disk_check, folder_check, launch
 from client.checks.proxies import proxy_check
 from client.connection.certificate_checks import certificate_check
 from client.connection.keys import SiteKeys
-from client.exact_sums import fewest_for_means, fewest_patients
+from client.consent.exact_sums import fewest_for_means, fewest_patients
 from client.exchanges.exchange import AskRefused
 from client.exchanges.latents import consent
 from client.latents.cache_files import SealedFiles
-from client.refusals import stopped_plans
 from client.scans.cohort import COPY, SPLITS, Cohort
 from client.scans.layouts import Found
 from client.scans.names import alike
@@ -41,8 +41,8 @@ from federation.exchanges.private_rounds import mechanisms
 from federation.exchanges.probes import PROBES, widest_sums
 from federation.exchanges.survey import smallest_cohort
 from federation.keys.certificates import utc_now
-from federation.plan import RunPlan
-from federation.wire import RefusalKind
+from federation.plan.plan import RunPlan
+from federation.wire.wire import RefusalKind
 from privacy.accounting import epsilon_of
 from privacy.chain import BrokenChain
 from scans.scans import Reason

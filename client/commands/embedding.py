@@ -1,7 +1,7 @@
 """`meduet embed`: reading arguments, showing progress, one line per error.
 
-What it does not do: any of the work (`client/embedding.py`). Heavy modules are imported inside the command:
---help is immediate.
+What it does not do: any of the work (`client/products/embedding.py`). Heavy modules are imported inside the
+command: --help is immediate.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def _embed(chosen: argparse.Namespace, console: Console) -> int:
     if chosen.model is None:
         raise ValueError(f"Expected --model RUN (or ${MODEL_VARIABLE}): the folder of a run; got none.")
 
-    from client.embedding import TABLES, check_target, embeddings, scans_of, write_one, write_table
+    from client.products.embedding import TABLES, check_target, embeddings, scans_of, write_one, write_table
     from meduet_models import load
 
     model = load(chosen.model, tokenizer=chosen.tokenizer, device=chosen.device, trusted=chosen.trusted)

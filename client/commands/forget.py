@@ -33,7 +33,7 @@ def _forget(chosen: argparse.Namespace, console: Console) -> int:
     from client.settings import load_site_config, processes_of
     from client.site import Site
     from client.turns import turn
-    from federation.processes import read_state
+    from federation.programs.processes import read_state
 
     config = load_site_config(chosen.config)
     running = read_state(processes_of(config))

@@ -1,8 +1,8 @@
 """`meduet-site harmonise | encode | segment`: reading arguments, showing progress, one line per error.
 
-What it does not do: any of the work (`client/harmonisation.py`, `client/segmentation.py`). No command asks a
-server or writes to the site's books: nothing leaves. Heavy modules are imported inside the commands: --help
-is immediate.
+What it does not do: any of the work (`client/products/harmonisation.py`, `client/products/segmentation.py`).
+No command asks a server or writes to the site's books: nothing leaves. Heavy modules are imported inside the
+commands: --help is immediate.
 """
 
 import argparse
@@ -117,8 +117,8 @@ def add_to(commands: Any) -> None:
 
 
 def _harmonise(chosen: argparse.Namespace, console: Console) -> int:
-    from client.harmonisation import volume_file
-    from client.volume_files import make_files, target_paths
+    from client.products.harmonisation import volume_file
+    from client.products.volume_files import make_files, target_paths
     from meduet_models.diffusion.artefact import load_generative_model
     from meduet_models.diffusion.harmonisation import HarmonisationSettings
     from meduet_models.diffusion.harmoniser import Harmoniser
@@ -155,8 +155,8 @@ def _harmonise(chosen: argparse.Namespace, console: Console) -> int:
 
 
 def _segment(chosen: argparse.Namespace, console: Console) -> int:
-    from client.segmentation import Segmenter, load_finetuned
-    from client.volume_files import make_files, target_paths
+    from client.products.segmentation import Segmenter, load_finetuned
+    from client.products.volume_files import make_files, target_paths
 
     targets = target_paths(chosen.scans, chosen.out, "segmented")
     model = load_finetuned(chosen.model)
@@ -193,7 +193,7 @@ def _told(
 
 
 def _encode(chosen: argparse.Namespace, console: Console) -> int:
-    from client.harmonisation import encode_scan
+    from client.products.harmonisation import encode_scan
     from client.site import load_plan
     from meduet_models.diffusion.artefact import load_generative_model
     from meduet_models.diffusion.harmoniser import check_tokenizer, volume_plan

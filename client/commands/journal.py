@@ -33,7 +33,7 @@ def add_to(commands: Any) -> None:
 
 
 def _show(chosen: argparse.Namespace, console: Console) -> int:
-    from client.books import JOURNAL
+    from client.books.books import JOURNAL
     from client.settings import load_site_config
     from federation.journal import journal_lines, read_journal
 
@@ -43,7 +43,7 @@ def _show(chosen: argparse.Namespace, console: Console) -> int:
 
 
 def _verify(chosen: argparse.Namespace, console: Console) -> int:
-    from client.books import JOURNAL, read_books
+    from client.books.books import JOURNAL, read_books
     from client.settings import load_site_config
     from federation.journal import journal_verdict
     from privacy.chain import BrokenChain

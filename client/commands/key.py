@@ -50,7 +50,7 @@ def add_to(commands: Any) -> None:
 
 
 def _approver(chosen: argparse.Namespace, console: Console) -> int:
-    from client.approvers import new_approver
+    from client.consent.approvers import new_approver
     from forms.names import SITE
 
     SITE.check(chosen.name, "an approver's name")

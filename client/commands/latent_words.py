@@ -1,13 +1,13 @@
 """What leaves for a diffusion model, in plain words: a part of a published plan as people read it.
 
-Does not do: the rest of a plan (`plan_words.py`), or decide (`federation/release_policy.py`).
+Does not do: the rest of a plan (`plan_words.py`), or decide (`federation/plan/release_policy.py`).
 """
 
 from collections.abc import Iterator
 
 from federation.exchanges.synthetic_latents import worth_at_home
-from federation.latent_privacy import SyntheticPlan
-from federation.plan import RunPlan
+from federation.plan.latent_privacy import SyntheticPlan
+from federation.plan.plan import RunPlan
 from privacy.worth import DROWNED, LITTLE
 
 

@@ -57,7 +57,7 @@ def _close(chosen: argparse.Namespace, console: Console) -> int:
 
 
 def _opened(config: Path) -> tuple[Any, Any]:
-    from client.books import LEDGER
+    from client.books.books import LEDGER
     from client.settings import ceiling_of, load_site_config
     from privacy.ledger import Ledger
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from client.approvals import SHORTEST
+from client.consent.approvals import SHORTEST
 from federation.terminal import DONE, cell, say, typed
 from storage.files import private_folder
 
 if TYPE_CHECKING:
-    from client.approvals import Approvals
+    from client.consent.approvals import Approvals
     from client.settings import SiteConfig
 
 
@@ -102,7 +102,7 @@ def _so_far(approvals: "Approvals", sha256: str) -> str:
 def _approve(
     chosen: argparse.Namespace, console: Console, config: "SiteConfig", approvals: "Approvals"
 ) -> int:
-    from client.approvers import read_signer
+    from client.consent.approvers import read_signer
     from federation.bundle import running_bundle
 
     published = approvals.find(chosen.plan)
@@ -142,8 +142,8 @@ def _withdraw(
 def _resume(
     chosen: argparse.Namespace, console: Console, config: "SiteConfig", approvals: "Approvals"
 ) -> int:
-    from client.books import JOURNAL
-    from client.refusals import resume, stopped_plans
+    from client.books.books import JOURNAL
+    from client.books.refusals import resume, stopped_plans
     from federation.journal import Journal
 
     journal = Journal(config.state_dir / JOURNAL)

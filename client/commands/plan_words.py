@@ -9,6 +9,7 @@ no noise is added. Does not do: recommend.
 import dataclasses
 from collections.abc import Iterator
 
+from client.books.refusals import MOST
 from client.commands.latent_words import diffusion_words
 from client.commands.privacy_words import (
     Line,
@@ -18,8 +19,7 @@ from client.commands.privacy_words import (
     protected,
     shared,
 )
-from client.exact_sums import fewest_for_means, fewest_patients
-from client.refusals import MOST
+from client.consent.exact_sums import fewest_for_means, fewest_patients
 from federation.exchanges.audit_counts import AUDIT_COUNTS, CELLS, TRIED, cell_of
 from federation.exchanges.demographics import DEMOGRAPHICS, SEX_NAMES, age_bands
 from federation.exchanges.diffusion import DIFFUSION
@@ -34,10 +34,10 @@ from federation.exchanges.secure_sum import SUM_MASKED, SUM_PRIVATE
 from federation.exchanges.style_code import STYLE_CODE
 from federation.exchanges.survey import SURVEY, smallest_cohort, survey_layout
 from federation.exchanges.synthetic_latents import SYNTHETIC_LATENTS
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from federation.published_plan import PublishedPlan
-from federation.sum_layout import SumLayout
-from federation.wire import num_bytes
+from federation.wire.sum_layout import SumLayout
+from federation.wire.wire import num_bytes
 from meduet_models.content_code import code_bound
 from privacy.secure_sum.transcript import threshold
 

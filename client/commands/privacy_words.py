@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from client.commands.latent_words import after_the_pretraining, diffusion_words
-from federation.canary_plan import AuditCanariesPlan, in_words, pull_on_steps, pull_on_style
 from federation.exchanges.finetuning import FinetunePlan
 from federation.exchanges.private_rounds import latents_promise, run_epsilon, steps_promise, travelling_keys
 from federation.exchanges.style_code import code_promise, code_shapes, privacy_of
-from federation.finetuning_privacy import FinetunePrivacy, all_rounds, round_promise
-from federation.plan import RunPlan
-from federation.sum_layout import SumLayout
+from federation.plan.canary_plan import AuditCanariesPlan, in_words, pull_on_steps, pull_on_style
+from federation.plan.finetuning_privacy import FinetunePrivacy, all_rounds, round_promise
+from federation.plan.plan import RunPlan
 from federation.summed_noise import check_summed, colluding, hiding, summed_epsilon
+from federation.wire.sum_layout import SumLayout
 from meduet_models.meduet import MeDUET
 from privacy.secure_sum.transcript import threshold
 

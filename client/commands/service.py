@@ -48,13 +48,13 @@ def _watch(chosen: argparse.Namespace, console: Console) -> None:
 
 
 def _start(chosen: argparse.Namespace, console: Console) -> int:
-    from client.books import open_books
-    from client.confirmation import CURE, unconfirmed
+    from client.books.books import open_books
     from client.connection.supernode import supernode_processes
+    from client.consent.confirmation import CURE, unconfirmed
     from client.latents.cache_keys import cache_keys, opener
     from client.settings import load_site_config, processes_of
     from client.site_scans import survey_site
-    from federation.processes import become_supervisor
+    from federation.programs.processes import become_supervisor
 
     config = load_site_config(chosen.config)
     private_folder(config.state_dir)

@@ -92,7 +92,7 @@ def _note(state_dir: Path, run_id: int, refusal: BundleRefused) -> None:
 
 def _answer(message: Message, state: Any, store: Any) -> None:
     """Let SuperNode send the one word, as it sends the answer of a process."""
-    from federation.messages import Refusal, RefusalKind  # with PyTorch, which nothing else here needs
+    from federation.wire.messages import Refusal, RefusalKind  # with PyTorch, which nothing else here needs
 
     refusal = Refusal(kind=RefusalKind.BUNDLE_NOT_APPROVED)
     reply = Message(refusal.to_record(), reply_to=message)

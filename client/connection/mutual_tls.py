@@ -5,9 +5,9 @@ refuse it. This program is `flower-supernode`, with one class changed: connectio
 site's certificate. It is run as a program (`client/connection/supernode.py`), with the same arguments.
 
 Five more things a hospital needs. What SuperNode serves to this machine it serves on a socket of its own
-account (`federation/local_socket.py`), and no port is open. With a network that drops packets for two
-minutes, Flower takes a TLS handshake that nobody answers for a wrong certificate and gives up for good; here
-it is a connection that failed, and tried again. A SuperNode that gave up stays as a process that does
+account (`federation/programs/local_socket.py`), and no port is open. With a network that drops packets for
+two minutes, Flower takes a TLS handshake that nobody answers for a wrong certificate and gives up for good;
+here it is a connection that failed, and tried again. A SuperNode that gave up stays as a process that does
 nothing, since one of its threads never ends; here the process ends, and its supervisor starts it again. Where
 the centre does not accept the signature, as when the clock is off, Flower ends "gracefully"; here it is
 said. And Flower runs whatever code the centre sends; here it is checked first
@@ -29,7 +29,7 @@ from flwr.supernode.cli.flower_supernode import flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from client.connection.checked_fetch import checked
-from federation.local_socket import serve_on_socket_only
+from federation.programs.local_socket import serve_on_socket_only
 
 CERTIFICATE, KEY = "MEDUET_CLIENT_CERTIFICATE", "MEDUET_CLIENT_KEY"
 """Environment variables with the paths of the site's certificate and key, PEM."""

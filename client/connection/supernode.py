@@ -22,7 +22,9 @@ from client.connection.certificate_checks import certificate_check
 from client.connection.keys import NODE_KEY, SiteKeys
 from client.settings import SiteConfig, processes_of
 from federation.bundle import ROOT
-from federation.flower_programs import (
+from federation.keys.certificates import utc_now
+from federation.keys.kits import AUTHORITY, CERTIFICATE, KEY
+from federation.programs.flower_programs import (
     EXIT_MEANINGS,
     EXIT_PATTERN,
     SUPEREXEC,
@@ -30,9 +32,7 @@ from federation.flower_programs import (
     secret_file,
     superexec_process,
 )
-from federation.keys.certificates import utc_now
-from federation.keys.kits import AUTHORITY, CERTIFICATE, KEY
-from federation.processes import ChildProcess
+from federation.programs.processes import ChildProcess
 
 SUPERNODE = "supernode"
 SOCKET = "supernode.sock"

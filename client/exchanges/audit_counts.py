@@ -18,7 +18,7 @@ from federation.exchanges.audit_counts import (
     audit_counts_shapes,
     cell_of,
 )
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.style.moments import CohortTooSmall
 from privacy.whole_cohorts import in_whole_cohorts
 

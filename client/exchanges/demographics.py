@@ -17,7 +17,7 @@ from federation.exchanges.demographics import (
     demographics_shapes,
 )
 from federation.exchanges.survey import smallest_cohort
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.style.moments import CohortTooSmall
 from privacy.whole_cohorts import in_whole_cohorts
 

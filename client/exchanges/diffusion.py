@@ -17,13 +17,13 @@ from client.exchanges.exchange import Answer, AskRefused, OnStep, SiteAtWork, ba
 from client.exchanges.pretraining import train_mail
 from client.latents.examples import ScansWithGeometry, SiteExamples
 from client.release import Gate, Released
-from client.site_secret import seed_of
+from client.secrets.site_secret import seed_of
 from client.training.site_state import RoundResult, SiteState, StateFolder, UnderWay, cohort_sha256
 from client.training.trainee import WrongWeights
-from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.diffusion import DIFFUSION, DiffusionAsk, encoder_of, transformer_of
-from federation.plan import RunPlan
-from federation.wire import RefusalKind
+from federation.plan.diffusion_plan import DiffusionPlan
+from federation.plan.plan import RunPlan
+from federation.wire.wire import RefusalKind
 from meduet_models.diffusion.conditioner import Conditioner
 from meduet_models.diffusion.training import DiffusionTrainee
 from meduet_models.weights import sha256_of_tensors

@@ -7,7 +7,7 @@ import logging
 
 import torch
 
-from client.exact_sums import check_means, fewest_for_means
+from client.consent.exact_sums import check_means, fewest_for_means
 from client.exchanges.exchange import Answer, AskRefused, OnStep, SiteAtWork
 from client.release import Gate, Released
 from client.training.site_state import StateFolder, StateMissing
@@ -23,8 +23,8 @@ from federation.exchanges.erasure import (
     pooled_bound,
 )
 from federation.exchanges.survey import smallest_cohort
-from federation.plan import RunPlan
-from federation.wire import RefusalKind
+from federation.plan.plan import RunPlan
+from federation.wire.wire import RefusalKind
 from meduet_models.content_code import CodeSums, code_bound
 from meduet_models.meduet import layer_normed
 from meduet_models.style.moments import CohortTooSmall

@@ -21,19 +21,19 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from client.answers import ANSWERS, KeptAnswers
+from client.books.answers import ANSWERS, KeptAnswers
+from client.books.refusals import is_stopped
 from client.jobs.launcher import Launcher
 from client.latents.batches import TrainingScans
-from client.refusals import is_stopped
 from client.release import Gate, Masking, Released
 from client.turns import turn
 from client.watchdog import DEADLINE_SHARE
 from federation.exchanges.exchange import Exchange
 from federation.journal import Journal
 from federation.keys.identity import SiteIdentity
-from federation.messages import Ask, MessageError, Reply
-from federation.plan import RunPlan
-from federation.wire import RefusalKind
+from federation.plan.plan import RunPlan
+from federation.wire.messages import Ask, MessageError, Reply
+from federation.wire.wire import RefusalKind
 from meduet_models.style.bank import StyleBank
 from privacy.ledger import Ledger
 
@@ -86,7 +86,7 @@ class SiteAtWork(Protocol):
 
     @property
     def exact_sums(self) -> bool:
-        """Whether it lets sums of products over few patients leave (`client/exact_sums.py`)."""
+        """Whether it lets sums of products over few patients leave (`client/consent/exact_sums.py`)."""
 
     @property
     def secret(self) -> bytes:

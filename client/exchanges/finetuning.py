@@ -21,14 +21,14 @@ from client.latents.labelled import (
     labelled_scans,
 )
 from client.release import Gate, Released
-from client.site_secret import seed_of
+from client.secrets.site_secret import seed_of
 from client.training.finetuning import check_answers, finetune
 from client.training.private_finetuning import answerable, finetune_privately
 from client.training.trainee import WrongWeights
 from federation.exchanges.finetuning import FinetuneAsk, FinetunePlan
-from federation.finetuning_privacy import protection_of
-from federation.plan import RunPlan
-from federation.wire import RefusalKind
+from federation.plan.finetuning_privacy import protection_of
+from federation.plan.plan import RunPlan
+from federation.wire.wire import RefusalKind
 from meduet_models.downstream.networks import encoder_tensors, trained_keys
 from meduet_models.downstream.starting import StartedNetwork, starting_network
 from meduet_models.downstream.tasks import task_of

@@ -24,8 +24,8 @@ from federation.exchanges.latent_moments import (
     public_moments,
 )
 from federation.exchanges.style_code import check_public
-from federation.plan import RunPlan
-from federation.wire import RefusalKind
+from federation.plan.plan import RunPlan
+from federation.wire.wire import RefusalKind
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.common_style import CommonStyle
 from meduet_models.weights import save_weights

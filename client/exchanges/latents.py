@@ -4,8 +4,8 @@
 the decoder is public, so the scans can be reconstructed from them, and the minimum cohort, which is a rule
 about sums, protects no single item. They leave sealed to the bank's key, which the plan names; a plan without
 one is refused before a scan is read. A site takes part in such a plan only if its site.yaml says so in the
-words of the policy (`federation/release_policy.py`). `federated`: no latent leaves. What leaves with noise
-has exchanges of its own (`synthetic_latents.py`, `latent_moments.py`).
+words of the policy (`federation/plan/release_policy.py`). `federated`: no latent leaves. What leaves with
+noise has exchanges of its own (`synthetic_latents.py`, `latent_moments.py`).
 
 Items leave under opaque names: a keyed hash of the scan, whose key stays here. The site's own table
 released_latents.csv says which scan is which, so that a patient who withdraws can be taken out at the centre.
@@ -25,7 +25,7 @@ from client.latents.examples import ScansWithGeometry, examples_of
 from client.release import Gate, Released
 from client.scans.cohort import ScanEntry
 from client.scans.names import readable
-from client.site_secret import digest_of, site_secret
+from client.secrets.site_secret import digest_of, site_secret
 from federation.exchanges.latents import (
     BOUNDED,
     LATENTS,
@@ -40,9 +40,9 @@ from federation.exchanges.latents import (
     to_tensors,
     told_shapes,
 )
-from federation.plan import RunPlan
-from federation.sealing import check_recipient
-from federation.wire import RefusalKind
+from federation.plan.plan import RunPlan
+from federation.wire.sealing import check_recipient
+from federation.wire.wire import RefusalKind
 
 KEY_NAME = "latent-items.key"
 TABLE_NAME = "released_latents.csv"

@@ -18,9 +18,9 @@ from client.training.site_state import StateFolder, cohort_sha256
 from client.training.style_axes import with_style_axes
 from client.training.trainee import Trainee
 from federation.exchanges.pretraining import PRETRAINING, TrainAsk, TrainReply, start_sha256
-from federation.messages import Ask
-from federation.plan import RunPlan
-from federation.wire import RefusalKind
+from federation.plan.plan import RunPlan
+from federation.wire.messages import Ask
+from federation.wire.wire import RefusalKind
 from meduet_models.weights import sha256_of_tensors
 from privacy.clipping import clip_factor
 

@@ -20,8 +20,8 @@ from client.training.private import step_to_sum, train_privately
 from client.training.site_state import StateFolder, StateMissing, cohort_sha256
 from client.training.trainee import Trainee
 from federation.exchanges.private_rounds import PRIVATE_ROUNDS, PrivateAsk
-from federation.plan import RunPlan
-from federation.wire import GROWTH, RefusalKind
+from federation.plan.plan import RunPlan
+from federation.wire.wire import GROWTH, RefusalKind
 from meduet_models.weights import sha256_of_tensors
 from privacy.clipping import clip
 

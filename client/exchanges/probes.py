@@ -25,11 +25,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from client.exact_sums import check_sums
+from client.consent.exact_sums import check_sums
 from client.exchanges.exchange import Answer, AskRefused, OnStep, SiteAtWork, bank_of
 from client.latents.batches import TrainingScans
 from client.release import Gate, Released
-from client.site_secret import digest_of
+from client.secrets.site_secret import digest_of
 from client.training.site_state import StateFolder
 from client.training.trainee import student_of
 from federation.exchanges.probes import (
@@ -55,8 +55,8 @@ from federation.exchanges.probes import (
     widest_sums,
 )
 from federation.exchanges.survey import smallest_cohort, survey_layout
-from federation.plan import RunPlan
-from federation.wire import RefusalKind
+from federation.plan.plan import RunPlan
+from federation.wire.wire import RefusalKind
 from meduet_models.erasure import ErasureMoments, patient_means
 from meduet_models.factors import Factors
 from meduet_models.meduet import MeDUET, layer_normed

@@ -5,7 +5,7 @@ ledger as for every exchange. So a round's sum is opened for one list whatever i
 was given up for another is never opened.
 
 Does not do: steps (`client/exchanges/pretraining.py`, with privacy `private_rounds.py`), keep secrets by
-itself (`client/sum_secrets.py`).
+itself (`client/secrets/sum_secrets.py`).
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from client.exchanges.exchange import Answer, AskRefused, OnStep, Site, SiteAtWo
 from client.exchanges.pretraining import answer_round
 from client.exchanges.private_rounds import answer_private_round
 from client.release import TEXT, Gate, Released
-from client.sum_secrets import SumSecrets
+from client.secrets.sum_secrets import SumSecrets
 from federation.exchanges.secure_sum import (
     SUM_KEYS,
     SUM_MASKED,
@@ -42,10 +42,10 @@ from federation.exchanges.secure_sum import (
 )
 from federation.keys.certificates import utc_now
 from federation.keys.identity import Peers
-from federation.plan import RunPlan
-from federation.sum_layout import MASKED, SumLayout
+from federation.plan.plan import RunPlan
 from federation.summed_noise import check_summed
-from federation.wire import RefusalKind
+from federation.wire.sum_layout import MASKED, SumLayout
+from federation.wire.wire import RefusalKind
 from privacy.secure_sum.party import Party
 from privacy.secure_sum.ring import to_grid
 from privacy.secure_sum.transcript import checked_roster, threshold

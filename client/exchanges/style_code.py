@@ -29,8 +29,8 @@ from federation.exchanges.style_code import (
     style_code,
 )
 from federation.exchanges.survey import survey_layout
-from federation.plan import RunPlan
-from federation.wire import RefusalKind
+from federation.plan.plan import RunPlan
+from federation.wire.wire import RefusalKind
 from meduet_models.style.code import entry_of_scans, style_length, vector_of
 
 _log = logging.getLogger(__name__)

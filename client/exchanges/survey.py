@@ -7,7 +7,7 @@ from client.exchanges.exchange import Answer, OnStep, SiteAtWork
 from client.latents.style_moments import survey
 from client.release import Gate, Released
 from federation.exchanges.survey import SURVEY, SurveyAsk, SurveyReply, survey_layout
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 
 
 def answer_survey(site: SiteAtWork, ask: SurveyAsk, plan: RunPlan, gate: Gate, on_step: OnStep) -> Released:

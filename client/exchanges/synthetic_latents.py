@@ -18,9 +18,9 @@ from federation.exchanges.synthetic_latents import (
     synthetic_of,
     synthetic_shapes,
 )
-from federation.plan import RunPlan
-from federation.sealing import check_recipient
-from federation.wire import GROWTH, RefusalKind
+from federation.plan.plan import RunPlan
+from federation.wire.sealing import check_recipient
+from federation.wire.wire import GROWTH, RefusalKind
 from meduet_models.diffusion.conditions import Conditions
 from meduet_models.diffusion.sampling import SamplingSettings, sample
 from meduet_models.diffusion.transformer import DiffusionTransformer

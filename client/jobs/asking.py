@@ -30,8 +30,8 @@ from client.jobs.request import ANSWER, STATE, NoAnswer, Offer, Request, read_an
 from client.release import Gate, Released
 from client.training.site_state import ROOMS, StateFolder
 from client.watchdog import DeadlineMissed, is_waited_for
-from federation.messages import Ask
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
+from federation.wire.messages import Ask
 from privacy.step_secrets import StepSecrets
 from storage.files import private_folder
 

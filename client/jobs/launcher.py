@@ -21,10 +21,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from client.approvers import ApprovalRule
+from client.consent.approvers import ApprovalRule
 from client.settings import SiteConfig
 from federation.bundle import ROOT
-from federation.processes import die_with_parent
+from federation.programs.processes import die_with_parent
 from storage.files import write_whole
 
 SCRIPT = "job.sh"

@@ -28,8 +28,8 @@ from client.release import Gate, Masking
 from client.settings import PATHS, SiteConfig
 from client.site_scans import SiteScans
 from client.training.site_state import Leaving
-from federation.plan import WireDtype
-from federation.wire import RefusalKind
+from federation.plan.plan import WireDtype
+from federation.wire.wire import RefusalKind
 from forms.form import build
 from forms.paths import resolve_paths
 from privacy.promise import Promise

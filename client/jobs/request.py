@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from federation.messages import Ask
-from federation.wire import RefusalKind, record_of_bytes, record_to_bytes
+from federation.wire.messages import Ask
+from federation.wire.wire import RefusalKind, record_of_bytes, record_to_bytes
 from forms.json_text import fingerprint_of
 from meduet_models.weights import load_weights, save_weights, sha256_of_tensors
 

@@ -27,8 +27,8 @@ from torch import Tensor
 from client.latents.style_moments import body_parts, own_moments
 from client.latents.whole_scan import draw_start
 from client.scans.patients import rows_by_patient
-from client.site_secret import seed_of
-from federation.plan import RunPlan
+from client.secrets.site_secret import seed_of
+from federation.plan.plan import RunPlan
 from meduet_models.objective.objective import StepBatch, StepDraws, draw_step
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import CohortTooSmall
@@ -78,7 +78,7 @@ class WholeScans(TrainingScans, Protocol):
 def step_generator(secret: bytes, seed: int, round_number: int, step: int) -> torch.Generator:
     """The generator of one step: a keyed hash of run, round and step, so that the site can replay it alone.
 
-    `secret` is the site's own (`client/site_secret.py`), `seed` the run's.
+    `secret` is the site's own (`client/secrets/site_secret.py`), `seed` the run's.
     """
     return torch.Generator().manual_seed(seed_of(secret, "step", seed, round_number, step))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from client.latents.batches import TrainingScans
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.diffusion.conditions import UNKNOWN, Examples
 from meduet_models.downstream.task import covariate_text
 from scans.volumes import Geometry, ras_spacing

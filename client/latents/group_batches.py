@@ -27,10 +27,10 @@ from torch import Tensor
 
 from client.latents.batches import TrainingScans
 from client.scans.patients import rows_by_patient
-from client.site_secret import digest_of
+from client.secrets.site_secret import digest_of
 from federation.exchanges.private_rounds import noisy_of
 from federation.exchanges.survey import survey_layout
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.objective.objective import StepBatch, StepDraws, draw_step
 from meduet_models.seeds import generator_of
 from meduet_models.style.bank import StyleBank

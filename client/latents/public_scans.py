@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from federation.exchanges.style_code import LATENTS, check_public
-from federation.messages import Tensors
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
+from federation.wire.messages import Tensors
 from meduet_models.weights import load_weights, save_weights
 from storage.files import private_folder
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from client.scans.patients import rows_by_patient
 from federation.exchanges.survey import smallest_cohort, survey_layout
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.style.moments import CohortTooSmall, StyleMoments
 
 _log = logging.getLogger(__name__)

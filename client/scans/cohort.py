@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from client.forgotten import Forgotten
+from client.books.forgotten import Forgotten
 from client.scans.contrasts import ModalityNames
 from client.scans.judgement import Judges, Source, Verdict, one_by_one
 from client.scans.layouts import Candidate, Found, Layout, LayoutRules, survey

@@ -4,7 +4,8 @@ Patients carry the split, the minimum cohort and the privacy unit, so a wrong gu
 is told from all names together, never from one: `sub-…` where BIDS says so; else the topmost folder that
 varies and is no date, visit, contrast, site or group; else what is left of the files' names. Where nothing is
 left, nothing is guessed: the scan has no patient. Where two readings are possible, the one that never takes
-one person for two is chosen, and the doubt is said. A site confirms the map once (`client/confirmation.py`).
+one person for two is chosen, and the doubt is said. A site confirms the map once
+(`client/consent/confirmation.py`).
 
 Does not do: read files. DICOM headers and manifests name patients themselves, and only bring their doubts
 here.

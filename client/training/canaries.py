@@ -18,7 +18,7 @@ from client.training.private import step_sum
 from client.training.trainee import Trainee
 from federation.canaries import coins, coordinates, marked_phantoms, own_weights
 from federation.exchanges.private_rounds import noisy_of
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.style.bank import StyleBank
 from privacy.step_secrets import StepSecrets
 

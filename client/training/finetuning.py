@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from client.latents.labelled import LabelledScans, NoLabels
 from client.latents.whole_labelled import WholeScan
 from federation.exchanges.finetuning import LocalFinetuning
-from federation.optimisation import NotFinite
+from federation.plan.optimisation import NotFinite
 from meduet_models.adamw import AdamW, decay_groups
 from meduet_models.downstream.augmentation import augmented
 from meduet_models.downstream.networks import predict

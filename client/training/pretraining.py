@@ -24,8 +24,8 @@ from torch import Tensor
 from client.latents.batches import Batches, step_generator
 from client.training.site_state import RoundResult, UnderWay
 from client.training.trainee import Trainee
-from federation.optimisation import descend, learning_rate_at
-from federation.plan import RunPlan
+from federation.plan.optimisation import descend, learning_rate_at
+from federation.plan.plan import RunPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.objective.objective import Losses, MeduetObjective
 from meduet_models.objective.teacher import momentum_at

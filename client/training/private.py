@@ -28,8 +28,8 @@ from client.latents.group_batches import Group, GroupBatches
 from client.training.site_state import RoundResult, UnderWay
 from client.training.trainee import Trainee
 from federation.exchanges.private_rounds import noisy_of, resting_others, trained_keys
-from federation.optimisation import take_step
-from federation.plan import RunPlan
+from federation.plan.optimisation import take_step
+from federation.plan.plan import RunPlan
 from federation.summed_noise import summed_factor
 from meduet_models.objective.objective import MeduetObjective
 from meduet_models.weights import StoredWeights

@@ -26,7 +26,7 @@ from torch import Tensor
 from client.latents.batches import TrainingScans
 from client.scans.patients import rows_by_patient
 from client.training.finetuning import MovingAverage
-from federation.latent_privacy import SyntheticPlan
+from federation.plan.latent_privacy import SyntheticPlan
 from meduet_models.adamw import AdamW
 from meduet_models.diffusion.transformer import DiffusionTransformer
 from meduet_models.diffusion.velocity import VelocityLoss

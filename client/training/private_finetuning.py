@@ -22,7 +22,7 @@ from client.latents.labelled import LabelledScans
 from client.scans.patients import rows_by_patient
 from client.training.finetuning import MovingAverage, check_answers, learning_rate_at
 from federation.exchanges.finetuning import FinetunePlan
-from federation.finetuning_privacy import protection_of
+from federation.plan.finetuning_privacy import protection_of
 from meduet_models.adamw import AdamW, decay_groups
 from meduet_models.downstream.starting import StartedNetwork
 from meduet_models.downstream.task import Task

@@ -18,7 +18,7 @@ came, state and cohort to begin from), the round goes on after the last step tha
 bits it would have had. Anything else that lies there is removed, and the round begins anew.
 
 Does not do: steps (`client/training/pretraining.py`, `client/exchanges/diffusion.py`), keep what left
-(`client/answers.py`), leave the site, ever. Rounds of fine-tuning keep nothing: they are short.
+(`client/books/answers.py`), leave the site, ever. Rounds of fine-tuning keep nothing: they are short.
 """
 
 import logging

@@ -13,7 +13,7 @@ from torch import Tensor
 from client.latents.batches import Batches
 from client.training.site_state import SiteState
 from client.training.trainee import student_of
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.factors import StatisticsStyleHead
 from meduet_models.style.axes import MOST_SCANS, StyleAxes
 from meduet_models.threads import fixed_threads

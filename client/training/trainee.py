@@ -17,8 +17,8 @@ from torch import Tensor
 
 from client.training.site_state import SiteState
 from federation.exchanges.private_rounds import travelling_keys
-from federation.optimisation import optimiser_of
-from federation.plan import RunPlan
+from federation.plan.optimisation import optimiser_of
+from federation.plan.plan import RunPlan
 from meduet_models.adamw import AdamW
 from meduet_models.meduet import MeDUET
 from meduet_models.muon import Muon

@@ -17,9 +17,9 @@ import torch
 
 from federation.exchanges.exchange import Exchange
 from federation.exchanges.survey import smallest_cohort
-from federation.limits import Largest, largest_reply, promised
-from federation.messages import Ask, Reply, Tensors
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
+from federation.wire.limits import Largest, largest_reply, promised
+from federation.wire.messages import Ask, Reply, Tensors
 from privacy.promise import Promise
 
 ATTACKS: Final = ("loss", "tracing")

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from federation.exchanges.exchange import Exchange
 from federation.exchanges.pretraining import TrainReply
-from federation.limits import largest_reply
-from federation.messages import Ask, RoundedTensors, Tensors
-from federation.plan import RunPlan, WireDtype
+from federation.plan.plan import RunPlan, WireDtype
+from federation.wire.limits import largest_reply
+from federation.wire.messages import Ask, RoundedTensors, Tensors
 from meduet_models.diffusion.conditioner import condition_sizes
 from meduet_models.diffusion.initialisation import first_transformer
 from meduet_models.diffusion.transformer import DiffusionConfig, DiffusionTransformer

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from federation.exchanges.exchange import Exchange
-from federation.limits import Largest, largest_reply, promised
-from federation.messages import Ask, Reply, Tensors
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
+from federation.wire.limits import Largest, largest_reply, promised
+from federation.wire.messages import Ask, Reply, Tensors
 from meduet_models.content_code import CodeSums, code_bound
 from privacy.promise import Promise
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from federation.limits import Largest
-from federation.messages import Ask, Reply
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
+from federation.wire.limits import Largest
+from federation.wire.messages import Ask, Reply
 from privacy.ledger import Place
 from privacy.promise import Promise
 

@@ -9,14 +9,14 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from federation.diffusion_plan import MOST_STEPS
 from federation.exchanges.exchange import Exchange
 from federation.exchanges.pretraining import TrainReply
-from federation.finetuning_privacy import FinetunePrivacy, contradictions, round_promise
-from federation.limits import largest_reply
-from federation.messages import Ask
-from federation.plan import RunPlan
-from federation.wire import MessageError, RefusalKind, Tensors
+from federation.plan.diffusion_plan import MOST_STEPS
+from federation.plan.finetuning_privacy import FinetunePrivacy, contradictions, round_promise
+from federation.plan.plan import RunPlan
+from federation.wire.limits import largest_reply
+from federation.wire.messages import Ask
+from federation.wire.wire import MessageError, RefusalKind, Tensors
 from forms.form import build, check
 from forms.json_text import canonical, read_json, sha256_of
 from forms.names import OptionalPhrase, Phrase, Sha256

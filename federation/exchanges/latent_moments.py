@@ -15,10 +15,10 @@ from torch import Tensor
 from federation.exchanges.exchange import Exchange
 from federation.exchanges.style_code import check_public, code_promise, privacy_of
 from federation.exchanges.survey import survey_layout
-from federation.latent_privacy import AggregatePlan
-from federation.limits import Largest, largest_reply, promised
-from federation.messages import Ask, Reply, Tensors
-from federation.plan import RunPlan
+from federation.plan.latent_privacy import AggregatePlan
+from federation.plan.plan import RunPlan
+from federation.wire.limits import Largest, largest_reply, promised
+from federation.wire.messages import Ask, Reply, Tensors
 from meduet_models.style.common_style import CommonStyle
 from meduet_models.threads import fixed_threads
 from privacy.accounting import Mechanism, step_multiplier

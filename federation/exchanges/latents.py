@@ -2,9 +2,10 @@
 
 A site is asked for a part of what it releases in a round: items `first` to `first + count`, and says how many
 there are. An item is a training scan under an opaque name. Its latents leave the site sealed to the bank's
-key (`federation/sealing.py`), which the plan names: whatever lies between sees no latent. The same question
-has the same answer, so a collection that was cut off goes on where it stood. What this file does not do: it
-decides nothing for a site (`client/exchanges/latents.py`) and stores nothing (`server/latent_bank/bank.py`).
+key (`federation/wire/sealing.py`), which the plan names: whatever lies between sees no latent. The same
+question has the same answer, so a collection that was cut off goes on where it stood. What this file does not
+do: it decides nothing for a site (`client/exchanges/latents.py`) and stores nothing
+(`server/latent_bank/bank.py`).
 
 Axes: b = items, c d h w = latents, l = label values.
 """
@@ -20,13 +21,13 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from safetensors import SafetensorError
 from torch import Tensor
 
-from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.exchange import Exchange
-from federation.limits import Largest, largest_reply, promised
-from federation.messages import Ask, Converted, Reply, Scalar, SealedBytes
-from federation.plan import RunPlan, WireDtype
-from federation.sealing import OVERHEAD_BYTES, seal, unseal
-from federation.wire import MessageError, Tensors
+from federation.plan.diffusion_plan import DiffusionPlan
+from federation.plan.plan import RunPlan, WireDtype
+from federation.wire.limits import Largest, largest_reply, promised
+from federation.wire.messages import Ask, Converted, Reply, Scalar, SealedBytes
+from federation.wire.sealing import OVERHEAD_BYTES, seal, unseal
+from federation.wire.wire import MessageError, Tensors
 from forms.json_text import canonical
 from meduet_models.diffusion.conditions import Examples
 from meduet_models.weights import written

@@ -12,10 +12,10 @@ from typing import Annotated
 from torch import Tensor
 
 from federation.exchanges.exchange import Exchange
-from federation.limits import largest_reply
-from federation.messages import Arrays, Ask, Metrics, Reply, RoundedTensors, Tensors, WireDtype
-from federation.plan import RunPlan
-from federation.wire import rounded
+from federation.plan.plan import RunPlan
+from federation.wire.limits import largest_reply
+from federation.wire.messages import Arrays, Ask, Metrics, Reply, RoundedTensors, Tensors, WireDtype
+from federation.wire.wire import rounded
 from meduet_models.weights import sha256_of_tensors
 from privacy.promise import Promise
 

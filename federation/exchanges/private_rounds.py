@@ -19,10 +19,10 @@ from federation.exchanges.latent_moments import moments_promise
 from federation.exchanges.pretraining import TrainReply
 from federation.exchanges.style_code import code_promise, privacy_of
 from federation.exchanges.synthetic_latents import synthetic_promise
-from federation.limits import largest_reply
-from federation.messages import Arrays, Ask, Tensors, WireDtype
-from federation.plan import RunPlan
-from federation.privacy_plan import NoisySteps
+from federation.plan.plan import RunPlan
+from federation.plan.privacy_plan import NoisySteps
+from federation.wire.limits import largest_reply
+from federation.wire.messages import Arrays, Ask, Tensors, WireDtype
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import output_keys, shared_keys
 from privacy.accounting import Epsilon, Mechanism, check_multiplier, epsilon_of, step_multiplier

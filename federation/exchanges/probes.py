@@ -23,9 +23,9 @@ from torch import Tensor
 
 from federation.exchanges.exchange import Exchange
 from federation.exchanges.survey import survey_layout
-from federation.limits import Largest, largest_reply, promised
-from federation.messages import Ask, Reply, Tensors
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
+from federation.wire.limits import Largest, largest_reply, promised
+from federation.wire.messages import Ask, Reply, Tensors
 from meduet_models.content_code import code_bound
 from meduet_models.erasure import ErasureMoments, erasure_length
 from meduet_models.style.moments import StyleLayout, StyleMoments

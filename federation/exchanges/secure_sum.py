@@ -6,9 +6,10 @@ pretraining; the plan has no unmasked one then (`federation/exchanges/pretrainin
 noisy step, once in a round, whatever the attempt: a second vector would be a second charge. What such sums
 promise: `federation/summed_noise.py`.
 
-Does not do: the mathematics (`privacy/secure_sum/`), the meaning of the vector (`federation/sum_layout.py`).
-Source: Bonawitz et al., Practical Secure Aggregation (2017), figure 4, on the complete graph, with signed
-keys; why no round of signatures over the list follows: `privacy/secure_sum/transcript.py`.
+Does not do: the mathematics (`privacy/secure_sum/`), the meaning of the vector
+(`federation/wire/sum_layout.py`). Source: Bonawitz et al., Practical Secure Aggregation (2017), figure 4, on
+the complete graph, with signed keys; why no round of signatures over the list follows:
+`privacy/secure_sum/transcript.py`.
 """
 
 from collections.abc import Mapping
@@ -24,10 +25,10 @@ from federation.exchanges.pretraining import TrainAsk, update_promise
 from federation.exchanges.private_rounds import PrivateAsk, noisy_rounds, steps_promise
 from federation.keys.certificates import CertificateRefused, site_of
 from federation.keys.identity import SiteIdentity, signing_key
-from federation.limits import Largest, largest_reply, promised
-from federation.messages import Arrays, Ask, Reply, Tensors
-from federation.plan import RunPlan
-from federation.sum_layout import MASKED, SumLayout
+from federation.plan.plan import RunPlan
+from federation.wire.limits import Largest, largest_reply, promised
+from federation.wire.messages import Arrays, Ask, Reply, Tensors
+from federation.wire.sum_layout import MASKED, SumLayout
 from forms.json_text import canonical
 from privacy.promise import Promise
 from privacy.secure_sum.transcript import (

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from federation.exchanges.exchange import Exchange
 from federation.exchanges.survey import survey_layout
-from federation.limits import Largest, largest_reply, promised
-from federation.messages import Ask, Reply, Tensors
-from federation.plan import RunPlan
-from federation.privacy_plan import PrivacyPlan
+from federation.plan.plan import RunPlan
+from federation.plan.privacy_plan import PrivacyPlan
+from federation.wire.limits import Largest, largest_reply, promised
+from federation.wire.messages import Ask, Reply, Tensors
 from meduet_models.style.code import entry_of_scans, vector_of
 from meduet_models.threads import fixed_threads
 from meduet_models.weights import sha256_of_tensors

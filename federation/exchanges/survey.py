@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from federation.exchanges.exchange import Exchange
-from federation.limits import Largest, largest_reply, promised
-from federation.messages import Ask, Reply, Tensors
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
+from federation.wire.limits import Largest, largest_reply, promised
+from federation.wire.messages import Ask, Reply, Tensors
 from meduet_models.style.moments import StyleLayout
 from privacy.promise import Promise
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from federation.exchanges.exchange import Exchange
 from federation.exchanges.latents import BOUNDED, LatentsReply, largest_sealed
 from federation.exchanges.style_code import code_promise, privacy_of
-from federation.latent_privacy import SyntheticPlan
-from federation.messages import Ask, Tensors
-from federation.plan import RunPlan
+from federation.plan.latent_privacy import SyntheticPlan
+from federation.plan.plan import RunPlan
+from federation.wire.messages import Ask, Tensors
 from forms.json_text import canonical, sha256_of
 from meduet_models.diffusion.conditions import UNKNOWN, ConditionSizes, Examples
 from meduet_models.diffusion.transformer import DiffusionConfig, DiffusionTransformer

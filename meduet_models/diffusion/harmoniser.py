@@ -1,8 +1,8 @@
 """One scan in another site's style, on its own grid: prepared, encoded, moved, decoded, laid back.
 
 Intensities return to the scan's own range. Outside the part that the model saw the volume holds the lower end
-of that range. What it does not do: read or write files (`client/harmonisation.py`), or choose a style
-(`harmonisation.py`).
+of that range. What it does not do: read or write files (`client/products/harmonisation.py`), or choose a
+style (`harmonisation.py`).
 
 Axes: x y z = voxels as the scan stores them.
 """

@@ -1,7 +1,7 @@
 """A downstream network over a whole scan: a window of its grid slides, neighbours overlap and are blended.
 
 A class of every voxel, by MONAI's sliding window with a Gaussian. What this file does not do: train, or lay a
-prediction back on the patient's grid (`client/segmentation.py`).
+prediction back on the patient's grid (`client/products/segmentation.py`).
 
 Axes: c = latent channels, d h w = latents of the whole scan, D H W = its voxels.
 """

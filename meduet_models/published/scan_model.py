@@ -6,7 +6,7 @@ network read it, is what the header says, so a scan means here what it meant at 
 (`volumes.extent: scan`) sees all of the foreground, by windows that overlap.
 
 What comes out is the patient's, as the scan is. What this file does not do: understand folders of many scans
-(`client/embedding.py`), write files, or fetch anything.
+(`client/products/embedding.py`), write files, or fetch anything.
 
 Axes: x y z = voxels as stored; c d h w = latents; b = windows; p q r = tokens towards right, anterior,
 superior; k = content channels, n = numbers in the code, m = numbers of a result.

@@ -15,8 +15,8 @@ that deviates included, as long as keys are a site's own: `federation/keys/ident
 the sum itself tells; with three sites, two that collude know the third's vector from the sum. A site that
 sends another vector than it should spoils the sum.
 
-Does not do: keep itself on disk (`client/sum_secrets.py`), or remember which list was answered beyond this
-attempt (the ledger does).
+Does not do: keep itself on disk (`client/secrets/sum_secrets.py`), or remember which list was answered beyond
+this attempt (the ledger does).
 """
 
 import dataclasses

@@ -66,7 +66,7 @@ device: auto                  # auto | cpu | cuda
 minimum_cohort: 10            # fewest patients whose statistics may leave together
 allow_non_private: false      # true: bounded sums without differential privacy may leave
 epsilon_ceiling: 0            # in its place: the most that releases with noise may cost a patient
-allow_exact_sums: ""          # a sentence (client/exact_sums.py): sums over few patients may leave, too
+allow_exact_sums: ""          # a sentence (client/consent/exact_sums.py): sums over few patients may leave
 plan_approval: required       # a plan runs here only after `meduet-site plan approve`
 allowed_hours: ""             # "18:00-06:00": work begins only in these hours, local time; empty: always
 """

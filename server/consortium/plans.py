@@ -14,9 +14,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from federation.bundle import running_bundle
 from federation.exchanges.finetuning import FinetunePlan
-from federation.finetuning_privacy import with_noise
 from federation.keys.key_files import read_text
-from federation.plan import RunPlan
+from federation.plan.finetuning_privacy import with_noise
+from federation.plan.plan import RunPlan
 from federation.published_plan import PublishedPlan, plan_of
 from forms.form import build
 from forms.json_text import read_json

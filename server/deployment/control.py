@@ -2,7 +2,7 @@
 
 Spoken through Flower's own command, whose JSON is its stable surface. Whoever reaches this API can start code
 at every site, which is why it answers on a socket of the centre's own account only
-(`federation/local_socket.py`).
+(`federation/programs/local_socket.py`).
 
 Does not do: decide when to start (`server/deployment/submission.py`).
 """
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from federation.flower_programs import program
-from federation.health import NotServing, check_health
+from federation.programs.flower_programs import program
+from federation.programs.health import NotServing, check_health
 from server.consortium.registrations import site_keys
 from server.deployment.config import ServerConfig
 from server.deployment.superlink import address, flower_environment, home

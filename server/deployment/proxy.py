@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from federation.processes import ChildProcess
+from federation.programs.processes import ChildProcess
 from server.deployment.app_folder import ROOT
 from server.deployment.config import ServerConfig
 from storage.files import write_whole

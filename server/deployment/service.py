@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from federation.keys.certificates import read_certificate, read_key
-from federation.processes import Say, Supervisor
+from federation.programs.processes import Say, Supervisor
 from server.deployment.config import ServerConfig
 from server.deployment.control import Control, ControlFailed
 from server.deployment.proxy import PROXY, proxy_process, watched_files

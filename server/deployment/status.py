@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from federation.exchanges.finetuning import FinetunePlan
-from federation.plan import RunPlan
-from federation.wire import RefusalKind
+from federation.plan.plan import RunPlan
+from federation.wire.wire import RefusalKind
 from server.app import RunObserver, RunResult
 from server.run_folder import held
 from storage.files import private_folder, write_whole

@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from federation.processes import read_state
+from federation.programs.processes import read_state
 from federation.terminal import cell, visible
 from server.deployment.status import read_status
 from server.run_folder import is_held

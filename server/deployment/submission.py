@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from federation.processes import Say
+from federation.programs.processes import Say
 from meduet_models.anatomy_start import shipped_path
 from meduet_models.tokenizer.tokenizer import shipped_tokenizer
 from server.checkpoints import Checkpoints

@@ -12,7 +12,7 @@ Source: flwr 1.41, `flower-superlink --help`; measured outages in docs/runbook.m
 
 from pathlib import Path
 
-from federation.flower_programs import (
+from federation.programs.flower_programs import (
     EXIT_MEANINGS,
     EXIT_PATTERN,
     environment,
@@ -20,7 +20,7 @@ from federation.flower_programs import (
     secret_file,
     superexec_process,
 )
-from federation.processes import ChildProcess
+from federation.programs.processes import ChildProcess
 from server.deployment.config import ServerConfig
 from storage.files import private_folder
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from federation.keys.certificates import expiry, read_certificate
 from federation.keys.key_files import read_file
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from federation.watching import Section, Series, Watched
 from server.deployment.config import ServerConfig
 from server.deployment.status_screen import OVER, gather

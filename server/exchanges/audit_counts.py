@@ -23,10 +23,10 @@ from federation.exchanges.audit_counts import (
     audit_counts_shapes,
     cell_of,
 )
-from federation.limits import MOST_PATIENTS
-from federation.messages import Tensors
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from federation.reply_book import ReplyBook
+from federation.wire.limits import MOST_PATIENTS
+from federation.wire.messages import Tensors
 from forms.form import build
 from forms.json_text import read_json
 from server.exchanges.queries import ask_sites

@@ -20,9 +20,9 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from federation.exchanges.diffusion import encoder_of, transformer_of
-from federation.messages import Tensors
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from federation.reply_book import ReplyBook
+from federation.wire.messages import Tensors
 from meduet_models.diffusion.conditioner import Conditioner
 from meduet_models.diffusion.training import DiffusionTrainee
 from meduet_models.style.bank import StyleBank

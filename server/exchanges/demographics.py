@@ -18,9 +18,9 @@ from federation.exchanges.demographics import (
     demographics_shapes,
 )
 from federation.exchanges.survey import smallest_cohort
-from federation.limits import MOST_PATIENTS
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from federation.reply_book import ReplyBook
+from federation.wire.limits import MOST_PATIENTS
 from server.exchanges.queries import ask_sites
 from strategies.aggregation import ReplyRefused
 from strategies.quorum import Roster

@@ -14,10 +14,10 @@ import torch
 from flwr.serverapp import Grid
 
 from federation.exchanges.diffusion import encoder_of
-from federation.messages import Tensors
-from federation.plan import RunPlan
-from federation.release_policy import release_policy
+from federation.plan.plan import RunPlan
+from federation.plan.release_policy import release_policy
 from federation.reply_book import ReplyBook
+from federation.wire.messages import Tensors
 from meduet_models.diffusion.artefact import GenerativeModel, save_generative_model
 from meduet_models.style.bank import StyleBank
 from meduet_models.weights import sha256_of_tensors

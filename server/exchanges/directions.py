@@ -20,8 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from federation.exchanges.probes import content_part, joint_width, known_sites
-from federation.messages import Tensors
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
+from federation.wire.messages import Tensors
 from meduet_models.content_code import ContentCode
 from meduet_models.probes.sums import all_but, explained_from_sums, pooled_folds
 

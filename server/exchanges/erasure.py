@@ -8,9 +8,9 @@ from collections.abc import Callable
 from flwr.serverapp import Grid
 
 from federation.exchanges.erasure import ERASURE, ErasureAsk, ErasureReply
-from federation.messages import RefusalKind, Tensors
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from federation.reply_book import ReplyBook
+from federation.wire.messages import RefusalKind, Tensors
 from server.exchanges.queries import ask_sites
 from strategies.quorum import Roster
 

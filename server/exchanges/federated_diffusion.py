@@ -16,9 +16,9 @@ from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 from federation.exchanges.diffusion import DIFFUSION, DiffusionAsk, encoder_of, transformer_of
-from federation.messages import Tensors
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from federation.reply_book import ReplyBook
+from federation.wire.messages import Tensors
 from meduet_models.diffusion.transformer import DiffusionTransformer
 from meduet_models.objective.teacher import early_momentum
 from meduet_models.sharing import encoder_keys

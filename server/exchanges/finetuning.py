@@ -23,9 +23,9 @@ from federation.exchanges.finetuning import (
     FinetunePlan,
     check_sees_volumes,
 )
-from federation.finetuning_privacy import check_worth, worth_of
 from federation.journal import Journal
-from federation.plan import RunPlan
+from federation.plan.finetuning_privacy import check_worth, worth_of
+from federation.plan.plan import RunPlan
 from federation.reply_book import ReplyBook
 from meduet_models.anatomy_start import AnatomyStart
 from meduet_models.downstream.kinds import NetworkKind

@@ -27,9 +27,9 @@ from federation.exchanges.latents import ToldLatents
 from federation.exchanges.style_code import LATENTS
 from federation.exchanges.survey import smallest_cohort, survey_layout
 from federation.exchanges.synthetic_latents import synthetic_examples, synthetic_items
-from federation.limits import MOST_PATIENTS
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from federation.reply_book import ReplyBook
+from federation.wire.limits import MOST_PATIENTS
 from meduet_models.seeds import generator_of
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.common_style import CommonStyle

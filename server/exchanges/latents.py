@@ -1,7 +1,7 @@
 """Collecting latents: before a round is trained on, every site is asked for what it releases in that round.
 
 Part by part until a site has told all, from where the bank stands: cut off anywhere and begun again, the bank
-ends the same. How much that can be is bounded (`federation/limits.py`), and so is the time: a collection
+ends the same. How much that can be is bounded (`federation/wire/limits.py`), and so is the time: a collection
 takes what a round may take, and one question. A site that refuses, is silent, or answers with something else
 is put aside with its reason until the next round; a site that withdrew is not asked. What this file does not
 do: store (`server/latent_bank/bank.py`), or decide what a site releases (`client/exchanges/latents.py`).
@@ -29,10 +29,10 @@ from federation.exchanges.latents import (
     to_tensors,
     told_shapes,
 )
-from federation.limits import MOST_SCANS
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from federation.reply_book import ReplyBook
-from federation.sealing import SealBroken
+from federation.wire.limits import MOST_SCANS
+from federation.wire.sealing import SealBroken
 from meduet_models.diffusion.conditions import UNKNOWN
 from server.exchanges.queries import ask_sites
 from server.latent_bank.bank import LatentBank

@@ -15,9 +15,9 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from federation.exchanges.private_rounds import run_epsilon
-from federation.messages import Tensors
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from federation.reply_book import ReplyBook
+from federation.wire.messages import Tensors
 from meduet_models.diffusion.conditioner import Conditioner
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.common_style import CommonStyle

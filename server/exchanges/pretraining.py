@@ -6,7 +6,7 @@ from flwr.app import RecordDict
 from torch import Tensor
 
 from federation.exchanges.pretraining import PRETRAINING, TrainAsk
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from strategies.content_share import Task
 
 

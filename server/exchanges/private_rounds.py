@@ -11,8 +11,8 @@ from torch import Tensor
 
 from federation.exchanges.private_rounds import PRIVATE_ROUNDS, PrivateAsk, noisy_rounds, travelling_keys
 from federation.exchanges.style_code import LATENTS
-from federation.messages import Tensors
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
+from federation.wire.messages import Tensors
 from meduet_models.meduet import MeDUET
 from strategies.content_share import Task
 

@@ -47,10 +47,10 @@ from federation.exchanges.probes import (
     sums_shapes,
 )
 from federation.exchanges.survey import smallest_cohort
-from federation.limits import MOST_PATIENTS
-from federation.messages import Tensors
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from federation.reply_book import ReplyBook
+from federation.wire.limits import MOST_PATIENTS
+from federation.wire.messages import Tensors
 from meduet_models.content_code import code_of
 from meduet_models.erasure import ErasureMoments
 from meduet_models.probes.sums import explained_from_sums, pooled_folds, site_probes_by_fold

@@ -12,9 +12,9 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from federation.exchanges.exchange import AskKind, Exchange, ReplyKind
-from federation.messages import RefusalKind
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from federation.reply_book import ReplyBook
+from federation.wire.messages import RefusalKind
 from strategies.quorum import Roster, check_quorum, needed, wait_for_nodes
 from strategies.reply_wall import ReplyWall, SiteReply
 from strategies.streaming_grid import Late, StreamingGrid

@@ -18,8 +18,8 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from federation.exchanges.probes import content_part, joint_width, known_sites
-from federation.messages import Tensors
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
+from federation.wire.messages import Tensors
 from meduet_models.probes.discriminant import is_of_two_classes, logistic_from_sums
 from meduet_models.probes.ridge import LinearMap, ridge_from_sums
 from meduet_models.probes.sums import pooled_folds

@@ -50,11 +50,11 @@ from federation.exchanges.secure_sum import (
 )
 from federation.exchanges.style_code import LATENTS
 from federation.keys.certificates import utc_now
-from federation.messages import Ask, RefusalKind, Tensors
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from federation.reply_book import ReplyBook
-from federation.sum_layout import SumLayout, SumOfSites
-from federation.wire import array_record, arrays_bytes
+from federation.wire.messages import Ask, RefusalKind, Tensors
+from federation.wire.sum_layout import SumLayout, SumOfSites
+from federation.wire.wire import array_record, arrays_bytes
 from forms.json_text import canonical
 from privacy.secure_sum.party import Opened
 from privacy.secure_sum.transcript import Attempt, SumRefused, SurvivorList, threshold

@@ -6,7 +6,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from federation.exchanges.style_code import LATENTS, STYLE_CODE, StyleCodeAsk, StyleCodeReply
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from federation.reply_book import ReplyBook
 from server.exchanges.queries import ask_sites
 from strategies.quorum import Roster

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from flwr.serverapp import Grid
 
 from federation.exchanges.survey import SURVEY, SurveyAsk, SurveyReply
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from federation.reply_book import ReplyBook
 from server.exchanges.queries import ask_sites
 from strategies.quorum import Roster

@@ -26,10 +26,10 @@ from federation.exchanges.synthetic_latents import (
     synthetic_of,
     worth_at_home,
 )
-from federation.messages import Tensors
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from federation.reply_book import ReplyBook
-from federation.sealing import SealBroken
+from federation.wire.messages import Tensors
+from federation.wire.sealing import SealBroken
 from meduet_models.style.bank import StyleBank
 from privacy.worth import DROWNED, LITTLE
 from server.exchanges.queries import ask_sites

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.diffusion.artefact import DIFFUSION_MODEL
 from meduet_models.published.pretrained import MODEL
 from meduet_models.weights import sha256_of_file

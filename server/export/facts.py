@@ -17,7 +17,7 @@ from torch import Tensor
 
 from federation.exchanges.demographics import AGES, SEX_NAMES, SEXES, age_bands
 from federation.exchanges.survey import smallest_cohort
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from forms.json_text import read_json
 from meduet_models.published.expiry import EXPIRES
 from meduet_models.published.pretrained import CANARIES, MODEL, Pretrained, load_pretrained

@@ -25,8 +25,8 @@ import numpy as np
 
 from federation.exchanges.latents import LatentsReply, ToldLatents, banked, is_item, opened
 from federation.exchanges.private_rounds import run_epsilon
-from federation.plan import RunPlan
-from federation.sealing import recipient_key, recipient_of
+from federation.plan.plan import RunPlan
+from federation.wire.sealing import recipient_key, recipient_of
 from meduet_models.published.expiry import EXPIRES, check_unexpired
 from server.latent_bank.records import Codes, DamagedRecord, RecordLayout, Seal, key_beside, read_key
 from server.latent_bank.source import LatentSource

@@ -23,8 +23,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from federation.exchanges.latents import banked
-from federation.plan import LatentDtype, RunPlan
-from federation.sealing import recipient_key, recipient_of
+from federation.plan.plan import LatentDtype, RunPlan
+from federation.wire.sealing import recipient_key, recipient_of
 from forms.form import build
 from meduet_models.diffusion.conditions import Examples
 from storage.files import write_once

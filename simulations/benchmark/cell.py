@@ -25,7 +25,7 @@ from torch import Tensor
 
 from client.latents.latent_set import LatentSet
 from client.latents.style_moments import own_moments
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import constant_keys, content_keys
 from meduet_models.style.bank import StyleBank

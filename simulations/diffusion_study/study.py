@@ -21,10 +21,10 @@ from torch import Tensor
 
 from client.app import make_client_app
 from client.latents.examples import examples_of
-from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.diffusion import encoder_of, transformer_of
 from federation.journal import Journal
-from federation.plan import RunPlan
+from federation.plan.diffusion_plan import DiffusionPlan
+from federation.plan.plan import RunPlan
 from federation.reply_book import ReplyBook
 from meduet_models.diffusion.conditioner import Conditioner
 from meduet_models.diffusion.conditions import Condition, Examples

@@ -18,7 +18,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from client.latents.labelled import LabelledScans
-from client.segmentation import laid_back
+from client.products.segmentation import laid_back
 from meduet_models.downstream.task import Floats, Grid, Statistic
 from meduet_models.downstream.tasks import task_of
 from simulations.downstream.learning import Predictor

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from client.app import make_client_app
 from client.latents.labelled import LabelledScans, NoLabels
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning, check_sees_volumes, check_target
-from federation.finetuning_privacy import FinetunePrivacy, with_noise
+from federation.plan.finetuning_privacy import FinetunePrivacy, with_noise
 from forms.form import build
 from meduet_models.anatomy_start import AnatomyStart
 from meduet_models.downstream.kinds import NetworkKind

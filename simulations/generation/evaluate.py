@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from client.latents.labelled import LabelledScans
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.diffusion.conditions import Examples
 from meduet_models.sample_quality import frechet_distance, principal_axes

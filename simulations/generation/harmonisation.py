@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.diffusion.harmonisation import HarmonisationSettings, Method, harmonise
 from meduet_models.diffusion.sampling import SamplingSettings

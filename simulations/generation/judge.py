@@ -18,7 +18,7 @@ from client.latents.examples import examples_of
 from client.latents.labelled import LabelledScans
 from client.latents.latent_set import LatentSet
 from client.scans.cohort import read_entry
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.diffusion.conditions import Examples
 from meduet_models.diffusion.sampling import SamplingSettings

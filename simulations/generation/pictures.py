@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.diffusion.draws import generator_of
 from meduet_models.sample_quality import nearest

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from client.latents.latent_set import LatentSet
 from client.site import Site
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from simulations.hospitals.plans import TRUTH, Hospital
 
 _WAVES = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))

@@ -18,7 +18,7 @@ from client.training.site_state import StateFolder
 from federation.exchanges.erasure import ErasureAsk
 from federation.exchanges.probes import ProbeAsk
 from federation.exchanges.survey import SurveyAsk
-from federation.plan import ProbePlan, RunPlan, TrainingPlan
+from federation.plan.plan import ProbePlan, RunPlan, TrainingPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import home_keys, shared_keys
 from tests.worlds import GRID, Hospital, ViewedScans, coded_network, small_network, small_plan

@@ -9,7 +9,7 @@ from audit.attacks.claims import attack_claims, claims_of, pooled_claims
 from audit.cohort import Cohort
 from audit.evidence import Release
 from federation.exchanges.audit_counts import TRIED, PooledCounts, Told
-from federation.plan import AuditCountsPlan
+from federation.plan.plan import AuditCountsPlan
 from meduet_models.meduet import MeDUET
 from privacy.whole_cohorts import in_whole_cohorts
 from server.exchanges.audit_counts import pooled

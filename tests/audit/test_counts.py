@@ -12,7 +12,7 @@ from audit.attacks.counts import attack_counts, attack_demographics
 from audit.cohort import Cohort
 from audit.evidence import Release
 from federation.exchanges.demographics import counted
-from federation.plan import DemographicsPlan
+from federation.plan.plan import DemographicsPlan
 from privacy.whole_cohorts import in_whole_cohorts
 from tests.worlds import small_plan
 

@@ -17,7 +17,7 @@ from audit.codes import codes_of
 from audit.effort import QUICK
 from audit.findings import Finding
 from audit.statistics.intervals import area
-from client.exact_sums import TooFewForSums
+from client.consent.exact_sums import TooFewForSums
 from tests.audit.released import Answered, gaussian, toy_plan
 
 

@@ -18,7 +18,7 @@ from client.audit import question_of
 from client.exchanges import latent_moments, synthetic_latents
 from client.exchanges.latent_moments import question_path
 from federation.exchanges.latent_moments import MOMENTS, MomentsAsk, moments_promise
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from tests.client.exchanges.test_synthetic_latents import question as asked_for_samples
 from tests.rounds.noised import PUBLIC, bank_of_styles, the_plan
 from tests.worlds import Hospital, ViewedScans

@@ -8,7 +8,7 @@ from audit.evidence import Release
 from audit.findings import Finding
 from federation.exchanges.style_code import CODE, code_promise, style_code
 from federation.exchanges.survey import survey_layout
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.style.code import entry_of_scans, vector_of
 from tests.audit.trained import cohort_of
 from tests.worlds import protected_plan, public_latents, small_network, small_plan

@@ -12,7 +12,7 @@ from client.latents.batches import Batches
 from client.training.pretraining import train_round
 from client.training.site_state import SiteState
 from client.training.trainee import Trainee
-from federation.plan import RunPlan, StylePlan, TrainingPlan
+from federation.plan.plan import RunPlan, StylePlan, TrainingPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.objective.settings import LossWeights, ObjectiveConfig
 from meduet_models.sharing import home_keys, shared_keys

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from federation.exchanges.survey import survey_layout
-from federation.plan import AggregationPlan, RunPlan, StylePlan, TrainingPlan
+from federation.plan.plan import AggregationPlan, RunPlan, StylePlan, TrainingPlan
 from meduet_models.objective.settings import LossWeights, ObjectiveConfig
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleMoments

@@ -24,9 +24,9 @@ from federation.exchanges.erasure import ERASURE, ErasureAsk, ErasureReply
 from federation.exchanges.pretraining import PRETRAINING, TrainAsk, TrainReply
 from federation.exchanges.survey import SURVEY, SurveyAsk, SurveyReply
 from federation.journal import Journal
-from federation.messages import MessageError, Refusal, RefusalKind, kind_of
-from federation.optimisation import NotFinite
-from federation.plan import AggregationPlan, RunPlan
+from federation.plan.optimisation import NotFinite
+from federation.plan.plan import AggregationPlan, RunPlan
+from federation.wire.messages import MessageError, Refusal, RefusalKind, kind_of
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.style.moments import CohortTooSmall

@@ -23,12 +23,12 @@ import client.latents.encoding
 import client.scans.cohort_memo
 import client.scans.judgement_memo
 import scans.dicom
-from client.approvals import Approvals
 from client.cli import main
-from client.exact_sums import EXACT_SUMS_CONSENT
+from client.consent.approvals import Approvals
+from client.consent.exact_sums import EXACT_SUMS_CONSENT
 from client.scans.cohort import split_of
 from federation.bundle import running_bundle
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from federation.published_plan import PublishedPlan
 from meduet_models.tokenizer.patch_pca import PatchMoments
 from meduet_models.tokenizer.tokenizer import pca_tokenizer, save_tokenizer

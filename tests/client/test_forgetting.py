@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from client.books import read_books
+from client.books.books import read_books
+from client.books.forgotten import KEY, LIST, Forgotten
 from client.cli import main
 from client.exchanges.latents import ANSWER, TABLE_NAME
 from client.forgetting import KIND, forget
-from client.forgotten import KEY, LIST, Forgotten
 from client.latents.prepared_volumes import volume_path
+from client.secrets.site_secret import site_secret
 from client.site import Site, approvals_of
-from client.site_secret import site_secret
 from federation.journal import read_journal
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from privacy.chain import Chain
 from scans.scans import Reason
 from tests.client.exchanges.test_latents import a_site, ask, folder, plan, site_yaml

@@ -15,8 +15,8 @@ from client.site import Site
 from federation.exchanges.survey import SURVEY, SurveyAsk
 from federation.journal import Journal
 from federation.keys.identity import SiteIdentity
-from federation.messages import Refusal, RefusalKind
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
+from federation.wire.messages import Refusal, RefusalKind
 from privacy.ledger import Ledger
 from simulations.consortium import simulated_identity
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import kstest
 
-from client.answers import Answer, KeptAnswers
+from client.books.answers import Answer, KeptAnswers
 from client.declared import GateRefusal
 from client.release import Gate
 from federation.journal import Journal

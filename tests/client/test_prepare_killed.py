@@ -20,7 +20,7 @@ from rich.console import Console
 import client.scans.judgement
 from client.cli import main
 from client.scans.fingerprints import SETTLED_S
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.tokenizer.patch_pca import PatchMoments
 from meduet_models.tokenizer.tokenizer import pca_tokenizer, save_tokenizer
 from scans.volume_plan import VolumePlan

@@ -16,7 +16,7 @@ import client.scans.cohort_memo
 from client.site import open_site
 from client.site_scans import confirm_patients
 from federation.exchanges.survey import survey_layout
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.adamw import AdamW
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import home_keys, shared_keys

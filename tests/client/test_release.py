@@ -11,11 +11,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from client.answers import KeptAnswers
+from client.books.answers import KeptAnswers
 from client.declared import GateRefusal
 from client.release import Gate, Released
 from federation.journal import Journal
-from federation.wire import RefusalKind, array_record, tensors_of
+from federation.wire.wire import RefusalKind, array_record, tensors_of
 from meduet_models.weights import sha256_of_tensors
 from privacy.chain import read_chain
 from privacy.clipping import joint_norm

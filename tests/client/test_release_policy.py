@@ -9,12 +9,12 @@ import pytest
 from client.commands.plan_words import plan_words
 from client.exchanges.exchange import AskRefused
 from client.exchanges.latents import consent
-from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.latents import releasing
 from federation.exchanges.private_rounds import latents_promise
-from federation.plan import RunPlan
+from federation.plan.diffusion_plan import DiffusionPlan
+from federation.plan.plan import RunPlan
+from federation.plan.release_policy import NONE, POLICIES, RAW, ReleasePolicy, check_sentence
 from federation.published_plan import PublishedPlan
-from federation.release_policy import NONE, POLICIES, RAW, ReleasePolicy, check_sentence
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from simulations.page import _tiles
 from tests.rounds.noised import the_plan

@@ -17,8 +17,8 @@ from client.exchanges.exchange import AskRefused
 from client.scans.cohort import Cohort
 from client.settings import SiteConfig, load_site_config, resolve_device
 from client.site import Site, open_site
-from federation.plan import RunPlan
-from federation.wire import RefusalKind
+from federation.plan.plan import RunPlan
+from federation.wire.wire import RefusalKind
 from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec
 from privacy.ledger import LedgerRefusal, Place
 from privacy.promise import Promise

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from client.refusals import note_refusal
+from client.books.refusals import note_refusal
 from client.settings import SiteConfig
 from client.watch import watched
 from federation.journal import Journal
 from federation.watching import openmetrics, page, serving
-from federation.wire import RefusalKind
+from federation.wire.wire import RefusalKind
 from privacy.ledger import Ledger, Place
 from privacy.promise import Promise
 from tests.scraping import needs_prometheus, scraped

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from client.answers import KeptAnswers
+from client.books.answers import KeptAnswers
 from client.declared import GateRefusal
 from client.release import Gate
 from client.watchdog import DeadlineMissed, unwatched, watchdog
 from federation.journal import Journal
-from federation.wire import RefusalKind
+from federation.wire.wire import RefusalKind
 from privacy.ledger import Ledger, Place
 from privacy.promise import Promise
 from tests.worlds import unanswered_places

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hydra.errors import ConfigCompositionException
 
-from federation.plan import (
+from federation.plan.plan import (
     RunPlan,
 )
 from server.config import CONF, compose_config, plain, plan_from

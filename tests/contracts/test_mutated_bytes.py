@@ -20,7 +20,7 @@ from rich.console import Console
 
 import client.cli
 import server.cli
-from client.approvals import Approvals
+from client.consent.approvals import Approvals
 from client.settings import load_site_config
 from client.site import load_plan
 from federation.bundle import running_bundle
@@ -53,7 +53,7 @@ from federation.keys.kits import (
     pack_kit,
     unpack_kit,
 )
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from federation.published_plan import PublishedPlan
 from forms.json_text import read_json
 from forms.yaml_text import read_yaml

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from client.settings import load_site_config
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from server.config import compose_config, plain, plan_from
 
 DATA = Path(os.environ.get("FEDMEDUET_DATA") or Path(__file__).parents[3] / "shared" / "data")

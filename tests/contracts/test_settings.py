@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from client.settings import SiteConfig
-from federation.canary_plan import AuditCanariesPlan
-from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning
-from federation.finetuning_privacy import FinetunePrivacy
-from federation.latent_privacy import AggregatePlan, SyntheticPlan
-from federation.plan import (
+from federation.plan.canary_plan import AuditCanariesPlan
+from federation.plan.diffusion_plan import DiffusionPlan
+from federation.plan.finetuning_privacy import FinetunePrivacy
+from federation.plan.latent_privacy import AggregatePlan, SyntheticPlan
+from federation.plan.plan import (
     AggregationPlan,
     AuditCountsPlan,
     ProbePlan,
@@ -29,7 +29,7 @@ from federation.plan import (
     StylePlan,
     TrainingPlan,
 )
-from federation.privacy_plan import NoisySteps, PrivacyPlan
+from federation.plan.privacy_plan import NoisySteps, PrivacyPlan
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.meduet import NetworkConfig
 from meduet_models.objective.settings import LossWeights, ObjectiveConfig

@@ -10,7 +10,7 @@ import pytest
 from client.checks.intake import cohort_lines
 from client.commands.plan_words import plan_settings, plan_words
 from client.scans.cohort import Cohort, ScanEntry
-from federation.plan import RunPlan, StylePlan
+from federation.plan.plan import RunPlan, StylePlan
 from federation.published_plan import PublishedPlan
 from scans.scans import accept
 from scans.volume_plan import VolumePlan

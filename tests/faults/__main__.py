@@ -17,7 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from federation.processes import die_with_parent
+from federation.programs.processes import die_with_parent
 from tests.faults.page import Book, write_page
 
 FILES = sorted(Path(__file__).parent.glob("test_*.py"), key=lambda file: ("day" not in file.stem, file.stem))

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from client.settings import SiteConfig, load_site_config
 from client.site_scans import confirm_patients
-from federation.processes import ChildProcess, Supervisor, die_with_parent, read_state
+from federation.programs.processes import ChildProcess, Supervisor, die_with_parent, read_state
 from meduet_models.threads import fixed_threads
 from meduet_models.weights import load_weights
 from server.app import RunObserver

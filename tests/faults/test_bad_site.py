@@ -12,7 +12,7 @@ import pytest
 import client.app
 from client.exchanges import pretraining
 from client.exchanges.exchange import AskRefused
-from federation.wire import RefusalKind
+from federation.wire.wire import RefusalKind
 from tests.faults.consortium import Consortium, Weights, consortium, same_bits, undisturbed
 from tests.faults.page import Book
 

@@ -14,9 +14,9 @@ import pytest
 
 import client.app
 from client.exchanges.exchange import AskRefused
-from client.sum_secrets import FOLDER
+from client.secrets.sum_secrets import FOLDER
 from federation.exchanges.secure_sum import SUM_KEYS, SUM_MASKED, SUM_SHARES, SUM_UNMASK
-from federation.wire import RefusalKind
+from federation.wire.wire import RefusalKind
 from tests.faults.consortium import (
     Consortium,
     Weights,

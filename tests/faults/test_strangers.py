@@ -31,7 +31,7 @@ from federation.keys.kits import (
     Connection,
     pack_kit,
 )
-from federation.processes import die_with_parent, read_state
+from federation.programs.processes import die_with_parent, read_state
 from federation.published_plan import PublishedPlan
 from server.consortium.plans import publish
 from server.consortium.provisioning import ConsortiumSettings, Office, SiteEntry, open_office, provision

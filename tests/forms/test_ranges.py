@@ -11,13 +11,13 @@ import pytest
 from hydra.errors import ConfigCompositionException
 
 from client.settings import SiteConfig
-from federation.canary_plan import AuditCanariesPlan
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning
-from federation.finetuning_privacy import FinetunePrivacy
 from federation.keys.kits import Connection
-from federation.latent_privacy import AggregatePlan
-from federation.plan import RunPlan
-from federation.privacy_plan import NoisySteps, PrivacyPlan
+from federation.plan.canary_plan import AuditCanariesPlan
+from federation.plan.finetuning_privacy import FinetunePrivacy
+from federation.plan.latent_privacy import AggregatePlan
+from federation.plan.plan import RunPlan
+from federation.plan.privacy_plan import NoisySteps, PrivacyPlan
 from forms.form import build, check
 from forms.names import Letters
 from forms.ranges import Entries, Range

@@ -21,7 +21,7 @@ from audit.attacks.algebra import leaning
 from audit.statistics.intervals import area
 from federation.exchanges.style_code import code_promise, privacy_of, style_code
 from federation.exchanges.survey import survey_layout
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.style.code import entry_of_scans, vector_of
 from meduet_models.threads import fixed_threads
 from simulations.audit_run import evidence_of

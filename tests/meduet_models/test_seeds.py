@@ -4,7 +4,7 @@ import torch
 
 from client.latents.batches import step_generator
 from client.scans.cohort import split_of
-from client.site_secret import seed_of as keyed_seed_of
+from client.secrets.site_secret import seed_of as keyed_seed_of
 from meduet_models.diffusion import draws
 from meduet_models.seeds import digest_of, generator_of, seed_of
 from scans.volumes import View, draw_view

@@ -18,13 +18,13 @@ from torch import Tensor
 from federation.exchanges.erasure import ErasureAsk, ErasureReply
 from federation.exchanges.pretraining import TrainAsk, TrainReply
 from federation.exchanges.survey import SurveyAsk, SurveyReply
-from federation.messages import Refusal
-from federation.plan import (
+from federation.plan.plan import (
     AggregationPlan,
     RunPlan,
     StylePlan,
     TrainingPlan,
 )
+from federation.wire.messages import Refusal
 from meduet_models.objective.settings import LossWeights, ObjectiveConfig
 from privacy.secure_sum.party import Party
 from privacy.secure_sum.ring import Ring

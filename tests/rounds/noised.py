@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.survey import survey_layout
-from federation.latent_privacy import AggregatePlan, SyntheticPlan
-from federation.plan import RunPlan, TrainingPlan
+from federation.plan.diffusion_plan import DiffusionPlan
+from federation.plan.latent_privacy import AggregatePlan, SyntheticPlan
+from federation.plan.plan import RunPlan, TrainingPlan
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.code import entry_of, vector_of

@@ -18,9 +18,9 @@ from federation.exchanges.secure_sum import (
     SUM_UNMASK,
 )
 from federation.journal import Journal
-from federation.messages import Refusal
-from federation.plan import AggregationPlan, RunPlan, StylePlan, TrainingPlan
+from federation.plan.plan import AggregationPlan, RunPlan, StylePlan, TrainingPlan
 from federation.reply_book import ReplyBook
+from federation.wire.messages import Refusal
 from meduet_models.objective.settings import LossWeights, ObjectiveConfig
 from privacy.secure_sum.ring import Ring
 from server.exchanges.secure_sum import SecureSums

@@ -11,7 +11,7 @@ from flwr.app import Context
 from audit.record.record import read_record
 from client.app import make_client_app
 from federation.journal import Journal
-from federation.plan import AggregationPlan, AuditCountsPlan, RunPlan, TrainingPlan
+from federation.plan.plan import AggregationPlan, AuditCountsPlan, RunPlan, TrainingPlan
 from server.app import run
 from server.cli import main
 from server.exchanges.audit_counts import FILE, read_audit_counts

@@ -10,7 +10,7 @@ from flwr.app import Array, RecordDict
 
 from federation.exchanges.pretraining import TrainReply
 from federation.journal import Journal
-from federation.messages import Refusal, RefusalKind
+from federation.wire.messages import Refusal, RefusalKind
 from server.app import run
 from simulations.engines.in_process import InProcessGrid
 from strategies.aggregation import StreamingSum

@@ -11,10 +11,10 @@ from audit.attacks.by_kind import audit
 from audit.cohort import Cohort
 from audit.effort import QUICK
 from audit.evidence import Evidence, Release, SiteBooks
-from client.answers import ANSWERS, KeptAnswers
+from client.books.answers import ANSWERS, KeptAnswers
 from federation.canaries import coins
-from federation.canary_plan import AuditCanariesPlan
 from federation.journal import read_journal
+from federation.plan.canary_plan import AuditCanariesPlan
 from meduet_models.published.pretrained import CANARIES, MODEL, load_pretrained
 from privacy.ledger import Place
 from server.app import run

@@ -16,9 +16,9 @@ import server.app
 from client.app import make_client_app
 from client.exchanges.latents import consent
 from client.latents.examples import examples_of
-from federation.diffusion_plan import DiffusionPlan
-from federation.plan import RunPlan, StylePlan, TrainingPlan
-from federation.release_policy import RAW
+from federation.plan.diffusion_plan import DiffusionPlan
+from federation.plan.plan import RunPlan, StylePlan, TrainingPlan
+from federation.plan.release_policy import RAW
 from meduet_models.diffusion.artefact import load_generative_model
 from meduet_models.diffusion.sampling import SamplingSettings, sample
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape

@@ -12,11 +12,11 @@ from flwr.app import Context
 
 from client.app import make_client_app
 from client.latents.examples import SiteExamples
-from client.site_secret import seed_of
-from federation.diffusion_plan import DiffusionPlan
+from client.secrets.site_secret import seed_of
 from federation.exchanges.diffusion import encoder_of, transformer_of
 from federation.journal import Journal
-from federation.plan import RunPlan
+from federation.plan.diffusion_plan import DiffusionPlan
+from federation.plan.plan import RunPlan
 from federation.reply_book import ReplyBook
 from meduet_models.diffusion.conditioner import Conditioner
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape

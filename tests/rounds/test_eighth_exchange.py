@@ -18,10 +18,10 @@ from client.release import Gate, Released
 from federation.exchanges.exchange import Exchange
 from federation.journal import Journal
 from federation.keys.identity import SiteIdentity
-from federation.limits import largest_reply
-from federation.messages import Ask, Reply, Tensors
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from federation.reply_book import ReplyBook
+from federation.wire.limits import largest_reply
+from federation.wire.messages import Ask, Reply, Tensors
 from privacy.ledger import Ledger
 from privacy.promise import Promise
 from server.exchanges.queries import ask_sites

@@ -9,7 +9,7 @@ import torch
 
 from federation.journal import Journal
 from federation.reply_book import ReplyBook
-from federation.wire import array_record, tensors_of
+from federation.wire.wire import array_record, tensors_of
 from meduet_models.weights import load_weights
 from server.app import run
 from server.exchanges.pretraining import pretraining

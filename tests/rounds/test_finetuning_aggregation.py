@@ -15,7 +15,7 @@ from client.app import make_client_app
 from client.exchanges import finetuning as answering
 from federation.exchanges.finetuning import FinetunePlan
 from federation.exchanges.pretraining import TrainReply
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.meduet import FactorNetwork
 from server.exchanges.finetuning import FinetunedRun, run_finetuning
 from simulations.engines.in_process import InProcessGrid

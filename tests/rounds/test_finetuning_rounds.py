@@ -12,11 +12,11 @@ from flwr.app import Context
 
 from client.app import make_client_app
 from client.latents.labelled import labelled_scans
-from client.site_secret import seed_of
+from client.secrets.site_secret import seed_of
 from client.training.finetuning import finetune
 from federation.exchanges.finetuning import FinetuneAsk, FinetunePlan, LocalFinetuning
-from federation.messages import MessageError
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
+from federation.wire.messages import MessageError
 from meduet_models.downstream.starting import start_sha256
 from meduet_models.downstream.tasks import task_of
 from meduet_models.meduet import FactorNetwork

@@ -18,14 +18,14 @@ from client.app import make_client_app
 from client.exchanges.exchange import AskRefused
 from client.exchanges.latents import KEY_NAME, TABLE_NAME, consent
 from client.latents.examples import examples_of
-from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.latents import LatentsAsk, ToldLatents, latent_bound
 from federation.journal import Journal
-from federation.plan import ReleasePlan, RunPlan, StylePlan
-from federation.release_policy import RAW
+from federation.plan.diffusion_plan import DiffusionPlan
+from federation.plan.plan import ReleasePlan, RunPlan, StylePlan
+from federation.plan.release_policy import RAW
 from federation.reply_book import ReplyBook
-from federation.sealing import recipient_key, recipient_of
-from federation.wire import RefusalKind
+from federation.wire.sealing import recipient_key, recipient_of
+from federation.wire.wire import RefusalKind
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from scans.volumes import Geometry
 from server.exchanges.latents import check_reply, collect

@@ -15,12 +15,12 @@ import torch
 from flwr.app import Context, Message
 
 from client.app import make_client_app
-from client.books import read_books
+from client.books.books import read_books
 from client.exchanges import pretraining
 from client.exchanges.exchange import AskRefused
 from federation.exchanges.pretraining import TrainAsk
-from federation.plan import RunPlan
-from federation.wire import RefusalKind
+from federation.plan.plan import RunPlan
+from federation.wire.wire import RefusalKind
 from privacy.chain import read_chain
 from privacy.ledger import AnsweredBefore
 from server.app import RunObserver, run

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from client.app import make_client_app
 from federation.journal import Journal
 from federation.keys.certificates import public_key_of, read_certificate
-from federation.plan import RunPlan, TrainingPlan
+from federation.plan.plan import RunPlan, TrainingPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.weights import load_weights
 from privacy.clipping import joint_norm

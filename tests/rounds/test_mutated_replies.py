@@ -21,7 +21,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.diffusion import DIFFUSION
 from federation.exchanges.erasure import ERASURE
 from federation.exchanges.finetuning import FINETUNING
@@ -43,10 +42,11 @@ from federation.exchanges.probes import (
     sums_shapes,
 )
 from federation.exchanges.survey import SURVEY, survey_layout
-from federation.limits import MOST_PATIENTS, MOST_SCANS, Largest, largest_reply, promised
-from federation.messages import METRIC_NAMES
-from federation.plan import ProbePlan, ReleasePlan, RunPlan
+from federation.plan.diffusion_plan import DiffusionPlan
+from federation.plan.plan import ProbePlan, ReleasePlan, RunPlan
 from federation.reply_book import ReplyBook
+from federation.wire.limits import MOST_PATIENTS, MOST_SCANS, Largest, largest_reply, promised
+from federation.wire.messages import METRIC_NAMES
 from meduet_models.content_code import code_bound
 from meduet_models.diffusion.conditions import Examples
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape

@@ -27,8 +27,8 @@ from federation.exchanges.secure_sum import (
     shares_of,
     texts_of,
 )
-from federation.plan import RunPlan
-from federation.sum_layout import MASKED, SumLayout
+from federation.plan.plan import RunPlan
+from federation.wire.sum_layout import MASKED, SumLayout
 from privacy.secure_sum.opening import unmask
 from privacy.secure_sum.party import Opened, Party
 from privacy.secure_sum.transcript import Attempt, SumRefused, SurvivorList, threshold

@@ -13,7 +13,7 @@ from flwr.app import Context
 import server.app
 from client.app import make_client_app
 from federation.exchanges.private_rounds import run_epsilon
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.diffusion.artefact import load_generative_model
 from meduet_models.weights import save_weights
 from server.app import RunObserver, RunResult

@@ -15,7 +15,7 @@ from client.app import make_client_app
 from federation.exchanges.erasure import ERASURE, ErasureReply
 from federation.exchanges.probes import FACTORS, HITS, PROBES, ProbeReply
 from federation.exchanges.survey import SURVEY, SurveyReply
-from federation.plan import ProbePlan, RunPlan, TrainingPlan
+from federation.plan.plan import ProbePlan, RunPlan, TrainingPlan
 from server.app import RunResult, run
 from simulations.engines.in_process import InProcessGrid
 from tests.rounds.test_probes import Aged

@@ -10,8 +10,8 @@ from flwr.app import Context
 
 from client.app import make_client_app
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning
-from federation.finetuning_privacy import FinetunePrivacy, with_noise
-from federation.plan import RunPlan
+from federation.plan.finetuning_privacy import FinetunePrivacy, with_noise
+from federation.plan.plan import RunPlan
 from meduet_models.meduet import FactorNetwork
 from server.exchanges.finetuning import FinetunedRun, pretrained_sha256, run_finetuning
 from simulations.engines.in_process import InProcessGrid

@@ -24,10 +24,9 @@ from federation.exchanges.private_rounds import (
     with_noise,
 )
 from federation.exchanges.secure_sum import SUM_MASKED, SUM_PRIVATE, SUM_UNMASK
-from federation.plan import RunPlan, TrainingPlan
-from federation.privacy_plan import NoisySteps
+from federation.plan.plan import RunPlan, TrainingPlan
+from federation.plan.privacy_plan import NoisySteps
 from federation.published_plan import PublishedPlan
-from federation.sum_layout import SumLayout
 from federation.summed_noise import (
     check_summed,
     hiding,
@@ -36,6 +35,7 @@ from federation.summed_noise import (
     summed_factor,
     summed_mechanisms,
 )
+from federation.wire.sum_layout import SumLayout
 from meduet_models.meduet import MeDUET
 from meduet_models.weights import load_weights
 from privacy.accounting import epsilon_of

@@ -15,7 +15,7 @@ from client.exchanges.probes import probed_patients
 from client.training.site_state import StateFolder
 from federation.exchanges.probes import content_part, joint_bound, joint_width, style_part
 from federation.journal import Journal
-from federation.plan import ProbePlan, RunPlan, TrainingPlan
+from federation.plan.plan import ProbePlan, RunPlan, TrainingPlan
 from meduet_models.erasure import ErasureMoments, patient_means
 from meduet_models.meduet import MeDUET
 from meduet_models.probes.ridge import ridge_from_sums

@@ -13,8 +13,8 @@ from flwr.app import Context
 from client.app import make_client_app
 from federation.exchanges.private_rounds import mechanisms, trained_keys, with_noise
 from federation.exchanges.style_code import CODE, StyleCodeReply, code_shapes, style_code
-from federation.plan import RunPlan, TrainingPlan
-from federation.privacy_plan import NoisySteps
+from federation.plan.plan import RunPlan, TrainingPlan
+from federation.plan.privacy_plan import NoisySteps
 from meduet_models.meduet import MeDUET
 from meduet_models.weights import load_weights, save_weights
 from privacy.public_axes import COUNT_SHARE

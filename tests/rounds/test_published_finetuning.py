@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.anatomy_start import save_start
 from meduet_models.meduet import FactorNetwork
 from meduet_models.volume_unet import VolumeUNet

@@ -25,7 +25,7 @@ from federation.exchanges.secure_sum import (
     said_of,
 )
 from federation.journal import Journal
-from federation.plan import AggregationPlan, RunPlan
+from federation.plan.plan import AggregationPlan, RunPlan
 from federation.reply_book import ReplyBook
 from meduet_models.weights import load_weights
 from privacy.secure_sum.masks import add_mask, seed_key

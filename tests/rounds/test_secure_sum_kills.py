@@ -8,8 +8,8 @@ import torch
 from flwr.app import Context, Message
 from torch import Tensor
 
-from client.answers import KeptAnswers
-from client.sum_secrets import SumSecrets
+from client.books.answers import KeptAnswers
+from client.secrets.sum_secrets import SumSecrets
 from privacy.ledger import Ledger
 from server.sum_records import SumRecords
 from tests.rounds.secure_sums import SITES, Killed, Sites, a_plan, go

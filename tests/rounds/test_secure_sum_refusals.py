@@ -34,7 +34,7 @@ from federation.exchanges.secure_sum import (
 )
 from federation.keys.certificates import CertificateRefused, utc_now
 from federation.keys.identity import Peers
-from federation.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan
+from federation.plan.plan import AggregationPlan, ReleasePlan, RunPlan, StylePlan
 from federation.published_plan import PublishedPlan
 from forms.json_text import canonical
 from privacy.secure_sum.party import Opened, Party

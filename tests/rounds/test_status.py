@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from federation.messages import Refusal
-from federation.wire import RefusalKind
+from federation.wire.messages import Refusal
+from federation.wire.wire import RefusalKind
 from server.app import run
 from server.checkpoints import OtherPlan
 from server.deployment.status import StatusFile, read_status

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from client.app import make_client_app
 from federation.exchanges.pretraining import LEVELS
-from federation.plan import ReleasePlan, RunPlan, TrainingPlan
+from federation.plan.plan import ReleasePlan, RunPlan, TrainingPlan
 from meduet_models.anatomy_start import save_start
 from meduet_models.published.pretrained import load_pretrained
 from meduet_models.tokenizer.patch_pca import PatchMoments

@@ -20,7 +20,7 @@ from federation.exchanges.probes import PROBES
 from federation.exchanges.survey import SURVEY
 from federation.journal import Journal
 from federation.keys.identity import SiteIdentity
-from federation.plan import ProbePlan, RunPlan, TrainingPlan
+from federation.plan.plan import ProbePlan, RunPlan, TrainingPlan
 from meduet_models.meduet import FactorNetwork
 from privacy.ledger import Ledger
 from server.app import run

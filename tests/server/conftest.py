@@ -2,7 +2,7 @@
 
 import pytest
 
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from server.config import compose_config, plain, plan_from
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import meduet_models
-from federation.plan import AggregationPlan, RunPlan, StylePlan
+from federation.plan.plan import AggregationPlan, RunPlan, StylePlan
 from meduet_models.meduet import MeDUET
 from meduet_models.objective.settings import LossWeights, ObjectiveConfig
 from meduet_models.published.scan_model import ScanModel

@@ -9,7 +9,7 @@ import pytest
 
 from audit.record.record import read_record
 from federation.journal import Journal
-from federation.plan import ProbePlan
+from federation.plan.plan import ProbePlan
 from meduet_models.weights import save_weights, sha256_of_tensors
 from server.cli import main
 from server.holdings import centre_audit

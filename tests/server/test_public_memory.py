@@ -9,7 +9,7 @@ from torch import Tensor
 
 from audit.findings import OF_NOBODY
 from audit.policy import Policy, decide
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.meduet import FactorNetwork
 from meduet_models.weights import save_weights
 from server import public_memory as module

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from federation.exchanges.survey import survey_layout
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.style.moments import StyleMoments
 from meduet_models.tokenizer.tokenizer import TokenizerSpec, load_tokenizer
 from server.config import compose_config, plain, plan_from

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from audit.record.record import read_record
 from client.cli import main as site_main
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from server.config import compose_config
 from simulations.audit_cli import main
 from simulations.finished_run import begun_run

@@ -10,7 +10,7 @@ import torch
 
 from client.settings import SiteConfig
 from client.site import Site
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.content_code import public_code
 from meduet_models.meduet import MeDUET, layer_normed
 from meduet_models.tokenizer.tokenizer import TokenizerSpec, load_tokenizer

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from federation.plan import AggregationPlan
+from federation.plan.plan import AggregationPlan
 from simulations.page import _summary, erasure_text
 from tests.contracts.test_conf import plan_of
 

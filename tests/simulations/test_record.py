@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from federation.exchanges.demographics import AGES, SEXES
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.weights import load_weights, sha256_of_file
 from server.cli import main
 from server.config import compose_config

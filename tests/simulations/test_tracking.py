@@ -71,7 +71,7 @@ def test_a_simulation_tells_every_tool_the_numbers_of_its_record(tmp_path: Path)
     probes = rounds[-1]["probes"]
     assert {name for name in found if name.startswith("probe.")} == {f"probe.{name}" for name in probes}
     assert found["probe.site_from_content"][2] == probes["site_from_content"]
-    from federation.plan import RunPlan
+    from federation.plan.plan import RunPlan
 
     assert_same(found, of_mlflow(tmp_path, RunPlan.from_json((tmp_path / "plan.json").read_text())))
     assert_same(found, of_tensorboard(tmp_path), 2**-23)  # float32

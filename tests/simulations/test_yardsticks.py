@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.tokenizer.tokenizer import TokenizerSpec, load_tokenizer
 from server.config import compose_config, plain, plan_from

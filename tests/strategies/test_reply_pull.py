@@ -17,8 +17,8 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, 
 from flwr.supercore.run import Run
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from federation.limits import Largest, largest_reply
-from federation.wire import array_record, tensors_of
+from federation.wire.limits import Largest, largest_reply
+from federation.wire.wire import array_record, tensors_of
 from simulations.engines.in_process import InProcessGrid
 from strategies.aggregation import ReplyRefused
 from strategies.reply_pull import BoundedPull

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from federation.exchanges.survey import survey_layout
-from federation.plan import (
+from federation.plan.plan import (
     StylePlan,
     TrainingPlan,
 )

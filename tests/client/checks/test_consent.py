@@ -6,7 +6,7 @@ import pytest
 
 from client.checks.site import _consent
 from client.settings import SiteConfig
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from tests.worlds import protected_plan, public_latents, small_plan
 
 PROTECTED, PLAIN = protected_plan(public_latents(), epsilon=3.0), small_plan()

@@ -14,7 +14,7 @@ from rich.console import Console
 import client.cli
 import forms.names
 from federation.bundle import running_bundle
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from federation.published_plan import PublishedPlan
 
 LIE = "What leaves is differentially private with epsilon 1."

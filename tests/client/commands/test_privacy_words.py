@@ -1,9 +1,9 @@
 from client.commands.plan_words import plan_words
 from federation.bundle import running_bundle
 from federation.exchanges.finetuning import FinetunePlan, LocalFinetuning
-from federation.finetuning_privacy import FinetunePrivacy, with_noise
-from federation.plan import RunPlan
-from federation.privacy_plan import NoisySteps
+from federation.plan.finetuning_privacy import FinetunePrivacy, with_noise
+from federation.plan.plan import RunPlan
+from federation.plan.privacy_plan import NoisySteps
 from federation.published_plan import PublishedPlan
 from tests.worlds import protected_plan, public_latents, small_plan
 

@@ -26,7 +26,7 @@ from client.connection.arriving_bundle import InstalledCode, unpacked
 from client.connection.checked_fetch import checked
 from federation.bundle import running_bundle
 from federation.journal import Journal
-from federation.messages import Refusal, RefusalKind
+from federation.wire.messages import Refusal, RefusalKind
 from server.deployment.app_folder import write_app_folder
 
 NODE = 11

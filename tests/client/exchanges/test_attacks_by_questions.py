@@ -10,9 +10,9 @@ import torch
 from flwr.app import Message
 from torch import Tensor
 
-from client import refusals
 from client.app import make_client_app
-from client.exact_sums import TooFewForSums
+from client.books import refusals
+from client.consent.exact_sums import TooFewForSums
 from client.exchanges import erasure, probes, survey
 from client.exchanges.probes import probe_hits, probed_patients
 from client.latents.style_moments import own_moments
@@ -28,8 +28,8 @@ from federation.exchanges.probes import (
     probe_shapes,
 )
 from federation.exchanges.survey import SurveyAsk
-from federation.messages import Refusal, kind_of
-from federation.plan import ProbePlan, RunPlan, TrainingPlan
+from federation.plan.plan import ProbePlan, RunPlan, TrainingPlan
+from federation.wire.messages import Refusal, kind_of
 from meduet_models.content_code import CodeSums
 from meduet_models.erasure import patient_means
 from meduet_models.meduet import MeDUET

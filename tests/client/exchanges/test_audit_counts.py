@@ -11,7 +11,7 @@ from audit.cohort import Cohort
 from client.commands.plan_words import plan_words
 from client.exchanges.audit_counts import ANSWER
 from federation.exchanges.audit_counts import AUDIT_COUNTS, TRIED, AuditCountsAsk, cell_of
-from federation.plan import AggregationPlan, AuditCountsPlan, RunPlan, StylePlan
+from federation.plan.plan import AggregationPlan, AuditCountsPlan, RunPlan, StylePlan
 from federation.published_plan import PublishedPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import shared_keys

@@ -26,7 +26,6 @@ from client.training.private import step_sum, train_privately
 from client.training.site_state import SiteState
 from client.training.trainee import Trainee
 from federation.canaries import coins, coordinates, marked_phantoms, own_weights
-from federation.canary_plan import AuditCanariesPlan
 from federation.exchanges.private_rounds import (
     PrivateAsk,
     mechanisms,
@@ -36,8 +35,9 @@ from federation.exchanges.private_rounds import (
     with_noise,
 )
 from federation.exchanges.style_code import CODE, StyleCodeAsk, code_promise
-from federation.plan import RunPlan
-from federation.privacy_plan import NoisySteps
+from federation.plan.canary_plan import AuditCanariesPlan
+from federation.plan.plan import RunPlan
+from federation.plan.privacy_plan import NoisySteps
 from meduet_models.meduet import MeDUET
 from meduet_models.style.bank import StyleBank
 from privacy.randomness import SecretSource

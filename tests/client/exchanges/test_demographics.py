@@ -16,7 +16,7 @@ from federation.exchanges.demographics import (
     counted,
     demographics_shapes,
 )
-from federation.plan import DemographicsPlan, RunPlan
+from federation.plan.plan import DemographicsPlan, RunPlan
 from federation.published_plan import PublishedPlan
 from privacy.whole_cohorts import in_whole_cohorts
 from server.exchanges.demographics import check_counts

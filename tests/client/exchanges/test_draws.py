@@ -11,9 +11,9 @@ from client.exchanges import finetuning, latents
 from client.exchanges.exchange import Answer
 from client.exchanges.pretraining import train_mail
 from client.latents.labelled import LabelledScans, labelled_scans
-from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.finetuning import FINETUNING, FinetuneAsk, FinetunePlan, LocalFinetuning
-from federation.plan import RunPlan
+from federation.plan.diffusion_plan import DiffusionPlan
+from federation.plan.plan import RunPlan
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.downstream.networks import trained_keys
 from meduet_models.downstream.tasks import task_of

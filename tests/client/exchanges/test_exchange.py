@@ -17,8 +17,8 @@ from federation.exchanges.erasure import ErasureAsk, erasure_sums
 from federation.exchanges.pretraining import TrainAsk
 from federation.exchanges.survey import SurveyAsk, survey_layout
 from federation.journal import Journal
-from federation.plan import ReleasePlan, RunPlan, TrainingPlan
-from federation.wire import RefusalKind
+from federation.plan.plan import ReleasePlan, RunPlan, TrainingPlan
+from federation.wire.wire import RefusalKind
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.style.moments import CohortTooSmall, StyleMoments

@@ -19,7 +19,7 @@ from federation.exchanges.latent_moments import (
 )
 from federation.exchanges.latents import LatentsAsk
 from federation.exchanges.style_code import StyleCodeAsk
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.common_style import CommonStyle
 from meduet_models.weights import load_weights

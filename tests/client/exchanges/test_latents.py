@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 import client.site_scans
-from client.answers import KeptAnswers
+from client.books.answers import KeptAnswers
 from client.cli import main
 from client.declared import GateRefusal
 from client.exchanges.exchange import AskRefused
@@ -25,12 +25,12 @@ from client.release import Gate
 from client.settings import load_site_config
 from client.site import Site, open_site
 from client.site_scans import confirm_patients
-from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.latents import LatentsAsk, from_tensors
 from federation.journal import Journal
-from federation.plan import RunPlan
-from federation.release_policy import RAW
-from federation.wire import RefusalKind
+from federation.plan.diffusion_plan import DiffusionPlan
+from federation.plan.plan import RunPlan
+from federation.plan.release_policy import RAW
+from federation.wire.wire import RefusalKind
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.tokenizer.patch_pca import PatchMoments
 from meduet_models.tokenizer.tokenizer import Tokenizer, pca_tokenizer, save_tokenizer

@@ -25,14 +25,14 @@ from federation.exchanges.finetuning import (
     FinetunePlan,
     LocalFinetuning,
 )
-from federation.finetuning_privacy import (
+from federation.plan.finetuning_privacy import (
     FinetunePrivacy,
     all_rounds,
     round_mechanism,
     round_promise,
     with_noise,
 )
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.downstream.networks import PretrainedNetwork, trained_keys
 from meduet_models.downstream.task import Task
 from meduet_models.downstream.tasks import task_of

@@ -29,8 +29,8 @@ from federation.exchanges.private_rounds import (
     travelling_keys,
 )
 from federation.exchanges.style_code import code_promise
-from federation.plan import RunPlan
-from federation.privacy_plan import NoisySteps
+from federation.plan.plan import RunPlan
+from federation.plan.privacy_plan import NoisySteps
 from federation.published_plan import PublishedPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.style.bank import StyleBank
@@ -418,7 +418,7 @@ def test_a_site_whose_style_is_not_in_the_bank_takes_no_steps(
 
 
 def opened_gate(site: Site, plan: RunPlan) -> Any:
-    from client.answers import KeptAnswers
+    from client.books.answers import KeptAnswers
     from client.release import Gate
 
     place = Place(plan_sha256=plan.sha256, kind="private_round", round=FIRST)

@@ -24,8 +24,8 @@ from federation.exchanges.probes import (
     sums_bound,
     sums_shapes,
 )
-from federation.plan import ProbePlan, RunPlan
-from federation.wire import RefusalKind
+from federation.plan.plan import ProbePlan, RunPlan
+from federation.wire.wire import RefusalKind
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.style.bank import StyleBank

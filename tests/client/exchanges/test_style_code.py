@@ -18,7 +18,7 @@ from federation.exchanges.pretraining import TrainAsk
 from federation.exchanges.style_code import CODE, StyleCodeAsk, code_promise
 from federation.exchanges.style_code import style_code as axes_of
 from federation.exchanges.survey import SurveyAsk
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from privacy.ledger import LedgerRefusal
 from privacy.style_code import SHARE_BOUND
 from tests.worlds import Hospital, ViewedScans, protected_plan, public_latents

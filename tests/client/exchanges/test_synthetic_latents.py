@@ -25,10 +25,10 @@ from federation.exchanges.synthetic_latents import (
     synthetic_promise,
     synthetic_shapes,
 )
-from federation.latent_privacy import SyntheticPlan
-from federation.plan import RunPlan
-from federation.sealing import recipient_key
-from federation.wire import RefusalKind
+from federation.plan.latent_privacy import SyntheticPlan
+from federation.plan.plan import RunPlan
+from federation.wire.sealing import recipient_key
+from federation.wire.wire import RefusalKind
 from meduet_models.diffusion.conditions import Conditions, ConditionSizes
 from meduet_models.diffusion.sampling import SamplingSettings, sample
 from meduet_models.diffusion.transformer import DiffusionTransformer

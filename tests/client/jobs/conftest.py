@@ -11,7 +11,7 @@ from client.jobs import asking
 from client.jobs.launcher import Launcher
 from client.jobs.program import main
 from federation.exchanges.survey import survey_layout
-from federation.plan import AggregationPlan, RunPlan, TrainingPlan
+from federation.plan.plan import AggregationPlan, RunPlan, TrainingPlan
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import StyleMoments
 from scans.volume_plan import VolumePlan

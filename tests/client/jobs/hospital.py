@@ -14,16 +14,16 @@ from flwr.app import ArrayRecord, Context, Message, Metadata, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.app import make_client_app
+from client.secrets.site_secret import DRAWS
 from client.settings import load_site_config
 from client.site import Site
 from client.site_scans import confirm_patients
-from client.site_secret import DRAWS
 from client.watchdog import Watch, unwatched
 from federation.exchanges.pretraining import PRETRAINING, TrainAsk
 from federation.exchanges.survey import SURVEY, SurveyAsk
 from federation.journal import Journal
-from federation.messages import Ask
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
+from federation.wire.messages import Ask
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import home_keys, shared_keys
 from storage.files import private_folder

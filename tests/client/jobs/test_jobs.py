@@ -22,8 +22,8 @@ from client.jobs.request import ANSWER, Offer, Request, read_answer, write_answe
 from client.watchdog import watchdog
 from federation.exchanges.pretraining import TrainReply
 from federation.exchanges.survey import SurveyReply
-from federation.messages import Refusal, RefusalKind, kind_of
-from federation.plan import AggregationPlan, RunPlan
+from federation.plan.plan import AggregationPlan, RunPlan
+from federation.wire.messages import Refusal, RefusalKind, kind_of
 from meduet_models.weights import load_weights
 from privacy.ledger import Ledger
 from tests.client.jobs.hospital import HospitalFiles, World, bits

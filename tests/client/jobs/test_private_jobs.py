@@ -17,7 +17,7 @@ from client.jobs.launcher import Launcher
 from client.jobs.program import Offered, OfferingGate
 from client.jobs.request import Offer, Request, read_answer, write_answer
 from federation.exchanges.private_rounds import PrivateAsk
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.style.bank import StyleBank
 from tests.client.exchanges.test_private_rounds import (
     FIRST,

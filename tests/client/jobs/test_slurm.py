@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from client.jobs import asking
-from federation.plan import RunPlan
-from federation.processes import die_with_parent
+from federation.plan.plan import RunPlan
+from federation.programs.processes import die_with_parent
 from simulations.poc import reserve_ports
 from tests.client.jobs.hospital import World, bits
 from tests.client.jobs.test_jobs import same_hospital

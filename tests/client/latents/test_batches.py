@@ -9,7 +9,7 @@ import torch
 from client.latents.batches import Batches, step_generator
 from client.latents.style_moments import own_moments
 from federation.exchanges.survey import survey_layout
-from federation.plan import RunPlan, TrainingPlan
+from federation.plan.plan import RunPlan, TrainingPlan
 from meduet_models.style.bank import StyleBank
 from meduet_models.style.moments import CohortTooSmall, StyleMoments, restyle
 from scans.volume_plan import VolumePlan

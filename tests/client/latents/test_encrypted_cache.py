@@ -26,7 +26,7 @@ from client.scans.cohort import open_cohort
 from client.training.pretraining import train_round
 from client.training.site_state import SiteState
 from client.training.trainee import Trainee
-from federation.plan import RunPlan, StylePlan
+from federation.plan.plan import RunPlan, StylePlan
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import home_keys, shared_keys
 from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer

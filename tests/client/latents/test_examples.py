@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from client.latents.examples import SiteExamples, examples_of
-from federation.diffusion_plan import DiffusionPlan
-from federation.plan import RunPlan, StylePlan
+from federation.plan.diffusion_plan import DiffusionPlan
+from federation.plan.plan import RunPlan, StylePlan
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from scans.volumes import Geometry, ras_spacing
 from tests.worlds import KnownScans

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from client.latents.group_batches import Group, GroupBatches
-from federation.plan import RunPlan
-from federation.privacy_plan import NoisySteps
+from federation.plan.plan import RunPlan
+from federation.plan.privacy_plan import NoisySteps
 from meduet_models.style.bank import StyleBank
 from privacy.randomness import SecretSource
 from privacy.step_secrets import StepSecrets

@@ -6,7 +6,7 @@ import torch
 
 from client.latents.style_moments import body_parts, own_moments, survey
 from federation.exchanges.survey import smallest_cohort, survey_layout
-from federation.plan import (
+from federation.plan.plan import (
     RunPlan,
     TrainingPlan,
 )

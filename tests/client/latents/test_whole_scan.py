@@ -19,7 +19,7 @@ from client.latents.style_moments import own_moments
 from client.latents.whole_scan import central_start, draw_start
 from client.scans.cohort import open_cohort, read_entry
 from federation.exchanges.survey import survey_layout
-from federation.plan import RunPlan, StylePlan
+from federation.plan.plan import RunPlan, StylePlan
 from meduet_models.style.moments import StyleMoments
 from meduet_models.tokenizer.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
 from scans.scans import Reason

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from federation.exchanges.pretraining import TrainAsk
-from federation.plan import RunPlan, TrainingPlan
+from federation.plan.plan import RunPlan, TrainingPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import home_keys, shared_keys
 from tests.client.training.killed_site import PATIENTS, STEPS, Tensors, ToySite

@@ -9,7 +9,7 @@ from client.exchanges.pretraining import ANSWER
 from client.release import Released
 from client.training.site_state import StateFolder
 from federation.exchanges.pretraining import TrainAsk
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from tests.worlds import Hospital
 
 PATIENTS = [f"p{n // 2}" for n in range(12)]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from federation.exchanges.pretraining import TrainAsk
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from privacy.ledger import AnsweredBefore
 from tests.client.training.killed_site import PATIENTS, Killed, ToySite, alike, same
 
@@ -109,7 +109,7 @@ def test_an_answer_that_finds_no_room_costs_no_round(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "client"):
-        patch.setattr("client.answers.save_weights", full)
+        patch.setattr("client.books.answers.save_weights", full)
         expected = site().answer(ask(plan), plan)
     assert "round-0001.safetensors could not be written" in caplog.text
     again = site()
@@ -130,7 +130,7 @@ def test_killed_anywhere_on_its_way_out_a_round_ends_in_the_same_bits_and_is_cha
     with monkeypatch.context() as patch:
         module, name = {
             "state": ("client.training.site_state.StateFolder", "save"),
-            "answer": ("client.answers.KeptAnswers", "write"),
+            "answer": ("client.books.answers.KeptAnswers", "write"),
             "charge": ("privacy.ledger.Ledger", "settle"),
             "line": ("federation.journal.Journal", "append"),
         }[where]

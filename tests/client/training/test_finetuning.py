@@ -10,7 +10,7 @@ import torch
 from client.latents.labelled import LabelledScans, NoLabels
 from client.training.finetuning import MovingAverage, finetune, learning_rate_at, validation_score
 from federation.exchanges.finetuning import LocalFinetuning
-from federation.optimisation import NotFinite
+from federation.plan.optimisation import NotFinite
 from meduet_models.downstream.networks import PretrainedNetwork, predict
 from meduet_models.downstream.tasks import task_of
 from meduet_models.downstream.unet import SmallUNet

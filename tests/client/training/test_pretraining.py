@@ -12,9 +12,9 @@ from client.latents.batches import Batches, step_generator
 from client.training.pretraining import train_round
 from client.training.site_state import RoundResult, SiteState, StateFolder
 from client.training.trainee import Trainee, WrongWeights, student_of
-from federation.messages import METRIC_NAMES
-from federation.optimisation import NotFinite, learning_rate_at
-from federation.plan import AggregationPlan, RunPlan, StylePlan, TrainingPlan
+from federation.plan.optimisation import NotFinite, learning_rate_at
+from federation.plan.plan import AggregationPlan, RunPlan, StylePlan, TrainingPlan
+from federation.wire.messages import METRIC_NAMES
 from meduet_models.meduet import MeDUET
 from meduet_models.objective.settings import LossWeights, ObjectiveConfig
 from meduet_models.objective.teacher import momentum_at

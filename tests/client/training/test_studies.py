@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from client.approvals import Approvals
+from client.consent.approvals import Approvals
 from client.exchanges import pretraining, style_code
 from client.release import Released
 from client.training.site_state import StateFolder
 from federation.exchanges.style_code import CODE, StyleCodeAsk
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from federation.published_plan import PublishedPlan
 from privacy.ledger import LedgerRefusal
 from tests.client.training.killed_site import ToySite, same

@@ -6,7 +6,7 @@ import torch
 
 from client.latents.batches import Batches
 from client.training.style_axes import with_style_axes
-from federation.plan import AggregationPlan, RunPlan
+from federation.plan.plan import AggregationPlan, RunPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.sharing import home_keys, shared_keys
 

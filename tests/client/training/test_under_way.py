@@ -11,7 +11,7 @@ import torch
 from client.training.site_state import SiteState, StateFolder, UnderWay, cohort_sha256
 from federation.exchanges.pretraining import TrainAsk
 from federation.journal import Journal
-from federation.plan import RunPlan, TrainingPlan
+from federation.plan.plan import RunPlan, TrainingPlan
 from meduet_models.objective.settings import ObjectiveConfig
 from tests.client.training.killed_site import PATIENTS, STEPS, Killed, Tensors, ToySite, alike, same
 

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.latents import (
     LatentsAsk,
     LatentsReply,
@@ -24,10 +23,11 @@ from federation.exchanges.latents import (
     to_tensors,
     unpacked,
 )
-from federation.messages import MessageError
-from federation.plan import ReleasePlan, RunPlan, StylePlan, TrainingPlan
-from federation.sealing import SealBroken, recipient_key
-from federation.wire import arrays_bytes
+from federation.plan.diffusion_plan import DiffusionPlan
+from federation.plan.plan import ReleasePlan, RunPlan, StylePlan, TrainingPlan
+from federation.wire.messages import MessageError
+from federation.wire.sealing import SealBroken, recipient_key
+from federation.wire.wire import arrays_bytes
 from meduet_models.diffusion.conditions import Examples
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from meduet_models.weights import written

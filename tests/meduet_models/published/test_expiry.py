@@ -11,7 +11,7 @@ import torch
 
 import server.app
 from client.commands.plan_words import plan_words
-from federation.plan import ReleasePlan
+from federation.plan.plan import ReleasePlan
 from federation.published_plan import PublishedPlan
 from meduet_models.diffusion.artefact import load_generative_model, save_generative_model
 from meduet_models.published import expiry

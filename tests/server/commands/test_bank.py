@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.latents import ToldLatents
-from federation.plan import StylePlan, TrainingPlan
+from federation.plan.diffusion_plan import DiffusionPlan
+from federation.plan.plan import StylePlan, TrainingPlan
 from federation.terminal import NOT_POSSIBLE
 from meduet_models.diffusion.conditions import Examples
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from client.commands.plan_words import plan_words
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from federation.published_plan import PublishedPlan, plan_of
 from meduet_models.anatomy_start import save_start
 from meduet_models.tokenizer.tokenizer import TokenizerSpec, load_tokenizer

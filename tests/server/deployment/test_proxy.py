@@ -24,7 +24,6 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from client.checks.centre import centre_check, clock_check
 from client.connection.keys import SiteKeys
-from federation.health import NotServing, check_health
 from federation.keys.certificates import (
     Authority,
     certificate_pem,
@@ -35,7 +34,8 @@ from federation.keys.certificates import (
     utc_now,
 )
 from federation.keys.kits import Connection
-from federation.processes import Supervisor
+from federation.programs.health import NotServing, check_health
+from federation.programs.processes import Supervisor
 from server.deployment.config import ServerConfig
 from server.deployment.proxy import proxy_configuration, proxy_process
 from server.deployment.service import Service

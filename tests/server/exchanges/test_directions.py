@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from federation.exchanges.probes import ANATOMY, anatomy_bound, joint_width
-from federation.plan import ProbePlan, RunPlan, StylePlan, TrainingPlan
+from federation.plan.plan import ProbePlan, RunPlan, StylePlan, TrainingPlan
 from meduet_models.content_code import public_code
 from meduet_models.erasure import ErasureMoments
 from scans.volume_plan import VolumePlan

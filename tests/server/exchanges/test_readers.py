@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from federation.exchanges.probes import ANATOMY, anatomy_bound
-from federation.plan import ProbePlan, RunPlan, StylePlan, TrainingPlan
+from federation.plan.plan import ProbePlan, RunPlan, StylePlan, TrainingPlan
 from meduet_models.erasure import ErasureMoments
 from meduet_models.published.pretrained import CodeReader
 from scans.volume_plan import VolumePlan

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from federation.diffusion_plan import DiffusionPlan
 from federation.exchanges.latents import ToldLatents
-from federation.plan import ReleasePlan, RunPlan, StylePlan, TrainingPlan
+from federation.plan.diffusion_plan import DiffusionPlan
+from federation.plan.plan import ReleasePlan, RunPlan, StylePlan, TrainingPlan
 from meduet_models.diffusion.conditions import Examples
 from meduet_models.diffusion.settings import DiffusionTraining, TransformerShape
 from scans.volume_plan import VolumePlan

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from federation.plan import ReleasePlan
+from federation.plan.plan import ReleasePlan
 from scans.volume_plan import VolumePlan
 from server.latent_bank.bank import BANK, MARKER, LatentBank
 from server.latent_bank.listing import items, summary

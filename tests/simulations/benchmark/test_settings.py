@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.tokenizer.tokenizer import load_tokenizer
 from server.config import compose_config, plain, plan_from
 from simulations.benchmark.settings import (

@@ -12,7 +12,7 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from federation.exchanges.survey import survey_layout
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.diffusion.artefact import GenerativeModel
 from meduet_models.diffusion.conditioner import condition_sizes
 from meduet_models.diffusion.conditions import Condition, Examples

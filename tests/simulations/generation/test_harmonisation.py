@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from meduet_models.diffusion.sampling import SamplingSettings
 from meduet_models.meduet import MeDUET
 from meduet_models.style.bank import StyleBank

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from client.exchanges.exchange import AskRefused
-from federation.plan import RunPlan
+from federation.plan.plan import RunPlan
 from server.config import compose_config, plain
 from simulations.hospitals.held_out import join, own_scans, paired_scans
 from simulations.progress import Live
