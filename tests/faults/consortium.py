@@ -48,6 +48,7 @@ RUN = "run"
 LONGEST_S = 400.0
 """No fault takes longer; an idle machine with 2 cores needs half of it."""
 _TICK_S = 0.2
+_PATIENCE = 3.0  # waits are those of a consortium that is alone; `make faults` has seven on the same cores
 
 Weights = dict[str, Tensor]
 
@@ -77,7 +78,7 @@ class Consortium:
         begun = time.monotonic()
         while not happened():
             waited = time.monotonic() - begun
-            assert waited < longest_s, (
+            assert waited < _PATIENCE * longest_s, (
                 f"{what}: not after {waited:.0f} s; {self.status()}\n{self.log(RUN)[-1500:]}"
             )
             self.supervisor.poll()

@@ -19,8 +19,9 @@ from simulations.benchmark.settings import (
 from simulations.settings import settings_from
 
 METHODS = (
-    "meduet", "pooled", "pooled_split", "joint", "no_erasure", "no_invariance", "no_style_exchange", "no_mftd",
-    "no_siqc", "no_adversary", "all_shared", "fedavg", "fedavg_mae", "fedprox", "fedbn", "alone", "random", "scratch",
+    "meduet", "pooled", "pooled_split", "joint", "no_erasure", "no_invariance", "no_style_exchange",
+    "no_mftd", "no_siqc", "no_adversary", "all_shared", "fedavg", "fedavg_mae", "fedprox", "fedbn", "alone",
+    "random", "scratch",
 )  # fmt: skip
 
 
