@@ -7,10 +7,10 @@ He knows every draw of the step, as who had the site's secret would, or (`blind_
 several starts the best is kept, by his own distance. Terms of the loss that need another site's style are
 left out, and the teacher is the network itself.
 
-What counts is whether a scan that was found names its patient among candidates; the error in decibels says
-little (reconstructions below the average scan's name their patients). Three readers must lose: one with the
-average scan, one with another patient's scan, one with a gradient of noise. Where the distance stayed large
-the search failed, which is no evidence of safety.
+What counts is how high a scan that was found ranks its patient among candidates: found is what guessing has
+in one of forty cases at most; the error in decibels says little (reconstructions below the average scan's
+name their patients). Three readers must lose: one with the average scan, one with another patient's scan, one
+with a gradient of noise. Where the distance stayed large the search failed, which is no evidence of safety.
 
 What this file does not do: attack a whole round (`update.py`).
 
@@ -20,6 +20,7 @@ Axes: n = scans of the group, m = candidates' scans, c d h w = latents.
 """
 
 import copy
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +37,7 @@ from audit.cohort import Cohort
 from audit.evidence import Evidence, Release
 from audit.findings import Finding, Picture
 from audit.gallery import picture
-from audit.statistics.intervals import clopper_pearson
+from audit.statistics.intervals import ONE_SIDE, clopper_pearson
 from federation.plan.plan import RunPlan
 from meduet_models.meduet import MeDUET
 from meduet_models.objective.objective import MeduetObjective, StepBatch, StepDraws, draw_step
@@ -147,6 +148,19 @@ class Named:
         """How many are named."""
         return sum(rank == 1 for rank in self.ranks)
 
+    @property
+    def said(self) -> str:
+        """The ranks."""
+        return ", ".join(map(str, self.ranks))
+
+    def by_guessing(self, others: int) -> float:
+        """How often guesses among so many rank as well: a sum of ranks as small, for the best matching."""
+        sums = np.ones(1)
+        for _ in self.ranks:
+            sums = np.convolve(sums, np.full(others, 1 / others))  # sums[k]: of ranks that add up to k more
+        at_most = float(sums[: sum(self.ranks) - len(self.ranks) + 1].sum())
+        return min(1.0, math.factorial(len(self.ranks)) * at_most)
+
 
 def named(made: Float[Tensor, "n c d h w"], rows: Sequence[int], cohort: Cohort) -> Named:
     """Match reconstructions to the group's scans, and rank each one's patient among all candidates."""
@@ -186,7 +200,7 @@ def attack_gradient(
     for attack, draws in (("inversion", [known] * restarts), ("blind_inversion", guesses)):
         began = time.process_time()
         found = best_of(step, told, draws, iterations)
-        yield _finding(release, attack, found, rows, cohort, lost.hits, evidence.tokenizer, began)
+        yield _finding(release, attack, found, rows, cohort, lost, evidence.tokenizer, began)
 
 
 def _finding(
@@ -195,14 +209,14 @@ def _finding(
     found: Inverted,
     rows: Sequence[int],
     cohort: Cohort,
-    by_noise: int,
+    by_noise: Named,
     tokenizer: Tokenizer | None,
     began: float,
 ) -> Finding:
     own = named(found.latents, rows, cohort)
     others = len(cohort.people)
     low, high = clopper_pearson(own.hits, GROUP)
-    chance = 1 / others
+    luck = own.by_guessing(others)
     truth = cohort.latents[list(rows)]
     average = _decibels(cohort.latents.mean(0, keepdim=True).expand_as(truth), truth, cohort)
     nearest = _decibels(_nearest_other(rows, cohort), truth, cohort)
@@ -214,11 +228,11 @@ def _finding(
     sentence = (
         f"Round {release.round}: a reader {who} turns the gradient of {GROUP} training scans of "
         f"{release.site} back: distance {found.distance:.2f}, {own.hits} of {GROUP} patients named among "
-        f"{others} (ranks {', '.join(map(str, own.ranks))}; guessing {chance:.3f}, from a gradient of noise "
-        f"{by_noise} of {GROUP}). Latents to {own.decibels:.1f} dB; the average scan {average:.1f}, the most "
+        f"{others} (ranks {own.said}, which guessing has in {luck:.1%} of cases; from a gradient of noise "
+        f"ranks {by_noise.said}). Latents to {own.decibels:.1f} dB; the average scan {average:.1f}, the most "
         f"similar other patient {nearest:.1f}.{seen}"
     )
-    works = low > chance and own.hits > by_noise
+    works = luck < ONE_SIDE and luck < by_noise.by_guessing(others)
     if not works and not found.converged:
         sentence += " Inconclusive: the search did not converge, which is no evidence of safety."
     return Finding(
@@ -230,7 +244,7 @@ def _finding(
         value=own.hits / GROUP,
         low=low,
         high=high,
-        baseline=by_noise / GROUP,
+        baseline=by_noise.hits / GROUP,
         verdict="found" if works else "not found" if found.converged else "under-powered",
         sentence=sentence,
         pictures=pictures,

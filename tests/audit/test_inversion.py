@@ -4,12 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from audit.attacks.by_kind import audit
-from audit.attacks.inversion import GROUP, attack_gradient, named
+from audit.attacks.inversion import GROUP, Named, attack_gradient, named
 from audit.effort import QUICK
 from audit.findings import Finding
+from audit.statistics.intervals import ONE_SIDE
 from client.latents.batches import step_generator
 from meduet_models.objective.objective import draw_step
 from tests.audit.released import latents
@@ -29,11 +31,12 @@ def inverted(iterations: int, **more: Any) -> dict[str, Finding]:
     return {finding.attack: finding for finding in found}
 
 
-def test_who_knows_every_draw_names_both_patients_and_a_gradient_of_noise_names_nobody() -> None:
+def test_who_knows_every_draw_names_both_and_who_guesses_ranks_them_high() -> None:
     found = inverted(200)
     known, guessed = found["inversion"], found["blind_inversion"]
     assert (known.verdict, known.value, known.baseline) == ("found", 1.0, 0.0)
-    assert guessed.verdict != "found" and "who guesses the draws" in guessed.sentence
+    assert "who guesses the draws" in guessed.sentence, "the draws' secret is no defence"
+    assert guessed.verdict == "found" and guessed.value < known.value, guessed.sentence
 
 
 def test_a_search_that_was_stopped_early_is_inconclusive_and_never_evidence_of_safety() -> None:
@@ -57,6 +60,18 @@ def test_the_average_scan_and_another_patients_name_nobody() -> None:
     assert named(cohort.latents[[20, 21]], [0, 1], cohort).hits == 0
     truth = named(cohort.latents[[1, 0]], [0, 1], cohort)
     assert truth.hits == 2 and truth.decibels > 100  # whichever of the two it calls the first
+
+
+def test_how_often_guesses_rank_as_well() -> None:
+    assert Named((1, 2), 0.0).by_guessing(6) == pytest.approx(
+        2 * 3 / 36
+    )  # (1, 1), (1, 2), (2, 1), either way
+    assert Named((6, 6), 0.0).by_guessing(6) == 1.0
+    cohort = cohort_of(latents(ALL, seed=5), IN)
+    noise = torch.Generator().manual_seed(2)
+    made = [torch.randn(2, *cohort.latents.shape[1:], generator=noise) for _ in range(400)]
+    alarms = sum(named(one, [0, 1], cohort).by_guessing(ALL) < ONE_SIDE for one in made)
+    assert alarms <= 19, "2.5% of 400, and three deviations"
 
 
 def test_decibels_below_the_average_scans_may_still_name_a_patient() -> None:
