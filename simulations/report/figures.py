@@ -114,11 +114,14 @@ def draw_losses(rounds: Sequence[Mapping[str, Any]], path: Path) -> Path:
             ]
             if points:
                 x, y = zip(*points, strict=True)
-                axes.plot(x, y, color=colour, linewidth=1.6, label=site)
+                alone = {"marker": "o", "markersize": 3} if len(points) == 1 else {}  # a line of one is none
+                axes.plot(x, y, color=colour, linewidth=1.6, label=site, **alone)
         style_axes(axes, terms[term])
     for axes in panels.flat[len(terms) :]:
         axes.set_visible(False)
+    first, last = rounds[0]["round"], rounds[-1]["round"]
     for axes in panels.flat:
+        axes.set_xlim(first - 0.3, last + 0.3)  # terms that set in late are seen to
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     for axes in panels[-1]:
         axes.set_xlabel("round", fontsize=8, color=MUTED)
