@@ -73,6 +73,8 @@ class Products:
     measured: Sequence[Float[Tensor, "d t"]] = ()
     """Of each fold, sums of the vectors times what was measured; empty where nothing was."""
     truth: Float[Tensor, "n t"] | None = None
+    about: str = ""
+    """Which of several such sums of one kind these are."""
 
     @property
     def adds_up(self) -> bool:
@@ -141,7 +143,8 @@ def probe_products(release: Release, cohort: Cohort, plan: RunPlan, codes: Codes
     size = plan.network.code_size
     code = codes.code
     folds = [fold.outer[:size, :size] for fold in fold_moments(release.tensors, FACTORS, plan)]
-    made = [Products(release.artefact, code, cohort.member, _one_site(code), folds)]
+    about = f" in round {release.round}"
+    made = [Products(release.artefact, code, cohort.member, _one_site(code), folds, about=about)]
     if ANATOMY in release.tensors and cohort.measured is not None:
         beside = fold_moments(release.tensors, ANATOMY, plan)
         if min(float(fold.count) for fold in beside) >= 1:
@@ -157,6 +160,7 @@ def probe_products(release: Release, cohort: Cohort, plan: RunPlan, codes: Codes
                     [fold.outer[:size, :size] for fold in beside],
                     [fold.outer[:size, -targets:] for fold in beside],
                     truth,
+                    f"{about}, with what was measured,",
                 )
             )
     return made
@@ -354,7 +358,9 @@ def _span(one: Products) -> Finding:
     site, what = parts(one.artefact)
     if narrow and hits and not false:
         whom = f"each of its {n_in} patients" if hits == n_in else f"{hits} of its {n_in} patients"
-        said = f"The sums of '{what}' that {site} released identify {whom} to whoever holds her scan."
+        said = (
+            f"The sums of '{what}' that {site} released{one.about} identify {whom} to whoever holds her scan."
+        )
         if n_out:
             most, least = float(outside[inside].max()), float(outside[~inside].min())
             said += (
@@ -363,7 +369,7 @@ def _span(one: Products) -> Finding:
             )
     else:
         said = (
-            f"The sums of '{what}' of {site} have {max(ranks)} directions of {width}: "
+            f"The sums of '{what}' of {site}{one.about} have {max(ranks)} directions of {width}: "
             f"{'others lie in their span, too' if narrow else 'everybody lies in their span'}."
         )
     return Finding(

@@ -11,8 +11,8 @@ What this file does not do: measure, or judge; every number stands in the record
 
 from collections.abc import Iterator
 
-from audit.findings import ORDER, parts
-from audit.record.record import FindingRow, Record
+from audit.findings import parts
+from audit.record.record import FindingRow, Record, worst_of
 
 OPEN = "________ (a person fills this in)"
 _ASSESSED = {
@@ -95,7 +95,7 @@ def _measures(record: Record) -> Iterator[str]:
 def _worst(findings: list[FindingRow]) -> str:
     if not findings:
         return "not tested"
-    worst = min(findings, key=lambda finding: ORDER.index(finding.verdict))
+    worst = worst_of(findings)
     return f"{worst.verdict} ({worst.artefact}, {worst.attack}). {worst.sentence}"
 
 

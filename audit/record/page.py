@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from audit.findings import ORDER, TESTS, parts
 from audit.record.curves import SIDE, curves
-from audit.record.record import ArtefactRow, Epsilon, FindingRow, Record
+from audit.record.record import ArtefactRow, Epsilon, FindingRow, Record, worst_of
 from meduet_models.published.pretrained import MODEL
 
 _TEMPLATE = Path(__file__).with_name("page.html")
@@ -95,7 +95,7 @@ def _cells(artefact: ArtefactRow) -> dict[str, str]:
         "epsilon_low": _text(artefact.epsilon_low),
         "largest": "" if artefact.name.endswith(": books") else _rates(artefact),
         "reached": _text(artefact.reached_rate_1) or "not estimable",
-        "sentence": " ".join(dict.fromkeys(f.sentence for f in artefact.findings[:1])),
+        "sentence": worst_of(artefact.findings).sentence if artefact.findings else "",
     }
 
 

@@ -11,13 +11,13 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from audit.evidence import Evidence
-from audit.findings import CanaryBounds, Finding, Picture, Pooled, Verdict, worst
+from audit.findings import ORDER, CanaryBounds, Finding, Picture, Pooled, Verdict, worst
 from audit.policy import Decision, Policy
 from audit.record.artefacts import Artefact, Audited
 from audit.statistics.intervals import ONE_SIDE
@@ -53,6 +53,11 @@ class FindingRow:
     pooled: Pooled | None
     canaries: CanaryBounds | None
     seconds: float
+
+
+def worst_of(findings: Sequence[FindingRow]) -> FindingRow:
+    """The first with the worst verdict; of none, `ValueError`."""
+    return min(findings, key=lambda finding: ORDER.index(finding.verdict))
 
 
 @dataclass(frozen=True, kw_only=True)

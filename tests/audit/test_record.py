@@ -1,5 +1,6 @@
 """The record is whole or refused, and the page says what stands in it, in words that promise nothing."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -97,6 +98,15 @@ def test_the_dossier_leaves_to_people_what_only_they_know_and_invents_no_number(
 
 
 def test_text_of_a_run_is_text_on_the_page(record: Record) -> None:
-    import dataclasses
-
     assert "<b>run" not in page_of(dataclasses.replace(record, run="<b>run"))
+
+
+def test_a_row_says_its_worst_finding_whatever_was_tried_first(record: Record) -> None:
+    (row,) = [one for one in record.artefacts if one.name == "north: erasure"]
+    mild, bad = (
+        dataclasses.replace(row.findings[0], verdict=verdict, sentence=text)
+        for verdict, text in (("not found", "Harmless."), ("found", "She is named."))
+    )
+    changed = dataclasses.replace(row, findings=(mild, bad))
+    table = page_of(dataclasses.replace(record, artefacts=(changed,))).split("What left, row by row")[1]
+    assert "She is named." in table.split("</table>")[0] and "Harmless." not in table.split("</table>")[0]
