@@ -23,7 +23,7 @@ test: .venv/.installed   ## the tests, a process for each core (minutes on 2 cor
 slow: .venv/.installed   ## the same laws over many more draws, whole commands in processes; CI runs both
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow -n auto --dist worksteal
 
-faults: .venv/.installed  ## kill, cut and lie to a consortium of real processes (25 minutes and more on 2 cores, 8 GB); writes docs/faults.md
+faults: .venv/.installed  ## kill, cut and lie to a consortium of real processes (25 to 45 minutes on 2 cores, 8 GB); writes docs/faults.md
 	$(BIN)/python -m tests.faults docs/faults.md
 
 audit-ground-truth: .venv/.installed  ## attack a run over hippocampus scans, beside what was measured before (half an hour)
