@@ -5,8 +5,9 @@ along it, less what the patients have there, whom the worst reader knows. For an
 much her loss fell. How many coins are guessed is fixed beforehand
 (`audit/statistics/one_run.py`).
 
-The bound holds for any mechanism; for the style code, which promises the Gaussian mechanism itself, the one
-within that family is taken. What a correct mechanism would have shown stands beside it.
+The bound holds for any mechanism; where the promise is one of a Gaussian mechanism itself (the style code,
+steps in which everybody is), the one within that family is taken. What a correct mechanism would have shown
+stands beside it.
 
 What this file does not do: know a coin that the site does not tell.
 
@@ -73,7 +74,7 @@ def attack_canaries(evidence: Evidence, releases: Sequence[Release], charged: Ch
         else:
             coins = np.array(evidence.coins[site][kind], dtype=bool)
             mechanism = _mechanism(evidence, releases, kind)
-            made = _judged(releases, kind, scores, coins, mechanism, charged, LEVEL / len(asked))
+            made = judged_coins(releases, kind, scores, coins, mechanism, charged, LEVEL / len(asked))
             yield replace(made, seconds=time.process_time() - began)
 
 
@@ -139,7 +140,7 @@ def _mechanism(evidence: Evidence, releases: Sequence[Release], kind: Kind) -> M
     return replace(promised[1], steps=noisy.steps_per_round * len(releases))
 
 
-def _judged(
+def judged_coins(
     releases: Sequence[Release],
     kind: Kind,
     scores: np.ndarray,
@@ -148,9 +149,12 @@ def _judged(
     charged: Charged,
     level: float,
 ) -> Finding:
+    """What guesses of the coins show. Where every canary is in every step the promise is one of a Gaussian
+    mechanism, whose bound is then the row's; where steps are drawn that would be an assumption."""
     guesses, delta = Guesses.of(scores, coins), charged.delta
     lower, gaussian = guesses.lower(delta, level), guesses.lower(delta, level, gaussian=True)
-    taken = gaussian if kind == "style_code" else lower
+    exact = mechanism.sampling_rate == 1
+    taken = gaussian if exact else lower
     bounds = CanaryBounds(
         canaries=len(coins),
         guesses=tuple(r for r, _ in guesses.tried),
@@ -178,18 +182,18 @@ def _judged(
         value=taken,
         epsilon_low=taken,
         canaries=bounds,
-        sentence=_said(kind, bounds, charged.epsilon),
+        sentence=_said(kind, bounds, charged.epsilon, exact),
     )
 
 
-def _said(kind: Kind, bounds: CanaryBounds, promised: float) -> str:
+def _said(kind: Kind, bounds: CanaryBounds, promised: float, exact: bool) -> str:
     """The sentence of the page."""
     least, other = (
         (bounds.epsilon_low_gaussian, f"whatever the mechanism is, {bounds.epsilon_low:.2f}")
-        if kind == "style_code"
+        if exact
         else (bounds.epsilon_low, f"if the mechanism is a Gaussian one, {bounds.epsilon_low_gaussian:.2f}")
     )
-    expected = bounds.expected_gaussian if kind == "style_code" else bounds.expected
+    expected = bounds.expected_gaussian if exact else bounds.expected
     tries = ", ".join(f"{v} of {r}" for r, v in zip(bounds.guesses, bounds.right, strict=True))
     against = (
         f"MORE THAN THE {promised:.2f} THAT IS PROMISED"

@@ -1,11 +1,15 @@
 """Canaries accuse no mechanism that keeps its promise more often than they say, and find what breaks it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 
+from audit.attacks.canaries import judged_coins
+from audit.books import Charged
+from audit.evidence import Release
 from audit.planted import _GAUSSIAN, _HALVED, _RARE, _STEPS
 from audit.statistics.guarantee import gaussian_epsilon
 from audit.statistics.honest_canaries import (
@@ -97,3 +101,23 @@ def test_what_a_correct_mechanism_shows_on_average_is_far_below_its_promise() ->
 def test_the_bound_of_the_gaussian_family_is_below_what_was_guessed_from_it() -> None:
     """Phi(1 / 2) = 0.691 of all guesses are right where outputs lie one deviation apart: epsilon 4.377."""
     assert 0.5 < epsilon_lower_gaussian(1000, 1000, 691) < 4.377
+
+
+def test_half_the_noise_is_found_where_everybody_is_in_every_step_and_the_right_noise_is_not() -> None:
+    """Steps that all are in are one Gaussian mechanism; where steps are drawn, to say so is an assumption."""
+    right = Mechanism(noise_multiplier=6.6, steps=20)
+    promise = Charged(epsilon_of([right], 1e-5).upper, 1e-5)
+    left = [Release("north", {"kind": "private_round", "round": 1}, None)]
+
+    def verdicts(noise: float, judged_as: Mechanism) -> list[str]:
+        made = []
+        for seed in range(10):
+            generator = np.random.default_rng(seed)
+            coins = generator.random(1000) < 0.5
+            scores = told(replace(right, noise_multiplier=noise), coins, generator)
+            made.append(judged_coins(left, "steps", scores, coins, judged_as, promise, 0.05).verdict)
+        return made
+
+    assert verdicts(3.3, right).count("found") >= 7  # of 20 audits 17 were
+    assert verdicts(6.6, right).count("found") == 0
+    assert verdicts(3.3, replace(right, sampling_rate=0.5)).count("found") == 0
