@@ -6,19 +6,19 @@ What this file does not do: weights (`server/checkpoints.py`), pages and figures
 """
 
 import csv
-import fcntl
 import io
 import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from federation.exchanges.finetuning import FinetunePlan
 from federation.plan.plan import RunPlan
 from server.checkpoints import OtherPlan
 from storage.files import private_folder, write_whole
+from storage.locks import is_locked, locks
 
 LOCK_NAME = "run.lock"
 _LOOK_S = 2.0
@@ -58,7 +58,7 @@ def held(folder: Path) -> Iterator[None]:
     private_folder(folder)
     with (folder / LOCK_NAME).open("a", encoding="utf-8") as lock:
         end = time.monotonic() + _LOOK_S
-        while not _locks(lock):
+        while not locks(lock):
             if time.monotonic() > end:
                 raise FolderBusy(
                     f"Expected nobody to write {folder}; another process does. It goes on; this one stops."
@@ -69,18 +69,7 @@ def held(folder: Path) -> Iterator[None]:
 
 def is_held(folder: Path) -> bool:
     """Whether a process writes this run now."""
-    if not (folder / LOCK_NAME).is_file():
-        return False
-    with (folder / LOCK_NAME).open("a", encoding="utf-8") as lock:
-        return not _locks(lock)
-
-
-def _locks(lock: TextIO) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+    return is_locked(folder / LOCK_NAME)
 
 
 def is_complete(folder: Path, plan_sha256: str) -> bool:

@@ -71,8 +71,6 @@ _FEDERATED = (
     ("anatomy_from_style", "anatomy from style (R²)", "anatomy_from_style"),
 )
 """What hospitals read together from sums: its name there, its label, and its name among the observer's."""
-_OF_A_PATIENT = ("style_code", "latent_moments")
-"""Sums with noise whose bound is that of each patient's share."""
 _END, _WITH_HELD_OUT = "end", "end, with those held out"
 _PROMISE = (
     "Releases of this run are bounded, not differentially private: each is clipped to its bound and entered "
@@ -234,7 +232,7 @@ def _crossed(folder: Path, site: str) -> list[dict[str, str]]:
             "bytes": human_bytes(sum(r["bytes"] for r in records)),
             "norm": f"{max(r['norm_after'] for r in records):.3g}",
             "bound": f"{records[0]['bound']:.3g}"
-            + (" a patient" if kind in _OF_A_PATIENT else "")
+            + (" a patient" if "enters release" in records[0].get("noise", "") else "")
             + (" (clipped)" if any(r["clipped"] for r in records) else ""),
             "noise": _noise(records[0]),
         }

@@ -22,6 +22,7 @@ from client.products.volume_files import VolumeFile
 from federation.exchanges.finetuning import FinetunePlan
 from federation.plan.plan import RunPlan
 from meduet_models.downstream.networks import predict
+from meduet_models.downstream.segmentation import likeliest
 from meduet_models.downstream.starting import StartedNetwork, starting_network
 from meduet_models.downstream.tasks import task_of
 from meduet_models.downstream.volume_networks import VolumeSegmenter
@@ -128,4 +129,4 @@ def laid_back(
 ) -> tuple[Int16[np.ndarray, "x y z"], Float64[np.ndarray, "4 4"]]:
     """The likeliest class of every voxel of the scan, background where nothing was encoded; with the scan's
     affine."""
-    return lay_back_whole(logits.argmax(dim=0, keepdim=True).to(torch.int16), geometry)
+    return lay_back_whole(likeliest(logits[None])[0].to(torch.int16), geometry)

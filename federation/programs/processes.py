@@ -12,7 +12,6 @@ Does not do: know Flower, or decide what a child's end means.
 
 import ctypes
 import dataclasses
-import fcntl
 import json
 import os
 import re
@@ -28,6 +27,7 @@ from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 from storage.files import keep_to_owner, private_folder, write_whole
+from storage.locks import is_locked, locks
 
 STATE_NAME = "processes.json"
 LOCK_NAME = "supervisor.lock"
@@ -117,7 +117,7 @@ class Supervisor:
         private_folder(self.folder)
         self._lock = (self.folder / LOCK_NAME).open("a+", encoding="utf-8")
         end = time.monotonic() + _LOOK_S
-        while not _locks(self._lock):
+        while not locks(self._lock):
             if time.monotonic() > end:
                 self._lock.close()
                 raise AlreadySupervised(
@@ -349,26 +349,11 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if not _is_locked(folder / LOCK_NAME):
+    if not is_locked(folder / LOCK_NAME):
         state["pid"] = None
         for one in state["processes"].values():
             one["state"] = "stopped"
     return state
-
-
-def _is_locked(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("a+", encoding="utf-8") as lock:
-        return not _locks(lock)
-
-
-def _locks(lock: TextIO) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def _signal_group(running: _Running, number: signal.Signals, whole: bool) -> None:

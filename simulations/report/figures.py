@@ -121,7 +121,7 @@ def draw_losses(rounds: Sequence[Mapping[str, Any]], path: Path) -> Path:
         axes.set_visible(False)
     first, last = rounds[0]["round"], rounds[-1]["round"]
     for axes in panels.flat:
-        axes.set_xlim(first - 0.3, last + 0.3)  # terms that set in late are seen to
+        axes.set_xlim(first - 0.3, last + 0.3)  # the same for a term that sets in late
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     for axes in panels[-1]:
         axes.set_xlabel("round", fontsize=8, color=MUTED)
